@@ -1,0 +1,1 @@
+"""The distributed batch pipeline: one run over many machines."""

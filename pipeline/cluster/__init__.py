@@ -1,0 +1,1 @@
+"""Ray: replicas, hosts as actors, and the stream of shards."""

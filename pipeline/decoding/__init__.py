@@ -1,0 +1,1 @@
+"""Decoding: rows in, records out; free of Ray."""

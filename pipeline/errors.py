@@ -1,0 +1,55 @@
+"""The error tree. What a user can mend is told in one line; the class decides the exit code."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    DONE = 0
+    FAILED = 1
+    CONFIGURATION = 2
+    ERROR_BUDGET = 3
+    INTERRUPTED = 75
+
+
+class CageError(Exception):
+    """An error told to the user in one line. Picklable: the message is its only argument."""
+
+    exit_code = ExitCode.FAILED
+
+
+class ConfigurationError(CageError):
+    """The configuration, the input or a model cannot be used; nothing was decoded."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+
+class RunMismatch(ConfigurationError):
+    """The run directory belongs to another configuration."""
+
+
+class ErrorBudgetExceeded(CageError):
+    """More rows failed than `errors.budget` allows; everything done so far is kept."""
+
+    exit_code = ExitCode.ERROR_BUDGET
+
+
+class Interrupted(CageError):
+    """The run was stopped from outside and can be resumed by the same command."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class HostError(CageError):
+    """A model host failed. The message names the host and the principals that it serves."""
+
+
+class NondeterminismError(CageError):
+    """A shard was computed twice with different bytes."""
+
+
+class RowError(CageError):
+    """One row cannot be aligned; its neighbours go on."""

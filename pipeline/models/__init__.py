@@ -1,0 +1,1 @@
+"""Models: where they come from, how rows share one set of weights."""
