@@ -310,12 +310,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
-_ADVICE = {
-    "missing": "is missing",
-    "extra_forbidden": "is not a known key",
-}
-
-
 def _describe(fault: Any, tree: dict[str, Any]) -> str:
     """One line: where, what was given, what would be right."""
     where, section = _locate(fault["loc"])

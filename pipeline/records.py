@@ -46,8 +46,8 @@ class TokenTrace:
 class Record:
     """One output row. Numbers are float64 sums or means over the answer's tokens; rewards in nats.
 
-    `rewards` is the sum of q over the answer by principal, before weights; `payments` what each principal paid for
-    the drawn tokens (None under a rule without payments). A rejected row has `error` and no answer.
+    `rewards` is the sum of q over the answer by principal, before weights; `payments` what each principal paid
+    for the drawn tokens (None under a rule without payments). A rejected row has `error` and no answer.
     """
 
     row_id: str

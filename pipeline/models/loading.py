@@ -1,0 +1,129 @@
+"""From a `HostSpec` to a running `Host`: weights, adapters, and a probe that the model can be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import ConfigurationError
+from pipeline.models.host import Admission, Host, HostRole
+from pipeline.models.slots import ATTENTION
+
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """All that a process needs to start a host. Picklable; paths are valid on every machine of the run.
+
+    `serves` names the principals (and "base") for error messages; `adapters` maps adapter name to folder.
+    """
+
+    name: str
+    serves: tuple[str, ...]
+    model: str
+    revision: str | None
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    roles: tuple[HostRole, ...]
+    num_slots: int
+    vocab_size: int
+    strict: bool
+    adapters: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_host(spec: HostSpec) -> Host:
+    """Load the weights onto the device and check that the slot decoder reproduces a plain forward pass.
+
+    Raises:
+        ConfigurationError: the model cannot be loaded or cannot be served, with the reason.
+    """
+    device = pick_device(spec.device)
+    model = _load_model(spec, device)
+    host = Host(
+        model, spec.roles, num_slots=spec.num_slots, vocab_size=spec.vocab_size, strict=spec.strict
+    )
+    _probe(host, model, spec)
+    return Host(model, spec.roles, num_slots=spec.num_slots, vocab_size=spec.vocab_size, strict=spec.strict)
+
+
+def pick_device(device: str) -> torch.device:
+    """"auto" is the first GPU where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {device} is not available: torch finds no GPU; use auto or cpu")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """"auto" is float32 on a CPU, where bfloat16 is slower, and bfloat16 on a GPU."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def _load_model(spec: HostSpec, device: torch.device) -> Any:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.model,
+            revision=spec.revision,
+            dtype=pick_dtype(spec.dtype, device),
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+        )
+        for name, folder in spec.adapters.items():
+            model = _with_adapter(model, name, folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigurationError(f"model {spec.model} (for {_names(spec)}): {_one_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _with_adapter(model: Any, name: str, folder: str) -> Any:
+    from peft import PeftModel  # seven seconds of import, for those who use adapters
+
+    if isinstance(model, PeftModel):
+        model.load_adapter(folder, adapter_name=name)
+        return model
+    return PeftModel.from_pretrained(model, folder, adapter_name=name)
+
+
+@torch.inference_mode()
+def _probe(host: Host, model: Any, spec: HostSpec) -> None:
+    """Compare prefill and one decode step of the slot decoder with a plain pass of the model's own attention."""
+    prompt, last = [1, 2, 3], 4
+    config = model.config
+    ids = torch.tensor([[*prompt, last]], device=next(model.parameters()).device)
+    role = spec.roles[0]
+    adapter = {"adapter_names": [role.adapter or "__base__"]} if spec.adapters else {}
+    plain = model(input_ids=ids, use_cache=False, **adapter).logits[0, -1, : spec.vocab_size].float()
+    inner = model.get_base_model() if spec.adapters else model
+    try:
+        inner.set_attn_implementation(ATTENTION)
+        host.advance([Admission(0, {role.name: prompt for role in spec.roles})], [], [])
+        host.advance([], [0], [last])
+    except Exception as error:
+        raise ConfigurationError(
+            f"model {spec.model} (for {_names(spec)}), architecture {config.model_type}, cannot be decoded in slots: "
+            f"{_one_line(error)}"
+        ) from error
+    difference = (host.logprobs_at([0], None)[0, 0] - plain.log_softmax(-1)).abs().max().item()
+    tolerance = PROBE_TOLERANCE.get(plain.dtype if model.dtype is None else model.dtype, 0.5)
+    if not difference <= tolerance:
+        raise ConfigurationError(
+            f"model {spec.model} (for {_names(spec)}), architecture {config.model_type}, cannot be decoded in slots: "
+            f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}"
+        )
+
+
+def _names(spec: HostSpec) -> str:
+    return ", ".join(spec.serves)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
