@@ -53,3 +53,7 @@ class NondeterminismError(CageError):
 
 class RowError(CageError):
     """One row cannot be aligned; its neighbours go on."""
+
+
+class StorageError(CageError):
+    """A folder or an object store cannot be read or written. What is committed stays; the run can be resumed."""
