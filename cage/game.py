@@ -1,0 +1,102 @@
+"""One decoding step as a common-agency game (CAGE, section 3).
+
+Shapes: B rows, J principals, V tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_TYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Game:
+    """A batch of games: a base policy, every principal's value of every token, and the agent's temperature.
+
+    base_logprobs [B, V] need not be normalised; `-inf` marks a token that cannot be drawn, and its values are
+    ignored. values [B, J, V] and agent_temperature (a float or [B]) share one unit. float32 and float64 are kept,
+    half types become float32.
+
+    Raises ValueError for shapes, types, devices or temperatures that do not fit together. The numbers inside the
+    tensors are never a reason to raise: a row that is not finite is reported by its status.
+    """
+
+    base_logprobs: Tensor
+    values: Tensor
+    agent_temperature: float | Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base_logprobs", _widened("base_logprobs", self.base_logprobs))
+        object.__setattr__(self, "values", _widened("values", self.values))
+        _check_shapes(self.base_logprobs, self.values)
+        _check_temperature(self.agent_temperature, self.base_logprobs)
+
+    @property
+    def num_rows(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def num_principals(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def temperature_B(self) -> Tensor:
+        """Return the agent temperature of every row, in the type and on the device of the values."""
+        if isinstance(self.agent_temperature, Tensor):
+            return self.agent_temperature.to(self.values).expand(self.num_rows)
+        return self.values.new_full((self.num_rows,), self.agent_temperature)
+
+
+def _widened(name: str, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.dtype in _HALF_TYPES:
+        return tensor.float()
+    if tensor.dtype not in _TYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}")
+    return tensor
+
+
+def _check_shapes(base: Tensor, values: Tensor) -> None:
+    if base.dim() != 2:
+        raise ValueError(f"base_logprobs must be [rows, tokens]; got shape {tuple(base.shape)}")
+    if values.dim() != 3:
+        raise ValueError(f"values must be [rows, principals, tokens]; got shape {tuple(values.shape)}")
+    if (values.shape[0], values.shape[2]) != tuple(base.shape):
+        raise ValueError(
+            f"values must have the rows and tokens of base_logprobs {tuple(base.shape)}; got {tuple(values.shape)}"
+        )
+    if base.shape[1] == 0:
+        raise ValueError(f"base_logprobs must have at least one token; got shape {tuple(base.shape)}")
+    if base.dtype != values.dtype:
+        raise ValueError(f"values must have the type of base_logprobs, {base.dtype}; got {values.dtype}")
+    if base.device != values.device:
+        raise ValueError(f"values must be on the device of base_logprobs, {base.device}; got {values.device}")
+
+
+def _check_temperature(temperature: float | Tensor, base: Tensor) -> None:
+    if not isinstance(temperature, Tensor):
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"agent_temperature must be positive and finite; got {temperature}")
+        return
+    if temperature.dim() > 1 or (temperature.dim() == 1 and temperature.shape[0] != base.shape[0]):
+        raise ValueError(
+            f"agent_temperature must be a number or one per row [{base.shape[0]}]; got shape {tuple(temperature.shape)}"
+        )
+    if temperature.device != base.device:
+        raise ValueError(
+            f"agent_temperature must be on the device of base_logprobs, {base.device}; got {temperature.device}"
+        )
+    bad = ~(torch.isfinite(temperature) & (temperature > 0))
+    if bool(bad.any()):
+        raise ValueError(f"agent_temperature must be positive and finite; got {temperature[bad].flatten()[0].item()}")
