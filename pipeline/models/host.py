@@ -160,7 +160,9 @@ class Host:
         rows_R = torch.tensor(rows, device=self._device)
         slot_pass = SlotPass(self._cache, rows_R, lengths, is_prefill=False, per_row=self._strict)
         positions = torch.tensor(lengths, device=self._device)[:, None] - 1
-        logits_R1V = self._forward(slot_pass, torch.tensor(ids, device=self._device)[:, None], positions, adapters, 1)
+        logits_R1V = self._forward(
+            slot_pass, torch.tensor(ids, device=self._device)[:, None], positions, adapters, 1
+        )
         self._logits_RV[rows_R] = logits_R1V[:, 0]
 
     def _forward(

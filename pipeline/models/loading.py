@@ -45,15 +45,13 @@ def load_host(spec: HostSpec) -> Host:
     """
     device = pick_device(spec.device)
     model = _load_model(spec, device)
-    host = Host(
-        model, spec.roles, num_slots=spec.num_slots, vocab_size=spec.vocab_size, strict=spec.strict
-    )
+    host = Host(model, spec.roles, num_slots=spec.num_slots, vocab_size=spec.vocab_size, strict=spec.strict)
     _probe(host, model, spec)
     return Host(model, spec.roles, num_slots=spec.num_slots, vocab_size=spec.vocab_size, strict=spec.strict)
 
 
 def pick_device(device: str) -> torch.device:
-    """"auto" is the first GPU where there is one, else the CPU."""
+    """ "auto" is the first GPU where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -62,7 +60,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """"auto" is float32 on a CPU, where bfloat16 is slower, and bfloat16 on a GPU."""
+    """ "auto" is float32 on a CPU, where bfloat16 is slower, and bfloat16 on a GPU."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

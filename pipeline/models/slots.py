@@ -146,7 +146,12 @@ def _attend_prefill(
 
 
 def _attend_each_row(
-    query: Tensor, keys: Tensor, values: Tensor, slot_pass: SlotPass, scaling: float | None, window: int | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_pass: SlotPass,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """One call per row over the row's own length: the query heads of a key-value head are its query tokens."""
     num_kv_heads, width = keys.shape[1], keys.shape[3]
@@ -163,7 +168,12 @@ def _attend_each_row(
 
 
 def _attend_batch(
-    query: Tensor, keys: Tensor, values: Tensor, slot_pass: SlotPass, scaling: float | None, window: int | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_pass: SlotPass,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """One masked call over the longest live length."""
     longest = max(slot_pass.lengths)

@@ -1,0 +1,65 @@
+"""How the engine talks to hosts: ask, go on, collect the answer later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.decoding.lineup import HostPlan
+from pipeline.errors import CageError, HostError
+from pipeline.models.host import Host
+
+
+class Reply(Protocol):
+    """An answer on its way."""
+
+    def result(self) -> Any:
+        """Wait for the answer. Raises HostError, which names the host and the principals it serves."""
+        ...
+
+
+class HostClient(Protocol):
+    """A host, wherever it runs. Calls of one client are executed in the order in which they are submitted."""
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer that is already there."""
+
+    value: Any = None
+    error: HostError | None = None
+
+    def result(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class LocalHost:
+    """A host in this process: a call runs at once."""
+
+    def __init__(self, host: Host, plan: HostPlan) -> None:
+        self._host = host
+        self._plan = plan
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
+        try:
+            return Answer(getattr(self._host, method)(*args, **kwargs))
+        except (CageError, RuntimeError, ValueError, IndexError, KeyError) as error:
+            return Answer(error=describe_failure(self._plan, method, error))
+
+
+def describe_failure(plan: HostPlan, method: str, error: BaseException) -> HostError:
+    """A one-line HostError that names the host, its model and the principals that it serves."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    failure = HostError(
+        f"host {plan.name} ({plan.model.model}, serving {', '.join(plan.serves)}) failed in {method}: {what}"
+    )
+    failure.__cause__ = error
+    return failure
+
+
+Hosts = Mapping[str, HostClient]

@@ -1,0 +1,163 @@
+"""One row while it is decoded: its tokens, its sums, and the record that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pipeline.decoding.draws import Uniforms
+from pipeline.decoding.hosts import Reply
+from pipeline.decoding.prompts import Prompter
+from pipeline.records import FinishReason, Record, Row, TokenTrace
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutcome:
+    """What one step gave one row. Rewards, payments and logprobs in nats, by principal where plural."""
+
+    token_id: int
+    rewards: Sequence[float]
+    payments: Sequence[float] | None
+    base_logprob: float
+    logprob: float
+    kl: float
+    covered_mass: float
+    residual: float
+    is_solved: bool
+
+
+@dataclass(slots=True)
+class RunningRow:
+    """A row in a slot. `originals` are the scores of an existing answer on their way, by host."""
+
+    row: Row
+    sample: int
+    principal_names: tuple[str, ...]
+    weights: tuple[float, ...]
+    prompts: Mapping[str, Sequence[int]]
+    max_tokens: int
+    uniforms: Uniforms
+    originals: dict[str, Reply] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    outcomes: list[TokenOutcome] = field(default_factory=list)
+
+    def append(self, outcome: TokenOutcome) -> None:
+        self.tokens.append(outcome.token_id)
+        self.outcomes.append(outcome)
+
+    def finish(self, prompter: Prompter, stop: Sequence[str]) -> tuple[FinishReason, str] | None:
+        """The finish reason and the text, if the newest token ends the row."""
+        if self.tokens[-1] in prompter.stop_ids:
+            return FinishReason.STOP, prompter.decode(self.tokens[:-1])
+        cut = self._text_before_stop(prompter, stop)
+        if cut is not None:
+            return FinishReason.STOP, cut
+        if len(self.tokens) >= self.max_tokens:
+            return FinishReason.LENGTH, prompter.decode(self.tokens)
+        return None
+
+    def _text_before_stop(self, prompter: Prompter, stop: Sequence[str]) -> str | None:
+        if not stop:
+            return None
+        # a token is at least one byte, so a stop string that the newest token ends lies within this window
+        window = max(len(text.encode()) for text in stop) + 8
+        tail = prompter.decode(self.tokens[-window:])
+        if not any(text in tail for text in stop):
+            return None
+        whole = prompter.decode(self.tokens)
+        found = [at for text in stop if (at := whole.find(text)) >= 0]
+        return whole[: min(found)] if found else None
+
+    def record(
+        self,
+        reason: FinishReason,
+        text: str,
+        prompter: Prompter,
+        *,
+        original_rewards: Sequence[float] | None,
+        with_summary: bool,
+        with_tokens: bool,
+    ) -> Record:
+        """The output row."""
+        count = len(self.outcomes)
+        record = Record(
+            row_id=self.row.row_id,
+            sample=self.sample,
+            prompt=self.row.messages,
+            response=text,
+            finish_reason=reason,
+            num_tokens=count,
+            weights=self._by_name(self.weights),
+            rewards=self._by_name(_sums([outcome.rewards for outcome in self.outcomes])),
+            payments=self._payments(),
+            num_unsolved=sum(not outcome.is_solved for outcome in self.outcomes),
+            tokens=tuple(self._trace(outcome, prompter) for outcome in self.outcomes) if with_tokens else (),
+        )
+        if with_summary:
+            record = replace(
+                record,
+                kl_per_token=sum(outcome.kl for outcome in self.outcomes) / count,
+                covered_mass=sum(outcome.covered_mass for outcome in self.outcomes) / count,
+                max_residual=max(outcome.residual for outcome in self.outcomes),
+            )
+        return self._with_original(record, original_rewards)
+
+    def _with_original(self, record: Record, original_rewards: Sequence[float] | None) -> Record:
+        """Add the existing answer's rewards and say which of the two has the higher weighted reward."""
+        if original_rewards is None:
+            return record
+        total = sum(w * float(r or 0.0) for w, r in zip(self.weights, record.rewards.values(), strict=True))
+        original_total = sum(w * r for w, r in zip(self.weights, original_rewards, strict=True))
+        is_better = total >= original_total
+        original = self.row.response
+        return replace(
+            record,
+            original_response=original,
+            original_rewards=self._by_name(original_rewards),
+            chosen=record.response if is_better else original,
+            rejected=original if is_better else record.response,
+        )
+
+    def _payments(self) -> dict[str, float | None]:
+        paid = [outcome.payments for outcome in self.outcomes if outcome.payments is not None]
+        if len(paid) < len(self.outcomes):
+            return dict.fromkeys(self.principal_names)
+        return self._by_name(_sums(paid))
+
+    def _trace(self, outcome: TokenOutcome, prompter: Prompter) -> TokenTrace:
+        payments: Mapping[str, float | None] = (
+            dict.fromkeys(self.principal_names)
+            if outcome.payments is None
+            else self._by_name(outcome.payments)
+        )
+        return TokenTrace(
+            token_id=outcome.token_id,
+            text=prompter.token_text(outcome.token_id),
+            base_logprob=outcome.base_logprob,
+            logprob=outcome.logprob,
+            payments=payments,
+        )
+
+    def _by_name(self, numbers: Sequence[float]) -> dict[str, float | None]:
+        return dict(zip(self.principal_names, numbers, strict=True))
+
+
+def rejected(row: Row, sample: int, weights: Mapping[str, float], reason: str) -> Record:
+    """The record of a row that cannot be aligned."""
+    return Record(
+        row_id=row.row_id,
+        sample=sample,
+        prompt=row.messages,
+        response=None,
+        finish_reason=FinishReason.ERROR,
+        num_tokens=0,
+        weights=weights,
+        rewards=dict.fromkeys(weights),
+        payments=dict.fromkeys(weights),
+        error=reason,
+        original_response=row.response,
+    )
+
+
+def _sums(numbers_TJ: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*numbers_TJ, strict=True)]
