@@ -57,9 +57,7 @@ def make_config(kind: str, vocab_size: int, context: int) -> object:
         case "neox":
             return GPTNeoXConfig(**rope)
         case "gpt2":
-            return GPT2Config(
-                n_embd=64, n_layer=2, n_head=4, n_positions=context, tie_word_embeddings=False, **ids
-            )
+            return GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=context, tie_word_embeddings=False, **ids)
     raise ValueError(f"no tiny model of kind {kind}")
 
 

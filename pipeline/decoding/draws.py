@@ -46,7 +46,7 @@ def draw(log_policy_BK: Tensor, uniforms: Sequence[float], *, temperature: float
 
 def _nucleus(probs_BK: Tensor, top_p: float) -> Tensor:
     """Keep the fewest tokens whose mass reaches top_p."""
-    sorted_BK, order_BK = probs_BK.sort(-1, descending=True, stable=True)
+    sorted_BK, order_BK = probs_BK.sort(dim=-1, descending=True, stable=True)
     before_BK = sorted_BK.cumsum(-1) - sorted_BK
     kept_BK = torch.where(before_BK < top_p, sorted_BK, torch.zeros_like(sorted_BK))
     return torch.zeros_like(probs_BK).scatter(-1, order_BK, kept_BK)

@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 import cage
 from pipeline.config import DecodingConfig, Trace
-from pipeline.decoding.draws import Uniforms, draw
+from pipeline.decoding.draws import Uniforms
+from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.hosts import Hosts, Reply
 from pipeline.decoding.lineup import BASE, Lineup
 from pipeline.decoding.prompts import Prompter
@@ -24,8 +24,6 @@ from pipeline.decoding.running import RunningRow, TokenOutcome, rejected
 from pipeline.errors import RowError
 from pipeline.models.host import Admission, Candidates, HostRole
 from pipeline.records import Record, Row
-
-FLOAT64_CANDIDATES = 1024  # games up to this size are solved in float64, larger ones in float32
 
 
 @dataclass(slots=True)
@@ -72,11 +70,8 @@ class Engine:
         self._hosts = hosts
         self._prompter = prompter
         self._decoding = decoding
-        self._rule = cage.rules.by_name[decoding.rule.value]
         self._names = tuple(principal.name for principal in lineup.principals)
-        self._groups = [
-            _Group(list(range(at, num_slots, num_groups))) for at in range(min(num_groups, num_slots))
-        ]
+        self._groups = [_Group(list(range(at, num_slots, num_groups))) for at in range(min(num_groups, num_slots))]
         self._queue: deque[RunningRow] = deque()
         self._refused: list[Record] = []
         self._turn = 0
@@ -140,9 +135,7 @@ class Engine:
         tokens = [group.running[slot].tokens[-1] for slot in stepping]
         advanced = []
         for plan in self._lineup.hosts:
-            admissions = [
-                Admission(slot, self._prompts_for(plan.name, group.running[slot])) for slot in admitted
-            ]
+            admissions = [Admission(slot, self._prompts_for(plan.name, group.running[slot])) for slot in admitted]
             advanced.append(self._hosts[plan.name].submit("advance", admissions, stepping, tokens))
         candidates = self._decoding.candidates
         proposal = self._hosts[BASE].submit(
@@ -173,11 +166,15 @@ class Engine:
             reply.result()
         proposal: Candidates = call.proposal.result()
         rows = [group.running[slot] for slot in call.slots]
-        rewards_BJK = self._gather_rewards(call.slots, proposal)
+        outcomes = play(
+            self._decoding,
+            proposal,
+            self._gather_rewards(call.slots, proposal),
+            [running.weights for running in rows],
+            [running.uniforms.at(len(running.tokens)) for running in rows],
+        )
         records = []
-        for slot, running, outcome in zip(
-            call.slots, rows, self._decide(rows, proposal, rewards_BJK), strict=True
-        ):
+        for slot, running, outcome in zip(call.slots, rows, outcomes, strict=True):
             if record := self._apply(running, outcome):
                 records.append(record)
                 del group.running[slot]
@@ -186,77 +183,21 @@ class Engine:
         self.num_steps += 1
         return records
 
-    def _gather_rewards(self, slots: list[int], proposal: Candidates) -> Tensor:
-        """Token rewards q [B, J, K] in nats at the candidates, from every host at once."""
-        others = [plan for plan in self._lineup.hosts if plan.name != BASE]
+    def _gather_rewards(self, slots: list[int], proposal: Candidates) -> list[Tensor]:
+        """Every principal's q [B, K] in nats at the candidates, from all hosts at once."""
+        base, *others = self._lineup.hosts
         replies = [self._hosts[plan.name].submit("logprobs_at", slots, proposal.ids_BK) for plan in others]
-        logprobs_BK = _by_role(self._lineup.hosts[0].roles, proposal.role_logprobs_BRK)
+        logprobs_BK = _by_role(base.roles, proposal.role_logprobs_BRK)
         for plan, reply in zip(others, replies, strict=True):
             logprobs_BK |= _by_role(plan.roles, reply.result())
-        dtype = torch.float64 if proposal.base_logprobs_BK.shape[-1] <= FLOAT64_CANDIDATES else torch.float32
-        rewards = []
-        for principal in self._lineup.principals:
-            reward_BK = logprobs_BK[principal.tuned].to(dtype)
-            if principal.reference is not None:
-                reward_BK = reward_BK - logprobs_BK[principal.reference]
-            rewards.append(reward_BK)
-        if not rewards:
-            return proposal.base_logprobs_BK.new_zeros(len(slots), 0, proposal.base_logprobs_BK.shape[-1]).to(
-                dtype
-            )
-        return torch.stack(rewards, 1)
+        return token_rewards(self._lineup.principals, logprobs_BK)
 
-    def _decide(
-        self, rows: list[RunningRow], proposal: Candidates, rewards_BJK: Tensor
-    ) -> Iterator[TokenOutcome | RowError]:
-        """Solve every row's game and draw its token."""
-        weights_BJ = torch.tensor([running.weights for running in rows], dtype=rewards_BJK.dtype)
-        values_BJK = weights_BJ[..., None] * rewards_BJK
-        base_BK = proposal.base_logprobs_BK.to(rewards_BJK.dtype).log_softmax(-1)
-        game = cage.Game(base_BK, values_BJK, self._decoding.agent_temperature)
-        decision = self._rule(game, weights_BJ)
-        drawn_B = draw(
-            decision.log_policy,
-            [running.uniforms.at(len(running.tokens)) for running in rows],
-            temperature=self._decoding.temperature,
-            top_p=self._decoding.top_p,
-        )
-        drawn_B1 = drawn_B[:, None]
-        policy_BK = decision.log_policy.exp()
-        kl_B = (
-            torch.where(policy_BK > 0, policy_BK * (decision.log_policy - base_BK), 0.0).sum(-1).clamp(min=0)
-        )
-        ids_B = drawn_B if proposal.ids_BK is None else proposal.ids_BK.gather(-1, drawn_B1)[:, 0]
-        at_BJ1 = drawn_B1[:, None].expand(-1, len(self._names), 1)
-        drawn_rewards_BJ = rewards_BJK.gather(-1, at_BJ1)[..., 0]
-        payments = None
-        if decision.thresholds is not None:
-            payments = (values_BJK.gather(-1, at_BJ1)[..., 0] - decision.thresholds).clamp(min=0).tolist()
-        columns = zip(
-            ids_B.tolist(),
-            drawn_rewards_BJ.tolist(),
-            payments or [None] * len(rows),
-            proposal.base_logprobs_BK.gather(-1, drawn_B1)[:, 0].tolist(),
-            decision.log_policy.gather(-1, drawn_B1)[:, 0].tolist(),
-            kl_B.tolist(),
-            proposal.covered_mass_B.tolist(),
-            decision.residual.tolist(),
-            decision.status.tolist(),
-            strict=True,
-        )
-        for running, (*numbers, status) in zip(rows, columns, strict=True):
-            if status == cage.Status.NOT_FINITE:
-                yield RowError(
-                    f"token {len(running.tokens)}: the rewards or the base's logits are not finite"
-                )
-            else:
-                yield TokenOutcome(*numbers, is_solved=status == cage.Status.CONVERGED)
-
-    def _apply(self, running: RunningRow, outcome: TokenOutcome | RowError) -> Record | None:
+    def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
         """Give the row its token; its record if that ended it."""
-        if isinstance(outcome, RowError):
+        if outcome.status == cage.Status.NOT_FINITE:
             weights = dict(zip(self._names, running.weights, strict=True))
-            return rejected(running.row, running.sample, weights, str(outcome))
+            reason = f"token {len(running.tokens)}: the rewards or the base's logits are not finite"
+            return rejected(running.row, running.sample, weights, reason)
         running.append(outcome)
         finished = running.finish(self._prompter, self._decoding.stop)
         if finished is None:
@@ -274,16 +215,8 @@ class Engine:
             return None
         logprobs_T: dict[str, Tensor] = {}
         for plan in self._lineup.hosts:
-            logprobs_T |= dict(
-                zip((r.name for r in plan.roles), running.originals[plan.name].result(), strict=True)
-            )
-        totals = []
-        for principal in self._lineup.principals:
-            total = logprobs_T[principal.tuned].double()
-            if principal.reference is not None:
-                total = total - logprobs_T[principal.reference].double()
-            totals.append(float(total.sum()))
-        return totals
+            logprobs_T |= dict(zip((r.name for r in plan.roles), running.originals[plan.name].result(), strict=True))
+        return [float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)]
 
 
 def decode_rows(engine: Engine, rows: Iterable[Row], *, num_samples: int = 1) -> Iterator[Record]:

@@ -60,9 +60,7 @@ class Lineup:
         return {principal.name: principal.weight for principal in self.principals}
 
 
-def build_lineup(
-    config: Config, identify: Callable[[ModelConfig], str] = lambda model: model.model
-) -> Lineup:
+def build_lineup(config: Config, identify: Callable[[ModelConfig], str] = lambda model: model.model) -> Lineup:
     """Lay out roles and hosts. `identify` names a model's weights: equal names share a host."""
     builder = _Builder(config, identify)
     base_host = builder.host(config.base, BASE)
@@ -72,11 +70,7 @@ def build_lineup(
         HostPlan(
             draft.name,
             draft.model,
-            tuple(
-                HostRole(role.name, role.adapter)
-                for role in builder.roles.values()
-                if role.host == draft.name
-            ),
+            tuple(HostRole(role.name, role.adapter) for role in builder.roles.values() if role.host == draft.name),
             dict(draft.adapters),
             tuple(dict.fromkeys(draft.serves)),
         )
@@ -157,9 +151,7 @@ class _Builder:
         host.adapters[adapter] = principal.adapter
         return adapter
 
-    def _reference(
-        self, name: str, principal: Principal, host: _HostDraft, template: str | None
-    ) -> str | None:
+    def _reference(self, name: str, principal: Principal, host: _HostDraft, template: str | None) -> str | None:
         assert not isinstance(principal, PromptedPrincipal)
         reference = principal.reference
         if reference == "none":

@@ -67,9 +67,7 @@ class Prompter:
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones by name."""
-        return str(
-            self._base.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return str(self._base.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _encode_role(self, role: Role, messages: Sequence[Message]) -> list[int]:
         tokenizer = self._tokenizers[role.host]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cage import Status
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.hosts import Reply
 from pipeline.decoding.prompts import Prompter
@@ -23,7 +24,7 @@ class TokenOutcome:
     kl: float
     covered_mass: float
     residual: float
-    is_solved: bool
+    status: int
 
 
 @dataclass(slots=True)
@@ -87,10 +88,10 @@ class RunningRow:
             response=text,
             finish_reason=reason,
             num_tokens=count,
-            weights=self._by_name(self.weights),
+            weights=dict(zip(self.principal_names, self.weights, strict=True)),
             rewards=self._by_name(_sums([outcome.rewards for outcome in self.outcomes])),
             payments=self._payments(),
-            num_unsolved=sum(not outcome.is_solved for outcome in self.outcomes),
+            num_unsolved=sum(outcome.status != Status.CONVERGED for outcome in self.outcomes),
             tokens=tuple(self._trace(outcome, prompter) for outcome in self.outcomes) if with_tokens else (),
         )
         if with_summary:
@@ -126,9 +127,7 @@ class RunningRow:
 
     def _trace(self, outcome: TokenOutcome, prompter: Prompter) -> TokenTrace:
         payments: Mapping[str, float | None] = (
-            dict.fromkeys(self.principal_names)
-            if outcome.payments is None
-            else self._by_name(outcome.payments)
+            dict.fromkeys(self.principal_names) if outcome.payments is None else self._by_name(outcome.payments)
         )
         return TokenTrace(
             token_id=outcome.token_id,

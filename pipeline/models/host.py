@@ -153,16 +153,14 @@ class Host:
             rows += [index * self._num_slots + slot for slot in slots] + [len(self._lengths) - 1] * padding
             ids += [*tokens] + [0] * padding
             adapters += [role.adapter or BACKBONE] * (len(slots) + padding)
-        for row in rows[: len(rows)]:
+        for row in rows:
             if row < len(self._lengths) - 1:
                 self._lengths[row] += 1
         lengths = tuple(self._lengths[row] for row in rows)
         rows_R = torch.tensor(rows, device=self._device)
         slot_pass = SlotPass(self._cache, rows_R, lengths, is_prefill=False, per_row=self._strict)
         positions = torch.tensor(lengths, device=self._device)[:, None] - 1
-        logits_R1V = self._forward(
-            slot_pass, torch.tensor(ids, device=self._device)[:, None], positions, adapters, 1
-        )
+        logits_R1V = self._forward(slot_pass, torch.tensor(ids, device=self._device)[:, None], positions, adapters, 1)
         self._logits_RV[rows_R] = logits_R1V[:, 0]
 
     def _forward(
@@ -179,7 +177,8 @@ class Host:
                 logits_to_keep=keep,
                 **mixed,
             )
-        return output.logits[..., : self._vocab_size].float()
+        logits: Tensor = output.logits[..., : self._vocab_size].float()
+        return logits
 
     def _logits(self, slots: Sequence[int]) -> Tensor:
         """Newest logits [B, R, V] of the slots."""

@@ -28,8 +28,8 @@ CAPACITY_STEP = 256
 class SlotPass:
     """One forward pass. `lengths` counts each row's tokens after the pass; `rows_R` its places in the cache.
 
-    A prefill has one row and starts it from nothing. `per_row` attends row by row over exact lengths, so that no
-    row's bits depend on its company; otherwise one masked call serves the batch.
+    A prefill has one row and starts it from nothing. `per_row` attends row by row over exact lengths, so that
+    no row's bits depend on its company; otherwise one masked call serves the batch.
     """
 
     cache: SlotCache | None
@@ -130,9 +130,7 @@ def attend(
     return out.transpose(1, 2), None
 
 
-def _attend_prefill(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
-) -> Tensor:
+def _attend_prefill(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
     num_tokens = query.shape[2]
     mask = None
     if window is not None and window < num_tokens:
@@ -153,7 +151,7 @@ def _attend_each_row(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """One call per row over the row's own length: the query heads of a key-value head are its query tokens."""
+    """One call per row over its own length: the query heads of a key-value head are its query tokens."""
     num_kv_heads, width = keys.shape[1], keys.shape[3]
     out = query.new_empty(*query.shape[:3], values.shape[3])
     for at, (row, length) in enumerate(zip(slot_pass.rows_R.tolist(), slot_pass.lengths, strict=True)):
