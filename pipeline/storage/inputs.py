@@ -1,0 +1,232 @@
+"""The input of a run: rows from Parquet, JSONL, OpenAI batch JSONL, a folder of these, or a `datasets` name."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import InputConfig
+from pipeline.errors import ConfigurationError
+from pipeline.records import Row
+from pipeline.storage import jsonl, tabular
+from pipeline.storage.input_files import Format, FoundFile, InputFile, find_files, is_dataset_name
+from pipeline.storage.rows import Columns, quote
+
+DEFAULT_STRIDE = 1024
+SHOWN = 5  # ids or places named in a message
+
+
+@dataclass(frozen=True, slots=True)
+class InputSource:
+    """Rows by file and position. Plain data: it travels to the processes that read.
+
+    A row id is the id column's value, a batch request's `custom_id`, or else "file name:row", where the row is the
+    1-based line of a JSONL file and the 0-based row of a Parquet file or data set.
+    """
+
+    files: tuple[InputFile, ...]
+    stride: int = DEFAULT_STRIDE
+    principal_names: tuple[str, ...] = ()
+    column_names: tuple[str, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are used, over all files."""
+        return sum(file.num_rows for file in self.files)
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that the first file is read by."""
+        return self.files[0].columns
+
+    def read_rows(self, file_index: int, start: int, stop: int) -> Iterator[Row]:
+        """Yield rows [start, stop) of one file; blank JSONL lines are not rows. A bad row has `error` set.
+
+        Reads the row groups that hold them, or from the last mark at or before `start`.
+
+        Raises:
+            ConfigurationError: the file is gone, damaged or shorter than planned.
+        """
+        file = self.files[file_index]
+        if not 0 <= start <= stop <= file.num_rows:
+            raise ValueError(f"rows must be within 0 and {file.num_rows}; got {start} to {stop}")
+        if file.format in (Format.JSONL, Format.BATCH):
+            return jsonl.read_rows(file, start, stop, stride=self.stride, principal_names=self.principal_names)
+        return tabular.read_rows(file, start, stop, principal_names=self.principal_names)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Every row in order."""
+        return chain.from_iterable(self.read_rows(index, 0, file.num_rows) for index, file in enumerate(self.files))
+
+
+def open_input(
+    config: InputConfig, principal_names: Sequence[str] = (), *, stride: int = DEFAULT_STRIDE
+) -> InputSource:
+    """Find and check the input, without reading its rows more than counting, hashing and ids need.
+
+    `stride` is the distance of the positions in JSONL from which reading can start: rows per shard.
+
+    Raises:
+        ConfigurationError: no such input, missing column, wrong column type, no rows, a missing or repeated id.
+    """
+    if config.weights is not None and not principal_names:
+        raise ConfigurationError("input.weights names a column of weights, but there are no principals")
+    found = find_files(config.path)
+    column_names: dict[str, None] = {}
+    if found is None:
+        files = [_open_dataset(config, column_names)]
+    else:
+        files = list(_open_files(found, config, column_names, stride=stride))
+    files = [file for file in files if file.num_rows]
+    if not files:
+        raise ConfigurationError(f"input.path: {config.path} holds no rows")
+    _check_ids(files)
+    return InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names))
+
+
+def _open_files(
+    found: list[FoundFile], config: InputConfig, column_names: dict[str, None], *, stride: int
+) -> Iterator[InputFile]:
+    rows_left = config.limit
+    for each in found:
+        if rows_left == 0:
+            return
+        open_one = _open_parquet if each.format is Format.PARQUET else _open_jsonl
+        file = open_one(each, config, column_names, stride=stride, limit=rows_left)
+        if rows_left is not None:
+            rows_left -= file.num_rows
+        yield file
+
+
+def _open_jsonl(
+    found: FoundFile, config: InputConfig, column_names: dict[str, None], *, stride: int, limit: int | None
+) -> InputFile:
+    format_, keys = jsonl.peek(found.path, found.name)
+    if format_ is Format.BATCH and config.prompt is None and config.messages is None:
+        columns = _resolve(config, (*keys, "messages"), found.name)
+        columns = replace(columns, id=config.id or "custom_id")
+    else:
+        format_ = Format.JSONL
+        columns = _resolve(config, keys, found.name) if keys else _unresolved(config)
+    column_names.update(dict.fromkeys(keys))
+    scan = jsonl.scan(found.path, found.name, stride=stride, limit=limit)
+    return InputFile(
+        path=found.path,
+        name=found.name,
+        format=format_,
+        columns=columns,
+        num_rows=scan.num_rows,
+        identity=scan.identity,
+        marks=scan.marks,
+    )
+
+
+def _open_parquet(
+    found: FoundFile, config: InputConfig, column_names: dict[str, None], *, stride: int, limit: int | None
+) -> InputFile:
+    schema, num_rows = tabular.parquet_schema(found.path, found.name)
+    columns = _check_schema(schema, config, found.name, column_names)
+    return InputFile(
+        path=found.path,
+        name=found.name,
+        format=Format.PARQUET,
+        columns=columns,
+        num_rows=num_rows if limit is None else min(num_rows, limit),
+        identity=tabular.parquet_identity(found),
+    )
+
+
+def _open_dataset(config: InputConfig, column_names: dict[str, None]) -> InputFile:
+    if not is_dataset_name(config.path):
+        raise ConfigurationError(f"input.path: there is no file or folder {quote(config.path)}")
+    dataset = tabular.load_dataset(config.path, config.subset, config.split)
+    name = ":".join(part for part in (config.path, config.subset, config.split) if part)
+    columns = _check_schema(dataset.features.arrow_schema, config, name, column_names)
+    file = InputFile(
+        path=config.path,
+        name=name,
+        format=Format.DATASET,
+        columns=columns,
+        num_rows=len(dataset) if config.limit is None else min(len(dataset), config.limit),
+        identity="",
+        subset=config.subset,
+        split=config.split,
+    )
+    return replace(file, identity=tabular.dataset_identity(file))
+
+
+def _check_schema(schema: pa.Schema, config: InputConfig, name: str, column_names: dict[str, None]) -> Columns:
+    columns = _resolve(config, tuple(schema.names), name)
+    tabular.check_types(schema, columns, name)
+    column_names.update(dict.fromkeys(schema.names))
+    return columns
+
+
+def _resolve(config: InputConfig, names: Sequence[str], file: str) -> Columns:
+    """Choose the columns: those configured; else `messages` if there is such a column, else `prompt`."""
+    prompt, messages = config.prompt, config.messages
+    if prompt is None and messages is None:
+        messages = "messages" if "messages" in names else None
+        prompt = "prompt" if messages is None and "prompt" in names else None
+    there = f"columns of {file}: {', '.join(quote(name) for name in names) or 'none'}"
+    if prompt is None and messages is None:
+        raise ConfigurationError(
+            f"there is no column messages and no column prompt; name one with input.prompt or input.messages; {there}"
+        )
+    columns = Columns(prompt, messages, config.id, config.weights, config.response)
+    for key in ("prompt", "messages", "id", "weights", "response"):
+        column = getattr(columns, key)
+        if column is not None and column not in names:
+            raise ConfigurationError(f"input.{key}: there is no column {quote(column)}; {there}")
+    return columns
+
+
+def _unresolved(config: InputConfig) -> Columns:
+    """Columns for a file without one readable object: each of its rows is a row error anyway."""
+    prompt = config.prompt or (None if config.messages else "prompt")
+    return Columns(prompt, config.messages, config.id, config.weights, config.response)
+
+
+def _check_ids(files: list[InputFile]) -> None:
+    """Refuse missing and repeated ids, by 8 bytes a row and an exact second look at those that may repeat."""
+    if all(file.columns.id is None for file in files):
+        return  # file name and row number
+    hashes, missing, num_missing = array("q"), [], 0
+    for row_id, place in chain.from_iterable(_read_ids(file) for file in files):
+        if row_id is None:
+            num_missing += 1
+            missing += [place] if num_missing <= SHOWN else []
+        else:
+            hashes.append(hash(row_id))
+    if num_missing:
+        more = ", ..." if num_missing > len(missing) else ""
+        raise ConfigurationError(
+            f"{num_missing} rows have no usable id (text or a whole number): {', '.join(missing)}{more}"
+        )
+    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if suspects:
+        every_id = chain.from_iterable(_read_ids(file) for file in files)
+        counts = Counter(row_id for row_id, _ in every_id if hash(row_id) in suspects)
+        _refuse_repeated({str(row_id): count for row_id, count in counts.items() if count > 1})
+
+
+def _refuse_repeated(count_by_id: dict[str, int]) -> None:
+    if not count_by_id:
+        return
+    shown = ", ".join(f"{quote(row_id)} ({count} times)" for row_id, count in list(count_by_id.items())[:SHOWN])
+    more = ", ..." if len(count_by_id) > SHOWN else ""
+    raise ConfigurationError(f"row ids must be unique; {len(count_by_id)} repeat: {shown}{more}")
+
+
+def _read_ids(file: InputFile) -> Iterator[tuple[str | None, str]]:
+    if file.columns.id is None:
+        return ((f"{file.name}:{row}", "") for row in range(file.num_rows))
+    read = tabular.read_ids if file.format in (Format.PARQUET, Format.DATASET) else jsonl.read_ids
+    return read(file)

@@ -1,0 +1,276 @@
+"""The plan of a run: its shards and its fingerprint, fixed before anything is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from pipeline.config import Config, Trace
+from pipeline.errors import ConfigurationError, RunMismatch
+from pipeline.records import Row
+from pipeline.storage.input_files import Format, InputFile
+from pipeline.storage.inputs import InputSource, open_input
+from pipeline.storage.rows import Columns, quote
+from pipeline.storage.stores import open_store
+
+PLAN_VERSION = 1
+DISTRIBUTION = "cage-align"
+# These say where a model runs, not what it computes.
+PLACEMENT_KEYS = ("resources", "device")
+# The identity of a model, given by the caller, stands for these.
+IDENTITY_KEYS = ("model", "revision", "adapter", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows [start, stop) of one input file: the unit of work and of commit.
+
+    `offset` is the byte and `line` the number of lines before the first row, for JSONL; both 0 otherwise.
+    """
+
+    index: int
+    file: int
+    start: int
+    stop: int
+    offset: int = 0
+    line: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is. Two plans with the same digest give the same output files.
+
+    `fingerprint` maps dotted fields to plain values; `models` maps places ("base") to identities; `config` is the
+    whole configuration as plain values, of which parts (cluster, errors, paths) are not in the fingerprint.
+    """
+
+    fingerprint: Mapping[str, Any]
+    files: tuple[InputFile, ...]
+    shards: tuple[Shard, ...]
+    principal_names: tuple[str, ...]
+    num_samples: int
+    rows_per_shard: int
+    trace: Trace
+    has_response: bool
+    models: Mapping[str, str]
+    config: Mapping[str, Any]
+    version: int = PLAN_VERSION
+
+    @property
+    def num_rows(self) -> int:
+        return sum(file.num_rows for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of the fingerprint."""
+        text = json.dumps(self.fingerprint, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def open_input(self) -> InputSource:
+        """The planned input, without looking at it again."""
+        return InputSource(self.files, self.rows_per_shard, self.principal_names)
+
+    def read_shard(self, shard: Shard | int) -> Iterator[Row]:
+        """Yield the rows of one shard in input order."""
+        shard = self.shards[shard] if isinstance(shard, int) else shard
+        return self.open_input().read_rows(shard.file, shard.start, shard.stop)
+
+    def to_json(self) -> bytes:
+        """The plan as stored in plan.json."""
+        tree = {
+            "version": self.version,
+            "digest": self.digest,
+            "fingerprint": dict(self.fingerprint),
+            "num_rows": self.num_rows,
+            "principal_names": self.principal_names,
+            "num_samples": self.num_samples,
+            "rows_per_shard": self.rows_per_shard,
+            "trace": self.trace,
+            "has_response": self.has_response,
+            "models": dict(self.models),
+            "config": dict(self.config),
+            "files": [_file_to_json(file) for file in self.files],
+            "shard_fields": ["file", "start", "stop", "offset", "line"],
+            "shards": [[s.file, s.start, s.stop, s.offset, s.line] for s in self.shards],
+        }
+        return json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, *, source: str = "plan.json") -> Plan:
+        """Read a stored plan.
+
+        Raises:
+            ConfigurationError: it is not a plan, is of another version, or its digest does not fit.
+        """
+        try:
+            tree = json.loads(data)
+            if tree["version"] != PLAN_VERSION:
+                raise ConfigurationError(
+                    f"{source} has version {quote(tree['version'])}; this program reads version {PLAN_VERSION}"
+                )
+            plan = cls._from_tree(tree)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise ConfigurationError(f"{source} is not a plan of this program: {quote(str(error))}") from None
+        if plan.digest != tree["digest"]:
+            raise ConfigurationError(f"{source} is damaged: its digest does not fit its fingerprint")
+        return plan
+
+    @classmethod
+    def _from_tree(cls, tree: Mapping[str, Any]) -> Plan:
+        shards = tuple(Shard(index, *fields) for index, fields in enumerate(tree["shards"]))
+        marks: dict[int, list[tuple[int, int]]] = {}
+        for shard in shards:
+            marks.setdefault(shard.file, []).append((shard.offset, shard.line))
+        return cls(
+            fingerprint=tree["fingerprint"],
+            files=tuple(_file_from_json(each, marks[index]) for index, each in enumerate(tree["files"])),
+            shards=shards,
+            principal_names=tuple(tree["principal_names"]),
+            num_samples=tree["num_samples"],
+            rows_per_shard=tree["rows_per_shard"],
+            trace=Trace(tree["trace"]),
+            has_response=tree["has_response"],
+            models=tree["models"],
+            config=tree["config"],
+        )
+
+
+def make_plan(
+    config: Config, models: Mapping[str, str] | None = None, *, versions: Mapping[str, str] | None = None
+) -> Plan:
+    """Read the input's metadata once and fix shards and fingerprint.
+
+    Args:
+        config: the run.
+        models: identity by place: "base", "principals.kind.model", "principals.kind.adapter",
+            "principals.kind.reference". An identity stands in the fingerprint for the configured name and revision,
+            so that a moved model folder is the same model; include whatever else decides numbers (resolved dtype).
+        versions: further versions to hold a run to, by name ("torch").
+
+    Raises:
+        ConfigurationError: the input cannot be used, or the run directory is the input folder.
+    """
+    models = dict(models or {})
+    if open_store_path(config.output.path) == open_store_path(config.input.path):
+        raise ConfigurationError("output.path and input.path must differ")
+    source = open_input(config.input, tuple(config.principals), stride=config.output.rows_per_shard)
+    return Plan(
+        fingerprint=_fingerprint(config, models, dict(versions or {}), source),
+        files=source.files,
+        shards=tuple(_cut(source.files, config.output.rows_per_shard)),
+        principal_names=tuple(config.principals),
+        num_samples=config.decoding.n,
+        rows_per_shard=config.output.rows_per_shard,
+        trace=config.decoding.trace,
+        has_response=config.input.response is not None,
+        models=models,
+        config=config.model_dump(mode="json"),
+    )
+
+
+def explain_mismatch(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say field by field how two fingerprints differ, one line each; empty when they do not."""
+    lines = []
+    for field in sorted({*old, *new}):
+        before, after = (quote(side[field]) if field in side else "absent" for side in (old, new))
+        if field not in old or field not in new or old[field] != new[field]:
+            lines.append(f"{field}: {before} -> {after}")
+    return "\n".join(lines)
+
+
+def refuse_mismatch(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise RunMismatch unless the fingerprints are the same."""
+    difference = explain_mismatch(old, new)
+    if difference:
+        raise RunMismatch(
+            f"{path} holds a run with other settings (stored -> given):\n{difference}\n"
+            "Restore these settings to continue it, or choose another output.path."
+        )
+
+
+def open_store_path(path: str) -> str:
+    """The normal form of a directory's address. Raises ConfigurationError for an unknown scheme."""
+    try:
+        return open_store(path).path
+    except ConfigurationError as error:
+        if "is a file" in str(error):
+            return path
+        raise
+
+
+def _cut(files: Sequence[InputFile], rows_per_shard: int) -> Iterator[Shard]:
+    index = 0
+    for number, file in enumerate(files):
+        for position, start in enumerate(range(0, file.num_rows, rows_per_shard)):
+            offset, line = file.marks[position] if file.marks else (0, 0)
+            yield Shard(index, number, start, min(start + rows_per_shard, file.num_rows), offset, line)
+            index += 1
+
+
+def _fingerprint(
+    config: Config, models: Mapping[str, str], versions: Mapping[str, str], source: InputSource
+) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    fields: dict[str, Any] = {"code.version": _code_version()}
+    fields.update({f"versions.{name}": version for name, version in versions.items()})
+    fields.update({f"models.{place}": identity for place, identity in models.items()})
+    chosen = {key: value for key, value in tree["input"].items() if key not in ("path", "split", "subset")}
+    fields.update({f"input.{key}": value for key, value in chosen.items()})
+    for file in source.files:
+        fields[f"input.files.{file.name}"] = f"{file.format} {file.num_rows} rows {file.identity}"
+    fields["output.rows_per_shard"] = config.output.rows_per_shard
+    for section in ("base", "principals", "decoding"):
+        fields.update(_flatten(section, tree[section], models))
+    fields["principals"] = list(config.principals)  # their order is the order of columns and of the game
+    return fields
+
+
+def _flatten(place: str, value: Any, models: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Dotted fields below `place`, without placement and without what an identity in `models` stands for."""
+    if not isinstance(value, dict):
+        yield place, value
+        return
+    for key, child in value.items():
+        where = f"{place}.{key}"
+        stands_for = (place in models and key in ("model", "revision")) or (
+            where in models and key in IDENTITY_KEYS and not isinstance(child, dict)
+        )
+        if key not in PLACEMENT_KEYS and not stands_for:
+            yield from _flatten(where, child, models)
+
+
+def _code_version() -> str:
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _file_to_json(file: InputFile) -> dict[str, Any]:
+    tree = asdict(file)
+    del tree["marks"]
+    return tree
+
+
+def _file_from_json(tree: Mapping[str, Any], marks: list[tuple[int, int]]) -> InputFile:
+    format_ = Format(tree["format"])
+    has_marks = format_ in (Format.JSONL, Format.BATCH)
+    return InputFile(
+        path=tree["path"],
+        name=tree["name"],
+        format=format_,
+        columns=Columns(**tree["columns"]),
+        num_rows=tree["num_rows"],
+        identity=tree["identity"],
+        marks=tuple(marks) if has_marks else (),
+        subset=tree["subset"],
+        split=tree["split"],
+    )

@@ -1,0 +1,157 @@
+"""Records become Arrow tables, and tables become bytes: the same table always gives the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import Trace
+from pipeline.records import Message, Record
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+MESSAGES = pa.list_(MESSAGE)
+
+
+def output_schema(
+    principal_names: Sequence[str],
+    *,
+    trace: Trace = Trace.SUMMARY,
+    has_response: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> pa.Schema:
+    """The columns of an output file, in order.
+
+    Parquet has no empty struct: without principals the columns weights, rewards, payments, original_rewards, chosen
+    and rejected, and the payments of a traced token, are left out.
+
+    Args:
+        principal_names: the fields of the structs, in this order.
+        trace: `tokens` adds the column tokens.
+        has_response: adds original_response, original_rewards, chosen and rejected.
+        metadata: carried by the schema and by every column ("cage.digest"); an entry "cage.models.principals.NAME..."
+            also by the fields of that principal.
+    """
+    carried = dict(sorted((metadata or {}).items()))
+    by_principal = _by_principal(principal_names, carried)
+    fields = [
+        pa.field("row_id", pa.string()),
+        pa.field("sample", pa.int32()),
+        pa.field("prompt", MESSAGES),
+        pa.field("completion", MESSAGES),
+        pa.field("messages", MESSAGES),
+        pa.field("response", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("num_tokens", pa.int32()),
+        *(pa.field(name, by_principal) for name in ("weights", "rewards", "payments") if principal_names),
+        pa.field("kl_per_token", pa.float64()),
+        pa.field("covered_mass", pa.float64()),
+        pa.field("max_residual", pa.float64()),
+        pa.field("num_unsolved", pa.int32()),
+        pa.field("error", pa.string()),
+    ]
+    if has_response:
+        fields.append(pa.field("original_response", pa.string()))
+        if principal_names:
+            fields.append(pa.field("original_rewards", by_principal))
+            fields += [pa.field("chosen", MESSAGES), pa.field("rejected", MESSAGES)]
+    if trace is Trace.TOKENS:
+        fields.append(pa.field("tokens", pa.list_(_token(by_principal, principal_names))))
+    common = {key: value for key, value in carried.items() if not key.startswith("cage.models.principals.")}
+    return pa.schema([field.with_metadata(common) for field in fields], metadata=carried)
+
+
+def to_table(records: Sequence[Record], schema: pa.Schema) -> pa.Table:
+    """A table with one row a record, in the order given; columns that `schema` lacks are dropped."""
+    rows = [_row(record) for record in records]
+    return pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
+
+
+def write_table_bytes(table: pa.Table, *, metadata: Mapping[str, str] | None = None) -> bytes:
+    """A Parquet file. The same table gives the same bytes with one version of pyarrow, however it is chunked.
+
+    `metadata` is added to that of the table's schema.
+    """
+    merged = {**(table.schema.metadata or {}), **{k.encode(): v.encode() for k, v in (metadata or {}).items()}}
+    table = table.combine_chunks().replace_schema_metadata(dict(sorted(merged.items())) or None)
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        version="2.6",
+        data_page_version="1.0",
+        compression="zstd",
+        use_dictionary=True,
+        write_statistics=True,
+        row_group_size=max(table.num_rows, 1),
+        store_schema=True,
+    )
+    return bytes(sink.getvalue())
+
+
+def _by_principal(principal_names: Sequence[str], metadata: Mapping[str, str]) -> pa.StructType:
+    """A struct of one double a principal; each field carries the identities of that principal's models."""
+    fields = []
+    for name in principal_names:
+        place = f"cage.models.principals.{name}."
+        models = {key: value for key, value in metadata.items() if key.startswith(place)}
+        fields.append(pa.field(name, pa.float64(), metadata=models or None))
+    return pa.struct(fields)
+
+
+def _token(by_principal: pa.StructType, principal_names: Sequence[str]) -> pa.StructType:
+    fields = [
+        pa.field("token_id", pa.int32()),
+        pa.field("text", pa.string()),
+        pa.field("base_logprob", pa.float64()),
+        pa.field("logprob", pa.float64()),
+    ]
+    return pa.struct([*fields, pa.field("payments", by_principal)] if principal_names else fields)
+
+
+def _row(record: Record) -> dict[str, Any]:
+    prompt = [_message(message) for message in record.prompt]
+    completion = _answer(record.response)
+    return {
+        "row_id": record.row_id,
+        "sample": record.sample,
+        "prompt": prompt,
+        "completion": completion,
+        "messages": None if completion is None else prompt + completion,
+        "response": record.response,
+        "finish_reason": str(record.finish_reason),
+        "num_tokens": record.num_tokens,
+        "weights": dict(record.weights),
+        "rewards": dict(record.rewards),
+        "payments": dict(record.payments),
+        "kl_per_token": record.kl_per_token,
+        "covered_mass": record.covered_mass,
+        "max_residual": record.max_residual,
+        "num_unsolved": record.num_unsolved,
+        "error": record.error,
+        "original_response": record.original_response,
+        "original_rewards": None if record.original_rewards is None else dict(record.original_rewards),
+        "chosen": _answer(record.chosen),
+        "rejected": _answer(record.rejected),
+        "tokens": [_traced(token) for token in record.tokens],
+    }
+
+
+def _message(message: Message) -> dict[str, str]:
+    return {"role": message["role"], "content": message["content"]}
+
+
+def _answer(text: str | None) -> list[dict[str, str]] | None:
+    return None if text is None else [{"role": "assistant", "content": text}]
+
+
+def _traced(token: Any) -> dict[str, Any]:
+    return {
+        "token_id": token.token_id,
+        "text": token.text,
+        "base_logprob": token.base_logprob,
+        "logprob": token.logprob,
+        "payments": dict(token.payments),
+    }

@@ -1,0 +1,208 @@
+"""Inputs with typed columns: Parquet files and `datasets`. Only the needed columns and row groups are read."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigurationError
+from pipeline.records import Row
+from pipeline.storage.input_files import Format, FoundFile, InputFile, open_bytes, told_as_input_error
+from pipeline.storage.rows import Columns, Unreadable, make_row, quote, read_id
+
+BATCH_ROWS = 1024
+HASH_BLOCK_BYTES = 2**20
+
+
+def parquet_schema(path: str, name: str) -> tuple[pa.Schema, int]:
+    """The schema and the number of rows of a Parquet file, from its footer."""
+    with told_as_input_error(name), open_bytes(path) as handle, pq.ParquetFile(handle) as file:
+        return file.schema_arrow, file.metadata.num_rows
+
+
+def parquet_identity(found: FoundFile) -> str:
+    """A content hash of a local file; the store's tag and the size of an object."""
+    if found.tag is not None:
+        return f"etag:{found.tag.strip(chr(34))}:{found.size}"
+    digest = hashlib.sha256()
+    with told_as_input_error(found.name), open_bytes(found.path) as handle:
+        while block := handle.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def dataset_identity(file: InputFile) -> str:
+    """A content hash of the columns that are used."""
+    digest = hashlib.sha256()
+    for batch in _batches(file, file.columns.names, 0, file.num_rows):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema.remove_metadata()) as writer:
+            writer.write_batch(batch.replace_schema_metadata(None))
+        digest.update(sink.getvalue())
+    return f"sha256:{digest.hexdigest()}"
+
+
+@functools.lru_cache(maxsize=4)
+def load_dataset(path: str, subset: str | None, split: str) -> Any:
+    """Load a data set by name.
+
+    Raises:
+        ConfigurationError: there is neither such a path nor a loadable data set.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(path, subset, split=split)
+    except Exception as error:  # the library raises many kinds, its network clients more
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigurationError(
+            f"input.path: there is no file or folder {quote(path)}, and no data set of this name can be loaded: "
+            f"{reason or type(error).__name__}"
+        ) from error
+    return dataset.with_format("arrow")
+
+
+def check_types(schema: pa.Schema, columns: Columns, name: str) -> None:
+    """Refuse a column whose type can never hold what it is named for.
+
+    Raises:
+        ConfigurationError: naming the column, its type and what it must hold.
+    """
+    wanted = (
+        (columns.prompt, _is_text, "text"),
+        (columns.messages, _is_messages, "a list of {role, content} with text in both"),
+        (columns.id, _is_id, "text or whole numbers"),
+        (columns.weights, _is_weights, "a struct or map of principal to number"),
+        (columns.response, _is_text, "text"),
+    )
+    for column, accepts, what in wanted:
+        if column is None:
+            continue
+        if schema.names.count(column) > 1:
+            raise ConfigurationError(f"{name} has more than one column {quote(column)}")
+        type_ = schema.field(column).type
+        if not (pa.types.is_null(type_) or accepts(type_)):
+            shown = " ".join(str(type_).split())[:120]
+            raise ConfigurationError(f"the column {column} of {name} has type {shown}; it must hold {what}")
+
+
+def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequence[str]) -> Iterator[Row]:
+    """Yield rows [start, stop) of a file or data set; without an id column a row's id is name:row, from 0."""
+    columns = file.columns
+    for number, record in _records(file, columns.names, start, stop):
+        place = f"row {number} of {file.name}"
+        row_id = f"{file.name}:{number}" if columns.id is None else read_id(record[columns.id])
+        yield make_row(
+            record,
+            columns,
+            row_id=f"{file.name}:{number}" if row_id is None else row_id,
+            place=place,
+            principal_names=principal_names,
+        )
+
+
+def read_ids(file: InputFile) -> Iterator[tuple[str | None, str]]:
+    """Yield (id or None, place) of every row. None: null, blank or not readable."""
+    assert file.columns.id is not None
+    for number, record in _records(file, (file.columns.id,), 0, file.num_rows):
+        yield read_id(record[file.columns.id]), f"row {number} of {file.name}"
+
+
+def _records(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = start
+    for batch in _batches(file, names, start, stop):
+        with told_as_input_error(file.name):
+            columns = {name: _values(batch.column(batch.schema.get_field_index(name))) for name in names}
+        for index in range(batch.num_rows):
+            yield number, {name: values[index] for name, values in columns.items()}
+            number += 1
+    if number < stop:
+        raise ConfigurationError(f"{file.name} is shorter than when the run was planned")
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Python values; where one cannot be decoded the others are kept."""
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError, pa.ArrowException):  # UnicodeDecodeError is a ValueError
+        return [_scalar(column[index]) for index in range(len(column))]
+
+
+def _scalar(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return Unreadable("is not valid UTF-8")
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return Unreadable(f"is not readable: {quote(str(error))}")
+
+
+def _batches(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    with told_as_input_error(file.name):
+        if file.format is Format.DATASET:
+            yield from _dataset_batches(file, names, start, stop)
+        else:
+            yield from _parquet_batches(file, names, start, stop)
+
+
+def _dataset_batches(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    dataset = load_dataset(file.path, file.subset, file.split or "train").select_columns(list(names))
+    stop = min(stop, len(dataset))
+    for low in range(start, stop, BATCH_ROWS):
+        yield from dataset[low : min(low + BATCH_ROWS, stop)].combine_chunks().to_batches()
+
+
+def _parquet_batches(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    with open_bytes(file.path) as handle, pq.ParquetFile(handle) as table:
+        first = 0
+        for group in range(table.num_row_groups):
+            last = first + table.metadata.row_group(group).num_rows
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                yield from _group_batches(table, group, names, low - first, high - first)
+            first = last
+
+
+def _group_batches(table: Any, group: int, names: Sequence[str], low: int, high: int) -> Iterator[pa.RecordBatch]:
+    seen = 0
+    for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(names), use_threads=False):
+        begin, end = max(low - seen, 0), min(high - seen, batch.num_rows)
+        if begin < end:
+            yield batch.slice(begin, end - begin)
+        seen += batch.num_rows
+        if seen >= high:
+            return
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+    return bool(is_text or pa.types.is_null(type_))
+
+
+def _is_messages(type_: pa.DataType) -> bool:
+    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    if not is_list or not pa.types.is_struct(type_.value_type):
+        return False
+    fields = {field.name: field.type for field in type_.value_type}
+    return all(name in fields and _is_text(fields[name]) for name in ("role", "content"))
+
+
+def _is_id(type_: pa.DataType) -> bool:
+    return _is_text(type_) or bool(pa.types.is_integer(type_))
+
+
+def _is_weights(type_: pa.DataType) -> bool:
+    if pa.types.is_map(type_):
+        return _is_text(type_.key_type) and _is_number(type_.item_type)
+    return bool(pa.types.is_struct(type_)) and all(_is_number(field.type) for field in type_)
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_null(type_))
