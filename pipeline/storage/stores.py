@@ -21,6 +21,7 @@ OBJECT_SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 ONE_PUT_BYTES = 2 * 2**30  # below this an object is written by one request
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=-]*(/[A-Za-z0-9_][A-Za-z0-9._=-]*)*")
 ASIDE = ".aside"
+ABANDONED_AFTER_S = 600.0
 
 
 class Store(Protocol):
@@ -47,6 +48,9 @@ class Store(Protocol):
 
     def remove(self, name: str) -> None:
         """Remove `name` if it exists."""
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed long ago left half-written."""
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the sorted names that start with `prefix`; folders are searched too."""
@@ -168,6 +172,12 @@ class LocalStore:
         with told_as_storage_error(f"remove {self.url(name)}"):
             self._file(name).unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        with told_as_storage_error(f"remove old files of {self.folder}"):
+            for aside in self.folder.rglob(f".*{ASIDE}"):
+                if time.time() - aside.stat().st_mtime > ABANDONED_AFTER_S:
+                    aside.unlink(missing_ok=True)
+
     def names(self, prefix: str = "") -> list[str]:
         start = self.folder / prefix.rpartition("/")[0]
         with told_as_storage_error(f"list {start}"):
@@ -281,6 +291,9 @@ class ObjectStore:
     def remove(self, name: str) -> None:
         with told_as_storage_error(f"remove {self.url(name)}"), contextlib.suppress(FileNotFoundError):
             self._files.rm_file(self._key(name))
+
+    def sweep(self) -> None:
+        """Nothing to do: an object appears whole or not at all."""
 
     def names(self, prefix: str = "") -> list[str]:
         folder, _, start = prefix.rpartition("/")

@@ -1,0 +1,112 @@
+"""What is told about a finished run: the manifest for programs, the data set card for people."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from pipeline.storage.commits import CommitRecord
+from pipeline.storage.plan import Plan
+from pipeline.storage.tables import output_schema
+
+COLUMN_NOTES = {
+    "row_id": "the input row",
+    "sample": "which of the row's samples, from 0",
+    "prompt": "the conversation that was answered",
+    "completion": "the answer, as one assistant message",
+    "messages": "prompt and answer",
+    "response": "the answer's text",
+    "finish_reason": "stop or length",
+    "num_tokens": "tokens of the answer",
+    "weights": "weight of each principal",
+    "rewards": "by principal: sum of the token reward q over the answer, in nats, before weights",
+    "payments": "by principal: what it paid for the drawn tokens, in nats",
+    "kl_per_token": "divergence of the policy from the base, nats a token",
+    "covered_mass": "mean probability of the base on the candidates",
+    "max_residual": "largest certificate residual of the solved games",
+    "num_unsolved": "tokens whose game was not solved to tolerance",
+    "error": "null here; the reason in `_rejected/`",
+    "original_response": "the input's answer",
+    "original_rewards": "rewards of the input's answer",
+    "chosen": "the answer with the higher weighted reward",
+    "rejected": "the other answer",
+    "tokens": "the drawn tokens with log-probabilities and payments",
+}
+
+
+def render_manifest(
+    plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping[str, int], extra: Mapping[str, Any]
+) -> bytes:
+    """manifest.json: every file that counts, with its hash, and what the run was."""
+    ordered = [records[index] for index in sorted(records)]
+    tree = {
+        "fingerprint_digest": plan.digest,
+        "fingerprint": dict(plan.fingerprint),
+        "num_input_rows": plan.num_rows,
+        "rows_aligned": sum(record.rows for record in ordered),
+        "rows_rejected": sum(record.rejected for record in ordered),
+        "tokens": sum(record.tokens for record in ordered),
+        "errors": dict(errors),
+        "files": [
+            {"name": name, "sha256": digest, "shard": record.shard}
+            for record in ordered
+            for name, digest in record.sha256_by_file.items()
+        ],
+        "extra": dict(extra),
+    }
+    return json.dumps(tree, ensure_ascii=False, allow_nan=False, indent=1).encode() + b"\n"
+
+
+def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping[str, int]) -> bytes:
+    """README.md: a data set card that `datasets` and the hub read. Values from outside are escaped."""
+    front = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "part-*.parquet"}]}],
+        "tags": ["alignment", "common-agency", "synthetic"],
+    }
+    rows = sum(record.rows for record in records.values())
+    rejected = sum(record.rejected for record in records.values())
+    tokens = sum(record.tokens for record in records.values())
+    shown = {key: value for key, value in plan.fingerprint.items() if not key.startswith("input.files.")}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        "# Answers aligned at decoding time",
+        f"{rows:,} answers of {tokens:,} tokens to {plan.num_rows:,} prompts, in {len(plan.shards):,} files; "
+        f"{rejected:,} rejected, with their reasons, in `_rejected/`.",
+        "## How to load it\n\n```python\nfrom datasets import load_dataset\n\n"
+        'rows = load_dataset("parquet", data_files="part-*.parquet", split="train")\n```',
+        "## Columns\n\n" + _table(("column", "what"), [(name, COLUMN_NOTES[name]) for name in _column_names(plan)]),
+        "## Models\n\n" + _table(("place", "identity"), list(plan.models.items())),
+        "## Input\n\n" + _table(("file", "rows"), [(file.name, f"{file.num_rows:,}") for file in plan.files[:100]]),
+        "## Settings\n\n" + _table(("setting", "value"), [(key, _plain(value)) for key, value in shown.items()]),
+    ]
+    if errors:
+        counts = [(reason, f"{count:,}") for reason, count in errors.items()]
+        parts.append("## Rejected rows\n\n" + _table(("reason", "rows"), counts))
+    parts.append(f"Fingerprint `{plan.digest}`; every file's SHA-256 is in `manifest.json`.")
+    return ("\n\n".join(parts) + "\n").encode("utf-8", errors="backslashreplace")
+
+
+def _column_names(plan: Plan) -> list[str]:
+    schema = output_schema(plan.principal_names, trace=plan.trace, has_response=plan.has_response)
+    return list(schema.names)
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    lines += [f"| {escape_markdown(left)} | {escape_markdown(right)} |" for left, right in rows]
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that shows as itself in Markdown and HTML, on one line, without control characters."""
+    text = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#!~$])", r"\\\1", text)

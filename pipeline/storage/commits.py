@@ -1,0 +1,120 @@
+"""The commit record of a shard: a shard exists exactly if its record exists."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import CageError, StorageError
+from pipeline.records import Record
+
+REASONS_KEPT = 20
+OTHER_REASONS = "other reasons"
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """What one committed shard holds, and how it came about.
+
+    `rows` and `rejected` count records (one a row and sample), `sha256_by_file` names the files that count,
+    `tokens` the tokens of the aligned records. `attempt`, `seconds`, `host` and `committed_at` (Unix time) are told
+    here and nowhere else: no data file depends on them.
+    """
+
+    shard: int
+    rows: int
+    rejected: int
+    tokens: int
+    sha256_by_file: Mapping[str, str]
+    num_bytes: int
+    digest: str
+    attempt: int
+    seconds: float
+    host: str
+    committed_at: float
+    pyarrow: str
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, *, source: str) -> CommitRecord:
+        """Read a stored record. Raises StorageError when it is not one."""
+        try:
+            tree = json.loads(data)
+            return cls(**{each.name: tree[each.name] for each in fields(cls)})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise StorageError(f"{source} is not a commit record; remove it to compute the shard again") from None
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def order_records(records: Iterable[Record], row_ids: Sequence[str], *, num_samples: int, shard: int) -> list[Record]:
+    """The records in the order of `row_ids`, then by sample: each row exactly once.
+
+    Every row has `num_samples` records; one that failed before its first sample may have a single rejected one.
+
+    Raises:
+        CageError: a record is missing, twice, or of no row of the shard. It is a fault of the program, and would
+            lose or repeat a row.
+    """
+    by_row: dict[str, dict[int, Record]] = {row_id: {} for row_id in row_ids}
+    for record in records:
+        samples = by_row.get(record.row_id)
+        if samples is None or not 0 <= record.sample < num_samples:
+            raise CageError(f"shard {shard} has no row {record.row_id!r}, sample {record.sample}")
+        if record.sample in samples:
+            raise CageError(f"shard {shard} got row {record.row_id!r}, sample {record.sample} twice")
+        samples[record.sample] = record
+    for row_id, samples in by_row.items():
+        whole_row_failed = list(samples) == [0] and samples[0].is_rejected
+        if len(samples) != num_samples and not whole_row_failed:
+            raise CageError(f"shard {shard} got {len(samples)} of {num_samples} samples of row {row_id!r}")
+    return [samples[sample] for samples in by_row.values() for sample in sorted(samples)]
+
+
+def count_reasons(reasons: Iterable[str | None]) -> dict[str, int]:
+    """Count errors by kind: numbers and quoted values are left out of a reason, rare kinds are put together."""
+    counts = Counter(_kind(reason or "no reason given") for reason in reasons)
+    kept = dict(counts.most_common(REASONS_KEPT))
+    rest = sum(counts.values()) - sum(kept.values())
+    return {**kept, OTHER_REASONS: rest} if rest else kept
+
+
+def add_reasons(all_counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sum counts of several shards, most frequent first."""
+    total: Counter[str] = Counter()
+    for counts in all_counts:
+        total.update(counts)
+    return dict(total.most_common())
+
+
+def count_tokens(table: pa.Table) -> int:
+    return int(pc.sum(table.column("num_tokens")).as_py() or 0)
+
+
+def differing_rows(first: pa.Table, second: pa.Table) -> list[tuple[str, int]]:
+    """The (row_id, sample) that both tables have, with different values (NaN equals NaN)."""
+    left, right = _by_key(first), _by_key(second)
+    common = [key for key in left if key in right]
+    return [key for key in common if repr(left[key]) != repr(right[key])]
+
+
+def _by_key(table: pa.Table) -> dict[tuple[str, int], Any]:
+    return {(row["row_id"], row["sample"]): row for row in table.to_pylist()}
+
+
+def _kind(reason: str) -> str:
+    without_place = re.sub(r"^(line|row) \d+ of .*?(: | (?=is ))", "", reason)
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+(\.\d+)?", "…", without_place)[:200]
