@@ -29,7 +29,7 @@ COLUMN_NOTES = {
     "covered_mass": "mean probability of the base on the candidates",
     "max_residual": "largest certificate residual of the solved games",
     "num_unsolved": "tokens whose game was not solved to tolerance",
-    "error": "null here; the reason in `_rejected/`",
+    "error": "null here; rejected rows have the reason",
     "original_response": "the input's answer",
     "original_rewards": "rewards of the input's answer",
     "chosen": "the answer with the higher weighted reward",

@@ -117,4 +117,4 @@ def _by_key(table: pa.Table) -> dict[tuple[str, int], Any]:
 
 def _kind(reason: str) -> str:
     without_place = re.sub(r"^(line|row) \d+ of .*?(: | (?=is ))", "", reason)
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+(\.\d+)?", "…", without_place)[:200]
+    return re.sub(r"'[^']*'|\"[^\"]*\"|(?<![\w-])\d+(\.\d+)?\b", "…", without_place)[:200]

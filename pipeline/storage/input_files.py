@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from pipeline.errors import ConfigurationError, StorageError
+from pipeline.storage.addresses import file_system, split_address, told_as_storage_error
 from pipeline.storage.rows import Columns, quote
-from pipeline.storage.stores import file_system, split_address, told_as_storage_error
 
 FORMAT_BY_SUFFIX = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

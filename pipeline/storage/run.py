@@ -1,42 +1,22 @@
-"""One output directory: plan, data files, commit records, manifest. Safe against kills and against a second driver.
-
-For each shard the data file is created first and never replaced: the first one stands. It names, in its footer, the
-file with its rejected rows, which was written before it. The commit record is made from what stands, so that every
-writer of a shard arrives at the same record.
-"""
+"""One output directory: plan, data files, commit records, manifest. Safe against kills and a second driver."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Reproducibility
-from pipeline.errors import CageError, ConfigurationError, NondeterminismError, StorageError
+from pipeline.errors import CageError, ConfigurationError
 from pipeline.records import Record
 from pipeline.storage.card import render_card, render_manifest
-from pipeline.storage.commits import (
-    CommitRecord,
-    add_reasons,
-    count_reasons,
-    count_tokens,
-    differing_rows,
-    order_records,
-    sha256,
-)
+from pipeline.storage.commits import CommitRecord, add_reasons, order_records
 from pipeline.storage.plan import Plan, Shard, refuse_mismatch
-from pipeline.storage.rows import quote
+from pipeline.storage.shard_files import COMMITS, REJECTED, ShardWriter, told_as_damage
 from pipeline.storage.stores import ObjectStore, Store, open_store
-from pipeline.storage.tables import output_schema, to_table, write_table_bytes
 
 PLAN, MANIFEST, CARD, SUCCESS = "plan.json", "manifest.json", "README.md", "_SUCCESS"
-COMMITS, REJECTED = "_commits/", "_rejected/"
-REJECTED_KEY = "cage.rejected"  # in a data file's footer: the name of the file with its rejected rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +69,6 @@ class Run:
         return cls(store, _read_plan(store))
 
     @property
-    def schema(self) -> pa.Schema:
-        """The schema of the data files; its metadata carries fingerprint and model identities."""
-        models = {f"cage.models.{place}": identity for place, identity in self.plan.models.items()}
-        return output_schema(
-            self.plan.principal_names,
-            trace=self.plan.trace,
-            has_response=self.plan.has_response,
-            metadata={"cage.fingerprint": self.plan.digest, **models},
-        )
-
-    @property
     def is_complete(self) -> bool:
         return self.store.read(SUCCESS) is not None
 
@@ -107,8 +76,8 @@ class Run:
         """The commit records by shard, by one listing and the reading of the records at once."""
         names = [name for name in self.store.names(COMMITS) if name.endswith(".json")]
         found = self.store.read_many(names)
-        records = (CommitRecord.from_json(data, source=self.store.url(name)) for name, data in found.items())
-        return dict(sorted((record.shard, self._own(record)) for record in records))
+        records = [self._writer.read_record(name, data) for name, data in found.items()]
+        return {record.shard: record for record in sorted(records, key=lambda record: record.shard)}
 
     def pending(self) -> list[Shard]:
         """The shards that are not committed, in order."""
@@ -139,13 +108,7 @@ class Run:
         if row_ids is None:
             row_ids = [row.row_id for row in self.plan.read_shard(shard)]
         ordered = order_records(records, row_ids, num_samples=self.plan.num_samples, shard=shard.index)
-        rejected = to_table([record for record in ordered if record.is_rejected], self.schema)
-        aligned = to_table([record for record in ordered if not record.is_rejected], self.schema)
-        rejected_name = self._write_rejected(shard, rejected)
-        data = write_table_bytes(aligned, metadata={REJECTED_KEY: rejected_name})
-        standing = self._write_first(shard, data, aligned)
-        record = self._record(shard, standing, attempt=attempt, seconds=seconds, host=host)
-        return self._create_record(record)
+        return self._writer.commit(shard, ordered, attempt=attempt, seconds=seconds, host=host)
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> None:
         """Write manifest, data set card and, last, `_SUCCESS`. `extra` is put into the manifest.
@@ -199,99 +162,17 @@ class Run:
                 return sorted(rows, key=lambda row: int(row["sample"]))
         return []
 
+    @property
+    def _writer(self) -> ShardWriter:
+        return ShardWriter(self.store, self.plan)
+
     def _find_in(self, name: str, row_id: str) -> list[dict[str, Any]]:
-        with _told_as_damage(self.store.url(name)), self.store.open(name) as handle, pq.ParquetFile(handle) as file:
+        with told_as_damage(self.store.url(name)), self.store.open(name) as handle, pq.ParquetFile(handle) as file:
             if file.metadata.num_rows == 0 or not _may_hold(file.metadata, row_id):
                 return []
             ids = file.read(columns=["row_id"]).column("row_id").to_pylist()
             wanted = [index for index, found in enumerate(ids) if found == row_id]
             return list(file.read().take(wanted).to_pylist()) if wanted else []
-
-    def _own(self, record: CommitRecord) -> CommitRecord:
-        if record.digest != self.plan.digest or not 0 <= record.shard < len(self.plan.shards):
-            raise StorageError(f"{self.store.path} holds a commit record of another run: shard {record.shard}")
-        return record
-
-    def _part(self, shard: int) -> str:
-        width = max(5, len(str(len(self.plan.shards))))
-        return f"part-{shard:0{width}d}-of-{len(self.plan.shards):0{width}d}"
-
-    def _write_rejected(self, shard: Shard, rejected: pa.Table) -> str:
-        """Write the rejected rows under a name with their hash; return the name, empty when there are none."""
-        if rejected.num_rows == 0:
-            return ""
-        data = write_table_bytes(rejected)
-        name = f"{REJECTED}{self._part(shard.index)}-{sha256(data)[:16]}.parquet"
-        self.store.create(name, data)
-        return name
-
-    def _write_first(self, shard: Shard, data: bytes, aligned: pa.Table) -> bytes:
-        """Create the data file, or take the one that stands already; return the bytes that stand."""
-        name = f"{self._part(shard.index)}.parquet"
-        if self.store.create(name, data):
-            return data
-        standing = self.store.read(name)
-        if standing is None:
-            raise StorageError(f"{self.store.url(name)} disappeared while it was being committed")
-        if standing != data:
-            self._compare(name, standing, aligned)
-        return standing
-
-    def _compare(self, name: str, standing: bytes, aligned: pa.Table) -> None:
-        """Accept another attempt's file. Rows may have been rejected in one attempt only; values must agree."""
-        found = _read_table(standing, self.store.url(name))
-        if (found.schema.metadata or {}).get(b"cage.fingerprint", b"").decode() != self.plan.digest:
-            raise StorageError(f"{self.store.url(name)} belongs to another run; remove it to go on")
-        if self.plan.fingerprint["decoding.reproducibility"] != Reproducibility.STRICT:
-            return
-        differing = differing_rows(found, aligned)
-        if differing:
-            row_id, sample = differing[0]
-            raise NondeterminismError(
-                f"{self.store.url(name)} was computed twice with different values: {len(differing)} rows, "
-                f"first row {quote(row_id)}, sample {sample}"
-            )
-
-    def _record(self, shard: Shard, data: bytes, *, attempt: int, seconds: float, host: str) -> CommitRecord:
-        name = f"{self._part(shard.index)}.parquet"
-        aligned = _read_table(data, self.store.url(name))
-        files = {name: data}
-        reasons: list[str | None] = []
-        if rejected_name := (aligned.schema.metadata or {}).get(REJECTED_KEY.encode(), b"").decode():
-            rejected_data = self.store.read(rejected_name)
-            if rejected_data is None:
-                raise StorageError(f"{self.store.url(rejected_name)} is missing; remove {name} to go on")
-            files[rejected_name] = rejected_data
-            reasons = _read_table(rejected_data, self.store.url(rejected_name)).column("error").to_pylist()
-        return CommitRecord(
-            shard=shard.index,
-            rows=aligned.num_rows,
-            rejected=len(reasons),
-            tokens=count_tokens(aligned),
-            sha256_by_file={name: sha256(content) for name, content in files.items()},
-            num_bytes=sum(len(content) for content in files.values()),
-            digest=self.plan.digest,
-            attempt=attempt,
-            seconds=round(seconds, 3),
-            host=host,
-            committed_at=round(time.time(), 3),
-            pyarrow=pa.__version__,
-            errors=count_reasons(reasons),
-        )
-
-    def _create_record(self, record: CommitRecord) -> CommitRecord:
-        name = f"{COMMITS}{self._part(record.shard).partition('-of-')[0]}.json"
-        if self.store.create(name, record.to_json()):
-            return record
-        stored = self.store.read(name)
-        if stored is None:
-            raise StorageError(f"{self.store.url(name)} disappeared while it was being committed")
-        winner = self._own(CommitRecord.from_json(stored, source=self.store.url(name)))
-        if dict(winner.sha256_by_file) != dict(record.sha256_by_file):
-            raise NondeterminismError(
-                f"shard {record.shard} of {self.store.path} is committed with other files than those that are there"
-            )
-        return winner
 
 
 def _read_plan(store: Store) -> Plan:
@@ -305,19 +186,6 @@ def _check_exclusive(store: Store, plan: Plan) -> None:
     """Some S3-compatible stores ignore If-None-Match; two writers could then both win."""
     if isinstance(store, ObjectStore) and store.create(PLAN, plan.to_json()):
         raise ConfigurationError(f"{store.path} is in a store without create-only writes (If-None-Match)")
-
-
-def _read_table(data: bytes, source: str) -> pa.Table:
-    with _told_as_damage(source), pq.ParquetFile(pa.BufferReader(data)) as file:
-        return file.read()
-
-
-@contextlib.contextmanager
-def _told_as_damage(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{source} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def _may_hold(metadata: pq.FileMetaData, row_id: str) -> bool:

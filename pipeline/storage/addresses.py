@@ -1,0 +1,63 @@
+"""Addresses and names: what is local, what is an object store, and what may be a file of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import ConfigurationError, StorageError
+
+OBJECT_SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=-]*(/[A-Za-z0-9_][A-Za-z0-9._=-]*)*")
+
+
+def split_address(path: str) -> tuple[str | None, str]:
+    """Split an address into its object store's scheme (None for local) and the rest.
+
+    Raises:
+        ConfigurationError: an unknown scheme, or a bucket name that no store accepts (so no embedded credentials).
+    """
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
+    if found is None:
+        return None, path
+    scheme, rest = found[1].lower(), path[found.end() :].strip("/")
+    if scheme == "file":
+        return None, path[found.end() :]
+    if scheme not in OBJECT_SCHEMES:
+        raise ConfigurationError(f"{scheme}:// is not supported; use a local path, s3:// or gs://")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}", rest.partition("/")[0]):
+        raise ConfigurationError(f"{scheme}:// must be followed by a bucket's name")
+    return OBJECT_SCHEMES[scheme], rest
+
+
+def file_system(scheme: str) -> Any:
+    """The fsspec file system of an object store; credentials and endpoint come from the client's own sources."""
+    import fsspec
+
+    options: dict[str, Any] = {"use_listings_cache": False}
+    try:
+        return fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme, scheme)
+        raise ConfigurationError(f"{scheme}:// needs the package {package}: {error}") from None
+
+
+@contextlib.contextmanager
+def told_as_storage_error(action: str) -> Iterator[None]:
+    """Turn what a client library raises into one line; FileNotFoundError and FileExistsError pass."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, StorageError, ConfigurationError):
+        raise
+    except Exception as error:  # the object stores' clients share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(f"cannot {action}: {reason}") from error
+
+
+def check_name(name: str) -> str:
+    """Return `name`, or raise StorageError when it could leave the directory."""
+    if not NAME.fullmatch(name):
+        raise StorageError(f"a stored name has letters, digits and ._=- between slashes; got {name!r}")
+    return name

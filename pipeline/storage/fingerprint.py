@@ -1,0 +1,78 @@
+"""The fingerprint of a run: everything that changes its results, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.errors import RunMismatch
+from pipeline.storage.input_files import InputFile
+from pipeline.storage.rows import quote
+
+DISTRIBUTION = "cage-align"
+# These say where a model runs, not what it computes.
+PLACEMENT_KEYS = ("resources", "device")
+# The identity of a model, given by the caller, stands for these.
+IDENTITY_KEYS = ("model", "revision", "adapter", "reference")
+
+
+def take_fingerprint(
+    config: Config, models: Mapping[str, str], versions: Mapping[str, str], files: Sequence[InputFile]
+) -> dict[str, Any]:
+    """Everything that changes results, as dotted fields with plain values (see `make_plan`)."""
+    tree = config.model_dump(mode="json")
+    fields: dict[str, Any] = {"code.version": _code_version()}
+    fields.update({f"versions.{name}": version for name, version in versions.items()})
+    fields.update({f"models.{place}": identity for place, identity in models.items()})
+    chosen = {key: value for key, value in tree["input"].items() if key not in ("path", "split", "subset")}
+    fields.update({f"input.{key}": value for key, value in chosen.items()})
+    for file in files:
+        fields[f"input.files.{file.name}"] = f"{file.format} {file.num_rows} rows {file.identity}"
+    fields["output.rows_per_shard"] = config.output.rows_per_shard
+    for section in ("base", "principals", "decoding"):
+        fields.update(_flatten(section, tree[section], models))
+    fields["principals"] = list(config.principals)  # their order is the order of columns and of the game
+    return fields
+
+
+def _flatten(place: str, value: Any, models: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Dotted fields below `place`, without placement and without what an identity in `models` stands for."""
+    if not isinstance(value, dict):
+        yield place, value
+        return
+    for key, child in value.items():
+        where = f"{place}.{key}"
+        stands_for = (place in models and key in ("model", "revision")) or (
+            where in models and key in IDENTITY_KEYS and not isinstance(child, dict)
+        )
+        if key not in PLACEMENT_KEYS and not stands_for:
+            yield from _flatten(where, child, models)
+
+
+def _code_version() -> str:
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def explain_mismatch(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say field by field how two fingerprints differ, one line each; empty when they do not."""
+    lines = []
+    for field in sorted({*old, *new}):
+        before, after = (quote(side[field]) if field in side else "absent" for side in (old, new))
+        if field not in old or field not in new or old[field] != new[field]:
+            lines.append(f"{field}: {before} -> {after}")
+    return "\n".join(lines)
+
+
+def refuse_mismatch(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise RunMismatch unless the fingerprints are the same."""
+    difference = explain_mismatch(old, new)
+    if difference:
+        raise RunMismatch(
+            f"{path} holds a run with other settings (stored -> given):\n{difference}\n"
+            "Restore these settings to continue it, or choose another output.path."
+        )

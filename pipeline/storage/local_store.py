@@ -1,0 +1,109 @@
+"""A local (or network) folder as a store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.errors import StorageError
+from pipeline.storage.addresses import NAME, check_name, told_as_storage_error
+
+ASIDE = ".aside"
+ABANDONED_AFTER_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStore:
+    """A folder. Files are written aside, synced and then linked or renamed into place."""
+
+    folder: Path
+
+    @property
+    def path(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> bytes | None:
+        with told_as_storage_error(f"read {self.url(name)}"):
+            try:
+                return self._file(name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        found = ((name, self.read(name)) for name in names)
+        return {name: data for name, data in found if data is not None}
+
+    def open(self, name: str) -> BinaryIO:
+        with told_as_storage_error(f"read {self.url(name)}"):
+            try:
+                return self._file(name).open("rb")
+            except FileNotFoundError:
+                raise StorageError(f"{self.url(name)} does not exist") from None
+
+    def create(self, name: str, data: bytes) -> bool:
+        file = self._file(name)
+        with told_as_storage_error(f"write {file}"), self._aside(file, data) as aside:
+            try:
+                os.link(aside, file)  # unlike a rename, a link never replaces
+            except FileExistsError:
+                return False
+            _sync_folder(file.parent)
+            return True
+
+    def put(self, name: str, data: bytes) -> None:
+        file = self._file(name)
+        with told_as_storage_error(f"write {file}"), self._aside(file, data) as aside:
+            aside.replace(file)
+            _sync_folder(file.parent)
+
+    def remove(self, name: str) -> None:
+        with told_as_storage_error(f"remove {self.url(name)}"):
+            self._file(name).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        with told_as_storage_error(f"remove old files of {self.folder}"):
+            for aside in self.folder.rglob(f".*{ASIDE}"):
+                if time.time() - aside.stat().st_mtime > ABANDONED_AFTER_S:
+                    aside.unlink(missing_ok=True)
+
+    def names(self, prefix: str = "") -> list[str]:
+        start = self.folder / prefix.rpartition("/")[0]
+        with told_as_storage_error(f"list {start}"):
+            files = (Path(folder) / file for folder, _, files in os.walk(start) for file in files)
+            names = (file.relative_to(self.folder).as_posix() for file in files)
+            return sorted(name for name in names if name.startswith(prefix) and NAME.fullmatch(name))
+
+    def url(self, name: str) -> str:
+        return str(self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / check_name(name)
+
+    @contextlib.contextmanager
+    def _aside(self, file: Path, data: bytes) -> Iterator[Path]:
+        """Hold `data`, synced, in a hidden file beside `file`."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}{ASIDE}")
+        try:
+            with aside.open("xb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            yield aside
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new or renamed entry of `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

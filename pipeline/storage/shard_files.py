@@ -1,0 +1,164 @@
+"""The files of one shard, and the order in which they are written.
+
+The data file is created first and never replaced: the first one stands. It names, in its footer, the file with its
+rejected rows, which was written before it. The commit record is made from what stands, so that every writer of a
+shard arrives at the same record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import Reproducibility
+from pipeline.errors import NondeterminismError, StorageError
+from pipeline.records import Record
+from pipeline.storage.commits import CommitRecord, count_reasons, count_tokens, differing_rows, sha256
+from pipeline.storage.plan import Plan, Shard
+from pipeline.storage.rows import quote
+from pipeline.storage.stores import Store
+from pipeline.storage.tables import output_schema, to_table, write_table_bytes
+
+COMMITS, REJECTED = "_commits/", "_rejected/"
+REJECTED_KEY = "cage.rejected"  # in a data file's footer: the name of the file with its rejected rows
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWriter:
+    """Writes and commits shards of one run."""
+
+    store: Store
+    plan: Plan
+
+    def commit(
+        self, shard: Shard, ordered: Sequence[Record], *, attempt: int, seconds: float, host: str
+    ) -> CommitRecord:
+        """Write the ordered records of a shard and commit it; see `Run.commit`."""
+        schema = self._schema
+        rejected = to_table([record for record in ordered if record.is_rejected], schema)
+        aligned = to_table([record for record in ordered if not record.is_rejected], schema)
+        rejected_name = self._write_rejected(shard, rejected)
+        data = write_table_bytes(aligned, metadata={REJECTED_KEY: rejected_name})
+        standing = self._write_first(shard, data, aligned)
+        record = self._record(shard, standing, attempt=attempt, seconds=seconds, host=host)
+        return self._create_record(record)
+
+    @property
+    def _schema(self) -> pa.Schema:
+        """The schema of the data files; its metadata carries fingerprint and model identities."""
+        models = {f"cage.models.{place}": identity for place, identity in self.plan.models.items()}
+        return output_schema(
+            self.plan.principal_names,
+            trace=self.plan.trace,
+            has_response=self.plan.has_response,
+            metadata={"cage.fingerprint": self.plan.digest, **models},
+        )
+
+    def read_record(self, name: str, data: bytes) -> CommitRecord:
+        """Read a stored commit record. Raises StorageError when it is none, or another run's."""
+        url = self.store.url(name)
+        record = CommitRecord.from_json(data, source=url)
+        if record.digest != self.plan.digest or not 0 <= record.shard < len(self.plan.shards):
+            raise StorageError(f"{url} belongs to another run; remove it to go on")
+        return record
+
+    def _part(self, shard: int) -> str:
+        width = max(5, len(str(len(self.plan.shards))))
+        return f"part-{shard:0{width}d}-of-{len(self.plan.shards):0{width}d}"
+
+    def _write_rejected(self, shard: Shard, rejected: pa.Table) -> str:
+        """Write the rejected rows under a name with their hash; return the name, empty when there are none."""
+        if rejected.num_rows == 0:
+            return ""
+        data = write_table_bytes(rejected)
+        name = f"{REJECTED}{self._part(shard.index)}-{sha256(data)[:16]}.parquet"
+        self.store.create(name, data)
+        return name
+
+    def _write_first(self, shard: Shard, data: bytes, aligned: pa.Table) -> bytes:
+        """Create the data file, or take the one that stands already; return the bytes that stand."""
+        name = f"{self._part(shard.index)}.parquet"
+        if self.store.create(name, data):
+            return data
+        standing = self.store.read(name)
+        if standing is None:
+            raise StorageError(f"{self.store.url(name)} disappeared while it was being committed")
+        if standing != data:
+            self._compare(name, standing, aligned)
+        return standing
+
+    def _compare(self, name: str, standing: bytes, aligned: pa.Table) -> None:
+        """Accept another attempt's file. Rows may have been rejected in one attempt only; values must agree."""
+        found = _read_table(standing, self.store.url(name))
+        if (found.schema.metadata or {}).get(b"cage.fingerprint", b"").decode() != self.plan.digest:
+            raise StorageError(f"{self.store.url(name)} belongs to another run; remove it to go on")
+        if self.plan.fingerprint["decoding.reproducibility"] != Reproducibility.STRICT:
+            return
+        differing = differing_rows(found, aligned)
+        if differing:
+            row_id, sample = differing[0]
+            raise NondeterminismError(
+                f"{self.store.url(name)} was computed twice with different values: {len(differing)} rows, "
+                f"first row {quote(row_id)}, sample {sample}; remove it and its commit record to have it computed again"
+            )
+
+    def _record(self, shard: Shard, data: bytes, *, attempt: int, seconds: float, host: str) -> CommitRecord:
+        name = f"{self._part(shard.index)}.parquet"
+        aligned = _read_table(data, self.store.url(name))
+        files = {name: data}
+        reasons: list[str | None] = []
+        if rejected_name := (aligned.schema.metadata or {}).get(REJECTED_KEY.encode(), b"").decode():
+            rejected_data = self.store.read(rejected_name)
+            if rejected_data is None:
+                raise StorageError(f"{self.store.url(rejected_name)} is missing; remove {name} to go on")
+            files[rejected_name] = rejected_data
+            reasons = _read_table(rejected_data, self.store.url(rejected_name)).column("error").to_pylist()
+        return CommitRecord(
+            shard=shard.index,
+            rows=aligned.num_rows,
+            rejected=len(reasons),
+            tokens=count_tokens(aligned),
+            sha256_by_file={name: sha256(content) for name, content in files.items()},
+            num_bytes=sum(len(content) for content in files.values()),
+            digest=self.plan.digest,
+            attempt=attempt,
+            seconds=round(seconds, 3),
+            host=host,
+            committed_at=round(time.time(), 3),
+            pyarrow=pa.__version__,
+            errors=count_reasons(reasons),
+        )
+
+    def _create_record(self, record: CommitRecord) -> CommitRecord:
+        name = f"{COMMITS}{self._part(record.shard).partition('-of-')[0]}.json"
+        if self.store.create(name, record.to_json()):
+            return record
+        stored = self.store.read(name)
+        if stored is None:
+            raise StorageError(f"{self.store.url(name)} disappeared while it was being committed")
+        winner = self.read_record(name, stored)
+        if dict(winner.sha256_by_file) != dict(record.sha256_by_file):
+            raise NondeterminismError(
+                f"shard {record.shard} of {self.store.path} is committed with other files than those that are there"
+            )
+        return winner
+
+
+def _read_table(data: bytes, source: str) -> pa.Table:
+    with told_as_damage(source), pq.ParquetFile(pa.BufferReader(data)) as file:
+        table: pa.Table = file.read()
+        return table
+
+
+@contextlib.contextmanager
+def told_as_damage(source: str) -> Iterator[None]:
+    """Turn a fault of reading a stored Parquet file into a StorageError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{source} cannot be read: {' '.join(str(error).split())[:300]}") from error
