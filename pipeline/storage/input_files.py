@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ def open_bytes(path: str) -> BinaryIO:
             if scheme is None:
                 return Path(address).open("rb", buffering=READ_AHEAD_BYTES // 4)
             handle = file_system(scheme).open(address, "rb", block_size=READ_AHEAD_BYTES)
-            return cast(BinaryIO, handle)
+            return cast(BinaryIO, io.BufferedReader(handle))  # fsspec's own readline has no limit
         except FileNotFoundError:
             raise StorageError(f"{path} does not exist any more") from None
 

@@ -88,7 +88,10 @@ class LocalStore:
     @contextlib.contextmanager
     def _aside(self, file: Path, data: bytes) -> Iterator[Path]:
         """Hold `data`, synced, in a hidden file beside `file`."""
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise StorageError(f"cannot write {file}: {file.parent} is not a folder") from None
         aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}{ASIDE}")
         try:
             with aside.open("xb") as handle:

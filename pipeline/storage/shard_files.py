@@ -104,7 +104,7 @@ class ShardWriter:
             row_id, sample = differing[0]
             raise NondeterminismError(
                 f"{self.store.url(name)} was computed twice with different values: {len(differing)} rows, "
-                f"first row {quote(row_id)}, sample {sample}; remove it and its commit record to have it computed again"
+                f"first row {quote(row_id)}, sample {sample}; remove it and its commit record to compute it again"
             )
 
     def _record(self, shard: Shard, data: bytes, *, attempt: int, seconds: float, host: str) -> CommitRecord:

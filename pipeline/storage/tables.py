@@ -130,7 +130,7 @@ def _row(record: Record) -> dict[str, Any]:
         "covered_mass": record.covered_mass,
         "max_residual": record.max_residual,
         "num_unsolved": record.num_unsolved,
-        "error": record.error,
+        "error": None if record.error is None else _storable(record.error),
         "original_response": record.original_response,
         "original_rewards": None if record.original_rewards is None else dict(record.original_rewards),
         "chosen": _answer(record.chosen),
@@ -141,6 +141,11 @@ def _row(record: Record) -> dict[str, Any]:
 
 def _message(message: Message) -> dict[str, str]:
     return {"role": message["role"], "content": message["content"]}
+
+
+def _storable(text: str) -> str:
+    """Text without lone surrogates: a message about a bad row must not cost the shard."""
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def _answer(text: str | None) -> list[dict[str, str]] | None:
