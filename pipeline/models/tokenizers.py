@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from pipeline.errors import ConfigurationError
 from pipeline.models.sources import ModelSource
-from pipeline.models.weight_files import CONFIG, LocalTree, read_json
+from pipeline.models.weight_files import LocalTree, read_json
 
 GENERATION_CONFIG = "generation_config.json"
 NUM_SHOWN = 5
@@ -58,18 +58,14 @@ def compare_tokenizers(base: Any, other: Any, base_name: str, other_name: str) -
         )
 
 
-def stop_token_ids(source: ModelSource, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: of the generation configuration, the model's configuration and the tokenizer.
-
-    Only what the files state: the default of an architecture may be another token in this vocabulary.
-    """
+def stop_token_ids(source: ModelSource, tokenizer: Any, config: Any) -> frozenset[int]:
+    """Ids that end an answer: of the generation configuration, the model's configuration and the tokenizer."""
     tree = LocalTree(Path(source.path))
-    config = read_json(tree, CONFIG)
-    stated = [config, config.get("text_config") or {}]
+    stated = [tokenizer.eos_token_id, getattr(text_config(config), "eos_token_id", None)]
     if GENERATION_CONFIG in tree.sizes:
-        stated.append(read_json(tree, GENERATION_CONFIG))
+        stated.append(read_json(tree, GENERATION_CONFIG).get("eos_token_id"))
     found: set[int] = set()
-    for ids in [tokenizer.eos_token_id, *(part.get("eos_token_id") for part in stated)]:
+    for ids in stated:
         found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
     return frozenset(found)
 
