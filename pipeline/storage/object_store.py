@@ -44,7 +44,7 @@ class ObjectStore:
             for answer in found.values():
                 if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
                     raise answer
-        return {name_by_key[key]: data for key, data in found.items() if isinstance(data, bytes)}
+        return {name_by_key[str(key).strip("/")]: data for key, data in found.items() if isinstance(data, bytes)}
 
     def open(self, name: str) -> BinaryIO:
         with told_as_storage_error(f"read {self.url(name)}"):
