@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,29 +13,30 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import ConfigurationError
 from pipeline.models.host import Admission, Host, HostRole
 from pipeline.models.slots import ATTENTION
+from pipeline.models.sources import AdapterSource, ModelSource, fetch_weights
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 @dataclass(frozen=True, slots=True)
 class HostSpec:
-    """All that a process needs to start a host. Picklable; paths are valid on every machine of the run.
+    """All that a process needs to start a host, on any machine. Picklable.
 
-    `serves` names the principals (and "base") for error messages; `adapters` maps adapter name to folder.
+    `serves` names the principals (and "base") for error messages; weights that are not on the machine are fetched
+    into `cache_folder`.
     """
 
     name: str
     serves: tuple[str, ...]
-    model: str
-    revision: str | None
+    source: ModelSource
     dtype: str
     device: str
-    trust_remote_code: bool
     roles: tuple[HostRole, ...]
     num_slots: int
     vocab_size: int
     strict: bool
-    adapters: Mapping[str, str] = field(default_factory=dict)
+    cache_folder: Path
+    adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
 
 
 def load_host(spec: HostSpec) -> Host:
@@ -44,6 +46,8 @@ def load_host(spec: HostSpec) -> Host:
         ConfigurationError: the model cannot be loaded or cannot be served, with the reason.
     """
     device = pick_device(spec.device)
+    if spec.strict and device.type == "cpu":
+        torch.set_num_threads(1)  # with more, a row's bits depend on the number of rows
     model = _load_model(spec, device)
     host = Host(model, spec.roles, num_slots=spec.num_slots, vocab_size=spec.vocab_size, strict=spec.strict)
     _probe(host, model, spec)
@@ -69,20 +73,19 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _load_model(spec: HostSpec, device: torch.device) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            spec.model,
-            revision=spec.revision,
+            fetch_weights(spec.source, cache_folder=spec.cache_folder),
             dtype=pick_dtype(spec.dtype, device),
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=spec.source.trust_remote_code,
             use_safetensors=True,
         )
-        for name, folder in spec.adapters.items():
-            model = _with_adapter(model, name, folder)
+        for name, adapter in spec.adapters.items():
+            model = _with_adapter(model, name, fetch_weights(adapter, cache_folder=spec.cache_folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigurationError(f"model {spec.model} (for {_names(spec)}): {_one_line(error)}") from error
+        raise ConfigurationError(f"model {spec.source.name} (for {_names(spec)}): {_one_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
-def _with_adapter(model: Any, name: str, folder: str) -> Any:
+def _with_adapter(model: Any, name: str, folder: Path) -> Any:
     from peft import PeftModel  # seven seconds of import, for those who use adapters
 
     if isinstance(model, PeftModel):
@@ -107,14 +110,14 @@ def _probe(host: Host, model: Any, spec: HostSpec) -> None:
         host.advance([], [0], [last])
     except Exception as error:
         raise ConfigurationError(
-            f"model {spec.model} (for {_names(spec)}), architecture {config.model_type}, cannot be decoded in slots: "
+            f"model {spec.source.name} (for {_names(spec)}), architecture {config.model_type}, cannot be decoded in slots: "
             f"{_one_line(error)}"
         ) from error
     difference = (host.logprobs_at([0], None)[0, 0] - plain.log_softmax(-1)).abs().max().item()
     tolerance = PROBE_TOLERANCE.get(plain.dtype if model.dtype is None else model.dtype, 0.5)
     if not difference <= tolerance:
         raise ConfigurationError(
-            f"model {spec.model} (for {_names(spec)}), architecture {config.model_type}, cannot be decoded in slots: "
+            f"model {spec.source.name} (for {_names(spec)}), architecture {config.model_type}, cannot be decoded in slots: "
             f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}"
         )
 

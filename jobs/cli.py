@@ -1,0 +1,144 @@
+"""The `cage` command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import CageError, ExitCode
+
+app = typer.Typer(
+    name="cage",
+    help="Align language models at decoding time: several objectives, one base model, no retraining.\n\n"
+    "Start with `cage relabel -c configs/quickstart.yaml`; look at the result with `cage status RUN` and "
+    "`cage inspect RUN ROW_ID`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see configs/ for one per situation.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.SUB=VALUE]...",
+        help="Changes to the configuration, such as decoding.temperature=0.7 principals.brief.weight=0.2.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="First rows only (input.limit).")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the draws (decoding.seed).")]
+Model = Annotated[str | None, typer.Option(help="Base model (base.model).")]
+Revision = Annotated[str | None, typer.Option(help="Revision of the base model (base.revision).")]
+Dtype = Annotated[str | None, typer.Option(help="dtype of the base model (base.dtype).")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository (base.trust_remote_code).")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and its workers.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, local or s3://.")]
+
+
+@app.command()
+def relabel(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    model: Model = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration, defaults included, and stop.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer every prompt of an input with the aligned policy and write Parquet.
+
+    The same command continues a run that was interrupted and does nothing when the run is complete.
+    """
+    from jobs.relabel import run_relabel
+
+    flags = {
+        "input.limit": limit,
+        "decoding.seed": seed,
+        "base.model": model,
+        "base.revision": revision,
+        "base.dtype": dtype,
+        "base.trust_remote_code": trust_remote_code or None,
+    }
+    run_relabel(config, _merge(overrides, flags), print_config=print_config, is_verbose=verbose)
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
+    """Show what `relabel` would run: rows, shards, roles, hosts, placement, memory. Loads no weights."""
+    from jobs.plan import run_plan
+
+    run_plan(config, _merge(overrides, {"input.limit": limit, "base.model": model}))
+
+
+@app.command()
+def status(run: RunPath) -> None:
+    """Show how far a run is, from its files alone."""
+    from jobs.status import run_status
+
+    run_status(run)
+
+
+@app.command()
+def inspect(run: RunPath, row_id: Annotated[str, typer.Argument(metavar="ROW_ID", help="The row's id.")]) -> None:
+    """Show one row of a run: the conversation, who was paid for what, the numbers."""
+    from jobs.inspect import run_inspect
+
+    run_inspect(run, row_id)
+
+
+def main() -> None:
+    """Run the command line; every error that a user can mend is one message and an exit code."""
+    _set_quiet_environment()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except CageError as error:
+        print(f"cage: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("cage: interrupted; what is committed is kept, and the same command continues", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(ExitCode.FAILED)
+
+
+def _merge(overrides: list[str] | None, flags: Mapping[str, object]) -> list[str]:
+    """Flags are short names of overrides; they are applied last."""
+    return [*(overrides or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _set_quiet_environment() -> None:
+    """Before any heavy import: Ray reports nothing home, libraries draw no bars of their own."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    main()

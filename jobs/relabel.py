@@ -1,0 +1,33 @@
+"""`cage relabel`; also `python -m jobs.relabel`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pipeline.config import dump_config, load_config
+
+
+def run_relabel(config_file: Path, overrides: list[str], *, print_config: bool, is_verbose: bool) -> None:
+    """Read the configuration, run the job, say what was written and how to look at it."""
+    config = load_config(config_file, overrides)
+    if print_config:
+        sys.stdout.write(dump_config(config))
+        return
+    from jobs.status import describe_status
+    from pipeline.models.embedded import default_cache_folder
+    from pipeline.relabel import relabel
+
+    cache_folder = default_cache_folder(os.environ)
+    run, was_run = relabel(config, cache_folder, sys.stderr, is_verbose=is_verbose)
+    if not was_run:
+        print(f"{run.store.path} is complete: nothing to do")
+    print(describe_status(run))
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    sys.argv.insert(1, "relabel")
+    main()

@@ -1,0 +1,45 @@
+"""Plain text for a terminal: data is never printed raw."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+
+def printable(text: str) -> str:
+    """Escape control characters, so that data cannot steer a terminal; line breaks and tabs stay."""
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
+
+
+def indented(text: str, *, width: int = 100) -> str:
+    """Wrapped and indented by two, its own line breaks kept."""
+    lines = printable(text).splitlines() or [""]
+    return "\n".join(
+        textwrap.fill(line, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False) or ""
+        for line in lines
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by spaces; the first to the left, the others to the right."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people: 538 MB, 1.3 GB (powers of ten)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}" if num_bytes < 10 * scale else f"{num_bytes / scale:,.0f} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,146 @@
+"""Hosts as Ray actors: one placement group a replica, one actor a host, answers that name who failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pipeline.config import ClusterConfig
+from pipeline.decoding.assembly import Assembly
+from pipeline.decoding.hosts import HostClient, Reply, describe_failure
+from pipeline.decoding.lineup import HostPlan
+from pipeline.errors import CageError, ConfigurationError, HostError
+from pipeline.models.loading import HostSpec, load_host
+
+
+class HostActor:
+    """Holds one host in its own process and on its own device."""
+
+    def __init__(self, spec: HostSpec) -> None:
+        self._spec = spec
+        self._host: Any = None
+
+    def load(self) -> None:
+        """Load the weights. Not in `__init__`: an error there loses its class on the way."""
+        self._host = load_host(self._spec)
+
+    def call(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run one method of the host; tensors of the answer are on the CPU."""
+        return _to_cpu(getattr(self._host, method)(*args, **kwargs))
+
+
+class RayHost:
+    """A host in an actor. Calls run in the order of submission."""
+
+    def __init__(self, actor: Any, plan: HostPlan, timeout_s: float) -> None:
+        self.actor = actor
+        self._plan = plan
+        self._timeout_s = timeout_s
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
+        return RayReply(self.actor.call.remote(method, args, kwargs), self._plan, method, self._timeout_s)
+
+
+class RayReply:
+    """An answer that a host owes."""
+
+    def __init__(self, reference: Any, plan: HostPlan, method: str, timeout_s: float) -> None:
+        self._reference = reference
+        self._plan = plan
+        self._method = method
+        self._timeout_s = timeout_s
+
+    def result(self) -> Any:
+        try:
+            return ray.get(self._reference, timeout=self._timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, ConfigurationError):
+                raise error.cause from None
+            raise describe_failure(self._plan, self._method, error.cause) from None
+        except GetTimeoutError:
+            waited = HostError(f"no answer within {self._timeout_s:g} s")
+            raise describe_failure(self._plan, self._method, waited) from None
+        except RayError as error:
+            raise describe_failure(self._plan, self._method, error) from None
+
+
+class HostGroup:
+    """The hosts of one replica: started together in one placement group, stopped together."""
+
+    def __init__(self, assembly: Assembly, *, has_gpus: bool) -> None:
+        cluster = assembly.config.cluster
+        bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in assembly.lineup.hosts]
+        self._group: PlacementGroup = placement_group(bundles, strategy="PACK")
+        if not self._group.wait(cluster.start_timeout_s):
+            remove_placement_group(self._group)
+            raise ConfigurationError(
+                f"the cluster did not provide {_sum_text(bundles)} for a replica within {cluster.start_timeout_s:g} s"
+            )
+        self.clients: dict[str, HostClient] = {}
+        self._actors = []
+        for index, (plan, spec) in enumerate(zip(assembly.lineup.hosts, assembly.hosts, strict=True)):
+            actor = _start_actor(self._group, index, bundles[index], spec, plan)
+            self._actors.append(actor)
+            self.clients[plan.name] = RayHost(actor, plan, cluster.step_timeout_s)
+        self._load(assembly, cluster)
+
+    def stop(self) -> None:
+        """End the actors and free what they held."""
+        for actor in self._actors:
+            ray.kill(actor)
+        remove_placement_group(self._group)
+
+    def _load(self, assembly: Assembly, cluster: ClusterConfig) -> None:
+        loads = [
+            RayReply(actor.load.remote(), plan, "load", cluster.start_timeout_s)
+            for actor, plan in zip(self._actors, assembly.lineup.hosts, strict=True)
+        ]
+        try:
+            for load in loads:
+                load.result()
+        except CageError:
+            self.stop()
+            raise
+
+
+def bundle_of(plan: HostPlan, *, has_gpus: bool) -> dict[str, float]:
+    """What Ray reserves for a host: CPUs, and one GPU where the device is one, unless the configuration says."""
+    resources = plan.model.resources
+    num_gpus = resources.num_gpus
+    if num_gpus is None:
+        wants_gpu = plan.model.device.startswith("cuda") or (plan.model.device == "auto" and has_gpus)
+        num_gpus = 1.0 if wants_gpu else 0.0
+    return {"CPU": resources.num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+
+
+def _start_actor(group: PlacementGroup, index: int, bundle: dict[str, float], spec: HostSpec, plan: HostPlan) -> Any:
+    return (
+        ray.remote(HostActor)
+        .options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        )
+        .remote(spec)
+    )
+
+
+def _sum_text(bundles: list[dict[str, float]]) -> str:
+    total = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in total.items() if amount)
+
+
+def _to_cpu(answer: Any) -> Any:
+    if isinstance(answer, torch.Tensor):
+        return answer.cpu()
+    if is_dataclass(answer) and not isinstance(answer, type):
+        return replace(answer, **{field.name: _to_cpu(getattr(answer, field.name)) for field in fields(answer)})
+    return answer

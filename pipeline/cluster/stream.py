@@ -1,0 +1,152 @@
+"""The stream of a run: Ray Data hands shards to replicas and brings back what came of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from pipeline import errors
+from pipeline.cluster.host_actors import bundle_of
+from pipeline.cluster.replica import Replica
+from pipeline.decoding.assembly import Assembly
+from pipeline.decoding.shards import Counts, ShardOutcome
+from pipeline.errors import CageError, ConfigurationError
+
+MAX_SHARDS_IN_FLIGHT = 64
+
+
+class ProgressBoard:
+    """Where replicas say how far they are; an actor of its own, so that nobody waits for the driver."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counts] = {}
+
+    def report(self, replica: str, counts: Counts) -> None:
+        self._counts[replica] = counts
+
+    def totals(self) -> Counts:
+        every = self._counts.values()
+        return Counts(
+            sum(counts.rows for counts in every),
+            sum(counts.rejected for counts in every),
+            sum(counts.tokens for counts in every),
+        )
+
+
+class ShardStream:
+    """Decodes shards on the replicas of a Ray cluster. Use inside `cluster`."""
+
+    def __init__(self, assembly: Assembly, run_path: str) -> None:
+        self._assembly = assembly
+        self._run_path = run_path
+        self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self._board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+
+    def counts(self) -> Counts:
+        """Answers, rejected answers and tokens so far; the last known where the cluster is silent."""
+        try:
+            counts: Counts = ray.get(self._board.totals.remote(), timeout=10)
+            return counts
+        except ray.exceptions.RayError:
+            return Counts()
+
+    def decode(self, shards: Sequence[int]) -> Iterator[ShardOutcome]:
+        """Yield each shard's outcome as it comes."""
+        config = self._assembly.config
+        _be_quiet()
+        in_flight = min(MAX_SHARDS_IN_FLIGHT, 1 + math.ceil(config.cluster.slots / self._rows_per_shard()))
+        items = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards))
+        stream = items.map_batches(
+            Replica,
+            fn_constructor_args=(self._assembly, self._run_path, self._has_gpus, self._board),
+            batch_size=1,
+            compute=ActorPoolStrategy(
+                size=min(config.cluster.replicas, len(shards)),
+                max_tasks_in_flight_per_actor=in_flight,
+                max_concurrent_calls_per_actor=in_flight,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=config.cluster.coordinator_cpus,
+            num_gpus=0,
+            max_restarts=config.errors.max_attempts - 1,
+            max_task_retries=config.errors.max_attempts - 1,
+        )
+        for row in stream.iter_rows():
+            yield ShardOutcome(row["shard"], _as_error(row["kind"], row["error"]))
+
+    def _rows_per_shard(self) -> int:
+        config = self._assembly.config
+        return config.output.rows_per_shard * config.decoding.n
+
+
+@contextmanager
+def cluster(assembly: Assembly, *, is_verbose: bool) -> Iterator[None]:
+    """Join the configured Ray cluster, or start one on this machine and stop it afterwards."""
+    if ray.is_initialized():
+        _check_capacity(assembly)
+        yield
+        return
+    config = assembly.config.cluster
+    logging_options = {"log_to_driver": is_verbose, "logging_level": logging.INFO if is_verbose else logging.ERROR}
+    if config.address is None:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            # CPUs are Ray's book-keeping: a small machine may share its cores among the hosts
+            num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus_needed(assembly))),
+            **logging_options,
+        )
+    else:
+        try:
+            ray.init(address=config.address, **logging_options)
+        except ConnectionError as error:
+            raise ConfigurationError(f"no Ray cluster answers at cluster.address {config.address}: {error}") from None
+    try:
+        _check_capacity(assembly)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cpus_needed(assembly: Assembly) -> float:
+    config = assembly.config.cluster
+    per_replica = config.coordinator_cpus + sum(plan.model.resources.num_cpus for plan in assembly.lineup.hosts)
+    return config.replicas * per_replica
+
+
+def _check_capacity(assembly: Assembly) -> None:
+    """Refuse a replica that no machine of the cluster could hold, unless the cluster can grow."""
+    resources = ray.cluster_resources()
+    has_gpus = resources.get("GPU", 0) > 0
+    bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in assembly.lineup.hosts]
+    for kind in ("CPU", "GPU"):
+        needed = sum(bundle.get(kind, 0.0) for bundle in bundles)
+        if needed > resources.get(kind, 0.0) and assembly.config.cluster.address is None:
+            raise ConfigurationError(
+                f"one replica needs {needed:g} {kind} and the cluster has {resources.get(kind, 0.0):g}; "
+                "give hosts less by resources (num_cpus, num_gpus), or set device: cpu"
+            )
+
+
+def _be_quiet() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _as_error(kind: str, message: str) -> CageError | None:
+    """The error that a replica met, by its class name."""
+    if not kind:
+        return None
+    error_class: Any = getattr(errors, kind, CageError)
+    error: CageError = error_class(message)
+    return error

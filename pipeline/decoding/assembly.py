@@ -1,0 +1,99 @@
+"""From a configuration to everything that a replica needs, before any weights are loaded.
+
+Models are found, tokenizers compared and contexts read here, so that what cannot work is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, Reproducibility
+from pipeline.decoding.lineup import BASE, Lineup, adapters_of, build_lineup, models_of
+from pipeline.decoding.prompts import Prompter
+from pipeline.models.descriptions import load_model_config
+from pipeline.models.loading import HostSpec
+from pipeline.models.sources import ModelSource, resolve_adapter, resolve_model
+from pipeline.models.tokenizers import (
+    compare_tokenizers,
+    context_length,
+    load_tokenizer,
+    stop_token_ids,
+    text_config,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A run's replica on paper. Picklable.
+
+    `hosts` are in the order of the lineup's; `identities` name every model and adapter by content, by dotted place.
+    """
+
+    config: Config
+    lineup: Lineup
+    hosts: tuple[HostSpec, ...]
+    identities: Mapping[str, str]
+    prompter: Prompter
+
+
+def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], None] = lambda line: None) -> Assembly:
+    """Resolve models, compare tokenizers and lay out hosts.
+
+    Raises:
+        ConfigurationError: a model is missing or its tokenizer differs from the base's.
+    """
+    models = {
+        place: resolve_model(
+            model.model,
+            revision=model.revision,
+            cache_folder=cache_folder,
+            trust_remote_code=model.trust_remote_code,
+            progress=progress,
+        )
+        for place, model in models_of(config)
+    }
+    adapters = {
+        place: resolve_adapter(path, cache_folder=cache_folder, progress=progress)
+        for place, path in adapters_of(config)
+    }
+    source_of = {model.model_dump_json(): models[place] for place, model in models_of(config)}
+    lineup = build_lineup(config, identify=lambda model: source_of[model.model_dump_json()].identity)
+    sources = {plan.name: source_of[plan.model.model_dump_json()] for plan in lineup.hosts}
+    tokenizers = _load_tokenizers(lineup, sources)
+    model_configs = {name: load_model_config(source) for name, source in sources.items()}
+    stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], model_configs[BASE])
+    prompter = Prompter(
+        lineup, tokenizers, {name: context_length(model) for name, model in model_configs.items()}, stop_ids
+    )
+    vocab_size = min([len(tokenizers[BASE]), *(text_config(model).vocab_size for model in model_configs.values())])
+    adapter_of = {path: adapters[place] for place, path in adapters_of(config)}
+    hosts = tuple(
+        HostSpec(
+            name=plan.name,
+            serves=plan.serves,
+            source=sources[plan.name],
+            dtype=plan.model.dtype,
+            device=plan.model.device,
+            roles=plan.roles,
+            num_slots=config.cluster.slots,
+            vocab_size=vocab_size,
+            strict=config.decoding.reproducibility is Reproducibility.STRICT,
+            cache_folder=cache_folder,
+            adapters={name: adapter_of[path] for name, path in plan.adapters.items()},
+        )
+        for plan in lineup.hosts
+    )
+    identities = {place: model.identity for place, model in models.items()}
+    identities |= {place: adapter.identity for place, adapter in adapters.items()}
+    return Assembly(config, lineup, hosts, identities, prompter)
+
+
+def _load_tokenizers(lineup: Lineup, sources: Mapping[str, ModelSource]) -> dict[str, Any]:
+    """Every host's tokenizer, once each is known to hold the base's tokens."""
+    tokenizers = {plan.name: load_tokenizer(sources[plan.name]) for plan in lineup.hosts}
+    for plan in lineup.hosts[1:]:
+        compare_tokenizers(tokenizers[BASE], tokenizers[plan.name], BASE, f"{plan.name} ({plan.model.model})")
+    return tokenizers

@@ -1,0 +1,118 @@
+"""Shards through one engine: slots refill across shard borders, a shard is done when all its rows are."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pipeline.decoding.engine import Engine
+from pipeline.errors import CageError
+from pipeline.records import Record, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Answers done, answers rejected and tokens drawn, since the command started."""
+
+    rows: int = 0
+    rejected: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOutcome:
+    """What came of a shard: committed, or the error that ended its attempts."""
+
+    index: int
+    error: CageError | None = None
+
+
+@dataclass(slots=True)
+class ShardOutput:
+    """A shard's records in the order in which they ended; `seconds` from its first row to its last."""
+
+    index: int
+    records: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A shard under way. `num_waiting` counts admitted rows without a record."""
+
+    output: ShardOutput
+    jobs: Iterator[tuple[Row, int]]
+    started_s: float
+    num_waiting: int = 0
+    is_read: bool = False
+
+
+class ShardDecoder:
+    """Decodes shards, as many at once as it takes to keep the slots full.
+
+    Args:
+        engine: the decoder; it must be idle.
+        num_samples: answers per row.
+    """
+
+    def __init__(self, engine: Engine, *, num_samples: int) -> None:
+        self._engine = engine
+        self._num_samples = num_samples
+        self._unread: deque[_Open] = deque()
+        self._open: dict[str, _Open] = {}
+        self.counts = Counts()
+
+    @property
+    def wants_shard(self) -> bool:
+        """Whether another shard is needed to keep the slots full."""
+        return not self._unread
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._unread and not self._open and self._engine.is_idle
+
+    def add(self, index: int, rows: Iterable[Row]) -> None:
+        """Queue a shard. Row ids must differ from those of all shards under way."""
+        jobs = ((row, sample) for row in rows for sample in range(self._num_samples))
+        self._unread.append(_Open(ShardOutput(index), jobs, time.monotonic()))
+
+    def step(self) -> list[ShardOutput]:
+        """Advance the engine by one step; the shards that are done. Raises HostError."""
+        finished = self._refill()
+        for record in self._engine.step():
+            shard = self._open[record.row_id]
+            shard.output.records.append(record)
+            shard.num_waiting -= 1
+            self.counts = Counts(
+                self.counts.rows + 1,
+                self.counts.rejected + record.is_rejected,
+                self.counts.tokens + record.num_tokens,
+            )
+            if shard.is_read and shard.num_waiting == 0:
+                finished.append(self._close(shard))
+        return finished
+
+    def _refill(self) -> list[ShardOutput]:
+        """Admit rows while there is room; a shard without rows is done at once."""
+        finished = []
+        while self._unread and self._engine.has_room:
+            shard = self._unread[0]
+            job = next(shard.jobs, None)
+            if job is not None:
+                row, sample = job
+                self._open[row.row_id] = shard
+                shard.num_waiting += 1
+                self._engine.admit(row, sample)
+                continue
+            self._unread.popleft()
+            shard.is_read = True
+            if shard.num_waiting == 0:
+                finished.append(self._close(shard))
+        return finished
+
+    def _close(self, shard: _Open) -> ShardOutput:
+        self._open = {row_id: other for row_id, other in self._open.items() if other is not shard}
+        shard.output.seconds = time.monotonic() - shard.started_s
+        return shard.output

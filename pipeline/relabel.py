@@ -1,0 +1,113 @@
+"""The main job: prompts in, aligned answers out, resumable at every shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from pipeline.config import Config, Reproducibility, Transport
+from pipeline.decoding.assembly import Assembly, assemble
+from pipeline.decoding.local import LocalStream
+from pipeline.decoding.shards import Counts, ShardOutcome
+from pipeline.errors import CageError, ErrorBudgetExceeded
+from pipeline.progress import ProgressLine
+from pipeline.storage.plan import Plan, make_plan
+from pipeline.storage.run import Run
+from pipeline.storage.stores import open_store
+
+
+class Stream(Protocol):
+    """Something that decodes and commits shards."""
+
+    def counts(self) -> Counts: ...
+
+    def decode(self, shards: Sequence[int]) -> Iterator[ShardOutcome]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run before it starts: models found, input read, shards fixed; nothing loaded or written."""
+
+    assembly: Assembly
+    plan: Plan
+
+
+def prepare(config: Config, cache_folder: Path) -> Prepared:
+    """Find models, compare tokenizers, read the input's metadata and plan the shards. Raises ConfigurationError."""
+    assembly = assemble(config, cache_folder)
+    versions = {}
+    if config.decoding.reproducibility is Reproducibility.STRICT:
+        versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return Prepared(assembly, make_plan(config, assembly.identities, versions=versions))
+
+
+def relabel(config: Config, cache_folder: Path, out: TextIO, *, is_verbose: bool = False) -> tuple[Run, bool]:
+    """Start or continue a run and bring it to its end; the run, and whether there was anything to do.
+
+    Raises:
+        ConfigurationError: nothing was decoded.
+        ErrorBudgetExceeded: more rows were rejected than `errors.budget` allows.
+        CageError: a shard failed for good; everything committed is kept.
+    """
+    prepared = prepare(config, cache_folder)
+    run = Run.create_or_resume(open_store(config.output.path), prepared.plan)
+    if run.is_complete:
+        return run, False
+    committed = run.committed()
+    todo = [shard.index for shard in run.plan.shards if shard.index not in committed]
+    budget = _Budget(config, run, sum(commit.rejected for commit in committed.values()))
+    line = ProgressLine(
+        out,
+        num_rows=run.plan.num_rows * run.plan.num_samples,
+        num_shards=len(run.plan.shards),
+        rows_before=sum(commit.rows + commit.rejected for commit in committed.values()),
+        shards_before=len(committed),
+    )
+    if todo:
+        with _stream(prepared.assembly, run, is_verbose=is_verbose) as stream, line.running(stream.counts):
+            _decode(stream, todo, line, budget)
+    run.finish()
+    return run, True
+
+
+def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Budget) -> None:
+    failures: list[CageError] = []
+    for outcome in stream.decode(todo):
+        if outcome.error is not None:
+            failures.append(outcome.error)
+            continue
+        line.shard_done()
+        budget.check(stream.counts().rejected)
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def _stream(assembly: Assembly, run: Run, *, is_verbose: bool) -> Iterator[Stream]:
+    if assembly.config.cluster.transport is Transport.LOCAL:
+        yield LocalStream(assembly, run)
+        return
+    from pipeline.cluster.stream import ShardStream, cluster  # ray takes seconds to import
+
+    with cluster(assembly, is_verbose=is_verbose):
+        yield ShardStream(assembly, run.store.path)
+
+
+class _Budget:
+    """Counts rejected answers of the whole run against `errors.budget`."""
+
+    def __init__(self, config: Config, run: Run, num_before: int) -> None:
+        self._num_before = num_before
+        self._allowed = config.errors.allowed(run.plan.num_rows * run.plan.num_samples)
+
+    def check(self, num_rejected: int) -> None:
+        total = self._num_before + num_rejected
+        if total > self._allowed:
+            raise ErrorBudgetExceeded(
+                f"{total} answers were rejected and errors.budget allows {self._allowed}; what is done is kept. "
+                "Read the reasons with `cage status`, mend the input or raise errors.budget, and run the same command"
+            )

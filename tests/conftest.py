@@ -1,0 +1,52 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make (once) a random tiny model: tiny("llama", seed=1) is its folder."""
+    import tiny_models
+
+    made: dict[tuple[str, int, int], Path] = {}
+
+    def make(kind: str = "llama", *, seed: int = 0, context: int = 512) -> Path:
+        key = (kind, seed, context)
+        if key not in made:
+            made[key] = tiny_models.make_model(
+                tmp_path_factory.mktemp(f"{kind}{seed}"), kind, seed=seed, context=context
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cache_folder() -> Path:
+    """Where the embedded model is kept, as for a user."""
+    from pipeline.models.embedded import default_cache_folder
+
+    return default_cache_folder(os.environ)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local cluster for all tests; its CPUs are book-keeping, so there may be more than the machine has."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

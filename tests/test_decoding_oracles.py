@@ -1,0 +1,143 @@
+"""The decoder against independent loops and against transformers' own generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from decoding_setup import ask, config_of, decode, engine_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.decoding.draws import Uniforms
+from pipeline.decoding.engine import decode_rows
+
+ROWS = [ask(f"r{at}", "tell me " * at + "something?") for at in range(7)]
+ZERO = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0},
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0},
+}
+PAIR = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
+}
+
+
+def generate(folder: Path, text: str, max_new_tokens: int) -> tuple[str, int]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)[
+        0, ids.shape[1] :
+    ]
+    return tokenizer.decode(answer, skip_special_tokens=True), len(answer)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "qwen3", "mistral", "neox"])
+@pytest.mark.parametrize("rule", ["base", "equilibrium"])
+def test_weights_of_zero_give_the_greedy_tokens_of_generate(tiny, kind, rule):
+    folder = tiny(kind, seed=3)
+    decoding = {"rule": rule, "temperature": 0, "max_new_tokens": 40}
+    records = decode(config_of(folder, ZERO, decoding=decoding, cluster={"slots": 3}), ROWS)
+    for row in ROWS:
+        expected = generate(folder, row.messages[0]["content"], 40)
+        assert (records[row.row_id].response, records[row.row_id].num_tokens) == expected
+
+
+@pytest.mark.slow
+def test_the_embedded_model_greedy_equals_generate(cache_folder):
+    from pipeline.models.embedded import prepare_embedded
+
+    folder = prepare_embedded(cache_folder)
+    rows = [ask("a", "Why is the sky blue?"), ask("b", "Name three fruits."), ask("c", "Hi!")]
+    decoding = {"rule": "base", "temperature": 0, "max_new_tokens": 24}
+    records = decode(config_of("smollm2-135m", ZERO, decoding=decoding), rows, cache_folder)
+    for row in rows:
+        expected = generate(folder, row.messages[0]["content"], 24)
+        assert (records[row.row_id].response, records[row.row_id].num_tokens) == expected
+
+
+def plain_linear_loop(folder: Path, text: str, row_id: str, tau: float, steps: int, k: int, seed: int) -> list[int]:
+    """softmax(log pi0 + sum_j w_j q_j / tau) over the base's top k, one row, no cache, no library of ours but the
+    documented draw."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def prompt(principle: str | None) -> list[int]:
+        messages = [{"role": "system", "content": principle}] if principle else []
+        messages.append({"role": "user", "content": text})
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    @torch.no_grad()
+    def logprobs(ids: list[int]) -> torch.Tensor:
+        return model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+
+    uniforms = Uniforms(seed, row_id, 0)
+    answer: list[int] = []
+    for step in range(steps):
+        base = logprobs(prompt(None) + answer)
+        top = base.topk(k).indices
+        score = base[top]
+        for principal in PAIR.values():
+            score = (
+                score + principal["weight"] * (logprobs(prompt(principal["principle"]) + answer) - base)[top] / tau
+            )
+        cumulative = score.softmax(-1).cumsum(-1)
+        at = int((cumulative <= uniforms.at(step) * cumulative[-1]).sum())
+        answer.append(int(top[at]))
+        if answer[-1] == tokenizer.eos_token_id:
+            break
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rule_linear_equals_a_plain_loop(tiny, kind):
+    folder = tiny(kind, seed=3)
+    decoding = {
+        "rule": "linear", "agent_temperature": 0.8, "candidates": 20, "max_new_tokens": 12, "seed": 5,
+        "trace": "tokens",
+    }  # fmt: skip
+    records = decode(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 4}), ROWS[:4])
+    for row in ROWS[:4]:
+        expected = plain_linear_loop(folder, row.messages[0]["content"], row.row_id, 0.8, 12, 20, 5)
+        assert [token.token_id for token in records[row.row_id].tokens] == expected
+
+
+def test_one_forward_pass_a_step_whatever_the_number_of_principals(tiny):
+    principals = {f"p{at}": {"kind": "prompted", "principle": f"be {at}"} for at in range(5)}
+    config = config_of(tiny(), principals, decoding={"max_new_tokens": 9, "rule": "base"}, cluster={"slots": 4})
+    engine, assembly = engine_of(config)
+    records = list(decode_rows(engine, ROWS[:4]))
+    (client,) = engine._hosts.values()
+    prefills = 4 * 6
+    assert len(assembly.hosts) == 1
+    assert client._host.num_forwards == prefills + max(record.num_tokens for record in records) - 1
+
+
+def test_rewards_of_an_answer_equal_those_of_the_same_answer_scored_by_teacher_forcing(tiny):
+    folder = tiny("llama", seed=3)
+    decoding = {"max_new_tokens": 400, "candidates": "all", "agent_temperature": 2.0, "stop": []}
+    first = decode(config_of(folder, PAIR, decoding=decoding), ROWS[:3])
+    rows = [ask(row.row_id, row.messages[0]["content"], response=first[row.row_id].response) for row in ROWS[:3]]
+    again = decode(config_of(folder, PAIR, decoding=decoding), rows)
+    checked = 0
+    for row in rows:
+        record = again[row.row_id]
+        if first[row.row_id].finish_reason != "stop" or "\ufffd" in row.response:
+            continue  # text that does not encode back to the same tokens is another answer
+        checked += 1
+        for name, reward in record.original_rewards.items():
+            assert reward == pytest.approx(record.rewards[name], abs=1e-3)
+    texts = [ask("plain", "hello", response="a plain answer"), ask("none", "hello")]
+    records = decode(config_of(folder, PAIR, decoding=decoding), texts)
+    assert records["none"].original_rewards is None
+    assert records["none"].chosen is None
+    scored = records["plain"]
+    total = sum(scored.weights[name] * scored.rewards[name] for name in PAIR)
+    original = sum(scored.weights[name] * scored.original_rewards[name] for name in PAIR)
+    better, worse = (scored.response, "a plain answer") if total >= original else ("a plain answer", scored.response)
+    assert (scored.chosen, scored.rejected) == (better, worse)
