@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import ConfigurationError, StorageError
+from pipeline.storage.quoting import one_line, quote
 
 OBJECT_SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=-]*(/[A-Za-z0-9_][A-Za-z0-9._=-]*)*")
@@ -52,12 +53,11 @@ def told_as_storage_error(action: str) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError, StorageError, ConfigurationError):
         raise
     except Exception as error:  # the object stores' clients share no base class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise StorageError(f"cannot {action}: {reason}") from error
+        raise StorageError(f"cannot {action}: {one_line(error)}") from error
 
 
 def check_name(name: str) -> str:
     """Return `name`, or raise StorageError when it could leave the directory."""
     if not NAME.fullmatch(name):
-        raise StorageError(f"a stored name has letters, digits and ._=- between slashes; got {name!r}")
+        raise StorageError(f"a stored name has letters, digits and ._=- between slashes; got {quote(name)}")
     return name

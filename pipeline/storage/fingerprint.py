@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.errors import RunMismatch
 from pipeline.storage.input_files import InputFile
-from pipeline.storage.rows import quote
+from pipeline.storage.quoting import quote
 
 DISTRIBUTION = "cage-align"
 # These say where a model runs, not what it computes.

@@ -12,9 +12,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import pyarrow as pa
+
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.storage.addresses import file_system, split_address, told_as_storage_error
-from pipeline.storage.rows import Columns, quote
+from pipeline.storage.quoting import one_line, quote
+from pipeline.storage.rows import Columns
 
 FORMAT_BY_SUFFIX = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -104,9 +107,8 @@ def told_as_input_error(name: str) -> Iterator[None]:
         yield
     except ConfigurationError:
         raise
-    except (StorageError, OSError, ValueError, ArithmeticError, LookupError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigurationError(f"{name} cannot be read: {reason}") from error
+    except (StorageError, OSError, ValueError, ArithmeticError, LookupError, TypeError, pa.ArrowException) as error:
+        raise ConfigurationError(f"{name} cannot be read: {one_line(error)}") from error
 
 
 def is_dataset_name(path: str) -> bool:
@@ -115,10 +117,8 @@ def is_dataset_name(path: str) -> bool:
 
 
 def _found(name: str, path: str, size: int, tag: str | None) -> FoundFile:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ConfigurationError(f"the file name {quote(name)} is not valid UTF-8; rename the file") from None
+    if not name.isprintable():  # it becomes part of row ids and messages
+        raise ConfigurationError(f"the file name {quote(name)} has characters that cannot be shown; rename the file")
     kind = _format(name)
     assert kind is not None
     return FoundFile(path=path, name=name, format=kind, size=size, tag=tag)

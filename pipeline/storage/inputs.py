@@ -16,7 +16,8 @@ from pipeline.errors import ConfigurationError
 from pipeline.records import Row
 from pipeline.storage import jsonl, tabular
 from pipeline.storage.input_files import Format, FoundFile, InputFile, find_files, is_dataset_name
-from pipeline.storage.rows import Columns, quote
+from pipeline.storage.quoting import quote
+from pipeline.storage.rows import Columns
 
 DEFAULT_STRIDE = 1024
 SHOWN = 5  # ids or places named in a message

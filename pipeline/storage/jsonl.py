@@ -164,7 +164,8 @@ def _lines(handle: BinaryIO, *, offset: int = 0, number: int = 0, digest: Any = 
             offset += len(piece)
             if digest is not None:
                 digest.update(piece)
-        if begin == 0:
-            data = data.removeprefix(BYTE_ORDER_MARK)
-        if not data.isspace() and data:
+        if len(data) < LINE_LIMIT_BYTES:
+            data = data.removeprefix(BYTE_ORDER_MARK) if begin == 0 else data
+            data = data.rstrip()
+        if data:
             yield Line(number, begin, data)

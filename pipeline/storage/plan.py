@@ -14,7 +14,8 @@ from pipeline.records import Row
 from pipeline.storage.fingerprint import explain_mismatch, refuse_mismatch, take_fingerprint
 from pipeline.storage.input_files import Format, InputFile
 from pipeline.storage.inputs import InputSource, open_input
-from pipeline.storage.rows import Columns, quote
+from pipeline.storage.quoting import quote
+from pipeline.storage.rows import Columns
 from pipeline.storage.stores import open_store
 
 __all__ = ["Plan", "Shard", "explain_mismatch", "make_plan", "refuse_mismatch"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import RowError
 from pipeline.records import Message, Row
+from pipeline.storage.quoting import quote
 
 ROLES = ("system", "user", "assistant", "tool")
 # Parts of a message that a model would have to see; other keys are the data set's own notes and are dropped.
@@ -37,15 +38,6 @@ class Unreadable:
     """A value that could not be decoded, and why."""
 
     reason: str
-
-
-def quote(value: Any, *, limit: int = 60) -> str:
-    """Show a value in a message: control characters and lone surrogates escaped, cut to `limit` characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def make_row(

@@ -20,7 +20,7 @@ from pipeline.errors import NondeterminismError, StorageError
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, count_reasons, count_tokens, differing_rows, sha256
 from pipeline.storage.plan import Plan, Shard
-from pipeline.storage.rows import quote
+from pipeline.storage.quoting import one_line, quote
 from pipeline.storage.stores import Store
 from pipeline.storage.tables import output_schema, to_table, write_table_bytes
 
@@ -161,4 +161,4 @@ def told_as_damage(source: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{source} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise StorageError(f"{source} cannot be read: {one_line(error)}") from error

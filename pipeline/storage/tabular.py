@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
 from pipeline.storage.input_files import Format, FoundFile, InputFile, open_bytes, told_as_input_error
-from pipeline.storage.rows import Columns, Unreadable, make_row, quote, read_id
+from pipeline.storage.quoting import one_line, quote
+from pipeline.storage.rows import Columns, Unreadable, make_row, read_id
 
 BATCH_ROWS = 1024
 HASH_BLOCK_BYTES = 2**20
@@ -59,10 +60,9 @@ def load_dataset(path: str, subset: str | None, split: str) -> Any:
     try:
         dataset = datasets.load_dataset(path, subset, split=split)
     except Exception as error:  # the library raises many kinds, its network clients more
-        reason = " ".join(str(error).split())[:300]
         raise ConfigurationError(
             f"input.path: there is no file or folder {quote(path)}, and no data set of this name can be loaded: "
-            f"{reason or type(error).__name__}"
+            f"{one_line(error)}"
         ) from error
     return dataset.with_format("arrow")
 
