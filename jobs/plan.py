@@ -11,7 +11,7 @@ from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.lineup import HostPlan
 from pipeline.models.descriptions import ModelDescription, describe_model
 from pipeline.models.embedded import default_cache_folder
-from pipeline.models.loading import HostSpec
+from pipeline.models.messages import HostSpec
 from pipeline.relabel import Prepared, prepare
 
 
@@ -27,7 +27,8 @@ def describe_plan(config: Config, prepared: Prepared) -> str:
     files = len(plan.files)
     lines = [
         f"input     {printable(config.input.path)}: {plan.num_rows:,} rows in {files:,} file{'s' * (files != 1)}",
-        f"output    {printable(config.output.path)}: {len(plan.shards):,} shards of up to {plan.rows_per_shard:,} rows"
+        f"output    {printable(config.output.path)}: {len(plan.shards):,} shards "
+        f"of at most {plan.rows_per_shard:,} rows"
         + (f", {plan.num_samples} answers a row" if plan.num_samples > 1 else ""),
         f"rule      {decoding.rule}, agent temperature {decoding.agent_temperature:g}, "
         + (f"top {decoding.candidates} of the base" if decoding.candidates != "all" else "full vocabulary")

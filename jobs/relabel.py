@@ -20,7 +20,9 @@ def run_relabel(config_file: Path, overrides: list[str], *, print_config: bool, 
     from pipeline.relabel import relabel
 
     cache_folder = default_cache_folder(os.environ)
-    run, was_run = relabel(config, cache_folder, sys.stderr, is_verbose=is_verbose)
+    # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
+    with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
+        run, was_run = relabel(config, cache_folder, out, is_verbose=is_verbose)
     if not was_run:
         print(f"{run.store.path} is complete: nothing to do")
     print(describe_status(run))

@@ -26,8 +26,10 @@ def describe_status(run: Run) -> str:
     for reason, count in sorted(status.errors.items(), key=lambda item: -item[1])[:10]:
         lines.append(f"  rejected  {count:,} x {printable(reason)}")
     if status.rows_rejected:
-        lines.append(f"  rejected rows are in {run.store.url('_rejected/')}")
+        lines.append(f"  rejected rows are in {run.store.path.rstrip('/')}/_rejected")
     if status.shards_done:
         lines.append(f"  look      cage inspect {status.path} ROW_ID")
-        lines.append(f'  load      datasets.load_dataset("parquet", data_files="{run.store.url("part-*.parquet")}")')
+        lines.append(
+            f'  load      datasets.load_dataset("parquet", data_files="{run.store.path.rstrip("/")}/part-*.parquet")'
+        )
     return "\n".join(lines)

@@ -94,7 +94,7 @@ def _stream(assembly: Assembly, run: Run, *, is_verbose: bool) -> Iterator[Strea
     from pipeline.cluster.stream import ShardStream, cluster  # ray takes seconds to import
 
     with cluster(assembly, is_verbose=is_verbose):
-        yield ShardStream(assembly, run.store.path)
+        yield ShardStream(assembly, run.store.path, is_verbose=is_verbose)
 
 
 class _Budget:

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config import ClusterConfig
-from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.hosts import HostClient, Reply, describe_failure
 from pipeline.decoding.lineup import HostPlan
 from pipeline.errors import CageError, ConfigurationError, HostError
-from pipeline.models.loading import HostSpec, load_host
+
+if TYPE_CHECKING:
+    from pipeline.models.messages import HostSpec
 
 
 class HostActor:
     """Holds one host in its own process and on its own device."""
 
-    def __init__(self, spec: HostSpec) -> None:
-        self._spec = spec
+    def __init__(self, assembly: tuple[Any], index: int) -> None:
+        self._assembly = assembly
+        self._index = index
         self._host: Any = None
 
     def load(self) -> None:
         """Load the weights. Not in `__init__`: an error there loses its class on the way."""
-        self._host = load_host(self._spec)
+        from pipeline.models.loading import load_host  # heavy, and this process alone needs it
+
+        spec: HostSpec = ray.get(self._assembly[0]).hosts[self._index]
+        self._host = load_host(spec)
 
     def call(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one method of the host; tensors of the answer are on the CPU."""
@@ -71,25 +75,54 @@ class RayReply:
             raise describe_failure(self._plan, self._method, error) from None
 
 
-class HostGroup:
-    """The hosts of one replica: started together in one placement group, stopped together."""
+@dataclass(frozen=True, slots=True)
+class HostLaunch:
+    """What it takes to place the hosts of a replica; light, so that they start before the coordinator's imports.
 
-    def __init__(self, assembly: Assembly, *, has_gpus: bool) -> None:
-        cluster = assembly.config.cluster
-        bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in assembly.lineup.hosts]
+    `assembly` is a reference to the assembly, in a tuple so that Ray does not replace it by its value.
+    """
+
+    assembly: tuple[Any]
+    plans: tuple[HostPlan, ...]
+    cluster: ClusterConfig
+    has_gpus: bool
+
+
+class HostGroup:
+    """The hosts of one replica: started together in one placement group, stopped together.
+
+    Loading goes on while the caller does something else; `wait` ends it.
+    """
+
+    def __init__(self, launch: HostLaunch) -> None:
+        self._launch = launch
+        bundles = [bundle_of(plan, has_gpus=launch.has_gpus) for plan in launch.plans]
+        timeout_s = launch.cluster.start_timeout_s
         self._group: PlacementGroup = placement_group(bundles, strategy="PACK")
-        if not self._group.wait(cluster.start_timeout_s):
+        if not self._group.wait(timeout_s):
             remove_placement_group(self._group)
             raise ConfigurationError(
-                f"the cluster did not provide {_sum_text(bundles)} for a replica within {cluster.start_timeout_s:g} s"
+                f"the cluster did not provide {_sum_text(bundles)} for a replica within {timeout_s:g} s"
             )
-        self.clients: dict[str, HostClient] = {}
-        self._actors = []
-        for index, (plan, spec) in enumerate(zip(assembly.lineup.hosts, assembly.hosts, strict=True)):
-            actor = _start_actor(self._group, index, bundles[index], spec, plan)
-            self._actors.append(actor)
-            self.clients[plan.name] = RayHost(actor, plan, cluster.step_timeout_s)
-        self._load(assembly, cluster)
+        self._actors = [self._start_actor(index, bundle) for index, bundle in enumerate(bundles)]
+        self._loads = [
+            RayReply(actor.load.remote(), plan, "load", timeout_s)
+            for actor, plan in zip(self._actors, launch.plans, strict=True)
+        ]
+
+    def wait(self) -> dict[str, HostClient]:
+        """Wait until every host has its weights; clients by host name. Stops all if one fails, and raises."""
+        try:
+            for load in self._loads:
+                load.result()
+        except CageError:
+            self.stop()
+            raise
+        timeout_s = self._launch.cluster.step_timeout_s
+        return {
+            plan.name: RayHost(actor, plan, timeout_s)
+            for actor, plan in zip(self._actors, self._launch.plans, strict=True)
+        }
 
     def stop(self) -> None:
         """End the actors and free what they held."""
@@ -97,17 +130,17 @@ class HostGroup:
             ray.kill(actor)
         remove_placement_group(self._group)
 
-    def _load(self, assembly: Assembly, cluster: ClusterConfig) -> None:
-        loads = [
-            RayReply(actor.load.remote(), plan, "load", cluster.start_timeout_s)
-            for actor, plan in zip(self._actors, assembly.lineup.hosts, strict=True)
-        ]
-        try:
-            for load in loads:
-                load.result()
-        except CageError:
-            self.stop()
-            raise
+    def _start_actor(self, index: int, bundle: dict[str, float]) -> Any:
+        return (
+            ray.remote(HostActor)
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+            )
+            .remote(self._launch.assembly, index)
+        )
 
 
 def bundle_of(plan: HostPlan, *, has_gpus: bool) -> dict[str, float]:
@@ -120,26 +153,13 @@ def bundle_of(plan: HostPlan, *, has_gpus: bool) -> dict[str, float]:
     return {"CPU": resources.num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
 
 
-def _start_actor(group: PlacementGroup, index: int, bundle: dict[str, float], spec: HostSpec, plan: HostPlan) -> Any:
-    return (
-        ray.remote(HostActor)
-        .options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        )
-        .remote(spec)
-    )
-
-
 def _sum_text(bundles: list[dict[str, float]]) -> str:
     total = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
     return " and ".join(f"{amount:g} {kind}" for kind, amount in total.items() if amount)
 
 
 def _to_cpu(answer: Any) -> Any:
-    if isinstance(answer, torch.Tensor):
+    if hasattr(answer, "cpu"):
         return answer.cpu()
     if is_dataclass(answer) and not isinstance(answer, type):
         return replace(answer, **{field.name: _to_cpu(getattr(answer, field.name)) for field in fields(answer)})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +16,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline import errors
-from pipeline.cluster.host_actors import bundle_of
+from pipeline.cluster.host_actors import HostLaunch, bundle_of
 from pipeline.cluster.replica import Replica
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.shards import Counts, ShardOutcome
@@ -24,10 +26,25 @@ MAX_SHARDS_IN_FLIGHT = 64
 
 
 class ProgressBoard:
-    """Where replicas say how far they are; an actor of its own, so that nobody waits for the driver."""
+    """Where replicas say how far they are and attempts are counted; it outlives any replica.
+
+    Ray Data restarts a dead replica and calls it again for ever; the counts kept here end that.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[str, Counts] = {}
+        self._attempts: Counter[int] = Counter()
+        self._num_starts = 0
+
+    def begin(self, shard: int) -> int:
+        """Number of times that the shard was begun, this one included."""
+        self._attempts[shard] += 1
+        return self._attempts[shard]
+
+    def start(self) -> int:
+        """Number of times that a replica was started, this one included."""
+        self._num_starts += 1
+        return self._num_starts
 
     def report(self, replica: str, counts: Counts) -> None:
         self._counts[replica] = counts
@@ -44,7 +61,8 @@ class ProgressBoard:
 class ShardStream:
     """Decodes shards on the replicas of a Ray cluster. Use inside `cluster`."""
 
-    def __init__(self, assembly: Assembly, run_path: str) -> None:
+    def __init__(self, assembly: Assembly, run_path: str, *, is_verbose: bool = False) -> None:
+        self._is_verbose = is_verbose
         self._assembly = assembly
         self._run_path = run_path
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -61,12 +79,13 @@ class ShardStream:
     def decode(self, shards: Sequence[int]) -> Iterator[ShardOutcome]:
         """Yield each shard's outcome as it comes."""
         config = self._assembly.config
-        _be_quiet()
+        _be_quiet(is_verbose=self._is_verbose)
         in_flight = min(MAX_SHARDS_IN_FLIGHT, 1 + math.ceil(config.cluster.slots / self._rows_per_shard()))
+        launch = HostLaunch((ray.put(self._assembly),), self._assembly.lineup.hosts, config.cluster, self._has_gpus)
         items = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards))
         stream = items.map_batches(
             Replica,
-            fn_constructor_args=(self._assembly, self._run_path, self._has_gpus, self._board),
+            fn_constructor_args=(launch, self._run_path, self._board, config.errors.max_attempts),
             batch_size=1,
             compute=ActorPoolStrategy(
                 size=min(config.cluster.replicas, len(shards)),
@@ -76,8 +95,6 @@ class ShardStream:
             ),
             num_cpus=config.cluster.coordinator_cpus,
             num_gpus=0,
-            max_restarts=config.errors.max_attempts - 1,
-            max_task_retries=config.errors.max_attempts - 1,
         )
         for row in stream.iter_rows():
             yield ShardOutcome(row["shard"], _as_error(row["kind"], row["error"]))
@@ -94,6 +111,16 @@ def cluster(assembly: Assembly, *, is_verbose: bool) -> Iterator[None]:
         _check_capacity(assembly)
         yield
         return
+    with contextlib.nullcontext() if is_verbose else _silent_stderr():
+        _start(assembly, is_verbose=is_verbose)
+        try:
+            _check_capacity(assembly)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(assembly: Assembly, *, is_verbose: bool) -> None:
     config = assembly.config.cluster
     logging_options = {"log_to_driver": is_verbose, "logging_level": logging.INFO if is_verbose else logging.ERROR}
     if config.address is None:
@@ -109,11 +136,20 @@ def cluster(assembly: Assembly, *, is_verbose: bool) -> Iterator[None]:
             ray.init(address=config.address, **logging_options)
         except ConnectionError as error:
             raise ConfigurationError(f"no Ray cluster answers at cluster.address {config.address}: {error}") from None
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere: Ray's C++ code writes warnings there that no logging level reaches."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
-        _check_capacity(assembly)
         yield
     finally:
-        ray.shutdown()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _cpus_needed(assembly: Assembly) -> float:
@@ -136,11 +172,11 @@ def _check_capacity(assembly: Assembly) -> None:
             )
 
 
-def _be_quiet() -> None:
+def _be_quiet(*, is_verbose: bool) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.INFO if is_verbose else logging.ERROR)
 
 
 def _as_error(kind: str, message: str) -> CageError | None:

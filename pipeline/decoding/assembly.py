@@ -14,7 +14,7 @@ from pipeline.config import Config, Reproducibility
 from pipeline.decoding.lineup import BASE, Lineup, adapters_of, build_lineup, models_of
 from pipeline.decoding.prompts import Prompter
 from pipeline.models.descriptions import load_model_config
-from pipeline.models.loading import HostSpec
+from pipeline.models.messages import HostSpec
 from pipeline.models.sources import ModelSource, resolve_adapter, resolve_model
 from pipeline.models.tokenizers import (
     compare_tokenizers,

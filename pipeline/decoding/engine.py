@@ -22,7 +22,7 @@ from pipeline.decoding.lineup import BASE, Lineup
 from pipeline.decoding.prompts import Prompter
 from pipeline.decoding.running import RunningRow, TokenOutcome, rejected
 from pipeline.errors import RowError
-from pipeline.models.host import Admission, Candidates, HostRole
+from pipeline.models.messages import Admission, Candidates, HostRole
 from pipeline.records import Record, Row
 
 

@@ -15,7 +15,7 @@ from pipeline.config import DecodingConfig
 from pipeline.decoding.draws import draw
 from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.running import TokenOutcome
-from pipeline.models.host import Candidates
+from pipeline.models.messages import Candidates
 
 FLOAT64_CANDIDATES = 1024  # games up to this size are solved in float64, larger ones in float32
 

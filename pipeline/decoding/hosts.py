@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.decoding.lineup import HostPlan
 from pipeline.errors import CageError, HostError
-from pipeline.models.host import Host
+
+if TYPE_CHECKING:
+    from pipeline.models.host import Host
 
 
 class Reply(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.config import ArmPrincipal, Config, ModelConfig, Principal, PromptedPrincipal
-from pipeline.models.host import HostRole
+from pipeline.models.messages import HostRole
 
 BASE = "base"
 

@@ -7,46 +7,16 @@ them leave it. B rows of a call, R roles of the host, K candidates, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.models.messages import Admission, Candidates, HostRole
 from pipeline.models.slots import SlotCache, SlotPass, running
 
 MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
 BACKBONE = "__base__"  # peft's name for "no adapter" in a mixed batch
-
-
-@dataclass(frozen=True, slots=True)
-class HostRole:
-    """One distribution that a host serves: the name by which the coordinator asks, and the LoRA adapter if any."""
-
-    name: str
-    adapter: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A new row for `slot`: its prompt's token ids for each role of the host."""
-
-    slot: int
-    prompts: Mapping[str, Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """The base's proposal and the host's own roles at it.
-
-    ids_BK (None: the whole vocabulary); base_logprobs_BK in nats, -inf where min_p drops one; covered_mass_B the base
-    probability of what is left; role_logprobs_BRK in the order of the host's roles.
-    """
-
-    ids_BK: Tensor | None
-    base_logprobs_BK: Tensor
-    covered_mass_B: Tensor
-    role_logprobs_BRK: Tensor
 
 
 class Host:

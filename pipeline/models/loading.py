@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigurationError
-from pipeline.models.host import Admission, Host, HostRole
+from pipeline.models.host import Host
+from pipeline.models.messages import Admission, HostSpec
 from pipeline.models.slots import ATTENTION
-from pipeline.models.sources import AdapterSource, ModelSource, fetch_weights
+from pipeline.models.sources import fetch_weights
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-
-
-@dataclass(frozen=True, slots=True)
-class HostSpec:
-    """All that a process needs to start a host, on any machine. Picklable.
-
-    `serves` names the principals (and "base") for error messages; weights that are not on the machine are fetched
-    into `cache_folder`.
-    """
-
-    name: str
-    serves: tuple[str, ...]
-    source: ModelSource
-    dtype: str
-    device: str
-    roles: tuple[HostRole, ...]
-    num_slots: int
-    vocab_size: int
-    strict: bool
-    cache_folder: Path
-    adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
 
 
 def load_host(spec: HostSpec) -> Host:
@@ -109,17 +87,22 @@ def _probe(host: Host, model: Any, spec: HostSpec) -> None:
         host.advance([Admission(0, {role.name: prompt for role in spec.roles})], [], [])
         host.advance([], [0], [last])
     except Exception as error:
-        raise ConfigurationError(
-            f"model {spec.source.name} (for {_names(spec)}), architecture {config.model_type}, cannot be decoded in slots: "
-            f"{_one_line(error)}"
-        ) from error
+        raise _refused(spec, config, _one_line(error)) from error
     difference = (host.logprobs_at([0], None)[0, 0] - plain.log_softmax(-1)).abs().max().item()
     tolerance = PROBE_TOLERANCE.get(plain.dtype if model.dtype is None else model.dtype, 0.5)
     if not difference <= tolerance:
-        raise ConfigurationError(
-            f"model {spec.source.name} (for {_names(spec)}), architecture {config.model_type}, cannot be decoded in slots: "
-            f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}"
+        raise _refused(
+            spec,
+            config,
+            f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}",
         )
+
+
+def _refused(spec: HostSpec, config: Any, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"model {spec.source.name} (for {_names(spec)}), architecture {config.model_type}, "
+        f"cannot be decoded in slots: {reason}"
+    )
 
 
 def _names(spec: HostSpec) -> str:

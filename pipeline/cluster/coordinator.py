@@ -1,0 +1,146 @@
+"""The coordinator: decodes the shards of many callers in one loop, and commits them.
+
+One thread runs the decoder for all callers, so that slots refill across shard borders. When a host fails, the
+replica's hosts are replaced and the shards under way start again, a bounded number of times.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from pipeline.cluster.host_actors import HostGroup, HostLaunch
+from pipeline.decoding.assembly import Assembly
+from pipeline.decoding.engine import Engine
+from pipeline.decoding.hosts import Hosts
+from pipeline.decoding.shards import ShardDecoder, ShardOutput
+from pipeline.errors import CageError, HostError
+from pipeline.storage.run import Run
+
+REPORT_S = 1.0
+MIN_SLOTS_FOR_GROUPS = 8  # below, half a batch costs a host nearly as much as a whole one
+
+
+@dataclass(slots=True)
+class _Job:
+    """A shard that a caller waits for."""
+
+    index: int
+    attempt: int
+    done: Future[ShardOutput]
+
+
+class Coordinator:
+    """Runs the decoder over a replica's hosts. `decode_and_commit` may be called from many threads.
+
+    Args:
+        launch: how hosts are started.
+        hosts: those already starting, or why they cannot.
+        run_path: the run directory.
+        board: where progress is reported and attempts are counted, an actor handle.
+        max_attempts: of one shard.
+    """
+
+    def __init__(
+        self, launch: HostLaunch, hosts: HostGroup | CageError, run_path: str, board: Any, max_attempts: int
+    ) -> None:
+        torch.set_num_threads(1)
+        self._launch = launch
+        self._first_hosts: HostGroup | CageError | None = hosts
+        self._assembly: Assembly = ray.get(launch.assembly[0])
+        self._run = Run.open(run_path)
+        self._board = board
+        self._max_attempts = max_attempts
+        self._name = f"{ray.get_runtime_context().get_node_id()[:8]}-{os.getpid()}"
+        self._incoming: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._jobs: dict[int, _Job] = {}
+        threading.Thread(target=self._serve, name="decoder", daemon=True).start()
+
+    def decode_and_commit(self, index: int, attempt: int) -> None:
+        """Decode a shard and commit it. Raises CageError when its attempts are used up."""
+        job = _Job(index, attempt, Future())
+        self._incoming.put(job)
+        output = job.done.result()
+        self._run.commit(index, output.records, attempt=job.attempt, seconds=output.seconds, host=self._name)
+
+    def _serve(self) -> None:
+        """Decode until the process ends; replace the hosts when one fails."""
+        while True:
+            if not self._jobs:
+                self._accept(self._incoming.get())
+            hosts = None
+            try:
+                hosts = self._start_hosts()
+                self._decode(self._decoder(hosts.wait()))
+            except HostError as error:
+                self._restart_or_fail(error)
+            except CageError as error:
+                self._fail_all(error)
+            except Exception as error:  # the callers must be answered whatever happens in this thread
+                self._fail_all(CageError(f"the coordinator failed: {type(error).__name__}: {error}"))
+            finally:
+                if hosts is not None:
+                    hosts.stop()
+
+    def _start_hosts(self) -> HostGroup:
+        first, self._first_hosts = self._first_hosts, None
+        if isinstance(first, CageError):
+            raise first
+        return first or HostGroup(self._launch)
+
+    def _decoder(self, hosts: Hosts) -> ShardDecoder:
+        config = self._assembly.config
+        has_overlap = len(hosts) > 1 and config.cluster.slots >= MIN_SLOTS_FOR_GROUPS
+        engine = Engine(
+            self._assembly.lineup,
+            hosts,
+            self._assembly.prompter,
+            config.decoding,
+            num_slots=config.cluster.slots,
+            num_groups=2 if has_overlap else 1,
+        )
+        return ShardDecoder(engine, num_samples=config.decoding.n)
+
+    def _decode(self, decoder: ShardDecoder) -> None:
+        """The decoder's loop, for ever. Raises HostError with `_jobs` holding what was under way."""
+        for job in self._jobs.values():
+            decoder.add(job.index, self._run.plan.read_shard(job.index))
+        reported_s = time.monotonic()
+        while True:
+            while decoder.wants_shard and (arrived := self._next_job(wait=decoder.is_idle)):
+                self._accept(arrived)
+                decoder.add(arrived.index, self._run.plan.read_shard(arrived.index))
+            for output in decoder.step():
+                self._jobs.pop(output.index).done.set_result(output)
+            if time.monotonic() - reported_s > REPORT_S or decoder.is_idle:
+                reported_s = time.monotonic()
+                self._board.report.remote(self._name, decoder.counts)
+
+    def _accept(self, job: _Job) -> None:
+        self._jobs[job.index] = job
+
+    def _next_job(self, *, wait: bool) -> _Job | None:
+        try:
+            return self._incoming.get(block=wait)
+        except queue.Empty:
+            return None
+
+    def _restart_or_fail(self, error: HostError) -> None:
+        """Count an attempt for every shard under way; give up those that had enough."""
+        for job in list(self._jobs.values()):
+            if job.attempt >= self._max_attempts:
+                self._jobs.pop(job.index).done.set_exception(error)
+            else:
+                job.attempt = ray.get(self._board.begin.remote(job.index))
+
+    def _fail_all(self, error: CageError) -> None:
+        for job in list(self._jobs.values()):
+            self._jobs.pop(job.index).done.set_exception(error)

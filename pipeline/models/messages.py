@@ -1,0 +1,67 @@
+"""What a coordinator and its hosts say to each other. Imports nothing heavy: every process of a run reads it.
+
+B rows of a call, R roles of a host, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.sources import AdapterSource, ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class HostRole:
+    """One distribution that a host serves: the name by which the coordinator asks, and the LoRA adapter if any."""
+
+    name: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A new row for `slot`: its prompt's token ids for each role of the host."""
+
+    slot: int
+    prompts: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The base's proposal and the host's own roles at it.
+
+    ids_BK (None: the whole vocabulary); base_logprobs_BK in nats, -inf where min_p drops one; covered_mass_B the base
+    probability of what is left; role_logprobs_BRK in the order of the host's roles.
+    """
+
+    ids_BK: Tensor | None
+    base_logprobs_BK: Tensor
+    covered_mass_B: Tensor
+    role_logprobs_BRK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """All that a process needs to start a host, on any machine. Picklable.
+
+    `serves` names the principals (and "base") for error messages; weights that are not on the machine are fetched
+    into `cache_folder`.
+    """
+
+    name: str
+    serves: tuple[str, ...]
+    source: ModelSource
+    dtype: str
+    device: str
+    roles: tuple[HostRole, ...]
+    num_slots: int
+    vocab_size: int
+    strict: bool
+    cache_folder: Path
+    adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
