@@ -82,7 +82,7 @@ class Prompter:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
-                principle=role.principle,
+                principle=role.principle or "",
             )
         except Exception as error:  # Jinja runs the template's own code: any error is the row's
             raise RowError(f"the chat template of {role.name} refused the messages: {error}") from error

@@ -1,0 +1,262 @@
+"""What ends a row, what refuses it, what its record says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from decoding_setup import ask, config_of, decode, engine_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.decoding.engine import decode_rows
+from pipeline.errors import HostError
+from pipeline.records import FinishReason, Row
+
+PAIR = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
+}
+
+
+def forced(folder, answer: str, *, then_eos: bool = True):
+    """Rewrite a model so that it says `answer` whatever is asked: one token after another, by position alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], *([0] if then_eos else [])]
+
+
+class ScriptedHost:
+    """A host client that answers with a script of tokens: probability one, at every slot."""
+
+    def __init__(self, script, num_roles, vocab_size):
+        self.script, self.num_roles, self.vocab_size = script, num_roles, vocab_size
+        self.at = {}
+
+    def submit(self, method, *args, **kwargs):
+        from pipeline.decoding.hosts import Answer
+
+        return Answer(getattr(self, method)(*args, **kwargs))
+
+    def advance(self, admissions, slots, tokens):
+        for admission in admissions:
+            self.at[admission.slot] = 0
+        for slot, token in zip(slots, tokens, strict=True):
+            assert token == self.script[self.at[slot]]
+            self.at[slot] += 1
+
+    def propose(self, slots, *, num_candidates, min_p):
+        from pipeline.models.messages import Candidates
+
+        ids = torch.tensor([[self.script[self.at[slot]], 7] for slot in slots])
+        logprobs = torch.tensor([[0.0, -1e4]] * len(slots))
+        return Candidates(ids, logprobs, torch.ones(len(slots)), logprobs[:, None].expand(-1, self.num_roles, -1))
+
+    def score(self, prompts, continuation):
+        return torch.zeros(self.num_roles, len(continuation))
+
+
+def say(tiny, answer, **decoding):
+    """Decode one row of a model that answers `answer`, token by token."""
+    folder = tiny()
+    engine, assembly = engine_of(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 2}))
+    script = forced(folder, answer)
+    engine._hosts = {"base": ScriptedHost(script, len(assembly.lineup.roles), 261)}
+    (record,) = decode_rows(engine, [ask("a", "hello")])
+    return record
+
+
+def test_the_end_token_ends_a_row_and_is_counted_but_not_shown(tiny):
+    record = say(tiny, "fine")
+    assert (record.response, record.finish_reason, record.num_tokens) == ("fine", FinishReason.STOP, 5)
+
+
+def test_the_token_limit_ends_a_row(tiny):
+    record = say(tiny, "a long story", max_new_tokens=6)
+    assert (record.response, record.finish_reason, record.num_tokens) == ("a long", FinishReason.LENGTH, 6)
+
+
+@pytest.mark.parametrize("stop", ["\n\n", ["never", "\n\n"], ["END", "\n\n", "and"]])
+def test_a_stop_string_across_tokens_ends_the_row_before_it(tiny, stop):
+    record = say(tiny, "first\n\nsecond and END", stop=stop)
+    assert (record.response, record.finish_reason, record.num_tokens) == ("first", FinishReason.STOP, 7)
+
+
+def test_a_stop_string_of_several_bytes_a_character_is_found(tiny):
+    assert say(tiny, "so schön, ja", stop="ö").response == "so sch"
+
+
+@pytest.mark.parametrize("text", ["schön 🦙 日本語", "🏳️‍🌈", "naïve café"])
+def test_characters_split_across_tokens_come_out_whole(tiny, text):
+    record = say(tiny, text)
+    assert record.response == text
+    assert record.num_tokens == len(text.encode()) + 1
+
+
+def test_a_prompt_longer_than_the_context_is_refused_and_its_neighbours_are_not(tiny):
+    folder = tiny("gpt2", context=64)
+    rows = [ask("short", "hi"), ask("long", "x" * 200), ask("other", "hello")]
+    records = decode(config_of(folder, PAIR, decoding={"max_new_tokens": 100}), rows)
+    assert records["long"].is_rejected
+    assert "context holds 64" in records["long"].error
+    for row_id in ("short", "other"):
+        record = records[row_id]
+        assert not record.is_rejected
+        assert record.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        # the longest role's prompt and the answer fill the context
+        assert record.num_tokens < 64
+
+
+def test_a_row_that_could_not_be_read_comes_out_with_its_reason(tiny):
+    rows = [Row("bad", error="line 3 is not valid UTF-8"), ask("good", "hello")]
+    records = decode(config_of(tiny(), PAIR, decoding={"max_new_tokens": 4}), rows)
+    assert records["bad"].error == "line 3 is not valid UTF-8"
+    assert records["bad"].finish_reason is FinishReason.ERROR
+    assert records["good"].error is None
+
+
+def test_a_conversation_without_a_chat_template_is_refused_by_name_of_the_remedy(tiny, tmp_path):
+    import tiny_models
+
+    folder = tiny_models.make_model(tmp_path, tokenizer=tiny_models.make_tokenizer(chat_template=None))
+    rows = [
+        ask("plain", "once upon a time"),
+        Row("talk", ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                     {"role": "user", "content": "c"})),
+    ]  # fmt: skip
+    records = decode(config_of(folder, PAIR, decoding={"max_new_tokens": 4}), rows)
+    assert records["plain"].error is None
+    assert "base.chat_template" in records["talk"].error
+
+
+def test_a_template_of_its_own_changes_what_a_principal_reads(tiny):
+    engine, assembly = engine_of(
+        config_of(
+            tiny(),
+            {
+                "own": {
+                    "kind": "prompted",
+                    "principle": "be kind",
+                    "template": "{{ principle }}|{{ messages[0].content }}",
+                }
+            },
+        )
+    )
+    del engine
+    prompts = assembly.prompter.encode(({"role": "user", "content": "hi"},))
+    tokenizer = assembly.prompter._base
+    assert tokenizer.decode(prompts["own"]) == "be kind|hi"
+    assert tokenizer.decode(prompts["own.reference"]) == "|hi"
+    assert tokenizer.decode(prompts["base"]) == "<|user|>hi<|end|><|assistant|>"
+
+
+def test_a_principle_joins_the_system_message_that_is_there(tiny):
+    _, assembly = engine_of(config_of(tiny(), PAIR))
+    messages = ({"role": "system", "content": "You are a cook."}, {"role": "user", "content": "hi"})
+    prompts = assembly.prompter.encode(messages)
+    assert "You are a cook.\n\nbe kind" in assembly.prompter._base.decode(prompts["kind"])
+
+
+def test_weights_of_a_row_replace_the_configured_ones(tiny):
+    rows = [ask("own", "hello", weights={"kind": 0.0}), ask("configured", "hello")]
+    records = decode(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}), rows)
+    assert records["own"].weights == {"kind": 0.0, "brief": 0.4}
+    assert records["configured"].weights == {"kind": 0.7, "brief": 0.4}
+    assert records["own"].payments["kind"] == 0.0
+
+
+def test_numbers_of_a_record_are_the_sums_and_means_of_its_tokens(tiny):
+    decoding = {"max_new_tokens": 12, "trace": "tokens", "agent_temperature": 0.3}
+    record = decode(config_of(tiny(seed=2), PAIR, decoding=decoding), [ask("a", "hello")])["a"]
+    assert len(record.tokens) == record.num_tokens
+    for name in PAIR:
+        paid = sum(token.payments[name] for token in record.tokens)
+        assert paid == pytest.approx(record.payments[name])
+        assert paid >= 0
+    assert sum(record.payments.values()) > 0
+    assert record.kl_per_token > 0
+    assert 0 < record.covered_mass <= 1 + 1e-6
+    assert record.max_residual < 1e-4
+    assert record.num_unsolved == 0
+
+
+def test_rewards_are_differences_of_a_plain_forward_pass(tiny):
+    folder = tiny(seed=2)
+    decoding = {"max_new_tokens": 8, "trace": "tokens"}
+    config = config_of(folder, PAIR, decoding=decoding)
+    _, assembly = engine_of(config)
+    record = decode(config, [ask("a", "hello", response="good day")])["a"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompts = assembly.prompter.encode(({"role": "user", "content": "hello"},))
+
+    @torch.no_grad()
+    def total(role, answer):
+        ids = torch.tensor([[*prompts[role], *answer]])
+        logprobs = model(ids).logits[0, -len(answer) - 1 : -1].double().log_softmax(-1)
+        return float(logprobs.gather(-1, torch.tensor(answer)[:, None]).sum())
+
+    answer = [token.token_id for token in record.tokens]
+    original = assembly.prompter.encode_answer("good day")
+    assert original[-1] == 0
+    for name in PAIR:
+        assert record.rewards[name] == pytest.approx(total(name, answer) - total("base", answer), abs=1e-3)
+        expected = total(name, original) - total("base", original)
+        assert record.original_rewards[name] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_better_of_old_and_new_answer_is_chosen_by_weighted_reward(tiny):
+    rows = [ask("a", "hello", response="good day"), ask("none", "hello")]
+    records = decode(config_of(tiny(seed=2), PAIR, decoding={"max_new_tokens": 8}), rows)
+    record = records["a"]
+    new = sum(record.weights[name] * record.rewards[name] for name in PAIR)
+    old = sum(record.weights[name] * record.original_rewards[name] for name in PAIR)
+    pair = (record.response, "good day") if new >= old else ("good day", record.response)
+    assert (record.chosen, record.rejected) == pair
+    assert records["none"].original_rewards is records["none"].chosen is None
+
+
+def test_without_a_trace_the_statistics_of_the_game_are_left_out(tiny):
+    record = decode(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3, "trace": "none"}), [ask("a", "hi")])["a"]
+    assert record.kl_per_token is record.covered_mass is record.max_residual is None
+    assert record.tokens == ()
+
+
+@pytest.mark.parametrize("rule", ["linear", "mixture", "maximin", "base"])
+def test_other_rules_pay_nothing_and_say_so(tiny, rule):
+    decoding = {"max_new_tokens": 5, "rule": rule, "agent_temperature": 0.5}
+    record = decode(config_of(tiny(seed=2), PAIR, decoding=decoding), [ask("a", "hello")])["a"]
+    assert record.payments == {"kind": None, "brief": None}
+    if rule != "maximin":  # whose answer may be to leave the base as it is
+        assert (record.kl_per_token > 1e-6) == (rule != "base")
+
+
+def test_a_host_that_fails_is_named_with_its_principals(tiny):
+    engine, _ = engine_of(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}))
+
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    engine._hosts["base"]._host.advance = broken
+    with pytest.raises(HostError, match=r"host base .*serving base, kind, brief.*advance.*out of memory"):
+        list(decode_rows(engine, [ask("a", "hello")]))
+
+
+def test_a_model_without_finite_logits_costs_its_rows_not_the_run(tiny):
+    engine, _ = engine_of(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}, cluster={"slots": 2}))
+    host = engine._hosts["base"]._host
+    plain = host.propose
+
+    @torch.inference_mode()
+    def with_nan(slots, **options):
+        proposal = plain(slots, **options)
+        proposal = replace(proposal, role_logprobs_BRK=proposal.role_logprobs_BRK.clone())
+        for at, slot in enumerate(slots):
+            if slot == 0:
+                proposal.role_logprobs_BRK[at, 1] = torch.nan
+        return proposal
+
+    host.propose = with_nan
+    records = {record.row_id: record for record in decode_rows(engine, [ask("a", "hello"), ask("b", "hello")])}
+    assert "not finite" in records["a"].error
+    assert records["b"].error is None
+    alone = decode(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}), [ask("b", "hello")])
+    assert records["b"] == alone["b"]

@@ -1,0 +1,98 @@
+"""Strict reproducibility: a row's numbers do not depend on its company, its place or where it runs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from decoding_setup import ask, config_of, decode
+
+from pipeline.models.host import Host
+from pipeline.models.loading import load_host
+from pipeline.models.messages import Admission, HostRole, HostSpec
+from pipeline.models.sources import resolve_model
+
+PAIR = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
+}
+ROWS = [ask(f"r{at}", "tell me " * (at % 5) + "x" * (7 * at % 11 + 1)) for at in range(20)]
+ROLES = (HostRole("a"), HostRole("b"))
+
+
+def host_of(folder, *, strict, num_slots):
+    source = resolve_model(str(folder), cache_folder=folder)
+    spec = HostSpec(
+        name="base", serves=("base",), source=source, dtype="auto", device="cpu", roles=ROLES, num_slots=num_slots,
+        vocab_size=261, strict=strict, cache_folder=folder,
+    )  # fmt: skip
+    return load_host(spec)
+
+
+def logits_after(host: Host, places: dict[int, int], prompts, num_steps=6):
+    """Logits of the rows named in `places` (row to slot) after a few given tokens."""
+    host.advance(
+        [Admission(slot, {"a": prompts[row], "b": prompts[row][1:]}) for row, slot in places.items()], [], []
+    )
+    for step in range(num_steps):
+        host.advance([], list(places.values()), [(7 * row + step) % 256 for row in places])
+    logits = host.logprobs_at(list(places.values()), None)
+    return {row: logits[at].clone() for at, row in enumerate(places)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "mistral", "neox"])
+def test_logits_of_a_row_are_the_same_to_the_bit_in_any_company(tiny, kind):
+    num_slots = 40
+    generator = random.Random(1)
+    prompts = [[generator.randrange(256) for _ in range(generator.randrange(3, 60))] for _ in range(num_slots)]
+    host = host_of(tiny(kind), strict=True, num_slots=num_slots)
+    together = logits_after(host, {row: row for row in range(num_slots)}, prompts)
+    for company in ([0], [3, 1], list(range(5)), list(range(7, 0, -1)), list(range(0, 34, 2)), list(range(33))):
+        places = dict(zip(company, generator.sample(range(num_slots), len(company)), strict=True))
+        for row, logits in logits_after(host, places, prompts).items():
+            assert torch.equal(logits, together[row])
+
+
+def test_relaxed_logits_are_close_to_strict_ones(tiny):
+    prompts = [list(range(5, 5 + length)) for length in (3, 40, 17, 28)]
+    places = {row: 3 - row for row in range(4)}
+    strict = logits_after(host_of(tiny("mistral"), strict=True, num_slots=4), places, prompts)
+    relaxed = logits_after(host_of(tiny("mistral"), strict=False, num_slots=4), places, prompts)
+    for row in places:
+        torch.testing.assert_close(strict[row], relaxed[row], atol=1e-4, rtol=0)
+
+
+def test_a_cache_that_grows_keeps_what_it_holds(tiny):
+    folder = tiny("llama", context=512)
+    long, short = list(range(200)) + list(range(50)), [1, 2, 3]
+    host = host_of(folder, strict=True, num_slots=2)
+    grown = logits_after(host, {0: 0, 1: 1}, [short, long], num_steps=20)  # passes 256 on the way
+    alone = logits_after(host_of(folder, strict=True, num_slots=2), {0: 1}, [short, long], num_steps=20)
+    assert torch.equal(grown[0], alone[0])
+
+
+@pytest.mark.parametrize("candidates", [50, "all"])
+def test_records_do_not_depend_on_slots_or_order(tiny, candidates):
+    decoding = {"max_new_tokens": 14, "candidates": candidates, "trace": "tokens", "agent_temperature": 0.5}
+    folder = tiny(seed=2)
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    reference = decode(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 16}), ROWS)
+    assert len(reference) == len(ROWS)
+    for slots, rows in ((1, ROWS[:6]), (4, shuffled), (16, shuffled), (5, ROWS)):
+        records = decode(config_of(folder, PAIR, decoding=decoding, cluster={"slots": slots}), rows)
+        for row_id, record in records.items():
+            assert record == reference[row_id]
+
+
+def test_samples_of_a_row_differ_and_repeat_with_the_seed(tiny):
+    decoding = {"max_new_tokens": 20, "n": 4, "temperature": 1.3, "agent_temperature": 5.0}
+
+    def samples(seed, rows):
+        config = config_of(tiny(), PAIR, decoding={**decoding, "seed": seed}, cluster={"slots": 3})
+        return {key: record.response for key, record in decode(config, rows).items()}
+
+    first = samples(1, ROWS[:3])
+    assert len(set(first.values())) > 6
+    assert samples(1, [ROWS[2]]) == {f"r2/{at}": first[f"r2/{at}"] for at in range(4)}
+    assert samples(2, ROWS[:3]) != first
