@@ -38,18 +38,18 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
     return path
 
 
-def make_config(path: str | Path, output: str | Path = "unused", **sections: Any) -> Config:
+def make_config(path: str | Path, run: str | Path = "unused", **sections: Any) -> Config:
     """A configuration for the input at `path`; `input`, `output`, `decoding`, ... add to a section."""
     tree: dict[str, Any] = {"principals": PRINCIPALS, **sections}
     tree["input"] = {"path": str(path), **sections.get("input", {})}
-    tree["output"] = {"path": str(output), "rows_per_shard": 3, **sections.get("output", {})}
+    tree["output"] = {"path": str(run), "rows_per_shard": 3, **sections.get("output", {})}
     return parse_config(tree)
 
 
-def small_plan(folder: Path, output: str | Path | None = None, *, num_rows: int = 7, **sections: Any) -> Plan:
+def small_plan(folder: Path, run: str | Path | None = None, *, num_rows: int = 7, **sections: Any) -> Plan:
     """A plan over a small JSONL file in `folder`."""
     path = write_jsonl(folder / "prompts.jsonl", ({"prompt": f"question {index}"} for index in range(num_rows)))
-    return make_plan(make_config(path, output or folder / "run", **sections), MODELS)
+    return make_plan(make_config(path, run or folder / "run", **sections), MODELS)
 
 
 def answer(row: Row, *, sample: int = 0, text: str = "", error: str | None = None, **fields: Any) -> Record:

@@ -46,7 +46,7 @@ class Run:
 
     @classmethod
     def create_or_resume(cls, store: Store, plan: Plan) -> Run:
-        """Write the plan of a new run, or check that the stored one is the same.
+        """Write the plan of a new run, or check that the stored one has the same fingerprint.
 
         Raises:
             RunMismatch: the directory holds a run with another fingerprint; the message says how it differs.
@@ -60,6 +60,8 @@ class Run:
                 return cls(store, plan)
         stored = _read_plan(store)
         refuse_mismatch(store.path, stored.fingerprint, plan.fingerprint)
+        if stored != plan:  # the same run, but its input has moved or it runs elsewhere
+            store.put(PLAN, plan.to_json())
         return cls(store, plan)
 
     @classmethod
