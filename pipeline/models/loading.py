@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,13 @@ def _load_model(spec: HostSpec, device: torch.device) -> Any:
 def _with_adapter(model: Any, name: str, folder: Path) -> Any:
     from peft import PeftModel  # seven seconds of import, for those who use adapters
 
-    if isinstance(model, PeftModel):
-        model.load_adapter(folder, adapter_name=name)
-        return model
-    return PeftModel.from_pretrained(model, folder, adapter_name=name)
+    with warnings.catch_warnings():
+        # peft asks transformers under an old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=name)
+            return model
+        return PeftModel.from_pretrained(model, folder, adapter_name=name)
 
 
 @torch.inference_mode()
