@@ -77,17 +77,9 @@ def write_table_bytes(table: pa.Table, *, metadata: Mapping[str, str] | None = N
     merged = {**(table.schema.metadata or {}), **{k.encode(): v.encode() for k, v in (metadata or {}).items()}}
     table = table.combine_chunks().replace_schema_metadata(dict(sorted(merged.items())) or None)
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        version="2.6",
-        data_page_version="1.0",
-        compression="zstd",
-        use_dictionary=True,
-        write_statistics=True,
-        row_group_size=max(table.num_rows, 1),
-        store_schema=True,
-    )
+    with pq.ParquetWriter(sink, table.schema, version="2.6", data_page_version="1.0", compression="zstd") as writer:
+        if table.num_rows:  # `datasets` cannot read a row group without rows
+            writer.write_table(table, row_group_size=table.num_rows)
     return bytes(sink.getvalue())
 
 

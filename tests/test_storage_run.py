@@ -1,0 +1,366 @@
+"""A run directory: each row exactly once, whatever order, attempt or driver wrote it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from storage_setup import answer, make_config, small_plan, tree_bytes, write_jsonl
+
+from pipeline.errors import CageError, ConfigurationError, NondeterminismError, StorageError
+from pipeline.records import Record
+from pipeline.storage.commits import CommitRecord, count_reasons
+from pipeline.storage.plan import Plan, make_plan
+from pipeline.storage.run import Run
+from pipeline.storage.stores import LocalStore, Store, open_store
+
+MIXED = [
+    {"prompt": "a"},
+    {"prompt": None},
+    b"\xff",
+    {"prompt": "b"},
+    {"prompt": "c"},
+    {"prompt": "d"},
+    {"prompt": "e"},
+]
+
+
+def records_of(plan: Plan, shard: int, **fields: Any) -> list[Record]:
+    rows = plan.read_shard(shard)
+    return [
+        answer(row, sample=sample, **fields) for row in rows for sample in range(1 if row.error else plan.num_samples)
+    ]
+
+
+def new_run(folder: Path, run: str | Path | None = None, **sections: Any) -> Run:
+    plan = small_plan(folder, run, **sections)
+    return Run.create_or_resume(open_store(plan.config["output"]["path"]), plan)
+
+
+def mixed_run(folder: Path, name: str = "run") -> Run:
+    path = write_jsonl(folder / "mixed.jsonl", MIXED)
+    plan = make_plan(make_config(path, folder / name), {"base": "tiny@abc123"})
+    return Run.create_or_resume(open_store(str(folder / name)), plan)
+
+
+def finished(run: Run) -> Run:
+    for shard in run.plan.shards:
+        run.commit(shard, records_of(run.plan, shard.index))
+    run.finish()
+    return run
+
+
+def test_each_row_is_in_one_file_once(tmp_path: Path) -> None:
+    run = finished(mixed_run(tmp_path))
+    aligned = [row for _, data in sorted(tree_bytes(tmp_path / "run", "part-*").items()) for row in read(data)]
+    rejected = [row for data in tree_bytes(tmp_path / "run" / "_rejected").values() for row in read(data)]
+    assert [row["row_id"] for row in aligned] == [f"mixed.jsonl:{line}" for line in (1, 4, 5, 6, 7)]
+    assert [(row["row_id"], row["error"]) for row in rejected] == [
+        ("mixed.jsonl:2", "line 2 of mixed.jsonl: prompt is null"),
+        ("mixed.jsonl:3", "line 3 of mixed.jsonl is not valid UTF-8"),
+    ]
+    assert all(row["error"] is None for row in aligned)
+    assert run.status().errors == {"prompt is null": 1, "is not valid UTF-8": 1}
+
+
+def read(data: bytes) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
+    return rows
+
+
+def test_files_do_not_depend_on_order_attempt_time_or_host(tmp_path: Path) -> None:
+    sections = {"decoding": {"n": 3}}
+    plain = finished(new_run(tmp_path, tmp_path / "plain", **sections))
+    other = new_run(tmp_path, tmp_path / "other", **sections)
+    shards = list(other.plan.shards)
+    random.Random(0).shuffle(shards)
+    for shard in shards:
+        records = records_of(other.plan, shard.index)
+        random.Random(shard.index).shuffle(records)
+        other.commit(shard, records, attempt=2, seconds=3.5, host="elsewhere")
+    other.finish({"note": "different"})
+    assert tree_bytes(tmp_path / "plain") == tree_bytes(tmp_path / "other")
+    assert plain.plan.digest == other.plan.digest
+
+
+def test_a_shard_exists_exactly_if_its_record_exists(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    assert run.committed() == {}
+    record = run.commit(1, records_of(run.plan, 1), attempt=2, seconds=1.25, host="h")
+    assert run.committed() == {1: record}
+    assert [shard.index for shard in run.pending()] == [0, 2]
+    assert (record.rows, record.rejected, record.attempt, record.seconds, record.host) == (3, 0, 2, 1.25, "h")
+    (tmp_path / "run" / "part-00000-of-00003.parquet").write_bytes(b"data without a record")
+    assert set(run.committed()) == {1}
+    assert set(record.sha256_by_file) == {"part-00001-of-00003.parquet"}
+
+
+def test_committing_again_changes_nothing(tmp_path: Path) -> None:
+    run = mixed_run(tmp_path)
+    first = run.commit(0, records_of(run.plan, 0), attempt=1)
+    before = tree_bytes(tmp_path / "run", "**/*.*")
+    assert run.commit(0, records_of(run.plan, 0), attempt=2, seconds=9.0) == first
+    assert tree_bytes(tmp_path / "run", "**/*.*") == before
+
+
+class Killed(Exception):
+    """Stands for SIGKILL between two writes."""
+
+
+@dataclasses.dataclass
+class DyingStore:
+    """A store that dies at its n-th write, before or after it took effect."""
+
+    store: Store
+    dies_at: int
+    is_after: bool
+    num_writes: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        inner = getattr(self.store, name)
+        return self._write(inner) if name in ("create", "put") else inner
+
+    def _write(self, inner: Any) -> Any:
+        def write(name: str, data: bytes) -> Any:
+            self.num_writes += 1
+            if self.num_writes == self.dies_at and not self.is_after:
+                raise Killed
+            answer = inner(name, data)
+            if self.num_writes == self.dies_at:
+                raise Killed
+            return answer
+
+        return write
+
+
+@pytest.mark.parametrize("is_after", [False, True])
+@pytest.mark.parametrize("dies_at", range(1, 13))
+def test_killed_at_any_write_and_resumed_the_files_are_the_same(tmp_path: Path, dies_at: int, is_after: bool) -> None:
+    whole = finished(mixed_run(tmp_path, "whole"))
+    dying: Any = DyingStore(LocalStore(tmp_path / "killed"), dies_at, is_after)
+    try:
+        finished(Run.create_or_resume(dying, whole.plan))
+    except Killed:
+        pass
+    else:
+        assert dying.num_writes < dies_at
+    resumed = Run.create_or_resume(LocalStore(tmp_path / "killed"), whole.plan)
+    for shard in resumed.pending():
+        resumed.commit(shard, records_of(resumed.plan, shard.index), attempt=2)
+    resumed.finish()
+    assert resumed.is_complete
+    assert tree_bytes(tmp_path / "killed") == tree_bytes(tmp_path / "whole")
+    assert resumed.status().rows_aligned == 5
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+def test_other_values_for_the_same_row_are_an_alarm(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    run.commit(0, records_of(run.plan, 0))
+    before = tree_bytes(tmp_path / "run")
+    with pytest.raises(NondeterminismError, match=r"twice with different values: 3 rows, first row 'prompts"):
+        run.commit(0, records_of(run.plan, 0, text="other"))
+    assert tree_bytes(tmp_path / "run") == before
+
+
+def test_in_relaxed_mode_the_first_one_stands(tmp_path: Path) -> None:
+    run = new_run(tmp_path, decoding={"reproducibility": "relaxed"})
+    first = run.commit(0, records_of(run.plan, 0))
+    assert run.commit(0, records_of(run.plan, 0, text="other")) == first
+
+
+def test_a_row_that_failed_in_one_attempt_only_is_neither_lost_nor_repeated(tmp_path: Path) -> None:
+    """The first attempt dies before its commit record; the second one rejects another row."""
+    run = new_run(tmp_path)
+    good = records_of(run.plan, 0)
+    bad = [answer(row, error="the host died") for row in run.plan.read_shard(0)]
+    dying: Any = DyingStore(run.store, 3, is_after=False)
+    with pytest.raises(Killed):
+        Run(dying, run.plan).commit(0, [bad[0], good[1], good[2]])
+    record = run.commit(0, [good[0], good[1], bad[2]])
+    assert (record.rows, record.rejected) == (2, 1)
+    for shard in (1, 2):
+        run.commit(shard, records_of(run.plan, shard))
+    run.finish()
+    stored = [row for data in tree_bytes(tmp_path / "run").values() for row in read(data)]
+    assert sorted(row["row_id"] for row in stored) == sorted(row.row_id for row in run.plan.open_input())
+    assert [row["row_id"] for row in stored if row["error"]] == [good[0].row_id]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda records: records[1:], "got 1 of 2 samples of row"),
+        (lambda records: [*records, records[0]], "sample 0 twice"),
+        (lambda records: [dataclasses.replace(records[0], row_id="alien"), *records[1:]], "has no row 'alien'"),
+        (lambda records: [dataclasses.replace(records[0], sample=2), *records[1:]], r"has no row .*, sample 2"),
+        (lambda records: records[2:], "got 0 of 2 samples of row"),
+    ],
+)
+def test_a_lost_or_repeated_record_is_refused_before_any_write(tmp_path: Path, spoil: Any, why: str) -> None:
+    run = new_run(tmp_path, decoding={"n": 2})
+    with pytest.raises(CageError, match=why):
+        run.commit(0, spoil(records_of(run.plan, 0)))
+    assert tree_bytes(tmp_path / "run") == {}
+
+
+def test_a_run_is_opened_from_its_files_alone(tmp_path: Path) -> None:
+    finished(mixed_run(tmp_path))
+    (tmp_path / "mixed.jsonl").unlink()
+    run = Run.open(str(tmp_path / "run"))
+    status = run.status()
+    assert (status.num_shards, status.shards_done, status.num_rows) == (3, 3, 7)
+    assert (status.rows_aligned, status.rows_rejected, status.is_complete) == (5, 2, True)
+    assert status.tokens == sum(record.tokens for record in run.committed().values()) > 0
+
+
+def test_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"there is no run in .*: it has no plan\.json"):
+        Run.open(str(tmp_path / "nothing"))
+
+
+def test_a_folder_with_other_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "part-0.parquet").write_bytes(b"someone's")
+    with pytest.raises(ConfigurationError, match="holds part- files but no run"):
+        new_run(tmp_path)
+
+
+def test_an_unfinished_run_cannot_be_finished(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    run.commit(0, records_of(run.plan, 0))
+    with pytest.raises(CageError, match="is not complete: 2 shards"):
+        run.finish()
+    for shard in (1, 2):
+        run.commit(shard, records_of(run.plan, shard))
+    (tmp_path / "run" / "part-00001-of-00003.parquet").unlink()
+    with pytest.raises(CageError, match="1 files missing"):
+        run.finish()
+    assert not run.is_complete
+    run.commit(1, records_of(run.plan, 1))
+    run.finish()
+    assert run.is_complete
+
+
+def test_a_damaged_or_foreign_record_is_told(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    record = run.commit(0, records_of(run.plan, 0))
+    stored = tmp_path / "run" / "_commits" / "part-00000.json"
+    for damaged in (b"", b"{}", b"\xff", b"[]", stored.read_bytes()[:-20]):
+        stored.write_bytes(damaged)
+        with pytest.raises(StorageError, match=r"part-00000\.json is not a commit record"):
+            run.committed()
+    foreign = dataclasses.replace(record, digest="0" * 64)
+    stored.write_bytes(foreign.to_json())
+    with pytest.raises(StorageError, match="belongs to another run"):
+        run.committed()
+    assert CommitRecord.from_json(record.to_json(), source="x") == record
+
+
+def test_a_name_in_a_record_or_footer_cannot_leave_the_directory(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    record = run.commit(0, records_of(run.plan, 0))
+    escaped = dataclasses.replace(record, sha256_by_file={"../../etc/passwd": "0"})
+    (tmp_path / "run" / "_commits" / "part-00000.json").write_bytes(escaped.to_json())
+    with pytest.raises(StorageError, match="a stored name has"):
+        run.find("prompts.jsonl:1")
+
+
+def test_damaged_data_of_another_attempt_is_told(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    (tmp_path / "run" / "part-00000-of-00003.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(StorageError, match=r"part-00000-of-00003\.parquet cannot be read"):
+        run.commit(0, records_of(run.plan, 0))
+
+
+@pytest.mark.parametrize("line", range(1, 8))
+def test_a_row_is_found_with_all_its_columns(tmp_path: Path, line: int) -> None:
+    run = finished(mixed_run(tmp_path))
+    (row,) = run.find(f"mixed.jsonl:{line}")
+    assert (row["error"] is None) == (line not in (2, 3))
+    assert row["row_id"] == f"mixed.jsonl:{line}"
+    assert run.find("mixed.jsonl:9") == []
+    assert run.find("") == []
+
+
+def test_every_sample_of_a_row_is_found(tmp_path: Path) -> None:
+    run = new_run(tmp_path, decoding={"n": 3})
+    run.commit(0, records_of(run.plan, 0))
+    assert [row["sample"] for row in run.find("prompts.jsonl:2")] == [0, 1, 2]
+    assert run.find("prompts.jsonl:7") == []
+
+
+def test_datasets_loads_a_run_by_its_card_and_leaves_rejected_rows_out(tmp_path: Path) -> None:
+    finished(mixed_run(tmp_path))
+    loaded = datasets.load_dataset(str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == ["train"]
+    assert loaded["train"]["row_id"][:] == [f"mixed.jsonl:{line}" for line in (1, 4, 5, 6, 7)]
+
+
+def test_a_shard_whose_rows_are_all_rejected_is_an_empty_file(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    run.commit(0, [answer(row, error="no") for row in run.plan.read_shard(0)])
+    for shard in (1, 2):
+        run.commit(shard, records_of(run.plan, shard))
+    run.finish()
+    files = str(tmp_path / "run" / "part-*.parquet")
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(loaded) == 4
+    assert run.committed()[0].rows == 0
+
+
+def test_the_card_escapes_what_comes_from_outside(tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script> | `x` [a](javascript:b)\n# Heading\x1b[2J"
+    run = new_run(tmp_path, principals={"brief": {"kind": "prompted", "principle": nasty}})
+    for shard in run.plan.shards:
+        run.commit(shard, [answer(row, error=f"failed on {nasty}") for row in run.plan.read_shard(shard)])
+    run.finish()
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    front, body = card.split("---\n")[1:3]
+    assert yaml.safe_load(front)["configs"][0]["data_files"] == [{"split": "train", "path": "part-*.parquet"}]
+    assert "<script>" not in card
+    assert "\x1b" not in card
+    assert "\n# Heading" not in body
+    assert "[a](" not in body
+    for line in body.splitlines():
+        if line.startswith("| principals.brief.principle"):
+            assert line.replace("\\|", "").count("|") == 3
+
+
+def test_the_manifest_names_every_file_with_its_hash(tmp_path: Path) -> None:
+    run = finished(mixed_run(tmp_path))
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    stored = {name: hashlib.sha256(data).hexdigest() for name, data in tree_bytes(tmp_path / "run").items()}
+    assert {file["name"]: file["sha256"] for file in manifest["files"]} == stored
+    assert manifest["fingerprint_digest"] == run.plan.digest
+    assert (manifest["rows_aligned"], manifest["rows_rejected"]) == (5, 2)
+    assert (tmp_path / "run" / "_SUCCESS").read_text() == f"{run.plan.digest}\n"
+
+
+def test_success_is_written_last(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for shard in run.plan.shards:
+        run.commit(shard, records_of(run.plan, shard.index))
+    for dies_at in (1, 2, 3):
+        dying: Any = DyingStore(run.store, dies_at, is_after=False)
+        with pytest.raises(Killed):
+            Run(dying, run.plan).finish()
+        assert not run.is_complete
+
+
+def test_reasons_are_counted_by_kind() -> None:
+    reasons = [f"line {index} of x.jsonl: prompt must be text; got {index}" for index in range(30)]
+    reasons += [f"row {index} of a b.parquet is not valid UTF-8" for index in range(3)]
+    assert count_reasons(reasons) == {"prompt must be text; got …": 30, "is not valid UTF-8": 3}
+    many = count_reasons([chr(97 + index) * 3 for index in range(25)])
+    assert sum(many.values()) == 25
+    assert len(many) == 21
