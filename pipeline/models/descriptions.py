@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from pipeline.errors import ConfigurationError
 from pipeline.models.sources import ModelSource
-from pipeline.models.tokenizers import context_length, text_config
+from pipeline.models.tokenizers import context_length, reason_of, text_config
 
 BYTES_BY_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = {
@@ -63,8 +63,7 @@ def load_model_config(source: ModelSource) -> Any:
             source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigurationError(f"the configuration of {source.name} cannot be read: {reason}") from error
+        raise ConfigurationError(f"the configuration of {source.name} cannot be read: {reason_of(error)}") from error
 
 
 def describe_model(source: ModelSource) -> ModelDescription:

@@ -27,8 +27,7 @@ def load_tokenizer(source: ModelSource) -> Any:
             source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigurationError(f"the tokenizer of {source.name} cannot be loaded: {reason}") from error
+        raise ConfigurationError(f"the tokenizer of {source.name} cannot be loaded: {reason_of(error)}") from error
 
 
 def compare_tokenizers(base: Any, other: Any, base_name: str, other_name: str) -> None:
@@ -74,6 +73,14 @@ def context_length(config: Any) -> int | None:
     """Most tokens that a sequence may have, as the model's configuration states it; None where it states none."""
     length = getattr(text_config(config), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
+
+
+def reason_of(error: Exception) -> str:
+    """Why transformers would not read a model, in one line."""
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    if "trust_remote_code" in message:
+        return "it brings Python code of its own; set trust_remote_code: true if you trust that code"
+    return message[:300]
 
 
 def text_config(config: Any) -> Any:

@@ -1,0 +1,119 @@
+"""Tokenizers of one run hold the same tokens; a difference is told by its ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.errors import ConfigurationError
+from pipeline.models.sources import ModelSource, resolve_model
+from pipeline.models.tokenizers import compare_tokenizers, context_length, load_tokenizer, stop_token_ids
+
+Tiny = Callable[..., Path]
+NUM_TINY = 261  # five special tokens and 256 bytes
+
+
+def difference(base: Any, other: Any) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        compare_tokenizers(base, other, "base", "kind (small)")
+    return str(caught.value)
+
+
+def renamed(tokenizer: PreTrainedTokenizerFast, names: dict[str, str]) -> PreTrainedTokenizerFast:
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    tree["model"]["vocab"] = {names.get(token, token): i for token, i in tree["model"]["vocab"].items()}
+    return PreTrainedTokenizerFast(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(tree)))
+
+
+def source_of(folder: Path) -> ModelSource:
+    return resolve_model(str(folder), cache_folder=folder)
+
+
+def test_the_same_tokens_are_no_difference() -> None:
+    plain = tiny_models.make_tokenizer()
+    templated = tiny_models.make_tokenizer(chat_template="{{ messages }}")
+    templated.eos_token = "<|endoftext|>"
+    compare_tokenizers(plain, templated, "base", "kind")
+
+
+def test_one_added_token_is_named_on_the_side_that_has_it() -> None:
+    plain, padded = tiny_models.make_tokenizer(), tiny_models.make_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    message = difference(plain, padded)
+    assert f"({NUM_TINY} and {NUM_TINY + 1} tokens)" in message
+    assert f"only kind (small) has 1 id: {NUM_TINY} ('<pad>')" in message
+    assert f"only base has 1 id: {NUM_TINY} ('<pad>')" in difference(padded, plain)
+
+
+def test_a_swap_of_two_tokens_is_found_although_sizes_agree() -> None:
+    plain = tiny_models.make_tokenizer()
+    swapped = renamed(plain, {"a": "b", "b": "a"})
+    vocab = plain.get_vocab()
+    message = difference(plain, swapped)
+    assert f"2 of {NUM_TINY} ids differ" in message
+    assert f"{vocab['a']} ('a' / 'b'), {vocab['b']} ('b' / 'a')" in message
+
+
+def test_of_many_differences_the_number_and_the_first_few_are_told() -> None:
+    plain = tiny_models.make_tokenizer()
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    message = difference(plain, renamed(plain, {c: f"{c}{c}" for c in letters}))
+    assert f"26 of {NUM_TINY} ids differ" in message
+    assert message.count(" / ") == 5
+    assert ", ..." in message
+
+
+def test_padding_of_the_embedding_is_no_difference(tmp_path: Path) -> None:
+    tokenizer = tiny_models.make_tokenizer()
+    config = tiny_models.make_config("llama", len(tokenizer) + 27, 64)
+    folder = tmp_path / "padded"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    compare_tokenizers(tokenizer, load_tokenizer(source_of(folder)), "base", "padded")
+
+
+def test_a_loaded_tokenizer_is_the_saved_one(tiny: Tiny) -> None:
+    tokenizer = load_tokenizer(source_of(tiny("llama")))
+    text = "naïve 日本 😀\n\ttabs"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    compare_tokenizers(tiny_models.make_tokenizer(), tokenizer, "made", "loaded")
+
+
+def test_a_model_without_a_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "bare"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ConfigurationError, match=f"the tokenizer of {folder} cannot be loaded"):
+        load_tokenizer(source_of(folder))
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(None, {0}), (3, {0, 3}), ([2, 4], {0, 2, 4})])
+def test_every_stated_end_stops(
+    stated: int | list[int] | None, expected: set[int], tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    tokenizer, config = load_tokenizer(source_of(folder)), AutoConfig.from_pretrained(folder)
+    assert stop_token_ids(source_of(folder), tokenizer, config) == expected
+    (folder / "generation_config.json").unlink()
+    config.eos_token_id = stated
+    tokenizer.eos_token = None
+    assert stop_token_ids(source_of(folder), tokenizer, config) == expected - {0}
+
+
+def test_the_context_is_what_the_configuration_states(tiny: Tiny) -> None:
+    for kind in ("llama", "gpt2", "neox"):
+        assert context_length(AutoConfig.from_pretrained(tiny(kind, context=64))) == 64
+
+
+def test_a_configuration_without_a_context_has_none() -> None:
+    from transformers import BloomConfig
+
+    assert context_length(BloomConfig()) is None
