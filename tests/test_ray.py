@@ -1,0 +1,106 @@
+"""The main job over Ray: the same bytes as in one process, and what happens when a host fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from test_relabel import job, parts, run_job, write_prompts
+
+from pipeline.errors import ConfigurationError, HostError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+def on_ray(**cluster):
+    return {"transport": "ray", "slots": 8, **cluster}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory):
+    """Prompts, and the files that one process makes of them."""
+    folder = tmp_path_factory.mktemp("reference")
+    prompts = write_prompts(folder / "prompts.jsonl", 17)
+    run_job(job(prompts, folder / "run", tiny(), **two_hosts(tiny)), folder)
+    return prompts, parts(folder / "run")
+
+
+def two_hosts(tiny):
+    """A second host, so that candidates and rewards cross processes."""
+    arm = {"kind": "arm", "model": str(tiny("llama", seed=5)), "reference": "none", "weight": 0.1}
+    return {"principals": {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.5}, "arm": arm}}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas):
+    prompts, expected = reference
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(replicas=replicas), **two_hosts(tiny))
+    run, _ = run_job(config, tmp_path)
+    assert parts(tmp_path / "run") == expected
+    hosts = {record.host for record in run.committed().values()}
+    assert len(hosts) == replicas
+
+
+def test_a_killed_host_is_replaced_and_nothing_changes(tiny, tmp_path, reference):
+    prompts, expected = reference
+    config = job(
+        prompts, tmp_path / "run", tiny(), cluster=on_ray(), decoding={"max_new_tokens": 8}, **two_hosts(tiny)
+    )
+    killed = []
+
+    def kill_a_host_once_something_is_committed():
+        commits = tmp_path / "run/_commits"
+        for _ in range(1200):
+            if commits.exists() and any(commits.iterdir()):
+                killed.append(kill_one_host())
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_a_host_once_something_is_committed)
+    thread.start()
+    run, _ = run_job(config, tmp_path)
+    thread.join()
+    assert killed
+    assert run.is_complete
+    assert parts(tmp_path / "run") == expected
+
+
+def kill_one_host() -> int | None:
+    """SIGKILL the process of a host actor."""
+    from ray.util.state import list_actors
+
+    for actor in list_actors(filters=[("class_name", "=", "HostActor"), ("state", "=", "ALIVE")], detail=True):
+        if actor.pid:
+            os.kill(actor.pid, signal.SIGKILL)
+            return actor.pid
+    return None
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_name(tiny, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny("llama", seed=5), broken)
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    weights = broken / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    config = job(
+        prompts, tmp_path / "run", tiny(), cluster=on_ray(),
+        principals={"arm": {"kind": "arm", "model": str(broken), "reference": "none"}},
+    )  # fmt: skip
+    header = int.from_bytes(data[:8], "little")
+    weights.write_bytes(bytes(data[: 8 + header + 100]))  # the header is whole, the tensors are not
+    with pytest.raises((ConfigurationError, HostError), match=r"arm"):
+        run_job(config, tmp_path)
+
+
+def test_a_replica_that_no_machine_can_hold_is_refused(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    base = {"model": str(tiny()), "resources": {"num_cpus": 64}}
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray())
+    config = config.model_copy(update={"base": config.base.model_validate(base)})
+    with pytest.raises(ConfigurationError, match=r"needs 64 CPU"):
+        run_job(config, tmp_path)
