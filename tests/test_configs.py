@@ -1,0 +1,107 @@
+"""Every configuration that is shipped loads, says what it is for, and asks for the hardware that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config, Transport, load_config
+from pipeline.decoding.lineup import build_lineup
+
+FOLDER = Path(__file__).parent.parent / "configs"
+FILES = sorted(FOLDER.glob("**/*.yaml"))
+FIRST_LINE = re.compile(r"# Hardware: .+; duration: .+; purpose: .+\.")
+SECRET = re.compile(r"(?i)(token|secret|password|api_key|access_key)\s*[:=]|AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20}")
+
+every_config = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def num_gpus_of_a_replica(config: Config) -> float:
+    hosts = build_lineup(config).hosts
+    return sum(host.model.resources.num_gpus or 0 for host in hosts if host.model.device.startswith("cuda"))
+
+
+def test_there_is_a_configuration_for_each_situation() -> None:
+    assert {file.stem for file in FILES} >= {
+        "quickstart", "local", "do_not_answer", "weak_to_strong", "lora_adapters", "tuned_pair", "s3",
+    }  # fmt: skip
+
+
+@every_config
+def test_a_configuration_loads_and_says_what_it_is_for(file: Path) -> None:
+    load_config(file)
+    text = file.read_text(encoding="utf-8")
+    assert FIRST_LINE.fullmatch(text.splitlines()[0])
+    assert not SECRET.search(text)
+
+
+@every_config
+def test_a_configuration_lays_out_hosts_and_names_every_principal(file: Path) -> None:
+    config = load_config(file)
+    lineup = build_lineup(config)
+    assert [principal.name for principal in lineup.principals] == list(config.principals)
+    assert set(lineup.roles) >= {principal.tuned for principal in lineup.principals}
+
+
+@every_config
+def test_a_configuration_asks_for_the_gpus_that_it_names(file: Path) -> None:
+    config = load_config(file)
+    named = re.search(r"(\d+) GPUs?\b", file.read_text(encoding="utf-8").splitlines()[0])
+    assert num_gpus_of_a_replica(config) * config.cluster.replicas == (int(named[1]) if named else 0)
+
+
+def test_prompted_principals_share_the_bases_host() -> None:
+    assert len(build_lineup(load_config(FOLDER / "quickstart.yaml")).hosts) == 1
+
+
+def test_adapters_on_the_base_share_its_host() -> None:
+    [host] = build_lineup(load_config(FOLDER / "lora_adapters.yaml")).hosts
+    assert len(host.adapters) == 3
+
+
+def test_reward_models_of_their_own_have_hosts_of_their_own() -> None:
+    assert len(build_lineup(load_config(FOLDER / "weak_to_strong.yaml")).hosts) == 3
+    assert len(build_lineup(load_config(FOLDER / "tuned_pair.yaml")).hosts) == 3
+
+
+def test_one_configuration_needs_no_ray() -> None:
+    assert load_config(FOLDER / "local.yaml").cluster.transport is Transport.LOCAL
+
+
+@every_config
+def test_inputs_inside_the_repository_exist(file: Path) -> None:
+    path = load_config(file).input.path
+    if path.startswith("configs/"):
+        assert (FOLDER.parent / path).is_file()
+
+
+def test_prompts_are_many_different_and_everyday() -> None:
+    rows = [json.loads(line) for line in (FOLDER / "data/prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [row["prompt"] for row in rows]
+    assert all(row.keys() == {"id", "topic", "prompt"} for row in rows)
+    assert len({row["id"] for row in rows}) == len(set(prompts)) == len(rows) >= 64
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", row["id"]) for row in rows)
+    assert len({row["topic"] for row in rows}) >= 10
+    assert len({row["topic"] for row in rows[:12]}) == 12
+    assert min(map(len, prompts)) < 15
+    assert max(map(len, prompts)) > 150
+    assert sum("\n" in prompt for prompt in prompts) >= 3
+    assert sum(not prompt.isascii() for prompt in prompts) >= 8
+
+
+def test_yaml_files_have_no_duplicate_keys() -> None:
+    class Strict(yaml.SafeLoader):
+        pass
+
+    def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[object, object]:
+        keys = [loader.construct_object(key) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"duplicate keys {keys}"
+        return loader.construct_mapping(node, deep=True)
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct)
+    for file in FILES:
+        yaml.load(file.read_text(encoding="utf-8"), Strict)
