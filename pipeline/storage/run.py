@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.storage.shard_files import COMMITS, REJECTED, ShardWriter, told_as
 from pipeline.storage.stores import ObjectStore, Store, open_store
 
 PLAN, MANIFEST, CARD, SUCCESS = "plan.json", "manifest.json", "README.md", "_SUCCESS"
+COMMIT_NAME = re.compile(re.escape(COMMITS) + r"part-(\d+)\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +78,15 @@ class Run:
 
     def committed(self) -> dict[int, CommitRecord]:
         """The commit records by shard, by one listing and the reading of the records at once."""
-        names = [name for name in self.store.names(COMMITS) if name.endswith(".json")]
+        names = [name for name in self.store.names(COMMITS) if COMMIT_NAME.fullmatch(name)]
         found = self.store.read_many(names)
         records = [self._writer.read_record(name, data) for name, data in found.items()]
         return {record.shard: record for record in sorted(records, key=lambda record: record.shard)}
 
     def pending(self) -> list[Shard]:
-        """The shards that are not committed, in order."""
-        done = self.committed()
+        """The shards that are not committed, in order; by one listing, no record is read."""
+        found = (COMMIT_NAME.fullmatch(name) for name in self.store.names(COMMITS))
+        done = {int(name[1]) for name in found if name is not None}
         return [shard for shard in self.plan.shards if shard.index not in done]
 
     def commit(
