@@ -236,6 +236,12 @@ def test_no_prompt_column_at_all_says_what_there_is(tmp_path: Path) -> None:
     ("column", "values", "fields", "told"),
     [
         ("prompt", pa.array([1]), {}, "the column prompt of x.parquet has type int64; it must hold text"),
+        (
+            "prompt",
+            pa.array([[{"role": "user", "content": "x"}]]),
+            {},
+            "it must hold text; name it with input.messages",
+        ),
         ("prompt", pa.array([b"x"]), {}, "the column prompt of x.parquet has type binary; it must hold text"),
         (
             "messages",

@@ -223,6 +223,18 @@ def test_a_run_is_opened_from_its_files_alone(tmp_path: Path) -> None:
     assert status.tokens == sum(record.tokens for record in run.committed().values()) > 0
 
 
+def test_a_finished_run_is_an_input_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
+    run = mixed_run(tmp_path)
+    run.commit(0, records_of(run.plan, 0))
+    config = make_config(tmp_path / "run", tmp_path / "next", input={"messages": "prompt", "id": "row_id"})
+    with pytest.raises(ConfigurationError, match="is a run that is not finished"):
+        make_plan(config)
+    finished(run)
+    rows = list(make_plan(config).open_input())
+    assert [row.row_id for row in rows] == [f"mixed.jsonl:{line}" for line in (1, 4, 5, 6, 7)]
+    assert all(row.error is None for row in rows)
+
+
 def test_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"there is no run in .*: it has no plan\.json"):
         Run.open(str(tmp_path / "nothing"))

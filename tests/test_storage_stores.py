@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import multiprocessing
 import os
 import subprocess
@@ -10,10 +11,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+import s3fs
 import storage_setup
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.storage.local_store import ABANDONED_AFTER_S
@@ -24,8 +30,6 @@ SPAWN = multiprocessing.get_context("spawn")
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    import s3fs
-
     with storage_setup.s3_server():
         s3fs.S3FileSystem().mkdir("s3://stores")
         yield "stores"
@@ -236,6 +240,99 @@ def test_a_missing_client_library_is_named() -> None:
             open_store("gs://bucket/run").read("plan.json")
 
 
+class Contended(MemoryFileSystem):
+    """Answers the first conditional writes as S3 does while another one of the same name is in flight."""
+
+    protocol = "contended"
+    cachable = False
+    answers: ClassVar[list[int]] = []
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if mode == "create" and self.answers:
+            error = OSError("conditional write refused")
+            error.__cause__ = HttpFault(self.answers.pop(0))
+            raise error
+        super().pipe_file(path, value, mode=mode)
+
+
+class HttpFault(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+@pytest.fixture
+def contended() -> ObjectStore:
+    fsspec.register_implementation("contended", Contended, clobber=True)
+    return ObjectStore(scheme="contended", root=f"bucket/{uuid.uuid4().hex}")
+
+
+def test_a_conditional_write_in_conflict_is_tried_again(contended: ObjectStore) -> None:
+    Contended.answers = [409, 409]
+    assert contended.create("x", b"data")
+    assert contended.read("x") == b"data"
+
+
+def test_a_failed_precondition_is_a_lost_race(contended: ObjectStore) -> None:
+    Contended.answers = [412]
+    assert not contended.create("x", b"data")
+
+
+def test_another_refusal_is_told_and_not_tried_again(contended: ObjectStore) -> None:
+    Contended.answers = [403]
+    with pytest.raises(StorageError, match=r"cannot write contended://bucket/.*/x: conditional write refused"):
+        contended.create("x", b"data")
+    assert Contended.answers == []
+
+
+@contextmanager
+def failing_server(num_failures: int) -> Iterator[list[str]]:
+    """Answers 503 to the first requests, then an object; yields the requests."""
+    requests: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            is_failure = len(requests) <= num_failures
+            body = b"<Error><Code>SlowDown</Code><Message>Reduce</Message></Error>" if is_failure else b"data"
+            self.send_response(503 if is_failure else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_MAX_ATTEMPTS": "2"}
+        for name, value in {**storage_setup.AWS, **endpoint}.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        try:
+            yield requests
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+            server.shutdown()
+
+
+def test_a_throttled_request_is_tried_again() -> None:
+    with failing_server(1) as requests:
+        assert open_store("s3://bucket/run").read("x") == b"data"
+    assert len(requests) >= 2
+
+
+def test_throttling_without_end_fails_after_bounded_attempts() -> None:
+    with (
+        failing_server(10**6) as requests,
+        pytest.raises(StorageError, match=r"cannot read s3://bucket/run/x: "),
+    ):
+        open_store("s3://bucket/run").read("x")
+    assert 2 <= len(requests) <= 20
+
+
 def test_a_missing_bucket_is_a_storage_error(bucket: str) -> None:
     store = open_store("s3://no-such-bucket/run")
     assert store.read("plan.json") is None
@@ -251,8 +348,6 @@ def test_a_store_that_does_not_answer_is_a_storage_error_within_bounds(monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    import s3fs
-
     s3fs.S3FileSystem.clear_instance_cache()
     try:
         with pytest.raises(StorageError, match=r"cannot read s3://bucket/run/plan.json: .*127.0.0.1:9"):

@@ -81,6 +81,7 @@ def find_files(path: str) -> list[FoundFile] | None:
     is_file, entries = found
     if is_file and not (entries and _format(entries[0][0])):
         raise ConfigurationError(f"input.path: {path} must end in {', '.join(FORMAT_BY_SUFFIX)}")
+    _refuse_unfinished_run(path, {entry[0] for entry in entries})
     files = [_found(*entry) for entry in sorted(entries) if is_file or _is_input(entry[0])]
     if not files:
         raise ConfigurationError(f"input.path: no Parquet or JSONL file in the folder {path}")
@@ -131,6 +132,11 @@ def _format(name: str) -> Format | None:
 
 def _is_input(name: str) -> bool:
     return not name.startswith((".", "_")) and _format(name) is not None
+
+
+def _refuse_unfinished_run(path: str, names: set[str]) -> None:
+    if "plan.json" in names and "_SUCCESS" not in names and any(name.startswith("part-") for name in names):
+        raise ConfigurationError(f"input.path: {path} is a run that is not finished; finish it first")
 
 
 Entry = tuple[str, str, int, str | None]  # name, path, size, tag

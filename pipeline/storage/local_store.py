@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -53,6 +54,12 @@ class LocalStore:
                 os.link(aside, file)  # unlike a rename, a link never replaces
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                    raise StorageError(
+                        f"cannot write {file}: its file system has no hard links, which commits need"
+                    ) from None
+                raise
             _sync_folder(file.parent)
             return True
 
@@ -88,10 +95,8 @@ class LocalStore:
     @contextlib.contextmanager
     def _aside(self, file: Path, data: bytes) -> Iterator[Path]:
         """Hold `data`, synced, in a hidden file beside `file`."""
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise StorageError(f"cannot write {file}: {file.parent} is not a folder") from None
+        if not file.parent.is_dir():
+            _make_folder(file.parent)
         aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}{ASIDE}")
         try:
             with aside.open("xb") as handle:
@@ -103,10 +108,21 @@ class LocalStore:
             aside.unlink(missing_ok=True)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise StorageError(f"cannot write to {folder}: it is not a folder") from None
+    _sync_folder(folder.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a new or renamed entry of `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class ObjectStore:
             except _Conflict:
                 if wait_s is None:
                     raise StorageError(f"cannot write {self.url(name)}: it is being written elsewhere") from None
-                time.sleep(wait_s)
+                time.sleep(wait_s * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
 
     def _create_once(self, name: str, data: bytes) -> bool:

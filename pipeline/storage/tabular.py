@@ -87,8 +87,11 @@ def check_types(schema: pa.Schema, columns: Columns, name: str) -> None:
             raise ConfigurationError(f"{name} has more than one column {quote(column)}")
         type_ = schema.field(column).type
         if not (pa.types.is_null(type_) or accepts(type_)):
-            shown = " ".join(str(type_).split())[:120]
-            raise ConfigurationError(f"the column {column} of {name} has type {shown}; it must hold {what}")
+            hint = "; name it with input.messages" if column == columns.prompt and _is_messages(type_) else ""
+            shown = one_line(str(type_), limit=120)
+            raise ConfigurationError(
+                f"the column {one_line(column)} of {name} has type {shown}; it must hold {what}{hint}"
+            )
 
 
 def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequence[str]) -> Iterator[Row]:
