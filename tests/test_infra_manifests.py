@@ -1,0 +1,255 @@
+"""The manifests: well formed, without secrets, for a command that exists and GPUs that its configuration needs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer
+import yaml
+
+from pipeline.config import Config, load_config
+from pipeline.decoding.lineup import build_lineup
+
+ROOT = Path(__file__).parent.parent
+INFRA = ROOT / "infra"
+IMAGE = "your-registry/cage-align:0.1.0"
+RESUMABLE = "relabel"  # the command that goes on where it stopped
+
+STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+QUANTITIES = {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"}}
+
+
+def record(required: str, **properties: Any) -> dict[str, Any]:
+    """An object with these properties and no others."""
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": required.split(),
+        "properties": properties,
+    }
+
+
+def array(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": items}
+
+
+def group_spec(required: str, **properties: Any) -> dict[str, Any]:
+    return record(required, rayStartParams=STRINGS, template=record("spec", spec=POD, metadata={}), **properties)
+
+
+TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+SECRET_REF = record("name key", name=TEXT, key=TEXT, optional=FLAG)
+VARIABLE = {
+    "oneOf": [
+        record("name value", name=TEXT, value=TEXT),
+        record("name valueFrom", name=TEXT, valueFrom=record("secretKeyRef", secretKeyRef=SECRET_REF)),
+    ]
+}
+CONTAINER = record(
+    "name image resources securityContext",
+    name={"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+    image=TEXT,
+    env=array(VARIABLE),
+    ports=array(record("containerPort", name={"type": "string", "maxLength": 15}, containerPort=COUNT)),
+    resources=record("requests limits", requests=QUANTITIES, limits=QUANTITIES),
+    securityContext=record(
+        "allowPrivilegeEscalation capabilities", allowPrivilegeEscalation={"const": False}, capabilities={}
+    ),
+    volumeMounts=array(record("name mountPath", name=TEXT, mountPath=TEXT)),
+)
+POD = record(
+    "containers serviceAccountName securityContext",
+    containers=array(CONTAINER),
+    serviceAccountName=TEXT,
+    terminationGracePeriodSeconds=COUNT,
+    securityContext=record("runAsNonRoot", runAsNonRoot={"const": True}, runAsUser=COUNT, fsGroup=COUNT),
+    volumes=array(record("name emptyDir", name=TEXT, emptyDir=record("", sizeLimit=TEXT))),
+)
+# The fields of ray.io/v1 that are used here, named as KubeRay's reference names them.
+RAY_JOB = record(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=record("name", name={"type": "string", "maxLength": 47, "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}),
+    spec=record(
+        "entrypoint rayClusterSpec backoffLimit shutdownAfterJobFinishes",
+        entrypoint=TEXT,
+        backoffLimit=COUNT,
+        activeDeadlineSeconds=COUNT,
+        shutdownAfterJobFinishes=FLAG,
+        ttlSecondsAfterFinished=COUNT,
+        rayClusterSpec=record(
+            "rayVersion authOptions headGroupSpec workerGroupSpecs",
+            rayVersion=TEXT,
+            authOptions=record("mode", mode={"enum": ["token", "disabled"]}),
+            headGroupSpec=group_spec("rayStartParams template"),
+            workerGroupSpecs=array(
+                group_spec(
+                    "groupName replicas minReplicas maxReplicas rayStartParams template",
+                    groupName=TEXT,
+                    replicas=COUNT,
+                    minReplicas=COUNT,
+                    maxReplicas=COUNT,
+                )
+            ),
+        ),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((INFRA / "ray-job.yaml").read_text(encoding="utf-8"))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    return tree
+
+
+def containers(job: dict[str, Any]) -> list[dict[str, Any]]:
+    spec = job["spec"]["rayClusterSpec"]
+    pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return [container for pod in pods for container in pod["template"]["spec"]["containers"]]
+
+
+def commands_of(text: str) -> Iterator[list[str]]:
+    """Every `cage ...` command in a text, split into words."""
+    for line in re.findall(r"(?:^|[\"`# ])(cage (?:[a-z-]+) [^\"`\n]+)", text, flags=re.MULTILINE):
+        yield shlex.split(line)
+
+
+def check_command(words: list[str]) -> Config:
+    """The subcommand exists, takes these options, and its configuration loads with these overrides."""
+    from jobs.cli import app
+
+    group: Any = typer.main.get_command(app)
+    name, *arguments = words[1:]
+    assert name in group.commands, f"no command cage {name}"
+    given = group.commands[name].make_context(name, arguments).params
+    file = ROOT / Path(given["config"]).relative_to("/app" if given["config"].is_absolute() else "")
+    return load_config(file, given["overrides"])
+
+
+def gpus_needed(config: Config) -> tuple[float, float]:
+    """GPUs of one replica and of all."""
+    of_one = sum(host.model.resources.num_gpus or 0 for host in build_lineup(config).hosts)
+    return of_one, of_one * config.cluster.replicas
+
+
+def test_the_ray_job_has_the_resources_fields(job: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator(RAY_JOB).validate(job)
+
+
+def test_the_ray_cluster_follows_the_schema_that_ray_ships(cluster: dict[str, Any]) -> None:
+    ray_spec = find_spec("ray")
+    assert ray_spec is not None
+    assert ray_spec.origin is not None
+    schema = json.loads(Path(ray_spec.origin).with_name("autoscaler").joinpath("ray-schema.json").read_text())
+    jsonschema.validate(cluster, schema)
+    assert cluster["head_node_type"] in cluster["available_node_types"]
+    assert (
+        sum(node.get("max_workers", 0) for node in cluster["available_node_types"].values()) <= cluster["max_workers"]
+    )
+
+
+def test_the_ray_job_runs_a_command_that_resumes(job: dict[str, Any]) -> None:
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:2] == ["cage", RESUMABLE]
+    config = check_command(words)
+    assert config.cluster.address == "auto"
+    assert config.output.path.startswith("s3://")
+    assert job["spec"]["backoffLimit"] >= 1
+    assert job["spec"]["shutdownAfterJobFinishes"]
+
+
+def test_the_ray_job_has_the_gpus_of_its_configuration(job: dict[str, Any]) -> None:
+    of_one, of_all = gpus_needed(check_command(shlex.split(job["spec"]["entrypoint"])))
+    held = 0.0
+    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        [container] = group["template"]["spec"]["containers"]
+        limits = container["resources"]["limits"]
+        assert float(limits["nvidia.com/gpu"]) >= of_one
+        assert limits == container["resources"]["requests"]
+        held += group["minReplicas"] * float(limits["nvidia.com/gpu"])
+    assert held == of_all
+
+
+def test_the_ray_cluster_has_the_gpus_of_its_configuration(cluster: dict[str, Any]) -> None:
+    text = (INFRA / "ray-cluster.yaml").read_text(encoding="utf-8")
+    [words] = commands_of(text)
+    of_one, of_all = gpus_needed(check_command(words))
+    workers = [node for name, node in cluster["available_node_types"].items() if name != cluster["head_node_type"]]
+    assert all(node["resources"]["GPU"] >= of_one for node in workers)
+    assert sum(node["resources"]["GPU"] * node["max_workers"] for node in workers) == of_all
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    commands = list(commands_of((INFRA / "README.md").read_text(encoding="utf-8")))
+    assert len(commands) >= 4
+    for words in commands:
+        check_command(words)
+
+
+def test_every_node_has_the_same_image_and_cache(job: dict[str, Any], cluster: dict[str, Any]) -> None:
+    assert {container["image"] for container in containers(job)} == {cluster["docker"]["image"]} == {IMAGE}
+    for container in containers(job):
+        variables = {each["name"]: each.get("value") for each in container["env"]}
+        assert variables["CAGE_CACHE"] in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert "--env CAGE_CACHE=/cache" in cluster["docker"]["run_options"]
+    assert f"-t {IMAGE.removeprefix('your-registry/')} ." in (INFRA / "Dockerfile").read_text()
+
+
+def test_the_cluster_asks_for_a_token(job: dict[str, Any], cluster: dict[str, Any]) -> None:
+    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
+    assert cluster["file_mounts"] == {"/home/cage/.ray/auth_token": "~/.ray/auth_token"}
+
+
+def test_the_rays_agree(job: dict[str, Any]) -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:40])
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(path for path in INFRA.iterdir() if path.is_file()), ids=lambda path: path.name
+)
+def test_no_file_holds_a_secret(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert not re.search(r"AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20}|-----BEGIN|://[^/\s]+:[^/\s]+@", text)
+    named = re.findall(r"(?i)\b\w*(?:token|secret|password|access_key)\w*\s*[=:]\s*(\S{8,})", text)
+    assert set(named) <= {"~/.ray/auth_token", "hub-token.txt"}  # paths to files that are not here
+    variables = re.findall(r"- name: (\w*TOKEN\w*)\n\s+(\w+):", text)
+    assert all(kind == "valueFrom" for _, kind in variables)
+
+
+def test_the_image_is_built_from_what_the_repository_has() -> None:
+    lines = (INFRA / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    instructions = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    kinds = [kind for kind, _ in instructions]
+    assert kinds[0] == "FROM"
+    assert set(kinds) <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "ENV", "CMD"}
+    ignored = (INFRA / "Dockerfile.dockerignore").read_text().split()
+    for rest in (rest for kind, rest in instructions if kind == "COPY"):
+        for source in rest.split()[:-1]:
+            assert (ROOT / source).exists()
+            assert f"!{source}" in ignored
+    install = next(rest for kind, rest in instructions if "uv pip install" in rest)
+    assert "-c constraints.txt" in install
+
+
+def test_the_image_does_not_run_as_root() -> None:
+    text = (INFRA / "Dockerfile").read_text(encoding="utf-8")
+    users = re.findall(r"^USER (\S+)$", text, flags=re.MULTILINE)
+    assert users == ["1000"]
+    assert text.index("USER 1000") < text.index("CMD")
