@@ -10,7 +10,7 @@ import time
 import pytest
 from test_relabel import job, parts, run_job, write_prompts
 
-from pipeline.errors import ConfigurationError, HostError
+from pipeline.errors import ConfigurationError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -53,7 +53,7 @@ def test_a_killed_host_is_replaced_and_nothing_changes(tiny, tmp_path, reference
 
     def kill_a_host_once_something_is_committed():
         commits = tmp_path / "run/_commits"
-        for _ in range(1200):
+        for _ in range(6000):
             if commits.exists() and any(commits.iterdir()):
                 killed.append(kill_one_host())
                 return
@@ -79,21 +79,11 @@ def kill_one_host() -> int | None:
     return None
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_name(tiny, tmp_path):
-    import shutil
-
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny("llama", seed=5), broken)
+def test_a_model_that_its_host_cannot_serve_ends_the_run_with_the_principal_and_the_reason(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
-    weights = broken / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    config = job(
-        prompts, tmp_path / "run", tiny(), cluster=on_ray(),
-        principals={"arm": {"kind": "arm", "model": str(broken), "reference": "none"}},
-    )  # fmt: skip
-    header = int.from_bytes(data[:8], "little")
-    weights.write_bytes(bytes(data[: 8 + header + 100]))  # the header is whole, the tensors are not
-    with pytest.raises((ConfigurationError, HostError), match=r"arm"):
+    principals = {"arm": {"kind": "arm", "model": str(tiny("gemma2")), "reference": "none"}}
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), principals=principals)
+    with pytest.raises(ConfigurationError, match=r"for arm.*gemma2.*softcap"):
         run_job(config, tmp_path)
 
 

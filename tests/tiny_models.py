@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -54,6 +55,8 @@ def make_config(kind: str, vocab_size: int, context: int) -> object:
             return Qwen3Config(**grouped, head_dim=16)
         case "mistral":
             return MistralConfig(**grouped, sliding_window=24)
+        case "gemma2":  # its attention has a softcap, which slots cannot serve
+            return Gemma2Config(**grouped, head_dim=16)
         case "neox":
             return GPTNeoXConfig(**rope)
         case "gpt2":

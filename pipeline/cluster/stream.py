@@ -96,8 +96,14 @@ class ShardStream:
             num_cpus=config.cluster.coordinator_cpus,
             num_gpus=0,
         )
-        for row in stream.iter_rows():
-            yield ShardOutcome(row["shard"], _as_error(row["kind"], row["error"]))
+        try:
+            for row in stream.iter_rows():
+                yield ShardOutcome(row["shard"], _as_error(row["kind"], row["error"]))
+        except ray.exceptions.RayError as error:
+            reason = " ".join(str(error).split())[-600:]
+            raise CageError(
+                f"Ray ended the stream; what is committed is kept: {type(error).__name__}: {reason}"
+            ) from error
 
     def _rows_per_shard(self) -> int:
         config = self._assembly.config
