@@ -24,7 +24,7 @@ def run_relabel(config_file: Path, overrides: list[str], *, print_config: bool, 
     with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
         run, was_run = relabel(config, cache_folder, out, is_verbose=is_verbose)
     if not was_run:
-        print(f"{run.store.path} is complete: nothing to do")
+        print("nothing to do: the run is complete")
     print(describe_status(run))
 
 

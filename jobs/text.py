@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def printable(text: str) -> str:
     """Escape control characters, so that data cannot steer a terminal; line breaks and tabs stay."""
     return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
+
+
+def shown_path(path: str) -> str:
+    """A folder below the current one by its relative path, as one would type it."""
+    here = Path.cwd()
+    if "://" in path or not Path(path).is_relative_to(here):
+        return printable(path)
+    return printable(str(Path(path).relative_to(here)))
 
 
 def indented(text: str, *, width: int = 100) -> str:

@@ -69,7 +69,14 @@ class Coordinator:
         job = _Job(index, attempt, Future())
         self._incoming.put(job)
         output = job.done.result()
-        self._run.commit(index, output.records, attempt=job.attempt, seconds=output.seconds, host=self._name)
+        self._run.commit(
+            index,
+            output.records,
+            attempt=job.attempt,
+            seconds=output.seconds,
+            host=self._name,
+            row_ids=output.row_ids,
+        )
 
     def _serve(self) -> None:
         """Decode until the process ends; replace the hosts when one fails."""

@@ -31,7 +31,9 @@ class LocalStream:
                 index = waiting.pop()
                 self._decoder.add(index, self._run.plan.read_shard(index))
             for output in self._decoder.step():
-                self._run.commit(output.index, output.records, attempt=1, seconds=output.seconds, host="local")
+                self._run.commit(
+                    output.index, output.records, seconds=output.seconds, host="local", row_ids=output.row_ids
+                )
                 yield ShardOutcome(output.index)
 
 

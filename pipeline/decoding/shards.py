@@ -31,9 +31,13 @@ class ShardOutcome:
 
 @dataclass(slots=True)
 class ShardOutput:
-    """A shard's records in the order in which they ended; `seconds` from its first row to its last."""
+    """A shard's records in the order in which they ended; `seconds` from its first row to its last.
+
+    `row_ids` are the shard's rows in input order.
+    """
 
     index: int
+    row_ids: list[str] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -102,7 +106,9 @@ class ShardDecoder:
             job = next(shard.jobs, None)
             if job is not None:
                 row, sample = job
-                self._open[row.row_id] = shard
+                if sample == 0:
+                    self._open[row.row_id] = shard
+                    shard.output.row_ids.append(row.row_id)
                 shard.num_waiting += 1
                 self._engine.admit(row, sample)
                 continue
