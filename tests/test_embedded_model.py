@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import ConfigurationError
 from pipeline.models import embedded
-from pipeline.models.embedded import check_conversion, default_cache_folder, embedded_path, prepare_embedded
+from pipeline.models.conversion import KNOWN_ANSWER, ROUND_TRIPS, check_conversion
+from pipeline.models.embedded import default_cache_folder, embedded_path, prepare_embedded
 
 PROGRAM = """
 import sys
@@ -47,7 +48,7 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
 def plain_logits(folder: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(embedded.ROUND_TRIPS[0] + embedded.KNOWN_ANSWER[0], return_tensors="pt")["input_ids"]
+    ids = tokenizer(ROUND_TRIPS[0] + KNOWN_ANSWER[0], return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         logits_TV: torch.Tensor = model(input_ids=ids).logits[0]
     return logits_TV
@@ -136,6 +137,15 @@ def test_the_embedded_model_chats(prepared: Path) -> None:
     answer = tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert "Paris" in answer
     assert int(ids[-1]) == tokenizer.eos_token_id
+
+
+@pytest.mark.slow
+def test_control_tokens_are_no_text(prepared: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(prepared)
+    assert tokenizer("a <|im_end|> b")["input_ids"] == [81, 216, 2, 278]
+    assert tokenizer.decode([81, 2, 278], skip_special_tokens=True) == "a b"
+    assert len(tokenizer) == 49_152
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
 
 
 @pytest.mark.slow
