@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.errors import CageError, ExitCode
+from pipeline.errors import CageError, ExitCode, Interrupted
 
 app = typer.Typer(
     name="cage",
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog="Exit codes: 0 done, 1 failed, 2 configuration or input, 3 error budget exceeded, 75 interrupted "
+    "(the same command continues).",
 )
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see configs/ for one per situation.")]
@@ -60,7 +63,7 @@ def relabel(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Answer every prompt of an input with the aligned policy and write Parquet.
+    """Answer every prompt by the aligned policy; write Parquet.
 
     The same command continues a run that was interrupted and does nothing when the run is complete.
     """
@@ -79,7 +82,10 @@ def relabel(
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
-    """Show what `relabel` would run: rows, shards, roles, hosts, placement, memory. Loads no weights."""
+    """Show what `relabel` would run, without running it.
+
+    Rows, shards, principals, hosts and their roles, placement and memory; no weights are loaded.
+    """
     from jobs.plan import run_plan
 
     run_plan(config, _merge(overrides, {"input.limit": limit, "base.model": model}))
@@ -87,7 +93,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, m
 
 @app.command()
 def status(run: RunPath) -> None:
-    """Show how far a run is, from its files alone."""
+    """Show how far a run is."""
     from jobs.status import run_status
 
     run_status(run)
@@ -95,27 +101,58 @@ def status(run: RunPath) -> None:
 
 @app.command()
 def inspect(run: RunPath, row_id: Annotated[str, typer.Argument(metavar="ROW_ID", help="The row's id.")]) -> None:
-    """Show one row of a run: the conversation, who was paid for what, the numbers."""
+    """Show one row of a run and who paid for it."""
     from jobs.inspect import run_inspect
 
     run_inspect(run, row_id)
 
 
+fetch = typer.Typer(help="Fetch public prompts out of packages.", no_args_is_help=True)
+app.add_typer(fetch, name="fetch")
+
+
+@fetch.command("do-not-answer")
+def fetch_do_not_answer(
+    target: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("data/public/do_not_answer.jsonl"),
+) -> None:
+    """939 prompts that a responsible model declines (Do-Not-Answer, Apache-2.0)."""
+    from jobs.fetch import run_fetch_do_not_answer
+
+    run_fetch_do_not_answer(target)
+
+
 def main() -> None:
-    """Run the command line; every error that a user can mend is one message and an exit code."""
+    """Run the command line and end the process with the command's exit code."""
+    code = _run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not sys.exit: native thread pools of the libraries can abort while they are torn down, and the exit code of a
+    # finished run would be theirs
+    os._exit(code)
+
+
+def _run() -> int:
+    """Every error that a user can mend is one message and an exit code."""
     _set_quiet_environment()
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except CageError as error:
         print(f"cage: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        return error.exit_code
+    except Interrupted as interruption:
         print("cage: interrupted; what is committed is kept, and the same command continues", file=sys.stderr)
-        sys.exit(ExitCode.INTERRUPTED)
+        return interruption.exit_code
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(ExitCode.FAILED)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILED
+    except Exception:
+        traceback.print_exc()
+        return ExitCode.FAILED
+    return ExitCode.DONE
 
 
 def _merge(overrides: list[str] | None, flags: Mapping[str, object]) -> list[str]:
@@ -124,7 +161,7 @@ def _merge(overrides: list[str] | None, flags: Mapping[str, object]) -> list[str
 
 
 def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    raise Interrupted
 
 
 def _set_quiet_environment() -> None:

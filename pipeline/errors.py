@@ -37,8 +37,11 @@ class ErrorBudgetExceeded(CageError):
     exit_code = ExitCode.ERROR_BUDGET
 
 
-class Interrupted(CageError):
-    """The run was stopped from outside and can be resumed by the same command."""
+class Interrupted(BaseException):
+    """The run was stopped from outside and can be resumed by the same command.
+
+    Like KeyboardInterrupt no Exception: what handles errors on the way must let it through.
+    """
 
     exit_code = ExitCode.INTERRUPTED
 
