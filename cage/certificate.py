@@ -16,7 +16,7 @@ _BISECTIONS = 128
 
 
 def deviation_gain(game: Game, solution: Solution) -> Tensor:
-    """Return each principal's utility at its best response to the others, minus its utility now: [B, J], >= 0.
+    """Return each principal's utility at its best response to the others, minus its utility now, [B, J].
 
     In the unit of the values, computed in float64. Zero (to rounding) for every principal exactly at an
     equilibrium. NaN for rows without a finite answer.
@@ -25,7 +25,7 @@ def deviation_gain(game: Game, solution: Solution) -> Tensor:
     drawable_BV = base_BV > -torch.inf
     values_BJV = torch.where(drawable_BV[:, None], game.values.double(), 0.0)
     offers_BJV = solution.incentives.double()
-    temperature_B = game.temperature_B.double()
+    temperature_B = game.row_temperatures.double()
     total_BV = offers_BJV.sum(1)
     gains = []
     for j in range(game.num_principals):

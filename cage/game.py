@@ -50,7 +50,7 @@ class Game:
         return self.values.shape[2]
 
     @property
-    def temperature_B(self) -> Tensor:
+    def row_temperatures(self) -> Tensor:
         """Return the agent temperature of every row, in the type and on the device of the values."""
         if isinstance(self.agent_temperature, Tensor):
             return self.agent_temperature.to(self.values).expand(self.num_rows)
@@ -91,7 +91,7 @@ def _check_temperature(temperature: float | Tensor, base: Tensor) -> None:
         return
     if temperature.dim() > 1 or (temperature.dim() == 1 and temperature.shape[0] != base.shape[0]):
         raise ValueError(
-            f"agent_temperature must be a number or one per row [{base.shape[0]}]; got shape {tuple(temperature.shape)}"
+            f"agent_temperature must be a number or one a row [{base.shape[0]}]; got {tuple(temperature.shape)}"
         )
     if temperature.device != base.device:
         raise ValueError(

@@ -1,89 +1,137 @@
 """Newton on the thresholds, the default method.
 
-Shapes: B rows, J principals, V tokens.
+Shapes: B rows, J principals, K tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cage.elimination import solve_small
+from cage.continuation import follow_path
 from cage.game import Game
-from cage.scaled import ScaledGame, scale
-from cage.solution import Solution, judge
+from cage.pooling import pays_off, solve_pooled
+from cage.response import newton_step, nobody_pays, respond
+from cage.rows import iterate
+from cage.scaled import ScaledGame, measure
+from cage.solution import Solution, default_tolerance
+from cage.whole import solve_whole
+
+_DIRECT_STEPS = 20
+_LONGEST_STEP = 6.0  # agent temperatures; further the residuals have changed sides too often to be extrapolated
+_SHORTEST_LENGTH = 2.0**-10
 
 
 @dataclass(frozen=True, slots=True)
 class ThresholdNewton:
-    """Newton on the log-residuals of the thresholds, from "nobody pays" (docs/mathematics.md)."""
+    """Newton on the log-residuals of the thresholds, and along a path in agent_temperature where that is needed.
 
-    tol: float = 1e-6
-    max_steps: int = 64
+    tol: largest residual that counts as converged; None takes 1e-9 in float64 and 1e-4 in float32.
+    max_steps: most evaluations of one row.
+    """
+
+    tol: float | None = None
+    max_steps: int = 4000
 
     def solve(self, game: Game) -> Solution:
-        """Return one equilibrium a row."""
-        scaled = scale(game)
-        thresholds_BJ, num_steps_B = _iterate(scaled, self.tol, self.max_steps)
-        return judge(game, scaled, thresholds_BJ, num_steps_B, self.tol)
+        """Return one equilibrium a row: the one of least intervention (docs/mathematics.md, "Which equilibrium")."""
+        tol = default_tolerance(game) if self.tol is None else self.tol
+        find = partial(find_thresholds, aim=tol / 2, max_steps=self.max_steps)
+        if pays_off(game):
+            return solve_pooled(game, measure(game), find, tol=tol, max_steps=self.max_steps)
+        return solve_whole(game, find, tol=tol)
 
 
-def nobody_pays(scaled: ScaledGame) -> Tensor:
-    """Return the lowest scaled thresholds at which no principal pays and none would be paid too little, [B, J]."""
-    base_BV = scaled.log_base_BV.exp()
-    mean = [(base_BV * scaled.values_BJV[:, j]).sum(-1) for j in range(scaled.values_BJV.shape[1])]
-    return (torch.stack(mean, 1) + 1.0).clamp_min_(0.0) if mean else base_BV.new_zeros((base_BV.shape[0], 0))
+def find_thresholds(
+    game: ScaledGame, near_BJ: Tensor | None = None, *, aim: float, max_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Return scaled thresholds [B, J] with residuals of at most aim where that was reached, and evaluations [B].
 
-
-def evaluate(scaled: ScaledGame, thresholds_BJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-residuals g [B, J] and their Jacobian dg_j/dc_k [B, J, J]."""
-    excess_BJV = scaled.values_BJV - thresholds_BJ[..., None]
-    paid_BJV = excess_BJV.clamp_min(0.0)
-    slack_BJV = paid_BJV - excess_BJV
-    logits_BV = scaled.log_base_BV
-    for j in range(thresholds_BJ.shape[1]):
-        logits_BV = logits_BV + paid_BJV[:, j]
-    policy_BV = torch.softmax(logits_BV, -1)
-    burden_BJV = policy_BV[:, None] * slack_BJV
-    expected_BJ = burden_BJV.sum(-1)
-    pays_BJV = (excess_BJV > 0.0).to(policy_BV.dtype)
-    below_BJ = (policy_BV[:, None] * (slack_BJV > 0.0)).sum(-1)
-    columns = []
-    for k in range(thresholds_BJ.shape[1]):
-        pays_BV = pays_BJV[:, k]
-        share_B = (policy_BV * pays_BV).sum(-1)
-        columns.append(share_B[:, None] - (burden_BJV * pays_BV[:, None]).sum(-1) / expected_BJ)
-    jacobian_BJJ = torch.stack(columns, 2)
-    jacobian_BJJ.diagonal(dim1=1, dim2=2).add_(below_BJ / expected_BJ)
-    return expected_BJ.log(), jacobian_BJJ
-
-
-def _iterate(scaled: ScaledGame, tol: float, max_steps: int) -> tuple[Tensor, Tensor]:
-    point_BJ = nobody_pays(scaled)
-    num_rows, num_principals = point_BJ.shape
-    steps_B = torch.zeros(num_rows, dtype=torch.int32, device=point_BJ.device)
+    One or two principals have one equilibrium, so any way to it will do: straight first, along the path where
+    that stalls. With three or more the path decides which equilibrium is meant. Thresholds known to be close
+    (near) are used as a start.
+    """
+    num_rows, num_principals = game.values.shape[:2]
     if num_principals == 0 or num_rows == 0:
-        return point_BJ, steps_B
-    floor_BJ = scaled.values_BJV.amin(-1)
-    trial_BJ = point_BJ
-    direction_BJ = torch.zeros_like(point_BJ)
-    length_B = torch.ones_like(point_BJ[:, 0])
-    merit_B = torch.full_like(length_B, torch.inf)
-    for _ in range(max_steps):
-        running_B = merit_B > tol / 4
-        if not bool(running_B.any()):
-            break
-        log_residual_BJ, jacobian_BJJ = evaluate(scaled, trial_BJ)
-        trial_merit_B = log_residual_BJ.abs().amax(1)
-        better_B = running_B & (trial_merit_B < merit_B * (1.0 - 1e-4 * length_B))
-        point_BJ = torch.where(better_B[:, None], trial_BJ, point_BJ)
-        merit_B = torch.where(better_B, trial_merit_B, merit_B)
-        step_BJ = -solve_small(jacobian_BJJ, log_residual_BJ)
-        direction_BJ = torch.where(better_B[:, None], step_BJ.nan_to_num(0.0, 0.0, 0.0), direction_BJ)
-        length_B = torch.where(better_B, 1.0, length_B * 0.25)
-        trial_BJ = point_BJ + length_B[:, None] * direction_BJ
-        trial_BJ = torch.maximum(trial_BJ, 0.5 * (point_BJ + floor_BJ)).clamp_max_(1.0)
-        steps_B = steps_B + running_B.int()
-    return point_BJ, steps_B
+        return game.values.new_zeros((num_rows, num_principals)), _no_steps(game)
+    if num_principals > 2 and near_BJ is None:
+        return _follow(game, aim, max_steps)
+    start_BJ = nobody_pays(game) if near_BJ is None else near_BJ
+    state = _go_straight(game, start_BJ, aim, min(_DIRECT_STEPS, max_steps))
+    thresholds_BJ, num_steps_B = state.point, state.num_steps
+    stalled = (~(state.worst <= aim)).nonzero()[:, 0]
+    if stalled.shape[0] and max_steps > _DIRECT_STEPS:
+        found_RJ, more_R = _follow(game.rows(stalled), aim, max_steps - _DIRECT_STEPS)
+        thresholds_BJ = thresholds_BJ.index_copy(0, stalled, found_RJ)
+        num_steps_B = num_steps_B.index_add(0, stalled, more_R)
+    return thresholds_BJ, num_steps_B
+
+
+class _Straight(NamedTuple):
+    """point is the best so far and trial the next to look at, length times direction away."""
+
+    running: Tensor
+    num_steps: Tensor
+    point: Tensor
+    merit: Tensor
+    worst: Tensor
+    trial: Tensor
+    direction: Tensor
+    length: Tensor
+    floor: Tensor
+
+
+def _go_straight(game: ScaledGame, start_BJ: Tensor, aim: float, max_steps: int) -> _Straight:
+    ones_B = torch.ones_like(start_BJ[:, 0])
+    infinite_B = torch.full_like(ones_B, torch.inf)
+    state = _Straight(
+        running=ones_B > 0.0,
+        num_steps=_no_steps(game),
+        point=start_BJ,
+        merit=infinite_B,
+        worst=infinite_B,
+        trial=start_BJ,
+        direction=torch.zeros_like(start_BJ),
+        length=ones_B,
+        floor=game.values.amin(-1),
+    )
+    return iterate(partial(_step, aim=aim), game, state, max_steps=max_steps)
+
+
+def _step(game: ScaledGame, state: _Straight, *, aim: float) -> _Straight:
+    """Look at the trial: move there if the residuals shrank, else try half as far."""
+    response = respond(game, state.trial)
+    merit_B = response.log_residual.square().sum(-1).sqrt()
+    better_B = state.running & (merit_B < state.merit * (1.0 - 1e-4 * state.length))
+    step_BJ = newton_step(response)
+    step_BJ = step_BJ * (_LONGEST_STEP / step_BJ.abs().amax(1, keepdim=True)).clamp_max(1.0)
+    direction_BJ = torch.where(better_B[:, None], step_BJ, state.direction)
+    length_B = torch.where(better_B, 1.0, state.length * 0.5)
+    point_BJ = torch.where(better_B[:, None], state.trial, state.point)
+    worst_B = torch.where(better_B, response.log_residual.abs().amax(1), state.worst)
+    trial_BJ = point_BJ + length_B[:, None] * direction_BJ
+    trial_BJ = torch.maximum(trial_BJ, 0.5 * (point_BJ + state.floor)).clamp_max(1.0)
+    return state._replace(
+        running=state.running & (worst_B > aim) & (length_B > _SHORTEST_LENGTH),
+        num_steps=state.num_steps + state.running,
+        point=point_BJ,
+        merit=torch.where(better_B, merit_B, state.merit),
+        worst=worst_B,
+        trial=trial_BJ,
+        direction=direction_BJ,
+        length=length_B,
+    )
+
+
+def _follow(game: ScaledGame, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
+    """Follow the path in float64, where its turns are told from rounding."""
+    thresholds_BJ, num_steps_B = follow_path(game.to(torch.float64), aim=aim, max_steps=max_steps)
+    return thresholds_BJ.to(game.values.dtype), num_steps_B
+
+
+def _no_steps(game: ScaledGame) -> Tensor:
+    return torch.zeros(game.values.shape[0], dtype=torch.int32, device=game.values.device)

@@ -6,7 +6,7 @@ Every rule takes the same game; a decoder can switch between them. Shapes: B row
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 
 from cage.game import Game
+from cage.maximin import find_shares, tilted
 from cage.newton import ThresholdNewton
+from cage.scaled import LOWEST_VALUE, Measures, excess, log_base, measure, scale
 from cage.solution import Solution, Status
+from cage.whole import in_batches
+
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,55 +48,70 @@ class Method(Protocol):
 
 def base(game: Game, weights: Tensor | None = None) -> Decision:
     """Leave the base policy as it is."""
-    return _closed_form(torch.log_softmax(game.base_logprobs, -1))
+    finite_B = torch.isfinite(torch.logsumexp(game.base_logprobs, -1))
+    return _closed_form(game.base_logprobs, finite_B)
 
 
 def linear(game: Game, weights: Tensor | None = None) -> Decision:
     """Tilt the base by the sum of all values: softmax(log pi0 + sum_j v_j / tau)."""
-    return _closed_form(torch.log_softmax(_tilted(game, torch.ones_like(game.values[..., 0])), -1))
+    measures = measure(game)
+    logits_BV = log_base(game, measures, _ALL)
+    for j in range(game.num_principals):
+        logits_BV = logits_BV.add_(_tilt(game, measures, j))
+    return _closed_form(logits_BV, measures.finite)
 
 
 def mixture(game: Game, weights: Tensor | None = None) -> Decision:
     """Mix each principal's own tilted policy: sum_j w_j softmax(log pi0 + q_j / tau), with q_j = v_j / w_j.
 
-    Weights [B, J] must be given and are normalised to sum 1; a zero weight takes no part.
+    weights [B, J] are normalised to sum 1; a zero weight takes no part. Raises ValueError where they are missing,
+    misshapen, negative or not finite.
     """
-    if weights is None:
-        raise ValueError("mixture needs weights [rows, principals]; got None")
-    if tuple(weights.shape) != tuple(game.values.shape[:2]):
-        raise ValueError(f"weights must be {tuple(game.values.shape[:2])}; got {tuple(weights.shape)}")
-    if game.num_principals == 0:
-        return base(game)
-    weights_BJ = weights.to(game.values)
-    parts = []
+    measures = measure(game)
+    weights_BJ = _checked_weights(game, weights)
+    base_BV = log_base(game, measures, _ALL)
+    mix_BV = torch.full_like(base_BV, -torch.inf)
     for j in range(game.num_principals):
-        rewards_BV = game.values[:, j] / weights_BJ[:, j, None]
-        part_BV = torch.log_softmax(_offset(game, rewards_BV), -1) + weights_BJ[:, j, None].log()
-        parts.append(torch.where(weights_BJ[:, j, None] > 0.0, part_BV, -torch.inf))
-    log_mix_BV = parts[0]
-    for part_BV in parts[1:]:
-        log_mix_BV = torch.logaddexp(log_mix_BV, part_BV)
-    nobody_B = (weights_BJ > 0.0).any(1).logical_not()
-    log_mix_BV = torch.where(nobody_B[:, None], game.base_logprobs, log_mix_BV)
-    return _closed_form(torch.log_softmax(log_mix_BV, -1))
+        weight_B1 = weights_BJ[:, j, None]
+        tilt_BV = (_tilt(game, measures, j) / weight_B1).clamp_min_(LOWEST_VALUE).nan_to_num_(0.0)
+        mix_BV = torch.logaddexp(mix_BV, torch.log_softmax(base_BV + tilt_BV, -1) + weight_B1.log())
+    nobody_B1 = (weights_BJ == 0.0).all(1, keepdim=True)
+    return _closed_form(torch.where(nobody_B1, base_BV, mix_BV), measures.finite)
 
 
 @dataclass(frozen=True, slots=True)
 class Maximin:
-    """Tilt towards the worst-off principal: softmax(log pi0 + sum_j l_j v_j / tau), l minimising the log-partition."""
+    """Tilt to the worst-off principal: softmax(log pi0 + sum_j l_j v_j / tau), l minimising the log-partition.
 
-    tol: float = 1e-6
-    max_steps: int = 2000
+    tol: the gap to optimality, in agent temperatures, that counts as converged.
+    """
+
+    tol: float = 1e-9
+    max_steps: int = 500
 
     def __call__(self, game: Game, weights: Tensor | None = None) -> Decision:
-        return base(game)
+        decisions = [self._decide(batch) for _, batch in in_batches(game)]
+        names = ("log_policy", "residual", "status", "num_steps")
+        parts = [torch.cat([getattr(decision, name) for decision in decisions]) for name in names]
+        log_policy_BV, residual_B, status_B, num_steps_B = parts
+        return Decision(log_policy_BV.to(game.values), None, residual_B.to(game.values), status_B, num_steps_B)
+
+    def _decide(self, game: Game) -> Decision:
+        measures = measure(game)
+        scaled = scale(game, measures)
+        offset_BJ = measures.best / measures.temperature[:, None]
+        shares_BJ, gap_B, steps_B = find_shares(scaled, offset_BJ, tol=self.tol, max_steps=self.max_steps)
+        decision = _closed_form(tilted(scaled, shares_BJ), measures.finite)
+        late_B = measures.finite & ~(gap_B <= self.tol)
+        status_B = torch.where(late_B, int(Status.MAX_STEPS), decision.status)
+        return replace(decision, residual=decision.residual + gap_B, status=status_B, num_steps=steps_B)
 
 
 @dataclass(frozen=True, slots=True)
 class Equilibrium:
     """Let the principals bid: the equilibrium of the common-agency game."""
 
-    method: Method = ThresholdNewton()
+    method: Method = field(default_factory=ThresholdNewton)
 
     def __call__(self, game: Game, weights: Tensor | None = None) -> Decision:
         solution = self.method.solve(game)
@@ -100,27 +120,31 @@ class Equilibrium:
         )
 
 
-def _offset(game: Game, tilt_BV: Tensor) -> Tensor:
-    tilted_BV = game.base_logprobs + tilt_BV / game.temperature_B[:, None]
-    return torch.where(game.base_logprobs > -torch.inf, tilted_BV, game.base_logprobs)
+def _tilt(game: Game, measures: Measures, principal: int) -> Tensor:
+    """Return (v_j - max v_j) / tau, [B, V]."""
+    at_best_B = torch.zeros_like(measures.temperature)
+    return excess(game, measures, _ALL, principal, at_best_B).div_(measures.temperature[:, None])
 
 
-def _tilted(game: Game, shares_BJ: Tensor) -> Tensor:
-    total_BV = torch.zeros_like(game.base_logprobs)
-    for j in range(game.num_principals):
-        total_BV = total_BV + shares_BJ[:, j, None] * game.values[:, j]
-    return _offset(game, total_BV)
+def _checked_weights(game: Game, weights: Tensor | None) -> Tensor:
+    shape = tuple(game.values.shape[:2])
+    if weights is None or tuple(weights.shape) != shape:
+        raise ValueError(f"mixture needs weights {shape}; got {None if weights is None else tuple(weights.shape)}")
+    bad = ~(torch.isfinite(weights) & (weights >= 0.0))
+    if bool(bad.any()):
+        raise ValueError(f"weights must be finite and not negative; got {weights[bad][0].item()}")
+    return weights.to(game.values)
 
 
-def _closed_form(log_policy_BV: Tensor) -> Decision:
-    bad_B = torch.isnan(log_policy_BV).any(-1) | (log_policy_BV == torch.inf).any(-1)
-    zeros_B = torch.zeros_like(log_policy_BV[:, 0])
+def _closed_form(logits_BV: Tensor, finite_B: Tensor) -> Decision:
+    """Normalise; rows that are not finite hold NaN."""
+    blank_B = torch.where(finite_B, 0.0, torch.nan).to(logits_BV)
     return Decision(
-        log_policy=torch.where(bad_B[:, None], torch.nan, log_policy_BV),
+        log_policy=torch.log_softmax(logits_BV, -1) + blank_B[:, None],
         thresholds=None,
-        residual=torch.where(bad_B, torch.nan, zeros_B),
-        status=torch.where(bad_B, int(Status.NOT_FINITE), int(Status.CONVERGED)),
-        num_steps=torch.zeros_like(bad_B, dtype=torch.int32),
+        residual=blank_B,
+        status=torch.where(finite_B, int(Status.CONVERGED), int(Status.NOT_FINITE)),
+        num_steps=torch.zeros_like(finite_B, dtype=torch.int32),
     )
 
 

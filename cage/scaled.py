@@ -1,6 +1,6 @@
 """A game in its natural unit: values in agent temperatures, measured down from each principal's best token.
 
-Shapes: B rows, J principals, V tokens.
+Shapes: B rows (R of them in a block), J principals, V tokens (K in a game with pooled tokens).
 """
 
 from __future__ import annotations
@@ -13,40 +13,136 @@ from torch import Tensor
 from cage.game import Game
 
 LOWEST_VALUE = -1e30  # keeps products with probabilities finite in float32
+_NUMBERS_A_BLOCK = {"cpu": 2**18, "cuda": 2**26}  # a CPU's second-level cache; a GPU's memory
+_NUMBERS_A_BLOCK_ELSEWHERE = 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaledGame:
-    """What the solvers iterate on. Every number is finite, except `-inf` in log_base for tokens that cannot be drawn.
+    """What the solvers iterate on: finite numbers only, except `-inf` in log_base for tokens that cannot be drawn.
 
-    log_base [B, V] is normalised; values [B, J, V] are (v - max v) / tau, so the best drawable token has 0;
-    best [B, J] is max v and temperature [B] is tau, in the caller's unit; finite [B] marks the rows that had
-    finite input (the others hold a game without values).
+    log_base [B, K] is normalised; values [B, J, K] are (v - max v) / tau, so none is above 0.
     """
 
-    log_base_BV: Tensor
-    values_BJV: Tensor
-    best_BJ: Tensor
-    temperature_B: Tensor
-    finite_B: Tensor
+    log_base: Tensor
+    values: Tensor
+
+    def rows(self, index: Tensor) -> ScaledGame:
+        """Return the games of some rows."""
+        return ScaledGame(self.log_base[index], self.values[index])
+
+    def to(self, dtype: torch.dtype) -> ScaledGame:
+        """Return the same games in another type."""
+        return ScaledGame(self.log_base.to(dtype), self.values.to(dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measures:
+    """What turns a game into natural units and back, from one pass over it.
+
+    log_norm [B] normalises the base; best [B, J] is max v and mean [B, J] is E_pi0[v] over drawable tokens, and
+    temperature [B] is tau, in the caller's unit; finite [B] marks rows whose drawable numbers are all finite; plain
+    says that in no row anything has to be masked or cut.
+    """
+
+    log_norm: Tensor
+    best: Tensor
+    mean: Tensor
+    temperature: Tensor
+    finite: Tensor
+    plain: bool
+
+    @property
+    def lone_thresholds(self) -> Tensor:
+        """Return E_pi0[v_j] + tau in scaled units [B, J]: where principals stand while nobody pays."""
+        return ((self.mean - self.best) / self.temperature[:, None]).clamp_min(LOWEST_VALUE) + 1.0
 
     def thresholds(self, scaled_BJ: Tensor) -> Tensor:
-        """Return thresholds in the caller's unit; NaN for rows without finite input."""
-        thresholds_BJ = self.best_BJ + scaled_BJ * self.temperature_B[:, None]
-        return torch.where(self.finite_B[:, None], thresholds_BJ, torch.nan)
+        """Return thresholds in the caller's unit; NaN for rows that are not finite."""
+        thresholds_BJ = self.best + scaled_BJ * self.temperature[:, None]
+        return torch.where(self.finite[:, None], thresholds_BJ, torch.nan)
 
 
-def scale(game: Game) -> ScaledGame:
-    """Normalise the base, scale and shift the values, and set aside the rows that are not finite."""
-    base_BV, values_BJV = game.base_logprobs, game.values
-    drawable_BV = base_BV > -torch.inf
-    log_norm_B = torch.logsumexp(base_BV, -1)
-    seen_BJV = torch.where(drawable_BV[:, None], values_BJV, 0.0)
-    finite_B = torch.isfinite(log_norm_B) & torch.isfinite(seen_BJV).all(-1).all(-1)
-    log_base_BV = torch.where(finite_B[:, None], base_BV - log_norm_B[:, None], 0.0)
-    usable_BV = drawable_BV & finite_B[:, None]
-    best_BJ = torch.where(usable_BV[:, None], values_BJV, -torch.inf).amax(-1)
-    best_BJ = torch.where(finite_B[:, None], best_BJ, 0.0)
-    scaled_BJV = (values_BJV - best_BJ[..., None]) / game.temperature_B[:, None, None]
-    scaled_BJV = torch.where(usable_BV[:, None], scaled_BJV.clamp_min(LOWEST_VALUE), 0.0)
-    return ScaledGame(log_base_BV, scaled_BJV, best_BJ, game.temperature_B, finite_B)
+def measure(game: Game) -> Measures:
+    """Read the game once, in blocks of rows."""
+    blocks = [_measure_block(game, rows) for rows in row_blocks(game)]
+    log_norm_B, best_BJ, mean_BJ, finite_B, plain_B = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return Measures(log_norm_B, best_BJ, mean_BJ, game.row_temperatures, finite_B, bool(plain_B.all()))
+
+
+def row_blocks(game: Game, num_rows: int | None = None) -> list[slice]:
+    """Return slices of num_rows rows, or all, whose [rows, V] temporaries are small; at least one, to be joined."""
+    num_rows = game.num_rows if num_rows is None else num_rows
+    limit = _NUMBERS_A_BLOCK.get(game.values.device.type, _NUMBERS_A_BLOCK_ELSEWHERE)
+    size = max(1, limit // game.num_tokens)
+    return [slice(start, start + size) for start in range(0, max(1, num_rows), size)]
+
+
+def select(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return some rows; a copy where they are given by index, by the fastest way to copy whole rows."""
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def log_base(game: Game, measures: Measures, rows: slice | Tensor) -> Tensor:
+    """Return the normalised base of some rows [R, V]; zeros for rows that are not finite."""
+    base_RV = select(game.base_logprobs, rows) - measures.log_norm[rows, None]
+    return base_RV if measures.plain else torch.where(measures.finite[rows, None], base_RV, 0.0)
+
+
+def excess(game: Game, measures: Measures, rows: slice | Tensor, principal: int, scaled_R: Tensor) -> Tensor:
+    """Return v - c [R, V] in the caller's unit, at scaled thresholds; 0 where a token or row does not count."""
+    best_R, temperature_R = measures.best[rows, principal], measures.temperature[rows]
+    values_RV = select(game.values[:, principal], rows)
+    excess_RV = values_RV - best_R[:, None]  # first, so that a large offset costs no digits
+    if not measures.plain:
+        lowest_R = (LOWEST_VALUE * temperature_R).clamp_min(torch.finfo(best_R.dtype).min)
+        excess_RV = excess_RV.clamp_min_(lowest_R[:, None])
+    excess_RV = excess_RV.sub_((scaled_R * temperature_R)[:, None])
+    return excess_RV if measures.plain else torch.where(_counts(game, measures, rows), excess_RV, 0.0)
+
+
+def scale(game: Game, measures: Measures, rows: slice | Tensor = slice(None)) -> ScaledGame:
+    """Return some rows of a game in natural units, every token kept."""
+    base_RV = log_base(game, measures, rows)
+    values_RJV = select(game.values, rows) - measures.best[rows, :, None]
+    values_RJV = values_RJV.div_(measures.temperature[rows, None, None])
+    if not measures.plain:
+        values_RJV = values_RJV.clamp_min_(LOWEST_VALUE)
+        values_RJV = torch.where(_counts(game, measures, rows)[:, None], values_RJV, 0.0)
+    return ScaledGame(base_RV, values_RJV)
+
+
+def _counts(game: Game, measures: Measures, rows: slice | Tensor) -> Tensor:
+    return (select(game.base_logprobs, rows) > -torch.inf) & measures.finite[rows, None]
+
+
+def _measure_block(game: Game, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    base_RV = game.base_logprobs[rows]
+    highest_R1 = base_RV.amax(1, keepdim=True)
+    weights_RV = (base_RV - highest_R1).exp_()
+    total_R = weights_RV.sum(1)
+    plain_R = base_RV.amin(1) > -torch.inf
+    undrawable_RV = None if bool(plain_R.all()) else base_RV == -torch.inf
+    finite_R = torch.isfinite(total_R)
+    best, mean = [], []
+    for j in range(game.num_principals):
+        values_RV = game.values[rows, j]
+        high_R, low_R, mean_R = _spread(values_RV, weights_RV, undrawable_RV)
+        finite_R = finite_R & torch.isfinite(high_R) & torch.isfinite(low_R)
+        plain_R = plain_R & ((low_R - high_R) / game.row_temperatures[rows] > LOWEST_VALUE)
+        best.append(high_R)
+        mean.append(mean_R / total_R)
+    best_RJ, mean_RJ = (torch.stack(parts, 1) if parts else game.values[rows, :, 0] for parts in (best, mean))
+    log_norm_R = torch.where(finite_R, highest_R1[:, 0] + total_R.log(), 0.0)
+    best_RJ = torch.where(finite_R[:, None], best_RJ, 0.0)
+    mean_RJ = torch.where(finite_R[:, None], mean_RJ, 0.0)
+    return log_norm_R, best_RJ, mean_RJ, finite_R, plain_R & finite_R
+
+
+def _spread(values_RV: Tensor, weights_RV: Tensor, undrawable_RV: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the highest, the lowest and the weighted sum of the drawable values, each [R]."""
+    if undrawable_RV is None:
+        return values_RV.amax(1), values_RV.amin(1), (values_RV * weights_RV).sum(1)
+    high_R = values_RV.masked_fill(undrawable_RV, -torch.inf).amax(1)
+    low_R = values_RV.masked_fill(undrawable_RV, torch.inf).amin(1)
+    return high_R, low_R, (values_RV.masked_fill(undrawable_RV, 0.0) * weights_RV).sum(1)

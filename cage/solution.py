@@ -1,18 +1,21 @@
 """The answer to a batch of games, and whether to believe it.
 
-Shapes: B rows, J principals, V tokens.
+Shapes: B rows (R of them in a block), J principals, V tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from cage.game import Game
-from cage.scaled import ScaledGame
+from cage.scaled import Measures, excess, log_base, row_blocks
+
+_NUMBERS = ("log_policy", "thresholds", "utilities", "residual")
 
 
 class Status(IntEnum):
@@ -29,17 +32,27 @@ class Solution:
 
     log_policy [B, V]; thresholds [B, J] and utilities [B, J] in the unit of the values; residual [B] is
     max_j |E_pi[max(c_j - v_j, 0)] / tau - 1|, 0 exactly at an equilibrium; status [B] holds `Status` values;
-    num_steps [B] counts evaluations. Rows that are not finite hold NaN.
+    num_steps [B] counts evaluations of the row's game (sweeps for the sweeping methods). Rows whose input is not
+    finite hold NaN.
     """
 
     game: Game
     log_policy: Tensor
-    policy: Tensor
     thresholds: Tensor
     utilities: Tensor
     residual: Tensor
     status: Tensor
     num_steps: Tensor
+
+    def of(self, game: Game) -> Solution:
+        """Return this solution as that of the same game in the caller's type."""
+        parts = {name: getattr(self, name).to(game.values) for name in _NUMBERS}
+        return replace(self, game=game, **parts)
+
+    @property
+    def policy(self) -> Tensor:
+        """Return the agent's policy, [B, V]."""
+        return self.log_policy.exp()
 
     @property
     def incentives(self) -> Tensor:
@@ -49,40 +62,76 @@ class Solution:
         return torch.where(drawable_BV[:, None], excess_BJV, 0.0)
 
 
-def policy_at(scaled: ScaledGame, thresholds_BJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (log policy, policy) [B, V] of the agent when principals pay above these scaled thresholds."""
-    logits_BV = scaled.log_base_BV.clone()
-    for j in range(thresholds_BJ.shape[1]):
-        logits_BV += (scaled.values_BJV[:, j] - thresholds_BJ[:, j, None]).clamp_min_(0.0)
-    log_policy_BV = torch.log_softmax(logits_BV, -1)
-    return log_policy_BV, log_policy_BV.exp()
+def default_tolerance(game: Game) -> float:
+    """Return the largest residual that counts as converged when the caller names none."""
+    return 1e-9 if game.values.dtype == torch.float64 else 1e-4
 
 
-def expected_slack(scaled: ScaledGame, policy_BV: Tensor, thresholds_BJ: Tensor) -> Tensor:
-    """Return E_pi[max(c_j - v_j, 0)] in agent temperatures, [B, J]; 1 everywhere at an equilibrium."""
-    slack = [
-        (policy_BV * (thresholds_BJ[:, j, None] - scaled.values_BJV[:, j]).clamp_min_(0.0)).sum(-1)
-        for j in range(thresholds_BJ.shape[1])
-    ]
-    return torch.stack(slack, 1) if slack else thresholds_BJ
+class Draft:
+    """A solution in the making: what rows say at their latest thresholds, over all their tokens."""
+
+    def __init__(self, game: Game, measures: Measures) -> None:
+        self.game, self.measures = game, measures
+        self.log_policy = torch.empty_like(game.base_logprobs)
+        self.thresholds = game.values.new_zeros(game.values.shape[:2])
+        self.slack = torch.ones_like(self.thresholds)
+
+    @property
+    def residual(self) -> Tensor:
+        """Return max_j |E_pi[max(c_j - v_j, 0)] / tau - 1| of every row, [B]."""
+        if self.game.num_principals == 0:
+            return torch.zeros_like(self.measures.temperature)
+        return (self.slack - 1.0).abs().amax(1)
+
+    def write(self, thresholds_RJ: Tensor, rows: Tensor | None = None) -> None:
+        """Recompute these rows, or all, at these scaled thresholds, a block of rows at a time."""
+        for block in row_blocks(self.game, thresholds_RJ.shape[0]):
+            self._write_block(block if rows is None else rows[block], thresholds_RJ[block])
+
+    def solution(self, num_steps_B: Tensor, tol: float) -> Solution:
+        """Return the finished solution."""
+        residual_B, finite_B = self.residual, self.measures.finite
+        converged_B = torch.where(residual_B <= tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        thresholds_BJ = self.measures.thresholds(self.thresholds)
+        if not self.measures.plain:
+            self.log_policy.masked_fill_(~finite_B[:, None], torch.nan)
+        return Solution(
+            game=self.game,
+            log_policy=self.log_policy,
+            thresholds=thresholds_BJ,
+            utilities=thresholds_BJ - self.slack * self.measures.temperature[:, None],
+            residual=torch.where(finite_B, residual_B, torch.nan),
+            status=torch.where(finite_B, converged_B, int(Status.NOT_FINITE)),
+            num_steps=num_steps_B,
+        )
+
+    def _write_block(self, rows: slice | Tensor, thresholds_RJ: Tensor) -> None:
+        price_R1 = self.measures.temperature[rows, None].reciprocal()
+        logits_RV = log_base(self.game, self.measures, rows)
+        excesses = [
+            excess(self.game, self.measures, rows, j, thresholds_RJ[:, j]) for j in range(self.game.num_principals)
+        ]
+        for excess_RV in excesses:
+            logits_RV = logits_RV.addcmul_(excess_RV.clamp_min(0.0), price_R1)
+        logits_RV = logits_RV.sub_(logits_RV.amax(1, keepdim=True))
+        policy_RV = logits_RV.exp()
+        total_R1 = policy_RV.sum(1, keepdim=True)
+        policy_RV = policy_RV.div_(total_R1)
+        self.log_policy[rows] = logits_RV.sub_(total_R1.log())
+        self.thresholds[rows] = thresholds_RJ
+        for j, excess_RV in enumerate(excesses):
+            shortfall_R = excess_RV.clamp_max_(0.0).mul_(policy_RV).sum(1)
+            self.slack[rows, j] = -shortfall_R * price_R1[:, 0]
 
 
-def judge(game: Game, scaled: ScaledGame, thresholds_BJ: Tensor, num_steps_B: Tensor, tol: float) -> Solution:
+def answer(game: Game, measures: Measures, thresholds_BJ: Tensor, num_steps_B: Tensor, tol: float) -> Solution:
     """Recompute everything a Solution reports from its scaled thresholds."""
-    log_policy_BV, policy_BV = policy_at(scaled, thresholds_BJ)
-    slack_BJ = expected_slack(scaled, policy_BV, thresholds_BJ)
-    residual_B = (slack_BJ - 1.0).abs().amax(1) if thresholds_BJ.shape[1] else torch.zeros_like(scaled.temperature_B)
-    status_B = torch.where(residual_B <= tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
-    finite_B = scaled.finite_B
-    blank_B = torch.where(finite_B, 0.0, torch.nan).to(policy_BV)
-    thresholds_out_BJ = scaled.thresholds(thresholds_BJ)
-    return Solution(
-        game=game,
-        log_policy=log_policy_BV + blank_B[:, None],
-        policy=policy_BV + blank_B[:, None],
-        thresholds=thresholds_out_BJ,
-        utilities=thresholds_out_BJ - slack_BJ * scaled.temperature_B[:, None],
-        residual=residual_B + blank_B,
-        status=torch.where(finite_B, status_B, int(Status.NOT_FINITE)),
-        num_steps=num_steps_B,
-    )
+    draft = Draft(game, measures)
+    draft.write(thresholds_BJ)
+    return draft.solution(num_steps_B, tol)
+
+
+def join(game: Game, solutions: Sequence[Solution]) -> Solution:
+    """Return the solution of a game from those of its consecutive rows."""
+    names = (*_NUMBERS, "status", "num_steps")
+    return Solution(game=game, **{name: torch.cat([getattr(part, name) for part in solutions]) for name in names})

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cage.game import Game
-from cage.newton import nobody_pays
-from cage.scaled import ScaledGame, scale
-from cage.solution import Solution, expected_slack, judge, policy_at
+from cage.response import nobody_pays, respond
+from cage.rows import iterate
+from cage.scaled import ScaledGame
+from cage.solution import Solution, default_tolerance
+from cage.whole import solve_whole
+
+Sweep = Callable[[ScaledGame, Tensor], Tensor]
 
 _RESPONSE_STEPS = 200
 
@@ -23,7 +29,7 @@ _RESPONSE_STEPS = 200
 class Jacobi:
     """Let every principal answer the others' previous offers at once (CAGE, Algorithm 1)."""
 
-    tol: float = 1e-6
+    tol: float | None = None
     max_steps: int = 100
 
     def solve(self, game: Game) -> Solution:
@@ -35,7 +41,7 @@ class Jacobi:
 class GaussSeidel:
     """Let the principals answer one after another, each seeing the newest offers."""
 
-    tol: float = 1e-6
+    tol: float | None = None
     max_steps: int = 100
 
     def solve(self, game: Game) -> Solution:
@@ -43,16 +49,16 @@ class GaussSeidel:
         return _solve(game, _gauss_seidel_sweep, self.tol, self.max_steps)
 
 
-def best_response(scaled: ScaledGame, thresholds_BJ: Tensor, principal: int) -> Tensor:
+def best_response(game: ScaledGame, thresholds_BJ: Tensor, principal: int) -> Tensor:
     """Return principal's scaled threshold [B] that is optimal against the others' offers.
 
     Newton on the logarithm of E_pi[max(c - v, 0)], which increases in c, inside a bracket that only shrinks.
     """
-    log_offer_BV = scaled.log_base_BV.clone()
+    log_offer_BV = game.log_base.clone()
     for j in range(thresholds_BJ.shape[1]):
         if j != principal:
-            log_offer_BV += (scaled.values_BJV[:, j] - thresholds_BJ[:, j, None]).clamp_min_(0.0)
-    values_BV = scaled.values_BJV[:, principal]
+            log_offer_BV += (game.values[:, j] - thresholds_BJ[:, j, None]).clamp_min_(0.0)
+    values_BV = game.values[:, principal]
     outside_B = (torch.softmax(log_offer_BV, -1) * values_BV).sum(-1) + 1.0
     low_B, high_B = values_BV.amin(-1), torch.zeros_like(outside_B)
     point_B = high_B
@@ -70,6 +76,12 @@ def best_response(scaled: ScaledGame, thresholds_BJ: Tensor, principal: int) -> 
     return torch.where(outside_B >= 0.0, outside_B, point_B)
 
 
+class _Sweeping(NamedTuple):
+    running: Tensor
+    num_sweeps: Tensor
+    thresholds: Tensor
+
+
 def _response_residual(log_offer_BV: Tensor, values_BV: Tensor, point_B: Tensor) -> tuple[Tensor, Tensor]:
     excess_BV = values_BV - point_B[:, None]
     policy_BV = torch.softmax(log_offer_BV + excess_BV.clamp_min(0.0), -1)
@@ -78,27 +90,34 @@ def _response_residual(log_offer_BV: Tensor, values_BV: Tensor, point_B: Tensor)
     return slack_B.log(), below_B / slack_B + (policy_BV * (excess_BV > 0.0)).sum(-1)
 
 
-def _jacobi_sweep(scaled: ScaledGame, thresholds_BJ: Tensor) -> Tensor:
-    return torch.stack([best_response(scaled, thresholds_BJ, j) for j in range(thresholds_BJ.shape[1])], 1)
+def _jacobi_sweep(game: ScaledGame, thresholds_BJ: Tensor) -> Tensor:
+    return torch.stack([best_response(game, thresholds_BJ, j) for j in range(thresholds_BJ.shape[1])], 1)
 
 
-def _gauss_seidel_sweep(scaled: ScaledGame, thresholds_BJ: Tensor) -> Tensor:
+def _gauss_seidel_sweep(game: ScaledGame, thresholds_BJ: Tensor) -> Tensor:
     thresholds_BJ = thresholds_BJ.clone()
     for j in range(thresholds_BJ.shape[1]):
-        thresholds_BJ[:, j] = best_response(scaled, thresholds_BJ, j)
+        thresholds_BJ[:, j] = best_response(game, thresholds_BJ, j)
     return thresholds_BJ
 
 
-def _solve(game: Game, sweep: Callable[[ScaledGame, Tensor], Tensor], tol: float, max_steps: int) -> Solution:
-    scaled = scale(game)
-    thresholds_BJ = nobody_pays(scaled)
-    sweeps_B = torch.zeros(game.num_rows, dtype=torch.int32, device=thresholds_BJ.device)
-    for _ in range(max_steps if game.num_principals else 0):
-        _, policy_BV = policy_at(scaled, thresholds_BJ)
-        residual_BJ = (expected_slack(scaled, policy_BV, thresholds_BJ) - 1.0).abs()
-        running_B = residual_BJ.amax(1) > tol / 2
-        if not bool(running_B.any()):
-            break
-        thresholds_BJ = torch.where(running_B[:, None], sweep(scaled, thresholds_BJ), thresholds_BJ)
-        sweeps_B = sweeps_B + running_B.int()
-    return judge(game, scaled, thresholds_BJ, sweeps_B, tol)
+def _solve(game: Game, sweep: Sweep, tol: float | None, max_steps: int) -> Solution:
+    tol = default_tolerance(game) if tol is None else tol
+    return solve_whole(game, partial(_settle, sweep=sweep, aim=tol / 2, max_steps=max_steps), tol=tol)
+
+
+def _settle(game: ScaledGame, *, sweep: Sweep, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
+    state = _Sweeping(
+        running=game.log_base[:, 0] < torch.inf,
+        num_sweeps=torch.zeros_like(game.log_base[:, 0], dtype=torch.int32),
+        thresholds=nobody_pays(game),
+    )
+    if game.values.shape[1] > 0:
+        state = iterate(partial(_step, sweep=sweep, aim=aim), game, state, max_steps=max_steps)
+    return state.thresholds, state.num_sweeps
+
+
+def _step(game: ScaledGame, state: _Sweeping, *, sweep: Sweep, aim: float) -> _Sweeping:
+    swept_BJ = torch.where(state.running[:, None], sweep(game, state.thresholds), state.thresholds)
+    residual_B = respond(game, swept_BJ).log_residual.abs().amax(1)
+    return _Sweeping(state.running & ~(residual_B <= aim), state.num_sweeps + state.running, swept_BJ)

@@ -1,0 +1,142 @@
+"""The full vocabulary at the price of a few hundred tokens.
+
+Tokens that the same principals pay for answer thresholds alike, so as long as none of them changes sides they can be
+pooled into one token without changing anything (docs/mathematics.md, "Pooling"). A game over V tokens becomes
+one over the m that matter most and at most 2^J pools. It is solved there, read again over all V tokens, and pooled
+anew at the answer where the residual says that a token did change sides.
+
+Shapes: B rows (R of them in a block), J principals, V tokens, K = m + 2^J tokens of a pooled game.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cage.game import Game
+from cage.response import offers, pays
+from cage.scaled import Measures, ScaledGame, excess, log_base, row_blocks, scale
+from cage.solution import Draft, Solution
+
+_SMALLEST_VOCABULARY = 4096
+_MOST_PRINCIPALS = 8  # pools double with every principal
+_MOST_SPLITS = 3
+_KEPT_TOKENS = (128, 128, 128, 1024, 1024, 1024)  # by round
+
+
+class Find(Protocol):
+    """Find scaled thresholds [B, J] of a scaled game, and the evaluations it took [B]; `near_BJ` is a start."""
+
+    def __call__(self, game: ScaledGame, near_BJ: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+def pays_off(game: Game) -> bool:
+    """Say whether pooling is worth its passes; it depends on the shape of a row alone, never on the batch."""
+    return game.num_tokens >= _SMALLEST_VOCABULARY and 0 < game.num_principals <= _MOST_PRINCIPALS
+
+
+def solve_pooled(game: Game, measures: Measures, find: Find, *, tol: float, max_steps: int) -> Solution:
+    """Solve over pools, round by round, until the residual over all tokens is at most tol; what is left, densely."""
+    draft = Draft(game, measures)
+    everyone = torch.arange(game.num_rows, device=game.values.device)
+    num_steps_B = torch.zeros_like(everyone, dtype=torch.int32)
+    rows: Tensor | None = None
+    at_RJ, near_RJ, kept_RM = measures.lone_thresholds, None, None
+    for num_kept in _KEPT_TOKENS:
+        if kept_RM is not None and kept_RM.shape[1] != num_kept:
+            kept_RM = None
+        pooled, kept_RM = pool(game, measures, at_RJ, rows=rows, num_kept=num_kept, kept_RM=kept_RM)
+        at_RJ, steps_R = find(pooled, near_RJ)
+        draft.write(at_RJ, rows)
+        rows = everyone if rows is None else rows
+        num_steps_B = num_steps_B.index_add(0, rows, steps_R)
+        unsolved = ((draft.residual[rows] > tol) & (num_steps_B[rows] < max_steps)).nonzero()[:, 0]
+        rows, kept_RM, at_RJ = rows[unsolved], kept_RM[unsolved], at_RJ[unsolved]
+        near_RJ = at_RJ
+        if rows.shape[0] == 0:
+            break
+    for row in torch.split(rows, 1) if rows is not None else ():
+        at_1J, steps_1 = find(scale(game, measures, row), draft.thresholds[row])
+        draft.write(at_1J, row)
+        num_steps_B = num_steps_B.index_add(0, row, steps_1)
+    return draft.solution(num_steps_B, tol)
+
+
+def pool(
+    game: Game,
+    measures: Measures,
+    thresholds_RJ: Tensor,
+    *,
+    rows: Tensor | None = None,
+    num_kept: int,
+    kept_RM: Tensor | None = None,
+) -> tuple[ScaledGame, Tensor]:
+    """Return the pooled games of some rows, or all, and which tokens they keep [R, m].
+
+    Near these scaled thresholds, until a token that was not kept changes sides, a pooled game has exactly the
+    residuals of the whole one. Tokens are kept by their weight in the agent's policy there, unless given.
+    """
+    parts = []
+    for block in row_blocks(game, thresholds_RJ.shape[0]):
+        chosen = block if rows is None else rows[block]
+        kept_block = None if kept_RM is None else kept_RM[block]
+        parts.append(_pool_block(game, measures, chosen, thresholds_RJ[block], num_kept, kept_block))
+    base_RK, values_RJK, kept_RM = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return ScaledGame(torch.log_softmax(base_RK, 1), values_RJK), kept_RM
+
+
+def _pool_block(
+    game: Game,
+    measures: Measures,
+    rows: slice | Tensor,
+    thresholds_RJ: Tensor,
+    num_kept: int,
+    kept_RM: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    price_R1 = measures.temperature[rows, None].reciprocal()
+    excesses = [excess(game, measures, rows, j, thresholds_RJ[:, j]) for j in range(game.num_principals)]
+    logits_RV = log_base(game, measures, rows)
+    for excess_RV in excesses:
+        logits_RV.addcmul_(excess_RV.clamp_min(0.0), price_R1)
+    if kept_RM is None:
+        kept_RM = logits_RV.topk(min(num_kept, game.num_tokens), sorted=False).indices
+    kept_logits_RM = logits_RV.gather(1, kept_RM)
+    kept_excess_RJM = torch.stack([excess_RV.gather(1, kept_RM) for excess_RV in excesses], 1)
+    logits_RV.scatter_(1, kept_RM, -torch.inf)
+    highest_R1 = logits_RV.amax(1, keepdim=True).clamp_min(torch.finfo(logits_RV.dtype).min)
+    mass_RP, pooled_RJP = _sum_by_side(logits_RV.sub_(highest_R1).exp_(), excesses)
+    pool_excess_RJP = torch.where(mass_RP[:, None] > 0.0, pooled_RJP / mass_RP[:, None], 0.0)
+    weights_RK = torch.cat([kept_logits_RM, mass_RP.log() + highest_R1], 1)
+    excess_RJK = torch.cat([kept_excess_RJM, pool_excess_RJP], 2) * price_R1[..., None]
+    # what is paid at these thresholds is in the weights already, and the game will add it again
+    return offers(weights_RK, -excess_RJK.clamp_min(0.0)), excess_RJK + thresholds_RJ[..., None], kept_RM
+
+
+def _sum_by_side(weights_RV: Tensor, excesses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the weight [R, P] and the weighted excesses [R, J, P] of each of the P = 2^J sets of paying principals.
+
+    A pool is split in two by one principal after another, which adds in a fixed order on any device; with many
+    principals, where that would be many passes, a CPU adds by index instead.
+    """
+    num_principals = len(excesses)
+    if num_principals > _MOST_SPLITS and weights_RV.device.type == "cpu":
+        return _sum_by_index(weights_RV, excesses)
+    pools = [weights_RV]
+    for excess_RV in excesses:
+        pays_RV = pays(excess_RV)
+        paid = [pool_RV * pays_RV for pool_RV in pools]
+        pools = [pool_RV - paid_RV for pool_RV, paid_RV in zip(pools, paid, strict=True)] + paid
+    mass_RP = torch.stack([pool_RV.sum(1) for pool_RV in pools], 1)
+    sums = [torch.stack([(pool_RV * excess_RV).sum(1) for pool_RV in pools], 1) for excess_RV in excesses]
+    return mass_RP, torch.stack(sums, 1)
+
+
+def _sum_by_index(weights_RV: Tensor, excesses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    sides_RV = torch.zeros_like(weights_RV, dtype=torch.int64)
+    for j, excess_RV in enumerate(excesses):
+        sides_RV.add_(excess_RV > 0.0, alpha=2**j)
+    nothing_RP = weights_RV.new_zeros((weights_RV.shape[0], 2 ** len(excesses)))
+    sums = [nothing_RP.scatter_add(1, sides_RV, weights_RV * excess_RV) for excess_RV in excesses]
+    return nothing_RP.scatter_add(1, sides_RV, weights_RV), torch.stack(sums, 1)

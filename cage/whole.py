@@ -1,0 +1,54 @@
+"""Solve games as they are, every token kept, in float64 and in batches that fit a cache.
+
+Shapes: B rows, J principals, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cage.game import Game
+from cage.scaled import ScaledGame, measure, scale
+from cage.solution import Solution, answer, join
+
+Find = Callable[[ScaledGame], tuple[Tensor, Tensor]]
+
+_NUMBERS_A_BATCH = {"cpu": 2**20, "cuda": 2**27}
+_NUMBERS_A_BATCH_ELSEWHERE = 2**22
+
+
+def solve_whole(game: Game, find: Find, *, tol: float) -> Solution:
+    """Return what find finds, recomputed from its thresholds."""
+    solutions = [_solve_batch(batch, find, tol).of(part) for part, batch in in_batches(game)]
+    return solutions[0] if len(solutions) == 1 else join(game, solutions)
+
+
+def in_batches(game: Game) -> list[tuple[Game, Game]]:
+    """Return consecutive rows of a game, as they are and in float64.
+
+    float64 whatever the caller's type: over a few hundred tokens it costs little more than float32, and values of a
+    hundred agent temperatures leave float32 too few digits.
+    """
+    limit = _NUMBERS_A_BATCH.get(game.values.device.type, _NUMBERS_A_BATCH_ELSEWHERE)
+    size = max(1, limit // (max(1, game.num_principals) * game.num_tokens))
+    if game.num_rows <= size:
+        return [(game, _widened(game))]
+    split = partial(torch.split, split_size_or_sections=size)
+    parts = zip(*map(split, (game.base_logprobs, game.values, game.row_temperatures)), strict=True)
+    return [(batch, _widened(batch)) for batch in (Game(*part) for part in parts)]
+
+
+def _widened(game: Game) -> Game:
+    if game.values.dtype == torch.float64:
+        return game
+    return Game(game.base_logprobs.double(), game.values.double(), game.agent_temperature)
+
+
+def _solve_batch(game: Game, find: Find, tol: float) -> Solution:
+    measures = measure(game)
+    thresholds_BJ, num_steps_B = find(scale(game, measures))
+    return answer(game, measures, thresholds_BJ, num_steps_B, tol)
