@@ -1,0 +1,58 @@
+"""A run's files train with TRL as they are: one step of SFT and one of DPO."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import load_dataset
+from test_relabel import job, run_job
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    # warnings of the trainers' own libraries
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tiny, tmp_path_factory):
+    """The data set of a run whose input brought answers."""
+    folder = tmp_path_factory.mktemp("trl")
+    rows = [{"id": str(at), "prompt": "hello " * at + "?", "answer": f"answer {at}"} for at in range(6)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_job(job(folder / "prompts.jsonl", folder / "run", tiny(), input={"response": "answer"}), folder)
+    return load_dataset(
+        "parquet", data_files=str(folder / "run/part-*.parquet"), split="train", cache_dir=str(folder / "hf")
+    )
+
+
+def options(tmp_path):
+    return {
+        "output_dir": str(tmp_path), "max_steps": 1, "per_device_train_batch_size": 2, "report_to": [],
+        "use_cpu": True, "bf16": False, "save_strategy": "no", "max_length": 64, "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def test_sft_takes_prompt_and_completion(written, tiny, tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny())
+    trainer = SFTTrainer(
+        model, args=SFTConfig(**options(tmp_path)), train_dataset=written,
+        processing_class=AutoTokenizer.from_pretrained(tiny()),
+    )  # fmt: skip
+    assert trainer.completion_only_loss
+    assert trainer.train().global_step == 1
+
+
+def test_dpo_takes_chosen_and_rejected(written, tiny, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny())
+    trainer = DPOTrainer(
+        model, args=DPOConfig(**options(tmp_path)), train_dataset=written,
+        processing_class=AutoTokenizer.from_pretrained(tiny()),
+    )  # fmt: skip
+    assert trainer.train().global_step == 1
