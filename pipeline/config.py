@@ -72,9 +72,7 @@ class InputConfig(Section):
 
 class OutputConfig(Section):
     path: str = Field(min_length=1, description="the run directory, local or s3://")
-    rows_per_shard: int = Field(
-        256, ge=1, le=1_000_000, description="rows in one output file, the unit of commit"
-    )
+    rows_per_shard: int = Field(256, ge=1, le=1_000_000, description="rows in one output file, the unit of commit")
 
 
 class Resources(Section):
@@ -176,9 +174,7 @@ class DecodingConfig(Section):
 
     rule: RuleName = RuleName.EQUILIBRIUM
     agent_temperature: float = Field(0.1, gt=0, description="tau, in nats of weighted reward")
-    candidates: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
-        50, description="top-k of the base, or all"
-    )
+    candidates: Annotated[int, Field(ge=1)] | Literal["all"] = Field(50, description="top-k of the base, or all")
     min_p: float = Field(0.0, ge=0, lt=1, description="drop candidates below min_p times the most likely one")
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0, description="of the final draw; 0 is greedy")
@@ -208,9 +204,7 @@ def _budget(value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(r"\d+", value):
         share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value)
         if share is None or float(share[1]) > 100:
-            raise ValueError(
-                f'budget is a number of rows, such as 10, or a share, such as "5%"; got {value!r}'
-            )
+            raise ValueError(f'budget is a number of rows, such as 10, or a share, such as "5%"; got {value!r}')
     return str(value) if isinstance(value, str) and value.endswith("%") else int(value)
 
 
@@ -266,9 +260,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigurationError(
-            f"{path} must hold a mapping with the keys input, output, ...; it holds {tree!r}"
-        )
+        raise ConfigurationError(f"{path} must hold a mapping with the keys input, output, ...; it holds {tree!r}")
     for override in overrides or []:
         _apply_override(tree, override)
     return parse_config(tree, source=str(path))
@@ -321,9 +313,7 @@ def _describe(fault: Any, tree: dict[str, Any]) -> str:
     if fault["type"] == "missing":
         return f"{where} is missing"
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return (
-            f"{where}.kind must be one of prompted, arm, tuned_pair; got {_short(_value_of(fault, 'kind'))}"
-        )
+        return f"{where}.kind must be one of prompted, arm, tuned_pair; got {_short(_value_of(fault, 'kind'))}"
     message = fault["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "must be").replace("String should", "must")
     if fault["type"] == "value_error":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,7 @@ class Stream(Protocol):
 
     def counts(self) -> Counts: ...
 
-    def decode(self, shards: Sequence[int]) -> Iterator[ShardOutcome]: ...
+    def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,13 @@ def relabel(config: Config, cache_folder: Path, out: TextIO, *, is_verbose: bool
 
 def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Budget) -> None:
     failures: list[CageError] = []
-    for outcome in stream.decode(todo):
-        if outcome.error is not None:
-            failures.append(outcome.error)
-            continue
-        line.shard_done()
-        budget.check(stream.counts().rejected)
+    with closing(stream.decode(todo)) as outcomes:
+        for outcome in outcomes:
+            if outcome.error is not None:
+                failures.append(outcome.error)
+                continue
+            line.shard_done()
+            budget.check(stream.counts().rejected)
     if failures:
         raise failures[0]
 

@@ -42,7 +42,7 @@ class Coordinator:
     """Runs the decoder over a replica's hosts. `decode_and_commit` may be called from many threads.
 
     Args:
-        launch: how hosts are started.
+        launch, replica: how hosts are started, and in which place.
         hosts: those already starting, or why they cannot.
         run_path: the run directory.
         board: where progress is reported and attempts are counted, an actor handle.
@@ -50,10 +50,17 @@ class Coordinator:
     """
 
     def __init__(
-        self, launch: HostLaunch, hosts: HostGroup | CageError, run_path: str, board: Any, max_attempts: int
+        self,
+        launch: HostLaunch,
+        replica: int,
+        hosts: HostGroup | CageError,
+        run_path: str,
+        board: Any,
+        max_attempts: int,
     ) -> None:
         torch.set_num_threads(1)
         self._launch = launch
+        self._replica = replica
         self._first_hosts: HostGroup | CageError | None = hosts
         self._assembly: Assembly = ray.get(launch.assembly[0])
         self._run = Run.open(run_path)
@@ -101,7 +108,7 @@ class Coordinator:
         first, self._first_hosts = self._first_hosts, None
         if isinstance(first, CageError):
             raise first
-        return first or HostGroup(self._launch)
+        return first or HostGroup(self._launch, self._replica)
 
     def _decoder(self, hosts: Hosts) -> ShardDecoder:
         config = self._assembly.config

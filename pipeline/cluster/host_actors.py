@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,28 +80,29 @@ class RayReply:
 class HostLaunch:
     """What it takes to place the hosts of a replica; light, so that they start before the coordinator's imports.
 
-    `assembly` is a reference to the assembly, in a tuple so that Ray does not replace it by its value.
+    `assembly` is a reference to the assembly, in a tuple so that Ray does not replace it by its value. `places` are
+    one placement group a replica; they belong to the driver, since Ray keeps a group whose creator can restart.
     """
 
     assembly: tuple[Any]
     plans: tuple[HostPlan, ...]
     cluster: ClusterConfig
+    places: tuple[PlacementGroup, ...]
     has_gpus: bool
 
 
 class HostGroup:
-    """The hosts of one replica: started together in one placement group, stopped together.
+    """The hosts of one replica: started together in its placement group, stopped together.
 
     Loading goes on while the caller does something else; `wait` ends it.
     """
 
-    def __init__(self, launch: HostLaunch) -> None:
+    def __init__(self, launch: HostLaunch, replica: int) -> None:
         self._launch = launch
+        self._place = launch.places[replica]
         bundles = [bundle_of(plan, has_gpus=launch.has_gpus) for plan in launch.plans]
         timeout_s = launch.cluster.start_timeout_s
-        self._group: PlacementGroup = placement_group(bundles, strategy="PACK")
-        if not self._group.wait(timeout_s):
-            remove_placement_group(self._group)
+        if not self._place.wait(timeout_s):
             raise ConfigurationError(
                 f"the cluster did not provide {_sum_text(bundles)} for a replica within {timeout_s:g} s"
             )
@@ -125,10 +127,9 @@ class HostGroup:
         }
 
     def stop(self) -> None:
-        """End the actors and free what they held."""
+        """End the actors."""
         for actor in self._actors:
             ray.kill(actor)
-        remove_placement_group(self._group)
 
     def _start_actor(self, index: int, bundle: dict[str, float]) -> Any:
         return (
@@ -137,10 +138,22 @@ class HostGroup:
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=index),
             )
             .remote(self._launch.assembly, index)
         )
+
+
+@contextmanager
+def placed(plans: Sequence[HostPlan], *, num_replicas: int, has_gpus: bool) -> Iterator[tuple[PlacementGroup, ...]]:
+    """A placement group for the hosts of each replica, removed at the end; they may still be waiting for room."""
+    bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in plans]
+    groups = tuple(placement_group(bundles, strategy="PACK") for _ in range(num_replicas))
+    try:
+        yield groups
+    finally:
+        for group in groups:
+            remove_placement_group(group)
 
 
 def bundle_of(plan: HostPlan, *, has_gpus: bool) -> dict[str, float]:

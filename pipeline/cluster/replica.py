@@ -27,10 +27,11 @@ class Replica:
         self._max_attempts = max_attempts
         self._num_starts: int = ray.get(board.start.remote())
         self._max_starts = launch.cluster.replicas + STARTS_PER_ATTEMPT * max_attempts
-        first_hosts = _started(launch)
+        replica: int = ray.get(board.lease.remote(ray.get_runtime_context().get_actor_id()))
+        first_hosts = _started(launch, replica)
         from pipeline.cluster.coordinator import Coordinator  # seconds of imports, while the hosts load
 
-        self._coordinator = Coordinator(launch, first_hosts, run_path, board, max_attempts)
+        self._coordinator = Coordinator(launch, replica, first_hosts, run_path, board, max_attempts)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Decode and commit the shards of a batch; what came of each, never an exception."""
@@ -60,9 +61,9 @@ class Replica:
             raise HostError(f"replicas were started {self._num_starts} times: they die before they answer")
 
 
-def _started(launch: HostLaunch) -> HostGroup | CageError:
+def _started(launch: HostLaunch, replica: int) -> HostGroup | CageError:
     """The hosts, or why they cannot start: an error in a constructor would lose its class on the way."""
     try:
-        return HostGroup(launch)
+        return HostGroup(launch, replica)
     except CageError as error:
         return error

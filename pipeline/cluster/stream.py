@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline import errors
-from pipeline.cluster.host_actors import HostLaunch, bundle_of
+from pipeline.cluster.host_actors import HostLaunch, bundle_of, placed
 from pipeline.cluster.replica import Replica
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.shards import Counts, ShardOutcome
@@ -31,7 +31,10 @@ class ProgressBoard:
     Ray Data restarts a dead replica and calls it again for ever; the counts kept here end that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_replicas: int) -> None:
+        self._num_replicas = num_replicas
+        self._actors: list[str] = []
+        self._places: dict[str, int] = {}
         self._counts: dict[str, Counts] = {}
         self._attempts: Counter[int] = Counter()
         self._num_starts = 0
@@ -40,6 +43,16 @@ class ProgressBoard:
         """Number of times that the shard was begun, this one included."""
         self._attempts[shard] += 1
         return self._attempts[shard]
+
+    def lease(self, actor: str) -> int:
+        """The replica number of an actor: its old one after a restart, else the one leased longest ago."""
+        if actor not in self._actors:
+            if len(self._actors) == self._num_replicas:
+                self._actors.pop(0)
+            self._actors.append(actor)
+            taken = {self._places[other] for other in self._actors if other in self._places}
+            self._places[actor] = next(at for at in range(self._num_replicas) if at not in taken)
+        return self._places[actor]
 
     def start(self) -> int:
         """Number of times that a replica was started, this one included."""
@@ -66,7 +79,7 @@ class ShardStream:
         self._assembly = assembly
         self._run_path = run_path
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self._board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+        self._board = ray.remote(ProgressBoard).options(num_cpus=0).remote(assembly.config.cluster.replicas)
 
     def counts(self) -> Counts:
         """Answers, rejected answers and tokens so far; the last known where the cluster is silent."""
@@ -76,34 +89,38 @@ class ShardStream:
         except ray.exceptions.RayError:
             return Counts()
 
-    def decode(self, shards: Sequence[int]) -> Iterator[ShardOutcome]:
+    def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
         """Yield each shard's outcome as it comes."""
         config = self._assembly.config
         _be_quiet(is_verbose=self._is_verbose)
         in_flight = min(MAX_SHARDS_IN_FLIGHT, 1 + math.ceil(config.cluster.slots / self._rows_per_shard()))
-        launch = HostLaunch((ray.put(self._assembly),), self._assembly.lineup.hosts, config.cluster, self._has_gpus)
-        items = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards))
-        stream = items.map_batches(
-            Replica,
-            fn_constructor_args=(launch, self._run_path, self._board, config.errors.max_attempts),
-            batch_size=1,
-            compute=ActorPoolStrategy(
-                size=min(config.cluster.replicas, len(shards)),
-                max_tasks_in_flight_per_actor=in_flight,
-                max_concurrent_calls_per_actor=in_flight,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=config.cluster.coordinator_cpus,
-            num_gpus=0,
-        )
-        try:
-            for row in stream.iter_rows():
-                yield ShardOutcome(row["shard"], _as_error(row["kind"], row["error"]))
-        except ray.exceptions.RayError as error:
-            reason = " ".join(str(error).split())[-600:]
-            raise CageError(
-                f"Ray ended the stream; what is committed is kept: {type(error).__name__}: {reason}"
-            ) from error
+        num_replicas = min(config.cluster.replicas, len(shards))
+        plans = self._assembly.lineup.hosts
+        with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as places:
+            launch = HostLaunch((ray.put(self._assembly),), plans, config.cluster, places, self._has_gpus)
+            stream = ray.data.from_items(
+                [{"shard": index} for index in shards], override_num_blocks=len(shards)
+            ).map_batches(
+                Replica,
+                fn_constructor_args=(launch, self._run_path, self._board, config.errors.max_attempts),
+                batch_size=1,
+                compute=ActorPoolStrategy(
+                    size=num_replicas,
+                    max_tasks_in_flight_per_actor=in_flight,
+                    max_concurrent_calls_per_actor=in_flight,
+                    enable_true_multi_threading=True,
+                ),
+                num_cpus=config.cluster.coordinator_cpus,
+                num_gpus=0,
+            )
+            try:
+                for row in stream.iter_rows():
+                    yield ShardOutcome(row["shard"], _as_error(row["kind"], row["error"]))
+            except ray.exceptions.RayError as error:
+                reason = " ".join(str(error).split())[-600:]
+                raise CageError(
+                    f"Ray ended the stream; what is committed is kept: {type(error).__name__}: {reason}"
+                ) from error
 
     def _rows_per_shard(self) -> int:
         config = self._assembly.config

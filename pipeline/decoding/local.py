@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.engine import Engine
@@ -23,7 +23,7 @@ class LocalStream:
         """Answers, rejected answers and tokens so far."""
         return self._decoder.counts
 
-    def decode(self, shards: Sequence[int]) -> Iterator[ShardOutcome]:
+    def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
         """Decode and commit; yield each shard's outcome as it comes. Raises HostError."""
         waiting = list(reversed(shards))
         while waiting or not self._decoder.is_idle:
