@@ -52,8 +52,8 @@ def follow_path(game: ScaledGame, *, aim: float, max_steps: int) -> tuple[Tensor
 class _Walk(NamedTuple):
     """One row's walk: a point on the curve with its tangent, and the trial that is being corrected.
 
-    reached: how far the trial was put from the point; aimed: where it was put; normal: corrections are orthogonal
-    to it; landing: the trial is held at s = 1.
+    aimed: where the trial was put; reached: how far that is from the point; normal: corrections are orthogonal to
+    it; landing: the trial is held at s = 1. A row that arrived holds its answer as its point.
     """
 
     running: Tensor
@@ -70,9 +70,17 @@ class _Walk(NamedTuple):
     corrections: Tensor
 
 
+class _Trial(NamedTuple):
+    """A new trial, before it is looked at."""
+
+    at: Tensor
+    reached: Tensor
+    landing: Tensor
+
+
 def _follow(game: ScaledGame, aim: float, max_steps: int, care: float) -> tuple[Tensor, Tensor, Tensor]:
-    state = iterate(partial(_step, aim=aim, care=care), game, _set_out(game), max_steps=max_steps)
-    return torch.where(state.arrived[:, None], state.trial, state.point)[:, :-1], state.num_steps, state.arrived
+    walk = iterate(partial(_step, aim=aim, care=care), game, _set_out(game), max_steps=max_steps)
+    return walk.point[:, :-1], walk.num_steps, walk.arrived
 
 
 def _set_out(game: ScaledGame) -> _Walk:
@@ -80,47 +88,47 @@ def _set_out(game: ScaledGame) -> _Walk:
     spread_BJ = 1.0 - lone_thresholds(game)
     log_factor_B = spread_BJ.amax(1).clamp_min(1.0).log().neg()
     start_BU = torch.cat([1.0 - spread_BJ * log_factor_B.exp()[:, None], log_factor_B[:, None]], 1)
-    zeros_B = torch.zeros_like(log_factor_B)
-    count_B = torch.zeros_like(log_factor_B, dtype=torch.int32)
     # nobody pays there: the thresholds are 1 - s spread_j, so the tangent needs no evaluation
-    tangent_BU = torch.cat([start_BU[:, :-1] - 1.0, torch.ones_like(log_factor_B)[:, None]], 1)
-    walk = _Walk(
-        running=zeros_B == 0.0,
-        num_steps=count_B,
-        arrived=zeros_B > 0.0,
+    tangent_BU = _unit(torch.cat([start_BU[:, :-1] - 1.0, torch.ones_like(log_factor_B)[:, None]], 1))
+    stride_B = torch.full_like(log_factor_B, _FIRST_STRIDE)
+    trial = _ahead(start_BU, tangent_BU, stride_B)
+    return _Walk(
+        running=stride_B > 0.0,
+        num_steps=torch.zeros_like(stride_B, dtype=torch.int32),
+        arrived=stride_B < 0.0,
         point=start_BU,
-        tangent=_unit(tangent_BU),
-        stride=zeros_B + _FIRST_STRIDE,
-        trial=start_BU,
-        aimed=start_BU,
-        reached=zeros_B,
-        normal=tangent_BU,
-        landing=zeros_B > 0.0,
-        corrections=count_B,
+        tangent=tangent_BU,
+        stride=stride_B,
+        trial=trial.at,
+        aimed=trial.at,
+        reached=trial.reached,
+        normal=torch.where(trial.landing[:, None], _last_axis(start_BU), tangent_BU),
+        landing=trial.landing,
+        corrections=torch.zeros_like(stride_B, dtype=torch.int32),
     )
-    return _set_trial(walk, walk.running)
 
 
 def _step(game: ScaledGame, walk: _Walk, *, aim: float, care: float) -> _Walk:
     """Look at the trial: accept it and stride on, correct it, or come back and try a shorter stride."""
     residual_B, newton_BU, tangent_BU = _look(game, walk.trial)
-    allowance_B = _LARGEST_DETOUR * walk.reached + _DETOUR_ALLOWANCE
-    near_B = _length(walk.trial - walk.aimed) <= allowance_B
-    close_B = walk.running & near_B & (residual_B <= torch.where(walk.landing, aim, care))
-    arrived_B = close_B & walk.landing
+    near_B = _length(walk.trial - walk.aimed) <= _LARGEST_DETOUR * walk.reached + _DETOUR_ALLOWANCE
+    close_B = near_B & (residual_B <= torch.where(walk.landing, aim, care))
+    arrived_B = walk.running & close_B & walk.landing
     crossed_B = close_B & ~walk.landing & (walk.trial[:, -1] > 0.0)
-    accepted_B = close_B & ~walk.landing & ~crossed_B
+    accepted_B = walk.running & close_B & ~walk.landing & ~crossed_B
     most_B = torch.where(walk.landing, _MOST_LANDINGS, _MOST_CORRECTIONS)
-    hopeless_B = ~near_B | (walk.corrections >= most_B) | ~(residual_B <= _HOPELESS_RESIDUAL)
-    rejected_B = walk.running & ~close_B & hopeless_B
-    corrected_B = walk.running & ~close_B & ~rejected_B
-    corner_B = corrected_B & (walk.corrections == 0) & ~walk.landing & _turns(walk, tangent_BU)
-    landed = _land(walk, crossed_B)
-    walk = walk._replace(running=walk.running & ~arrived_B, num_steps=walk.num_steps + walk.running)
-    walk = _correct(walk, corrected_B, corner_B, newton_BU, tangent_BU)
-    walk = _stride_on(walk, accepted_B, rejected_B, tangent_BU)
-    walk = _choose(crossed_B, landed, walk)
-    return walk._replace(running=walk.running & (walk.stride > _SHORTEST_STRIDE), arrived=walk.arrived | arrived_B)
+    corrected_B = ~close_B & near_B & (walk.corrections < most_B) & (residual_B <= _HOPELESS_RESIDUAL)
+    stride_B = _next_stride(walk, accepted_B, ~close_B & ~corrected_B)
+    point_BU = torch.where((accepted_B | arrived_B)[:, None], walk.trial, walk.point)
+    walk = walk._replace(tangent=torch.where(accepted_B[:, None], tangent_BU, walk.tangent), stride=stride_B)
+    fresh = _choose(crossed_B, _between(walk), _ahead(point_BU, walk.tangent, stride_B))
+    walk = walk._replace(
+        running=walk.running & ~arrived_B & (stride_B > _SHORTEST_STRIDE),
+        num_steps=walk.num_steps + walk.running,
+        arrived=walk.arrived | arrived_B,
+        point=point_BU,
+    )
+    return _set_trial(walk, fresh, corrected_B, newton_BU, tangent_BU)
 
 
 def _look(game: ScaledGame, at_BU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,82 +149,60 @@ def _look(game: ScaledGame, at_BU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return response.log_residual.abs().amax(1).nan_to_num(torch.inf), newton_BU, _unit(tangent_BU)
 
 
-def _turns(walk: _Walk, tangent_BU: Tensor) -> Tensor:
-    """Say where the curve has a corner just ahead: a token changed sides, and the next piece leads elsewhere."""
-    return (walk.reached < _CORNER_STRIDE) & ((tangent_BU * walk.tangent).sum(1) < _CORNER_COSINE)
-
-
-def _correct(walk: _Walk, corrected_B: Tensor, corner_B: Tensor, newton_BU: Tensor, tangent_BU: Tensor) -> _Walk:
-    """Move the trial onto the curve, orthogonally to the normal; past a corner, a little along the new piece."""
-    normal_BU = torch.where(corner_B[:, None], tangent_BU, walk.normal)
-    slide_B = (normal_BU * newton_BU).sum(1) / (normal_BU * tangent_BU).sum(1)
-    correction_BU = (newton_BU - slide_B[:, None] * tangent_BU).nan_to_num(0.0, 0.0, 0.0)
-    ahead_BU = torch.where(corner_B, 2.0 * walk.reached, 0.0)[:, None] * tangent_BU
-    moved = walk._replace(
-        trial=walk.trial + correction_BU + ahead_BU,
-        aimed=torch.where(corner_B[:, None], walk.trial + ahead_BU, walk.aimed),
-        reached=torch.where(corner_B, 4.0 * walk.reached, walk.reached),
-        normal=normal_BU,
-        corrections=walk.corrections + 1,
-    )
-    return _choose(corrected_B, moved, walk)
-
-
-def _stride_on(walk: _Walk, accepted_B: Tensor, rejected_B: Tensor, tangent_BU: Tensor) -> _Walk:
-    """Take the trial as the new point where it was accepted, and put the next trial a stride ahead."""
-    easy_B, hard_B = walk.corrections <= 1, walk.corrections >= 3
-    grown_B = walk.stride * torch.where(easy_B, _LONGER, torch.where(hard_B, 0.7, 1.0))
+def _next_stride(walk: _Walk, accepted_B: Tensor, rejected_B: Tensor) -> Tensor:
+    grown_B = walk.stride * torch.where(walk.corrections <= 1, _LONGER, torch.where(walk.corrections >= 3, 0.7, 1.0))
     shrunk_B = torch.minimum(walk.stride, walk.reached) * _SHORTER
-    stride_B = torch.where(accepted_B, grown_B, torch.where(rejected_B, shrunk_B, walk.stride))
-    walk = walk._replace(
-        point=torch.where(accepted_B[:, None], walk.trial, walk.point),
-        tangent=torch.where(accepted_B[:, None], tangent_BU, walk.tangent),
-        stride=stride_B,
-    )
-    return _set_trial(walk, accepted_B | rejected_B)
+    return torch.where(accepted_B, grown_B, torch.where(rejected_B, shrunk_B, walk.stride))
 
 
-def _set_trial(walk: _Walk, chosen_B: Tensor) -> _Walk:
-    """Put the trial a stride along the tangent, or exactly at s = 1 where the stride would pass it."""
-    log_factor_B, rise_B = walk.point[:, -1], walk.tangent[:, -1]
-    landing_B = (log_factor_B + walk.stride * rise_B >= 0.0) & (rise_B > 0.0)
-    reached_B = torch.where(landing_B, -log_factor_B / rise_B, walk.stride)
-    trial_BU = walk.point + reached_B[:, None] * walk.tangent
-    trial_BU[:, -1] = torch.where(landing_B, 0.0, trial_BU[:, -1])
-    ready = walk._replace(
-        trial=trial_BU,
-        aimed=trial_BU,
-        reached=reached_B,
-        normal=torch.where(landing_B[:, None], _last_axis(trial_BU), walk.tangent),
-        landing=landing_B,
-        corrections=torch.zeros_like(walk.corrections),
-    )
-    return _choose(chosen_B, ready, walk)
+def _set_trial(walk: _Walk, fresh: _Trial, corrected_B: Tensor, newton_BU: Tensor, tangent_BU: Tensor) -> _Walk:
+    """Put the fresh trial, or where there is something to correct, move the old one orthogonally to the normal.
 
-
-def _land(walk: _Walk, crossed_B: Tensor) -> _Walk:
-    """Hold at s = 1 a trial that was corrected past it, between the point and where it got to."""
-    gone_BU = walk.trial - walk.point
-    share_B = (-walk.point[:, -1] / gone_BU[:, -1]).nan_to_num(0.0, 0.0, 0.0)
-    trial_BU = walk.point + share_B[:, None] * gone_BU
-    trial_BU[:, -1] = torch.where(crossed_B, 0.0, trial_BU[:, -1])
+    Close to a point where the next piece of the curve leads elsewhere (a token changed sides), the trial is moved
+    onto that piece and a little along it.
+    """
+    turned_B = (tangent_BU * walk.tangent).sum(1) < _CORNER_COSINE
+    corner_B = corrected_B & turned_B & (walk.reached < _CORNER_STRIDE) & (walk.corrections == 0) & ~walk.landing
+    corrected_B1, corner_B1 = corrected_B[:, None], corner_B[:, None]
+    normal_BU = torch.where(corner_B1, tangent_BU, walk.normal)
+    slide_B = (normal_BU * newton_BU).sum(1) / (normal_BU * tangent_BU).sum(1)
+    correction_BU = (newton_BU - slide_B[:, None] * tangent_BU).nan_to_num_(0.0, 0.0, 0.0)
+    beside_BU = walk.trial + torch.where(corner_B, 2.0 * walk.reached, 0.0)[:, None] * tangent_BU
+    landing_B = torch.where(corrected_B, walk.landing, fresh.landing)
+    along_BU = torch.where(landing_B[:, None], _last_axis(walk.trial), walk.tangent)
     return walk._replace(
-        trial=trial_BU,
-        aimed=trial_BU,
-        reached=_length(gone_BU),
-        normal=_last_axis(trial_BU),
-        landing=torch.ones_like(walk.landing),
-        corrections=torch.zeros_like(walk.corrections),
-        num_steps=walk.num_steps + 1,
+        trial=torch.where(corrected_B1, beside_BU + correction_BU, fresh.at),
+        aimed=torch.where(corrected_B1, torch.where(corner_B1, beside_BU, walk.aimed), fresh.at),
+        reached=torch.where(corrected_B, torch.where(corner_B, 4.0 * walk.reached, walk.reached), fresh.reached),
+        normal=torch.where(corrected_B1, normal_BU, along_BU),
+        landing=landing_B,
+        corrections=torch.where(corrected_B, walk.corrections + 1, 0),
     )
 
 
-def _choose(chosen_B: Tensor, changed: _Walk, unchanged: _Walk) -> _Walk:
-    parts = [
-        torch.where(chosen_B if new.dim() == 1 else chosen_B[:, None], new, old)
-        for new, old in zip(changed, unchanged, strict=True)
-    ]
-    return _Walk(*parts)
+def _ahead(point_BU: Tensor, tangent_BU: Tensor, stride_B: Tensor) -> _Trial:
+    """Go a stride along the tangent, or exactly to s = 1 where the stride would pass it."""
+    log_factor_B, rise_B = point_BU[:, -1], tangent_BU[:, -1]
+    landing_B = (log_factor_B + stride_B * rise_B >= 0.0) & (rise_B > 0.0)
+    reached_B = torch.where(landing_B, -log_factor_B / rise_B, stride_B)
+    return _landed(point_BU + reached_B[:, None] * tangent_BU, reached_B, landing_B)
+
+
+def _between(walk: _Walk) -> _Trial:
+    """Go back to s = 1 on the way from the point to a trial that was corrected past it."""
+    gone_BU = walk.trial - walk.point
+    share_B = (-walk.point[:, -1] / gone_BU[:, -1]).nan_to_num_(0.0, 0.0, 0.0)
+    return _landed(walk.point + share_B[:, None] * gone_BU, _length(gone_BU), torch.ones_like(walk.landing))
+
+
+def _landed(at_BU: Tensor, reached_B: Tensor, landing_B: Tensor) -> _Trial:
+    at_BU[:, -1] = torch.where(landing_B, 0.0, at_BU[:, -1])
+    return _Trial(at_BU, reached_B, landing_B)
+
+
+def _choose(chosen_B: Tensor, one: _Trial, other: _Trial) -> _Trial:
+    at_BU = torch.where(chosen_B[:, None], one.at, other.at)
+    return _Trial(at_BU, torch.where(chosen_B, one.reached, other.reached), chosen_B | other.landing)
 
 
 def _length(vector_BU: Tensor) -> Tensor:
@@ -225,7 +211,7 @@ def _length(vector_BU: Tensor) -> Tensor:
 
 def _unit(vector_BU: Tensor) -> Tensor:
     vector_BU = vector_BU / vector_BU.abs().amax(1, keepdim=True)
-    return (vector_BU / _length(vector_BU)[:, None]).nan_to_num(0.0)
+    return (vector_BU / _length(vector_BU)[:, None]).nan_to_num_(0.0)
 
 
 def _last_axis(like_BU: Tensor) -> Tensor:

@@ -42,18 +42,17 @@ def _eliminate(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
     """Gauss-Jordan elimination with partial pivoting."""
     num_unknowns = right_BJR.shape[1]
     augmented = torch.cat([matrix_BJJ, right_BJR], -1)
-    rows_J = torch.arange(num_unknowns, device=right_BJR.device)
-    sign_B = torch.ones_like(right_BJR[:, 0, 0])
+    pivots, places = [], []
     for k in range(num_unknowns):
-        pivot_B1 = torch.where(rows_J >= k, augmented[:, :, k].abs(), -1.0).argmax(1, keepdim=True)
-        order_BJ = torch.where(rows_J == pivot_B1, k, rows_J)
-        order_BJ[:, k] = pivot_B1[:, 0]
-        augmented = augmented.gather(1, order_BJ[..., None].expand_as(augmented))
-        pivot_B = augmented[:, k, k]
-        sign_B = sign_B * pivot_B.sign() * torch.where(pivot_B1[:, 0] == k, 1.0, -1.0)
-        pivot_row = augmented[:, k] / pivot_B[:, None]
-        factors_BJ = augmented[:, :, k].clone()
-        factors_BJ[:, k] = 0.0
-        augmented = augmented - factors_BJ[..., None] * pivot_row[:, None]
-        augmented[:, k] = pivot_row
+        place_B1 = augmented[:, k:, k].abs().argmax(1, keepdim=True) + k
+        place = place_B1[..., None].expand(-1, 1, augmented.shape[2])
+        pivot_row = augmented.gather(1, place)
+        augmented.scatter_(1, place, augmented[:, k : k + 1].clone())
+        pivots.append(pivot_row[:, :, k])
+        places.append(place_B1 - k)
+        pivot_row = pivot_row / pivot_row[:, :, k, None]
+        augmented.addcmul_(augmented[:, :, k, None].clone(), pivot_row, value=-1.0)
+        augmented[:, k] = pivot_row[:, 0]
+    num_swaps_B = (torch.cat(places, 1) > 0).sum(1)
+    sign_B = torch.cat(pivots, 1).sign().prod(1) * (1 - 2 * (num_swaps_B % 2))
     return augmented[:, :, num_unknowns:], sign_B

@@ -23,7 +23,7 @@ from cage.whole import solve_whole
 
 _DIRECT_STEPS = 20
 _LONGEST_STEP = 6.0  # agent temperatures; further the residuals have changed sides too often to be extrapolated
-_SHORTEST_LENGTH = 2.0**-10
+_SHORTEST_LENGTH = 0.25  # at a corner no length may do; going across shows the other side
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,14 @@ def find_thresholds(
 
 
 class _Straight(NamedTuple):
-    """point is the best so far and trial the next to look at, length times direction away."""
+    """point is where the row stands and trial the next to look at, length times direction away."""
 
     running: Tensor
     num_steps: Tensor
     point: Tensor
-    merit: Tensor
     worst: Tensor
+    merit: Tensor
+    bar: Tensor
     trial: Tensor
     direction: Tensor
     length: Tensor
@@ -92,8 +93,9 @@ def _go_straight(game: ScaledGame, start_BJ: Tensor, aim: float, max_steps: int)
         running=ones_B > 0.0,
         num_steps=_no_steps(game),
         point=start_BJ,
-        merit=infinite_B,
         worst=infinite_B,
+        merit=infinite_B,
+        bar=infinite_B,
         trial=start_BJ,
         direction=torch.zeros_like(start_BJ),
         length=ones_B,
@@ -103,28 +105,34 @@ def _go_straight(game: ScaledGame, start_BJ: Tensor, aim: float, max_steps: int)
 
 
 def _step(game: ScaledGame, state: _Straight, *, aim: float) -> _Straight:
-    """Look at the trial: move there if the residuals shrank, else try half as far."""
+    """Look at the trial: move there if it beats the worse of the last two points, else try half as far, twice."""
     response = respond(game, state.trial)
     merit_B = response.log_residual.square().sum(-1).sqrt()
-    better_B = state.running & (merit_B < state.merit * (1.0 - 1e-4 * state.length))
+    better_B = merit_B < state.bar * (1.0 - 1e-4 * state.length)
+    moves_B = state.running & (better_B | ((state.length <= _SHORTEST_LENGTH) & (merit_B < torch.inf)))
     step_BJ = newton_step(response)
     step_BJ = step_BJ * (_LONGEST_STEP / step_BJ.abs().amax(1, keepdim=True)).clamp_max(1.0)
-    direction_BJ = torch.where(better_B[:, None], step_BJ, state.direction)
-    length_B = torch.where(better_B, 1.0, state.length * 0.5)
-    point_BJ = torch.where(better_B[:, None], state.trial, state.point)
-    worst_B = torch.where(better_B, response.log_residual.abs().amax(1), state.worst)
+    direction_BJ = torch.where(moves_B[:, None], step_BJ, state.direction)
+    length_B = torch.where(moves_B, 1.0, (state.length * 0.5).clamp_min(_SHORTEST_LENGTH))
+    point_BJ = torch.where(moves_B[:, None], state.trial, state.point)
+    worst_B = torch.where(moves_B, response.log_residual.abs().amax(1), state.worst)
     trial_BJ = point_BJ + length_B[:, None] * direction_BJ
     trial_BJ = torch.maximum(trial_BJ, 0.5 * (point_BJ + state.floor)).clamp_max(1.0)
     return state._replace(
-        running=state.running & (worst_B > aim) & (length_B > _SHORTEST_LENGTH),
+        running=state.running & (worst_B > aim),
         num_steps=state.num_steps + state.running,
         point=point_BJ,
-        merit=torch.where(better_B, merit_B, state.merit),
         worst=worst_B,
+        merit=torch.where(moves_B, merit_B, state.merit),
+        bar=torch.where(moves_B, _bar(state.merit, merit_B), state.bar),
         trial=trial_BJ,
         direction=direction_BJ,
         length=length_B,
     )
+
+
+def _bar(merit_B: Tensor, newer_B: Tensor) -> Tensor:
+    return torch.where(merit_B < torch.inf, torch.maximum(merit_B, newer_B), newer_B)
 
 
 def _follow(game: ScaledGame, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
