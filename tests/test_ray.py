@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import psutil
 import pytest
 from test_relabel import job, parts, run_job, write_prompts
 
@@ -46,37 +47,31 @@ def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas
 
 def test_a_killed_host_is_replaced_and_nothing_changes(tiny, tmp_path, reference):
     prompts, expected = reference
-    config = job(
-        prompts, tmp_path / "run", tiny(), cluster=on_ray(), decoding={"max_new_tokens": 8}, **two_hosts(tiny)
-    )
     killed = []
 
     def kill_a_host_once_something_is_committed():
-        commits = tmp_path / "run/_commits"
-        for _ in range(6000):
-            if commits.exists() and any(commits.iterdir()):
-                killed.append(kill_one_host())
-                return
-            time.sleep(0.02)
+        deadline = time.monotonic() + 240
+        while not list((tmp_path / "run/_commits").glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        killed.extend(host.pid for host in host_processes()[:1])
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill_a_host_once_something_is_committed)
     thread.start()
-    run, _ = run_job(config, tmp_path)
+    # one slot: the rows come one after another, so that most are still to come when the host dies
+    run, _ = run_job(job(prompts, tmp_path / "run", tiny(), cluster=on_ray(slots=1), **two_hosts(tiny)), tmp_path)
     thread.join()
     assert killed
     assert run.is_complete
     assert parts(tmp_path / "run") == expected
+    assert max(record.attempt for record in run.committed().values()) == 2
 
 
-def kill_one_host() -> int | None:
-    """SIGKILL the process of a host actor."""
-    from ray.util.state import list_actors
-
-    for actor in list_actors(filters=[("class_name", "=", "HostActor"), ("state", "=", "ALIVE")], detail=True):
-        if actor.pid:
-            os.kill(actor.pid, signal.SIGKILL)
-            return actor.pid
-    return None
+def host_processes() -> list[psutil.Process]:
+    """The host actors of this test run's own cluster."""
+    workers = psutil.Process().children(recursive=True)
+    return [worker for worker in workers if any("HostActor" in word for word in worker.cmdline())]
 
 
 def test_a_model_that_its_host_cannot_serve_ends_the_run_with_the_principal_and_the_reason(tiny, tmp_path):
