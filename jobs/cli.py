@@ -121,6 +121,23 @@ def fetch_do_not_answer(
     run_fetch_do_not_answer(target)
 
 
+bench = typer.Typer(help="Benchmarks: every comparison in one run, side by side.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("solver")
+def bench_solver(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and repetitions.")] = False,
+    sweep: Annotated[int, typer.Option("--sweep", help="Also solve this many games a cell, of every kind.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", help="torch threads; the published numerics use one.")] = 1,
+) -> None:
+    """Games per second, iterations and distance from the equilibrium, by method."""
+    from jobs import bench_solver as solver
+
+    solver.bench_solver(json_file, quick, sweep, threads)
+
+
 def main() -> None:
     """Run the command line and end the process with the command's exit code."""
     code = _run()
