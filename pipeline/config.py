@@ -211,6 +211,9 @@ def _budget(value: Any) -> Any:
 class ErrorsConfig(Section):
     budget: Annotated[int | str, BeforeValidator(_budget)] = Field("5%", description="rejected rows allowed")
     max_attempts: int = Field(3, ge=1, le=100, description="attempts of one shard")
+    max_host_failures: int = Field(
+        20, ge=0, description="hosts that may fail, one after another, while no row is finished in between"
+    )
 
     def allowed(self, num_rows: int) -> int:
         """Number of rejected rows allowed among `num_rows`."""

@@ -50,6 +50,14 @@ class HostError(CageError):
     """A model host failed. The message names the host and the principals that it serves."""
 
 
+class StateLost(HostError):
+    """A host does not hold the step that a call expects; its rows are decoded again."""
+
+
+class HostOutOfMemory(HostError):
+    """A host has no memory for a call; fewer rows at once may fit."""
+
+
 class NondeterminismError(CageError):
     """A shard was computed twice with different bytes."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -12,12 +12,15 @@ from typing import Protocol, TextIO
 from pipeline.config import Config, Reproducibility, Transport
 from pipeline.decoding.assembly import Assembly, assemble
 from pipeline.decoding.local import LocalStream
+from pipeline.decoding.recovery import Recoveries
 from pipeline.decoding.shards import Counts, ShardOutcome
 from pipeline.errors import CageError, ErrorBudgetExceeded
+from pipeline.points import Watcher, unwatched
 from pipeline.progress import ProgressLine
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.stores import open_store
+from pipeline.storage.watched import watched
 
 
 class Stream(Protocol):
@@ -45,8 +48,12 @@ def prepare(config: Config, cache_folder: Path) -> Prepared:
     return Prepared(assembly, make_plan(config, assembly.identities, versions=versions))
 
 
-def relabel(config: Config, cache_folder: Path, out: TextIO, *, is_verbose: bool = False) -> tuple[Run, bool]:
+def relabel(
+    config: Config, cache_folder: Path, out: TextIO, *, is_verbose: bool = False, watch: Watcher = unwatched
+) -> tuple[Run, bool]:
     """Start or continue a run and bring it to its end; the run, and whether there was anything to do.
+
+    `watch` is called at the named points of the run, in whichever process reaches them.
 
     Raises:
         ConfigurationError: nothing was decoded.
@@ -54,7 +61,7 @@ def relabel(config: Config, cache_folder: Path, out: TextIO, *, is_verbose: bool
         CageError: a shard failed for good; everything committed is kept.
     """
     prepared = prepare(config, cache_folder)
-    run = Run.create_or_resume(open_store(config.output.path), prepared.plan)
+    run = watched(Run.create_or_resume(open_store(config.output.path), prepared.plan), watch)
     if run.is_complete:
         return run, False
     committed = run.committed()
@@ -67,10 +74,13 @@ def relabel(config: Config, cache_folder: Path, out: TextIO, *, is_verbose: bool
         rows_before=sum(commit.rows + commit.rejected for commit in committed.values()),
         shards_before=len(committed),
     )
+    recoveries = Recoveries()
     if todo:
-        with _stream(prepared.assembly, run, is_verbose=is_verbose) as stream, line.running(stream.counts):
+        streaming = _stream(prepared.assembly, run, is_verbose=is_verbose, watch=watch)
+        with streaming as stream, line.running(stream.counts):
             _decode(stream, todo, line, budget)
-    run.finish()
+            recoveries = stream.counts().recoveries
+    run.finish({"recoveries": asdict(recoveries)})
     return run, True
 
 
@@ -88,14 +98,14 @@ def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Bu
 
 
 @contextmanager
-def _stream(assembly: Assembly, run: Run, *, is_verbose: bool) -> Iterator[Stream]:
+def _stream(assembly: Assembly, run: Run, *, is_verbose: bool, watch: Watcher) -> Iterator[Stream]:
     if assembly.config.cluster.transport is Transport.LOCAL:
-        yield LocalStream(assembly, run)
+        yield LocalStream(assembly, run, watch=watch)
         return
     from pipeline.cluster.stream import ShardStream, cluster  # ray takes seconds to import
 
     with cluster(assembly, is_verbose=is_verbose):
-        yield ShardStream(assembly, run.store.path, is_verbose=is_verbose)
+        yield ShardStream(assembly, run.store.path, is_verbose=is_verbose, watch=watch)
 
 
 class _Budget:

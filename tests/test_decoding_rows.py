@@ -37,14 +37,14 @@ class ScriptedHost:
 
         return Answer(getattr(self, method)(*args, **kwargs))
 
-    def advance(self, admissions, slots, tokens):
+    def advance(self, at, admissions, slots, tokens):
         for admission in admissions:
             self.at[admission.slot] = 0
         for slot, token in zip(slots, tokens, strict=True):
             assert token == self.script[self.at[slot]]
             self.at[slot] += 1
 
-    def propose(self, slots, *, num_candidates, min_p):
+    def propose(self, at, slots, *, num_candidates, min_p):
         from pipeline.models.messages import Candidates
 
         ids = torch.tensor([[self.script[self.at[slot]], 7] for slot in slots])
@@ -233,10 +233,10 @@ def test_a_host_that_fails_is_named_with_its_principals(tiny):
     engine, _ = engine_of(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}))
 
     def broken(*args):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("device lost")
 
     engine._hosts["base"]._host.advance = broken
-    with pytest.raises(HostError, match=r"host base .*serving base, kind, brief.*advance.*out of memory"):
+    with pytest.raises(HostError, match=r"host base .*serving base, kind, brief.*advance.*device lost"):
         list(decode_rows(engine, [ask("a", "hello")]))
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
+import io
+import json
 
-import psutil
+import faults
+import pyarrow.parquet as pq
 import pytest
+import ray
+from faults import KillAt, Poison
 from test_relabel import job, parts, run_job, write_prompts
+from transformers import AutoTokenizer
 
 from pipeline.errors import ConfigurationError
+from pipeline.points import Point
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+ray.cloudpickle.register_pickle_by_value(faults)  # workers cannot import the tests
 
 
 def on_ray(**cluster):
@@ -45,33 +51,41 @@ def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas
     assert len(hosts) == replicas
 
 
-def test_a_killed_host_is_replaced_and_nothing_changes(tiny, tmp_path, reference):
+@pytest.mark.parametrize(("point", "nth"), [(Point.MID_STEP, 7)])
+def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, reference, point, nth):
     prompts, expected = reference
-    killed = []
-
-    def kill_a_host_once_something_is_committed():
-        deadline = time.monotonic() + 240
-        while not list((tmp_path / "run/_commits").glob("*.json")) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        killed.extend(host.pid for host in host_processes()[:1])
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
-
-    thread = threading.Thread(target=kill_a_host_once_something_is_committed)
-    thread.start()
-    # one slot: the rows come one after another, so that most are still to come when the host dies
-    run, _ = run_job(job(prompts, tmp_path / "run", tiny(), cluster=on_ray(slots=1), **two_hosts(tiny)), tmp_path)
-    thread.join()
-    assert killed
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
+    kill = KillAt(point, tmp_path, nth)
+    run, _ = run_job(config, tmp_path, watch=kill)
+    assert kill.has_killed
     assert run.is_complete
     assert parts(tmp_path / "run") == expected
-    assert max(record.attempt for record in run.committed().values()) == 2
+    assert {record.attempt for record in run.committed().values()} == {1}
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["extra"]["recoveries"]["hosts_failed"] == 1
 
 
-def host_processes() -> list[psutil.Process]:
-    """The host actors of this test run's own cluster."""
-    workers = psutil.Process().children(recursive=True)
-    return [worker for worker in workers if any("HostActor" in word for word in worker.cmdline())]
+def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, tmp_path, reference):
+    _, expected = reference
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 17)
+    lines = prompts.read_text().splitlines()
+    lines[7] = json.dumps({"id": "r7", "prompt": "a ! kills"})
+    prompts.write_text("\n".join(lines) + "\n")
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(slots=4), errors={"budget": 1}, **two_hosts(tiny))
+    (token,) = AutoTokenizer.from_pretrained(tiny())("!", add_special_tokens=False)["input_ids"]
+    run, _ = run_job(config, tmp_path, watch=Poison(token))
+    status = run.status()
+    assert (status.rows_aligned, status.rows_rejected) == (16, 1)
+    (row,) = run.find("r7")
+    assert "its host failed whenever it was decoded" in row["error"]
+    assert "serving" in row["error"]
+    rows = [row for name in parts(tmp_path / "run") for row in pq.read_table(tmp_path / "run" / name).to_pylist()]
+    others = [
+        row
+        for data in expected.values()
+        for row in pq.read_table(io.BytesIO(data)).to_pylist()
+        if row["row_id"] != "r7"
+    ]
+    assert rows == others
 
 
 def test_a_model_that_its_host_cannot_serve_ends_the_run_with_the_principal_and_the_reason(tiny, tmp_path):

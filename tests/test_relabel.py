@@ -43,8 +43,8 @@ def job(prompts: Path, output: Path, base: Path, **sections):
     )
 
 
-def run_job(config, tmp_path: Path):
-    return relabel(config, tmp_path / "cache", io.StringIO())
+def run_job(config, tmp_path: Path, **options):
+    return relabel(config, tmp_path / "cache", io.StringIO(), **options)
 
 
 def parts(folder: Path) -> dict[str, bytes]:

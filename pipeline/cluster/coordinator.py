@@ -1,7 +1,7 @@
 """The coordinator: decodes the shards of many callers in one loop, and commits them.
 
 One thread runs the decoder for all callers, so that slots refill across shard borders. When a host fails, the
-replica's hosts are replaced and the shards under way start again, a bounded number of times.
+replica's hosts are replaced and the rows under way begin again, a bounded number of times.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pipeline.decoding.hosts import Hosts
 from pipeline.decoding.shards import ShardDecoder, ShardOutput
 from pipeline.errors import CageError, HostError
 from pipeline.storage.run import Run
+from pipeline.storage.watched import watched
 
 REPORT_S = 1.0
 MIN_SLOTS_FOR_GROUPS = 8  # below, half a batch costs a host nearly as much as a whole one
@@ -61,9 +62,9 @@ class Coordinator:
         torch.set_num_threads(1)
         self._launch = launch
         self._replica = replica
-        self._first_hosts: HostGroup | CageError | None = hosts
+        self._hosts: HostGroup | CageError | None = hosts
         self._assembly: Assembly = ray.get(launch.assembly[0])
-        self._run = Run.open(run_path)
+        self._run = watched(Run.open(run_path), launch.watch)
         self._board = board
         self._max_attempts = max_attempts
         self._name = f"{ray.get_runtime_context().get_node_id()[:8]}-{os.getpid()}"
@@ -86,14 +87,12 @@ class Coordinator:
         )
 
     def _serve(self) -> None:
-        """Decode until the process ends; replace the hosts when one fails."""
+        """Decode until the process ends; begin anew after a failure that cannot be overcome."""
         while True:
             if not self._jobs:
                 self._accept(self._incoming.get())
-            hosts = None
             try:
-                hosts = self._start_hosts()
-                self._decode(self._decoder(hosts.wait()))
+                self._decode(self._decoder(self._start_hosts()))
             except HostError as error:
                 self._restart_or_fail(error)
             except CageError as error:
@@ -101,14 +100,20 @@ class Coordinator:
             except Exception as error:  # the callers must be answered whatever happens in this thread
                 self._fail_all(CageError(f"the coordinator failed: {type(error).__name__}: {error}"))
             finally:
-                if hosts is not None:
-                    hosts.stop()
+                self._stop_hosts()
 
-    def _start_hosts(self) -> HostGroup:
-        first, self._first_hosts = self._first_hosts, None
+    def _start_hosts(self) -> Hosts:
+        """Wait for the first hosts, or start others."""
+        first, self._hosts = self._hosts, None
         if isinstance(first, CageError):
             raise first
-        return first or HostGroup(self._launch, self._replica)
+        self._hosts = first or HostGroup(self._launch, self._replica)
+        return self._hosts.wait()
+
+    def _stop_hosts(self) -> None:
+        if isinstance(self._hosts, HostGroup):
+            self._hosts.stop()
+        self._hosts = None
 
     def _decoder(self, hosts: Hosts) -> ShardDecoder:
         config = self._assembly.config
@@ -120,11 +125,12 @@ class Coordinator:
             config.decoding,
             num_slots=config.cluster.slots,
             num_groups=2 if has_overlap else 1,
+            max_failures=config.errors.max_host_failures,
         )
         return ShardDecoder(engine, num_samples=config.decoding.n)
 
     def _decode(self, decoder: ShardDecoder) -> None:
-        """The decoder's loop, for ever. Raises HostError with `_jobs` holding what was under way."""
+        """The decoder's loop, for ever. Raises CageError with `_jobs` holding what was under way."""
         for job in self._jobs.values():
             decoder.add(job.index, self._run.plan.read_shard(job.index))
         reported_s = time.monotonic()
@@ -132,11 +138,20 @@ class Coordinator:
             while decoder.wants_shard and (arrived := self._next_job(wait=decoder.is_idle)):
                 self._accept(arrived)
                 decoder.add(arrived.index, self._run.plan.read_shard(arrived.index))
-            for output in decoder.step():
+            for output in self._step(decoder):
                 self._jobs.pop(output.index).done.set_result(output)
             if time.monotonic() - reported_s > REPORT_S or decoder.is_idle:
                 reported_s = time.monotonic()
                 self._board.report.remote(self._name, decoder.counts)
+
+    def _step(self, decoder: ShardDecoder) -> list[ShardOutput]:
+        """A step of the decoder; if a host fails, the same decoder goes on with others."""
+        try:
+            return decoder.step()
+        except HostError as error:
+            self._stop_hosts()
+            decoder.recover(self._start_hosts(), error)
+            return []
 
     def _accept(self, job: _Job) -> None:
         self._jobs[job.index] = job

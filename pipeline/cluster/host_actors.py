@@ -16,6 +16,7 @@ from pipeline.config import ClusterConfig
 from pipeline.decoding.hosts import HostClient, Reply, describe_failure
 from pipeline.decoding.lineup import HostPlan
 from pipeline.errors import CageError, ConfigurationError, HostError
+from pipeline.points import Watcher, unwatched
 
 if TYPE_CHECKING:
     from pipeline.models.messages import HostSpec
@@ -24,20 +25,24 @@ if TYPE_CHECKING:
 class HostActor:
     """Holds one host in its own process and on its own device."""
 
-    def __init__(self, assembly: tuple[Any], index: int) -> None:
+    def __init__(self, assembly: tuple[Any], index: int, watch: Watcher) -> None:
         self._assembly = assembly
         self._index = index
+        self._watch = watch
         self._host: Any = None
 
     def load(self) -> None:
         """Load the weights. Not in `__init__`: an error there loses its class on the way."""
         from pipeline.models.loading import load_host  # heavy, and this process alone needs it
+        from pipeline.models.positions import PositionedHost
 
         spec: HostSpec = ray.get(self._assembly[0]).hosts[self._index]
-        self._host = load_host(spec)
+        self._host = PositionedHost(load_host(spec), self._watch)
 
     def call(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one method of the host; tensors of the answer are on the CPU."""
+        if self._host is None:
+            raise HostError("this process has no weights")
         return _to_cpu(getattr(self._host, method)(*args, **kwargs))
 
 
@@ -82,6 +87,7 @@ class HostLaunch:
 
     `assembly` is a reference to the assembly, in a tuple so that Ray does not replace it by its value. `places` are
     one placement group a replica; they belong to the driver, since Ray keeps a group whose creator can restart.
+    `watch` is called at the points of a step.
     """
 
     assembly: tuple[Any]
@@ -89,6 +95,7 @@ class HostLaunch:
     cluster: ClusterConfig
     places: tuple[PlacementGroup, ...]
     has_gpus: bool
+    watch: Watcher = unwatched
 
 
 class HostGroup:
@@ -140,7 +147,7 @@ class HostGroup:
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=index),
             )
-            .remote(self._launch.assembly, index)
+            .remote(self._launch.assembly, index, self._launch.watch)
         )
 
 

@@ -21,6 +21,7 @@ from pipeline.cluster.replica import Replica
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.shards import Counts, ShardOutcome
 from pipeline.errors import CageError, ConfigurationError
+from pipeline.points import Watcher, unwatched
 
 MAX_SHARDS_IN_FLIGHT = 64
 
@@ -63,19 +64,17 @@ class ProgressBoard:
         self._counts[replica] = counts
 
     def totals(self) -> Counts:
-        every = self._counts.values()
-        return Counts(
-            sum(counts.rows for counts in every),
-            sum(counts.rejected for counts in every),
-            sum(counts.tokens for counts in every),
-        )
+        return sum(self._counts.values(), Counts())
 
 
 class ShardStream:
     """Decodes shards on the replicas of a Ray cluster. Use inside `cluster`."""
 
-    def __init__(self, assembly: Assembly, run_path: str, *, is_verbose: bool = False) -> None:
+    def __init__(
+        self, assembly: Assembly, run_path: str, *, is_verbose: bool = False, watch: Watcher = unwatched
+    ) -> None:
         self._is_verbose = is_verbose
+        self._watch = watch
         self._assembly = assembly
         self._run_path = run_path
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -97,7 +96,9 @@ class ShardStream:
         num_replicas = min(config.cluster.replicas, len(shards))
         plans = self._assembly.lineup.hosts
         with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as places:
-            launch = HostLaunch((ray.put(self._assembly),), plans, config.cluster, places, self._has_gpus)
+            launch = HostLaunch(
+                (ray.put(self._assembly),), plans, config.cluster, places, self._has_gpus, self._watch
+            )
             stream = ray.data.from_items(
                 [{"shard": index} for index in shards], override_num_blocks=len(shards)
             ).map_batches(

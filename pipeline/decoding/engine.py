@@ -3,45 +3,30 @@
 A step of a group: collect the base's candidates, gather every principal's values at them, solve the games, draw one
 token a row, refill the slots that became free, send the tokens to all hosts. Two groups alternate, so that hosts
 compute one group while the other is being solved. B rows, J principals, K candidates.
+
+Rows own their tokens and draws, so whatever a host loses costs time and never a result: the rows under way are taken
+back into the queue and begin again. Nothing of a step is applied before all of its answers are there.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
 import cage
-from pipeline.config import DecodingConfig, Trace
+from pipeline.config import DecodingConfig, Reproducibility, Trace
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.games import play, token_rewards
-from pipeline.decoding.hosts import Hosts, Reply
+from pipeline.decoding.groups import Call, Group, Slots
+from pipeline.decoding.hosts import Hosts
 from pipeline.decoding.lineup import BASE, Lineup
 from pipeline.decoding.prompts import Prompter
+from pipeline.decoding.recovery import MAX_LOSSES_IN_A_ROW, Recoveries
 from pipeline.decoding.running import RunningRow, TokenOutcome, rejected
-from pipeline.errors import RowError
+from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
 from pipeline.models.messages import Admission, Candidates, HostRole
 from pipeline.records import Record, Row
-
-
-@dataclass(slots=True)
-class _Call:
-    """What is under way for a group: the slots in the order of the batch, and the hosts' replies."""
-
-    slots: list[int]
-    advanced: list[Reply]
-    proposal: Reply
-
-
-@dataclass(slots=True)
-class _Group:
-    """Slots that step together."""
-
-    free: list[int]
-    running: dict[int, RunningRow] = field(default_factory=dict)
-    call: _Call | None = None
 
 
 class Engine:
@@ -54,6 +39,7 @@ class Engine:
         decoding: rule, temperatures, limits.
         num_slots: rows at once; as many as every host has.
         num_groups: groups that alternate; 2 hides the coordinator's work behind the hosts'.
+        max_failures: hosts that may fail in a row, no row being finished in between.
     """
 
     def __init__(
@@ -65,44 +51,97 @@ class Engine:
         *,
         num_slots: int,
         num_groups: int = 1,
+        max_failures: int = 20,
     ) -> None:
         self._lineup = lineup
         self._hosts = hosts
         self._prompter = prompter
         self._decoding = decoding
         self._names = tuple(principal.name for principal in lineup.principals)
-        self._groups = [_Group(list(range(at, num_slots, num_groups))) for at in range(min(num_groups, num_slots))]
-        self._queue: deque[RunningRow] = deque()
-        self._refused: list[Record] = []
-        self._turn = 0
+        is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
+        self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
+        self._given_slots = num_slots
+        self._max_failures = max_failures
+        self._failures_in_a_row = self._losses_in_a_row = 0
+        self._ended: list[Record] = []
         self.num_steps = 0
+        self.recoveries = Recoveries()
 
     @property
     def has_room(self) -> bool:
         """Whether a free slot waits for a row."""
-        return len(self._queue) < sum(len(group.free) for group in self._groups)
+        return self._slots.has_room
 
     @property
     def is_idle(self) -> bool:
-        return not (self._queue or self._refused or any(group.running for group in self._groups))
+        return self._slots.is_empty and not self._ended
 
     def admit(self, row: Row, sample: int = 0) -> None:
         """Queue one sample of a row; a row that cannot be decoded comes out of the next step as rejected."""
         try:
-            self._queue.append(self._prepare(row, sample))
+            self._slots.queue.append(self._prepare(row, sample))
         except RowError as error:
             weights = {**self._lineup.weights, **(row.weights or {})}
-            self._refused.append(rejected(row, sample, weights, str(error)))
+            self._ended.append(rejected(row, sample, weights, str(error)))
 
     def step(self) -> list[Record]:
-        """Advance one group by one token; the records of the rows that ended. Raises HostError."""
-        records, self._refused = self._refused, []
-        group = self._groups[self._turn]
-        self._turn = (self._turn + 1) % len(self._groups)
-        if group.call is not None:
-            records += self._complete(group, group.call)
-        group.call = self._launch(group)
-        return records
+        """Advance one group by one token; the records of the rows that ended.
+
+        Raises:
+            HostError: a host is of no use any more; nothing is lost, and `recover` goes on with others.
+        """
+        group = self._slots.next_group()
+        try:
+            if group.call is not None:
+                self._ended += self._complete(group, group.call)
+            group.call = self._launch(group)
+        except StateLost as error:
+            self._rebuild(group, error)
+        except HostOutOfMemory:
+            self._halve()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def recover(self, hosts: Hosts, error: HostError) -> None:
+        """Go on with other hosts after a failure: the rows under way begin again; one that fails again and again,
+        alone at last, is rejected. Raises CageError after `max_failures` without a finished row."""
+        self._hosts = hosts
+        self.recoveries += Recoveries(hosts_failed=1)
+        self._failures_in_a_row += 1
+        culprit = self._slots.suspicion.host_failed(self._slots.take_back())
+        if culprit is not None:
+            self._refuse(culprit, f"its host failed whenever it was decoded, alone at last: {error}")
+        if self._failures_in_a_row > self._max_failures:
+            raise CageError(f"{self._failures_in_a_row} hosts failed and no row was finished in between; {error}")
+        if self._slots.num_slots < self._given_slots:
+            self._resize_hosts()
+
+    def _rebuild(self, group: Group, error: StateLost) -> None:
+        self._losses_in_a_row += 1
+        if self._losses_in_a_row > MAX_LOSSES_IN_A_ROW:
+            raise error
+        self.recoveries += Recoveries(states_lost=1)
+        self._slots.take_back([group])
+
+    def _halve(self) -> None:
+        """Go on with half the rows at once; a row that does not fit alone is rejected."""
+        self.recoveries += Recoveries(memory_halved=1)
+        was_alone = self._slots.num_slots == 1
+        rows = self._slots.halve()
+        if was_alone:
+            for row in rows:
+                self._refuse(row, "its host has no memory for it even when it is decoded alone")
+        self._resize_hosts()
+
+    def _resize_hosts(self) -> None:
+        for reply in [host.submit("resize", self._slots.num_slots) for host in self._hosts.values()]:
+            reply.result()
+
+    def _refuse(self, running: RunningRow, reason: str) -> None:
+        """Reject a row that waits to begin again."""
+        self._slots.queue.remove(running)
+        weights = dict(zip(self._names, running.weights, strict=True))
+        self._ended.append(rejected(running.row, running.sample, weights, reason))
 
     def _prepare(self, row: Row, sample: int) -> RunningRow:
         if row.error is not None:
@@ -121,46 +160,49 @@ class Engine:
             uniforms=Uniforms(self._decoding.seed, row.row_id, sample),
         )
 
-    def _launch(self, group: _Group) -> _Call | None:
+    def _launch(self, group: Group) -> Call | None:
         """Fill free slots from the queue and send every host the new rows and the newest tokens."""
-        admitted = []
-        while group.free and self._queue:
-            slot = group.free.pop(0)
-            group.running[slot] = self._queue.popleft()
-            admitted.append(slot)
+        admitted = self._slots.fill(group)
         if not group.running:
             return None
         slots = sorted(group.running)
         stepping = [slot for slot in slots if slot not in admitted]
         tokens = [group.running[slot].tokens[-1] for slot in stepping]
+        at, group.next = group.next, group.next.after
         advanced = []
         for plan in self._lineup.hosts:
-            admissions = [Admission(slot, self._prompts_for(plan.name, group.running[slot])) for slot in admitted]
-            advanced.append(self._hosts[plan.name].submit("advance", admissions, stepping, tokens))
+            admissions = [self._admission(plan.name, slot, group.running[slot]) for slot in admitted]
+            advanced.append(self._hosts[plan.name].submit("advance", at, admissions, stepping, tokens))
         candidates = self._decoding.candidates
         proposal = self._hosts[BASE].submit(
             "propose",
+            at,
             slots,
             num_candidates=None if candidates == "all" else candidates,
             min_p=self._decoding.min_p,
         )
         for slot in admitted:
             self._score_original(group.running[slot])
-        return _Call(slots, advanced, proposal)
+        return Call(at, slots, advanced, proposal)
+
+    def _admission(self, host: str, slot: int, running: RunningRow) -> Admission:
+        """The row's prompts, with the tokens that it kept if it is admitted again."""
+        prompts = self._prompts_for(host, running)
+        return Admission(slot, {role: [*prompt, *running.tokens] for role, prompt in prompts.items()})
 
     def _prompts_for(self, host: str, running: RunningRow) -> dict[str, Sequence[int]]:
         return {name: running.prompts[name] for name, role in self._lineup.roles.items() if role.host == host}
 
     def _score_original(self, running: RunningRow) -> None:
         """Ask for the rewards of an existing answer; they are collected when the row ends."""
-        if running.row.response is None or not self._names:
+        if running.row.response is None or not self._names or running.original_rewards is not None:
             return
         answer = self._prompter.encode_answer(running.row.response)[: self._prompter.room(running.prompts)]
         for plan in self._lineup.hosts:
             prompts = self._prompts_for(plan.name, running)
             running.originals[plan.name] = self._hosts[plan.name].submit("score", prompts, answer)
 
-    def _complete(self, group: _Group, call: _Call) -> list[Record]:
+    def _complete(self, group: Group, call: Call) -> list[Record]:
         """Collect, solve and draw for the rows of a call; free the slots of those that ended."""
         for reply in call.advanced:
             reply.result()
@@ -169,24 +211,31 @@ class Engine:
         outcomes = play(
             self._decoding,
             proposal,
-            self._gather_rewards(call.slots, proposal),
+            self._gather_rewards(call, proposal),
             [running.weights for running in rows],
             [running.uniforms.at(len(running.tokens)) for running in rows],
         )
+        for running in rows:
+            self._collect_original(running)
+        self._losses_in_a_row = 0
         records = []
         for slot, running, outcome in zip(call.slots, rows, outcomes, strict=True):
             if record := self._apply(running, outcome):
                 records.append(record)
+                self._slots.suspicion.finished(running)
+                self._failures_in_a_row = 0
                 del group.running[slot]
                 group.free.append(slot)
         group.free.sort()
         self.num_steps += 1
         return records
 
-    def _gather_rewards(self, slots: list[int], proposal: Candidates) -> list[Tensor]:
+    def _gather_rewards(self, call: Call, proposal: Candidates) -> list[Tensor]:
         """Every principal's q [B, K] in nats at the candidates, from all hosts at once."""
         base, *others = self._lineup.hosts
-        replies = [self._hosts[plan.name].submit("logprobs_at", slots, proposal.ids_BK) for plan in others]
+        replies = [
+            self._hosts[plan.name].submit("logprobs_at", call.at, call.slots, proposal.ids_BK) for plan in others
+        ]
         logprobs_BK = _by_role(base.roles, proposal.role_logprobs_BRK)
         for plan, reply in zip(others, replies, strict=True):
             logprobs_BK |= _by_role(plan.roles, reply.result())
@@ -205,18 +254,20 @@ class Engine:
         return running.record(
             *finished,
             self._prompter,
-            original_rewards=self._original_rewards(running),
             with_summary=self._decoding.trace is not Trace.NONE,
             with_tokens=self._decoding.trace is Trace.TOKENS,
         )
 
-    def _original_rewards(self, running: RunningRow) -> list[float] | None:
+    def _collect_original(self, running: RunningRow) -> None:
         if not running.originals:
-            return None
+            return
         logprobs_T: dict[str, Tensor] = {}
         for plan in self._lineup.hosts:
             logprobs_T |= dict(zip((r.name for r in plan.roles), running.originals[plan.name].result(), strict=True))
-        return [float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)]
+        running.originals.clear()
+        running.original_rewards = [
+            float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)
+        ]
 
 
 def decode_rows(engine: Engine, rows: Iterable[Row], *, num_samples: int = 1) -> Iterator[Record]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.decoding.lineup import HostPlan
-from pipeline.errors import CageError, HostError
+from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
+from pipeline.points import Watcher, unwatched
 
 if TYPE_CHECKING:
     from pipeline.models.host import Host
@@ -43,21 +44,26 @@ class Answer:
 class LocalHost:
     """A host in this process: a call runs at once."""
 
-    def __init__(self, host: Host, plan: HostPlan) -> None:
+    def __init__(self, host: Host, plan: HostPlan, watch: Watcher = unwatched) -> None:
+        from pipeline.models.positions import PositionedHost  # torch, which the processes of Ray's hosts alone need
+
         self._host = host
+        self._checked = PositionedHost(host, watch)
         self._plan = plan
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
         try:
-            return Answer(getattr(self._host, method)(*args, **kwargs))
-        except (CageError, RuntimeError, ValueError, IndexError, KeyError) as error:
+            return Answer(getattr(self._checked, method)(*args, **kwargs))
+        except (CageError, RuntimeError, ValueError, IndexError, KeyError, MemoryError) as error:
             return Answer(error=describe_failure(self._plan, method, error))
 
 
 def describe_failure(plan: HostPlan, method: str, error: BaseException) -> HostError:
-    """A one-line HostError that names the host, its model and the principals that it serves."""
+    """A one-line HostError that names the host, its model and the principals that it serves; of the error's class
+    where that says what to do."""
     what = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
-    failure = HostError(
+    kept = next((each for each in (StateLost, HostOutOfMemory) if isinstance(error, each)), HostError)
+    failure = kept(
         f"host {plan.name} ({plan.model.model}, serving {', '.join(plan.serves)}) failed in {method}: {what}"
     )
     failure.__cause__ = error

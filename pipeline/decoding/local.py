@@ -9,15 +9,16 @@ from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import LocalHost
 from pipeline.decoding.shards import Counts, ShardDecoder, ShardOutcome
 from pipeline.models.loading import load_host
+from pipeline.points import Watcher, unwatched
 from pipeline.storage.run import Run
 
 
 class LocalStream:
     """Decodes shards one after another, with slots refilled across their borders."""
 
-    def __init__(self, assembly: Assembly, run: Run) -> None:
+    def __init__(self, assembly: Assembly, run: Run, *, watch: Watcher = unwatched) -> None:
         self._run = run
-        self._decoder = ShardDecoder(local_engine(assembly), num_samples=assembly.config.decoding.n)
+        self._decoder = ShardDecoder(local_engine(assembly, watch=watch), num_samples=assembly.config.decoding.n)
 
     def counts(self) -> Counts:
         """Answers, rejected answers and tokens so far."""
@@ -37,10 +38,10 @@ class LocalStream:
                 yield ShardOutcome(output.index)
 
 
-def local_engine(assembly: Assembly) -> Engine:
+def local_engine(assembly: Assembly, *, watch: Watcher = unwatched) -> Engine:
     """Load every host into this process and connect an engine to them."""
     hosts = {
-        plan.name: LocalHost(load_host(spec), plan)
+        plan.name: LocalHost(load_host(spec), plan, watch)
         for plan, spec in zip(assembly.lineup.hosts, assembly.hosts, strict=True)
     }
     config = assembly.config

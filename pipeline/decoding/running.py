@@ -41,6 +41,18 @@ class RunningRow:
     originals: dict[str, Reply] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     outcomes: list[TokenOutcome] = field(default_factory=list)
+    original_rewards: list[float] | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.row.row_id, self.sample
+
+    def restart(self, *, keeps_tokens: bool) -> None:
+        """Prepare to be admitted again. Draws are keyed by the step, so the same tokens come again."""
+        self.originals.clear()
+        if not keeps_tokens:
+            self.tokens.clear()
+            self.outcomes.clear()
 
     def append(self, outcome: TokenOutcome) -> None:
         self.tokens.append(outcome.token_id)
@@ -75,7 +87,6 @@ class RunningRow:
         text: str,
         prompter: Prompter,
         *,
-        original_rewards: Sequence[float] | None,
         with_summary: bool,
         with_tokens: bool,
     ) -> Record:
@@ -101,10 +112,11 @@ class RunningRow:
                 covered_mass=sum(outcome.covered_mass for outcome in self.outcomes) / count,
                 max_residual=max(outcome.residual for outcome in self.outcomes),
             )
-        return self._with_original(record, original_rewards)
+        return self._with_original(record)
 
-    def _with_original(self, record: Record, original_rewards: Sequence[float] | None) -> Record:
+    def _with_original(self, record: Record) -> Record:
         """Add the existing answer's rewards and say which of the two has the higher weighted reward."""
+        original_rewards = self.original_rewards
         if original_rewards is None:
             return record
         total = sum(w * float(r or 0.0) for w, r in zip(self.weights, record.rewards.values(), strict=True))

@@ -5,20 +5,31 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.decoding.engine import Engine
-from pipeline.errors import CageError
+from pipeline.decoding.hosts import Hosts
+from pipeline.decoding.recovery import Recoveries
+from pipeline.errors import CageError, HostError
 from pipeline.records import Record, Row
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Answers done, answers rejected and tokens drawn, since the command started."""
+    """Answers done, answers rejected, tokens drawn and faults overcome, since the command started."""
 
     rows: int = 0
     rejected: int = 0
     tokens: int = 0
+    recoveries: Recoveries = field(default_factory=Recoveries)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.rows + other.rows,
+            self.rejected + other.rejected,
+            self.tokens + other.tokens,
+            self.recoveries + other.recoveries,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +77,12 @@ class ShardDecoder:
         self._num_samples = num_samples
         self._unread: deque[_Open] = deque()
         self._open: dict[str, _Open] = {}
-        self.counts = Counts()
+        self._finished: list[ShardOutput] = []
+        self._counts = Counts()
+
+    @property
+    def counts(self) -> Counts:
+        return replace(self._counts, recoveries=self._engine.recoveries)
 
     @property
     def wants_shard(self) -> bool:
@@ -75,7 +91,7 @@ class ShardDecoder:
 
     @property
     def is_idle(self) -> bool:
-        return not self._unread and not self._open and self._engine.is_idle
+        return not self._unread and not self._open and not self._finished and self._engine.is_idle
 
     def add(self, index: int, rows: Iterable[Row]) -> None:
         """Queue a shard. Row ids must differ from those of all shards under way."""
@@ -83,24 +99,24 @@ class ShardDecoder:
         self._unread.append(_Open(ShardOutput(index), jobs, time.monotonic()))
 
     def step(self) -> list[ShardOutput]:
-        """Advance the engine by one step; the shards that are done. Raises HostError."""
-        finished = self._refill()
+        """Advance the engine by one step; the shards that are done. Raises HostError, after which see `recover`."""
+        self._refill()
         for record in self._engine.step():
             shard = self._open[record.row_id]
             shard.output.records.append(record)
             shard.num_waiting -= 1
-            self.counts = Counts(
-                self.counts.rows + 1,
-                self.counts.rejected + record.is_rejected,
-                self.counts.tokens + record.num_tokens,
-            )
+            self._counts += Counts(1, int(record.is_rejected), record.num_tokens)
             if shard.is_read and shard.num_waiting == 0:
-                finished.append(self._close(shard))
+                self._close(shard)
+        finished, self._finished = self._finished, []
         return finished
 
-    def _refill(self) -> list[ShardOutput]:
+    def recover(self, hosts: Hosts, error: HostError) -> None:
+        """Go on with other hosts; what is decoded is kept. Raises CageError when hosts fail again and again."""
+        self._engine.recover(hosts, error)
+
+    def _refill(self) -> None:
         """Admit rows while there is room; a shard without rows is done at once."""
-        finished = []
         while self._unread and self._engine.has_room:
             shard = self._unread[0]
             job = next(shard.jobs, None)
@@ -115,10 +131,9 @@ class ShardDecoder:
             self._unread.popleft()
             shard.is_read = True
             if shard.num_waiting == 0:
-                finished.append(self._close(shard))
-        return finished
+                self._close(shard)
 
-    def _close(self, shard: _Open) -> ShardOutput:
+    def _close(self, shard: _Open) -> None:
         self._open = {row_id: other for row_id, other in self._open.items() if other is not shard}
         shard.output.seconds = time.monotonic() - shard.started_s
-        return shard.output
+        self._finished.append(shard.output)

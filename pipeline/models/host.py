@@ -41,17 +41,27 @@ class Host:
     ) -> None:
         self._model = model
         self._roles = tuple(roles)
-        self._num_slots = num_slots
         self._vocab_size = vocab_size
         self._strict = strict
         self._device = next(model.parameters()).device
         self._mixes_adapters = any(role.adapter is not None for role in roles)
-        num_rows = len(roles) * num_slots
+        self.num_forwards = 0
+        self._lay_out(num_slots)
+
+    def resize(self, num_slots: int) -> None:
+        """Forget all rows and hold `num_slots` at once from now on."""
+        del self._cache, self._logits_RV  # before the new ones are made: this is asked for when memory is short
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._lay_out(num_slots)
+
+    def _lay_out(self, num_slots: int) -> None:
+        self._num_slots = num_slots
+        num_rows = len(self._roles) * num_slots
         # one more row takes the writes of padding
         self._cache = SlotCache(num_rows + 1)
         self._lengths = [0] * num_rows + [1]
-        self._logits_RV = torch.zeros(num_rows + 1, vocab_size, device=self._device)
-        self.num_forwards = 0
+        self._logits_RV = torch.zeros(num_rows + 1, self._vocab_size, device=self._device)
 
     @torch.inference_mode()
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:

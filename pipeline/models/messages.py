@@ -33,6 +33,26 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """Where a group of slots is: the step of an epoch. An epoch begins, at step 0, whenever the rows start anew."""
+
+    group: int
+    epoch: int
+    step: int
+
+    @property
+    def before(self) -> Position:
+        return Position(self.group, self.epoch, self.step - 1)
+
+    @property
+    def after(self) -> Position:
+        return Position(self.group, self.epoch, self.step + 1)
+
+    def __str__(self) -> str:
+        return f"step {self.step} of group {self.group}, epoch {self.epoch:x}"
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
     """The base's proposal and the host's own roles at it.
 

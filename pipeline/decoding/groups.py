@@ -1,0 +1,115 @@
+"""Slots in groups: which rows wait, which run where, which call is under way, at which position."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.decoding.hosts import Reply
+from pipeline.decoding.recovery import Suspicion
+from pipeline.decoding.running import RunningRow
+from pipeline.models.messages import Position
+
+
+@dataclass(slots=True)
+class Call:
+    """What is under way for a group: the slots in the order of the batch, and the hosts' replies."""
+
+    at: Position
+    slots: list[int]
+    advanced: list[Reply]
+    proposal: Reply
+
+
+@dataclass(slots=True)
+class Group:
+    """Slots that step together. `next` is the position that the next call brings the hosts to."""
+
+    next: Position
+    free: list[int]
+    running: dict[int, RunningRow] = field(default_factory=dict)
+    call: Call | None = None
+
+    def take_back(self, *, keeps_tokens: bool) -> list[RunningRow]:
+        """Empty the group and begin an epoch: the rows that were under way, ready to be admitted again."""
+        rows = [self.running[slot] for slot in sorted(self.running)]
+        for row in rows:
+            row.restart(keeps_tokens=keeps_tokens)
+        self.free = sorted([*self.free, *self.running])
+        self.running.clear()
+        self.call = None
+        self.next = _first_position(self.next.group)
+        return rows
+
+
+class Slots:
+    """All slots of an engine, in groups that take turns, and the rows that wait for one.
+
+    Args:
+        num_slots: rows at once.
+        num_groups: groups that alternate.
+        keeps_tokens: whether a row that is taken back keeps its tokens (relaxed) or begins from its start.
+    """
+
+    def __init__(self, num_slots: int, num_groups: int, *, keeps_tokens: bool) -> None:
+        self.num_slots = num_slots
+        self.queue: deque[RunningRow] = deque()
+        self.suspicion = Suspicion()
+        self._num_groups = num_groups
+        self._keeps_tokens = keeps_tokens
+        self._groups = self._deal()
+        self._turn = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a row could be admitted that does not wait yet."""
+        return len(self.queue) < self.suspicion.limit(self.num_slots) - self._num_running
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.queue and not self._num_running
+
+    def next_group(self) -> Group:
+        """The group whose turn it is."""
+        self._turn += 1
+        return self._groups[self._turn % len(self._groups)]
+
+    def fill(self, group: Group) -> list[int]:
+        """Give waiting rows the group's free slots; the slots that got one."""
+        admitted = []
+        limit = self.suspicion.limit(self.num_slots)
+        while group.free and self.queue and self._num_running < limit:
+            slot = group.free.pop(0)
+            group.running[slot] = self.queue.popleft()
+            admitted.append(slot)
+        return admitted
+
+    def take_back(self, groups: Sequence[Group] | None = None) -> list[RunningRow]:
+        """Put the rows under way (in these groups, or in all) back at the head of the queue, to begin again."""
+        rows = []
+        for group in self._groups if groups is None else groups:
+            rows += group.take_back(keeps_tokens=self._keeps_tokens)
+        self.queue.extendleft(reversed(rows))
+        return rows
+
+    def halve(self) -> list[RunningRow]:
+        """Have half as many slots from now on; the rows that were taken back."""
+        rows = self.take_back()
+        self.num_slots = max(1, self.num_slots // 2)
+        self._groups = self._deal()
+        return rows
+
+    @property
+    def _num_running(self) -> int:
+        return sum(len(group.running) for group in self._groups)
+
+    def _deal(self) -> list[Group]:
+        num_groups = min(self._num_groups, self.num_slots)
+        return [Group(_first_position(at), list(range(at, self.num_slots, num_groups))) for at in range(num_groups)]
+
+
+def _first_position(group: int) -> Position:
+    """An epoch that no host has seen; results do not depend on it."""
+    return Position(group, secrets.randbits(48), 0)

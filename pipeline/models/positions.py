@@ -1,0 +1,98 @@
+"""A host that knows how far it is, and computes from no other state than the one that a call expects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import HostOutOfMemory, StateLost
+from pipeline.models.host import Host
+from pipeline.models.messages import Admission, Candidates, Position
+from pipeline.points import Point, Watcher, unwatched
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class PositionedHost:
+    """Checks every call of a host against the position that it holds for the call's group.
+
+    Args:
+        host: the host.
+        watch: called at the points of a step, for tests.
+    """
+
+    def __init__(self, host: Host, watch: Watcher = unwatched) -> None:
+        self._host = host
+        self._watch = watch
+        self._held: dict[int, Position] = {}
+
+    def advance(
+        self, at: Position, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]
+    ) -> None:
+        """Bring the group to `at`: prefill the new rows, append one token to the others.
+
+        A repeated call changes nothing. Raises StateLost unless the group is one step before `at`; a step 0 begins
+        anew whatever is held.
+        """
+        held = self._held.get(at.group)
+        if held == at:
+            return
+        if at.step > 0 and held != at.before:
+            raise StateLost(f"{at} does not follow {held}")
+        with self._all_or_nothing():
+            if admissions:
+                self._host.advance(admissions, [], [])
+                self._watch(Point.MID_PREFILL, admissions)
+            if slots:
+                self._host.advance([], slots, tokens)
+                self._watch(Point.MID_STEP, tokens)
+            self._held[at.group] = at
+
+    def propose(self, at: Position, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
+        """The base's candidates at `at`. Raises StateLost when the group is elsewhere."""
+        self._check(at)
+        with self._all_or_nothing():
+            return self._host.propose(slots, num_candidates=num_candidates, min_p=min_p)
+
+    def logprobs_at(self, at: Position, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
+        """Log-probabilities of the candidates at `at`. Raises StateLost when the group is elsewhere."""
+        self._check(at)
+        with self._all_or_nothing():
+            return self._host.logprobs_at(slots, ids_BK)
+
+    def score(self, prompts: Mapping[str, Sequence[int]], continuation: Sequence[int]) -> Tensor:
+        """Teacher forcing; depends on no state."""
+        with self._all_or_nothing():
+            return self._host.score(prompts, continuation)
+
+    def resize(self, num_slots: int) -> None:
+        """Forget every row and make room for another number of them."""
+        self._held.clear()
+        with self._all_or_nothing():
+            self._host.resize(num_slots)
+
+    def _check(self, at: Position) -> None:
+        held = self._held.get(at.group)
+        if held != at:
+            raise StateLost(f"{at} is asked for and {held} is held")
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Forget all positions if the call fails: it may have left any row half-written."""
+        try:
+            yield
+        except BaseException as error:
+            self._held.clear()
+            if is_out_of_memory(error):
+                raise HostOutOfMemory(" ".join(str(error).split())[:300] or "out of memory") from error
+            raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or in main memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in NO_MEMORY)

@@ -1,0 +1,66 @@
+"""Watchers that end processes at named points; picklable, so that Ray's workers can run them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.points import Point
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """SIGKILL the process that reaches `point` for the `nth` time of all processes; once.
+
+    `folder` counts, across processes and resumed commands.
+    """
+
+    point: Point
+    folder: Path
+    nth: int = 1
+
+    def __call__(self, point: Point, detail: object) -> None:
+        if point is self.point and self._take_number() == self.nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @property
+    def has_killed(self) -> bool:
+        return self._file(self.nth).exists()
+
+    def _take_number(self) -> int:
+        number = 1
+        while True:
+            try:
+                self._file(number).touch(exist_ok=False)
+                return number
+            except FileExistsError:
+                number += 1
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{self.point.replace(' ', '-')}-{number}"
+
+
+@dataclass(frozen=True)
+class KillsAll:
+    """Several watchers at once."""
+
+    watchers: tuple[KillAt, ...]
+
+    def __call__(self, point: Point, detail: object) -> None:
+        for watcher in self.watchers:
+            watcher(point, detail)
+
+
+@dataclass(frozen=True)
+class Poison:
+    """End a host's process, without a word, when it has prefilled a prompt with this token."""
+
+    token: int
+
+    def __call__(self, point: Point, detail: object) -> None:
+        if point is Point.MID_PREFILL and any(
+            self.token in prompt for admission in detail for prompt in admission.prompts.values()
+        ):
+            os._exit(1)

@@ -1,0 +1,267 @@
+"""Hosts that lose their state, their memory or their life: it costs time, never a result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoding_setup import NOWHERE, ask, config_of
+
+from pipeline.decoding.assembly import assemble
+from pipeline.decoding.engine import Engine
+from pipeline.decoding.hosts import Answer, LocalHost
+from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
+from pipeline.models.loading import load_host
+from pipeline.models.messages import Admission, Position
+from pipeline.models.positions import PositionedHost
+
+ROWS = [ask(f"r{at}", "x" * (3 * at % 7 + 1), response="fine" if at % 2 else None) for at in range(5)]
+PRINCIPALS = {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7}}
+
+
+class Unreliable:
+    """A host client that does something before its calls; `before(number, method, args)` may answer instead."""
+
+    def __init__(self, inner, before):
+        self.inner, self.before, self.calls = inner, before, 0
+
+    def submit(self, method, *args, **kwargs):
+        self.calls += 1
+        answer = self.before(self, self.calls, method, args)
+        return answer or self.inner.submit(method, *args, **kwargs)
+
+    def forget(self):
+        """What a new process would know: nothing."""
+        self.inner._checked._held.clear()
+        self.inner._host.resize(self.inner._host._num_slots)
+
+
+class Replica:
+    """An engine whose hosts run `before`; the hosts are loaded once."""
+
+    def __init__(self, tiny, *, slots=3, num_groups=1, reproducibility="strict", max_failures=20):
+        arm = {"kind": "arm", "model": str(tiny(seed=5)), "reference": "none", "weight": 0.1}
+        self.config = config_of(
+            tiny(),
+            {**PRINCIPALS, "arm": arm},
+            decoding={
+                "max_new_tokens": 4,
+                "agent_temperature": 0.5,
+                "trace": "tokens",
+                "reproducibility": reproducibility,
+            },
+            cluster={"slots": slots},
+        )
+        self.options = {"num_slots": slots, "num_groups": num_groups, "max_failures": max_failures}
+        self.assembly = assemble(self.config, NOWHERE)
+        self.plans = {plan.name: plan for plan in self.assembly.lineup.hosts}
+        self.loaded = {spec.name: load_host(spec) for spec in self.assembly.hosts}
+
+    def hosts(self, before):
+        for host in self.loaded.values():
+            host.resize(self.options["num_slots"])
+        return {name: Unreliable(LocalHost(host, self.plans[name]), before) for name, host in self.loaded.items()}
+
+    def decode(self, before, rows=ROWS):
+        """Records by id, and the engine; hosts that fail are replaced."""
+        hosts = self.hosts(before)
+        engine = Engine(self.assembly.lineup, hosts, self.assembly.prompter, self.config.decoding, **self.options)
+        records, waiting = {}, list(rows)
+        while waiting or not engine.is_idle:
+            while engine.has_room and waiting:
+                engine.admit(waiting.pop(0))
+            try:
+                found = engine.step()
+            except HostError as error:
+                engine.recover(self.hosts(before), error)
+                continue
+            assert not records.keys() & {record.row_id for record in found}
+            records |= {record.row_id: record for record in found}
+        return records, engine
+
+
+def nothing(*_):
+    return None
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_state_lost_between_any_two_calls_changes_nothing(tiny, num_groups):
+    replica = Replica(tiny, num_groups=num_groups)
+    reference, engine = replica.decode(nothing)
+    assert len(reference) == len(ROWS)
+    calls = {name: host.calls for name, host in engine._hosts.items()}
+    for name, count in calls.items():
+        for moment in range(1, count + 1):
+
+            def lose(host, number, method, args, name=name, moment=moment):
+                if number == moment and host.inner._plan.name == name:
+                    host.forget()
+
+            records, engine = replica.decode(lose)
+            assert records == reference
+            assert engine.recoveries.states_lost <= 2 * num_groups
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_host_that_dies_at_any_call_is_replaced_and_changes_nothing(tiny, num_groups):
+    replica = Replica(tiny, num_groups=num_groups)
+    reference, engine = replica.decode(nothing)
+    for moment in range(1, engine._hosts["base"].calls + 1, 2):
+        died = []
+
+        def die(host, number, method, args, moment=moment, died=died):
+            if number == moment and host.inner._plan.name == "base" and not died:
+                died.append(method)
+                return Answer(error=HostError("host base died"))
+            return None
+
+        records, engine = replica.decode(die)
+        assert records == reference
+        assert engine.recoveries.hosts_failed == 1
+
+
+def test_relaxed_rows_are_prefilled_again_with_the_tokens_they_have(tiny):
+    replica = Replica(tiny, reproducibility="relaxed")
+    reference, engine = replica.decode(nothing)
+    admitted, steps = [], []
+
+    def lose_once(host, number, method, args):
+        if method == "advance" and host.inner._plan.name == "base":
+            admitted.extend(len(admission.prompts["base"]) for admission in args[1])
+            steps.append(args[0])
+            if len(steps) == 3:
+                host.forget()
+
+    records, engine = replica.decode(lose_once)
+    assert engine.recoveries.states_lost == 1
+    assert {key: record.num_tokens for key, record in records.items()} == {
+        key: record.num_tokens for key, record in reference.items()
+    }
+    lengths = [len(engine._prompter.encode(row.messages)["base"]) for row in ROWS]
+    assert any(length not in lengths for length in admitted)
+
+
+def test_state_that_is_lost_again_and_again_ends_in_an_error(tiny):
+    replica = Replica(tiny, max_failures=3)
+
+    def always(host, number, method, args):
+        if method == "propose":
+            host.forget()
+
+    with pytest.raises(CageError, match="4 hosts failed and no row was finished"):
+        replica.decode(always)
+
+
+@pytest.mark.parametrize("bad", [{"r0"}, {"r3"}, {"r1", "r4"}, {"r0", "r1", "r2", "r3", "r4"}])
+@pytest.mark.parametrize(("slots", "num_groups"), [(1, 1), (3, 1), (5, 2)])
+def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, bad, slots, num_groups):
+    replica = Replica(tiny, slots=slots, num_groups=num_groups)
+    rows = [ask(f"r{at}", ("!" if f"r{at}" in bad else "?") * (at + 1)) for at in range(5)]
+    reference, _ = replica.decode(nothing, rows)
+    mark = token_of(replica, "!")
+
+    def die_of_poison(host, number, method, args):
+        if method == "advance" and any(mark in prompt for a in args[1] for prompt in a.prompts.values()):
+            return Answer(error=HostError("host base died"))
+        return None
+
+    records, _ = replica.decode(die_of_poison, rows)
+    assert {key for key, record in records.items() if record.is_rejected} == bad
+    assert all("alone at last: host base died" in records[key].error for key in bad)
+    assert all(records[key] == reference[key] for key in records.keys() - bad)
+
+
+def token_of(replica, text):
+    """The token that tells a prompt with `text` from another."""
+    encode = replica.assembly.prompter.encode
+    (token,) = set(encode(ask("a", text).messages)["base"]) - set(encode(ask("a", "?").messages)["base"])
+    return token
+
+
+def test_hosts_that_fail_whatever_they_decode_end_in_an_error_within_bounds(tiny):
+    replica = Replica(tiny, max_failures=5)
+    with pytest.raises(CageError, match="6 hosts failed and no row was finished in between; gone"):
+        replica.decode(lambda *_: Answer(error=HostError("gone")))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_halves_the_rows_at_once_and_changes_nothing(tiny, error):
+    replica = Replica(tiny, slots=5)
+    reference, _ = replica.decode(nothing)
+    host = replica.loaded["arm"]
+    plain = host.advance
+
+    def needs_much(admissions, slots, tokens):
+        if len(slots) > 2:
+            raise error
+        plain(admissions, slots, tokens)
+
+    host.advance = needs_much
+    records, engine = replica.decode(nothing)
+    assert records == reference
+    assert engine.recoveries.memory_halved == 1
+    assert host._num_slots == 2
+
+
+def test_a_row_that_does_not_fit_alone_is_rejected(tiny):
+    replica = Replica(tiny, slots=4)
+    mark = token_of(replica, "!")
+    reference, _ = replica.decode(nothing)
+    host = replica.loaded["base"]
+    plain = host.advance
+
+    def too_long(admissions, slots, tokens):
+        if any(mark in prompt for admission in admissions for prompt in admission.prompts.values()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        plain(admissions, slots, tokens)
+
+    host.advance = too_long
+    records, _ = replica.decode(nothing, [ROWS[0], ask("large", "!"), *ROWS[1:]])
+    assert "no memory" in records.pop("large").error
+    assert records == reference
+
+
+def positioned(tiny):
+    replica = Replica(tiny, slots=2)
+    host = replica.loaded["arm"]
+    (role,) = host._roles
+    return PositionedHost(host), host, [Admission(0, {role.name: [1, 2, 3]})]
+
+
+def test_a_repeated_step_gives_the_same_answer_without_computing_again(tiny):
+    host, plain, admissions = positioned(tiny)
+    at = Position(0, 77, 0)
+    host.advance(at, admissions, [], [])
+    host.advance(at.after, [], [0], [5])
+    first, forwards = host.logprobs_at(at.after, [0], None), plain.num_forwards
+    host.advance(at.after, [], [0], [5])
+    assert torch.equal(host.logprobs_at(at.after, [0], None), first)
+    assert plain.num_forwards == forwards
+
+
+@pytest.mark.parametrize("wrong", [Position(0, 77, 0), Position(0, 77, 2), Position(0, 78, 1), Position(1, 77, 1)])
+def test_a_host_elsewhere_refuses_to_answer_and_to_go_on(tiny, wrong):
+    host, _, admissions = positioned(tiny)
+    at = Position(0, 77, 0)
+    host.advance(at, admissions, [], [])
+    host.advance(at.after, [], [0], [5])
+    with pytest.raises(StateLost):
+        host.propose(wrong, [0], num_candidates=3, min_p=0)
+    with pytest.raises(StateLost):
+        host.logprobs_at(wrong, [0], None)
+    with pytest.raises(StateLost):
+        host.advance(Position(wrong.group, wrong.epoch, wrong.step + 3), [], [0], [5])
+
+
+def test_a_call_that_fails_half_way_leaves_no_state_to_go_on_from(tiny):
+    host, plain, admissions = positioned(tiny)
+    at = Position(0, 77, 0)
+    host.advance(at, admissions, [], [])
+    plain.advance = lambda *_: (_ for _ in ()).throw(MemoryError())
+    with pytest.raises(HostOutOfMemory):
+        host.advance(at.after, [], [0], [5])
+    del plain.advance
+    for step in (at, at.after):
+        with pytest.raises(StateLost):
+            host.logprobs_at(step, [0], None)
