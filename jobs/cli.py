@@ -92,6 +92,18 @@ def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, m
 
 
 @app.command()
+def retry(run: RunPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Try the rejected rows of a finished run again.
+
+    They become a run of their own in RUN-retry, by the same settings and overrides such as cluster.slots=2; RUN stays
+    as it is. Rows that could not be read are left out: mend the input for those.
+    """
+    from jobs.retry import run_retry
+
+    run_retry(run, overrides or [], is_verbose=verbose)
+
+
+@app.command()
 def status(run: RunPath) -> None:
     """Show how far a run is."""
     from jobs.status import run_status

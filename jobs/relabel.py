@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.config import dump_config, load_config
+from pipeline.config import Config, dump_config, load_config
 
 
 def run_relabel(config_file: Path, overrides: list[str], *, print_config: bool, is_verbose: bool) -> None:
@@ -15,6 +15,11 @@ def run_relabel(config_file: Path, overrides: list[str], *, print_config: bool, 
     if print_config:
         sys.stdout.write(dump_config(config))
         return
+    run_config(config, is_verbose=is_verbose)
+
+
+def run_config(config: Config, *, is_verbose: bool) -> None:
+    """Run the job to its end and describe the run."""
     from jobs.status import describe_status
     from pipeline.models.embedded import default_cache_folder
     from pipeline.relabel import relabel

@@ -264,13 +264,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigurationError(f"{path} must hold a mapping with the keys input, output, ...; it holds {tree!r}")
+    return parse_config(tree, overrides, source=str(path))
+
+
+def parse_config(
+    tree: dict[str, Any], overrides: list[str] | None = None, *, source: str = "configuration"
+) -> Config:
+    """Apply overrides to a plain tree of values and validate it. Raises ConfigurationError, a fault a line."""
     for override in overrides or []:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
-
-
-def parse_config(tree: dict[str, Any], *, source: str = "configuration") -> Config:
-    """Validate a plain tree of values. Raises ConfigurationError with every fault, one a line."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

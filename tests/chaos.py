@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 import torch
 from faults import KillAt
 
-import pipeline.decoding.local  # so that the forked drivers have it
 from pipeline.config import Config, parse_config
 from pipeline.points import Point, unwatched
 from pipeline.relabel import relabel
@@ -131,7 +130,9 @@ def compare(expected: Path, found: Path) -> Tally:
     ]
     differing = sum(files[0].get(name) != files[1].get(name) for name in files[0].keys() | files[1].keys())
     rows = Counter(
-        row_id for file in files[1] for row_id in pq.read_table(found / file, columns=["row_id"])["row_id"].to_pylist()
+        row_id
+        for file in files[1]
+        for row_id in pq.read_table(found / file, columns=["row_id"])["row_id"].to_pylist()
     )
     lost = NUM_ROWS - len(rows)
     return Tally(rows_lost=lost, rows_repeated=rows.total() - len(rows), files_differing=differing)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-from test_cli import ROOT
-
 import subprocess
 import sys
+
+import pytest
+from test_cli import ROOT
 
 
 @pytest.mark.slow

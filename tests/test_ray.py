@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import faults
@@ -64,28 +63,26 @@ def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, r
     assert json.loads((tmp_path / "run/manifest.json").read_text())["extra"]["recoveries"]["hosts_failed"] == 1
 
 
-def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, tmp_path, reference):
-    _, expected = reference
-    prompts = write_prompts(tmp_path / "prompts.jsonl", 17)
+def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 5)
+    run_job(job(prompts, tmp_path / "whole", tiny()), tmp_path)
     lines = prompts.read_text().splitlines()
-    lines[7] = json.dumps({"id": "r7", "prompt": "a ! kills"})
+    lines[3] = json.dumps({"id": "r3", "prompt": "a ! kills"})
     prompts.write_text("\n".join(lines) + "\n")
-    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(slots=4), errors={"budget": 1}, **two_hosts(tiny))
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(slots=2), errors={"budget": 1})
     (token,) = AutoTokenizer.from_pretrained(tiny())("!", add_special_tokens=False)["input_ids"]
     run, _ = run_job(config, tmp_path, watch=Poison(token))
     status = run.status()
-    assert (status.rows_aligned, status.rows_rejected) == (16, 1)
-    (row,) = run.find("r7")
+    assert (status.rows_aligned, status.rows_rejected) == (4, 1)
+    (row,) = run.find("r3")
     assert "its host failed whenever it was decoded" in row["error"]
-    assert "serving" in row["error"]
-    rows = [row for name in parts(tmp_path / "run") for row in pq.read_table(tmp_path / "run" / name).to_pylist()]
-    others = [
-        row
-        for data in expected.values()
-        for row in pq.read_table(io.BytesIO(data)).to_pylist()
-        if row["row_id"] != "r7"
-    ]
-    assert rows == others
+    assert "serving base, kind, brief" in row["error"]
+    rows, expected = rows_of(tmp_path / "run"), rows_of(tmp_path / "whole")
+    assert rows == [row for row in expected if row["row_id"] != "r3"]
+
+
+def rows_of(folder):
+    return [row for path in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 def test_a_model_that_its_host_cannot_serve_ends_the_run_with_the_principal_and_the_reason(tiny, tmp_path):
