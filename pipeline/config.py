@@ -199,13 +199,15 @@ class ClusterConfig(Section):
 
 
 def _budget(value: Any) -> Any:
-    if isinstance(value, bool) or (isinstance(value, (int, float)) and (value < 0 or value != int(value))):
-        raise ValueError(f'budget is a number of rows, such as 10, or a share, such as "5%"; got {value!r}')
-    if isinstance(value, str) and not re.fullmatch(r"\d+", value):
-        share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value)
-        if share is None or float(share[1]) > 100:
-            raise ValueError(f'budget is a number of rows, such as 10, or a share, such as "5%"; got {value!r}')
-    return str(value) if isinstance(value, str) and value.endswith("%") else int(value)
+    if isinstance(value, str):
+        share = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*%", value)
+        if share is not None and float(share[1]) <= 100:
+            return value
+        if re.fullmatch(r"[0-9]{1,18}", value):
+            return int(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 10**18 and value % 1 == 0:
+        return int(value)
+    raise ValueError(f'budget is a number of rows, such as 10, or a share, such as "5%"; got {_short(value)}')
 
 
 class ErrorsConfig(Section):
@@ -276,7 +278,7 @@ def parse_config(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        faults = [_describe(fault, tree) for fault in error.errors()]
+        faults = [_printable(_describe(fault, tree)) for fault in error.errors()]
         raise ConfigurationError(f"{source}: " + "\n".join(dict.fromkeys(faults))) from None
 
 
@@ -328,6 +330,11 @@ def _describe(fault: Any, tree: dict[str, Any]) -> str:
 
 def _value_of(fault: Any, key: str) -> Any:
     return fault["input"].get(key) if isinstance(fault["input"], dict) else fault["input"]
+
+
+def _printable(text: str) -> str:
+    """The text on one line, control characters escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _short(value: Any) -> str:
