@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -39,9 +39,9 @@ class Prepared:
     plan: Plan
 
 
-def prepare(config: Config, cache_folder: Path) -> Prepared:
+def prepare(config: Config, cache_folder: Path, progress: Callable[[str], None] = lambda line: None) -> Prepared:
     """Find models, compare tokenizers, read the input's metadata and plan the shards. Raises ConfigurationError."""
-    assembly = assemble(config, cache_folder)
+    assembly = assemble(config, cache_folder, progress=progress)
     versions = {}
     if config.decoding.reproducibility is Reproducibility.STRICT:
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
@@ -60,7 +60,7 @@ def relabel(
         ErrorBudgetExceeded: more rows were rejected than `errors.budget` allows.
         CageError: a shard failed for good; everything committed is kept.
     """
-    prepared = prepare(config, cache_folder)
+    prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
     run = watched(Run.create_or_resume(open_store(config.output.path), prepared.plan), watch)
     if run.is_complete:
         return run, False
