@@ -3,7 +3,7 @@
     python tests/chaos.py --schedules 20 --seed 0
 
 A schedule kills the drivers of one run directory several times, at a named point (pipeline/points.py) or at a random
-moment, sometimes two drivers at once, then lets one finish. Over Ray a point may be a host's or a coordinator's.
+moment, sometimes two drivers at once, then lets one finish, or two side by side. Over Ray a point may be a host's.
 """
 
 from __future__ import annotations
@@ -90,12 +90,16 @@ def start(*arguments):
     return process
 
 
-def finish(config: Config, folder: Path) -> None:
-    process = start(config, folder)
-    process.join(PATIENCE_S)
-    if process.exitcode != 0:
-        process.kill()
-        raise RuntimeError(f"an undisturbed driver ended with {process.exitcode}")
+def finish(config: Config, folder: Path, *, num_drivers: int = 1) -> None:
+    """Let drivers work undisturbed, side by side; each must end well."""
+    drivers = [start(config, folder) for _ in range(num_drivers)]
+    for driver in drivers:
+        driver.join(PATIENCE_S)
+    exit_codes = [driver.exitcode for driver in drivers]
+    for driver in drivers:
+        driver.kill()
+    if any(code != 0 for code in exit_codes):
+        raise RuntimeError(f"undisturbed drivers ended with {exit_codes}")
 
 
 def points_of(transport: str) -> list[Point]:
@@ -143,7 +147,7 @@ def run_schedule(folder: Path, seed: int, transport: str) -> Tally:
     run = folder / f"run-{seed}"
     config = make_job(folder, run, transport)
     kills = sum(disturb(config, folder, chance, folder / f"kills-{seed}-{at}") for at in range(chance.randint(1, 4)))
-    finish(config, folder)
+    finish(config, folder, num_drivers=chance.choice([1, 2]))
     return Tally(schedules=1, kills=kills) + compare(folder / "whole", run)
 
 

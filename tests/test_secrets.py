@@ -1,0 +1,42 @@
+"""Secrets of the environment and of addresses are in nothing that a run writes or says."""
+
+from __future__ import annotations
+
+import pytest
+from test_cli import cage
+from test_relabel import job, write_prompts
+
+from pipeline.config import dump_config
+
+SECRET = "planted-7f3a9c51e2"
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+
+
+def test_a_run_writes_and_says_no_secret_of_its_environment(tiny, tmp_path, planted):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    file = tmp_path / "job.yaml"
+    file.write_text(dump_config(job(prompts, tmp_path / "run", tiny())))
+    made = cage("relabel", "-c", str(file), "-v")
+    assert made.returncode == 0, made.stderr
+    told = cage("status", str(tmp_path / "run"))
+    assert SECRET not in made.stdout + made.stderr + told.stdout + told.stderr
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 4
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("place", ["input.path", "output.path"])
+def test_credentials_in_an_address_are_refused_and_not_repeated(tiny, tmp_path, place):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    file = tmp_path / "job.yaml"
+    file.write_text(dump_config(job(prompts, tmp_path / "run", tiny())))
+    refused = cage("relabel", "-c", str(file), f"{place}=s3://key:{SECRET}@bucket/folder")
+    assert refused.returncode == 2
+    assert "bucket's name" in refused.stderr
+    assert SECRET not in refused.stdout + refused.stderr
+    assert not (tmp_path / "run").exists()
