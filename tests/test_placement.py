@@ -1,0 +1,53 @@
+"""What Ray reserves for the hosts of a replica, and who keeps which place."""
+
+from __future__ import annotations
+
+import pytest
+from decoding_setup import config_of
+
+from pipeline.cluster.host_actors import bundle_of
+from pipeline.cluster.stream import ProgressBoard
+from pipeline.decoding.lineup import build_lineup
+from pipeline.decoding.shards import Counts
+
+
+def bundles(base, arm, *, has_gpus):
+    principals = {"arm": {"kind": "arm", "model": {"model": "small", **arm}, "reference": "none"}}
+    config = config_of("unused", principals)
+    config = config.model_copy(update={"base": config.base.model_validate({"model": "large", **base})})
+    return [bundle_of(plan, has_gpus=has_gpus) for plan in build_lineup(config).hosts]
+
+
+@pytest.mark.parametrize(
+    ("base", "arm", "has_gpus", "expected"),
+    [
+        ({}, {}, True, [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}]),
+        ({}, {}, False, [{"CPU": 1.0}, {"CPU": 1.0}]),
+        ({"device": "cuda"}, {"device": "cpu"}, True, [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}]),
+        (
+            {"resources": {"num_cpus": 4, "num_gpus": 1}},
+            {"resources": {"num_cpus": 0.5, "num_gpus": 0.25}},
+            True,
+            [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 0.5, "GPU": 0.25}],
+        ),
+        ({"resources": {"num_gpus": 0}}, {}, True, [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}]),
+    ],
+)
+def test_each_set_of_weights_gets_its_own_device_and_stated_cpus(base, arm, has_gpus, expected):
+    assert bundles(base, arm, has_gpus=has_gpus) == expected
+
+
+def test_a_replica_that_restarts_finds_its_place_and_a_new_one_takes_the_oldest():
+    board = ProgressBoard(2)
+    assert [board.lease("a"), board.lease("b"), board.lease("a")] == [0, 1, 0]
+    assert board.lease("c") == 0
+    assert board.lease("b") == 1
+
+
+def test_attempts_are_counted_by_shard_and_progress_is_summed_over_replicas():
+    board = ProgressBoard(2)
+    assert [board.begin(7), board.begin(7), board.begin(8)] == [1, 2, 1]
+    board.report("one", Counts(3, 1, 30))
+    board.report("two", Counts(2, 0, 10))
+    board.report("one", Counts(4, 1, 44))
+    assert board.totals() == Counts(6, 1, 54)
