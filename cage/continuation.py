@@ -20,7 +20,7 @@ from cage.response import lone_thresholds, respond
 from cage.rows import iterate
 from cage.scaled import ScaledGame
 
-_CARES = (1e-3, 1e-5)  # how close to the curve a point must be to go on from it; the second for rows that stall
+_CARE, _GREAT_CARE = 1e-3, 1e-5  # how close to the curve a point must be to go on from it; then for rows that stall
 _FIRST_STRIDE = 1.0
 _LONGER, _SHORTER = 2.5, 0.3
 _MOST_CORRECTIONS = 4
@@ -37,16 +37,13 @@ def follow_path(game: ScaledGame, *, aim: float, max_steps: int) -> tuple[Tensor
 
     Rows that did not arrive hold their last point. Needs at least one principal and float64.
     """
-    thresholds_BJ, num_steps_B, arrived_B = _follow(game, aim, max_steps // len(_CARES), _CARES[0])
-    for care in _CARES[1:]:
-        stalled = (~arrived_B).nonzero()[:, 0]
-        if stalled.shape[0] == 0:
-            break
-        found_RJ, more_R, arrived_R = _follow(game.rows(stalled), aim, max_steps // len(_CARES), care)
-        thresholds_BJ = thresholds_BJ.index_copy(0, stalled, found_RJ)
-        num_steps_B = num_steps_B.index_add(0, stalled, more_R)
-        arrived_B = arrived_B.index_copy(0, stalled, arrived_R)
-    return thresholds_BJ, num_steps_B
+    at_ease = max_steps // 4
+    thresholds_BJ, num_steps_B, arrived_B = _follow(game, aim, at_ease, _CARE)
+    stalled = (~arrived_B).nonzero()[:, 0]
+    if stalled.shape[0] == 0:
+        return thresholds_BJ, num_steps_B
+    found_RJ, more_R, _ = _follow(game.rows(stalled), aim, max_steps - at_ease, _GREAT_CARE)
+    return thresholds_BJ.index_copy(0, stalled, found_RJ), num_steps_B.index_add(0, stalled, more_R)
 
 
 class _Walk(NamedTuple):

@@ -1,0 +1,160 @@
+"""The rules behind one signature, each against its formula or an optimiser of its own."""
+
+import pytest
+import torch
+
+import cage
+from cage import rules
+from cage.examples import random_games
+
+
+def small_games(num_principals=2, value_scale=2.0, kind="arm-like", num_rows=12, num_tokens=9):
+    return random_games(
+        kind, num_rows=num_rows, num_principals=num_principals, num_tokens=num_tokens, value_scale=value_scale, seed=4
+    )
+
+
+def some_weights(game):
+    weights = torch.rand(game.num_rows, game.num_principals, generator=torch.Generator().manual_seed(1))
+    return weights.double() + 0.1
+
+
+@pytest.mark.parametrize("name", rules.by_name)
+@pytest.mark.parametrize("num_principals", [0, 1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_rule_takes_the_same_call_and_gives_a_policy(name, num_principals, dtype):
+    game = random_games(
+        "masked", num_rows=8, num_principals=num_principals, num_tokens=12, value_scale=2.0, dtype=dtype
+    )
+    decision = rules.by_name[name](game, torch.ones(8, num_principals))
+    assert decision.log_policy.dtype == dtype
+    assert torch.allclose(decision.log_policy.exp().sum(1), torch.ones(8, dtype=dtype), atol=1e-5)
+    assert (decision.log_policy[game.base_logprobs == -torch.inf] == -torch.inf).all()
+    assert decision.status.tolist() == [cage.Status.CONVERGED] * 8
+    assert decision.residual.shape == decision.num_steps.shape == (8,)
+    assert (decision.thresholds is None) == (name != "equilibrium")
+
+
+@pytest.mark.parametrize("name", rules.by_name)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_every_rule_reports_a_row_that_is_not_finite(name, bad):
+    game = small_games()
+    base = game.base_logprobs.clone()
+    base[3, 2] = bad
+    decision = rules.by_name[name](cage.Game(base, game.values, 1.0), some_weights(game))
+    assert decision.status.tolist() == [0, 0, 0, cage.Status.NOT_FINITE] + [0] * 8
+    assert torch.isnan(decision.log_policy[3]).all()
+    assert not torch.isnan(decision.log_policy[[0, 1, 2, 4]]).any()
+
+
+@pytest.mark.parametrize("name", ["linear", "mixture", "equilibrium", "maximin"])
+def test_a_bad_value_matters_to_every_rule_that_reads_values(name):
+    game = small_games()
+    values = game.values.clone()
+    values[3, 1, 2] = torch.nan
+    decision = rules.by_name[name](cage.Game(game.base_logprobs, values, 1.0), some_weights(game))
+    assert decision.status.tolist() == [0, 0, 0, cage.Status.NOT_FINITE] + [0] * 8
+
+
+def test_base_and_linear_are_their_formulas():
+    game = small_games(3)
+    assert torch.allclose(rules.base(game).log_policy, torch.log_softmax(game.base_logprobs, -1))
+    at_half = cage.Game(game.base_logprobs, game.values, 0.5)
+    expected = torch.log_softmax(game.base_logprobs + game.values.sum(1) / 0.5, -1)
+    assert torch.allclose(rules.linear(at_half).log_policy, expected)
+
+
+def test_mixture_mixes_the_tilted_policies_of_the_rewards():
+    game = small_games(3)
+    weights = some_weights(game)
+    rewards = game.values
+    decision = rules.mixture(cage.Game(game.base_logprobs, weights[..., None] * rewards, 2.0), weights)
+    tilted = torch.softmax(game.base_logprobs[:, None] + rewards / 2.0, -1)
+    expected = ((weights / weights.sum(1, keepdim=True))[..., None] * tilted).sum(1)
+    assert torch.allclose(decision.log_policy.exp(), expected)
+
+
+def test_a_zero_weight_takes_no_part_in_the_mixture():
+    game = small_games(3)
+    weights = some_weights(game)
+    weights[:, 1] = 0
+    values = weights[..., None] * game.values
+    decision = rules.mixture(cage.Game(game.base_logprobs, values, 1.0), weights)
+    alone = cage.Game(game.base_logprobs, values[:, [0, 2]], 1.0)
+    assert torch.allclose(decision.log_policy, rules.mixture(alone, weights[:, [0, 2]]).log_policy)
+    nobody = rules.mixture(cage.Game(game.base_logprobs, 0 * values, 1.0), 0 * weights)
+    assert torch.allclose(nobody.log_policy, torch.log_softmax(game.base_logprobs, -1))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (None, r"mixture needs weights \(12, 2\); got None"),
+        (torch.ones(12, 3), r"mixture needs weights \(12, 2\); got \(12, 3\)"),
+        (-torch.ones(12, 2), r"finite and not negative; got -1.0"),
+        (torch.full((12, 2), torch.nan), r"finite and not negative; got nan"),
+    ],
+)
+def test_mixture_names_weights_that_it_cannot_use(weights, message):
+    with pytest.raises(ValueError, match=message):
+        rules.mixture(small_games(), weights)
+
+
+def worst_principal_s_objective(game, policy):
+    policy = policy.clamp(min=1e-300)
+    kl = (policy * (policy.log() - torch.log_softmax(game.base_logprobs, -1))).sum(-1)
+    return (policy[:, None] * game.values).sum(-1).amin(-1) - game.agent_temperature * kl
+
+
+@pytest.mark.parametrize("num_principals", [2, 3, 6])
+@pytest.mark.parametrize("value_scale", [0.5, 3.0, 30.0])
+def test_no_other_shares_or_policies_serve_the_worst_off_better(num_principals, value_scale):
+    """Duality: min_j E[v_j] - tau KL at maximin's policy equals the smallest log-partition, tau A(l)."""
+    game = small_games(num_principals, value_scale, kind="plain", num_rows=30)
+    decision = rules.maximin(game)
+    assert decision.residual.max() <= 1e-9
+    reached = worst_principal_s_objective(game, decision.log_policy.exp())
+    generator = torch.Generator().manual_seed(0)
+    for concentration in (0.2, 1.0, 5.0):
+        shares = torch.rand(200, 30, num_principals, generator=generator, dtype=torch.float64) ** (1 / concentration)
+        shares = shares / shares.sum(-1, keepdim=True)
+        tilt = torch.log_softmax(game.base_logprobs, -1) + torch.einsum("nbj,bjv->nbv", shares, game.values)
+        assert (torch.logsumexp(tilt, -1) >= reached - 1e-6).all()
+    nearby = torch.softmax(decision.log_policy + 0.1 * torch.randn(200, 30, 9, generator=generator), -1)
+    for policy in nearby:
+        assert (worst_principal_s_objective(game, policy) <= reached + 1e-7).all()
+
+
+def test_maximin_gives_an_absent_principal_no_say():
+    game = small_games(2)
+    nothing = torch.full_like(game.values[:, :1], -3.0)
+    joined = cage.Game(game.base_logprobs, torch.cat([nothing, game.values], 1), 1.0)
+    assert torch.allclose(rules.maximin(joined).log_policy, rules.maximin(game).log_policy, atol=1e-6)
+    alone = cage.Game(game.base_logprobs, nothing, 1.0)
+    assert torch.allclose(rules.maximin(alone).log_policy, torch.log_softmax(game.base_logprobs, -1))
+
+
+def test_with_one_principal_maximin_is_linear():
+    game = small_games(1)
+    assert torch.allclose(rules.maximin(game).log_policy, rules.linear(game).log_policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "arm-like", "vetoes", "equal principals", "masked"])
+@pytest.mark.parametrize("value_scale", [0.1, 10.0, 30.0])
+def test_maximin_is_solved_to_its_tolerance(kind, value_scale):
+    for num_principals in (2, 5, 8):
+        game = small_games(num_principals, value_scale, kind=kind, num_rows=50, num_tokens=50)
+        assert rules.maximin(game).residual.max() <= 1e-9
+
+
+def test_too_few_steps_of_maximin_are_reported():
+    decision = rules.Maximin(max_steps=2)(small_games(3, 10.0))
+    assert (decision.status == cage.Status.MAX_STEPS).any()
+
+
+def test_equilibrium_is_the_default_method_unless_told_otherwise():
+    game = small_games(3)
+    assert torch.equal(rules.equilibrium(game).log_policy, cage.solve(game).log_policy)
+    swept = rules.Equilibrium(method=cage.GaussSeidel())(game)
+    assert torch.equal(swept.thresholds, cage.GaussSeidel().solve(game).thresholds)

@@ -1,0 +1,160 @@
+"""What the methods promise: everything is solved or reported, and one row never costs another."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cage
+from cage.examples import kinds, random_games
+
+SCALES = (0.1, 3.0, 100.0)
+SHAPES = [(1, 2), (2, 2), (8, 2), (2, 50), (3, 50), (8, 50), (2, 1000), (4, 1000)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_principals", "num_tokens"), SHAPES)
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_random_games_of_every_kind_are_solved(num_principals, num_tokens, dtype, tol):
+    """10,000 games a cell: `python -m jobs.bench_solver --sweep 10000`."""
+    for seed, kind in enumerate(kinds):
+        for value_scale in SCALES:
+            game = random_games(
+                kind, num_rows=8, num_principals=num_principals, num_tokens=num_tokens, value_scale=value_scale,
+                seed=seed, dtype=dtype,
+            )  # fmt: skip
+            solution = cage.ThresholdNewton(tol=tol).solve(game)
+            assert (solution.status == cage.Status.CONVERGED).all(), (kind, value_scale)
+            assert solution.residual.max() <= tol
+            for part in (solution.policy, solution.thresholds, solution.utilities, solution.incentives):
+                assert not torch.isnan(part).any(), (kind, value_scale)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", ["base", "values"])
+@pytest.mark.parametrize(("num_principals", "num_tokens"), [(2, 20), (3, 20), (2, 5000)])
+def test_a_row_that_is_not_finite_is_reported_and_leaves_its_neighbours_alone(bad, place, num_principals, num_tokens):
+    game = random_games("arm-like", num_rows=5, num_principals=num_principals, num_tokens=num_tokens, value_scale=2.0)
+    base, values = game.base_logprobs.clone(), game.values.clone()
+    if place == "values":
+        values[2, 1, 3] = bad
+    elif bad == -torch.inf:
+        base[2] = bad
+    else:
+        base[2, 3] = bad
+    clean, spoilt = cage.solve(game), cage.solve(cage.Game(base, values, 1.0))
+    others = torch.tensor([0, 1, 3, 4])
+    assert spoilt.status.tolist() == [0, 0, cage.Status.NOT_FINITE, 0, 0]
+    for name in ("log_policy", "thresholds", "utilities", "residual", "status", "num_steps"):
+        assert torch.equal(getattr(spoilt, name)[others], getattr(clean, name)[others]), name
+    assert torch.isnan(spoilt.log_policy[2]).all()
+    assert torch.isnan(spoilt.thresholds[2]).all()
+    assert torch.isnan(spoilt.residual[2])
+
+
+@pytest.mark.parametrize("num_tokens", [6, 5000])
+@pytest.mark.parametrize("ignored", [7.0, -torch.inf, 1e30])
+def test_values_of_tokens_that_cannot_be_drawn_are_ignored(num_tokens, ignored):
+    game = random_games("plain", num_rows=3, num_principals=2, num_tokens=num_tokens, value_scale=3.0)
+    more = cage.Game(
+        torch.cat([game.base_logprobs, torch.full((3, 2), -torch.inf, dtype=torch.float64)], 1),
+        torch.cat([game.values, torch.full((3, 2, 2), ignored, dtype=torch.float64)], 2),
+        1.0,
+    )
+    solution, with_more = cage.solve(game), cage.solve(more)
+    assert torch.allclose(solution.thresholds, with_more.thresholds, atol=1e-8)
+    assert (with_more.policy[:, -2:] == 0).all()
+    assert (with_more.incentives[..., -2:] == 0).all()
+    assert cage.deviation_gain(more, with_more).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e37])
+def test_finite_numbers_of_any_size_give_no_nan(dtype, size):
+    for kind in kinds:
+        game = random_games(kind, num_rows=6, num_principals=3, num_tokens=9, value_scale=size, dtype=dtype)
+        for temperature in (1e-6, 1.0, 1e20):
+            solution = cage.ThresholdNewton(max_steps=60).solve(
+                cage.Game(game.base_logprobs, game.values, temperature)
+            )
+            assert not torch.isnan(solution.log_policy).any()
+            assert torch.allclose(solution.policy.sum(1), torch.ones(6, dtype=dtype), atol=1e-4)
+
+
+def test_a_base_far_from_normalised_is_normalised():
+    game = random_games("plain", num_rows=3, num_principals=2, num_tokens=8, value_scale=2.0)
+    shifted = cage.Game(game.base_logprobs + 500.0, game.values, 1.0)
+    assert torch.allclose(cage.solve(shifted).policy, cage.solve(game).policy, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", [cage.ThresholdNewton(max_steps=1), cage.Jacobi(max_steps=1)])
+def test_too_few_steps_are_reported_not_hidden(method):
+    game = random_games("plain", num_rows=10, num_principals=3, num_tokens=20, value_scale=10.0)
+    solution = method.solve(game)
+    assert (solution.status == cage.Status.MAX_STEPS).any()
+    assert ((solution.residual > 1e-9) == (solution.status == cage.Status.MAX_STEPS)).all()
+    assert torch.isfinite(solution.policy).all()
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-6, 1e-11])
+def test_a_tolerance_is_kept(tol):
+    game = random_games("plain", num_rows=50, num_principals=2, num_tokens=20, value_scale=3.0)
+    assert cage.ThresholdNewton(tol=tol).solve(game).residual.max() <= tol
+
+
+@pytest.mark.parametrize("num_principals", [1, 2, 3])
+def test_the_three_methods_agree(num_principals):
+    game = random_games("arm-like", num_rows=40, num_principals=num_principals, num_tokens=30, value_scale=1.0)
+    newton = cage.ThresholdNewton().solve(game)
+    for method in (cage.Jacobi(), cage.GaussSeidel()):
+        swept = method.solve(game)
+        settled = swept.status == cage.Status.CONVERGED
+        assert settled.double().mean() > 0.9
+        assert torch.allclose(swept.policy[settled], newton.policy[settled], atol=1e-6)
+
+
+def test_one_principal_settles_in_one_sweep():
+    game = random_games("plain", num_rows=30, num_principals=1, num_tokens=30, value_scale=10.0)
+    assert cage.Jacobi().solve(game).num_steps.max() == 1
+
+
+def test_the_certificate_sees_an_offer_that_is_not_optimal():
+    game = random_games("plain", num_rows=10, num_principals=2, num_tokens=10, value_scale=5.0)
+    early = cage.Jacobi(max_steps=1).solve(game)
+    off = early.residual > 1e-3
+    assert off.any()
+    assert (cage.deviation_gain(game, early)[off].amax(1) > 1e-6).all()
+
+
+class NoReadingBack(TorchDispatchMode):
+    """Refuse every operation that would make the host wait for a device."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique", "_to_copy")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        to_host = name != "_to_copy" or "device" in (kwargs or {})
+        assert name not in self.REFUSED or not to_host, f"{name} in a step"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_principals", [1, 2, 4])
+def test_a_step_reads_nothing_back_from_the_device(num_principals):
+    from cage import continuation, maximin, newton
+    from cage.scaled import measure, scale
+
+    game = random_games("arm-like", num_rows=6, num_principals=num_principals, num_tokens=20, value_scale=3.0)
+    scaled = scale(game, measure(game))
+    start = scaled.values[..., 0]
+    ones = start[:, 0]
+    with NoReadingBack():
+        straight = newton._Straight(ones < 1, ones.int(), start, ones, ones, ones, start, start, ones, start)
+        for _ in range(3):
+            straight = newton._step(scaled, straight, aim=1e-9)
+        walk = continuation._set_out(scaled)
+        for _ in range(3):
+            walk = continuation._step(scaled, walk, aim=1e-9, care=1e-3)
+        interior = maximin._Interior(ones < 1, ones.int(), start, ones, ones, start, ones, ones, start, start)
+        for _ in range(3):
+            interior = maximin._step(scaled, interior, tol=1e-9)
+    with pytest.raises(AssertionError, match="in a step"), NoReadingBack():
+        bool(ones.any())

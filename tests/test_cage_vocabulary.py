@@ -1,0 +1,102 @@
+"""The whole vocabulary at once: tokens on the same side of every threshold are pooled, and nothing is lost by it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cage
+from cage.examples import random_games
+from cage.newton import find_thresholds
+from cage.pooling import pool
+from cage.response import respond
+from cage.scaled import measure, scale
+from cage.solution import answer
+
+
+def dense(game):
+    """Solve with every token kept, whatever the size."""
+    measures = measure(game)
+    thresholds, num_steps = find_thresholds(scale(game, measures), aim=1e-11, max_steps=2000)
+    return answer(game, measures, thresholds, num_steps, 1e-9)
+
+
+@pytest.mark.parametrize("num_principals", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_kept", [8, 64])
+def test_a_pooled_game_has_the_residuals_of_the_whole_one(num_principals, num_kept):
+    """Exactly at the thresholds where it was pooled, and around them until a pooled token changes sides."""
+    game = random_games("arm-like", num_rows=6, num_principals=num_principals, num_tokens=300, value_scale=1.0)
+    measures = measure(game)
+    whole = scale(game, measures)
+    at = whole.values.quantile(0.4, -1)
+    pooled, kept = pool(game, measures, at, num_kept=num_kept)
+    assert pooled.values.shape == (6, num_principals, num_kept + 2**num_principals)
+    assert kept.shape == (6, num_kept)
+    distance = (whole.values - at[..., None]).abs().amin(-1)
+    for share in (0.0, 0.9, -0.9):
+        near = at + share * distance
+        expected, found = respond(whole, near), respond(pooled, near)
+        assert torch.allclose(found.log_residual, expected.log_residual, atol=1e-9)
+        assert torch.allclose(found.jacobian, expected.jacobian, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["plain", "arm-like", "peaked", "ties", "vetoes", "masked"])
+@pytest.mark.parametrize("num_principals", [1, 2, 4])
+@pytest.mark.parametrize("value_scale", [0.3, 3.0, 20.0])
+def test_pooling_finds_what_the_dense_solver_finds(kind, num_principals, value_scale):
+    game = random_games(
+        kind, num_rows=3, num_principals=num_principals, num_tokens=4500, value_scale=value_scale, seed=1
+    )
+    solution, expected = cage.solve(game), dense(game)
+    assert (solution.status == cage.Status.CONVERGED).all()
+    assert torch.allclose(solution.policy, expected.policy, atol=1e-7)
+    assert torch.allclose(solution.thresholds, expected.thresholds, atol=1e-6 * value_scale)
+
+
+def test_the_answer_over_a_vocabulary_is_certified_over_every_token():
+    game = random_games("arm-like", num_rows=2, num_principals=3, num_tokens=20_000, value_scale=2.0)
+    solution = cage.solve(game)
+    assert (solution.incentives.amax(1) > 0).sum(1).min() > 1000  # far more tokens are paid for than are kept
+    assert cage.deviation_gain(game, solution).abs().max() < 1e-7
+
+
+def test_float32_over_a_vocabulary_is_solved_to_its_tolerance():
+    for value_scale in (0.5, 3.0, 10.0):
+        game = random_games(
+            "arm-like", num_rows=4, num_principals=2, num_tokens=30_000, value_scale=value_scale, dtype=torch.float32
+        )
+        solution = cage.solve(game)
+        assert (solution.status == cage.Status.CONVERGED).all()
+        wide = cage.Game(game.base_logprobs.double(), game.values.double(), 1.0)
+        assert torch.allclose(solution.policy.double(), cage.solve(wide).policy, atol=1e-3)
+
+
+def test_many_principals_over_a_vocabulary_are_solved_without_pools():
+    game = random_games("plain", num_rows=1, num_principals=9, num_tokens=4200, value_scale=0.5)
+    solution = cage.solve(game)
+    assert solution.status.tolist() == [cage.Status.CONVERGED]
+    assert cage.deviation_gain(game, solution).abs().max() < 1e-7
+
+
+MEMORY = """
+import resource, torch, cage
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+base = torch.empty(64, 151_936).normal_(generator=generator).mul_(3)
+values = torch.empty(64, 4, 151_936).normal_(generator=generator)
+cage.solve(cage.Game(base[:2, :5000].contiguous(), values[:2, :, :5000].contiguous(), 0.5))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+solution = cage.solve(cage.Game(base, values, 0.5))
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert (solution.status == cage.Status.CONVERGED).all()
+print(1024 * grown / (4 * (base.numel() + values.numel())))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has another unit elsewhere")
+def test_no_copies_of_the_values_pile_up():
+    """151,936 tokens, 64 rows, 4 principals: the output and some blocks of rows on top of the input, no more."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.8
