@@ -10,11 +10,10 @@ START, END = "<!-- equilibrium:start -->", "<!-- equilibrium:end -->"
 
 
 def shown_code():
-    """Return the code of the README's section, or of the page that it is taken from while there is none."""
+    """Return the code of the README's section."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition(START)[2].partition(END)[0].strip()
-    page = (ROOT / "docs" / "equilibrium_in_ten_lines.md").read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", section or page, re.DOTALL)
+    section = readme.partition(START)[2].partition(END)[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
 def test_the_equilibrium_in_ten_lines_runs_and_prints_what_it_says(capsys):
