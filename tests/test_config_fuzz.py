@@ -120,3 +120,10 @@ def test_hostile_yaml_is_refused(tmp_path, text):
     with pytest.raises(ConfigurationError):
         load_config(path)
     is_read_or_refused(lambda: load_config(path))
+
+
+@pytest.mark.parametrize("data", [b"*\xed\x9e\xa4", b"2001-13-45", b"a: 2001-13-45", b"x\x1b[31m", b"[1, 2"])
+def test_bytes_that_were_once_mishandled(tmp_path, data):
+    path = tmp_path / "job.yaml"
+    path.write_bytes(data)
+    is_read_or_refused(lambda: load_config(path))
