@@ -79,8 +79,10 @@ def row_blocks(game: Game, num_rows: int | None = None) -> list[slice]:
 
 
 def select(tensor: Tensor, rows: slice | Tensor) -> Tensor:
-    """Return some rows; a copy where they are given by index, by the fastest way to copy whole rows."""
-    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+    """Return some rows: a view if they are a slice or all of them, else a copy by the fastest way."""
+    if isinstance(rows, slice):
+        return tensor[rows]
+    return tensor.index_select(0, rows)
 
 
 def log_base(game: Game, measures: Measures, rows: slice | Tensor) -> Tensor:

@@ -117,7 +117,11 @@ class Draft:
         policy_RV = logits_RV.exp()
         total_R1 = policy_RV.sum(1, keepdim=True)
         policy_RV = policy_RV.div_(total_R1)
-        self.log_policy[rows] = logits_RV.sub_(total_R1.log())
+        logits_RV = logits_RV.sub_(total_R1.log())
+        if isinstance(rows, slice):
+            self.log_policy[rows] = logits_RV
+        else:
+            self.log_policy.index_copy_(0, rows, logits_RV)
         self.thresholds[rows] = thresholds_RJ
         for j, excess_RV in enumerate(excesses):
             shortfall_R = excess_RV.clamp_max_(0.0).mul_(policy_RV).sum(1)

@@ -76,6 +76,18 @@ def test_one_or_two_principals_have_one_equilibrium(kind, value_scale):
         assert torch.allclose(swept.thresholds[settled], solution.thresholds[settled], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "method", [cage.Jacobi(tol=1e-8, max_steps=3000), cage.GaussSeidel(tol=1e-8, max_steps=3000)]
+)
+def test_sweeps_of_two_principals_contract(method):
+    """They always settle, if slowly; the default method does not wait for them."""
+    for kind in ("arm-like", "vetoes", "common interest"):
+        game = random_games(kind, num_rows=40, num_principals=2, num_tokens=12, value_scale=3.0, seed=1)
+        swept = method.solve(game)
+        assert (swept.status == cage.Status.CONVERGED).all()
+        assert torch.allclose(swept.policy, cage.solve(game).policy, atol=1e-5)
+
+
 def test_at_two_principals_equilibrium_the_determinant_is_positive_and_crossings_are_small():
     """The diagonal is 1 and the rest within (-1, 1): the reason why there is one equilibrium."""
     for seed, value_scale in enumerate([0.5, 2.0, 8.0, 30.0]):

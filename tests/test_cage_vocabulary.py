@@ -9,7 +9,7 @@ import torch
 import cage
 from cage.examples import random_games
 from cage.newton import find_thresholds
-from cage.pooling import pool
+from cage.pooling import _heaviest, pool
 from cage.response import respond
 from cage.scaled import measure, scale
 from cage.solution import answer
@@ -39,6 +39,16 @@ def test_a_pooled_game_has_the_residuals_of_the_whole_one(num_principals, num_ke
         expected, found = respond(whole, near), respond(pooled, near)
         assert torch.allclose(found.log_residual, expected.log_residual, atol=1e-9)
         assert torch.allclose(found.jacobian, expected.jacobian, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_tokens", [100, 4096, 20_011])
+def test_the_heaviest_tokens_are_found(num_tokens):
+    logits = torch.randn(4, num_tokens, generator=torch.Generator().manual_seed(num_tokens))
+    logits[2] = -torch.inf
+    logits[2, num_tokens // 2 :] = 1.0
+    found = _heaviest(logits, 16)
+    assert all(len(set(row)) == 16 for row in found.tolist())
+    assert torch.equal(logits.gather(1, found).sort(1).values, logits.topk(16).values.sort(1).values)
 
 
 @pytest.mark.parametrize("kind", ["plain", "arm-like", "peaked", "ties", "vetoes", "masked"])
