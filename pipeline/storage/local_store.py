@@ -76,8 +76,10 @@ class LocalStore:
     def sweep(self) -> None:
         with told_as_storage_error(f"remove old files of {self.folder}"):
             for aside in self.folder.rglob(f".*{ASIDE}"):
-                if time.time() - aside.stat().st_mtime > ABANDONED_AFTER_S:
-                    aside.unlink(missing_ok=True)
+                # another driver may end its write between the listing and here
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - aside.stat().st_mtime > ABANDONED_AFTER_S:
+                        aside.unlink()
 
     def names(self, prefix: str = "") -> list[str]:
         start = self.folder / prefix.rpartition("/")[0]
