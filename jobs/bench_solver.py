@@ -9,9 +9,10 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -22,6 +23,7 @@ import cage
 from cage.examples import kinds, random_games
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 METHODS: dict[str, Any] = {
     "threshold newton": cage.ThresholdNewton(),
@@ -71,7 +73,10 @@ def run(*, quick: bool = False, games_a_cell: int = 0, threads: int = 1) -> dict
         (name, shape) for shape in shapes for name in METHODS if name == "threshold newton" or shape[0] <= SWEPT_ROWS
     ]
     speeds = [measure_speed(name, shape, repetitions, published) for name, shape in runs]
-    full = [measure_full_vocabulary(shape, repetitions) for shape in (FULL_SHAPES[1:2] if quick else FULL_SHAPES)]
+    full_shapes = FULL_SHAPES[1:2] if quick else FULL_SHAPES
+    full = [
+        measure_full_vocabulary(shape, scale, repetitions) for shape in full_shapes for scale in (1.0, BENCH_SCALE)
+    ]
     return {
         "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
         "threads": threads,
@@ -100,11 +105,12 @@ def measure_speed(name: str, shape: tuple[int, int, int], repetitions: int, publ
     }
 
 
-def measure_full_vocabulary(shape: tuple[int, int, int], repetitions: int) -> Row:
+def measure_full_vocabulary(shape: tuple[int, int, int], scale: float, repetitions: int) -> Row:
     """Time the default method over a whole vocabulary in float32."""
-    game = _games("arm-like", shape, torch.float32)
+    game = _games("arm-like", shape, torch.float32, scale)
     seconds, solution = _timed(lambda: cage.solve(game), repetitions)
     return _shape_row(shape) | {
+        "value_scale": scale,
         "ms": seconds * 1e3,
         "median_steps": solution.num_steps.double().median().item(),
         "worst_residual": solution.residual.max().item(),
@@ -121,22 +127,19 @@ def measure_decode_step(num_rows: int, context: int = 128, repetitions: int = 5)
         num_key_value_heads=3, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    times = []
     with torch.inference_mode():
         cache = model(torch.ones(num_rows, context, dtype=torch.long), use_cache=True).past_key_values
-        for _ in range(repetitions):
-            start = time.perf_counter()
-            cache = model(torch.ones(num_rows, 1, dtype=torch.long), past_key_values=cache).past_key_values
-            times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2] * 1e3
+        token = torch.ones(num_rows, 1, dtype=torch.long)
+        seconds, _ = _timed(partial(model, token, past_key_values=cache), repetitions)
+    return seconds * 1e3
 
 
 def measure_published(num_games: int) -> Row:
     """Time the published numerics one game after another, and say how far from the equilibrium they end."""
     game = _games("arm-like", (num_games, 2, 50), torch.float64)
-    start = time.perf_counter()
-    offers = torch.stack([solve_as_published(game, row) for row in range(num_games)])
-    seconds = time.perf_counter() - start
+    timed = [_timed(partial(solve_as_published, game, row), 2) for row in range(num_games)]
+    seconds = sum(game_seconds for game_seconds, _ in timed)
+    offers = torch.stack([offer for _, offer in timed])
     policy = torch.softmax(game.base_logprobs + offers.sum(1), -1)
     gain = cage.deviation_gain(game, SimpleNamespace(incentives=offers))  # type: ignore[arg-type]
     distance = 0.5 * (policy - cage.solve(game).policy).abs().sum(1)
@@ -218,14 +221,17 @@ def _games(
     )
 
 
-def _timed(call: Callable[[], cage.Solution], repetitions: int) -> tuple[float, cage.Solution]:
-    """Return the median seconds of a call, and what it returned; the first, which warms up, does not count."""
-    solution, times = call(), []
-    for _ in range(repetitions):
+def _timed(call: Callable[[], T], repetitions: int) -> tuple[float, T]:
+    """Return the fastest of some calls in seconds, as timeit does, and what the last returned.
+
+    What else runs on the machine only ever makes a call slower.
+    """
+    times = []
+    for _ in range(max(2, repetitions)):
         start = time.perf_counter()
-        solution = call()
+        result = call()
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2], solution
+    return min(times), result
 
 
 def _shape_row(shape: tuple[int, int, int]) -> Row:
