@@ -21,7 +21,8 @@ from cage.scaled import Measures, ScaledGame, excess, log_base, row_blocks, scal
 from cage.solution import Draft, Solution
 
 _SMALLEST_VOCABULARY = 4096
-_MOST_PRINCIPALS = 8  # pools double with every principal
+# pools double with every principal, and elsewhere than on a CPU so do the passes that fill them
+_MOST_PRINCIPALS, _MOST_PRINCIPALS_ELSEWHERE = 8, 4
 _MOST_SPLITS = 3
 _CORRECTIONS, _CORRECTABLE = 3, 0.3
 _GROUP = 64
@@ -35,8 +36,9 @@ class Find(Protocol):
 
 
 def pays_off(game: Game) -> bool:
-    """Say whether pooling is worth its passes; it depends on the shape of a row alone, never on the batch."""
-    return game.num_tokens >= _SMALLEST_VOCABULARY and 0 < game.num_principals <= _MOST_PRINCIPALS
+    """Say whether pooling is worth its passes; it depends on a row's shape and device, never on the batch."""
+    most = _MOST_PRINCIPALS if game.values.device.type == "cpu" else _MOST_PRINCIPALS_ELSEWHERE
+    return game.num_tokens >= _SMALLEST_VOCABULARY and 0 < game.num_principals <= most
 
 
 def solve_pooled(game: Game, measures: Measures, find: Find, *, tol: float, max_steps: int) -> Solution:

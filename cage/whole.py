@@ -17,7 +17,7 @@ from cage.solution import Solution, answer, join
 
 Find = Callable[[ScaledGame], tuple[Tensor, Tensor]]
 
-_NUMBERS_A_BATCH = {"cpu": 2**20, "cuda": 2**27}
+_NUMBERS_A_BATCH = {"cpu": 2**20, "cuda": 2**25}
 _NUMBERS_A_BATCH_ELSEWHERE = 2**22
 
 

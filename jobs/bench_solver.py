@@ -34,7 +34,7 @@ SHAPES = ((1, 2, 50), (32, 2, 50), (256, 2, 50), (2048, 2, 50), (32, 1, 50), (32
 FULL_SHAPES = ((1, 2, 49_152), (16, 2, 49_152), (32, 2, 49_152), (16, 4, 49_152), (16, 2, 151_936))
 SWEPT_ROWS = 32  # the sweeping methods are timed up to this many rows; their slowest row decides, and it is slow
 SCALES = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the values, in agent temperatures
-BENCH_SCALE = 3.0
+BENCH_SCALE, FULL_SCALES = 3.0, (1.0, 3.0)
 HEADINGS = {
     "principals": "J",
     "games_a_second": "games/s",
