@@ -13,7 +13,7 @@ from torch import Tensor
 from cage.game import Game
 
 LOWEST_VALUE = -1e30  # keeps products with probabilities finite in float32
-_NUMBERS_A_BLOCK = {"cpu": 2**18, "cuda": 2**24}  # a CPU's second-level cache; a GPU's memory
+_NUMBERS_A_BLOCK = {"cpu": 2**18, "cuda": 2**24}  # a CPU's caches; a GPU's memory
 _NUMBERS_A_BLOCK_ELSEWHERE = 2**20
 
 
