@@ -24,7 +24,7 @@ def run_inspect(path: str, row_id: str) -> None:
 
 def describe_row(row: dict[str, Any]) -> str:
     """The conversation, the answer, a table by principal, the numbers, and traced tokens if there are any."""
-    parts = [f"row {printable(row['row_id'])}, sample {row['sample']}"]
+    parts = [f"row {printable(row['row_id'])}, sample {row['sample']}{_variant(row)}"]
     parts += [f"{printable(message['role'])}:\n{indented(message['content'])}" for message in row["prompt"] or []]
     if row["error"] is not None:
         return "\n".join([*parts, f"rejected: {printable(row['error'])}"])
@@ -41,6 +41,12 @@ def describe_row(row: dict[str, Any]) -> str:
     if row.get("tokens"):
         parts.append(_tokens(row["tokens"]))
     return "\n".join(parts)
+
+
+def _variant(row: dict[str, Any]) -> str:
+    if row.get("variant") is None:
+        return ""
+    return f", variant {row['variant']} ({row['rule']}, agent temperature {row['agent_temperature']:g})"
 
 
 def _principals(row: dict[str, Any]) -> str:

@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 from jobs.text import printable, size, table
-from pipeline.config import Config, ModelConfig, Transport, load_config
+from pipeline.config import Config, ModelConfig, Transport
+from pipeline.config_files import load_config
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.lineup import HostPlan
 from pipeline.models.descriptions import ModelDescription, describe_model
 from pipeline.models.embedded import default_cache_folder
 from pipeline.models.messages import HostSpec
 from pipeline.relabel import Prepared, prepare
+from pipeline.variants import lay_out
 
 
 def run_plan(config_file: Path, overrides: list[str]) -> None:
@@ -24,13 +26,12 @@ def describe_plan(config: Config, prepared: Prepared) -> str:
     """Rows and shards, who plays, which hosts with which roles, what one replica takes."""
     plan, assembly = prepared.plan, prepared.assembly
     decoding, cluster = config.decoding, config.cluster
-    files = len(plan.files)
+    files, answers = len(plan.files), len(plan.variants) * plan.num_samples
     lines = [
         f"input     {printable(config.input.path)}: {plan.num_rows:,} rows in {files:,} file{'s' * (files != 1)}",
         f"output    {printable(config.output.path)}: {len(plan.shards):,} shards "
-        f"of at most {plan.rows_per_shard:,} rows"
-        + (f", {plan.num_samples} answers a row" if plan.num_samples > 1 else ""),
-        f"rule      {decoding.rule}, agent temperature {decoding.agent_temperature:g}, "
+        f"of at most {plan.rows_per_shard:,} rows" + (f", {answers:,} answers a row" if answers > 1 else ""),
+        _rule(config)
         + (f"top {decoding.candidates} of the base" if decoding.candidates != "all" else "full vocabulary")
         + f", at most {decoding.max_new_tokens:,} tokens a row, {decoding.reproducibility}",
         "",
@@ -44,6 +45,20 @@ def describe_plan(config: Config, prepared: Prepared) -> str:
         f"digest    {plan.digest}",
     ]
     return "\n".join(lines)
+
+
+def _rule(config: Config) -> str:
+    """What decides: one rule, or the grid of variants."""
+    variants = lay_out(config)
+    if len(variants) == 1:
+        return f"rule      {variants[0].rule}, agent temperature {variants[0].agent_temperature:g}, "
+    rules = dict.fromkeys(str(variant.rule) for variant in variants)
+    temperatures = dict.fromkeys(f"{variant.agent_temperature:g}" for variant in variants)
+    vectors = {repr(variant.weights) for variant in variants}
+    return (
+        f"grid      {len(variants):,} variants of rules {', '.join(rules)}, agent temperatures "
+        f"{', '.join(temperatures)} and {len(vectors):,} weight vector{'s' * (len(vectors) != 1)}; "
+    )
 
 
 def _where(config: Config) -> str:

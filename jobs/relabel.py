@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.config import Config, dump_config, load_config
+from pipeline.config import Config
+from pipeline.config_files import dump_config, load_config
 
 
 def run_relabel(config_file: Path, overrides: list[str], *, print_config: bool, is_verbose: bool) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jobs.relabel import run_config
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
+from pipeline.config_files import parse_config
 from pipeline.errors import ConfigurationError
 from pipeline.storage.run import Run
 from pipeline.storage.stores import open_store
@@ -42,7 +43,7 @@ def retry_config(path: str, overrides: list[str]) -> Config:
     target.create(INPUT, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
     tree: dict[str, Any] = json.loads(json.dumps(run.plan.config))
     tree["input"] = {"path": target.url(INPUT), "id": "id", "messages": "messages"}
-    if run.plan.principal_names:
+    if run.plan.principal_names and not tree["grid"]["weights"]:
         tree["input"]["weights"] = "weights"
     if run.plan.has_response:
         tree["input"]["response"] = "response"

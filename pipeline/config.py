@@ -1,20 +1,15 @@
-"""Configuration: YAML and dotted overrides become one frozen, typed `Config`, once, at the edge.
+"""The sections of a configuration: frozen, typed, with every default of the project.
 
-Every default of the project lives here. An unknown key is an error with a suggestion.
+`pipeline.config_files` makes them out of YAML and dotted overrides, once, at the edge.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from pipeline.errors import ConfigurationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 EMBEDDED_MODEL = "smollm2-135m"
 PRINCIPAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
@@ -42,6 +37,12 @@ class Trace(StrEnum):
 class Transport(StrEnum):
     RAY = "ray"
     LOCAL = "local"
+
+
+def shortened(value: Any) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class Section(BaseModel):
@@ -186,6 +187,38 @@ class DecodingConfig(Section):
     trace: Trace = Trace.SUMMARY
 
 
+class SimplexConfig(Section):
+    """Every weight vector whose entries are multiples of `step` and sum to 1."""
+
+    step: float = Field(gt=0, le=1, description="such as 0.25; 1 must be a multiple of it")
+
+    @model_validator(mode="after")
+    def _divides_one(self) -> SimplexConfig:
+        if abs(1 / self.step - round(1 / self.step)) > 1e-6:
+            raise ValueError(f"1 must be a multiple of step; got {self.step:g}")
+        return self
+
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class GridConfig(Section):
+    """Ways to answer every prompt: each rule at each agent temperature with each weight vector.
+
+    What is left empty is taken from `decoding` and `principals`. All of it is part of the fingerprint.
+    """
+
+    weights: tuple[dict[str, Weight], ...] | SimplexConfig = Field(
+        (), description="weight vectors {principal: weight}, or {step: 0.25} for a grid on the simplex"
+    )
+    rules: tuple[RuleName, ...] = ()
+    agent_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.weights or self.rules or self.agent_temperatures)
+
+
 class ClusterConfig(Section):
     """Where it runs. Nothing here changes results."""
 
@@ -207,7 +240,7 @@ def _budget(value: Any) -> Any:
             return int(value)
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 10**18 and value % 1 == 0:
         return int(value)
-    raise ValueError(f'budget is a number of rows, such as 10, or a share, such as "5%"; got {_short(value)}')
+    raise ValueError(f'budget is a number of rows, such as 10, or a share, such as "5%"; got {shortened(value)}')
 
 
 class ErrorsConfig(Section):
@@ -232,6 +265,7 @@ class Config(Section):
     base: Annotated[BaseConfig, BeforeValidator(_model_from_name)] = BaseConfig(model=EMBEDDED_MODEL)
     principals: dict[str, Principal] = Field(default_factory=dict)
     decoding: DecodingConfig = DecodingConfig()
+    grid: GridConfig = GridConfig()
     cluster: ClusterConfig = ClusterConfig()
     errors: ErrorsConfig = ErrorsConfig()
 
@@ -244,139 +278,20 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _grid_fits(self) -> Config:
+        if isinstance(self.grid.weights, SimplexConfig):
+            if not self.principals:
+                raise ValueError("grid.weights needs principals to weigh, and there are none")
+        else:
+            for index, vector in enumerate(self.grid.weights):
+                if set(vector) != set(self.principals):
+                    known, given = (", ".join(names) or "none" for names in (self.principals, vector))
+                    raise ValueError(f"grid.weights[{index}] must name every principal once ({known}); got {given}")
+        if self.grid.weights and self.input.weights is not None:
+            raise ValueError("give either input.weights or grid.weights, not both")
+        return self
+
     @property
     def weights(self) -> dict[str, float]:
         return {name: principal.weight for name, principal in self.principals.items()}
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply dotted overrides such as `decoding.temperature=0.7`, and validate.
-
-    Raises:
-        ConfigurationError: the file cannot be read, or a key or value is wrong; all of them, one a line.
-    """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"no configuration file at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: such as a date with a 13th month
-        raise ConfigurationError(f"{path} is not valid YAML: {_printable(' '.join(str(error).split()))}") from None
-    if not isinstance(tree, dict):
-        raise ConfigurationError(
-            f"{path} must hold a mapping with the keys input, output, ...; it holds {_printable(_short(tree))}"
-        )
-    return parse_config(tree, overrides, source=str(path))
-
-
-def parse_config(
-    tree: dict[str, Any], overrides: list[str] | None = None, *, source: str = "configuration"
-) -> Config:
-    """Apply overrides to a plain tree of values and validate it. Raises ConfigurationError, a fault a line."""
-    for override in overrides or []:
-        _apply_override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        faults = [_printable(_describe(fault, tree)) for fault in error.errors()]
-        raise ConfigurationError(f"{source}: " + "\n".join(dict.fromkeys(faults))) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, defaults included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise ConfigurationError(f"an override has the form key.sub=value; got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        raise ConfigurationError(f"the value of the override {override!r} is not valid YAML") from None
-    node = tree
-    for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if isinstance(child, str) and key in ("base", "model", "reference"):
-            child = node[key] = {"model": child}
-        if child is None:
-            child = node[key] = {}
-        if not isinstance(child, dict):
-            raise ConfigurationError(f"override {override!r}: {key} is {child!r}, which has no keys below it")
-        node = child
-    node[keys[-1]] = value
-
-
-def _describe(fault: Any, tree: dict[str, Any]) -> str:
-    """One line: where, what was given, what would be right."""
-    where, section = _locate(fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        known = sorted(section.model_fields) if section is not None else []
-        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
-        return f"{where} is not a known key{hint}"
-    if fault["type"] == "missing":
-        return f"{where} is missing"
-    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{where}.kind must be one of prompted, arm, tuned_pair; got {_short(_value_of(fault, 'kind'))}"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "must be").replace("String should", "must")
-    if fault["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where} {message}; got {_short(fault['input'])}"
-
-
-def _value_of(fault: Any, key: str) -> Any:
-    return fault["input"].get(key) if isinstance(fault["input"], dict) else fault["input"]
-
-
-def _printable(text: str) -> str:
-    """The text on one line, control characters escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _locate(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted place of a fault, without the union tags that pydantic adds, and its section's class."""
-    kinds: dict[str, type[BaseModel]] = {
-        "prompted": PromptedPrincipal,
-        "arm": ArmPrincipal,
-        "tuned_pair": TunedPairPrincipal,
-    }
-    section: type[BaseModel] | None = Config
-    names: list[str] = []
-    for index, part in enumerate(loc):
-        if index == 2 and loc[0] == "principals" and part in kinds:
-            section = kinds[str(part)]
-            continue
-        if isinstance(part, str) and re.fullmatch(
-            r"(ReferenceConfig|ModelConfig|literal\[.*\]|constrained-.*|int|str|function-.*)", part
-        ):
-            continue
-        names.append(str(part))
-        if index < len(loc) - 1:
-            section = _child_section(section, str(part)) or section
-    return ".".join(names), section
-
-
-def _child_section(section: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
-    children: dict[str, type[BaseModel]] = {
-        "input": InputConfig,
-        "output": OutputConfig,
-        "base": BaseConfig,
-        "decoding": DecodingConfig,
-        "cluster": ClusterConfig,
-        "errors": ErrorsConfig,
-        "resources": Resources,
-        "model": ModelConfig,
-        "reference": ReferenceConfig,
-    }
-    return children.get(key) if section is not None else None

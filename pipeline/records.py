@@ -46,6 +46,7 @@ class TokenTrace:
 class Record:
     """One output row. Numbers are float64 sums or means over the answer's tokens; rewards in nats.
 
+    `variant` says which of the run's ways to answer this is, `rule` and `agent_temperature` what it decides by;
     `rewards` is the sum of q over the answer by principal, before weights; `payments` what each principal paid
     for the drawn tokens (None under a rule without payments). A rejected row has `error` and no answer.
     """
@@ -64,6 +65,9 @@ class Record:
     max_residual: float | None = None
     num_unsolved: int = 0
     error: str | None = None
+    variant: int = 0
+    rule: str = ""
+    agent_temperature: float | None = None
     original_response: str | None = None
     original_rewards: Mapping[str, float | None] | None = None
     chosen: str | None = None

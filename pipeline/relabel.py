@@ -69,7 +69,7 @@ def relabel(
     budget = _Budget(config, run, sum(commit.rejected for commit in committed.values()))
     line = ProgressLine(
         out,
-        num_rows=run.plan.num_rows * run.plan.num_samples,
+        num_rows=run.plan.num_answers,
         num_shards=len(run.plan.shards),
         rows_before=sum(commit.rows + commit.rejected for commit in committed.values()),
         shards_before=len(committed),
@@ -113,7 +113,7 @@ class _Budget:
 
     def __init__(self, config: Config, run: Run, num_before: int) -> None:
         self._num_before = num_before
-        self._allowed = config.errors.allowed(run.plan.num_rows * run.plan.num_samples)
+        self._allowed = config.errors.allowed(run.plan.num_answers)
 
     def check(self, num_rejected: int) -> None:
         total = self._num_before + num_rejected

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import torch
 from faults import KillAt
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
+from pipeline.config_files import parse_config
 from pipeline.points import Point, unwatched
 from pipeline.relabel import relabel
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
+from pipeline.config_files import parse_config
 from pipeline.decoding.assembly import Assembly, assemble
 from pipeline.decoding.engine import Engine, decode_rows
 from pipeline.decoding.local import local_engine

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
+from pipeline.config_files import parse_config
 from pipeline.records import FinishReason, Record, Row
 from pipeline.storage.plan import Plan, make_plan
 

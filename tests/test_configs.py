@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, Transport, load_config
+from pipeline.config import Config, Transport
+from pipeline.config_files import load_config
 from pipeline.decoding.lineup import build_lineup
 
 FOLDER = Path(__file__).parent.parent / "configs"

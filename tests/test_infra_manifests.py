@@ -15,7 +15,8 @@ import pytest
 import typer
 import yaml
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_files import load_config
 from pipeline.decoding.lineup import build_lineup
 
 ROOT = Path(__file__).parent.parent

@@ -172,5 +172,6 @@ def test_several_hosts_give_the_same_record_in_one_group_or_two(tiny):
     engine, assembly = engine_of(config)
     from pipeline.decoding.engine import Engine
 
-    two = Engine(assembly.lineup, engine._hosts, assembly.prompter, config.decoding, num_slots=6, num_groups=2)
+    parts = (assembly.lineup, engine._hosts, assembly.prompter, config.decoding, assembly.variants)
+    two = Engine(*parts, num_slots=6, num_groups=2)
     assert {record.row_id: record for record in decode_rows(two, rows)} == one

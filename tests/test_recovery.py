@@ -64,7 +64,10 @@ class Replica:
     def decode(self, before, rows=ROWS):
         """Records by id, and the engine; hosts that fail are replaced."""
         hosts = self.hosts(before)
-        engine = Engine(self.assembly.lineup, hosts, self.assembly.prompter, self.config.decoding, **self.options)
+        assembly = self.assembly
+        engine = Engine(
+            assembly.lineup, hosts, assembly.prompter, self.config.decoding, assembly.variants, **self.options
+        )
         records, waiting = {}, list(rows)
         while waiting or not engine.is_idle:
             while engine.has_room and waiting:

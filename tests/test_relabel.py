@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from pipeline.config import parse_config
+from pipeline.config_files import parse_config
 from pipeline.errors import ConfigurationError, ErrorBudgetExceeded, RunMismatch
 from pipeline.relabel import relabel
 from pipeline.storage.run import Run

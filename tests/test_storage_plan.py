@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from storage_setup import MODELS, make_config, small_plan, write_jsonl
 
-from pipeline.config import parse_config
+from pipeline.config_files import parse_config
 from pipeline.errors import ConfigurationError, RunMismatch
 from pipeline.storage.plan import Plan, explain_mismatch, make_plan
 from pipeline.storage.run import Run
@@ -191,7 +191,7 @@ def test_a_damaged_plan_is_told_in_one_line(tmp_path: Path, data: bytes, at: flo
 
 def test_a_plan_of_another_version_is_told(tmp_path: Path) -> None:
     tree = {**json.loads(small_plan(tmp_path).to_json()), "version": 99}
-    with pytest.raises(ConfigurationError, match="has version 99; this program reads version 1"):
+    with pytest.raises(ConfigurationError, match="has version 99; this program reads version 2"):
         Plan.from_json(json.dumps(tree).encode())
 
 

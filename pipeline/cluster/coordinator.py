@@ -123,11 +123,12 @@ class Coordinator:
             hosts,
             self._assembly.prompter,
             config.decoding,
+            self._assembly.variants,
             num_slots=config.cluster.slots,
             num_groups=2 if has_overlap else 1,
             max_failures=config.errors.max_host_failures,
         )
-        return ShardDecoder(engine, num_samples=config.decoding.n)
+        return ShardDecoder(engine, num_variants=len(self._assembly.variants), num_samples=config.decoding.n)
 
     def _decode(self, decoder: ShardDecoder) -> None:
         """The decoder's loop, for ever. Raises CageError with `_jobs` holding what was under way."""

@@ -23,6 +23,7 @@ from pipeline.models.tokenizers import (
     stop_token_ids,
     text_config,
 )
+from pipeline.variants import Variant, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Assembly:
     hosts: tuple[HostSpec, ...]
     identities: Mapping[str, str]
     prompter: Prompter
+    variants: tuple[Variant, ...]
 
 
 def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], None] = lambda line: None) -> Assembly:
@@ -88,7 +90,7 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
     )
     identities = {place: model.identity for place, model in models.items()}
     identities |= {place: adapter.identity for place, adapter in adapters.items()}
-    return Assembly(config, lineup, hosts, identities, prompter)
+    return Assembly(config, lineup, hosts, identities, prompter, lay_out(config))
 
 
 def _load_tokenizers(lineup: Lineup, sources: Mapping[str, ModelSource]) -> dict[str, Any]:

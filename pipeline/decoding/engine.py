@@ -11,6 +11,7 @@ back into the queue and begin again. Nothing of a step is applied before all of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 
 from torch import Tensor
 
@@ -23,10 +24,11 @@ from pipeline.decoding.hosts import Hosts
 from pipeline.decoding.lineup import BASE, Lineup
 from pipeline.decoding.prompts import Prompter
 from pipeline.decoding.recovery import MAX_LOSSES_IN_A_ROW, Recoveries
-from pipeline.decoding.running import RunningRow, TokenOutcome, rejected
+from pipeline.decoding.running import RunningRow, Terms, TokenOutcome
 from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
 from pipeline.models.messages import Admission, Candidates, HostRole
 from pipeline.records import Record, Row
+from pipeline.variants import Variant
 
 
 class Engine:
@@ -36,7 +38,8 @@ class Engine:
         lineup: roles and principals.
         hosts: clients by host name.
         prompter: token ids of prompts and text of answers.
-        decoding: rule, temperatures, limits.
+        decoding: candidates, temperature of the draw, limits.
+        variants: the ways to answer a row.
         num_slots: rows at once; as many as every host has.
         num_groups: groups that alternate; 2 hides the coordinator's work behind the hosts'.
         max_failures: hosts that may fail in a row, no row being finished in between.
@@ -48,6 +51,7 @@ class Engine:
         hosts: Hosts,
         prompter: Prompter,
         decoding: DecodingConfig,
+        variants: Sequence[Variant],
         *,
         num_slots: int,
         num_groups: int = 1,
@@ -57,6 +61,7 @@ class Engine:
         self._hosts = hosts
         self._prompter = prompter
         self._decoding = decoding
+        self._variants = variants
         self._names = tuple(principal.name for principal in lineup.principals)
         is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
         self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
@@ -76,13 +81,15 @@ class Engine:
     def is_idle(self) -> bool:
         return self._slots.is_empty and not self._ended
 
-    def admit(self, row: Row, sample: int = 0) -> None:
-        """Queue one sample of a row; a row that cannot be decoded comes out of the next step as rejected."""
+    def admit(self, row: Row, variant: int = 0, sample: int = 0) -> None:
+        """Queue one answer to a row; a row that cannot be decoded comes out of the next step as rejected."""
+        running = self._begin(row, variant, sample)
         try:
-            self._slots.queue.append(self._prepare(row, sample))
+            self._encode(running)
         except RowError as error:
-            weights = {**self._lineup.weights, **(row.weights or {})}
-            self._ended.append(rejected(row, sample, weights, str(error)))
+            self._ended.append(running.rejected(str(error)))
+        else:
+            self._slots.queue.append(running)
 
     def step(self) -> list[Record]:
         """Advance one group by one token; the records of the rows that ended.
@@ -140,25 +147,29 @@ class Engine:
     def _refuse(self, running: RunningRow, reason: str) -> None:
         """Reject a row that waits to begin again."""
         self._slots.queue.remove(running)
-        weights = dict(zip(self._names, running.weights, strict=True))
-        self._ended.append(rejected(running.row, running.sample, weights, reason))
+        self._ended.append(running.rejected(reason))
 
-    def _prepare(self, row: Row, sample: int) -> RunningRow:
-        if row.error is not None:
-            raise RowError(row.error)
-        prompts = self._prompter.encode(row.messages)
-        room = self._prompter.room(prompts)
-        limit = self._decoding.max_new_tokens
-        weights = {**self._lineup.weights, **(row.weights or {})}
+    def _begin(self, row: Row, variant: int, sample: int) -> RunningRow:
+        way = self._variants[variant]
+        weights = way.weights or {**self._lineup.weights, **(row.weights or {})}
         return RunningRow(
             row=row,
             sample=sample,
+            variant=variant,
             principal_names=self._names,
-            weights=tuple(float(weights[name]) for name in self._names),
-            prompts=prompts,
-            max_tokens=limit if room is None else min(limit, room),
+            terms=Terms(way.rule, way.agent_temperature, tuple(float(weights[name]) for name in self._names)),
+            # the variants of a prompt share its draws: what differs between them is the rule's doing
             uniforms=Uniforms(self._decoding.seed, row.row_id, sample),
         )
+
+    def _encode(self, running: RunningRow) -> None:
+        """Give the row its prompts. Raises RowError where it cannot be read."""
+        if running.row.error is not None:
+            raise RowError(running.row.error)
+        running.prompts = self._prompter.encode(running.row.messages)
+        room = self._prompter.room(running.prompts)
+        limit = self._decoding.max_new_tokens
+        running.max_tokens = limit if room is None else min(limit, room)
 
     def _launch(self, group: Group) -> Call | None:
         """Fill free slots from the queue and send every host the new rows and the newest tokens."""
@@ -212,7 +223,7 @@ class Engine:
             self._decoding,
             proposal,
             self._gather_rewards(call, proposal),
-            [running.weights for running in rows],
+            [running.terms for running in rows],
             [running.uniforms.at(len(running.tokens)) for running in rows],
         )
         for running in rows:
@@ -244,9 +255,7 @@ class Engine:
     def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
         """Give the row its token; its record if that ended it."""
         if outcome.status == cage.Status.NOT_FINITE:
-            weights = dict(zip(self._names, running.weights, strict=True))
-            reason = f"token {len(running.tokens)}: the rewards or the base's logits are not finite"
-            return rejected(running.row, running.sample, weights, reason)
+            return running.rejected(f"token {len(running.tokens)}: the rewards or the base's logits are not finite")
         running.append(outcome)
         finished = running.finish(self._prompter, self._decoding.stop)
         if finished is None:
@@ -270,9 +279,11 @@ class Engine:
         ]
 
 
-def decode_rows(engine: Engine, rows: Iterable[Row], *, num_samples: int = 1) -> Iterator[Record]:
-    """Decode every sample of every row; records come as they end. Rows are drawn from `rows` as slots free up."""
-    waiting = ((row, sample) for row in rows for sample in range(num_samples))
+def decode_rows(
+    engine: Engine, rows: Iterable[Row], *, num_variants: int = 1, num_samples: int = 1
+) -> Iterator[Record]:
+    """Decode every answer to every row; records come as they end. Rows are drawn from `rows` as slots free up."""
+    waiting = ((row, *answer) for row in rows for answer in product(range(num_variants), range(num_samples)))
     exhausted = False
     while not (exhausted and engine.is_idle):
         while engine.has_room and not exhausted:

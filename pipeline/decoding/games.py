@@ -6,15 +6,16 @@ B rows, J principals, K candidates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import cage
-from pipeline.config import DecodingConfig
+from pipeline.config import DecodingConfig, RuleName
 from pipeline.decoding.draws import draw
 from pipeline.decoding.lineup import PrincipalRoles
-from pipeline.decoding.running import TokenOutcome
+from pipeline.decoding.running import Terms, TokenOutcome
 from pipeline.models.messages import Candidates
 
 FLOAT64_CANDIDATES = 1024  # games up to this size are solved in float64, larger ones in float32
@@ -35,26 +36,30 @@ def play(
     decoding: DecodingConfig,
     proposal: Candidates,
     rewards: Sequence[Tensor],
-    weights: Sequence[Sequence[float]],
+    terms: Sequence[Terms],
     uniforms: Sequence[float],
 ) -> list[TokenOutcome]:
-    """Solve every row's game over the candidates by the configured rule and draw its token.
+    """Solve every row's game over the candidates by the row's rule and draw its token.
 
-    `rewards` holds q [B, K] by principal, `weights` [B][J], `uniforms` one draw a row.
+    `rewards` holds q [B, K] by principal, `terms` and `uniforms` one a row.
     """
     num_rows, num_candidates = proposal.base_logprobs_BK.shape
     dtype = torch.float64 if num_candidates <= FLOAT64_CANDIDATES else torch.float32
     base_BK = proposal.base_logprobs_BK.to(dtype).log_softmax(-1)
     rewards_BJK = torch.stack([*rewards], 1).to(dtype) if rewards else base_BK.new_zeros(num_rows, 0, num_candidates)
-    weights_BJ = torch.tensor(weights, dtype=dtype, device=base_BK.device).view(num_rows, len(rewards))
+    as_numbers = partial(torch.tensor, dtype=dtype, device=base_BK.device)
+    weights_BJ = as_numbers([each.weights for each in terms]).view(num_rows, len(rewards))
     values_BJK = weights_BJ[..., None] * rewards_BJK
-    game = cage.Game(base_BK, values_BJK, decoding.agent_temperature)
-    decision = cage.rules.by_name[decoding.rule.value](game, weights_BJ)
+    temperatures = [each.agent_temperature for each in terms]
+    is_shared = len(set(temperatures)) == 1
+    game = cage.Game(base_BK, values_BJK, temperatures[0] if is_shared else as_numbers(temperatures))
+    decision = _decide(game, weights_BJ, [each.rule for each in terms])
     drawn_B1 = draw(decision.log_policy, uniforms, temperature=decoding.temperature, top_p=decoding.top_p)[:, None]
     at_BJ1 = drawn_B1[:, None].expand(-1, len(rewards), 1)
     payments: Sequence[Sequence[float] | None] = [None] * num_rows
     if decision.thresholds is not None:
-        payments = (values_BJK.gather(-1, at_BJ1)[..., 0] - decision.thresholds).clamp(min=0).tolist()
+        paid = (values_BJK.gather(-1, at_BJ1)[..., 0] - decision.thresholds).clamp(min=0).tolist()
+        payments = [row if each.rule is RuleName.EQUILIBRIUM else None for row, each in zip(paid, terms, strict=True)]
     ids_BK = proposal.ids_BK
     columns = zip(
         (drawn_B1 if ids_BK is None else ids_BK.gather(-1, drawn_B1))[:, 0].tolist(),
@@ -69,6 +74,28 @@ def play(
         strict=True,
     )
     return [TokenOutcome(*column) for column in columns]
+
+
+def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> cage.rules.Decision:
+    """Let every row's rule decide it; thresholds are NaN in the rows whose rule has none."""
+    if len(set(rules)) == 1:
+        return cage.rules.by_name[rules[0].value](game, weights_BJ)
+    decision = cage.rules.Decision(
+        log_policy=torch.empty_like(game.base_logprobs),
+        thresholds=torch.full_like(weights_BJ, torch.nan),
+        residual=torch.empty_like(game.base_logprobs[:, 0]),
+        status=torch.empty_like(game.base_logprobs[:, 0], dtype=torch.int64),
+        num_steps=torch.empty_like(game.base_logprobs[:, 0], dtype=torch.int32),
+    )
+    for rule in dict.fromkeys(rules):
+        at_R = torch.tensor([row for row, other in enumerate(rules) if other is rule], device=weights_BJ.device)
+        part = cage.rules.by_name[rule.value](
+            cage.Game(game.base_logprobs[at_R], game.values[at_R], game.row_temperatures[at_R]), weights_BJ[at_R]
+        )
+        for name in ("log_policy", "thresholds", "residual", "status", "num_steps"):
+            if getattr(part, name) is not None:
+                getattr(decision, name)[at_R] = getattr(part, name).to(getattr(decision, name).dtype)
+    return decision
 
 
 def _kl(log_policy_BK: Tensor, base_BK: Tensor) -> Tensor:

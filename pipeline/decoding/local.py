@@ -18,7 +18,11 @@ class LocalStream:
 
     def __init__(self, assembly: Assembly, run: Run, *, watch: Watcher = unwatched) -> None:
         self._run = run
-        self._decoder = ShardDecoder(local_engine(assembly, watch=watch), num_samples=assembly.config.decoding.n)
+        self._decoder = ShardDecoder(
+            local_engine(assembly, watch=watch),
+            num_variants=len(assembly.variants),
+            num_samples=assembly.config.decoding.n,
+        )
 
     def counts(self) -> Counts:
         """Answers, rejected answers and tokens so far."""
@@ -45,4 +49,11 @@ def local_engine(assembly: Assembly, *, watch: Watcher = unwatched) -> Engine:
         for plan, spec in zip(assembly.lineup.hosts, assembly.hosts, strict=True)
     }
     config = assembly.config
-    return Engine(assembly.lineup, hosts, assembly.prompter, config.decoding, num_slots=config.cluster.slots)
+    return Engine(
+        assembly.lineup,
+        hosts,
+        assembly.prompter,
+        config.decoding,
+        assembly.variants,
+        num_slots=config.cluster.slots,
+    )

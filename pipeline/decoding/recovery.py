@@ -34,7 +34,7 @@ class Suspicion:
     """
 
     def __init__(self) -> None:
-        self._failures: dict[tuple[str, int], int] = {}
+        self._failures: dict[tuple[str, int, int], int] = {}
         self._limit = 0
 
     def limit(self, num_slots: int) -> int:

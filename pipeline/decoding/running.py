@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cage import Status
+from pipeline.config import RuleName
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.hosts import Reply
 from pipeline.decoding.prompts import Prompter
@@ -27,25 +28,35 @@ class TokenOutcome:
     status: int
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """By what a row's games are decided; `weights` by principal, in their order."""
+
+    rule: RuleName
+    agent_temperature: float
+    weights: tuple[float, ...]
+
+
 @dataclass(slots=True)
 class RunningRow:
     """A row in a slot. `originals` are the scores of an existing answer on their way, by host."""
 
     row: Row
     sample: int
+    variant: int
     principal_names: tuple[str, ...]
-    weights: tuple[float, ...]
-    prompts: Mapping[str, Sequence[int]]
-    max_tokens: int
+    terms: Terms
     uniforms: Uniforms
+    prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    max_tokens: int = 0
     originals: dict[str, Reply] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     outcomes: list[TokenOutcome] = field(default_factory=list)
     original_rewards: list[float] | None = None
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.row.row_id, self.sample
+    def key(self) -> tuple[str, int, int]:
+        return self.row.row_id, self.variant, self.sample
 
     def restart(self, *, keeps_tokens: bool) -> None:
         """Prepare to be admitted again. Draws are keyed by the step, so the same tokens come again."""
@@ -95,11 +106,14 @@ class RunningRow:
         record = Record(
             row_id=self.row.row_id,
             sample=self.sample,
+            variant=self.variant,
+            rule=str(self.terms.rule),
+            agent_temperature=self.terms.agent_temperature,
             prompt=self.row.messages,
             response=text,
             finish_reason=reason,
             num_tokens=count,
-            weights=dict(zip(self.principal_names, self.weights, strict=True)),
+            weights=dict(zip(self.principal_names, self.terms.weights, strict=True)),
             rewards=self._by_name(_sums([outcome.rewards for outcome in self.outcomes])),
             payments=self._payments(),
             num_unsolved=sum(outcome.status != Status.CONVERGED for outcome in self.outcomes),
@@ -119,8 +133,8 @@ class RunningRow:
         original_rewards = self.original_rewards
         if original_rewards is None:
             return record
-        total = sum(w * float(r or 0.0) for w, r in zip(self.weights, record.rewards.values(), strict=True))
-        original_total = sum(w * r for w, r in zip(self.weights, original_rewards, strict=True))
+        total = sum(w * float(r or 0.0) for w, r in zip(self.terms.weights, record.rewards.values(), strict=True))
+        original_total = sum(w * r for w, r in zip(self.terms.weights, original_rewards, strict=True))
         is_better = total >= original_total
         original = self.row.response
         return replace(
@@ -129,6 +143,25 @@ class RunningRow:
             original_rewards=self._by_name(original_rewards),
             chosen=record.response if is_better else original,
             rejected=original if is_better else record.response,
+        )
+
+    def rejected(self, reason: str) -> Record:
+        """The output row of one that cannot be aligned."""
+        return Record(
+            row_id=self.row.row_id,
+            sample=self.sample,
+            variant=self.variant,
+            rule=str(self.terms.rule),
+            agent_temperature=self.terms.agent_temperature,
+            prompt=self.row.messages,
+            response=None,
+            finish_reason=FinishReason.ERROR,
+            num_tokens=0,
+            weights=dict(zip(self.principal_names, self.terms.weights, strict=True)),
+            rewards=dict.fromkeys(self.principal_names),
+            payments=dict.fromkeys(self.principal_names),
+            error=reason,
+            original_response=self.row.response,
         )
 
     def _payments(self) -> dict[str, float | None]:
@@ -151,23 +184,6 @@ class RunningRow:
 
     def _by_name(self, numbers: Sequence[float]) -> dict[str, float | None]:
         return dict(zip(self.principal_names, numbers, strict=True))
-
-
-def rejected(row: Row, sample: int, weights: Mapping[str, float], reason: str) -> Record:
-    """The record of a row that cannot be aligned."""
-    return Record(
-        row_id=row.row_id,
-        sample=sample,
-        prompt=row.messages,
-        response=None,
-        finish_reason=FinishReason.ERROR,
-        num_tokens=0,
-        weights=weights,
-        rewards=dict.fromkeys(weights),
-        payments=dict.fromkeys(weights),
-        error=reason,
-        original_response=row.response,
-    )
 
 
 def _sums(numbers_TJ: Sequence[Sequence[float]]) -> list[float]:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import Hosts
@@ -58,7 +59,7 @@ class _Open:
     """A shard under way. `num_waiting` counts admitted rows without a record."""
 
     output: ShardOutput
-    jobs: Iterator[tuple[Row, int]]
+    jobs: Iterator[tuple[Row, int, int]]
     started_s: float
     num_waiting: int = 0
     is_read: bool = False
@@ -69,12 +70,12 @@ class ShardDecoder:
 
     Args:
         engine: the decoder; it must be idle.
-        num_samples: answers per row.
+        num_variants, num_samples: the answers to a row are one a variant and sample.
     """
 
-    def __init__(self, engine: Engine, *, num_samples: int) -> None:
+    def __init__(self, engine: Engine, *, num_variants: int = 1, num_samples: int = 1) -> None:
         self._engine = engine
-        self._num_samples = num_samples
+        self._answers = list(product(range(num_variants), range(num_samples)))
         self._unread: deque[_Open] = deque()
         self._open: dict[str, _Open] = {}
         self._finished: list[ShardOutput] = []
@@ -95,7 +96,7 @@ class ShardDecoder:
 
     def add(self, index: int, rows: Iterable[Row]) -> None:
         """Queue a shard. Row ids must differ from those of all shards under way."""
-        jobs = ((row, sample) for row in rows for sample in range(self._num_samples))
+        jobs = ((row, *answer) for row in rows for answer in self._answers)
         self._unread.append(_Open(ShardOutput(index), jobs, time.monotonic()))
 
     def step(self) -> list[ShardOutput]:
@@ -121,12 +122,12 @@ class ShardDecoder:
             shard = self._unread[0]
             job = next(shard.jobs, None)
             if job is not None:
-                row, sample = job
-                if sample == 0:
+                row, *answer = job
+                if tuple(answer) == self._answers[0]:
                     self._open[row.row_id] = shard
                     shard.output.row_ids.append(row.row_id)
                 shard.num_waiting += 1
-                self._engine.admit(row, sample)
+                self._engine.admit(row, *answer)
                 continue
             self._unread.popleft()
             shard.is_read = True

@@ -16,6 +16,9 @@ from pipeline.storage.tables import output_schema
 COLUMN_NOTES = {
     "row_id": "the input row",
     "sample": "which of the row's samples, from 0",
+    "variant": "which of the run's ways to answer a row, from 0",
+    "rule": "how base and rewards became a policy",
+    "agent_temperature": "of the rule, in nats of weighted reward",
     "prompt": "the conversation that was answered",
     "completion": "the answer, as one assistant message",
     "messages": "prompt and answer",
@@ -91,7 +94,9 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
 
 
 def _column_names(plan: Plan) -> list[str]:
-    schema = output_schema(plan.principal_names, trace=plan.trace, has_response=plan.has_response)
+    schema = output_schema(
+        plan.principal_names, trace=plan.trace, has_response=plan.has_response, has_variants=plan.has_variants
+    )
     return list(schema.names)
 
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from typing import Any
 
 import pyarrow as pa
@@ -60,28 +61,34 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def order_records(records: Iterable[Record], row_ids: Sequence[str], *, num_samples: int, shard: int) -> list[Record]:
-    """The records in the order of `row_ids`, then by sample: each row exactly once.
+def order_records(
+    records: Iterable[Record], row_ids: Sequence[str], *, num_variants: int = 1, num_samples: int, shard: int
+) -> list[Record]:
+    """The records in the order of `row_ids`, then by variant and sample: each answer exactly once.
 
-    Every row has `num_samples` records; one that failed before its first sample may have a single rejected one.
+    Every row has one record a variant and sample; one that failed before its first answer may have a single
+    rejected one.
 
     Raises:
         CageError: a record is missing, twice, or of no row of the shard. It is a fault of the program, and would
             lose or repeat a row.
     """
-    by_row: dict[str, dict[int, Record]] = {row_id: {} for row_id in row_ids}
+    wanted = set(product(range(num_variants), range(num_samples)))
+    by_row: dict[str, dict[tuple[int, int], Record]] = {row_id: {} for row_id in row_ids}
     for record in records:
-        samples = by_row.get(record.row_id)
-        if samples is None or not 0 <= record.sample < num_samples:
-            raise CageError(f"shard {shard} has no row {record.row_id!r}, sample {record.sample}")
-        if record.sample in samples:
-            raise CageError(f"shard {shard} got row {record.row_id!r}, sample {record.sample} twice")
-        samples[record.sample] = record
-    for row_id, samples in by_row.items():
-        whole_row_failed = list(samples) == [0] and samples[0].is_rejected
-        if len(samples) != num_samples and not whole_row_failed:
-            raise CageError(f"shard {shard} got {len(samples)} of {num_samples} samples of row {row_id!r}")
-    return [samples[sample] for samples in by_row.values() for sample in sorted(samples)]
+        answers = by_row.get(record.row_id)
+        key = (record.variant, record.sample)
+        what = f"row {record.row_id!r}, variant {record.variant}, sample {record.sample}"
+        if answers is None or key not in wanted:
+            raise CageError(f"shard {shard} has no {what}")
+        if key in answers:
+            raise CageError(f"shard {shard} got {what} twice")
+        answers[key] = record
+    for row_id, answers in by_row.items():
+        whole_row_failed = list(answers) == [(0, 0)] and answers[0, 0].is_rejected
+        if len(answers) != len(wanted) and not whole_row_failed:
+            raise CageError(f"shard {shard} got {len(answers)} of {len(wanted)} samples of row {row_id!r}")
+    return [answers[key] for answers in by_row.values() for key in sorted(answers)]
 
 
 def count_reasons(reasons: Iterable[str | None]) -> dict[str, int]:
@@ -104,15 +111,15 @@ def count_tokens(table: pa.Table) -> int:
     return int(pc.sum(table.column("num_tokens")).as_py() or 0)
 
 
-def differing_rows(first: pa.Table, second: pa.Table) -> list[tuple[str, int]]:
-    """The (row_id, sample) that both tables have, with different values (NaN equals NaN)."""
+def differing_rows(first: pa.Table, second: pa.Table) -> list[tuple[str, int, int]]:
+    """The (row_id, variant, sample) that both tables have, with different values (NaN equals NaN)."""
     left, right = _by_key(first), _by_key(second)
     common = [key for key in left if key in right]
     return [key for key in common if repr(left[key]) != repr(right[key])]
 
 
-def _by_key(table: pa.Table) -> dict[tuple[str, int], Any]:
-    return {(row["row_id"], row["sample"]): row for row in table.to_pylist()}
+def _by_key(table: pa.Table) -> dict[tuple[str, int, int], Any]:
+    return {(row["row_id"], row.get("variant", 0), row["sample"]): row for row in table.to_pylist()}
 
 
 def _kind(reason: str) -> str:

@@ -31,7 +31,7 @@ def take_fingerprint(
     for file in files:
         fields[f"input.files.{file.name}"] = f"{file.format} {file.num_rows} rows {file.identity}"
     fields["output.rows_per_shard"] = config.output.rows_per_shard
-    for section in ("base", "principals", "decoding"):
+    for section in ("base", "principals", "decoding", "grid"):
         fields.update(_flatten(section, tree[section], models))
     fields["principals"] = list(config.principals)  # their order is the order of columns and of the game
     return fields

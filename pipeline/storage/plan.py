@@ -17,10 +17,11 @@ from pipeline.storage.inputs import InputSource, open_input
 from pipeline.storage.quoting import quote
 from pipeline.storage.rows import Columns
 from pipeline.storage.stores import open_store
+from pipeline.variants import Variant, lay_out
 
 __all__ = ["Plan", "Shard", "explain_mismatch", "make_plan", "refuse_mismatch"]
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Plan:
     shards: tuple[Shard, ...]
     principal_names: tuple[str, ...]
     num_samples: int
+    variants: tuple[Variant, ...]
     rows_per_shard: int
     trace: Trace
     has_response: bool
@@ -65,6 +67,15 @@ class Plan:
     @property
     def num_rows(self) -> int:
         return sum(file.num_rows for file in self.files)
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether the run was given a grid, so that its files name each answer's variant."""
+        return any(self.config["grid"].values())
+
+    @property
+    def num_answers(self) -> int:
+        return self.num_rows * len(self.variants) * self.num_samples
 
     @property
     def digest(self) -> str:
@@ -90,6 +101,7 @@ class Plan:
             "num_rows": self.num_rows,
             "principal_names": self.principal_names,
             "num_samples": self.num_samples,
+            "variants": [variant.to_json() for variant in self.variants],
             "rows_per_shard": self.rows_per_shard,
             "trace": self.trace,
             "has_response": self.has_response,
@@ -133,6 +145,7 @@ class Plan:
             shards=shards,
             principal_names=tuple(tree["principal_names"]),
             num_samples=tree["num_samples"],
+            variants=tuple(Variant.from_json(each) for each in tree["variants"]),
             rows_per_shard=tree["rows_per_shard"],
             trace=Trace(tree["trace"]),
             has_response=tree["has_response"],
@@ -166,6 +179,7 @@ def make_plan(
         shards=tuple(_cut(source.files, config.output.rows_per_shard)),
         principal_names=tuple(config.principals),
         num_samples=config.decoding.n,
+        variants=lay_out(config),
         rows_per_shard=config.output.rows_per_shard,
         trace=config.decoding.trace,
         has_response=config.input.response is not None,

@@ -23,7 +23,7 @@ COMMIT_NAME = re.compile(re.escape(COMMITS) + r"part-(\d+)\.json")
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """How far a run is. Rows are records: one an input row and sample."""
+    """How far a run is. Rows are records: one an input row, variant and sample."""
 
     path: str
     digest: str
@@ -102,7 +102,7 @@ class Run:
         """Write a finished shard and commit it; committing it again changes nothing.
 
         `records` come in any order; they are written in the order of `row_ids` (read from the input when None),
-        then by sample. Records with an error go to the rejected file.
+        then by variant and sample. Records with an error go to the rejected file.
 
         Raises:
             CageError: a row of the shard is missing or twice.
@@ -112,7 +112,13 @@ class Run:
         shard = self.plan.shards[shard] if isinstance(shard, int) else shard
         if row_ids is None:
             row_ids = [row.row_id for row in self.plan.read_shard(shard)]
-        ordered = order_records(records, row_ids, num_samples=self.plan.num_samples, shard=shard.index)
+        ordered = order_records(
+            records,
+            row_ids,
+            num_variants=len(self.plan.variants),
+            num_samples=self.plan.num_samples,
+            shard=shard.index,
+        )
         return self._writer.commit(shard, ordered, attempt=attempt, seconds=seconds, host=host)
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> None:
@@ -145,7 +151,7 @@ class Run:
             path=self.store.path,
             digest=self.plan.digest,
             num_shards=len(self.plan.shards),
-            num_rows=self.plan.num_rows * self.plan.num_samples,
+            num_rows=self.plan.num_answers,
             shards_done=len(done),
             rows_aligned=sum(record.rows for record in done),
             rows_rejected=sum(record.rejected for record in done),
@@ -164,7 +170,7 @@ class Run:
         for record in self.committed().values():
             rows = [row for name in record.sha256_by_file for row in self._find_in(name, row_id)]
             if rows:
-                return sorted(rows, key=lambda row: int(row["sample"]))
+                return sorted(rows, key=lambda row: (row.get("variant", 0), row["sample"]))
         return []
 
     @property

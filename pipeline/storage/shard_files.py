@@ -56,6 +56,7 @@ class ShardWriter:
             self.plan.principal_names,
             trace=self.plan.trace,
             has_response=self.plan.has_response,
+            has_variants=self.plan.has_variants,
             metadata={"cage.fingerprint": self.plan.digest, **models},
         )
 
@@ -101,7 +102,7 @@ class ShardWriter:
             return
         differing = differing_rows(found, aligned)
         if differing:
-            row_id, sample = differing[0]
+            row_id, _, sample = differing[0]
             raise NondeterminismError(
                 f"{self.store.url(name)} was computed twice with different values: {len(differing)} rows, "
                 f"first row {quote(row_id)}, sample {sample}; remove it and its commit record to compute it again"

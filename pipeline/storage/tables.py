@@ -20,6 +20,7 @@ def output_schema(
     *,
     trace: Trace = Trace.SUMMARY,
     has_response: bool = False,
+    has_variants: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> pa.Schema:
     """The columns of an output file, in order.
@@ -30,6 +31,7 @@ def output_schema(
     Args:
         principal_names: the fields of the structs, in this order.
         trace: `tokens` adds the column tokens.
+        has_variants: adds variant, rule and agent_temperature.
         has_response: adds original_response, original_rewards, chosen and rejected.
         metadata: carried by the schema and by every column ("cage.digest"); an entry "cage.models.principals.NAME..."
             also by the fields of that principal.
@@ -39,6 +41,7 @@ def output_schema(
     fields = [
         pa.field("row_id", pa.string()),
         pa.field("sample", pa.int32()),
+        *(_variant_fields() if has_variants else []),
         pa.field("prompt", MESSAGES),
         pa.field("completion", MESSAGES),
         pa.field("messages", MESSAGES),
@@ -83,6 +86,14 @@ def write_table_bytes(table: pa.Table, *, metadata: Mapping[str, str] | None = N
     return bytes(sink.getvalue())
 
 
+def _variant_fields() -> list[pa.Field]:
+    return [
+        pa.field("variant", pa.int32()),
+        pa.field("rule", pa.string()),
+        pa.field("agent_temperature", pa.float64()),
+    ]
+
+
 def _by_principal(principal_names: Sequence[str], metadata: Mapping[str, str]) -> pa.StructType:
     """A struct of one double a principal; each field carries the identities of that principal's models."""
     fields = []
@@ -109,6 +120,9 @@ def _row(record: Record) -> dict[str, Any]:
     return {
         "row_id": record.row_id,
         "sample": record.sample,
+        "variant": record.variant,
+        "rule": record.rule,
+        "agent_temperature": record.agent_temperature,
         "prompt": prompt,
         "completion": completion,
         "messages": None if completion is None else prompt + completion,
