@@ -104,13 +104,13 @@ class ReferenceConfig(ModelConfig):
     """The reference model of a reward."""
 
 
-def _model_from_name(value: Any) -> Any:
+def model_from_name(value: Any) -> Any:
     """Accept a bare model name where a model section is expected."""
     return {"model": value} if isinstance(value, str) else value
 
 
 def _reference_from_name(value: Any) -> Any:
-    return value if value in ("backbone", "none") else _model_from_name(value)
+    return value if value in ("backbone", "none") else model_from_name(value)
 
 
 class PrincipalConfig(Section):
@@ -127,7 +127,7 @@ class PromptedPrincipal(PrincipalConfig):
 
     kind: Literal["prompted"]
     principle: str = Field(min_length=1, description="what the principal asks for, given as a system message")
-    model: Annotated[ModelConfig | None, BeforeValidator(_model_from_name)] = None
+    model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
 
 
 class ArmPrincipal(PrincipalConfig):
@@ -138,7 +138,7 @@ class ArmPrincipal(PrincipalConfig):
     """
 
     kind: Literal["arm"]
-    model: Annotated[ModelConfig | None, BeforeValidator(_model_from_name)] = None
+    model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
     adapter: str | None = None
     reference: Annotated[
         ReferenceConfig | Literal["backbone", "none"] | None, BeforeValidator(_reference_from_name)
@@ -159,8 +159,8 @@ class TunedPairPrincipal(PrincipalConfig):
     """q(a) = log pi_model(a | x) - log pi_reference(a | x): for example a DPO policy and its reference."""
 
     kind: Literal["tuned_pair"]
-    model: Annotated[ModelConfig, BeforeValidator(_model_from_name)]
-    reference: Annotated[ReferenceConfig, BeforeValidator(_model_from_name)]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
+    reference: Annotated[ReferenceConfig, BeforeValidator(model_from_name)]
 
 
 Principal = Annotated[PromptedPrincipal | ArmPrincipal | TunedPairPrincipal, Field(discriminator="kind")]
@@ -262,7 +262,7 @@ class Config(Section):
 
     input: InputConfig
     output: OutputConfig
-    base: Annotated[BaseConfig, BeforeValidator(_model_from_name)] = BaseConfig(model=EMBEDDED_MODEL)
+    base: Annotated[BaseConfig, BeforeValidator(model_from_name)] = BaseConfig(model=EMBEDDED_MODEL)
     principals: dict[str, Principal] = Field(default_factory=dict)
     decoding: DecodingConfig = DecodingConfig()
     grid: GridConfig = GridConfig()

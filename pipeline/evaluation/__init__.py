@@ -1,0 +1,1 @@
+"""Judging what a run wrote: scores of answers, and the metrics that compare rules."""
