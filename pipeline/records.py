@@ -33,13 +33,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class TokenTrace:
-    """One drawn token: log-probabilities in nats, what each principal paid for it."""
+    """One drawn token: log-probabilities, what each principal paid for it, and the values above which each pays.
+
+    All in nats; payments and thresholds are None under a rule without payments.
+    """
 
     token_id: int
     text: str
     base_logprob: float
     logprob: float
     payments: Mapping[str, float | None]
+    thresholds: Mapping[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class Record:
     covered_mass: float | None = None
     max_residual: float | None = None
     num_unsolved: int = 0
+    solver_steps: float | None = None
     error: str | None = None
     variant: int = 0
     rule: str = ""

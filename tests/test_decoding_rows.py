@@ -177,6 +177,18 @@ def test_numbers_of_a_record_are_the_sums_and_means_of_its_tokens(tiny):
     assert 0 < record.covered_mass <= 1 + 1e-6
     assert record.max_residual < 1e-4
     assert record.num_unsolved == 0
+    assert record.solver_steps >= 1
+
+
+def test_a_principal_pays_its_value_above_its_threshold(tiny):
+    decoding = {"max_new_tokens": 1, "trace": "tokens", "agent_temperature": 0.05, "temperature": 3.0}
+    rows = [ask(f"r{at}", "hello " * at) for at in range(1, 9)]
+    records = decode(config_of(tiny(seed=2), PAIR, decoding=decoding), rows).values()
+    traced = [(record, record.tokens[0], name) for record in records for name in PAIR]
+    for record, token, name in traced:
+        value = record.weights[name] * record.rewards[name]
+        assert token.payments[name] == pytest.approx(max(0.0, value - token.thresholds[name]))
+    assert {token.payments[name] > 0 for _, token, name in traced} == {True, False}
 
 
 def test_rewards_are_differences_of_a_plain_forward_pass(tiny):
@@ -222,9 +234,10 @@ def test_without_a_trace_the_statistics_of_the_game_are_left_out(tiny):
 
 @pytest.mark.parametrize("rule", ["linear", "mixture", "maximin", "base"])
 def test_other_rules_pay_nothing_and_say_so(tiny, rule):
-    decoding = {"max_new_tokens": 5, "rule": rule, "agent_temperature": 0.5}
+    decoding = {"max_new_tokens": 5, "rule": rule, "agent_temperature": 0.5, "trace": "tokens"}
     record = decode(config_of(tiny(seed=2), PAIR, decoding=decoding), [ask("a", "hello")])["a"]
     assert record.payments == {"kind": None, "brief": None}
+    assert record.tokens[0].thresholds == {"kind": None, "brief": None}
     if rule != "maximin":  # whose answer may be to leave the base as it is
         assert (record.kl_per_token > 1e-6) == (rule != "base")
 

@@ -17,7 +17,7 @@ from pipeline.storage.tables import output_schema, to_table, write_table_bytes
 
 COMMON = ["row_id", "sample", "prompt", "completion", "messages", "response", "finish_reason", "num_tokens"]
 BY_PRINCIPAL = ["weights", "rewards", "payments"]
-MEASURES = ["kl_per_token", "covered_mass", "max_residual", "num_unsolved", "error"]
+MEASURES = ["kl_per_token", "covered_mass", "max_residual", "num_unsolved", "solver_steps", "error"]
 COMPARED = ["original_response", "original_rewards", "chosen", "rejected"]
 METADATA = {
     "cage.fingerprint": "f" * 64,
@@ -61,13 +61,11 @@ def test_a_record_becomes_a_row_that_trainers_read() -> None:
 
 
 def test_traced_tokens_are_a_list_of_structs() -> None:
-    traced = TokenTrace(7, "é", -1.5, -0.25, {"brief": 0.5, "kind-1": None})
+    traced = TokenTrace(7, "é", -1.5, -0.25, {"brief": 0.5, "kind-1": None}, {"brief": 1.5, "kind-1": None})
     schema = output_schema(list(PRINCIPALS), trace=Trace.TOKENS)
     (row,) = to_table([answer(rows(1)[0], tokens=(traced,))], schema).to_pylist()
-    payments = {"brief": 0.5, "kind-1": None}
-    assert row["tokens"] == [
-        {"token_id": 7, "text": "é", "base_logprob": -1.5, "logprob": -0.25, "payments": payments}
-    ]
+    by_name = {"payments": {"brief": 0.5, "kind-1": None}, "thresholds": {"brief": 1.5, "kind-1": None}}
+    assert row["tokens"] == [{"token_id": 7, "text": "é", "base_logprob": -1.5, "logprob": -0.25, **by_name}]
 
 
 def test_a_rejected_record_has_its_reason_and_no_answer() -> None:
@@ -109,7 +107,7 @@ def test_columns_carry_the_fingerprint_and_the_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize("principals", [[], list(PRINCIPALS)], ids=["none", "two"])
 def test_datasets_loads_it(tmp_path: Path, trace: Trace, principals: list[str]) -> None:
     schema = output_schema(principals, trace=trace, has_response=True, metadata=METADATA)
-    traced = TokenTrace(7, "é", -1.5, -0.25, dict.fromkeys(PRINCIPALS, 0.5))
+    traced = TokenTrace(7, "é", -1.5, -0.25, dict.fromkeys(PRINCIPALS, 0.5), dict.fromkeys(PRINCIPALS, 1.5))
     for index, records in enumerate(
         ([answer(row, chosen="a", rejected="b", tokens=(traced,)) for row in rows()], [])
     ):

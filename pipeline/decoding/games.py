@@ -57,23 +57,32 @@ def play(
     drawn_B1 = draw(decision.log_policy, uniforms, temperature=decoding.temperature, top_p=decoding.top_p)[:, None]
     at_BJ1 = drawn_B1[:, None].expand(-1, len(rewards), 1)
     payments: Sequence[Sequence[float] | None] = [None] * num_rows
+    thresholds = payments
     if decision.thresholds is not None:
-        paid = (values_BJK.gather(-1, at_BJ1)[..., 0] - decision.thresholds).clamp(min=0).tolist()
-        payments = [row if each.rule is RuleName.EQUILIBRIUM else None for row, each in zip(paid, terms, strict=True)]
+        paid_BJ = (values_BJK.gather(-1, at_BJ1)[..., 0] - decision.thresholds).clamp(min=0)
+        payments, thresholds = (_where_paid(numbers_BJ, terms) for numbers_BJ in (paid_BJ, decision.thresholds))
     ids_BK = proposal.ids_BK
     columns = zip(
         (drawn_B1 if ids_BK is None else ids_BK.gather(-1, drawn_B1))[:, 0].tolist(),
         rewards_BJK.gather(-1, at_BJ1)[..., 0].tolist(),
         payments,
+        thresholds,
         proposal.base_logprobs_BK.gather(-1, drawn_B1)[:, 0].tolist(),
         decision.log_policy.gather(-1, drawn_B1)[:, 0].tolist(),
         _kl(decision.log_policy, base_BK).tolist(),
         proposal.covered_mass_B.tolist(),
         decision.residual.tolist(),
         decision.status.tolist(),
+        decision.num_steps.tolist(),
         strict=True,
     )
     return [TokenOutcome(*column) for column in columns]
+
+
+def _where_paid(numbers_BJ: Tensor, terms: Sequence[Terms]) -> list[list[float] | None]:
+    """The numbers of the rows whose rule has payments; None for the others."""
+    rows = zip(numbers_BJ.tolist(), terms, strict=True)
+    return [numbers if each.rule is RuleName.EQUILIBRIUM else None for numbers, each in rows]
 
 
 def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> cage.rules.Decision:

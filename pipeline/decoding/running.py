@@ -15,17 +15,19 @@ from pipeline.records import FinishReason, Record, Row, TokenTrace
 
 @dataclass(frozen=True, slots=True)
 class TokenOutcome:
-    """What one step gave one row. Rewards, payments and logprobs in nats, by principal where plural."""
+    """What one step gave one row. Numbers in nats, by principal where plural; `num_steps` is the solver's count."""
 
     token_id: int
     rewards: Sequence[float]
     payments: Sequence[float] | None
+    thresholds: Sequence[float] | None
     base_logprob: float
     logprob: float
     kl: float
     covered_mass: float
     residual: float
     status: int
+    num_steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class RunningRow:
                 kl_per_token=sum(outcome.kl for outcome in self.outcomes) / count,
                 covered_mass=sum(outcome.covered_mass for outcome in self.outcomes) / count,
                 max_residual=max(outcome.residual for outcome in self.outcomes),
+                solver_steps=sum(outcome.num_steps for outcome in self.outcomes) / count,
             )
         return self._with_original(record)
 
@@ -171,18 +174,18 @@ class RunningRow:
         return self._by_name(_sums(paid))
 
     def _trace(self, outcome: TokenOutcome, prompter: Prompter) -> TokenTrace:
-        payments: Mapping[str, float | None] = (
-            dict.fromkeys(self.principal_names) if outcome.payments is None else self._by_name(outcome.payments)
-        )
         return TokenTrace(
             token_id=outcome.token_id,
             text=prompter.token_text(outcome.token_id),
             base_logprob=outcome.base_logprob,
             logprob=outcome.logprob,
-            payments=payments,
+            payments=self._by_name(outcome.payments),
+            thresholds=self._by_name(outcome.thresholds),
         )
 
-    def _by_name(self, numbers: Sequence[float]) -> dict[str, float | None]:
+    def _by_name(self, numbers: Sequence[float] | None) -> dict[str, float | None]:
+        if numbers is None:
+            return dict.fromkeys(self.principal_names)
         return dict(zip(self.principal_names, numbers, strict=True))
 
 

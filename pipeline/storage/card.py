@@ -32,12 +32,13 @@ COLUMN_NOTES = {
     "covered_mass": "mean probability of the base on the candidates",
     "max_residual": "largest certificate residual of the solved games",
     "num_unsolved": "tokens whose game was not solved to tolerance",
+    "solver_steps": "mean number of the solver's steps a token",
     "error": "null here; rejected rows have the reason",
     "original_response": "the input's answer",
     "original_rewards": "rewards of the input's answer",
     "chosen": "the answer with the higher weighted reward",
     "rejected": "the other answer",
-    "tokens": "the drawn tokens with log-probabilities and payments",
+    "tokens": "the drawn tokens with log-probabilities, payments and thresholds",
 }
 
 

@@ -26,7 +26,7 @@ def output_schema(
     """The columns of an output file, in order.
 
     Parquet has no empty struct: without principals the columns weights, rewards, payments, original_rewards, chosen
-    and rejected, and the payments of a traced token, are left out.
+    and rejected, and payments and thresholds of a traced token, are left out.
 
     Args:
         principal_names: the fields of the structs, in this order.
@@ -53,6 +53,7 @@ def output_schema(
         pa.field("covered_mass", pa.float64()),
         pa.field("max_residual", pa.float64()),
         pa.field("num_unsolved", pa.int32()),
+        pa.field("solver_steps", pa.float64()),
         pa.field("error", pa.string()),
     ]
     if has_response:
@@ -111,7 +112,8 @@ def _token(by_principal: pa.StructType, principal_names: Sequence[str]) -> pa.St
         pa.field("base_logprob", pa.float64()),
         pa.field("logprob", pa.float64()),
     ]
-    return pa.struct([*fields, pa.field("payments", by_principal)] if principal_names else fields)
+    by_name = [pa.field(name, by_principal) for name in ("payments", "thresholds") if principal_names]
+    return pa.struct([*fields, *by_name])
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -136,6 +138,7 @@ def _row(record: Record) -> dict[str, Any]:
         "covered_mass": record.covered_mass,
         "max_residual": record.max_residual,
         "num_unsolved": record.num_unsolved,
+        "solver_steps": record.solver_steps,
         "error": None if record.error is None else _storable(record.error),
         "original_response": record.original_response,
         "original_rewards": None if record.original_rewards is None else dict(record.original_rewards),
@@ -165,4 +168,5 @@ def _traced(token: Any) -> dict[str, Any]:
         "base_logprob": token.base_logprob,
         "logprob": token.logprob,
         "payments": dict(token.payments),
+        "thresholds": dict(token.thresholds),
     }
