@@ -229,6 +229,9 @@ class ClusterConfig(Section):
     coordinator_cpus: float = Field(0.5, ge=0)
     start_timeout_s: float = Field(600.0, gt=0, description="wait for resources and models")
     step_timeout_s: float = Field(300.0, gt=0, description="wait for one answer of a host")
+    stall_timeout_s: float = Field(
+        3600.0, gt=0, description="end a run in which no row is finished and no token drawn for so long"
+    )
 
 
 def _budget(value: Any) -> Any:

@@ -58,6 +58,10 @@ class HostOutOfMemory(HostError):
     """A host has no memory for a call; fewer rows at once may fit."""
 
 
+class RunStalled(CageError):
+    """No row was finished and no token drawn for `cluster.stall_timeout_s`."""
+
+
 class NondeterminismError(CageError):
     """A shard was computed twice with different bytes."""
 

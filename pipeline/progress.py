@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from pipeline.decoding.shards import Counts
+from pipeline.counts import Counts
 
 TERMINAL_S = 0.5
 LOG_S = 30.0
@@ -30,13 +30,15 @@ class ProgressLine:
         self._num_rows = num_rows
         self._num_shards = num_shards
         self._rows_before = rows_before
-        self._shards_done = shards_before
+        self.shards_done = shards_before
         self._started_s = time.monotonic()
         self._is_terminal = out.isatty()
         self._width = 0
 
-    def shard_done(self) -> None:
-        self._shards_done += 1
+    def shard_done(self, *, num_rows_found: int = 0) -> None:
+        """Count a shard; the rows of one that was found committed are no work of this command."""
+        self.shards_done += 1
+        self._rows_before += num_rows_found
 
     def text(self, counts: Counts) -> str:
         """The line."""
@@ -46,7 +48,7 @@ class ProgressLine:
         if counts.rows and rows < self._num_rows:
             left = duration((self._num_rows - rows) * elapsed_s / counts.rows)
         return (
-            f"{rows:,}/{self._num_rows:,} rows  {self._shards_done:,}/{self._num_shards:,} shards  "
+            f"{rows:,}/{self._num_rows:,} rows  {self.shards_done:,}/{self._num_shards:,} shards  "
             f"{counts.tokens / elapsed_s:,.0f} tokens/s  {left} left  {counts.rejected:,} errors"
         )
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol, TextIO
 
 from pipeline.config import Config, Reproducibility, Transport
+from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly, assemble
 from pipeline.decoding.local import LocalStream
-from pipeline.decoding.recovery import Recoveries
-from pipeline.decoding.shards import Counts, ShardOutcome
-from pipeline.errors import CageError, ErrorBudgetExceeded
+from pipeline.decoding.shards import ShardOutcome
+from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, StorageError
 from pipeline.points import Watcher, unwatched
 from pipeline.progress import ProgressLine
+from pipeline.stall import ended_when_stalled
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.stores import open_store
@@ -27,6 +28,8 @@ class Stream(Protocol):
     """Something that decodes and commits shards."""
 
     def counts(self) -> Counts: ...
+
+    def waits(self) -> Sequence[str]: ...
 
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]: ...
 
@@ -74,27 +77,36 @@ def relabel(
         rows_before=sum(commit.rows + commit.rejected for commit in committed.values()),
         shards_before=len(committed),
     )
-    recoveries = Recoveries()
     if todo:
         streaming = _stream(prepared.assembly, run, is_verbose=is_verbose, watch=watch)
-        with streaming as stream, line.running(stream.counts):
+        with streaming as stream, line.running(stream.counts), _ended_when_stalled(config, stream, line):
             _decode(stream, todo, line, budget)
-            recoveries = stream.counts().recoveries
-    run.finish({"recoveries": asdict(recoveries)})
+    run.finish()
     return run, True
 
 
 def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Budget) -> None:
+    """Decode shards until none is left. A shard that failed for good does not keep others from being committed."""
     failures: list[CageError] = []
     with closing(stream.decode(todo)) as outcomes:
         for outcome in outcomes:
+            if isinstance(outcome.error, (StorageError, ConfigurationError)):  # the others would fail as well
+                raise outcome.error
             if outcome.error is not None:
                 failures.append(outcome.error)
                 continue
-            line.shard_done()
-            budget.check(stream.counts().rejected)
+            line.shard_done(num_rows_found=outcome.rows + outcome.rejected if outcome.was_committed else 0)
+            budget.add(outcome.rejected)
     if failures:
         raise failures[0]
+
+
+def _ended_when_stalled(config: Config, stream: Stream, line: ProgressLine) -> AbstractContextManager[None]:
+    def progress() -> tuple[int, int, int]:
+        counts = stream.counts()
+        return counts.rows, counts.steps, line.shards_done
+
+    return ended_when_stalled(config.cluster.stall_timeout_s, progress, stream.waits)
 
 
 @contextmanager
@@ -112,13 +124,15 @@ class _Budget:
     """Counts rejected answers of the whole run against `errors.budget`."""
 
     def __init__(self, config: Config, run: Run, num_before: int) -> None:
-        self._num_before = num_before
+        self._num_rejected = num_before
         self._allowed = config.errors.allowed(run.plan.num_answers)
 
-    def check(self, num_rejected: int) -> None:
-        total = self._num_before + num_rejected
-        if total > self._allowed:
+    def add(self, num_rejected: int) -> None:
+        """Count the rejected answers of a committed shard. Raises ErrorBudgetExceeded."""
+        self._num_rejected += num_rejected
+        if self._num_rejected > self._allowed:
             raise ErrorBudgetExceeded(
-                f"{total} answers were rejected and errors.budget allows {self._allowed}; what is done is kept. "
-                "Read the reasons with `cage status`, mend the input or raise errors.budget, and run the same command"
+                f"{self._num_rejected} answers were rejected and errors.budget allows {self._allowed}; "
+                "what is done is kept. Read the reasons with `cage status`, mend the input or raise errors.budget, "
+                "and run the same command"
             )

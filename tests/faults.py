@@ -1,9 +1,10 @@
-"""Watchers that end processes at named points; picklable, so that Ray's workers can run them."""
+"""Watchers that end or hold up processes at named points; picklable, so that Ray's workers can run them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,3 +65,14 @@ class Poison:
             self.token in prompt for admission in detail for prompt in admission.prompts.values()
         ):
             os._exit(1)
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Never go on from `point`."""
+
+    point: Point
+
+    def __call__(self, point: Point, detail: object) -> None:
+        if point is self.point:
+            time.sleep(3600)

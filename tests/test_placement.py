@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from decoding_setup import config_of
 
+from pipeline.cluster.board import ProgressBoard
 from pipeline.cluster.host_actors import bundle_of
-from pipeline.cluster.stream import ProgressBoard
+from pipeline.counts import Counts
 from pipeline.decoding.lineup import build_lineup
-from pipeline.decoding.shards import Counts
 
 
 def bundles(base, arm, *, has_gpus):
@@ -47,7 +47,7 @@ def test_a_replica_that_restarts_finds_its_place_and_a_new_one_takes_the_oldest(
 def test_attempts_are_counted_by_shard_and_progress_is_summed_over_replicas():
     board = ProgressBoard(2)
     assert [board.begin(7), board.begin(7), board.begin(8)] == [1, 2, 1]
-    board.report("one", Counts(3, 1, 30))
-    board.report("two", Counts(2, 0, 10))
-    board.report("one", Counts(4, 1, 44))
-    assert board.totals() == Counts(6, 1, 54)
+    board.report("one", Counts(3, 1, 30, 5))
+    board.report("two", Counts(2, 0, 10, 2))
+    board.report("one", Counts(4, 1, 44, 7))
+    assert board.totals() == Counts(6, 1, 54, 9)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.decoding.shards import Counts
+from pipeline.counts import Counts
 from pipeline.progress import ProgressLine, duration
 
 

@@ -143,15 +143,17 @@ def test_relaxed_rows_are_prefilled_again_with_the_tokens_they_have(tiny):
     assert any(length not in lengths for length in admitted)
 
 
-def test_state_that_is_lost_again_and_again_ends_in_an_error(tiny):
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_state_that_is_lost_again_and_again_ends_in_an_error(tiny, num_steps):
+    """Also where a step or two of a row succeed in between."""
     replica = Replica(tiny, max_failures=3)
 
-    def always(host, number, method, args):
-        if method == "propose":
+    def again_and_again(host, number, method, args):
+        if method == "propose" and args[0].step >= num_steps:
             host.forget()
 
     with pytest.raises(CageError, match="4 hosts failed and no row was finished"):
-        replica.decode(always)
+        replica.decode(again_and_again)
 
 
 @pytest.mark.parametrize("bad", [{"r0"}, {"r3"}, {"r1", "r4"}, {"r0", "r1", "r2", "r3", "r4"}])

@@ -6,10 +6,8 @@ replica's hosts are replaced and the rows under way begin again, a bounded numbe
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +15,18 @@ from typing import Any
 import ray
 import torch
 
+from pipeline.cluster.board import ask
 from pipeline.cluster.host_actors import HostGroup, HostLaunch
+from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import Hosts
-from pipeline.decoding.shards import ShardDecoder, ShardOutput
+from pipeline.decoding.shards import ShardDecoder, ShardOutcome, ShardOutput
 from pipeline.errors import CageError, HostError
 from pipeline.storage.run import Run
 from pipeline.storage.watched import watched
+from pipeline.waits import waiting_for
 
-REPORT_S = 1.0
 MIN_SLOTS_FOR_GROUPS = 8  # below, half a batch costs a host nearly as much as a whole one
 
 
@@ -46,8 +46,9 @@ class Coordinator:
         launch, replica: how hosts are started, and in which place.
         hosts: those already starting, or why they cannot.
         run_path: the run directory.
-        board: where progress is reported and attempts are counted, an actor handle.
+        board: where attempts are counted, an actor handle.
         max_attempts: of one shard.
+        name: of this process, for the commit records.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Coordinator:
         run_path: str,
         board: Any,
         max_attempts: int,
+        *,
+        name: str,
     ) -> None:
         torch.set_num_threads(1)
         self._launch = launch
@@ -67,24 +70,39 @@ class Coordinator:
         self._run = watched(Run.open(run_path), launch.watch)
         self._board = board
         self._max_attempts = max_attempts
-        self._name = f"{ray.get_runtime_context().get_node_id()[:8]}-{os.getpid()}"
+        self._name = name
         self._incoming: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
+        self._counts_before = Counts()  # of decoders that were given up
+        self._decoder: ShardDecoder | None = None
         threading.Thread(target=self._serve, name="decoder", daemon=True).start()
 
-    def decode_and_commit(self, index: int, attempt: int) -> None:
-        """Decode a shard and commit it. Raises CageError when its attempts are used up."""
+    @property
+    def counts(self) -> Counts:
+        """What was done since this process started."""
+        decoder = self._decoder
+        return self._counts_before if decoder is None else self._counts_before + decoder.counts
+
+    def decode_and_commit(self, index: int, attempt: int) -> ShardOutcome:
+        """Decode a shard and commit it, unless it is committed. Raises CageError when its attempts are used up."""
+        with waiting_for(f"a look whether shard {index} is committed"):
+            standing = self._run.commit_of(index)
+        if standing is not None:  # by another driver, or by a replica that died before it could say so
+            return ShardOutcome(index, rows=standing.rows, rejected=standing.rejected, was_committed=True)
         job = _Job(index, attempt, Future())
         self._incoming.put(job)
         output = job.done.result()
-        self._run.commit(
-            index,
-            output.records,
-            attempt=job.attempt,
-            seconds=output.seconds,
-            host=self._name,
-            row_ids=output.row_ids,
-        )
+        with waiting_for(f"the commit of shard {index}"):
+            record = self._run.commit(
+                index,
+                output.records,
+                attempt=job.attempt,
+                seconds=output.seconds,
+                host=self._name,
+                row_ids=output.row_ids,
+                recoveries=output.recoveries,
+            )
+        return ShardOutcome(index, rows=record.rows, rejected=record.rejected)
 
     def _serve(self) -> None:
         """Decode until the process ends; begin anew after a failure that cannot be overcome."""
@@ -92,7 +110,7 @@ class Coordinator:
             if not self._jobs:
                 self._accept(self._incoming.get())
             try:
-                self._decode(self._decoder(self._start_hosts()))
+                self._decode(self._start_hosts())
             except HostError as error:
                 self._restart_or_fail(error)
             except CageError as error:
@@ -101,6 +119,7 @@ class Coordinator:
                 self._fail_all(CageError(f"the coordinator failed: {type(error).__name__}: {error}"))
             finally:
                 self._stop_hosts()
+                self._counts_before, self._decoder = self.counts, None
 
     def _start_hosts(self) -> Hosts:
         """Wait for the first hosts, or start others."""
@@ -115,7 +134,7 @@ class Coordinator:
             self._hosts.stop()
         self._hosts = None
 
-    def _decoder(self, hosts: Hosts) -> ShardDecoder:
+    def _make_decoder(self, hosts: Hosts) -> ShardDecoder:
         config = self._assembly.config
         has_overlap = len(hosts) > 1 and config.cluster.slots >= MIN_SLOTS_FOR_GROUPS
         engine = Engine(
@@ -130,20 +149,17 @@ class Coordinator:
         )
         return ShardDecoder(engine, num_variants=len(self._assembly.variants), num_samples=config.decoding.n)
 
-    def _decode(self, decoder: ShardDecoder) -> None:
+    def _decode(self, hosts: Hosts) -> None:
         """The decoder's loop, for ever. Raises CageError with `_jobs` holding what was under way."""
+        self._decoder = decoder = self._make_decoder(hosts)
         for job in self._jobs.values():
             decoder.add(job.index, self._run.plan.read_shard(job.index))
-        reported_s = time.monotonic()
         while True:
             while decoder.wants_shard and (arrived := self._next_job(wait=decoder.is_idle)):
                 self._accept(arrived)
                 decoder.add(arrived.index, self._run.plan.read_shard(arrived.index))
             for output in self._step(decoder):
                 self._jobs.pop(output.index).done.set_result(output)
-            if time.monotonic() - reported_s > REPORT_S or decoder.is_idle:
-                reported_s = time.monotonic()
-                self._board.report.remote(self._name, decoder.counts)
 
     def _step(self, decoder: ShardDecoder) -> list[ShardOutput]:
         """A step of the decoder; if a host fails, the same decoder goes on with others."""
@@ -169,7 +185,7 @@ class Coordinator:
             if job.attempt >= self._max_attempts:
                 self._jobs.pop(job.index).done.set_exception(error)
             else:
-                job.attempt = ray.get(self._board.begin.remote(job.index))
+                job.attempt = ask(self._board.begin.remote(job.index))
 
     def _fail_all(self, error: CageError) -> None:
         for job in list(self._jobs.values()):

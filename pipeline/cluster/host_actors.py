@@ -17,6 +17,7 @@ from pipeline.decoding.hosts import HostClient, Reply, describe_failure
 from pipeline.decoding.lineup import HostPlan
 from pipeline.errors import CageError, ConfigurationError, HostError
 from pipeline.points import Watcher, unwatched
+from pipeline.waits import waiting_for
 
 if TYPE_CHECKING:
     from pipeline.models.messages import HostSpec
@@ -69,7 +70,8 @@ class RayReply:
 
     def result(self) -> Any:
         try:
-            return ray.get(self._reference, timeout=self._timeout_s)
+            with waiting_for(f"an answer of host {self._plan.name} to {self._method}"):
+                return ray.get(self._reference, timeout=self._timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, ConfigurationError):
                 raise error.cause from None
@@ -109,7 +111,9 @@ class HostGroup:
         self._place = launch.places[replica]
         bundles = [bundle_of(plan, has_gpus=launch.has_gpus) for plan in launch.plans]
         timeout_s = launch.cluster.start_timeout_s
-        if not self._place.wait(timeout_s):
+        with waiting_for(f"a placement of {_sum_text(bundles)} in the cluster"):
+            is_placed = self._place.wait(timeout_s)
+        if not is_placed:
             raise ConfigurationError(
                 f"the cluster did not provide {_sum_text(bundles)} for a replica within {timeout_s:g} s"
             )

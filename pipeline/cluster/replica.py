@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
 
 import ray
 
+from pipeline.cluster.board import ask
 from pipeline.cluster.host_actors import HostGroup, HostLaunch
+from pipeline.counts import Counts
 from pipeline.errors import CageError, HostError
+from pipeline.waits import waiting_for, waits
+
+if TYPE_CHECKING:
+    from pipeline.decoding.shards import ShardOutcome
 
 STARTS_PER_ATTEMPT = 10
+REPORT_S = 1.0
 
 
 class Replica:
@@ -25,31 +35,44 @@ class Replica:
     def __init__(self, launch: HostLaunch, run_path: str, board: Any, max_attempts: int) -> None:
         self._board = board
         self._max_attempts = max_attempts
-        self._num_starts: int = ray.get(board.start.remote())
+        context = ray.get_runtime_context()
+        self._name = f"{context.get_node_id()[:8]}-{os.getpid()}"
+        self._coordinator: Any = None
+        threading.Thread(target=self._keep_reporting, name="report", daemon=True).start()
+        self._num_starts: int = ask(board.start.remote())
         self._max_starts = launch.cluster.replicas + STARTS_PER_ATTEMPT * max_attempts
-        replica: int = ray.get(board.lease.remote(ray.get_runtime_context().get_actor_id()))
+        replica: int = ask(board.lease.remote(context.get_actor_id()))
         first_hosts = _started(launch, replica)
-        from pipeline.cluster.coordinator import Coordinator  # seconds of imports, while the hosts load
+        with waiting_for("the coordinator's imports and the plan of the run"):
+            from pipeline.cluster.coordinator import Coordinator  # seconds of imports, while the hosts load
 
-        self._coordinator = Coordinator(launch, replica, first_hosts, run_path, board, max_attempts)
+            self._coordinator = Coordinator(
+                launch, replica, first_hosts, run_path, board, max_attempts, name=self._name
+            )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Decode and commit the shards of a batch; what came of each, never an exception."""
-        errors = [self._decode(int(index)) for index in batch["shard"]]
+        outcomes = [self._decode(int(index)) for index in batch["shard"]]
+        ask(self._report())  # so that the driver knows of a shard's counts as soon as of the shard
         return {
             "shard": list(batch["shard"]),
-            "kind": ["" if error is None else type(error).__name__ for error in errors],
-            "error": ["" if error is None else str(error) for error in errors],
+            "kind": ["" if each.error is None else type(each.error).__name__ for each in outcomes],
+            "error": ["" if each.error is None else str(each.error) for each in outcomes],
+            "rows": [each.rows for each in outcomes],
+            "rejected": [each.rejected for each in outcomes],
+            "was_committed": [each.was_committed for each in outcomes],
         }
 
-    def _decode(self, index: int) -> CageError | None:
+    def _decode(self, index: int) -> ShardOutcome:
+        from pipeline.decoding.shards import ShardOutcome
+
         try:
-            attempt: int = ray.get(self._board.begin.remote(index))
+            attempt: int = ask(self._board.begin.remote(index))
             self._check_attempts(index, attempt)
-            self._coordinator.decode_and_commit(index, attempt)
+            outcome: ShardOutcome = self._coordinator.decode_and_commit(index, attempt)
         except CageError as error:
-            return error
-        return None
+            return ShardOutcome(index, error)
+        return outcome
 
     def _check_attempts(self, index: int, attempt: int) -> None:
         """End what would go on for ever: a shard that kills its replica, replicas that do not live."""
@@ -59,6 +82,15 @@ class Replica:
             )
         if self._num_starts > self._max_starts:
             raise HostError(f"replicas were started {self._num_starts} times: they die before they answer")
+
+    def _keep_reporting(self) -> None:
+        while True:
+            self._report()
+            time.sleep(REPORT_S)
+
+    def _report(self) -> Any:
+        counts = Counts() if self._coordinator is None else self._coordinator.counts
+        return self._board.report.remote(self._name, counts, waits())
 
 
 def _started(launch: HostLaunch, replica: int) -> HostGroup | CageError:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,55 +15,17 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline import errors
+from pipeline.cluster.board import start_board
 from pipeline.cluster.host_actors import HostLaunch, bundle_of, placed
 from pipeline.cluster.replica import Replica
+from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly
-from pipeline.decoding.shards import Counts, ShardOutcome
+from pipeline.decoding.shards import ShardOutcome
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.points import Watcher, unwatched
 
 MAX_SHARDS_IN_FLIGHT = 64
-
-
-class ProgressBoard:
-    """Where replicas say how far they are and attempts are counted; it outlives any replica.
-
-    Ray Data restarts a dead replica and calls it again for ever; the counts kept here end that.
-    """
-
-    def __init__(self, num_replicas: int) -> None:
-        self._num_replicas = num_replicas
-        self._actors: list[str] = []
-        self._places: dict[str, int] = {}
-        self._counts: dict[str, Counts] = {}
-        self._attempts: Counter[int] = Counter()
-        self._num_starts = 0
-
-    def begin(self, shard: int) -> int:
-        """Number of times that the shard was begun, this one included."""
-        self._attempts[shard] += 1
-        return self._attempts[shard]
-
-    def lease(self, actor: str) -> int:
-        """The replica number of an actor: its old one after a restart, else the one leased longest ago."""
-        if actor not in self._actors:
-            if len(self._actors) == self._num_replicas:
-                self._actors.pop(0)
-            self._actors.append(actor)
-            taken = {self._places[other] for other in self._actors if other in self._places}
-            self._places[actor] = next(at for at in range(self._num_replicas) if at not in taken)
-        return self._places[actor]
-
-    def start(self) -> int:
-        """Number of times that a replica was started, this one included."""
-        self._num_starts += 1
-        return self._num_starts
-
-    def report(self, replica: str, counts: Counts) -> None:
-        self._counts[replica] = counts
-
-    def totals(self) -> Counts:
-        return sum(self._counts.values(), Counts())
+BOARD_S = 10.0
 
 
 class ShardStream:
@@ -78,15 +39,23 @@ class ShardStream:
         self._assembly = assembly
         self._run_path = run_path
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self._board = ray.remote(ProgressBoard).options(num_cpus=0).remote(assembly.config.cluster.replicas)
+        self._board = start_board(assembly.config.cluster.replicas)
+        self._last_counts = Counts()
 
     def counts(self) -> Counts:
         """Answers, rejected answers and tokens so far; the last known where the cluster is silent."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._last_counts = ray.get(self._board.totals.remote(), timeout=BOARD_S)
+        return self._last_counts
+
+    def waits(self) -> list[str]:
+        """What the replicas wait for; Ray itself where none has begun."""
         try:
-            counts: Counts = ray.get(self._board.totals.remote(), timeout=10)
-            return counts
-        except ray.exceptions.RayError:
-            return Counts()
+            found: list[str] = ray.get(self._board.waits.remote(), timeout=BOARD_S)
+        except ray.exceptions.RayError as error:
+            return [f"the progress board, which does not answer ({type(error).__name__})"]
+        cpus = self._assembly.config.cluster.coordinator_cpus
+        return found or [f"Ray to start a replica ({cpus:g} CPU for its coordinator)"]
 
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
         """Yield each shard's outcome as it comes."""
@@ -116,7 +85,8 @@ class ShardStream:
             )
             try:
                 for row in stream.iter_rows():
-                    yield ShardOutcome(row["shard"], _as_error(row["kind"], row["error"]))
+                    error = _as_error(row["kind"], row["error"])
+                    yield ShardOutcome(row["shard"], error, row["rows"], row["rejected"], row["was_committed"])
             except ray.exceptions.RayError as error:
                 reason = " ".join(str(error).split())[-600:]
                 raise CageError(

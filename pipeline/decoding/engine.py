@@ -17,13 +17,14 @@ from torch import Tensor
 
 import cage
 from pipeline.config import DecodingConfig, Reproducibility, Trace
+from pipeline.counts import Recoveries
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.groups import Call, Group, Slots
 from pipeline.decoding.hosts import Hosts
 from pipeline.decoding.lineup import BASE, Lineup
 from pipeline.decoding.prompts import Prompter
-from pipeline.decoding.recovery import MAX_LOSSES_IN_A_ROW, Recoveries
+from pipeline.decoding.recovery import MAX_LOSSES_IN_A_ROW
 from pipeline.decoding.running import RunningRow, Terms, TokenOutcome
 from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
 from pipeline.models.messages import Admission, Candidates, HostRole
@@ -115,6 +116,7 @@ class Engine:
         self._hosts = hosts
         self.recoveries += Recoveries(hosts_failed=1)
         self._failures_in_a_row += 1
+        self._losses_in_a_row = 0
         culprit = self._slots.suspicion.host_failed(self._slots.take_back())
         if culprit is not None:
             self._refuse(culprit, f"its host failed whenever it was decoded, alone at last: {error}")
@@ -228,13 +230,12 @@ class Engine:
         )
         for running in rows:
             self._collect_original(running)
-        self._losses_in_a_row = 0
         records = []
         for slot, running, outcome in zip(call.slots, rows, outcomes, strict=True):
             if record := self._apply(running, outcome):
                 records.append(record)
                 self._slots.suspicion.finished(running)
-                self._failures_in_a_row = 0
+                self._failures_in_a_row = self._losses_in_a_row = 0
                 del group.running[slot]
                 group.free.append(slot)
         group.free.sort()

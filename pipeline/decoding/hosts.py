@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.decoding.lineup import HostPlan
 from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
 from pipeline.points import Watcher, unwatched
+from pipeline.waits import waiting_for
 
 if TYPE_CHECKING:
     from pipeline.models.host import Host
@@ -53,7 +54,8 @@ class LocalHost:
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
         try:
-            return Answer(getattr(self._checked, method)(*args, **kwargs))
+            with waiting_for(f"an answer of host {self._plan.name} to {method}"):
+                return Answer(getattr(self._checked, method)(*args, **kwargs))
         except (CageError, RuntimeError, ValueError, IndexError, KeyError, MemoryError) as error:
             return Answer(error=describe_failure(self._plan, method, error))
 

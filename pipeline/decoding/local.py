@@ -4,50 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import LocalHost
-from pipeline.decoding.shards import Counts, ShardDecoder, ShardOutcome
+from pipeline.decoding.shards import ShardDecoder, ShardOutcome
 from pipeline.models.loading import load_host
 from pipeline.points import Watcher, unwatched
 from pipeline.storage.run import Run
+from pipeline.waits import waiting_for, waits
 
 
 class LocalStream:
     """Decodes shards one after another, with slots refilled across their borders."""
 
     def __init__(self, assembly: Assembly, run: Run, *, watch: Watcher = unwatched) -> None:
+        self._assembly = assembly
         self._run = run
-        self._decoder = ShardDecoder(
-            local_engine(assembly, watch=watch),
-            num_variants=len(assembly.variants),
-            num_samples=assembly.config.decoding.n,
-        )
+        self._watch = watch
+        self._decoder: ShardDecoder | None = None
 
     def counts(self) -> Counts:
         """Answers, rejected answers and tokens so far."""
-        return self._decoder.counts
+        return Counts() if self._decoder is None else self._decoder.counts
+
+    def waits(self) -> list[str]:
+        """What this process waits for."""
+        return waits()
 
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
         """Decode and commit; yield each shard's outcome as it comes. Raises HostError."""
+        engine = local_engine(self._assembly, watch=self._watch)
+        self._decoder = decoder = ShardDecoder(
+            engine,
+            num_variants=len(self._assembly.variants),
+            num_samples=self._assembly.config.decoding.n,
+        )
         waiting = list(reversed(shards))
-        while waiting or not self._decoder.is_idle:
-            while waiting and self._decoder.wants_shard:
+        while waiting or not decoder.is_idle:
+            while waiting and decoder.wants_shard:
                 index = waiting.pop()
-                self._decoder.add(index, self._run.plan.read_shard(index))
-            for output in self._decoder.step():
-                self._run.commit(
-                    output.index, output.records, seconds=output.seconds, host="local", row_ids=output.row_ids
-                )
-                yield ShardOutcome(output.index)
+                if (standing := self._run.commit_of(index)) is not None:  # by another driver
+                    yield ShardOutcome(index, rows=standing.rows, rejected=standing.rejected, was_committed=True)
+                    continue
+                decoder.add(index, self._run.plan.read_shard(index))
+            for output in decoder.step():
+                with waiting_for(f"the commit of shard {output.index}"):
+                    record = self._run.commit(
+                        output.index,
+                        output.records,
+                        seconds=output.seconds,
+                        host="local",
+                        row_ids=output.row_ids,
+                        recoveries=output.recoveries,
+                    )
+                yield ShardOutcome(output.index, rows=record.rows, rejected=record.rejected)
 
 
 def local_engine(assembly: Assembly, *, watch: Watcher = unwatched) -> Engine:
     """Load every host into this process and connect an engine to them."""
-    hosts = {
-        plan.name: LocalHost(load_host(spec), plan, watch)
-        for plan, spec in zip(assembly.lineup.hosts, assembly.hosts, strict=True)
-    }
+    hosts = {}
+    for plan, spec in zip(assembly.lineup.hosts, assembly.hosts, strict=True):
+        with waiting_for(f"host {plan.name} to load"):
+            hosts[plan.name] = LocalHost(load_host(spec), plan, watch)
     config = assembly.config
     return Engine(
         assembly.lineup,

@@ -1,29 +1,12 @@
-"""What the engine does about hosts that fail: counts it, and finds the row that kills its host."""
+"""What the engine does about hosts that fail: finds the row that kills its host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipeline.decoding.running import RunningRow
 
-MAX_LOSSES_IN_A_ROW = 5  # states lost by hosts that live, without a step in between
-
-
-@dataclass(frozen=True, slots=True)
-class Recoveries:
-    """How often a host failed and was replaced, a host's state was lost and rebuilt, the rows at once were halved."""
-
-    hosts_failed: int = 0
-    states_lost: int = 0
-    memory_halved: int = 0
-
-    def __add__(self, other: Recoveries) -> Recoveries:
-        return Recoveries(
-            self.hosts_failed + other.hosts_failed,
-            self.states_lost + other.states_lost,
-            self.memory_halved + other.memory_halved,
-        )
+MAX_LOSSES_IN_A_ROW = 5  # states lost by hosts that live, no row being finished in between
 
 
 class Suspicion:

@@ -8,50 +8,40 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from pipeline.counts import Counts, Recoveries
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import Hosts
-from pipeline.decoding.recovery import Recoveries
 from pipeline.errors import CageError, HostError
 from pipeline.records import Record, Row
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Answers done, answers rejected, tokens drawn and faults overcome, since the command started."""
-
-    rows: int = 0
-    rejected: int = 0
-    tokens: int = 0
-    recoveries: Recoveries = field(default_factory=Recoveries)
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.rows + other.rows,
-            self.rejected + other.rejected,
-            self.tokens + other.tokens,
-            self.recoveries + other.recoveries,
-        )
+from pipeline.waits import waiting_for
 
 
 @dataclass(frozen=True, slots=True)
 class ShardOutcome:
-    """What came of a shard: committed, or the error that ended its attempts."""
+    """What came of a shard: committed, now or already before, or the error that ended its attempts.
+
+    `rows` are the aligned answers and `rejected` the others, as they are committed.
+    """
 
     index: int
     error: CageError | None = None
+    rows: int = 0
+    rejected: int = 0
+    was_committed: bool = False
 
 
 @dataclass(slots=True)
 class ShardOutput:
     """A shard's records in the order in which they ended; `seconds` from its first row to its last.
 
-    `row_ids` are the shard's rows in input order.
+    `row_ids` are the shard's rows in input order, `recoveries` what was overcome since another shard was done.
     """
 
     index: int
     row_ids: list[str] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     seconds: float = 0.0
+    recoveries: Recoveries = field(default_factory=Recoveries)
 
 
 @dataclass(slots=True)
@@ -80,10 +70,11 @@ class ShardDecoder:
         self._open: dict[str, _Open] = {}
         self._finished: list[ShardOutput] = []
         self._counts = Counts()
+        self._told = Recoveries()
 
     @property
     def counts(self) -> Counts:
-        return replace(self._counts, recoveries=self._engine.recoveries)
+        return replace(self._counts, steps=self._engine.num_steps, recoveries=self._engine.recoveries)
 
     @property
     def wants_shard(self) -> bool:
@@ -120,7 +111,8 @@ class ShardDecoder:
         """Admit rows while there is room; a shard without rows is done at once."""
         while self._unread and self._engine.has_room:
             shard = self._unread[0]
-            job = next(shard.jobs, None)
+            with waiting_for(f"a row of shard {shard.output.index} of the input"):
+                job = next(shard.jobs, None)
             if job is not None:
                 row, *answer = job
                 if tuple(answer) == self._answers[0]:
@@ -137,4 +129,6 @@ class ShardDecoder:
     def _close(self, shard: _Open) -> None:
         self._open = {row_id: other for row_id, other in self._open.items() if other is not shard}
         shard.output.seconds = time.monotonic() - shard.started_s
+        shard.output.recoveries = self._engine.recoveries - self._told
+        self._told = self._engine.recoveries
         self._finished.append(shard.output)

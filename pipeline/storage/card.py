@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import yaml
 
+from pipeline.counts import Recoveries
 from pipeline.storage.commits import CommitRecord
 from pipeline.storage.plan import Plan
 from pipeline.storage.tables import output_schema
@@ -43,7 +45,11 @@ COLUMN_NOTES = {
 
 
 def render_manifest(
-    plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping[str, int], extra: Mapping[str, Any]
+    plan: Plan,
+    records: Mapping[int, CommitRecord],
+    errors: Mapping[str, int],
+    recoveries: Recoveries,
+    extra: Mapping[str, Any],
 ) -> bytes:
     """manifest.json: every file that counts, with its hash, and what the run was."""
     ordered = [records[index] for index in sorted(records)]
@@ -55,6 +61,7 @@ def render_manifest(
         "rows_rejected": sum(record.rejected for record in ordered),
         "tokens": sum(record.tokens for record in ordered),
         "errors": dict(errors),
+        "recoveries": asdict(recoveries),
         "files": [
             {"name": name, "sha256": digest, "shard": record.shard}
             for record in ordered

@@ -26,8 +26,8 @@ class CommitRecord:
     """What one committed shard holds, and how it came about.
 
     `rows` and `rejected` count records (one a row and sample), `sha256_by_file` names the files that count,
-    `tokens` the tokens of the aligned records. `attempt`, `seconds`, `host` and `committed_at` (Unix time) are told
-    here and nowhere else: no data file depends on them.
+    `tokens` the tokens of the aligned records. `attempt`, `seconds`, `host`, `committed_at` (Unix time) and the
+    `recoveries` on the way (kind to count) are told here and nowhere else: no data file depends on them.
     """
 
     shard: int
@@ -37,12 +37,13 @@ class CommitRecord:
     sha256_by_file: Mapping[str, str]
     num_bytes: int
     digest: str
-    attempt: int
-    seconds: float
-    host: str
     committed_at: float
     pyarrow: str
+    attempt: int = 1
+    seconds: float = 0.0
+    host: str = ""
     errors: Mapping[str, int] = field(default_factory=dict)
+    recoveries: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, sort_keys=True).encode() + b"\n"
@@ -51,7 +52,7 @@ class CommitRecord:
     def from_json(cls, data: bytes, *, source: str) -> CommitRecord:
         """Read a stored record. Raises StorageError when it is not one."""
         try:
-            tree = json.loads(data)
+            tree = {"recoveries": {}, **json.loads(data)}
             return cls(**{each.name: tree[each.name] for each in fields(cls)})
         except (ValueError, KeyError, TypeError, RecursionError):
             raise StorageError(f"{source} is not a commit record; remove it to compute the shard again") from None

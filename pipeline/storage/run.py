@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.counts import Recoveries
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.records import Record
 from pipeline.storage.card import render_card, render_manifest
@@ -35,6 +36,7 @@ class RunStatus:
     tokens: int
     seconds: float
     errors: Mapping[str, int]
+    recoveries: Recoveries
     last_commit_at: float | None
     is_complete: bool
 
@@ -83,6 +85,12 @@ class Run:
         records = [self._writer.read_record(name, data) for name, data in found.items()]
         return {record.shard: record for record in sorted(records, key=lambda record: record.shard)}
 
+    def commit_of(self, shard: int) -> CommitRecord | None:
+        """The shard's commit record, or None when it is not committed."""
+        writer = self._writer
+        data = self.store.read(name := writer.commit_name(shard))
+        return None if data is None else writer.read_record(name, data)
+
     def pending(self) -> list[Shard]:
         """The shards that are not committed, in order; by one listing, no record is read."""
         found = (COMMIT_NAME.fullmatch(name) for name in self.store.names(COMMITS))
@@ -98,6 +106,7 @@ class Run:
         seconds: float = 0.0,
         host: str = "",
         row_ids: Sequence[str] | None = None,
+        recoveries: Recoveries | None = None,
     ) -> CommitRecord:
         """Write a finished shard and commit it; committing it again changes nothing.
 
@@ -119,7 +128,9 @@ class Run:
             num_samples=self.plan.num_samples,
             shard=shard.index,
         )
-        return self._writer.commit(shard, ordered, attempt=attempt, seconds=seconds, host=host)
+        return self._writer.commit(
+            shard, ordered, attempt=attempt, seconds=seconds, host=host, recoveries=recoveries or Recoveries()
+        )
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> None:
         """Write manifest, data set card and, last, `_SUCCESS`. `extra` is put into the manifest.
@@ -140,7 +151,7 @@ class Run:
                 self.store.remove(name)
         self.store.sweep()
         status = self.status(records)
-        self.store.put(MANIFEST, render_manifest(self.plan, records, status.errors, extra or {}))
+        self.store.put(MANIFEST, render_manifest(self.plan, records, status.errors, status.recoveries, extra or {}))
         self.store.put(CARD, render_card(self.plan, records, status.errors))
         self.store.put(SUCCESS, f"{self.plan.digest}\n".encode())
 
@@ -158,6 +169,7 @@ class Run:
             tokens=sum(record.tokens for record in done),
             seconds=sum(record.seconds for record in done),
             errors=add_reasons(record.errors for record in done),
+            recoveries=sum((Recoveries(**record.recoveries) for record in done), Recoveries()),
             last_commit_at=max((record.committed_at for record in done), default=None),
             is_complete=self.is_complete,
         )

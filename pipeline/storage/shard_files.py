@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Reproducibility
+from pipeline.counts import Recoveries
 from pipeline.errors import NondeterminismError, StorageError
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, count_reasons, count_tokens, differing_rows, sha256
@@ -36,7 +37,14 @@ class ShardWriter:
     plan: Plan
 
     def commit(
-        self, shard: Shard, ordered: Sequence[Record], *, attempt: int, seconds: float, host: str
+        self,
+        shard: Shard,
+        ordered: Sequence[Record],
+        *,
+        attempt: int,
+        seconds: float,
+        host: str,
+        recoveries: Recoveries,
     ) -> CommitRecord:
         """Write the ordered records of a shard and commit it; see `Run.commit`."""
         schema = self._schema
@@ -45,8 +53,9 @@ class ShardWriter:
         rejected_name = self._write_rejected(shard, rejected)
         data = write_table_bytes(aligned, metadata={REJECTED_KEY: rejected_name})
         standing = self._write_first(shard, data, aligned)
-        record = self._record(shard, standing, attempt=attempt, seconds=seconds, host=host)
-        return self._create_record(record)
+        record = self._record(shard, standing)
+        told = replace(record, attempt=attempt, seconds=round(seconds, 3), host=host, recoveries=_nonzero(recoveries))
+        return self._create_record(told)
 
     @property
     def _schema(self) -> pa.Schema:
@@ -67,6 +76,10 @@ class ShardWriter:
         if record.digest != self.plan.digest or not 0 <= record.shard < len(self.plan.shards):
             raise StorageError(f"{url} belongs to another run; remove it to go on")
         return record
+
+    def commit_name(self, shard: int) -> str:
+        """The name of a shard's commit record."""
+        return f"{COMMITS}{self._part(shard).partition('-of-')[0]}.json"
 
     def _part(self, shard: int) -> str:
         width = max(5, len(str(len(self.plan.shards))))
@@ -108,7 +121,8 @@ class ShardWriter:
                 f"first row {quote(row_id)}, sample {sample}; remove it and its commit record to compute it again"
             )
 
-    def _record(self, shard: Shard, data: bytes, *, attempt: int, seconds: float, host: str) -> CommitRecord:
+    def _record(self, shard: Shard, data: bytes) -> CommitRecord:
+        """The record of what stands."""
         name = f"{self._part(shard.index)}.parquet"
         aligned = _read_table(data, self.store.url(name))
         files = {name: data}
@@ -127,16 +141,13 @@ class ShardWriter:
             sha256_by_file={name: sha256(content) for name, content in files.items()},
             num_bytes=sum(len(content) for content in files.values()),
             digest=self.plan.digest,
-            attempt=attempt,
-            seconds=round(seconds, 3),
-            host=host,
             committed_at=round(time.time(), 3),
             pyarrow=pa.__version__,
             errors=count_reasons(reasons),
         )
 
     def _create_record(self, record: CommitRecord) -> CommitRecord:
-        name = f"{COMMITS}{self._part(record.shard).partition('-of-')[0]}.json"
+        name = self.commit_name(record.shard)
         if self.store.create(name, record.to_json()):
             return record
         stored = self.store.read(name)
@@ -148,6 +159,10 @@ class ShardWriter:
                 f"shard {record.shard} of {self.store.path} is committed with other files than those that are there"
             )
         return winner
+
+
+def _nonzero(recoveries: Recoveries) -> dict[str, int]:
+    return {name: count for name, count in asdict(recoveries).items() if count}
 
 
 def _read_table(data: bytes, source: str) -> pa.Table:

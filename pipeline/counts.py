@@ -1,0 +1,55 @@
+"""How far a run is: what every transport counts and reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Recoveries:
+    """How often a host failed and was replaced, a host's state was lost and rebuilt, the rows at once were halved."""
+
+    hosts_failed: int = 0
+    states_lost: int = 0
+    memory_halved: int = 0
+
+    def __add__(self, other: Recoveries) -> Recoveries:
+        return Recoveries(
+            self.hosts_failed + other.hosts_failed,
+            self.states_lost + other.states_lost,
+            self.memory_halved + other.memory_halved,
+        )
+
+    def __sub__(self, other: Recoveries) -> Recoveries:
+        return Recoveries(
+            self.hosts_failed - other.hosts_failed,
+            self.states_lost - other.states_lost,
+            self.memory_halved - other.memory_halved,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hosts_failed:,} hosts replaced, {self.states_lost:,} states rebuilt, "
+            f"memory halved {self.memory_halved:,} times"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Answers done, answers rejected, tokens of finished answers, steps and faults overcome, since the command
+    started. A step draws a token for each row of a batch, also for a row that began again."""
+
+    rows: int = 0
+    rejected: int = 0
+    tokens: int = 0
+    steps: int = 0
+    recoveries: Recoveries = field(default_factory=Recoveries)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.rows + other.rows,
+            self.rejected + other.rejected,
+            self.tokens + other.tokens,
+            self.steps + other.steps,
+            self.recoveries + other.recoveries,
+        )
