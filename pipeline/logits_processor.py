@@ -1,0 +1,234 @@
+"""Principals inside `model.generate` of transformers: one logits processor, without hosts, slots or a run.
+
+`generate` runs the base; the processor runs the principals' roles beside it, one forward pass a step and model, and
+turns the base's scores into the log-probabilities of the policy over its candidates. Whatever `generate` does
+afterwards, greedy or sampled, draws from that policy. For many prompts `cage relabel` is faster and resumable.
+
+B rows, J principals, R roles of a model, K candidates, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+import cage
+from pipeline.config import ArmPrincipal, Config, RuleName
+from pipeline.config_files import parse_config
+from pipeline.decoding.games import FLOAT64_CANDIDATES, token_rewards
+from pipeline.decoding.lineup import BASE, build_lineup
+from pipeline.decoding.prompts import Prompter
+from pipeline.errors import CageError, ConfigurationError
+from pipeline.models.role_passes import RolePasses, pad_left
+from pipeline.models.tokenizers import context_length, text_config
+from pipeline.records import Message
+
+Conversation = str | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One step of all rows. Log-probabilities, rewards and payments in nats; payments under the equilibrium only."""
+
+    ids_BK: Tensor
+    base_logprobs_BK: Tensor
+    log_policy_BK: Tensor
+    rewards_BJK: Tensor
+    payments_BJK: Tensor | None
+
+
+class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
+    """Turns the base's scores into the policy that the principals' payments lead to.
+
+    Give `generate` what `encode` returns. Batches are padded to the left; a new prompt begins anew; greedy, sampled
+    and `num_return_sequences` work; beam search and assisted decoding are refused. Give it last in the list: what
+    other processors forbid stays forbidden. A `top_k` or `top_p` of `generate` cuts the policy afterwards.
+
+    Args:
+        model: the base, the model that generates.
+        tokenizer: the base's, which the principals' models share.
+        principals: by name, each as in a configuration file, with loaded models instead of names.
+        rule, agent_temperature, candidates, min_p: as under `decoding` of a configuration file.
+        on_step: called with every step's numbers.
+
+    Raises:
+        ConfigurationError: a principal or a number is not what it must be.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        principals: Mapping[str, Mapping[str, Any]],
+        *,
+        rule: str = RuleName.EQUILIBRIUM,
+        agent_temperature: float = 0.1,
+        candidates: int | Literal["all"] = 50,
+        min_p: float = 0.0,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> None:
+        named = _NamedModels(model)
+        config = _config(
+            named.replace(principals),
+            {"rule": rule, "agent_temperature": agent_temperature, "candidates": candidates, "min_p": min_p},
+        )
+        self._decoding = config.decoding
+        self._lineup = build_lineup(config)
+        models = {plan.name: named.models[plan.model.model] for plan in self._lineup.hosts}
+        self._pad_id = tokenizer.pad_token_id or 0
+        self._device = next(model.parameters()).device
+        sizes = [text_config(each.config).vocab_size for each in models.values()]
+        self._vocab_size = min([len(tokenizer), *sizes])
+        self._prompter = Prompter(
+            self._lineup,
+            dict.fromkeys(models, tokenizer),
+            {name: context_length(each.config) for name, each in models.items()},
+            frozenset(),
+        )
+        self._passes = [
+            RolePasses(models[plan.name], names, vocab_size=self._vocab_size, pad_id=self._pad_id)
+            for plan in self._lineup.hosts
+            if (names := [role.name for role in plan.roles if role.name != BASE])
+        ]
+        self._on_step = on_step
+        self._prompts: list[dict[str, list[int]]] = []
+        self._prompt_BT: Tensor | None = None
+        self._seen_BT: Tensor | None = None
+
+    def encode(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        """Render prompts for the base and every principal; `input_ids` and `attention_mask` for `generate`.
+
+        A conversation is a list of messages in the OpenAI shape; a text stands for one message of the user.
+
+        Raises:
+            RowError: a prompt cannot be rendered or is longer than a model's context.
+        """
+        if isinstance(conversations, str) or not conversations:
+            raise ConfigurationError(f"encode takes a list of conversations; got {conversations!r}")
+        messages = [
+            ({"role": "user", "content": each},) if isinstance(each, str) else tuple(each) for each in conversations
+        ]
+        self._prompts = [self._prompter.encode(each) for each in messages]
+        ids_BT, mask_BT = pad_left([prompts[BASE] for prompts in self._prompts], self._pad_id, self._device)
+        self._prompt_BT, self._seen_BT = ids_BT, None
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The policy's log-probabilities [B, V] of the next token; -inf for what is no candidate."""
+        self._follow(input_ids)
+        step = self._play(scores)
+        if self._on_step is not None:
+            self._on_step(step)
+        steered_BV = torch.full_like(scores, -torch.inf)
+        return steered_BV.scatter_(-1, step.ids_BK, step.log_policy_BK.to(scores.dtype))
+
+    def _follow(self, ids_BT: Tensor) -> None:
+        """Bring the roles to where `generate` is: at a new prompt, or one token further."""
+        if self._prompt_BT is None:
+            raise ConfigurationError("call encode(conversations) first and give generate what it returns")
+        seen_BT = self._seen_BT
+        if ids_BT.shape[1] == self._prompt_BT.shape[1]:
+            self._begin(ids_BT)
+        elif seen_BT is not None and ids_BT.shape[1] == seen_BT.shape[1] + 1 and torch.equal(ids_BT[:, :-1], seen_BT):
+            num_new = ids_BT.shape[1] - self._prompt_BT.shape[1]
+            if num_new > self._room:
+                raise CageError(f"a principal's context holds {self._room} tokens after its prompt; got {num_new}")
+            for passes in self._passes:
+                passes.append(ids_BT[:, -1])
+        else:
+            raise ConfigurationError(
+                "the rows are not those of the last step with one token more: beam search, assisted decoding and "
+                "prompts that encode did not return cannot be steered; use greedy or sampled decoding (num_beams=1)"
+            )
+        self._seen_BT = ids_BT.clone()
+
+    def _begin(self, ids_BT: Tensor) -> None:
+        """Start from the prompts; `generate` repeats each for its `num_return_sequences`."""
+        assert self._prompt_BT is not None
+        num_each, rest = divmod(len(ids_BT), len(self._prompts))
+        if rest or not torch.equal(self._prompt_BT.to(ids_BT.device).repeat_interleave(num_each, 0), ids_BT):
+            raise ConfigurationError("generate runs other prompts than the last encode(conversations) returned")
+        prompts = [prompt for prompt in self._prompts for _ in range(num_each)]
+        rooms = [room for prompt in self._prompts if (room := self._prompter.room(prompt)) is not None]
+        self._room = min(rooms, default=2**62)
+        for passes in self._passes:
+            passes.start(prompts)
+
+    def _play(self, scores: Tensor) -> Step:
+        """Solve every row's game over the base's candidates."""
+        logprobs_BV = scores[:, : self._vocab_size].float().log_softmax(-1)
+        count = self._decoding.candidates
+        num_candidates = self._vocab_size if count == "all" else min(count, self._vocab_size)
+        own_BK, ids_BK = logprobs_BV.topk(num_candidates, dim=-1)
+        logprobs = {BASE: own_BK}
+        for passes in self._passes:
+            logprobs |= {name: own.to(scores.device) for name, own in passes.logprobs_at(ids_BK).items()}
+        base_BK = own_BK
+        if self._decoding.min_p > 0:
+            floor_B1 = own_BK[:, :1] + torch.tensor(self._decoding.min_p).log().to(own_BK)
+            base_BK = own_BK.masked_fill(own_BK < floor_B1, -torch.inf)
+        dtype = torch.float64 if num_candidates <= FLOAT64_CANDIDATES else torch.float32
+        rewards_BJK = own_BK.new_zeros(len(own_BK), len(self._lineup.principals), num_candidates, dtype=dtype)
+        for index, reward_BK in enumerate(token_rewards(self._lineup.principals, logprobs)):
+            # what another processor forbids has no reward
+            rewards_BJK[:, index] = torch.where(own_BK > -torch.inf, reward_BK, 0.0)
+        return self._decide(ids_BK, base_BK.to(dtype).log_softmax(-1), rewards_BJK)
+
+    def _decide(self, ids_BK: Tensor, base_BK: Tensor, rewards_BJK: Tensor) -> Step:
+        weights_BJ = torch.tensor([[*self._lineup.weights.values()]]).to(rewards_BJK).expand(len(ids_BK), -1)
+        values_BJK = weights_BJ[..., None] * rewards_BJK
+        game = cage.Game(base_BK, values_BJK, self._decoding.agent_temperature)
+        decision = cage.rules.by_name[self._decoding.rule.value](game, weights_BJ)
+        if bool((decision.status == cage.Status.NOT_FINITE).any()):
+            raise CageError("the principals' rewards or the base's scores are not finite")
+        payments_BJK = None
+        if decision.thresholds is not None:
+            payments_BJK = (values_BJK - decision.thresholds[..., None]).clamp(min=0)
+        return Step(ids_BK, base_BK, decision.log_policy, rewards_BJK, payments_BJK)
+
+
+class _NamedModels:
+    """Models by the names under which a configuration may speak of them."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        self.models: dict[str, torch.nn.Module] = {BASE: base}
+
+    def replace(self, principals: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The principals with names for models. Raises ConfigurationError where a model is not loaded."""
+        return {
+            name: {key: self._name(value, f"principals.{name}.{key}") for key, value in fields.items()}
+            for name, fields in principals.items()
+        }
+
+    def _name(self, value: Any, place: str) -> Any:
+        if not place.endswith((".model", ".reference")) or value in (None, "none"):
+            return value
+        if not isinstance(value, torch.nn.Module):
+            raise ConfigurationError(f"{place} must be a loaded model here; got {value!r}")
+        known = next((name for name, model in self.models.items() if model is value), None)
+        name = known or f"model{len(self.models)}"
+        self.models[name] = value
+        return name
+
+
+def _config(principals: Mapping[str, Mapping[str, Any]], decoding: Mapping[str, Any]) -> Config:
+    """A run's configuration, so that the same checks hold here. It has neither input nor output."""
+    config = parse_config(
+        {
+            "input": {"path": "none"},
+            "output": {"path": "none"},
+            "base": BASE,
+            "principals": dict(principals),
+            "decoding": dict(decoding),
+        }
+    )
+    for name, principal in config.principals.items():
+        if isinstance(principal, ArmPrincipal) and principal.adapter is not None:
+            raise ConfigurationError(f"principals.{name}.adapter: load it and give it as model, with a reference")
+    return config

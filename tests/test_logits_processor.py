@@ -1,0 +1,156 @@
+"""`model.generate` with principals against the pipeline's own answers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from decoding_setup import ask, config_of, decode
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+from pipeline.errors import CageError, ConfigurationError
+from pipeline.logits_processor import CageLogitsProcessor
+
+TEXTS = ["why?", "tell me a long story about the sea, please", "hi", "what is the capital of the moon?"]
+DECODING = {"agent_temperature": 0.4, "candidates": 30, "min_p": 0.001}
+PROMPTED = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
+    "brief": {"kind": "prompted", "principle": "be brief, and never say more than you must", "weight": 0.4},
+}
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def pair_of(before, after):
+    return {**PROMPTED, "pair": {"kind": "tuned_pair", "model": after, "reference": before, "weight": 0.3}}
+
+
+def processor_of(model, folder, principals=PROMPTED, **options):
+    return CageLogitsProcessor(model, AutoTokenizer.from_pretrained(folder), principals, **{**DECODING, **options})
+
+
+def generate(model, processor, inputs, **options):
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "top_k": 0, **options}
+    return model.generate(**inputs, logits_processor=LogitsProcessorList([processor]), **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("rule", ["equilibrium", "linear"])
+def test_greedy_generate_says_what_the_pipeline_says_and_pays_what_it_pays(tiny, kind, rule):
+    base, before, after = (tiny(kind, seed=seed) for seed in (3, 4, 5))
+    decoding = {**DECODING, "rule": rule, "temperature": 0, "max_new_tokens": 12, "trace": "tokens"}
+    rows = [ask(str(at), text) for at, text in enumerate(TEXTS)]
+    records = decode(config_of(base, pair_of(str(before), str(after)), decoding=decoding), rows)
+
+    steps = []
+    model = load(base)
+    processor = processor_of(model, base, pair_of(load(before), load(after)), rule=rule, on_step=steps.append)
+    inputs = processor.encode(TEXTS)
+    answers = generate(model, processor, inputs)[:, inputs["input_ids"].shape[1] :]
+
+    for at, row in enumerate(rows):
+        tokens = records[row.row_id].tokens
+        assert answers[at, : len(tokens)].tolist() == [token.token_id for token in tokens]
+        for step, token in zip(steps, tokens, strict=False):
+            (drawn,) = (step.ids_BK[at] == token.token_id).nonzero()[0].tolist()
+            assert float(step.log_policy_BK[at, drawn]) == pytest.approx(token.logprob, abs=1e-3)
+            if rule == "equilibrium":
+                paid = dict(zip(token.payments, step.payments_BJK[at, :, drawn].tolist(), strict=True))
+                assert paid == pytest.approx(token.payments, abs=1e-3)
+            else:
+                assert step.payments_BJK is None
+    paid = [paid for record in records.values() for token in record.tokens for paid in token.payments.values()]
+    assert sum(paid) > 0.1 if rule == "equilibrium" else set(paid) == {None}
+
+
+def test_roles_that_share_weights_take_one_pass_a_step_and_the_base_none(tiny):
+    base = tiny("llama", seed=3)
+    model, after = load(base), load(tiny("llama", seed=5))
+    counts = {}
+    for name, each in (("base", model), ("after", after)):
+        each.register_forward_pre_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
+    principals = {**PROMPTED, "pair": {"kind": "tuned_pair", "model": after, "reference": model}}
+    processor = processor_of(model, base, principals)
+    num_steps = generate(model, processor, (inputs := processor.encode(TEXTS)), max_new_tokens=5, min_new_tokens=5)
+    assert num_steps.shape[1] - inputs["input_ids"].shape[1] == 5
+    assert counts == {"base": 5 + 5, "after": 5}
+
+
+def test_a_new_prompt_begins_anew_and_several_samples_share_one(tiny):
+    base = tiny("llama", seed=3)
+    model = load(base)
+    processor = processor_of(model, base)
+    inputs = processor.encode(TEXTS)
+    expected = generate(model, processor, inputs)
+    other = processor.encode(["something else"])
+    generate(model, processor, other)
+    inputs = processor.encode(TEXTS)
+    for _ in range(2):
+        again = generate(model, processor, inputs, num_return_sequences=2, do_sample=True, temperature=1e-6)
+        assert torch.equal(again[::2], expected)
+        assert torch.equal(again[1::2], expected)
+
+
+def test_samples_are_drawn_from_the_policy_over_the_candidates(tiny):
+    base = tiny("llama", seed=3)
+    model, steps = load(base), []
+    processor = processor_of(model, base, on_step=steps.append, candidates=5, agent_temperature=2.0)
+    torch.manual_seed(0)
+    drawn = generate(
+        model, processor, processor.encode(TEXTS[:1]), do_sample=True, num_return_sequences=2000, max_new_tokens=1
+    )[:, -1]
+    (step,) = steps
+    for token_id, expected in zip(step.ids_BK[0].tolist(), step.log_policy_BK[0].exp().tolist(), strict=True):
+        assert float((drawn == token_id).float().mean()) == pytest.approx(expected, abs=0.04)
+    assert set(drawn.tolist()) <= set(step.ids_BK[0].tolist())
+
+
+def test_what_generate_forbids_stays_forbidden(tiny):
+    base = tiny("llama", seed=3)
+    model = load(base)
+    processor = processor_of(model, base)
+    inputs = processor.encode(TEXTS)
+    first = generate(model, processor, inputs)[:, inputs["input_ids"].shape[1]].tolist()
+    again = generate(model, processor, inputs, suppress_tokens=first)[:, inputs["input_ids"].shape[1]].tolist()
+    assert not set(first) & set(again)
+
+
+def test_what_cannot_be_steered_is_refused(tiny):
+    base = tiny("llama", seed=3)
+    model = load(base)
+    processor = processor_of(model, base)
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ConfigurationError, match="encode"):
+        generate(model, processor, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    inputs = processor.encode(TEXTS)
+    with pytest.raises(ConfigurationError, match="beam search"):
+        generate(model, processor, inputs, num_beams=4)
+    with pytest.raises(ConfigurationError, match="other prompts"):
+        generate(model, processor, {**inputs, "input_ids": inputs["input_ids"].flip(0)})
+    with pytest.raises(ConfigurationError, match=r"principals.pair.model must be a loaded model here; got 'x'"):
+        processor_of(model, base, {"pair": {"kind": "tuned_pair", "model": "x", "reference": model}})
+    with pytest.raises(ConfigurationError, match=r"(?s)agent_temperature must be greater than 0"):
+        processor_of(model, base, agent_temperature=0)
+    with pytest.raises(ConfigurationError, match="adapter"):
+        processor_of(model, base, {"arm": {"kind": "arm", "adapter": "folder"}})
+    small = tiny("gpt2", seed=3, context=80)
+    short = load(small)
+    processor = processor_of(short, small)
+    with pytest.raises(CageError, match=r"context holds \d+ tokens"):
+        generate(short, processor, processor.encode(["why?"]), max_new_tokens=40, min_new_tokens=40)
+
+
+def test_the_readme_steers_generate_as_it_says(tiny, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("<!-- generate:start -->")[2].partition("<!-- generate:end -->")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    name = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+    assert code.count(name) == 1
+    names: dict[str, object] = {}
+    exec(compile(code.replace(name, repr(str(tiny("llama", seed=3)))), "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+    assert isinstance(names["processor"], CageLogitsProcessor)
