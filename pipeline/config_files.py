@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import ArmPrincipal, Config, PromptedPrincipal, TunedPairPrincipal, shortened
+from pipeline.config import Config, shortened
 from pipeline.errors import ConfigurationError
 
 C = TypeVar("C", bound=Config)
@@ -107,7 +108,8 @@ def _describe(fault: Any, kind: type[Config]) -> str:
     if fault["type"] == "missing":
         return f"{where} is missing"
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{where}.kind must be one of prompted, arm, tuned_pair; got {shortened(_value_of(fault, 'kind'))}"
+        kinds = ", ".join(_kinds(*_parent(fault["loc"], kind)))
+        return f"{where}.kind must be one of {kinds}; got {shortened(_value_of(fault, 'kind'))}"
     message = fault["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "must be").replace("String should", "must")
     if fault["type"] == "value_error":
@@ -126,32 +128,47 @@ def _printable(text: str) -> str:
 
 def _locate(loc: tuple[int | str, ...], kind: type[Config]) -> tuple[str, type[BaseModel] | None]:
     """The dotted place of a fault, without the union tags that pydantic adds, and its section's class."""
-    kinds: dict[str, type[BaseModel]] = {
-        "prompted": PromptedPrincipal,
-        "arm": ArmPrincipal,
-        "tuned_pair": TunedPairPrincipal,
-    }
     section: type[BaseModel] | None = kind
     names: list[str] = []
+    kinds: dict[str, type[BaseModel]] = {}
+    key_at = 0
     for index, part in enumerate(loc):
-        if index == 2 and loc[0] == "principals" and part in kinds:
-            section = kinds[str(part)]
+        if kinds and index == key_at + 1:  # pydantic's tag: which class stands under the key
+            section, kinds = kinds.get(str(part), section), {}
             continue
-        if isinstance(part, str) and UNION_TAG.fullmatch(part):
+        if isinstance(part, str) and UNION_TAG.fullmatch(part) and not kinds:
             continue
         names.append(str(part))
-        if index < len(loc) - 1:
+        if index < len(loc) - 1 and not kinds:
+            kinds, key_at = _kinds(section, str(part)), index + 1
             section = _child_section(section, str(part)) or section
     return ".".join(names), section
+
+
+def _parent(loc: tuple[int | str, ...], kind: type[Config]) -> tuple[type[BaseModel] | None, str]:
+    """The section in which a mapping of sections told apart by `kind` stands, and its name there."""
+    return _locate(loc[:-1], kind)[1], str(loc[-2])
+
+
+def _kinds(section: type[BaseModel] | None, key: str) -> dict[str, type[BaseModel]]:
+    """The classes by `kind` of a mapping of such sections; empty where `key` is anything else."""
+    field = section.model_fields.get(key) if section is not None else None
+    if field is None or get_origin(field.annotation) is not dict:
+        return {}
+    found = [each for each in _classes(get_args(field.annotation)[1]) if "kind" in each.model_fields]
+    return {get_args(each.model_fields["kind"].annotation)[0]: each for each in found}
 
 
 def _child_section(section: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
     """The class of the section that stands under `key`, the first one where there is a choice."""
     field = section.model_fields.get(key) if section is not None else None
-    waiting: list[Any] = [] if field is None else [field.annotation]
-    while waiting:
-        annotation = waiting.pop(0)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return annotation
-        waiting.extend(get_args(annotation))
-    return None
+    return next(_classes(field.annotation), None) if field is not None else None
+
+
+def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation allows, in order."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        return
+    for argument in get_args(annotation):
+        yield from _classes(argument)
