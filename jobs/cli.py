@@ -45,6 +45,9 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the base's repository (base.trust_remote_code).")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and its workers.")]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the whole configuration, defaults included, and stop.")
+]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, local or s3://.")]
 
 
@@ -58,9 +61,7 @@ def relabel(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the whole configuration, defaults included, and stop.")
-    ] = False,
+    print_config: PrintConfig = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer every prompt by the aligned policy; write Parquet.
@@ -81,8 +82,28 @@ def relabel(
 
 
 @app.command()
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    model: Model = None,
+    print_config: PrintConfig = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare rules: answer every prompt by a grid of them, judge the answers, write metrics.json.
+
+    The same command continues an evaluation that was interrupted; other judges score the same answers again.
+    """
+    from jobs.evaluate import run_evaluate
+
+    flags = {"input.limit": limit, "decoding.seed": seed, "base.model": model}
+    run_evaluate(config, _merge(overrides, flags), print_config=print_config, is_verbose=verbose)
+
+
+@app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
-    """Show what `relabel` would run, without running it.
+    """Show what `relabel` or `evaluate` would run, without running it.
 
     Rows, shards, principals, hosts and their roles, placement and memory; no weights are loaded.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from jobs.job_files import load_job
 from jobs.text import printable, size, table
 from pipeline.config import Config, ModelConfig, Transport
-from pipeline.config_files import load_config
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.lineup import HostPlan
 from pipeline.models.descriptions import ModelDescription, describe_model
@@ -18,7 +18,7 @@ from pipeline.variants import lay_out
 
 
 def run_plan(config_file: Path, overrides: list[str]) -> None:
-    config = load_config(config_file, overrides)
+    config = load_job(config_file, overrides)
     print(describe_plan(config, prepare(config, default_cache_folder(os.environ))))
 
 

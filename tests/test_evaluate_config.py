@@ -32,12 +32,18 @@ def test_objectives_are_matched_by_name_in_the_order_of_the_principals():
 @pytest.mark.parametrize(
     ("evaluation", "message"),
     [
-        ({"judges": {"kind": {**LENGTH, "unt": "words"}}}, r"judges\.kind\.unt is not a known key; did you mean unit"),
+        (
+            {"judges": {"kind": {**LENGTH, "unt": "words"}}},
+            r"judges\.kind\.unt is not a known key; did you mean unit",
+        ),
         ({"judges": {"length": {"kind": "lenght"}}}, r"judges\.length\.kind must be one of sentiment, .*; got 'leng"),
         ({"judges": {"length": {}}}, r"evaluation\.judges\.length\.kind must be one of"),
         ({"judges": {"kind": {**LENGTH, "unit": "pages"}}}, r"judges\.kind\.unit must be 'words' or 'tokens'; got"),
         ({"judges": {"r": {"kind": "reward_model", "model": {"name": "x"}}}}, r"judges\.r\.model\.name is not a"),
-        ({"judges": {"own": {"kind": "principal", "principal": "x"}}}, r"judges\.own\.principal must be one of kind,"),
+        (
+            {"judges": {"own": {"kind": "principal", "principal": "x"}}},
+            r"judges\.own\.principal must be one of kind,",
+        ),
         ({"judges": {"words": LENGTH}}, "a judge for at least one principal"),
         ({"judges": {"words": LENGTH}, "objectives": {"x": "words"}}, "unknown principal 'x'"),
         ({"judges": {"words": LENGTH}, "objectives": {"kind": "x"}}, r"objectives\.kind must be one of .*words"),

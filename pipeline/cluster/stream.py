@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from pipeline import errors
 from pipeline.cluster.board import start_board
 from pipeline.cluster.host_actors import HostLaunch, bundle_of, placed
 from pipeline.cluster.replica import Replica
+from pipeline.cluster.session import joined
 from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.shards import ShardOutcome
@@ -100,50 +100,10 @@ class ShardStream:
 
 @contextmanager
 def cluster(assembly: Assembly, *, is_verbose: bool) -> Iterator[None]:
-    """Join the configured Ray cluster, or start one on this machine and stop it afterwards."""
-    if ray.is_initialized():
+    """Join or start a Ray cluster that can hold a replica; see `joined`."""
+    with joined(assembly.config.cluster, num_cpus=_cpus_needed(assembly), is_verbose=is_verbose):
         _check_capacity(assembly)
         yield
-        return
-    with contextlib.nullcontext() if is_verbose else _silent_stderr():
-        _start(assembly, is_verbose=is_verbose)
-        try:
-            _check_capacity(assembly)
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _start(assembly: Assembly, *, is_verbose: bool) -> None:
-    config = assembly.config.cluster
-    logging_options = {"log_to_driver": is_verbose, "logging_level": logging.INFO if is_verbose else logging.ERROR}
-    if config.address is None:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            # CPUs are Ray's book-keeping: a small machine may share its cores among the hosts
-            num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus_needed(assembly))),
-            **logging_options,
-        )
-    else:
-        try:
-            ray.init(address=config.address, **logging_options)
-        except ConnectionError as error:
-            raise ConfigurationError(f"no Ray cluster answers at cluster.address {config.address}: {error}") from None
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere: Ray's C++ code writes warnings there that no logging level reaches."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _cpus_needed(assembly: Assembly) -> float:

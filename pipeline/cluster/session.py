@@ -1,0 +1,63 @@
+"""The connection to Ray: the configured cluster, or one on this machine for as long as it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import ConfigurationError
+
+
+@contextmanager
+def joined(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> Iterator[None]:
+    """Join the configured Ray cluster, or start one on this machine and stop it afterwards.
+
+    Where there is a connection already it is used and kept. `num_cpus` is what the work asks of a cluster of its own.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    with contextlib.nullcontext() if is_verbose else _silent_stderr():
+        _start(config, num_cpus=num_cpus, is_verbose=is_verbose)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> None:
+    logging_options = {"log_to_driver": is_verbose, "logging_level": logging.INFO if is_verbose else logging.ERROR}
+    if config.address is None:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            # CPUs are Ray's book-keeping: a small machine may share its cores among the hosts
+            num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
+            **logging_options,
+        )
+    else:
+        try:
+            ray.init(address=config.address, **logging_options)
+        except ConnectionError as error:
+            raise ConfigurationError(f"no Ray cluster answers at cluster.address {config.address}: {error}") from None
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere: Ray's C++ code writes warnings there that no logging level reaches."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

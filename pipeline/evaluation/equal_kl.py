@@ -1,0 +1,79 @@
+"""Rules compared at equal divergence from the base, read off their sweeps of the agent temperature.
+
+For one weight vector a rule's agent temperatures give a curve of objectives over the KL to the base, which starts at
+the base itself (KL 0) where the base is compared too. Levels are shares of what every rule reaches; between measured
+points the curve is straight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.config import RuleName
+from pipeline.evaluation.landscape import Landscape
+from pipeline.evaluation.metrics import Floats, interpolate_at
+
+SHARES_L = np.array([0.25, 0.5, 0.75, 1.0])
+LEAST_KL = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The variants of each rule with one weight vector, and the base where there is one."""
+
+    weights: dict[str, float]
+    by_rule: dict[RuleName, list[int]]
+    base: int | None
+
+    def curve(self, rule: RuleName) -> list[int]:
+        return [*([self.base] if self.base is not None else []), *self.by_rule[rule]]
+
+    def levels(self, kl_V: Floats) -> Floats | None:
+        """The KL levels that every rule reaches; None where there are none."""
+        reached = [kl_V[self.curve(rule)] for rule in self.by_rule]
+        low, high = max(each.min() for each in reached), min(each.max() for each in reached)
+        return low + SHARES_L * (high - low) if high - low > LEAST_KL else None
+
+
+def sweeps(land: Landscape) -> list[Sweep]:
+    """One for each weight vector that every rule, the base aside, was run with."""
+    variants = land.data.variants
+    rules = [rule for rule in land.data.rules if rule is not RuleName.BASE]
+    base = next(iter(land.data.indices(RuleName.BASE)), None)
+    found: dict[tuple[tuple[str, float], ...], dict[RuleName, list[int]]] = {}
+    for at, variant in enumerate(variants):
+        if variant.rule is not RuleName.BASE and np.isfinite(land.weights_VM[at]).all():
+            by_rule = found.setdefault(tuple((variant.weights or {}).items()), {})
+            by_rule.setdefault(variant.rule, []).append(at)
+    return [
+        Sweep(dict(weights), by_rule, base)
+        for weights, by_rule in found.items()
+        if len(by_rule) == len(rules) and len(rules) > 1
+    ]
+
+
+def objectives_at(land: Landscape, sweep: Sweep, rule: RuleName, sample: int = 0) -> tuple[Floats, Floats] | None:
+    """The levels and the objectives there, [L] and [L, M], of one bootstrap sample (0: the data itself)."""
+    levels_L = sweep.levels(land.kl_SV[sample])
+    if levels_L is None:
+        return None
+    curve = sweep.curve(rule)
+    return levels_L, interpolate_at(levels_L, land.kl_SV[sample, curve], land.means_SVM[sample, curve])
+
+
+def weighted_scores(land: Landscape, rule: RuleName) -> Floats:
+    """The mean over weight vectors and levels of w . r, [S]; NaN where no level is common to all rules."""
+    scores_S = np.full(len(land.means_SVM), np.nan)
+    all_sweeps = sweeps(land)
+    for sample in range(len(scores_S)):
+        found = []
+        for sweep in all_sweeps:
+            reached = objectives_at(land, sweep, rule, sample)
+            if reached is not None:
+                vector_M = land.weights_VM[sweep.by_rule[rule][0]]
+                found.append(float((land.normalised(reached[1]) @ vector_M).mean()))
+        if found:
+            scores_S[sample] = np.mean(found)
+    return scores_S

@@ -1,0 +1,113 @@
+"""What a run's files say, as arrays by variant and prompt.
+
+V variants, P prompts; a prompt's samples are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import RuleName
+from pipeline.errors import CageError
+from pipeline.evaluation.metrics import Floats
+from pipeline.evaluation.scores import NUMBERS
+from pipeline.storage.commits import CommitRecord
+from pipeline.variants import Variant
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Means over a prompt's samples, by name: `scores_by_judge` and `numbers` (kl_per_token, num_tokens, ...).
+
+    Every variant has every prompt that is in here, with a score for each objective: prompts that lack one anywhere
+    are left out of all (`num_left_out`), so that every comparison is paired. Other judges may lack scores: NaN.
+    """
+
+    variants: tuple[Variant, ...]
+    row_ids: tuple[str, ...]
+    scores_by_judge: Mapping[str, Floats]
+    numbers: Mapping[str, Floats]
+    num_left_out: int
+    num_answers: int
+
+    @cached_property
+    def rules(self) -> tuple[RuleName, ...]:
+        return tuple(dict.fromkeys(variant.rule for variant in self.variants))
+
+    def indices(self, rule: RuleName, agent_temperature: float | None = None) -> list[int]:
+        """The variants of a rule, at one agent temperature or at all; the base has one temperature for all."""
+        return [
+            at
+            for at, variant in enumerate(self.variants)
+            if variant.rule is rule
+            and (agent_temperature in (None, variant.agent_temperature) or rule is RuleName.BASE)
+        ]
+
+
+def measure(
+    tables: Iterable[tuple[pa.Table, pa.Table]],
+    variants: Sequence[Variant],
+    *,
+    judges: Sequence[str],
+    needed: Sequence[str],
+    num_samples: int,
+) -> Measurements:
+    """Read answers and scores, and keep the prompts that every variant answered with all `needed` scores.
+
+    Raises:
+        CageError: no prompt is left.
+    """
+    answers, scores = zip(*tables, strict=True)
+    read, judged = pa.concat_tables(answers), pa.concat_tables(scores)
+    row_ids, prompt_N = np.unique(np.array(judged["row_id"].to_pylist(), dtype=object), return_inverse=True)
+    shape = (len(variants), len(row_ids), num_samples)
+    where = (_ints(judged, "variant"), prompt_N, _ints(judged, "sample"))
+    by_judge = {name: _spread(judged, name, where, shape) for name in judges}
+    numbers = {name: _spread(read, name, where, shape) for name in NUMBERS}
+    whole_P = np.ones(len(row_ids), dtype=bool)
+    for array_VPN in (*(by_judge[name] for name in needed), numbers["num_tokens"]):
+        whole_P &= np.isfinite(array_VPN).all((0, 2))
+    if not whole_P.any():
+        raise CageError("no prompt was answered and judged under every variant, so there is nothing to compare")
+    return Measurements(
+        variants=tuple(variants),
+        row_ids=tuple(row_ids[whole_P]),
+        scores_by_judge={name: _mean_of_samples(array[:, whole_P]) for name, array in by_judge.items()},
+        numbers={name: _mean_of_samples(array[:, whole_P]) for name, array in numbers.items()},
+        num_left_out=int((~whole_P).sum()),
+        num_answers=read.num_rows,
+    )
+
+
+def tokens_per_second(records: Iterable[CommitRecord]) -> float | None:
+    """Tokens of all shards over the time in which at least one was under way; pauses between commands are out."""
+    records = list(records)
+    seconds, busy_until = 0.0, -np.inf
+    for start, end in sorted((each.committed_at - each.seconds, each.committed_at) for each in records):
+        seconds += max(0.0, end - max(start, busy_until))
+        busy_until = max(busy_until, end)
+    return float(sum(each.tokens for each in records) / seconds) if seconds > 0 else None
+
+
+def _spread(table: pa.Table, name: str, where: tuple[Any, ...], shape: tuple[int, int, int]) -> Floats:
+    """A column laid out by variant, prompt and sample; NaN where there is no value."""
+    array = np.full(shape, np.nan)
+    array[where] = table[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return array
+
+
+def _ints(table: pa.Table, name: str) -> Any:
+    return table[name].to_numpy()
+
+
+def _mean_of_samples(array_VPN: Floats) -> Floats:
+    known = np.isfinite(array_VPN)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean_VP: Floats = np.where(known, array_VPN, 0.0).sum(2) / known.sum(2)
+    return mean_VP

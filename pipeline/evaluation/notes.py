@@ -1,0 +1,65 @@
+"""What a reader has to know to believe the numbers: how they were made, and what speaks against them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.config import RuleName
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.equal_kl import sweeps
+from pipeline.evaluation.judge_config import AnyJudge, PrincipalJudge
+from pipeline.evaluation.landscape import Landscape
+from pipeline.evaluation.panel import Panel
+
+
+def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], land: Landscape) -> list[str]:
+    """Sentences for the report and the terminal. `models` are the identities of the run's models, by place."""
+    found = [
+        f"Every mean is over the same {len(land.data.row_ids):,} prompts; intervals are bootstrap intervals over "
+        f"prompts ({land.confidence:.0%}, {config.evaluation.bootstrap.samples:,} samples), differences are paired.",
+        "Reference point of the hypervolume: "
+        + ("given" if config.evaluation.reference_point else "the lowest mean of everything compared, less a tenth")
+        + (". " if config.evaluation.reference_point else " of the objective's range. ")
+        + "Hypervolumes from different reference points do not compare; noise widens a front, so that resampled "
+        "hypervolumes lie above the estimate.",
+        "mip, worst_principal and weighted use objectives normalised from 0, the lowest mean of everything compared, "
+        "to 1, the highest, and weights that sum to 1; the base is held to every weight vector.",
+        "All rules share batches, so tokens per second are those of the whole run.",
+    ]
+    found += [
+        f"The judge {judge} of {principal} is no independent judge: {why}."
+        for principal, judge, why in overlaps(config, panel, models)
+    ]
+    if land.data.num_left_out:
+        found.append(
+            f"{land.data.num_left_out:,} prompts are left out: some rule has no answer or no score for them."
+        )
+    if len([rule for rule in land.data.rules if rule is not RuleName.BASE]) > 1 and not _has_equal_kl(land):
+        found.append("No KL is reached by all rules with the same weights, so there is no comparison at equal KL.")
+    return found
+
+
+def overlaps(config: EvaluateConfig, panel: Panel, models: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(principal, judge, why) of every objective whose judge is one of the things that the rules raise."""
+    found = []
+    for principal, name in config.objectives.items():
+        judge = config.evaluation.judges[name]
+        reason = _not_independent(judge, principal)
+        source = panel.sources.get(name)
+        places = [place for place, identity in models.items() if source is not None and identity == source.identity]
+        if places:
+            reason = f"it is the model {', '.join(places)} of the run"
+        if reason:
+            found.append((principal, name, reason))
+    return found
+
+
+def _not_independent(judge: AnyJudge, principal: str) -> str:
+    if not isinstance(judge, PrincipalJudge):
+        return ""
+    whose = "its own reward" if judge.principal == principal else f"the reward of the principal {judge.principal}"
+    return f"it is {whose}, which the rules are told to raise"
+
+
+def _has_equal_kl(land: Landscape) -> bool:
+    return any(sweep.levels(land.kl_SV[0]) is not None for sweep in sweeps(land))

@@ -1,0 +1,102 @@
+"""The scores of a run's answers: files of their own beside them, one a shard, made once.
+
+RUN/scores/part-00000-of-00004.parquet holds row_id, variant, sample and a column a judge. Its footer tells the judges
+with all that decides a score, and the hash of the answers; a file of other judges or other answers is replaced,
+and nothing is decoded again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import CageError
+from pipeline.evaluation.judges import Answer, Judge
+from pipeline.evaluation.panel import Panel
+from pipeline.storage.commits import CommitRecord
+from pipeline.storage.run import Run
+from pipeline.storage.shard_files import told_as_damage
+from pipeline.storage.tables import write_table_bytes
+
+SCORES = "scores/"
+JUDGES_KEY, ANSWERS_KEY = "cage.judges", "cage.answers"
+NUMBERS = ("num_tokens", "kl_per_token", "covered_mass", "max_residual", "num_unsolved")
+JUDGED_COLUMNS = ("row_id", "variant", "sample", "prompt", "response", "num_tokens", "rewards")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The score files of one panel in one run. Picklable."""
+
+    run: Run
+    panel: Panel
+
+    def pending(self) -> list[CommitRecord]:
+        """The committed shards whose answers this panel has not scored yet."""
+        found = set(self.run.store.names(SCORES))
+        return [
+            record
+            for record in self.run.committed().values()
+            if self._name(record) not in found or not self._is_of(record)
+        ]
+
+    def score(self, record: CommitRecord, judges: Mapping[str, Judge]) -> None:
+        """Judge one shard's answers and write its file."""
+        answers = self._read(_part_of(record), JUDGED_COLUMNS)
+        metadata = {JUDGES_KEY: self.panel.digest, ANSWERS_KEY: record.sha256_by_file[_part_of(record)]}
+        data = write_table_bytes(judge_table(answers, judges), metadata=metadata)
+        name = self._name(record)
+        if not self.run.store.create(name, data) and not self._is_of(record):
+            self.run.store.put(name, data)
+
+    def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """Each shard's answers, without texts, and their scores, row by row the same."""
+        for record in self.run.committed().values():
+            answers = self._read(_part_of(record), ("row_id", "variant", "sample", *NUMBERS))
+            scores = self._read(self._name(record), None)
+            if answers.select(["row_id", "sample"]) != scores.select(["row_id", "sample"]):
+                raise CageError(f"{self.run.store.url(self._name(record))} scores other answers; remove it")
+            yield answers, scores
+
+    def _name(self, record: CommitRecord) -> str:
+        return SCORES + _part_of(record)
+
+    def _is_of(self, record: CommitRecord) -> bool:
+        """Whether the score file was made by this panel of the answers that stand."""
+        url = self.run.store.url(self._name(record))
+        with told_as_damage(url), self.run.store.open(self._name(record)) as handle:
+            metadata = pq.read_schema(handle).metadata or {}
+        expected = {JUDGES_KEY: self.panel.digest, ANSWERS_KEY: record.sha256_by_file[_part_of(record)]}
+        return all(metadata.get(key.encode(), b"").decode() == value for key, value in expected.items())
+
+    def _read(self, name: str, columns: tuple[str, ...] | None) -> pa.Table:
+        with (
+            told_as_damage(self.run.store.url(name)),
+            self.run.store.open(name) as handle,
+            pq.ParquetFile(handle) as file,
+        ):
+            wanted = None if columns is None else [each for each in columns if each in file.schema_arrow.names]
+            return file.read(columns=wanted)
+
+
+def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> pa.Table:
+    """A table of scores, a row an answer and a column a judge; null where a judge has none."""
+    rows = [
+        Answer(row["prompt"], row["response"], row["num_tokens"], row.get("rewards") or {})
+        for row in answers.to_pylist()
+    ]
+    variants = answers["variant"] if "variant" in answers.column_names else pa.array([0] * len(rows), pa.int32())
+    columns = {"row_id": answers["row_id"], "variant": variants, "sample": answers["sample"]}
+    for name, judge in judges.items():
+        scores = [None if not math.isfinite(score) else score for score in judge.score(rows)]
+        columns[name] = pa.array(scores, pa.float64())
+    return pa.table(columns)
+
+
+def _part_of(record: CommitRecord) -> str:
+    [name] = [name for name in record.sha256_by_file if name.startswith("part-")]
+    return name

@@ -1,0 +1,195 @@
+"""Metrics against values by hand, independent formulas and properties."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pipeline.config import RuleName
+from pipeline.evaluation import summary
+from pipeline.evaluation.config import BootstrapConfig
+from pipeline.evaluation.landscape import survey
+from pipeline.evaluation.measurements import Measurements
+from pipeline.evaluation.metrics import (
+    default_reference,
+    front,
+    gaps,
+    hypervolume,
+    interpolate_at,
+    interval,
+    is_monotone,
+    resample_counts,
+    spearman,
+    weighted_means,
+)
+from pipeline.evaluation.reading import reading
+from pipeline.variants import Variant
+
+EQ, LINEAR, BASE = RuleName.EQUILIBRIUM, RuleName.LINEAR, RuleName.BASE
+POINTS = np.array([(1, 2), (2, 1), (1.5, 1.5), (0.5, 0.5)], dtype=float)
+
+
+def test_the_hypervolume_of_four_known_points():
+    assert hypervolume(POINTS, np.zeros(2)) == pytest.approx(3.25)
+    assert hypervolume(POINTS, np.array([1.0, 1.0])) == pytest.approx(0.25)  # points on the border span nothing
+    assert hypervolume(POINTS, np.array([2.0, 2.0])) == 0
+
+
+@pytest.mark.parametrize("num_objectives", [1, 2, 3])
+def test_the_hypervolume_is_that_of_a_union_of_boxes(num_objectives):
+    points = np.random.default_rng(3).uniform(-1, 2, (6, num_objectives))
+    reference = np.full(num_objectives, -0.4)
+    boxes = np.maximum(points - reference, 0)
+    union = sum(  # inclusion and exclusion
+        (-1) ** (size + 1) * np.prod(np.min(boxes[list(chosen)], axis=0))
+        for size in range(1, len(boxes) + 1)
+        for chosen in combinations(range(len(boxes)), size)
+    )
+    assert hypervolume(points, reference) == pytest.approx(union)
+
+
+def test_the_front_its_gaps_and_the_default_reference():
+    assert front(np.vstack([POINTS, POINTS[:1]])).tolist() == [[1, 2], [1.5, 1.5], [2, 1]]
+    assert gaps(front(POINTS)).tolist() == [0.25, 0.25]
+    assert gaps(POINTS[:1]) is None
+    assert default_reference(POINTS).tolist() == pytest.approx([0.35, 0.35])
+
+
+values = st.lists(st.integers(-3, 3).map(float), min_size=6, max_size=6)
+
+
+@given(values, values)
+def test_rank_correlation_agrees_with_scipy(first, second):
+    ours = spearman(np.array(first), np.array(second))
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        assert ours is None
+    else:
+        assert ours == pytest.approx(stats.spearmanr(first, second).statistic)
+
+
+def test_control_is_monotone_when_means_never_fall():
+    assert is_monotone(np.array([0, 0.5, 1, 0.5]), np.array([1.0, 3, 2, 1])) is True
+    assert is_monotone(np.array([0, 0.5, 1, 0.5]), np.array([1.0, 3, 2, 2])) is False
+    assert is_monotone(np.array([1.0, 1.0]), np.array([1.0, 3])) is None
+
+
+def test_curves_are_straight_between_points_given_in_any_order():
+    found = interpolate_at(np.array([0.5, 2.0]), np.array([3.0, 0.0, 1.0]), np.array([[8.0, 0], [0, 3], [4, 1]]))
+    assert found.tolist() == [[2, 2], [6, 0.5]]
+
+
+def test_resampled_means_have_the_standard_error_of_the_mean():
+    scores = np.random.default_rng(0).normal(5, 2, (1, 400))
+    counts = resample_counts(400, 2000, seed=1)
+    means = weighted_means(scores, counts)[:, 0]
+    assert means[0] == pytest.approx(scores.mean())
+    assert np.std(means[1:]) == pytest.approx(scores.std() / 20, rel=0.1)
+    low, high = interval(means[1:], 0.95)
+    assert (high - low) / 2 == pytest.approx(1.96 * scores.std() / 20, rel=0.1)
+    assert (counts.sum(1) == 400).all()
+    assert (resample_counts(400, 2000, seed=1) == counts).all()
+
+
+def test_a_prompt_without_a_score_does_not_count():
+    means = weighted_means(np.array([[1.0, np.nan, 4.0]]), np.array([[1.0, 1, 1], [0, 3, 0], [2, 0, 1]]))
+    assert means[[0, 2], 0].tolist() == [2.5, 2.0]
+    assert math.isnan(means[1, 0])
+
+
+def land_of(variants, scores_by_judge, kl, reference=None, judges=None, samples=200):
+    shape = np.shape(kl)
+    numbers = {name: np.ones(shape) for name in ("num_tokens", "covered_mass", "max_residual", "num_unsolved")}
+    data = Measurements(
+        variants=tuple(variants),
+        row_ids=tuple(str(at) for at in range(shape[1])),
+        scores_by_judge={name: np.array(scores, dtype=float) for name, scores in scores_by_judge.items()},
+        numbers={**numbers, "kl_per_token": np.array(kl, dtype=float)},
+        num_left_out=0,
+        num_answers=shape[0] * shape[1],
+    )
+    judges = judges or {name: name for name in scores_by_judge}
+    return survey(data, judges, reference, BootstrapConfig(samples=samples))
+
+
+def two_rules():
+    """Equilibrium and linear at two weight vectors and the base; two prompts, two objectives."""
+    vectors = [{"a": 3.0, "b": 1.0}, {"a": 0.0, "b": 2.0}]
+    variants = [Variant(rule, 0.1, vector) for rule in (LINEAR, EQ) for vector in vectors]
+    a = [[1, 3], [0, 0], [4, 4], [1, 1], [0, 2]]
+    b = [[0, 0], [4, 4], [1, 1], [3, 5], [2, 2]]
+    kl = [[1, 1], [2, 2], [0.5, 0.5], [1, 1], [0, 0]]
+    return land_of([*variants, Variant(BASE, 0.1, vectors[0])], {"a": a, "b": b}, kl)
+
+
+def test_rules_by_hand():
+    rules = summary.by_rule(two_rules())
+    # means: linear (2, 0), (0, 4); equilibrium (4, 1), (1, 4); base (1, 2): each objective is between 0 and 4
+    assert rules["linear"]["mip"] == pytest.approx((0.75 * 0.5 + 0 + 1) / 2)
+    assert rules["equilibrium"]["mip"] == pytest.approx((0.75 * 1 + 0.25 * 0.25 + 1) / 2)
+    assert rules["base"]["mip"] == pytest.approx((0.75 * 0.25 + 0.25 * 0.5 + 0.5) / 2)
+    assert rules["equilibrium"]["worst_principal"] == pytest.approx(0.25)
+    assert rules["linear"]["worst_principal"] == 0
+    reference = -0.4
+    assert rules["base"]["hypervolume"] == pytest.approx((1 - reference) * (2 - reference))
+    assert rules["equilibrium"]["hypervolume"] == pytest.approx(
+        (4 - reference) * (1 - reference) + (1 - reference) * 3
+    )
+    assert rules["equilibrium"]["sparsity"] == pytest.approx(0.75**2 * 2)
+    assert rules["equilibrium"]["kl_per_token"] == pytest.approx(0.75)
+
+
+def test_wins_are_counted_by_prompt_at_equal_temperature_and_weights():
+    wins = {(row["rule"], row["against"], row["objective"]): row for row in summary.win_rates(two_rules())}
+    row = wins["equilibrium", "linear", "b"]
+    assert (row["wins"], row["ties"], row["losses"]) == (3, 0, 1)
+    row = wins["equilibrium", "base", "a"]  # every variant of the other rule meets the base
+    assert (row["wins"], row["ties"], row["losses"]) == (3, 0, 1)
+    assert ("linear", "equilibrium", "a") not in wins
+
+
+def test_control_by_hand():
+    control = {(row["rule"], row["objective"]): row for row in summary.control(two_rules())}
+    assert len(control) == 4
+    assert all(row["spearman"] == 1 and row["is_monotone"] for row in control.values())
+    assert control["equilibrium", "a"]["sparsity"] == pytest.approx(0.75**2)
+
+
+def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():
+    prompts = np.random.default_rng(0).normal(0, 5, 12)
+    variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
+    land = land_of(variants, {"a": [prompts + 0.1, prompts]}, np.ones((2, 12)))
+    [point, _] = summary.points(land)
+    assert point["intervals"]["a"][0] < prompts.mean() < point["intervals"]["a"][1]
+    [mip] = [row for row in summary.differences(land) if row["metric"] == "mip"]
+    assert mip["interval"] == pytest.approx([mip["difference"]] * 2)
+    assert reading([mip], 0.95) == [
+        "By mean inner product, equilibrium is better than linear (+1.000, +1.000 to +1.000) (95% intervals)."
+    ]
+
+
+def test_rules_on_one_curve_are_equal_at_equal_kl_however_far_they_go():
+    kl = {EQ: (0.2, 1.0), LINEAR: (0.6, 3.0)}
+    variants = [Variant(rule, temperature, {"a": 1.0}) for rule in kl for temperature in (0.3, 0.1)]
+    variants.append(Variant(BASE, 0.3, {"a": 1.0}))
+    kl_V = np.array([*kl[EQ], *kl[LINEAR], 0.0])
+    noise = np.random.default_rng(1).normal(0, 1, 9)
+    land = land_of(variants, {"a": 2 * kl_V[:, None] + noise}, np.repeat(kl_V[:, None], 9, axis=1))
+    differences = {row["metric"]: row for row in summary.differences(land) if row["against"] == "linear"}
+    assert differences["mip"]["difference"] < -0.1
+    assert differences["equal_kl"]["difference"] == pytest.approx(0, abs=1e-9)
+    rows = summary.equal_kl(land)
+    assert sorted({row["kl_per_token"] for row in rows}) == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert all(row["objectives"]["a"] == pytest.approx(2 * row["kl_per_token"] + noise.mean()) for row in rows)
+
+
+def test_the_reference_point_can_be_given():
+    variants = [Variant(EQ, 0.1, {"a": 1.0})]
+    land = land_of(variants, {"a": [[1.0, 3.0]]}, np.ones((1, 2)), reference={"a": -1.0})
+    assert summary.by_rule(land)["equilibrium"]["hypervolume"] == 3
+    assert summary.by_rule(land)["equilibrium"]["mip"] == 0  # nothing varies

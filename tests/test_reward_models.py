@@ -1,0 +1,118 @@
+"""Reward models as judges: pooled at the right token, whatever the padding is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+from pipeline.errors import ConfigurationError
+from pipeline.evaluation.judge_config import AnyJudge
+from pipeline.evaluation.judges import Answer
+from pipeline.evaluation.panel import call_panel
+
+JUDGES = TypeAdapter(AnyJudge)
+QUESTION = ({"role": "user", "content": "Is it so?"},)
+TEXTS = ["Yes.", "It is, and for a great many reasons.", "", "No!", "Perhaps, perhaps not."]
+ANSWERS = [Answer(QUESTION, text) for text in TEXTS]
+
+
+def save_reward_model(folder: Path, kind: str = "llama", *, num_labels: int = 1, context: int = 128) -> Path:
+    tokenizer = tiny_models.make_tokenizer()
+    torch.manual_seed(5)
+    if kind == "bert":
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64, max_position_embeddings=context, num_labels=num_labels, pad_token_id=0,
+        )  # fmt: skip
+        tokenizer.chat_template = None
+    else:
+        config = tiny_models.make_config(kind, len(tokenizer), context)
+        config.num_labels = num_labels
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def judge(folder: Path, **section):
+    config = JUDGES.validate_python({"kind": "reward_model", "model": str(folder), **section})
+    return call_panel({"rm": config}, folder / "cache").seat()["rm"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
+def test_batches_score_as_single_texts_do_where_the_padding_ends_a_text_too(kind, tmp_path):
+    folder = save_reward_model(tmp_path, kind)
+    seated = judge(folder, batch_size=5)
+    assert seated.tokenizer.pad_token_id == seated.tokenizer.eos_token_id == 0
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    plain.config.pad_token_id = None  # then transformers reads the last token, of a single text
+    alone, by_token_id = [], []
+    for text in TEXTS:
+        turns = [*QUESTION, {"role": "assistant", "content": text}]
+        ids = seated.tokenizer(seated.tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)[
+            "input_ids"
+        ]
+        assert ids[-1] == 0
+        with torch.inference_mode():
+            alone.append(plain(input_ids=torch.tensor([ids])).logits[0, 0].item())
+            plain.config.pad_token_id = 0
+            by_token_id.append(plain(input_ids=torch.tensor([ids])).logits[0, 0].item())
+            plain.config.pad_token_id = None
+    assert seated.score(ANSWERS) == pytest.approx(alone, abs=1e-5)
+    assert judge(folder, batch_size=2).score(ANSWERS) == pytest.approx(alone, abs=1e-5)
+    assert max(abs(one - other) for one, other in zip(alone, by_token_id, strict=True)) > 1e-3
+
+
+def test_an_encoder_scores_prompt_and_answer_as_a_pair(tmp_path):
+    folder = save_reward_model(tmp_path, "bert")
+    seated = judge(folder, batch_size=5)
+    alone = [seated.model(**seated.tokenizer("Is it so?", text, return_tensors="pt")).logits.item() for text in TEXTS]
+    assert seated.score(ANSWERS) == pytest.approx(alone, abs=1e-5)
+
+
+def test_sign_scale_and_label_are_declared(tmp_path):
+    folder = save_reward_model(tmp_path, num_labels=3)
+    plain = judge(folder, label=2).score(ANSWERS)
+    turned = judge(folder, label=2, sign="lower", scale=2.5).score(ANSWERS)
+    assert turned == pytest.approx([-2.5 * score for score in plain])
+    assert judge(folder, label=0).score(ANSWERS) != pytest.approx(plain)
+
+
+def test_what_cannot_be_scored_has_no_score_and_costs_its_neighbours_nothing(tmp_path):
+    folder = save_reward_model(tmp_path, context=64)
+    long = Answer(QUESTION, "x" * 100)
+    found = judge(folder).score([ANSWERS[0], long, ANSWERS[1]])
+    assert math.isnan(found[1])
+    assert [found[0], found[2]] == pytest.approx(judge(folder).score(ANSWERS[:2]), abs=1e-6)
+    refusing = judge(folder, chat_template="{{ raise_exception('no') }}")
+    assert all(map(math.isnan, refusing.score(ANSWERS)))
+
+
+def test_scores_belong_to_the_weights_and_not_to_their_place(tmp_path):
+    digests = set()
+    for name, section in (("a", {}), ("b", {"batch_size": 1}), ("c", {"sign": "lower"})):
+        folder = save_reward_model(tmp_path / name)
+        config = JUDGES.validate_python({"kind": "reward_model", "model": str(folder), **section})
+        digests.add(call_panel({"rm": config}, tmp_path).digest)
+    assert len(digests) == 2
+
+
+def test_models_that_give_no_scores_are_refused(tiny, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"judge rm: .* is LlamaForCausalLM; a reward model is a sequence"):
+        judge(tiny())
+    with pytest.raises(ConfigurationError, match=r"label must be below 1, the number of outputs of .*; got 1"):
+        judge(save_reward_model(tmp_path / "one"), label=1)
+    headless = save_reward_model(tmp_path / "headless")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(headless / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"has no weights for score\.weight; it is no reward model"):
+        judge(headless)
