@@ -122,8 +122,7 @@ def test_adapters_are_rows_of_the_base_and_equal_models_of_their_own(tiny, adapt
     ]  # fmt: skip
     rows = [ask("a", "hello"), ask("b", "what is this?"), ask("c", "more")]
     records = {record.row_id: record for record in decode_rows(engine, rows)}
-    prefills, steps = 3 * 3, max(record.num_tokens for record in records.values()) - 1
-    assert engine._hosts["base"]._host.num_forwards == prefills + steps
+    assert engine._hosts["base"]._host.num_forwards == max(record.num_tokens for record in records.values())
     answer = [token.token_id for token in records["a"].tokens]
     for name, folder in (("first", first), ("second", second)):
         alone = peft.PeftModel.from_pretrained(load(base), folder).eval()

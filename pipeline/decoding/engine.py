@@ -10,7 +10,8 @@ back into the queue and begin again. Nothing of a step is applied before all of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 
 from torch import Tensor
@@ -21,15 +22,24 @@ from pipeline.counts import Recoveries
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.groups import Call, Group, Slots
-from pipeline.decoding.hosts import Hosts
+from pipeline.decoding.hosts import Hosts, Reply
 from pipeline.decoding.lineup import BASE, Lineup
 from pipeline.decoding.prompts import Prompter
 from pipeline.decoding.recovery import MAX_LOSSES_IN_A_ROW
 from pipeline.decoding.running import RunningRow, Terms, TokenOutcome
 from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
-from pipeline.models.messages import Admission, Candidates, HostRole
+from pipeline.models.messages import Admission, Candidates, HostRole, Position
 from pipeline.records import Record, Row
 from pipeline.variants import Variant
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A row's prompts by role, and how much of each is shared."""
+
+    row: Row | None = None
+    prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine:
@@ -70,6 +80,7 @@ class Engine:
         self._max_failures = max_failures
         self._failures_in_a_row = self._losses_in_a_row = 0
         self._ended: list[Record] = []
+        self._newest = _Encoded()
         self.num_steps = 0
         self.recoveries = Recoveries()
 
@@ -168,40 +179,50 @@ class Engine:
         """Give the row its prompts. Raises RowError where it cannot be read."""
         if running.row.error is not None:
             raise RowError(running.row.error)
-        running.prompts = self._prompter.encode(running.row.messages)
+        if running.row is not self._newest.row:  # answers to one row come one after another and share its prompts
+            prompts = self._prompter.encode(running.row.messages)
+            self._newest = _Encoded(running.row, prompts, self._prompter.heads(running.row.messages, prompts))
+        running.prompts, running.heads = self._newest.prompts, self._newest.heads
         room = self._prompter.room(running.prompts)
         limit = self._decoding.max_new_tokens
         running.max_tokens = limit if room is None else min(limit, room)
 
     def _launch(self, group: Group) -> Call | None:
-        """Fill free slots from the queue and send every host the new rows and the newest tokens."""
-        admitted = self._slots.fill(group)
+        """Fill free slots from the queue and send every host parts of new prompts and the newest tokens."""
+        self._slots.fill(group)
         if not group.running:
             return None
-        slots = sorted(group.running)
-        stepping = [slot for slot in slots if slot not in admitted]
+        stepping = [slot for slot in sorted(group.running) if slot not in group.parts]
         tokens = [group.running[slot].tokens[-1] for slot in stepping]
         at, group.next = group.next, group.next.after
         advanced = []
         for plan in self._lineup.hosts:
-            admissions = [self._admission(plan.name, slot, group.running[slot]) for slot in admitted]
+            admissions = [
+                self._admission(plan.name, slot, group.running[slot], part) for slot, part in group.parts.items()
+            ]
             advanced.append(self._hosts[plan.name].submit("advance", at, admissions, stepping, tokens))
+        for slot, part in group.parts.items():
+            if part == 0:
+                self._score_original(group.running[slot])
+        later = {slot: part + 1 for slot, part in group.parts.items() if part + 1 < group.running[slot].num_parts}
+        group.parts = later
+        slots = [slot for slot in sorted(group.running) if slot not in later]
+        return Call(at, slots, advanced, self._propose(at, slots) if slots else None)
+
+    def _propose(self, at: Position, slots: Sequence[int]) -> Reply:
         candidates = self._decoding.candidates
-        proposal = self._hosts[BASE].submit(
+        return self._hosts[BASE].submit(
             "propose",
             at,
             slots,
             num_candidates=None if candidates == "all" else candidates,
             min_p=self._decoding.min_p,
         )
-        for slot in admitted:
-            self._score_original(group.running[slot])
-        return Call(at, slots, advanced, proposal)
 
-    def _admission(self, host: str, slot: int, running: RunningRow) -> Admission:
-        """The row's prompts, with the tokens that it kept if it is admitted again."""
-        prompts = self._prompts_for(host, running)
-        return Admission(slot, {role: [*prompt, *running.tokens] for role, prompt in prompts.items()})
+    def _admission(self, host: str, slot: int, running: RunningRow, part: int) -> Admission:
+        """A part of the row's prompts, with the tokens that it kept if it is admitted again."""
+        prompts = {role: [*prompt, *running.tokens] for role, prompt in self._prompts_for(host, running).items()}
+        return Admission(slot, prompts, running.heads, part, is_last=part + 1 == running.num_parts)
 
     def _prompts_for(self, host: str, running: RunningRow) -> dict[str, Sequence[int]]:
         return {name: running.prompts[name] for name, role in self._lineup.roles.items() if role.host == host}
@@ -219,6 +240,8 @@ class Engine:
         """Collect, solve and draw for the rows of a call; free the slots of those that ended."""
         for reply in call.advanced:
             reply.result()
+        if call.proposal is None:
+            return []
         proposal: Candidates = call.proposal.result()
         rows = [group.running[slot] for slot in call.slots]
         outcomes = play(

@@ -12,24 +12,33 @@ from pipeline.decoding.recovery import Suspicion
 from pipeline.decoding.running import RunningRow
 from pipeline.models.messages import Position
 
+PROMPT_TOKENS_A_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
+
 
 @dataclass(slots=True)
 class Call:
-    """What is under way for a group: the slots in the order of the batch, and the hosts' replies."""
+    """What is under way for a group: the slots in the order of the batch, and the hosts' replies.
+
+    There is no proposal where no row runs yet: long prompts take several steps.
+    """
 
     at: Position
     slots: list[int]
     advanced: list[Reply]
-    proposal: Reply
+    proposal: Reply | None
 
 
 @dataclass(slots=True)
 class Group:
-    """Slots that step together. `next` is the position that the next call brings the hosts to."""
+    """Slots that step together. `next` is the position that the next call brings the hosts to.
+
+    `parts` is the next part of the prompt of each slot that is still being filled.
+    """
 
     next: Position
     free: list[int]
     running: dict[int, RunningRow] = field(default_factory=dict)
+    parts: dict[int, int] = field(default_factory=dict)
     call: Call | None = None
 
     def take_back(self, *, keeps_tokens: bool) -> list[RunningRow]:
@@ -39,6 +48,7 @@ class Group:
             row.restart(keeps_tokens=keeps_tokens)
         self.free = sorted([*self.free, *self.running])
         self.running.clear()
+        self.parts.clear()
         self.call = None
         self.next = _first_position(self.next.group)
         return rows
@@ -76,15 +86,24 @@ class Slots:
         self._turn += 1
         return self._groups[self._turn % len(self._groups)]
 
-    def fill(self, group: Group) -> list[int]:
-        """Give waiting rows the group's free slots; the slots that got one."""
-        admitted = []
+    def fill(self, group: Group) -> None:
+        """Give waiting rows the group's free slots, as many as a step's share of prompt tokens allows.
+
+        One row is always let in. Answers to one prompt share its tokens, which count once.
+        """
         limit = self.suspicion.limit(self.num_slots)
+        filling = [group.running[slot] for slot in group.parts]
+        num_tokens = sum(running.num_prompt_tokens for running in filling)
         while group.free and self.queue and self._num_running < limit:
+            running = self.queue[0]
+            if not filling or running.prompts is not filling[-1].prompts:
+                num_tokens += running.num_prompt_tokens
+            if filling and num_tokens > PROMPT_TOKENS_A_STEP:
+                break
+            filling.append(self.queue.popleft())
             slot = group.free.pop(0)
-            group.running[slot] = self.queue.popleft()
-            admitted.append(slot)
-        return admitted
+            group.running[slot] = running
+            group.parts[slot] = 0
 
     def take_back(self, groups: Sequence[Group] | None = None) -> list[RunningRow]:
         """Put the rows under way (in these groups, or in all) back at the head of the queue, to begin again."""

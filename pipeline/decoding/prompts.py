@@ -9,6 +9,8 @@ from pipeline.decoding.lineup import BASE, Lineup, Role
 from pipeline.errors import RowError
 from pipeline.records import Message
 
+HEADS_KEPT = 4096
+
 
 class Prompter:
     """Renders and encodes prompts, one way per role.
@@ -31,6 +33,7 @@ class Prompter:
         self._tokenizers = tokenizers
         self._context_lengths = context_lengths
         self._base = tokenizers[BASE]
+        self._heads: dict[tuple[str, str | None], list[int]] = {}
         self.stop_ids = stop_ids
 
     def encode(self, messages: Sequence[Message]) -> dict[str, list[int]]:
@@ -45,6 +48,27 @@ class Prompter:
                     f"the prompt has {len(ids)} tokens for {name}, whose context holds {limit} with the answer"
                 )
         return prompts
+
+    def heads(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """By role, how many first tokens the prompt has in common with every other prompt of its system message."""
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        return {name: _num_common(self._head(self._roles[name], system), ids) for name, ids in prompts.items()}
+
+    def _head(self, role: Role, system: str | None) -> list[int]:
+        """What two short prompts with this system message begin with."""
+        key = (role.name, system)
+        if key not in self._heads:
+            before = [] if system is None else [{"role": "system", "content": system}]
+            try:
+                first, second = (
+                    self._encode_role(role, [*before, {"role": "user", "content": text}]) for text in ("a", "1")
+                )
+            except RowError:
+                first = second = []
+            if len(self._heads) >= HEADS_KEPT:
+                self._heads.clear()
+            self._heads[key] = first[: _num_common(first, second)]
+        return self._heads[key]
 
     def room(self, prompts: Mapping[str, Sequence[int]]) -> int | None:
         """Tokens that fit after the prompt in every role's context; None: no limit."""
@@ -87,6 +111,13 @@ class Prompter:
         except Exception as error:  # Jinja runs the template's own code: any error is the row's
             raise RowError(f"the chat template of {role.name} refused the messages: {error}") from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that two sequences begin with in common."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _with_principle(messages: Sequence[Message], principle: str) -> list[Message]:

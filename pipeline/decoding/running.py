@@ -10,6 +10,7 @@ from pipeline.config import RuleName
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.hosts import Reply
 from pipeline.decoding.prompts import Prompter
+from pipeline.models.messages import CHUNK, num_parts
 from pipeline.records import FinishReason, Record, Row, TokenTrace
 
 
@@ -50,6 +51,7 @@ class RunningRow:
     terms: Terms
     uniforms: Uniforms
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 0
     originals: dict[str, Reply] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
@@ -59,6 +61,16 @@ class RunningRow:
     @property
     def key(self) -> tuple[str, int, int]:
         return self.row.row_id, self.variant, self.sample
+
+    @property
+    def num_parts(self) -> int:
+        """Steps that it takes to compute the prompts, the tokens that the row kept included."""
+        return num_parts(max(map(len, self.prompts.values())) + len(self.tokens))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of one part of the prompts, over all roles."""
+        return sum(min(len(prompt) + len(self.tokens), CHUNK) for prompt in self.prompts.values())
 
     def restart(self, *, keeps_tokens: bool) -> None:
         """Prepare to be admitted again. Draws are keyed by the step, so the same tokens come again."""

@@ -1,7 +1,10 @@
 """A host: one set of weights on one device, serving every role that shares them in one forward pass.
 
 It holds the slot cache and the newest logits of each (slot, role) on its device; only candidates and the values at
-them leave it. B rows of a call, R roles of the host, K candidates, V vocabulary.
+them leave it. A step is one forward pass: prompts of new rows are computed along with the newest tokens of running
+rows, except for what some cache row holds already, which is copied.
+
+B rows of a call, R roles of the host, K candidates, V vocabulary, T tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models.messages import Admission, Candidates, HostRole
-from pipeline.models.slots import SlotCache, SlotPass, running
+from pipeline.models.drafts import Draft
+from pipeline.models.messages import CHUNK, Admission, Candidates, HostRole
+from pipeline.models.prefixes import Prefixes, Prompt
+from pipeline.models.slots import Copied, Segment, SlotCache, SlotPass, running
 
 MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
 BACKBONE = "__base__"  # peft's name for "no adapter" in a mixed batch
@@ -45,7 +50,7 @@ class Host:
         self._strict = strict
         self._device = next(model.parameters()).device
         self._mixes_adapters = any(role.adapter is not None for role in roles)
-        self.num_forwards = 0
+        self.num_forwards = self.num_tokens = 0
         self._lay_out(num_slots)
 
     def resize(self, num_slots: int) -> None:
@@ -61,16 +66,32 @@ class Host:
         # one more row takes the writes of padding
         self._cache = SlotCache(num_rows + 1)
         self._lengths = [0] * num_rows + [1]
+        self._prefixes = Prefixes()
+        # of rows that are being filled: the tokens they have, and the row with the same prompt that is a step ahead
+        self._filled: dict[int, int] = {}
+        self._following: dict[int, tuple[int, int]] = {}
         self._logits_RV = torch.zeros(num_rows + 1, self._vocab_size, device=self._device)
 
     @torch.inference_mode()
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Prefill the new rows, then append one token to each running row in one forward pass."""
-        for admission in admissions:
+        """Compute parts of new rows' prompts and append one token to each running row, in one forward pass.
+
+        A row whose last part this is gets its first logits, like the running ones.
+        """
+        draft = Draft()
+        try:
+            for admission in admissions:
+                for index, role in enumerate(self._roles):
+                    self._fill(draft, self._row(index, admission.slot), role, admission)
             for index, role in enumerate(self._roles):
-                self._prefill(index * self._num_slots + admission.slot, role, admission.prompts[role.name])
-        if slots:
-            self._decode(slots, tokens)
+                for slot, token in zip(slots, tokens, strict=True):
+                    self._append(draft, self._row(index, slot), role, token)
+            self._run(draft)
+        except BaseException:
+            self._prefixes.clear()  # any row may be half-written
+            raise
+        for row, prompt in draft.filled:
+            self._prefixes.put(row, prompt)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
@@ -104,61 +125,96 @@ class Host:
         scores = []
         for role in self._roles:
             tokens = [*prompts[role.name], *continuation]
-            logits_TV = self._forward_prompt(tokens, role, None, keep=len(continuation) + 1)[:-1]
+            slot_pass = SlotPass(None, [Segment(-1, 0, len(tokens))], [], torch.empty(0), (), self._strict)
+            adapters = [role.adapter] * len(tokens)
+            logits_TV = self._forward(slot_pass, tokens, range(len(tokens)), adapters, len(continuation) + 1)
             ids_T1 = torch.tensor(continuation, device=self._device)[:, None]
-            scores.append((logits_TV.gather(-1, ids_T1) - logits_TV.logsumexp(-1, keepdim=True))[:, 0])
+            logprobs_TV = logits_TV[:-1] - logits_TV[:-1].logsumexp(-1, keepdim=True)
+            scores.append(logprobs_TV.gather(-1, ids_T1)[:, 0])
         return torch.stack(scores)
 
-    def _prefill(self, row: int, role: HostRole, tokens: Sequence[int]) -> None:
-        self._lengths[row] = len(tokens)
-        self._logits_RV[row] = self._forward_prompt(tokens, role, row, keep=1)[0]
+    def _row(self, role: int, slot: int) -> int:
+        return role * self._num_slots + slot
 
-    def _forward_prompt(self, tokens: Sequence[int], role: HostRole, row: int | None, keep: int) -> Tensor:
-        """One sequence from its start, alone and at its own length; the last `keep` logits [keep, V]."""
-        slot_pass = SlotPass(
-            cache=self._cache if row is not None else None,
-            rows_R=torch.tensor([-1 if row is None else row], device=self._device),
-            lengths=(len(tokens),),
-            is_prefill=True,
-            per_row=self._strict,
-        )
-        ids = torch.tensor([list(tokens)], device=self._device)
-        positions = torch.arange(len(tokens), device=self._device)[None]
-        return self._forward(slot_pass, ids, positions, [role.adapter or BACKBONE], keep)[0]
+    def _fill(self, draft: Draft, row: int, role: HostRole, admission: Admission) -> None:
+        """Draft one part of a prompt: what a row holds is copied, the rest computed, all but the last token."""
+        prompt = Prompt.of(role.adapter, admission.prompts[role.name], admission.heads.get(role.name, 0))
+        length = len(prompt.tokens) - 1
+        if admission.part == 0:
+            self._begin(draft, row, prompt)
+        start = max(admission.part * CHUNK, self._filled[row])
+        stop = min((admission.part + 1) * CHUNK, length)
+        source, shared = self._following.get(row, (row, 0))
+        if start < min(stop, shared) and draft.parts.get(source) == admission.part:
+            draft.follows.append(Copied(source, row, start, min(stop, shared)))
+            start = min(stop, shared)
+        if start < stop:
+            draft.compute(row, prompt, start, stop)
+        draft.parts[row] = admission.part
+        self._filled[row] = max(self._filled[row], stop)
+        if admission.is_last:
+            draft.filled.append((row, prompt))
+            del self._filled[row]
+            self._following.pop(row, None)
+            self._lengths[row] = length
+            self._append(draft, row, role, prompt.tokens[-1])
 
-    def _decode(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        rows, ids, adapters = [], [], []
-        for index, role in enumerate(self._roles):
-            padding = max(0, MIN_ROWS - len(slots)) if self._strict else 0
-            rows += [index * self._num_slots + slot for slot in slots] + [len(self._lengths) - 1] * padding
-            ids += [*tokens] + [0] * padding
-            adapters += [role.adapter or BACKBONE] * (len(slots) + padding)
-        for row in rows:
-            if row < len(self._lengths) - 1:
-                self._lengths[row] += 1
-        lengths = tuple(self._lengths[row] for row in rows)
-        rows_R = torch.tensor(rows, device=self._device)
-        slot_pass = SlotPass(self._cache, rows_R, lengths, is_prefill=False, per_row=self._strict)
-        positions = torch.tensor(lengths, device=self._device)[:, None] - 1
-        logits_R1V = self._forward(slot_pass, torch.tensor(ids, device=self._device)[:, None], positions, adapters, 1)
-        self._logits_RV[rows_R] = logits_R1V[:, 0]
+    def _begin(self, draft: Draft, row: int, prompt: Prompt) -> None:
+        """Take over the longest part of the prompt that a row holds; follow a row that begins with more of it now."""
+        source, held = self._prefixes.find(prompt, preferred=row)
+        self._prefixes.drop(row)
+        if source != row:
+            self._cache.copy(Copied(source, row, 0, held))
+        self._filled[row] = held
+        self._following.pop(row, None)
+        source, shared = draft.begin(row, prompt)
+        if shared > held:
+            self._following[row] = (source, shared)
+
+    def _append(self, draft: Draft, row: int, role: HostRole, token: int) -> None:
+        draft.append(row, self._lengths[row], role.adapter, token)
+        self._lengths[row] += 1
+
+    def _run(self, draft: Draft) -> None:
+        """The forward pass of a draft, and the new logits."""
+        if self._strict:
+            draft.pad(MIN_ROWS, row=len(self._lengths) - 1, mixes_adapters=self._mixes_adapters)
+        if not draft.tokens and not draft.rows:
+            return
+        rows_R = torch.tensor(draft.rows, dtype=torch.long, device=self._device)
+        slot_pass = SlotPass(self._cache, draft.segments, draft.follows, rows_R, tuple(draft.lengths), self._strict)
+        tokens = [*draft.tokens, *draft.last_tokens]
+        positions = [*draft.positions, *(length - 1 for length in draft.lengths)]
+        adapters = [*draft.adapters, *draft.last_adapters]
+        logits_RV = self._forward(slot_pass, tokens, positions, adapters, len(draft.rows))
+        if draft.rows:
+            self._logits_RV[rows_R] = logits_RV
 
     def _forward(
-        self, slot_pass: SlotPass, ids_RT: Tensor, positions_RT: Tensor, adapters: list[str], keep: int
+        self,
+        slot_pass: SlotPass,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        adapters: Sequence[str | None],
+        keep: int,
     ) -> Tensor:
+        """One pass over packed tokens; the logits [keep, V] of the last ones."""
         self.num_forwards += 1
-        mixed = {"adapter_names": adapters} if self._mixes_adapters else {}
+        self.num_tokens += len(tokens)
+        # adapters are mixed along the batch dimension: the tokens lie there, each on its own
+        shape = (len(tokens), 1) if self._mixes_adapters else (1, len(tokens))
+        mixed = {"adapter_names": [name or BACKBONE for name in adapters]} if self._mixes_adapters else {}
         with running(slot_pass):
             output = self._model(
-                input_ids=ids_RT,
-                position_ids=positions_RT,
+                input_ids=torch.tensor(tokens, device=self._device).view(shape),
+                position_ids=torch.tensor(positions, device=self._device).view(shape),
                 past_key_values=slot_pass.cache,
                 use_cache=slot_pass.cache is not None,
-                logits_to_keep=keep,
+                logits_to_keep=1 if self._mixes_adapters else max(keep, 1),
                 **mixed,
             )
-        logits: Tensor = output.logits[..., : self._vocab_size].float()
-        return logits
+        logits: Tensor = output.logits.view(-1, output.logits.shape[-1])[:, : self._vocab_size]
+        return logits[len(logits) - keep :].float()
 
     def _logits(self, slots: Sequence[int]) -> Tensor:
         """Newest logits [B, R, V] of the slots."""

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pipeline.models.sources import AdapterSource, ModelSource
 
 
+CHUNK = 1024  # tokens of a prompt that are computed in one step; another number gives other last bits
+
+
 @dataclass(frozen=True, slots=True)
 class HostRole:
     """One distribution that a host serves: the name by which the coordinator asks, and the LoRA adapter if any."""
@@ -26,10 +29,22 @@ class HostRole:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A new row for `slot`: its prompt's token ids for each role of the host."""
+    """A part of a new row for `slot`: its prompt's token ids for each role of the host.
+
+    `heads` counts, by role, the first tokens that other prompts may share. Part n is tokens [n * CHUNK,
+    (n + 1) * CHUNK) of every prompt; with the last part the row begins to run.
+    """
 
     slot: int
     prompts: Mapping[str, Sequence[int]]
+    heads: Mapping[str, int] = field(default_factory=dict)
+    part: int = 0
+    is_last: bool = True
+
+
+def num_parts(num_tokens: int) -> int:
+    """Number of parts in which a prompt is computed; its last token comes with the first step."""
+    return max(1, -(-(num_tokens - 1) // CHUNK))
 
 
 @dataclass(frozen=True, slots=True)

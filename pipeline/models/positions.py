@@ -32,7 +32,7 @@ class PositionedHost:
     def advance(
         self, at: Position, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]
     ) -> None:
-        """Bring the group to `at`: prefill the new rows, append one token to the others.
+        """Bring the group to `at`: compute the new rows' prompts, append one token to the others.
 
         A repeated call changes nothing. Raises StateLost unless the group is one step before `at`; a step 0 begins
         anew whatever is held.
@@ -43,11 +43,10 @@ class PositionedHost:
         if at.step > 0 and held != at.before:
             raise StateLost(f"{at} does not follow {held}")
         with self._all_or_nothing():
+            self._host.advance(admissions, slots, tokens)
             if admissions:
-                self._host.advance(admissions, [], [])
                 self._watch(Point.MID_PREFILL, admissions)
             if slots:
-                self._host.advance([], slots, tokens)
                 self._watch(Point.MID_STEP, tokens)
             self._held[at.group] = at
 

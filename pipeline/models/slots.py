@@ -1,14 +1,15 @@
 """The slot cache: keys and values of many running rows, each at its own positions, and attention over them.
 
-A cache row belongs to one (slot, role). A decode pass takes any set of cache rows, writes each row's new key at the
-row's own next position and attends over the row's own length: nothing is padded to the left, nothing is shared.
+A cache row belongs to one (slot, role). A forward pass takes any tokens of any rows, packed one after another: parts
+of new prompts, then one token of each running row. Each key is written at its row's own position and a row attends
+over its own length: nothing is padded to the left, nothing is shared.
 
-R rows of a pass, H query heads, G key-value heads, T tokens, D head width, L capacity of a cache row in tokens.
+R running rows of a pass, T packed tokens, H query heads, G key-value heads, D head width, L capacity of a cache row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,17 +26,38 @@ CAPACITY_STEP = 256
 
 
 @dataclass(frozen=True, slots=True)
-class SlotPass:
-    """One forward pass. `lengths` counts each row's tokens after the pass; `rows_R` its places in the cache.
+class Segment:
+    """Tokens [start, stop) of a prompt, for cache row `row`; computed together, after what stands before them."""
 
-    A prefill has one row and starts it from nothing. `per_row` attends row by row over exact lengths, so that
-    no row's bits depend on its company; otherwise one masked call serves the batch.
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Tokens [start, stop) that `row` takes over from the cache row `source`."""
+
+    source: int
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPass:
+    """One forward pass: the tokens of the segments, then one token a running row.
+
+    `follows` are copied once they are written. `rows_R` are the running rows' places in the cache, `lengths` their
+    tokens after the pass. `per_row` attends row by row over exact lengths, so that no row's bits depend on its
+    company; otherwise one masked call serves the rows. Without a cache there are only segments from the start.
     """
 
     cache: SlotCache | None
+    segments: Sequence[Segment]
+    follows: Sequence[Copied]
     rows_R: Tensor
     lengths: tuple[int, ...]
-    is_prefill: bool
     per_row: bool
 
 
@@ -64,28 +86,27 @@ class SlotCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write this pass's keys and values [R, G, T, D] of one layer; return them as they are."""
+        """Write this pass's packed keys and values of one layer; return them as they are."""
         slot_pass = _active.get()
+        keys, values = _packed(key_states)[0], _packed(value_states)[0]  # [G, T, D]
         if layer_idx == len(self.keys):
-            shape = (self.num_rows, key_states.shape[1], CAPACITY_STEP)
-            self.keys.append(key_states.new_zeros(*shape, key_states.shape[-1]))
-            self.values.append(value_states.new_zeros(*shape, value_states.shape[-1]))
-        needed = max(slot_pass.lengths)
+            shape = (self.num_rows, keys.shape[0], CAPACITY_STEP)
+            self.keys.append(keys.new_zeros(*shape, keys.shape[-1]))
+            self.values.append(values.new_zeros(*shape, values.shape[-1]))
+        needed = max([*slot_pass.lengths, *(part.stop for part in slot_pass.segments)])
         self.keys[layer_idx] = _with_capacity(self.keys[layer_idx], needed)
         self.values[layer_idx] = _with_capacity(self.values[layer_idx], needed)
-        if slot_pass.is_prefill:
-            row = slot_pass.rows_R[0]
-            self.keys[layer_idx][row, :, :needed] = key_states[0]
-            self.values[layer_idx][row, :, :needed] = value_states[0]
-        else:
-            last_R = torch.tensor(slot_pass.lengths, device=key_states.device) - 1
-            self.keys[layer_idx][slot_pass.rows_R, :, last_R] = key_states[:, :, 0]
-            self.values[layer_idx][slot_pass.rows_R, :, last_R] = value_states[:, :, 0]
+        _write(self.keys[layer_idx], keys, slot_pass)
+        _write(self.values[layer_idx], values, slot_pass)
         return key_states, value_states
 
+    def copy(self, copied: Copied) -> None:
+        """Copy between rows at once, in every layer."""
+        for buffer in (*self.keys, *self.values):
+            _copy(buffer, copied)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        slot_pass = _active.get()
-        return 0 if slot_pass.is_prefill else max(slot_pass.lengths) - 1
+        return 0  # positions are always given
 
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes, over all layers; 0 before the first pass."""
@@ -103,6 +124,30 @@ def _with_capacity(buffer: Tensor, num_tokens: int) -> Tensor:
     return grown
 
 
+def _packed(states: Tensor) -> Tensor:
+    """[1, heads, T, D], also where the batch dimension holds the tokens, as adapters need it."""
+    return states if states.shape[0] == 1 else states.transpose(0, 2)
+
+
+def _write(buffer: Tensor, states: Tensor, slot_pass: SlotPass) -> None:
+    """Put packed states [G, T, D] at their rows' positions, then copy what rows take over from others."""
+    at = 0
+    for part in slot_pass.segments:
+        count = part.stop - part.start
+        buffer[part.row, :, part.start : part.stop] = states[:, at : at + count]
+        at += count
+    if slot_pass.lengths:
+        last_R = torch.tensor(slot_pass.lengths, device=buffer.device) - 1
+        buffer[slot_pass.rows_R, :, last_R] = states[:, at:].transpose(0, 1)
+    for copied in slot_pass.follows:
+        _copy(buffer, copied)
+
+
+def _copy(buffer: Tensor, copied: Copied) -> None:
+    part = slice(copied.start, copied.stop)
+    buffer[copied.row, :, part] = buffer[copied.source, :, part]
+
+
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -115,32 +160,49 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query [R, H, T, D] to output [R, T, H, D]."""
+    """Attention as transformers calls it, over packed tokens: query [1, H, T, D] to output [1, T, H, D], or the same
+    with the tokens in the batch dimension."""
     if softcap is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention with a logit softcap or attention sinks is not supported")
     slot_pass = _active.get()
-    if slot_pass.is_prefill:
-        out = _attend_prefill(query, key, value, scaling, sliding_window)
-    else:
+    query_HTD = _packed(query)[0]
+    out_HTD = query.new_empty(*query_HTD.shape[:2], value.shape[-1])
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    at = 0
+    for part in slot_pass.segments:
+        here = slice(at, at + part.stop - part.start)
+        if part.start == 0:
+            keys, values = _packed(key)[0][:, here], _packed(value)[0][:, here]
+        else:
+            assert slot_pass.cache is not None
+            keys = slot_pass.cache.keys[layer][part.row, :, : part.stop]
+            values = slot_pass.cache.values[layer][part.row, :, : part.stop]
+        out_HTD[:, here] = _attend_segment(query_HTD[:, here], keys, values, scaling, sliding_window)
+        at = here.stop
+    if slot_pass.lengths:
         assert slot_pass.cache is not None
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
         keys, values = slot_pass.cache.keys[layer], slot_pass.cache.values[layer]
         attend_rows = _attend_each_row if slot_pass.per_row else _attend_batch
-        out = attend_rows(query, keys, values, slot_pass, scaling, sliding_window)
-    return out.transpose(1, 2), None
+        query_RH1D = query_HTD[:, at:].transpose(0, 1)[:, :, None]
+        out_HTD[:, at:] = attend_rows(query_RH1D, keys, values, slot_pass, scaling, sliding_window)[
+            :, :, 0
+        ].transpose(0, 1)
+    out_THD = out_HTD.transpose(0, 1)
+    return (out_THD[None] if query.shape[0] == 1 else out_THD[:, None]), None
 
 
-def _attend_prefill(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    num_tokens = query.shape[2]
+def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Query [H, T, D] of the last T of all tokens whose keys [G, L, D] are given; causal."""
+    num_tokens, length = query.shape[1], keys.shape[1]
     mask = None
-    if window is not None and window < num_tokens:
-        at = torch.arange(num_tokens, device=query.device)
-        distance = at[:, None] - at[None, :]
-        mask = (distance >= 0) & (distance < window)
+    if num_tokens < length or (window is not None and window < length):
+        at = torch.arange(length, device=query.device)
+        distance = at[length - num_tokens :, None] - at[None, :]
+        mask = (distance >= 0) & (distance < (length if window is None else window))
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=scaling,
+        enable_gqa=query.shape[0] != keys.shape[0],
+    )[0]  # fmt: skip
 
 
 def _attend_each_row(
@@ -157,7 +219,7 @@ def _attend_each_row(
     for at, (row, length) in enumerate(zip(slot_pass.rows_R.tolist(), slot_pass.lengths, strict=True)):
         start = 0 if window is None else max(0, length - window)
         out[at] = scaled_dot_product_attention(
-            query[at].view(1, num_kv_heads, -1, width),
+            query[at].reshape(1, num_kv_heads, -1, width),
             keys[row, None, :, start:length],
             values[row, None, :, start:length],
             scale=scaling,
@@ -183,7 +245,7 @@ def _attend_batch(
     num_rows, num_heads, _, width = query.shape
     num_kv_heads = keys.shape[1]
     out = scaled_dot_product_attention(
-        query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, width),
+        query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, width),
         keys[:, :, :longest].index_select(0, slot_pass.rows_R),
         values[:, :, :longest].index_select(0, slot_pass.rows_R),
         attn_mask=mask_RL[:, None, None, :],

@@ -1,0 +1,64 @@
+"""What one forward pass of a host is going to compute, before it is: packed tokens, and where they belong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from pipeline.models.prefixes import Key, Prompt
+from pipeline.models.slots import Copied, Segment
+
+
+@dataclass(slots=True)
+class Draft:
+    """Parts of prompts (`segments`, with `tokens`, `positions` and `adapters` a token) and one token a running row
+    (`rows`, `lengths`, `last_tokens`, `last_adapters`).
+
+    `follows` are parts that a row copies from one that computes them in this very pass; `filled` the rows whose
+    prompt is complete after it.
+    """
+
+    segments: list[Segment] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    adapters: list[str | None] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    last_tokens: list[int] = field(default_factory=list)
+    last_adapters: list[str | None] = field(default_factory=list)
+    follows: list[Copied] = field(default_factory=list)
+    filled: list[tuple[int, Prompt]] = field(default_factory=list)
+    parts: dict[int, int] = field(default_factory=dict)
+    begun: dict[Key, int] = field(default_factory=dict)
+
+    def begin(self, row: int, prompt: Prompt) -> tuple[int, int]:
+        """A row that begins in this pass with the longest part of the same prompt, and that part's length."""
+        found = next(((self.begun[key], len(key.tokens)) for key in prompt.keys if key in self.begun), (row, 0))
+        for key in prompt.keys:
+            self.begun.setdefault(key, row)
+        return found
+
+    def compute(self, row: int, prompt: Prompt, start: int, stop: int) -> None:
+        """Compute tokens [start, stop) of a prompt, its head apart: where a segment ends depends on the prompt."""
+        cuts = [start, *([prompt.head] if start < prompt.head < stop else []), stop]
+        self.segments += [Segment(row, *cut) for cut in pairwise(cuts)]
+        self.tokens += prompt.tokens[start:stop]
+        self.positions += range(start, stop)
+        self.adapters += [prompt.adapter] * (stop - start)
+
+    def append(self, row: int, position: int, adapter: str | None, token: int) -> None:
+        """Give a running row its next token."""
+        self.rows.append(row)
+        self.lengths.append(position + 1)
+        self.last_tokens.append(token)
+        self.last_adapters.append(adapter)
+
+    def pad(self, min_rows: int, *, row: int, mixes_adapters: bool) -> None:
+        """Give `row` tokens that nobody reads until there are enough rows, of each adapter where they are mixed."""
+        if not (self.tokens or self.rows):
+            return
+        together = {*self.adapters, *self.last_adapters} if mixes_adapters else {None}
+        for adapter in sorted(together, key=str):
+            present = self.last_adapters.count(adapter) if mixes_adapters else len(self.rows)
+            for _ in range(min_rows - present):
+                self.append(row, 0, adapter, 0)
