@@ -112,9 +112,9 @@ def test_one_forward_pass_a_step_whatever_the_number_of_principals(tiny):
     config = config_of(tiny(), principals, decoding={"max_new_tokens": 9, "rule": "base"}, cluster={"slots": 4})
     engine, assembly = engine_of(config)
     records = list(decode_rows(engine, ROWS[:4]))
-    (client,) = engine._hosts.values()
+    (client,) = engine.calls.hosts.values()
     assert len(assembly.hosts) == 1
-    assert client._host.num_forwards == max(record.num_tokens for record in records)
+    assert client.host.work().num_forwards == max(record.num_tokens for record in records)
 
 
 def test_rewards_of_an_answer_equal_those_of_the_same_answer_scored_by_teacher_forcing(tiny):

@@ -28,8 +28,8 @@ def forced(folder, answer: str, *, then_eos: bool = True):
 class ScriptedHost:
     """A host client that answers with a script of tokens: probability one, at every slot."""
 
-    def __init__(self, script, num_roles, vocab_size):
-        self.script, self.num_roles, self.vocab_size = script, num_roles, vocab_size
+    def __init__(self, script, num_roles, vocab_size, decoding):
+        self.script, self.num_roles, self.vocab_size, self.decoding = script, num_roles, vocab_size, decoding
         self.at = {}
 
     def submit(self, method, *args, **kwargs):
@@ -51,6 +51,13 @@ class ScriptedHost:
         logprobs = torch.tensor([[0.0, -1e4]] * len(slots))
         return Candidates(ids, logprobs, torch.ones(len(slots)), logprobs[:, None].expand(-1, self.num_roles, -1))
 
+    def play(self, at, slots, terms, uniforms):
+        from pipeline.decoding.games import play
+
+        proposal = self.propose(at, slots, num_candidates=2, min_p=0.0)
+        rewards = [torch.zeros(len(slots), 2) for _ in terms[0].weights]
+        return play(self.decoding, proposal, rewards, terms, uniforms)
+
     def score(self, prompts, continuation):
         return torch.zeros(self.num_roles, len(continuation))
 
@@ -60,7 +67,7 @@ def say(tiny, answer, **decoding):
     folder = tiny()
     engine, assembly = engine_of(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 2}))
     script = forced(folder, answer)
-    engine._hosts = {"base": ScriptedHost(script, len(assembly.lineup.roles), 261)}
+    engine.calls.hosts = {"base": ScriptedHost(script, len(assembly.lineup.roles), 261, assembly.config.decoding)}
     (record,) = decode_rows(engine, [ask("a", "hello")])
     return record
 
@@ -248,14 +255,14 @@ def test_a_host_that_fails_is_named_with_its_principals(tiny):
     def broken(*args):
         raise RuntimeError("device lost")
 
-    engine._hosts["base"]._host.advance = broken
+    engine.calls.hosts["base"].host._host.advance = broken
     with pytest.raises(HostError, match=r"host base .*serving base, kind, brief.*advance.*device lost"):
         list(decode_rows(engine, [ask("a", "hello")]))
 
 
 def test_a_model_without_finite_logits_costs_its_rows_not_the_run(tiny):
     engine, _ = engine_of(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}, cluster={"slots": 2}))
-    host = engine._hosts["base"]._host
+    host = engine.calls.hosts["base"].host._host
     plain = host.propose
 
     @torch.inference_mode()

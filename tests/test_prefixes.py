@@ -24,7 +24,7 @@ def computed(config, rows, **counts):
     """The records by row and sample, and the tokens that went through the base's host."""
     engine, _ = engine_of(config)
     records = {(r.row_id, r.sample): r for r in decode_rows(engine, rows, **counts)}
-    return records, engine._hosts["base"]._host.num_tokens, engine
+    return records, engine.calls.hosts["base"].host.work().num_tokens, engine
 
 
 def test_samples_of_one_prompt_compute_it_once(tiny):

@@ -122,7 +122,9 @@ def test_adapters_are_rows_of_the_base_and_equal_models_of_their_own(tiny, adapt
     ]  # fmt: skip
     rows = [ask("a", "hello"), ask("b", "what is this?"), ask("c", "more")]
     records = {record.row_id: record for record in decode_rows(engine, rows)}
-    assert engine._hosts["base"]._host.num_forwards == max(record.num_tokens for record in records.values())
+    assert engine.calls.hosts["base"].host.work().num_forwards == max(
+        record.num_tokens for record in records.values()
+    )
     answer = [token.token_id for token in records["a"].tokens]
     for name, folder in (("first", first), ("second", second)):
         alone = peft.PeftModel.from_pretrained(load(base), folder).eval()
@@ -171,6 +173,6 @@ def test_several_hosts_give_the_same_record_in_one_group_or_two(tiny):
     engine, assembly = engine_of(config)
     from pipeline.decoding.engine import Engine
 
-    parts = (assembly.lineup, engine._hosts, assembly.prompter, config.decoding, assembly.variants)
+    parts = (assembly.lineup, engine.calls.hosts, assembly.prompter, config.decoding, assembly.variants)
     two = Engine(*parts, num_slots=6, num_groups=2)
     assert {record.row_id: record for record in decode_rows(two, rows)} == one

@@ -9,6 +9,7 @@ from decoding_setup import NOWHERE, ask, config_of
 from pipeline.decoding.assembly import assemble
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import Answer, LocalHost
+from pipeline.decoding.playing import PlayingHost
 from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
 from pipeline.models.loading import load_host
 from pipeline.models.messages import Admission, Position
@@ -31,8 +32,7 @@ class Unreliable:
 
     def forget(self):
         """What a new process would know: nothing."""
-        self.inner._checked._held.clear()
-        self.inner._host.resize(self.inner._host._num_slots)
+        self.inner.host.resize(self.inner.host._host._num_slots)
 
 
 class Replica:
@@ -59,7 +59,12 @@ class Replica:
     def hosts(self, before):
         for host in self.loaded.values():
             host.resize(self.options["num_slots"])
-        return {name: Unreliable(LocalHost(host, self.plans[name]), before) for name, host in self.loaded.items()}
+        principals = self.assembly.lineup.principals
+        checked = {
+            name: PlayingHost(host, self.plans[name].roles, self.config.decoding, principals)
+            for name, host in self.loaded.items()
+        }
+        return {name: Unreliable(LocalHost(host, self.plans[name]), before) for name, host in checked.items()}
 
     def decode(self, before, rows=ROWS):
         """Records by id, and the engine; hosts that fail are replaced."""
@@ -91,7 +96,7 @@ def test_a_state_lost_between_any_two_calls_changes_nothing(tiny, num_groups):
     replica = Replica(tiny, num_groups=num_groups)
     reference, engine = replica.decode(nothing)
     assert len(reference) == len(ROWS)
-    calls = {name: host.calls for name, host in engine._hosts.items()}
+    calls = {name: host.calls for name, host in engine.calls.hosts.items()}
     for name, count in calls.items():
         for moment in range(1, count + 1):
 
@@ -108,7 +113,7 @@ def test_a_state_lost_between_any_two_calls_changes_nothing(tiny, num_groups):
 def test_a_host_that_dies_at_any_call_is_replaced_and_changes_nothing(tiny, num_groups):
     replica = Replica(tiny, num_groups=num_groups)
     reference, engine = replica.decode(nothing)
-    for moment in range(1, engine._hosts["base"].calls + 1, 2):
+    for moment in range(1, engine.calls.hosts["base"].calls + 1, 2):
         died = []
 
         def die(host, number, method, args, moment=moment, died=died):

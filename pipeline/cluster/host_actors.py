@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -19,9 +19,6 @@ from pipeline.errors import CageError, ConfigurationError, HostError
 from pipeline.points import Watcher, unwatched
 from pipeline.waits import waiting_for
 
-if TYPE_CHECKING:
-    from pipeline.models.messages import HostSpec
-
 
 class HostActor:
     """Holds one host in its own process and on its own device."""
@@ -34,11 +31,9 @@ class HostActor:
 
     def load(self) -> None:
         """Load the weights. Not in `__init__`: an error there loses its class on the way."""
-        from pipeline.models.loading import load_host  # heavy, and this process alone needs it
-        from pipeline.models.positions import PositionedHost
+        from pipeline.decoding.playing import load_playing_host  # heavy, and this process alone needs it
 
-        spec: HostSpec = ray.get(self._assembly[0]).hosts[self._index]
-        self._host = PositionedHost(load_host(spec), self._watch)
+        self._host = load_playing_host(ray.get(self._assembly[0]), self._index, self._watch)
 
     def call(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one method of the host; tensors of the answer are on the CPU."""

@@ -1,8 +1,7 @@
 """The decoding loop: rows in, records out, whatever runs the hosts.
 
-A step of a group: collect the base's candidates, gather every principal's values at them, solve the games, draw one
-token a row, refill the slots that became free, send the tokens to all hosts. Two groups alternate, so that hosts
-compute one group while the other is being solved. B rows, J principals, K candidates.
+A step of a group: collect the drawn tokens, end rows, refill the slots that became free, send what is new to all
+hosts. Two groups alternate, so that hosts compute one group while the other's games are played.
 
 Rows own their tokens and draws, so whatever a host loses costs time and never a result: the rows under way are taken
 back into the queue and begin again. Nothing of a step is applied before all of its answers are there.
@@ -14,21 +13,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from torch import Tensor
-
 import cage
 from pipeline.config import DecodingConfig, Reproducibility, Trace
 from pipeline.counts import Recoveries
+from pipeline.decoding.calls import HostCalls
 from pipeline.decoding.draws import Uniforms
-from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.groups import Call, Group, Slots
-from pipeline.decoding.hosts import Hosts, Reply
-from pipeline.decoding.lineup import BASE, Lineup
+from pipeline.decoding.hosts import Hosts
+from pipeline.decoding.lineup import Lineup
 from pipeline.decoding.prompts import Prompter
 from pipeline.decoding.recovery import MAX_LOSSES_IN_A_ROW
 from pipeline.decoding.running import RunningRow, Terms, TokenOutcome
 from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
-from pipeline.models.messages import Admission, Candidates, HostRole, Position
 from pipeline.records import Record, Row
 from pipeline.variants import Variant
 
@@ -69,7 +65,7 @@ class Engine:
         max_failures: int = 20,
     ) -> None:
         self._lineup = lineup
-        self._hosts = hosts
+        self._calls = HostCalls(lineup, hosts, prompter, decoding)
         self._prompter = prompter
         self._decoding = decoding
         self._variants = variants
@@ -81,8 +77,13 @@ class Engine:
         self._failures_in_a_row = self._losses_in_a_row = 0
         self._ended: list[Record] = []
         self._newest = _Encoded()
-        self.num_steps = 0
+        self.num_steps = self.num_row_steps = 0
         self.recoveries = Recoveries()
+
+    @property
+    def calls(self) -> HostCalls:
+        """The calls to the hosts, with the seconds that they took."""
+        return self._calls
 
     @property
     def has_room(self) -> bool:
@@ -124,7 +125,7 @@ class Engine:
     def recover(self, hosts: Hosts, error: HostError) -> None:
         """Go on with other hosts after a failure: the rows under way begin again; one that fails again and again,
         alone at last, is rejected. Raises CageError after `max_failures` without a finished row."""
-        self._hosts = hosts
+        self._calls.hosts = hosts
         self.recoveries += Recoveries(hosts_failed=1)
         self._failures_in_a_row += 1
         self._losses_in_a_row = 0
@@ -134,7 +135,7 @@ class Engine:
         if self._failures_in_a_row > self._max_failures:
             raise CageError(f"{self._failures_in_a_row} hosts failed and no row was finished in between; {error}")
         if self._slots.num_slots < self._given_slots:
-            self._resize_hosts()
+            self._calls.resize(self._slots.num_slots)
 
     def _rebuild(self, group: Group, error: StateLost) -> None:
         self._losses_in_a_row += 1
@@ -151,11 +152,7 @@ class Engine:
         if was_alone:
             for row in rows:
                 self._refuse(row, "its host has no memory for it even when it is decoded alone")
-        self._resize_hosts()
-
-    def _resize_hosts(self) -> None:
-        for reply in [host.submit("resize", self._slots.num_slots) for host in self._hosts.values()]:
-            reply.result()
+        self._calls.resize(self._slots.num_slots)
 
     def _refuse(self, running: RunningRow, reason: str) -> None:
         """Reject a row that waits to begin again."""
@@ -188,71 +185,24 @@ class Engine:
         running.max_tokens = limit if room is None else min(limit, room)
 
     def _launch(self, group: Group) -> Call | None:
-        """Fill free slots from the queue and send every host parts of new prompts and the newest tokens."""
+        """Fill free slots from the queue and send the hosts what is new."""
         self._slots.fill(group)
         if not group.running:
             return None
-        stepping = [slot for slot in sorted(group.running) if slot not in group.parts]
-        tokens = [group.running[slot].tokens[-1] for slot in stepping]
         at, group.next = group.next, group.next.after
-        advanced = []
-        for plan in self._lineup.hosts:
-            admissions = [
-                self._admission(plan.name, slot, group.running[slot], part) for slot, part in group.parts.items()
-            ]
-            advanced.append(self._hosts[plan.name].submit("advance", at, admissions, stepping, tokens))
-        for slot, part in group.parts.items():
-            if part == 0:
-                self._score_original(group.running[slot])
-        later = {slot: part + 1 for slot, part in group.parts.items() if part + 1 < group.running[slot].num_parts}
-        group.parts = later
-        slots = [slot for slot in sorted(group.running) if slot not in later]
-        return Call(at, slots, advanced, self._propose(at, slots) if slots else None)
-
-    def _propose(self, at: Position, slots: Sequence[int]) -> Reply:
-        candidates = self._decoding.candidates
-        return self._hosts[BASE].submit(
-            "propose",
-            at,
-            slots,
-            num_candidates=None if candidates == "all" else candidates,
-            min_p=self._decoding.min_p,
-        )
-
-    def _admission(self, host: str, slot: int, running: RunningRow, part: int) -> Admission:
-        """A part of the row's prompts, with the tokens that it kept if it is admitted again."""
-        prompts = {role: [*prompt, *running.tokens] for role, prompt in self._prompts_for(host, running).items()}
-        return Admission(slot, prompts, running.heads, part, is_last=part + 1 == running.num_parts)
-
-    def _prompts_for(self, host: str, running: RunningRow) -> dict[str, Sequence[int]]:
-        return {name: running.prompts[name] for name, role in self._lineup.roles.items() if role.host == host}
-
-    def _score_original(self, running: RunningRow) -> None:
-        """Ask for the rewards of an existing answer; they are collected when the row ends."""
-        if running.row.response is None or not self._names or running.original_rewards is not None:
-            return
-        answer = self._prompter.encode_answer(running.row.response)[: self._prompter.room(running.prompts)]
-        for plan in self._lineup.hosts:
-            prompts = self._prompts_for(plan.name, running)
-            running.originals[plan.name] = self._hosts[plan.name].submit("score", prompts, answer)
+        call = self._calls.advance(at, group)
+        for running in group.end_step():
+            self._calls.score_original(running)
+        self.num_steps += 1
+        self.num_row_steps += len(group.running)
+        return call
 
     def _complete(self, group: Group, call: Call) -> list[Record]:
-        """Collect, solve and draw for the rows of a call; free the slots of those that ended."""
-        for reply in call.advanced:
-            reply.result()
-        if call.proposal is None:
-            return []
-        proposal: Candidates = call.proposal.result()
+        """Collect the tokens of a call; free the slots of the rows that ended."""
         rows = [group.running[slot] for slot in call.slots]
-        outcomes = play(
-            self._decoding,
-            proposal,
-            self._gather_rewards(call, proposal),
-            [running.terms for running in rows],
-            [running.uniforms.at(len(running.tokens)) for running in rows],
-        )
+        outcomes = self._calls.outcomes(call, rows)
         for running in rows:
-            self._collect_original(running)
+            self._calls.collect_original(running)
         records = []
         for slot, running, outcome in zip(call.slots, rows, outcomes, strict=True):
             if record := self._apply(running, outcome):
@@ -262,19 +212,7 @@ class Engine:
                 del group.running[slot]
                 group.free.append(slot)
         group.free.sort()
-        self.num_steps += 1
         return records
-
-    def _gather_rewards(self, call: Call, proposal: Candidates) -> list[Tensor]:
-        """Every principal's q [B, K] in nats at the candidates, from all hosts at once."""
-        base, *others = self._lineup.hosts
-        replies = [
-            self._hosts[plan.name].submit("logprobs_at", call.at, call.slots, proposal.ids_BK) for plan in others
-        ]
-        logprobs_BK = _by_role(base.roles, proposal.role_logprobs_BRK)
-        for plan, reply in zip(others, replies, strict=True):
-            logprobs_BK |= _by_role(plan.roles, reply.result())
-        return token_rewards(self._lineup.principals, logprobs_BK)
 
     def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
         """Give the row its token; its record if that ended it."""
@@ -291,17 +229,6 @@ class Engine:
             with_tokens=self._decoding.trace is Trace.TOKENS,
         )
 
-    def _collect_original(self, running: RunningRow) -> None:
-        if not running.originals:
-            return
-        logprobs_T: dict[str, Tensor] = {}
-        for plan in self._lineup.hosts:
-            logprobs_T |= dict(zip((r.name for r in plan.roles), running.originals[plan.name].result(), strict=True))
-        running.originals.clear()
-        running.original_rewards = [
-            float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)
-        ]
-
 
 def decode_rows(
     engine: Engine, rows: Iterable[Row], *, num_variants: int = 1, num_samples: int = 1
@@ -316,7 +243,3 @@ def decode_rows(
             if job is not None:
                 engine.admit(*job)
         yield from engine.step()
-
-
-def _by_role(roles: Sequence[HostRole], logprobs_BRK: Tensor) -> dict[str, Tensor]:
-    return {role.name: logprobs_BRK[:, index] for index, role in enumerate(roles)}

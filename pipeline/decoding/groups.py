@@ -19,13 +19,14 @@ PROMPT_TOKENS_A_STEP = 4096  # of all roles together, so that running rows do no
 class Call:
     """What is under way for a group: the slots in the order of the batch, and the hosts' replies.
 
-    There is no proposal where no row runs yet: long prompts take several steps.
+    `answer` is the tokens, or the base's candidates; there is none where no row runs yet: long prompts take several
+    steps.
     """
 
     at: Position
     slots: list[int]
     advanced: list[Reply]
-    proposal: Reply | None
+    answer: Reply | None
 
 
 @dataclass(slots=True)
@@ -40,6 +41,16 @@ class Group:
     running: dict[int, RunningRow] = field(default_factory=dict)
     parts: dict[int, int] = field(default_factory=dict)
     call: Call | None = None
+
+    def is_filling_after(self, slot: int) -> bool:
+        """Whether the slot's prompt needs more steps than the present one."""
+        return slot in self.parts and self.parts[slot] + 1 < self.running[slot].num_parts
+
+    def end_step(self) -> list[RunningRow]:
+        """Go on to the next part of every prompt; the rows whose first part this was."""
+        begun = [self.running[slot] for slot, part in self.parts.items() if part == 0]
+        self.parts = {slot: part + 1 for slot, part in self.parts.items() if self.is_filling_after(slot)}
+        return begun
 
     def take_back(self, *, keeps_tokens: bool) -> list[RunningRow]:
         """Empty the group and begin an epoch: the rows that were under way, ready to be admitted again."""

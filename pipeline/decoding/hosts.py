@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.decoding.lineup import HostPlan
 from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
-from pipeline.points import Watcher, unwatched
 from pipeline.waits import waiting_for
 
 if TYPE_CHECKING:
-    from pipeline.models.host import Host
+    from pipeline.decoding.playing import PlayingHost
 
 
 class Reply(Protocol):
@@ -45,17 +44,14 @@ class Answer:
 class LocalHost:
     """A host in this process: a call runs at once."""
 
-    def __init__(self, host: Host, plan: HostPlan, watch: Watcher = unwatched) -> None:
-        from pipeline.models.positions import PositionedHost  # torch, which the processes of Ray's hosts alone need
-
-        self._host = host
-        self._checked = PositionedHost(host, watch)
+    def __init__(self, host: PlayingHost, plan: HostPlan) -> None:
+        self.host = host
         self._plan = plan
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
         try:
             with waiting_for(f"an answer of host {self._plan.name} to {method}"):
-                return Answer(getattr(self._checked, method)(*args, **kwargs))
+                return Answer(getattr(self.host, method)(*args, **kwargs))
         except (CageError, RuntimeError, ValueError, IndexError, KeyError, MemoryError) as error:
             return Answer(error=describe_failure(self._plan, method, error))
 

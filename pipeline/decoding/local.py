@@ -8,8 +8,8 @@ from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import LocalHost
+from pipeline.decoding.playing import load_playing_host
 from pipeline.decoding.shards import ShardDecoder, ShardOutcome
-from pipeline.models.loading import load_host
 from pipeline.points import Watcher, unwatched
 from pipeline.storage.run import Run
 from pipeline.waits import waiting_for, waits
@@ -64,9 +64,9 @@ class LocalStream:
 def local_engine(assembly: Assembly, *, watch: Watcher = unwatched) -> Engine:
     """Load every host into this process and connect an engine to them."""
     hosts = {}
-    for plan, spec in zip(assembly.lineup.hosts, assembly.hosts, strict=True):
+    for index, plan in enumerate(assembly.lineup.hosts):
         with waiting_for(f"host {plan.name} to load"):
-            hosts[plan.name] = LocalHost(load_host(spec), plan, watch)
+            hosts[plan.name] = LocalHost(load_playing_host(assembly, index, watch), plan)
     config = assembly.config
     return Engine(
         assembly.lineup,

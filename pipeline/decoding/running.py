@@ -63,6 +63,11 @@ class RunningRow:
         return self.row.row_id, self.variant, self.sample
 
     @property
+    def uniform(self) -> float:
+        """The draw of the next token."""
+        return self.uniforms.at(len(self.tokens))
+
+    @property
     def num_parts(self) -> int:
         """Steps that it takes to compute the prompts, the tokens that the row kept included."""
         return num_parts(max(map(len, self.prompts.values())) + len(self.tokens))

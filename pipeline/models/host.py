@@ -9,6 +9,7 @@ B rows of a call, R roles of the host, K candidates, V vocabulary, T tokens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class Host:
         self._device = next(model.parameters()).device
         self._mixes_adapters = any(role.adapter is not None for role in roles)
         self.num_forwards = self.num_tokens = 0
+        self.forward_s = 0.0
         self._lay_out(num_slots)
 
     def resize(self, num_slots: int) -> None:
@@ -199,8 +201,7 @@ class Host:
         keep: int,
     ) -> Tensor:
         """One pass over packed tokens; the logits [keep, V] of the last ones."""
-        self.num_forwards += 1
-        self.num_tokens += len(tokens)
+        started_s = time.perf_counter()
         # adapters are mixed along the batch dimension: the tokens lie there, each on its own
         shape = (len(tokens), 1) if self._mixes_adapters else (1, len(tokens))
         mixed = {"adapter_names": [name or BACKBONE for name in adapters]} if self._mixes_adapters else {}
@@ -213,6 +214,9 @@ class Host:
                 logits_to_keep=1 if self._mixes_adapters else max(keep, 1),
                 **mixed,
             )
+        self.num_forwards += 1
+        self.num_tokens += len(tokens)
+        self.forward_s += time.perf_counter() - started_s
         logits: Tensor = output.logits.view(-1, output.logits.shape[-1])[:, : self._vocab_size]
         return logits[len(logits) - keep :].float()
 

@@ -1,0 +1,89 @@
+"""A host that plays: where one host holds every role, candidates, values, games and draws stay on its device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.config import DecodingConfig
+from pipeline.decoding.assembly import Assembly
+from pipeline.decoding.games import play, token_rewards
+from pipeline.decoding.lineup import PrincipalRoles
+from pipeline.decoding.running import Terms, TokenOutcome
+from pipeline.models.host import Host
+from pipeline.models.loading import load_host
+from pipeline.models.messages import HostRole, Position
+from pipeline.models.positions import PositionedHost
+from pipeline.points import Watcher, unwatched
+
+
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """What a host did since it was loaded: passes, tokens that went through them, seconds in passes and in games."""
+
+    num_forwards: int
+    num_tokens: int
+    forward_s: float
+    solve_s: float
+
+
+class PlayingHost(PositionedHost):
+    """A `PositionedHost` that can play the games of its rows.
+
+    Args:
+        host: the host.
+        roles: its roles, the base's first.
+        decoding: candidates and draws.
+        principals: all of the run's; their roles must be this host's where `play` is called.
+        watch: called at the points of a step, for tests.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        roles: Sequence[HostRole],
+        decoding: DecodingConfig,
+        principals: Sequence[PrincipalRoles],
+        watch: Watcher = unwatched,
+    ) -> None:
+        super().__init__(host, watch)
+        self._roles = roles
+        self._decoding = decoding
+        self._principals = principals
+        self._solve_s = 0.0
+
+    def play(
+        self, at: Position, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> list[TokenOutcome]:
+        """Draw a token for each slot at `at`. Raises StateLost when the group is elsewhere."""
+        started_s = time.perf_counter()
+        proposal = self.propose(at, slots, num_candidates=num_candidates(self._decoding), min_p=self._decoding.min_p)
+        rewards = token_rewards(self._principals, by_role(self._roles, proposal.role_logprobs_BRK))
+        outcomes = play(self._decoding, proposal, rewards, terms, uniforms)
+        self._solve_s += time.perf_counter() - started_s
+        return outcomes
+
+    def work(self) -> HostWork:
+        """What the host did so far."""
+        host = self._host
+        return HostWork(host.num_forwards, host.num_tokens, host.forward_s, self._solve_s)
+
+
+def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched) -> PlayingHost:
+    """Load the run's host number `index` into this process. Raises ConfigurationError."""
+    roles = assembly.lineup.hosts[index].roles
+    host = load_host(assembly.hosts[index])
+    return PlayingHost(host, roles, assembly.config.decoding, assembly.lineup.principals, watch)
+
+
+def num_candidates(decoding: DecodingConfig) -> int | None:
+    """How many of the base's tokens take part; None: all."""
+    return None if decoding.candidates == "all" else decoding.candidates
+
+
+def by_role(roles: Sequence[HostRole], logprobs_BRK: Tensor) -> dict[str, Tensor]:
+    """The log-probabilities [B, K] of each role by its name."""
+    return {role.name: logprobs_BRK[:, index] for index, role in enumerate(roles)}
