@@ -171,6 +171,38 @@ def bench_solver(
     solver.bench_solver(json_file, quick, sweep, threads)
 
 
+@bench.command("decode")
+def bench_decode(
+    model: Annotated[
+        str | None, typer.Option(help="Folder, hub id, or smollm2-135m; without it, random weights.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Shape of random weights: 1M, 135M, 1B or 7B.")] = "135M",
+    principals: Annotated[int, typer.Option(min=0, help="Prompted principals.")] = 2,
+    slots: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts.")] = 64,
+    mean_length: Annotated[int, typer.Option(min=1, help="Mean of the answers' geometric lengths, in tokens.")] = 64,
+    max_length: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads of every case.")] = 1,
+    ray: Annotated[bool, typer.Option(help="Measure the decoder over Ray, too.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
+) -> None:
+    """This decoder beside bare forward passes, over Ray, a plain transformers loop, and one row at a time."""
+    from jobs.bench_decode import run_bench_decode
+
+    run_bench_decode(
+        model=model,
+        shape=shape,
+        num_principals=principals,
+        slots=slots,
+        num_rows=rows,
+        mean_length=mean_length,
+        max_length=max_length,
+        threads=threads,
+        with_ray=ray,
+        json_file=json_file,
+    )
+
+
 def main() -> None:
     """Run the command line and end the process with the command's exit code."""
     code = _run()

@@ -21,7 +21,8 @@ class Row:
     """One input row. A row that could not be read carries `error` and nothing to decode.
 
     `weights` holds the row's own preference weights by principal (a subset is allowed; the others keep the
-    configured ones); `response` an existing answer to compare with.
+    configured ones); `response` an existing answer to compare with; `max_new_tokens` the row's own limit, where it is
+    below the configured one.
     """
 
     row_id: str
@@ -29,6 +30,7 @@ class Row:
     weights: Mapping[str, float] | None = None
     response: str | None = None
     error: str | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,11 @@ class Engine:
         return self._slots.has_room
 
     @property
+    def num_waiting(self) -> int:
+        """Rows without a slot, or whose prompts are not computed yet."""
+        return self._slots.num_waiting
+
+    @property
     def is_idle(self) -> bool:
         return self._slots.is_empty and not self._ended
 
@@ -182,7 +187,7 @@ class Engine:
         running.prompts, running.heads = self._newest.prompts, self._newest.heads
         room = self._prompter.room(running.prompts)
         limit = self._decoding.max_new_tokens
-        running.max_tokens = limit if room is None else min(limit, room)
+        running.max_tokens = min(each for each in (limit, room, running.row.max_new_tokens) if each is not None)
 
     def _launch(self, group: Group) -> Call | None:
         """Fill free slots from the queue and send the hosts what is new."""

@@ -85,12 +85,19 @@ class Slots:
 
     @property
     def has_room(self) -> bool:
-        """Whether a row could be admitted that does not wait yet."""
-        return len(self.queue) < self.suspicion.limit(self.num_slots) - self._num_running
+        """Whether a row is needed: for each free slot one, and some more, so that a slot that is freed in a step is
+        filled in the same."""
+        spare = (self.num_slots + 1) // 2
+        return len(self.queue) < self.suspicion.limit(self.num_slots) - self._num_running + spare
 
     @property
     def is_empty(self) -> bool:
         return not self.queue and not self._num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows in the queue, and rows that are being filled."""
+        return len(self.queue) + sum(len(group.parts) for group in self._groups)
 
     def next_group(self) -> Group:
         """The group whose turn it is."""

@@ -127,9 +127,14 @@ class Host:
         scores = []
         for role in self._roles:
             tokens = [*prompts[role.name], *continuation]
-            slot_pass = SlotPass(None, [Segment(-1, 0, len(tokens))], [], torch.empty(0), (), self._strict)
-            adapters = [role.adapter] * len(tokens)
-            logits_TV = self._forward(slot_pass, tokens, range(len(tokens)), adapters, len(continuation) + 1)
+            draft = Draft(segments=[Segment(-1, 0, len(tokens))])
+            logits_TV = self._forward(
+                self._make_pass(draft, None),
+                tokens,
+                range(len(tokens)),
+                [role.adapter] * len(tokens),
+                len(continuation) + 1,
+            )
             ids_T1 = torch.tensor(continuation, device=self._device)[:, None]
             logprobs_TV = logits_TV[:-1] - logits_TV[:-1].logsumexp(-1, keepdim=True)
             scores.append(logprobs_TV.gather(-1, ids_T1)[:, 0])
@@ -183,14 +188,21 @@ class Host:
             draft.pad(MIN_ROWS, row=len(self._lengths) - 1, mixes_adapters=self._mixes_adapters)
         if not draft.tokens and not draft.rows:
             return
-        rows_R = torch.tensor(draft.rows, dtype=torch.long, device=self._device)
-        slot_pass = SlotPass(self._cache, draft.segments, draft.follows, rows_R, tuple(draft.lengths), self._strict)
+        slot_pass = self._make_pass(draft, self._cache)
         tokens = [*draft.tokens, *draft.last_tokens]
         positions = [*draft.positions, *(length - 1 for length in draft.lengths)]
         adapters = [*draft.adapters, *draft.last_adapters]
         logits_RV = self._forward(slot_pass, tokens, positions, adapters, len(draft.rows))
         if draft.rows:
-            self._logits_RV[rows_R] = logits_RV
+            self._logits_RV[slot_pass.rows_R] = logits_RV
+
+    def _make_pass(self, draft: Draft, cache: SlotCache | None) -> SlotPass:
+        rows_R, lengths_R = torch.tensor([draft.rows, draft.lengths], dtype=torch.long, device=self._device)
+        # on a CPU a call a row costs less than the copies that a batch of rows needs
+        per_row = self._strict or self._device.type == "cpu"
+        return SlotPass(
+            cache, draft.segments, draft.follows, draft.rows, draft.lengths, rows_R, lengths_R - 1, per_row
+        )
 
     def _forward(
         self,

@@ -48,16 +48,19 @@ class Copied:
 class SlotPass:
     """One forward pass: the tokens of the segments, then one token a running row.
 
-    `follows` are copied once they are written. `rows_R` are the running rows' places in the cache, `lengths` their
-    tokens after the pass. `per_row` attends row by row over exact lengths, so that no row's bits depend on its
-    company; otherwise one masked call serves the rows. Without a cache there are only segments from the start.
+    `follows` are copied once they are written. `rows` are the running rows' places in the cache (`rows_R` as a
+    tensor), `lengths` their tokens after the pass and `last_R` the position of the newest. `per_row` attends row by
+    row over exact lengths, so that no row's bits depend on its company; otherwise one masked call serves the rows.
+    Without a cache there are only segments from the start.
     """
 
     cache: SlotCache | None
     segments: Sequence[Segment]
     follows: Sequence[Copied]
+    rows: Sequence[int]
+    lengths: Sequence[int]
     rows_R: Tensor
-    lengths: tuple[int, ...]
+    last_R: Tensor
     per_row: bool
 
 
@@ -137,8 +140,7 @@ def _write(buffer: Tensor, states: Tensor, slot_pass: SlotPass) -> None:
         buffer[part.row, :, part.start : part.stop] = states[:, at : at + count]
         at += count
     if slot_pass.lengths:
-        last_R = torch.tensor(slot_pass.lengths, device=buffer.device) - 1
-        buffer[slot_pass.rows_R, :, last_R] = states[:, at:].transpose(0, 1)
+        buffer[slot_pass.rows_R, :, slot_pass.last_R] = states[:, at:].transpose(0, 1)
     for copied in slot_pass.follows:
         _copy(buffer, copied)
 
@@ -213,18 +215,26 @@ def _attend_each_row(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """One call per row over its own length: the query heads of a key-value head are its query tokens."""
-    num_kv_heads, width = keys.shape[1], keys.shape[3]
-    out = query.new_empty(*query.shape[:3], values.shape[3])
-    for at, (row, length) in enumerate(zip(slot_pass.rows_R.tolist(), slot_pass.lengths, strict=True)):
+    """One call per row over its own length: the query heads of a key-value head are its query tokens.
+
+    Every call costs as much as its arithmetic on a small model: what can be cut into rows is cut at once.
+    """
+    num_rows, num_heads, _, width = query.shape
+    num_kv_heads = keys.shape[1]
+    queries = query.reshape(num_rows, 1, num_kv_heads, num_heads // num_kv_heads, width).unbind(0)
+    key_rows, value_rows = keys[:, None].unbind(0), values[:, None].unbind(0)
+    out = []
+    for query_row, row, length in zip(queries, slot_pass.rows, slot_pass.lengths, strict=True):
         start = 0 if window is None else max(0, length - window)
-        out[at] = scaled_dot_product_attention(
-            query[at].reshape(1, num_kv_heads, -1, width),
-            keys[row, None, :, start:length],
-            values[row, None, :, start:length],
-            scale=scaling,
-        ).view(query.shape[1], 1, -1)
-    return out
+        out.append(
+            scaled_dot_product_attention(
+                query_row,
+                key_rows[row].narrow(2, start, length - start),
+                value_rows[row].narrow(2, start, length - start),
+                scale=scaling,
+            )
+        )
+    return torch.cat(out).view(num_rows, num_heads, 1, -1)
 
 
 def _attend_batch(
@@ -237,7 +247,7 @@ def _attend_batch(
 ) -> Tensor:
     """One masked call over the longest live length."""
     longest = max(slot_pass.lengths)
-    lengths_R1 = torch.tensor(slot_pass.lengths, device=query.device)[:, None]
+    lengths_R1 = slot_pass.last_R[:, None] + 1
     at_L = torch.arange(longest, device=query.device)[None, :]
     mask_RL = at_L < lengths_R1
     if window is not None:

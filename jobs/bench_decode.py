@@ -1,0 +1,268 @@
+"""Measure the decoder beside the forward passes that it cannot do without, and beside a loop as users write it.
+
+A benchmark, no test: it says what was measured on this machine. All cases decode the same rows, one after another in
+one process (and one more for Ray's host), with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from jobs.bench_models import SHAPES, Work, make_assembly, make_config, make_work, save_random_model
+from jobs.bench_plain import decode_plainly, load_plain_model, time_floor
+from pipeline.decoding.assembly import Assembly
+from pipeline.decoding.engine import Engine
+from pipeline.decoding.hosts import Hosts, LocalHost
+from pipeline.decoding.playing import HostWork, load_playing_host
+from pipeline.errors import ConfigurationError
+from pipeline.models.descriptions import describe_model
+from pipeline.models.embedded import default_cache_folder
+from pipeline.models.sources import resolve_model
+
+FULL_BATCH_STEPS, FULL_BATCH_ROUNDS = 16, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all cases share."""
+
+    model: str
+    num_principals: int
+    slots: int
+    threads: int
+    vocab_size: int
+    work: Work
+    cache_folder: Path
+
+    def assembly(self, *, strict: bool = True, slots: int | None = None) -> Assembly:
+        config = make_config(
+            self.model,
+            num_principals=self.num_principals,
+            slots=slots or self.slots,
+            max_length=max(self.work.lengths),
+            strict=strict,
+        )
+        return make_assembly(config, self.work, self.vocab_size, self.cache_folder)
+
+
+def run_bench_decode(
+    *,
+    model: str | None,
+    shape: str,
+    num_principals: int,
+    slots: int,
+    num_rows: int,
+    mean_length: int,
+    max_length: int,
+    threads: int,
+    with_ray: bool,
+    json_file: Path | None,
+) -> None:
+    """Measure every case, print a table, write the file."""
+    if shape not in SHAPES:
+        raise ConfigurationError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = model or str(save_random_model(shape, Path(folder) / "model"))
+        cache_folder = default_cache_folder(os.environ)
+        vocab_size = describe_model(resolve_model(path, cache_folder=cache_folder)).vocab_size
+        roles = ["base", *(f"p{at}" for at in range(num_principals))]
+        work = make_work(
+            roles, num_rows=num_rows, vocab_size=vocab_size, mean_length=mean_length, max_length=max_length
+        )
+        setup = Setup(path, num_principals, slots, threads, vocab_size, work, cache_folder)
+        measured = measure(setup, with_ray=with_ray and importlib.util.find_spec("ray") is not None)
+    measured["model"] = model or f"random {shape}"
+    print_tables(measured)
+    if json_file is not None:
+        json_file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
+    """All cases, ready for JSON."""
+    torch.set_num_threads(setup.threads)
+    plain = load_plain_model(setup.model, setup.cache_folder)
+    full_batch = measure_full_batch(setup, plain)
+    cases = {"floor": full_batch.pop("floor"), "local": measure_local(setup)}
+    cases["local relaxed"] = measure_local(setup, strict=False)
+    if with_ray:
+        cases["ray"] = measure_ray(setup)
+    torch.set_num_threads(setup.threads)
+    cases["plain"] = decode_plainly(plain, setup.work, setup.slots)
+    few = replace(setup, work=setup.work.first(max(2, len(setup.work.lengths) // 8)))
+    cases["batch1"] = measure_local(few, slots=1)
+    local = cases["local"]["tokens_per_s"]
+    return {
+        "slots": setup.slots,
+        "principals": setup.num_principals,
+        "rows": len(setup.work.lengths),
+        "threads": setup.threads,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "cases": cases,
+        "full_batch": full_batch,
+        "ratios": {f"local to {name}": local / cases[name]["tokens_per_s"] for name in ("plain", "batch1")},
+        "peak_memory_mib": _peak_memory_mib(),
+    }
+
+
+def measure_full_batch(setup: Setup, plain: Any) -> dict[str, Any]:
+    """A step of a batch that stays full, beside the bare forward pass of as many rows, alternately."""
+    engines = {name: _engine(setup, strict=name == "strict") for name in ("strict", "relaxed")}
+    num_rows = setup.slots * (setup.num_principals + 1)
+    times: dict[str, list[float]] = {"floor": [], "strict": [], "relaxed": []}
+    for _ in range(FULL_BATCH_ROUNDS):
+        torch.set_num_threads(setup.threads)
+        times["floor"].append(time_floor(plain, num_rows, num_steps=FULL_BATCH_STEPS))
+        for name, engine in engines.items():
+            times[name].append(_time_steps(engine, setup))
+    step_s = {name: statistics.median(each) for name, each in times.items()}
+    ratios = {
+        name: statistics.median(f / s for f, s in zip(times["floor"], times[name], strict=True))
+        for name in ("strict", "relaxed")
+    }
+    return {
+        "floor": {"tokens_per_s": setup.slots / step_s["floor"], "slot_utilisation": 1.0, "forwards_per_step": 1.0,
+                  "share": {"forward": 1.0, "solve": 0.0, "transport": 0.0, "wait": 0.0}},
+        "step_ms": {name: seconds * 1e3 for name, seconds in step_s.items()},
+        "of_floor": ratios,
+        "strict_of_relaxed": statistics.median(
+            r / s for r, s in zip(times["relaxed"], times["strict"], strict=True)
+        ),
+    }  # fmt: skip
+
+
+def measure_local(setup: Setup, *, strict: bool = True, slots: int | None = None) -> dict[str, Any]:
+    """This decoder in this process."""
+    assembly = setup.assembly(strict=strict, slots=slots)
+    hosts: Hosts = {"base": LocalHost(load_playing_host(assembly, 0), assembly.lineup.hosts[0])}
+    torch.set_num_threads(setup.threads)
+    return _decode(assembly, hosts, setup.work)
+
+
+def measure_ray(setup: Setup) -> dict[str, Any]:
+    """This decoder with its host in an actor of a local Ray cluster."""
+    import ray
+
+    from pipeline.cluster.host_actors import HostGroup, HostLaunch, placed
+    from pipeline.cluster.stream import cluster
+
+    assembly = setup.assembly()
+    with cluster(assembly, is_verbose=False):
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        plans = assembly.lineup.hosts
+        with placed(plans, num_replicas=1, has_gpus=has_gpus) as places:
+            launch = HostLaunch((ray.put(assembly),), plans, assembly.config.cluster, places, has_gpus)
+            group = HostGroup(launch, 0)
+            try:
+                return _decode(assembly, group.wait(), setup.work)
+            finally:
+                group.stop()
+
+
+def _engine(setup: Setup, *, strict: bool) -> Engine:
+    assembly = setup.assembly(strict=strict)
+    hosts: Hosts = {"base": LocalHost(load_playing_host(assembly, 0), assembly.lineup.hosts[0])}
+    return _make_engine(assembly, hosts)
+
+
+def _make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
+    config = assembly.config
+    return Engine(
+        assembly.lineup, hosts, assembly.prompter, config.decoding, assembly.variants, num_slots=config.cluster.slots
+    )
+
+
+def _time_steps(engine: Engine, setup: Setup) -> float:
+    """Median seconds of a step while every slot runs."""
+    torch.set_num_threads(setup.threads)
+    for row in setup.work.first(setup.slots).rows:
+        engine.admit(replace(row, max_new_tokens=FULL_BATCH_STEPS + 8))
+    while engine.num_waiting:
+        engine.step()
+    seconds = []
+    for _ in range(FULL_BATCH_STEPS):
+        started_s = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - started_s)
+    while not engine.is_idle:
+        engine.step()
+    return statistics.median(seconds)
+
+
+def _decode(assembly: Assembly, hosts: Hosts, work: Work) -> dict[str, Any]:
+    """Decode all rows; rates, shares of time and how full the slots were while rows waited."""
+    engine = _make_engine(assembly, hosts)
+    before: HostWork = hosts["base"].submit("work").result()
+    waiting = iter(work.rows)
+    num_tokens, is_last, utilisation = 0, False, 1.0
+    started_s = time.perf_counter()
+    while not (is_last and engine.is_idle):
+        while engine.has_room and not is_last:
+            row = next(waiting, None)
+            if row is None:
+                is_last = True
+                utilisation = engine.num_row_steps / max(1, engine.num_steps * assembly.config.cluster.slots)
+            else:
+                engine.admit(row)
+        num_tokens += sum(record.num_tokens for record in engine.step())
+    seconds = time.perf_counter() - started_s
+    after: HostWork = hosts["base"].submit("work").result()
+    forward, solve = (after.forward_s - before.forward_s) / seconds, (after.solve_s - before.solve_s) / seconds
+    transport = max(0.0, engine.calls.wait_s / seconds - forward - solve)
+    return {
+        "tokens_per_s": num_tokens / seconds,
+        "tokens": num_tokens,
+        "seconds": seconds,
+        "slot_utilisation": utilisation,
+        "forwards_per_step": (after.num_forwards - before.num_forwards) / engine.num_steps,
+        "share": {"forward": forward, "solve": solve, "transport": transport,
+                  "wait": max(0.0, 1 - forward - solve - transport)},
+    }  # fmt: skip
+
+
+def _peak_memory_mib() -> float:
+    """Of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_tables(measured: dict[str, Any]) -> None:
+    """The cases, then what a full batch costs."""
+    console = Console()
+    head = ", ".join(f"{measured[what]} {what}" for what in ("slots", "principals", "rows", "threads"))
+    table = Table(title=f"{measured['model']} on {measured['device']}: {head}", box=None)
+    for name in ("case", "tokens/s", "slots in use", "passes/step", "forward", "solve", "transport", "other"):
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for name, case in measured["cases"].items():
+        share = case["share"]
+        table.add_row(
+            name,
+            f"{case['tokens_per_s']:.1f}",
+            f"{case['slot_utilisation']:.1%}",
+            f"{case['forwards_per_step']:.2f}",
+            *(f"{share[part]:.1%}" for part in ("forward", "solve", "transport", "wait")),
+        )
+    console.print(table)
+    full = measured["full_batch"]
+    steps = ", ".join(f"{name} {ms:.1f} ms" for name, ms in full["step_ms"].items())
+    console.print(f"a step of a full batch: {steps}")
+    console.print(
+        f"of the floor: strict {full['of_floor']['strict']:.1%}, relaxed {full['of_floor']['relaxed']:.1%}; "
+        f"strict against relaxed {full['strict_of_relaxed']:.1%}"
+    )
+    console.print(", ".join(f"{name}: {ratio:.2f} x" for name, ratio in measured["ratios"].items()))
+    console.print(f"peak memory {measured['peak_memory_mib']:,.0f} MiB")
