@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.points import Point
+from pipeline.points import Point, Watcher
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class KillAt:
 
 
 @dataclass(frozen=True)
-class KillsAll:
+class AllOf:
     """Several watchers at once."""
 
-    watchers: tuple[KillAt, ...]
+    watchers: tuple[Watcher, ...]
 
     def __call__(self, point: Point, detail: object) -> None:
         for watcher in self.watchers:
@@ -76,3 +76,15 @@ class Hang:
     def __call__(self, point: Point, detail: object) -> None:
         if point is self.point:
             time.sleep(3600)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Take a while at `point`, so that a run lasts long enough to be disturbed."""
+
+    point: Point
+    wait_s: float = 0.1
+
+    def __call__(self, point: Point, detail: object) -> None:
+        if point is self.point:
+            time.sleep(self.wait_s)
