@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,3 +90,28 @@ class Slow:
     def __call__(self, point: Point, detail: object) -> None:
         if point is self.point:
             time.sleep(self.wait_s)
+
+
+@dataclass(frozen=True)
+class DiskFull:
+    """From the first data file on, let that many syncs of files fail in this process, as on a full disk."""
+
+    num_failures: int
+
+    def __call__(self, point: Point, detail: object) -> None:
+        if point is Point.BEFORE_DATA and not hasattr(os.fsync, "failures_left"):
+            os.fsync = _FullSync(os.fsync, self.num_failures)
+
+
+class _FullSync:
+    """Stands for os.fsync."""
+
+    def __init__(self, sync: Callable[[int], None], failures_left: int) -> None:
+        self._sync = sync
+        self.failures_left = failures_left
+
+    def __call__(self, descriptor: int) -> None:
+        if self.failures_left > 0:
+            self.failures_left -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._sync(descriptor)
