@@ -16,9 +16,11 @@ import pytest
 from faults import DiskFull
 from moto.server import DomainDispatcherApplication, create_backend_app
 from storage_setup import AWS, answer, small_plan
+from test_cli import cage
 from test_relabel import job, parts, run_job, write_prompts
 from werkzeug.serving import make_server
 
+from pipeline.config_files import dump_config
 from pipeline.errors import ExitCode, StorageError
 from pipeline.storage import retries
 from pipeline.storage.run import Run
@@ -155,3 +157,24 @@ def test_a_full_disk_is_waited_for_and_then_told(
         os.fsync = plain
     assert Run.open(str(tmp_path / "run")).is_complete
     assert parts(tmp_path / "run") == parts(tmp_path / "whole")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_expired_credentials_in_a_replica_end_the_command_with_1_and_it_continues(faulty_s3, tiny, tmp_path):
+    """The command as a user gives it, with a cluster of its own: workers have its environment."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 7)
+    run_job(job(prompts, tmp_path / "whole", tiny()), tmp_path)
+    path = f"s3://runs/{uuid.uuid4().hex}"
+    config = job(prompts, path, tiny(), cluster={"transport": "ray"})
+    (file := tmp_path / "job.yaml").write_text(dump_config(config))
+    faulty_s3.errors, faulty_s3.is_broken = [(400, "ExpiredToken")], True
+    failed = cage("relabel", "-c", str(file), timeout=500)
+    assert failed.returncode == ExitCode.FAILED, failed.stderr
+    assert "cannot write s3://runs/" in failed.stderr.splitlines()[-1]
+    assert "ExpiredToken it is (tried 4 times" in failed.stderr.splitlines()[-1]
+    faulty_s3.errors = []
+    continued = cage("relabel", "-c", str(file), timeout=500)
+    assert continued.returncode == ExitCode.DONE, continued.stderr
+    store = open_store(path)
+    assert {name: store.read(name) for name in store.names("part-")} == parts(tmp_path / "whole")

@@ -73,8 +73,10 @@ def may_pass(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status that an S3 client's error carries, if any."""
-    response = getattr(error, "response", None)
+    """The status that an object store's client put into its error, if any."""
+    if isinstance(code := getattr(error, "code", None), int):  # gcsfs
+        return code
+    response = getattr(error, "response", None)  # botocore
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
     status = metadata.get("HTTPStatusCode")
     return int(status) if status is not None else None
