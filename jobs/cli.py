@@ -147,6 +147,22 @@ def inspect(run: RunPath, row_id: Annotated[str, typer.Argument(metavar="ROW_ID"
     run_inspect(run, row_id)
 
 
+@app.command()
+def report(
+    run: RunPath,
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write it here, not to RUN/report.html; local or s3://.")
+    ] = None,
+) -> None:
+    """Make one page of a run: charts, solver, examples, who paid for which token.
+
+    The page is one HTML file that opens without a network. It is made from the run's files alone, at any time.
+    """
+    from jobs.report import run_report
+
+    run_report(run, output)
+
+
 fetch = typer.Typer(help="Fetch public prompts out of packages.", no_args_is_help=True)
 app.add_typer(fetch, name="fetch")
 
