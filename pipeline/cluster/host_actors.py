@@ -34,11 +34,11 @@ class HostActor:
 
     def load(self) -> None:
         """Load the weights. Not in `__init__`: an error there loses its class on the way."""
-        from pipeline.models.loading import load_host  # heavy, and this process alone needs it
         from pipeline.models.positions import PositionedHost
+        from pipeline.models.reward_loading import load_any_host  # heavy, and this process alone needs it
 
         spec: HostSpec = ray.get(self._assembly[0]).hosts[self._index]
-        self._host = PositionedHost(load_host(spec), self._watch)
+        self._host = PositionedHost(load_any_host(spec), self._watch)
 
     def call(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one method of the host; tensors of the answer are on the CPU."""

@@ -10,6 +10,7 @@ back into the queue and begin again. Nothing of a step is applied before all of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
@@ -21,10 +22,11 @@ from pipeline.counts import Recoveries
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.groups import Call, Group, Slots
-from pipeline.decoding.hosts import Hosts
-from pipeline.decoding.lineup import BASE, Lineup
+from pipeline.decoding.hosts import Hosts, Reply
+from pipeline.decoding.lineup import BASE, HostPlan, Lineup
 from pipeline.decoding.prompts import Prompter
 from pipeline.decoding.recovery import MAX_LOSSES_IN_A_ROW
+from pipeline.decoding.reward_replies import ScoredAnswer, ask_rewards
 from pipeline.decoding.running import RunningRow, Terms, TokenOutcome
 from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
 from pipeline.models.messages import Admission, Candidates, HostRole
@@ -67,6 +69,9 @@ class Engine:
         is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
         self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
         self._given_slots = num_slots
+        self._not_finite = "the rewards or the base's logits are not finite"
+        if any(plan.scorings for plan in lineup.hosts):
+            self._not_finite += ", or the text is longer than the context of a reward model"
         self._max_failures = max_failures
         self._failures_in_a_row = self._losses_in_a_row = 0
         self._ended: list[Record] = []
@@ -184,7 +189,7 @@ class Engine:
         at, group.next = group.next, group.next.after
         advanced = []
         for plan in self._lineup.hosts:
-            admissions = [self._admission(plan.name, slot, group.running[slot]) for slot in admitted]
+            admissions = [self._admission(plan, slot, group.running[slot]) for slot in admitted]
             advanced.append(self._hosts[plan.name].submit("advance", at, admissions, stepping, tokens))
         candidates = self._decoding.candidates
         proposal = self._hosts[BASE].submit(
@@ -198,9 +203,11 @@ class Engine:
             self._score_original(group.running[slot])
         return Call(at, slots, advanced, proposal)
 
-    def _admission(self, host: str, slot: int, running: RunningRow) -> Admission:
+    def _admission(self, plan: HostPlan, slot: int, running: RunningRow) -> Admission:
         """The row's prompts, with the tokens that it kept if it is admitted again."""
-        prompts = self._prompts_for(host, running)
+        prompts = self._prompts_for(plan.name, running)
+        if plan.scorings:
+            return Admission(slot, prompts, running.tokens)
         return Admission(slot, {role: [*prompt, *running.tokens] for role, prompt in prompts.items()})
 
     def _prompts_for(self, host: str, running: RunningRow) -> dict[str, Sequence[int]]:
@@ -213,7 +220,8 @@ class Engine:
         answer = self._prompter.encode_answer(running.row.response)[: self._prompter.room(running.prompts)]
         for plan in self._lineup.hosts:
             prompts = self._prompts_for(plan.name, running)
-            running.originals[plan.name] = self._hosts[plan.name].submit("score", prompts, answer)
+            reply = self._hosts[plan.name].submit("score", prompts, answer)
+            running.originals[plan.name] = ScoredAnswer(reply, plan.scorings) if plan.scorings else reply
 
     def _complete(self, group: Group, call: Call) -> list[Record]:
         """Collect, solve and draw for the rows of a call; free the slots of those that ended."""
@@ -224,7 +232,7 @@ class Engine:
         outcomes = play(
             self._decoding,
             proposal,
-            self._gather_rewards(call, proposal),
+            self._gather_rewards(call, proposal, [len(running.tokens) for running in rows]),
             [running.terms for running in rows],
             [running.uniforms.at(len(running.tokens)) for running in rows],
         )
@@ -242,12 +250,16 @@ class Engine:
         self.num_steps += 1
         return records
 
-    def _gather_rewards(self, call: Call, proposal: Candidates) -> list[Tensor]:
+    def _gather_rewards(self, call: Call, proposal: Candidates, num_tokens: Sequence[int]) -> list[Tensor]:
         """Every principal's q [B, K] in nats at the candidates, from all hosts at once."""
         base, *others = self._lineup.hosts
-        replies = [
-            self._hosts[plan.name].submit("logprobs_at", call.at, call.slots, proposal.ids_BK) for plan in others
-        ]
+        replies: list[Reply] = []
+        for plan in others:
+            host = self._hosts[plan.name]
+            if plan.scorings:
+                replies.append(ask_rewards(host, plan.scorings, call.at, call.slots, num_tokens, proposal))
+            else:
+                replies.append(host.submit("logprobs_at", call.at, call.slots, proposal.ids_BK))
         logprobs_BK = _by_role(base.roles, proposal.role_logprobs_BRK)
         for plan, reply in zip(others, replies, strict=True):
             logprobs_BK |= _by_role(plan.roles, reply.result())
@@ -256,7 +268,7 @@ class Engine:
     def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
         """Give the row its token; its record if that ended it."""
         if outcome.status == cage.Status.NOT_FINITE:
-            return running.rejected(f"token {len(running.tokens)}: the rewards or the base's logits are not finite")
+            return running.rejected(f"token {len(running.tokens)}: {self._not_finite}")
         running.append(outcome)
         finished = running.finish(self._prompter, self._decoding.stop)
         if finished is None:
@@ -275,9 +287,9 @@ class Engine:
         for plan in self._lineup.hosts:
             logprobs_T |= dict(zip((r.name for r in plan.roles), running.originals[plan.name].result(), strict=True))
         running.originals.clear()
-        running.original_rewards = [
-            float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)
-        ]
+        rewards = [float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)]
+        # an answer that is too long for a reward model cannot be compared
+        running.original_rewards = rewards if all(map(math.isfinite, rewards)) else None
 
 
 def decode_rows(

@@ -13,6 +13,7 @@ from pipeline.waits import waiting_for
 
 if TYPE_CHECKING:
     from pipeline.models.host import Host
+    from pipeline.models.reward_host import RewardHost
 
 
 class Reply(Protocol):
@@ -45,7 +46,7 @@ class Answer:
 class LocalHost:
     """A host in this process: a call runs at once."""
 
-    def __init__(self, host: Host, plan: HostPlan, watch: Watcher = unwatched) -> None:
+    def __init__(self, host: Host | RewardHost, plan: HostPlan, watch: Watcher = unwatched) -> None:
         from pipeline.models.positions import PositionedHost  # torch, which the processes of Ray's hosts alone need
 
         self._host = host

@@ -9,7 +9,7 @@ from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import LocalHost
 from pipeline.decoding.shards import ShardDecoder, ShardOutcome
-from pipeline.models.loading import load_host
+from pipeline.models.reward_loading import load_any_host
 from pipeline.points import Watcher, unwatched
 from pipeline.storage.run import Run
 from pipeline.waits import waiting_for, waits
@@ -66,7 +66,7 @@ def local_engine(assembly: Assembly, *, watch: Watcher = unwatched) -> Engine:
     hosts = {}
     for plan, spec in zip(assembly.lineup.hosts, assembly.hosts, strict=True):
         with waiting_for(f"host {plan.name} to load"):
-            hosts[plan.name] = LocalHost(load_host(spec), plan, watch)
+            hosts[plan.name] = LocalHost(load_any_host(spec), plan, watch)
     config = assembly.config
     return Engine(
         assembly.lineup,
