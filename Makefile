@@ -7,13 +7,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean help
+.PHONY: demo test check format browser clean help
 
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
 	@echo "make test    run the tests (all but those that need a GPU)"
 	@echo "make check   formatter, linter, types, import contracts"
 	@echo "make format  format and fix what can be fixed"
+	@echo "make browser install Chromium where there is none, on Debian as root; for the tests of the report"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,13 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Without a browser the tests that look at a report are skipped; nothing else needs one.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null && \
+	  command -v chromium; } || echo "no browser, and none could be installed: the tests that need one are skipped"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

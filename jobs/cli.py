@@ -44,6 +44,12 @@ Dtype = Annotated[str | None, typer.Option(help="dtype of the base model (base.d
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the base's repository (base.trust_remote_code).")
 ]
+NewRun = Annotated[
+    bool,
+    typer.Option(
+        "--new-run", help="Where output.path holds a run of other settings, write to PATH-2 (or PATH-3, ...)."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and its workers.")]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the whole configuration, defaults included, and stop.")
@@ -62,6 +68,7 @@ def relabel(
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
     print_config: PrintConfig = False,
+    new_run: NewRun = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer every prompt by the aligned policy; write Parquet.
@@ -78,7 +85,7 @@ def relabel(
         "base.dtype": dtype,
         "base.trust_remote_code": trust_remote_code or None,
     }
-    run_relabel(config, _merge(overrides, flags), print_config=print_config, is_verbose=verbose)
+    run_relabel(config, _merge(overrides, flags), print_config=print_config, is_new_run=new_run, is_verbose=verbose)
 
 
 @app.command()
@@ -138,6 +145,22 @@ def inspect(run: RunPath, row_id: Annotated[str, typer.Argument(metavar="ROW_ID"
     from jobs.inspect import run_inspect
 
     run_inspect(run, row_id)
+
+
+@app.command()
+def report(
+    run: RunPath,
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write it here, not to RUN/report.html; local or s3://.")
+    ] = None,
+) -> None:
+    """Make one page of a run: charts, solver, examples, who paid for which token.
+
+    The page is one HTML file that opens without a network. It is made from the run's files alone, at any time.
+    """
+    from jobs.report import run_report
+
+    run_report(run, output)
 
 
 fetch = typer.Typer(help="Fetch public prompts out of packages.", no_args_is_help=True)

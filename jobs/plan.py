@@ -9,7 +9,7 @@ from jobs.job_files import load_job
 from jobs.text import printable, size, table
 from pipeline.config import Config, ModelConfig, Transport
 from pipeline.decoding.assembly import Assembly
-from pipeline.decoding.lineup import HostPlan
+from pipeline.decoding.lineup import HostPlan, Scoring
 from pipeline.models.descriptions import ModelDescription, describe_model
 from pipeline.models.embedded import default_cache_folder
 from pipeline.models.messages import HostSpec
@@ -36,6 +36,7 @@ def describe_plan(config: Config, prepared: Prepared) -> str:
         + f", at most {decoding.max_new_tokens:,} tokens a row, {decoding.reproducibility}",
         "",
         _principals(config, assembly),
+        *_on_text(assembly),
         "",
         _hosts(assembly),
         "",
@@ -68,12 +69,17 @@ def _where(config: Config) -> str:
 
 
 def _principals(config: Config, assembly: Assembly) -> str:
+    scorings = {
+        role.name: scoring
+        for plan in assembly.lineup.hosts
+        for role, scoring in zip(plan.roles, plan.scorings, strict=bool(plan.scorings))
+    }
     rows = [
         [
             player.name,
             config.principals[player.name].kind,
             f"{player.weight:g}",
-            f"{_reward(player.tuned, player.reference)}",
+            _score(scorings[player.tuned]) if player.tuned in scorings else _reward(player.tuned, player.reference),
         ]
         for player in assembly.lineup.principals
     ]
@@ -82,6 +88,24 @@ def _principals(config: Config, assembly: Assembly) -> str:
 
 def _reward(tuned: str, reference: str | None) -> str:
     return f"log p[{tuned}]" + (f" - log p[{reference}]" if reference else "")
+
+
+def _score(scoring: Scoring) -> str:
+    gain = "RM(prefix + a) - RM(prefix)"
+    scaled = gain if scoring.factor == 1 else f"{scoring.factor:g} ({gain})"
+    pace = "token" if scoring.interval == 1 else f"{scoring.interval} tokens"
+    return f"{scaled}, top {scoring.candidates}, every {pace}"
+
+
+def _on_text(assembly: Assembly) -> list[str]:
+    """A line for each reward model whose tokens are not the base's: that it reads text, and what that costs."""
+    return [
+        f"{', '.join(plan.serves)} is scored on text, its tokens are not the base's: "
+        f"{1 + max(scoring.candidates for scoring in plan.scorings)} texts a row and scored step are tokenised anew, "
+        f"and branches may have several tokens"
+        for plan, spec in zip(assembly.lineup.hosts, assembly.hosts, strict=True)
+        if spec.reward is not None and spec.reward.retokeniser is not None
+    ]
 
 
 def _hosts(assembly: Assembly) -> str:

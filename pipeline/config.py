@@ -163,7 +163,25 @@ class TunedPairPrincipal(PrincipalConfig):
     reference: Annotated[ReferenceConfig, BeforeValidator(model_from_name)]
 
 
-Principal = Annotated[PromptedPrincipal | ArmPrincipal | TunedPairPrincipal, Field(discriminator="kind")]
+class RewardModelPrincipal(PrincipalConfig):
+    """q(a) = sign x scale x (RM(prefix + a) - RM(prefix)): a sequence classifier that reads from left to right.
+
+    It scores the base's likeliest candidates; the others count as the worst of those. Between scored steps it is
+    indifferent.
+    """
+
+    kind: Literal["reward_model"]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
+    candidates: int = Field(10, ge=1, le=4096, description="of the base's likeliest, how many it scores")
+    interval: int = Field(1, ge=1, description="tokens from one scored step to the next")
+    scale: float = Field(1.0, gt=0, description="nats that one point of its score is worth")
+    sign: Literal[1, -1] = Field(1, description="-1 where a lower score is better")
+    label: int | None = Field(None, ge=0, description="which of its outputs counts, where it has several")
+
+
+Principal = Annotated[
+    PromptedPrincipal | ArmPrincipal | TunedPairPrincipal | RewardModelPrincipal, Field(discriminator="kind")
+]
 
 
 def _as_list(value: Any) -> Any:

@@ -27,11 +27,14 @@ class Recoveries:
             self.memory_halved - other.memory_halved,
         )
 
-    def __str__(self) -> str:
-        return (
-            f"{self.hosts_failed:,} hosts replaced, {self.states_lost:,} states rebuilt, "
-            f"memory halved {self.memory_halved:,} times"
-        )
+    def told(self) -> str:
+        """What there was, for people; empty when there was nothing."""
+        parts = {
+            "hosts replaced": self.hosts_failed,
+            "states rebuilt": self.states_lost,
+            "batches halved for memory": self.memory_halved,
+        }
+        return ", ".join(f"{what} {count:,}" for what, count in parts.items() if count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import cage
-from pipeline.config import ArmPrincipal, Config, RuleName
+from pipeline.config import ArmPrincipal, Config, RewardModelPrincipal, RuleName
 from pipeline.config_files import parse_config
 from pipeline.decoding.games import FLOAT64_CANDIDATES, token_rewards
 from pipeline.decoding.lineup import BASE, build_lineup
@@ -231,4 +231,6 @@ def _config(principals: Mapping[str, Mapping[str, Any]], decoding: Mapping[str, 
     for name, principal in config.principals.items():
         if isinstance(principal, ArmPrincipal) and principal.adapter is not None:
             raise ConfigurationError(f"principals.{name}.adapter: load it and give it as model, with a reference")
+        if isinstance(principal, RewardModelPrincipal):
+            raise ConfigurationError(f"principals.{name}.kind: a reward_model cannot be used here; use cage relabel")
     return config

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -14,14 +15,16 @@ from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly, assemble
 from pipeline.decoding.local import LocalStream
 from pipeline.decoding.shards import ShardOutcome
-from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, StorageError
+from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, RunMismatch, StorageError
 from pipeline.points import Watcher, unwatched
 from pipeline.progress import ProgressLine
 from pipeline.stall import ended_when_stalled
 from pipeline.storage.plan import Plan, make_plan
-from pipeline.storage.run import Run
+from pipeline.storage.run import PLAN, Run
 from pipeline.storage.stores import open_store
 from pipeline.storage.watched import watched
+
+MAX_BESIDE = 100
 
 
 class Stream(Protocol):
@@ -52,23 +55,35 @@ def prepare(config: Config, cache_folder: Path, progress: Callable[[str], None] 
 
 
 def relabel(
-    config: Config, cache_folder: Path, out: TextIO, *, is_verbose: bool = False, watch: Watcher = unwatched
+    config: Config,
+    cache_folder: Path,
+    out: TextIO,
+    *,
+    is_verbose: bool = False,
+    may_begin_beside: bool = False,
+    watch: Watcher = unwatched,
 ) -> tuple[Run, bool]:
     """Start or continue a run and bring it to its end; the run, and whether there was anything to do.
 
+    Where `output.path` holds a run of other settings, this one `may_begin_beside` it, in PATH-2, PATH-3 and so on.
     `watch` is called at the named points of the run, in whichever process reaches them.
 
     Raises:
+        RunMismatch: `output.path` holds a run of other settings.
         ConfigurationError: nothing was decoded.
         ErrorBudgetExceeded: more rows were rejected than `errors.budget` allows.
         CageError: a shard failed for good; everything committed is kept.
     """
     prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
-    run = watched(Run.create_or_resume(open_store(config.output.path), prepared.plan), watch)
+    run, is_new = _open_run(prepared.plan, config.output.path, may_begin_beside=may_begin_beside)
+    run = watched(run, watch)
     if run.is_complete:
         return run, False
     committed = run.committed()
     todo = [shard.index for shard in run.plan.shards if shard.index not in committed]
+    if not is_new:  # another driver may be at work: begin elsewhere than it did
+        start = random.randrange(len(todo) or 1)
+        todo = todo[start:] + todo[:start]
     budget = _Budget(config, run, sum(commit.rejected for commit in committed.values()))
     line = ProgressLine(
         out,
@@ -83,6 +98,21 @@ def relabel(
             _decode(stream, todo, line, budget)
     run.finish()
     return run, True
+
+
+def _open_run(plan: Plan, path: str, *, may_begin_beside: bool) -> tuple[Run, bool]:
+    """The run of the plan at `path`, or at the first place beside it that is free or its own; whether it is new."""
+    for number in range(1, MAX_BESIDE + 1):
+        place = path if number == 1 else f"{path.rstrip('/')}-{number}"
+        store = open_store(place)
+        is_new = store.read(PLAN) is None
+        config = {**plan.config, "output": {**plan.config["output"], "path": place}}
+        try:
+            return Run.create_or_resume(store, replace(plan, config=config)), is_new
+        except RunMismatch:
+            if not may_begin_beside:
+                raise
+    raise ConfigurationError(f"{path} and {MAX_BESIDE - 1} places beside it hold runs of other settings")
 
 
 def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Budget) -> None:

@@ -1,129 +1,44 @@
 """Kill runs at random, resume them, and compare their files with those of a run that nobody disturbed.
 
     python tests/chaos.py --schedules 20 --seed 0
+    python tests/chaos.py --schedules 20 --transport ray
 
-A schedule kills the drivers of one run directory several times, at a named point (pipeline/points.py) or at a random
-moment, sometimes two drivers at once, then lets one finish, or two side by side. Over Ray a point may be a host's.
+A schedule disturbs the commands of one run directory several times, at a named point (pipeline/points.py) or at a
+random moment, then lets one finish, or two side by side. In one process (transport local) it kills one driver or two;
+over Ray a host's process, the coordinator's, any worker's, the driver's, or a node, by turns on a cluster of several
+nodes and on one that the driver starts itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import multiprocessing
+import contextlib
 import random
 import sys
 import tempfile
-import time
 from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow.parquet as pq
 import torch
-from faults import KillAt
+from chaos_drivers import (
+    FORK,
+    NUM_ROWS,
+    RayDisturbance,
+    Tally,
+    disturb_locally,
+    finish,
+    make_job,
+    make_model,
+)
+from ray_victims import ray_nodes
 
 from pipeline.config import Config
-from pipeline.config_files import parse_config
-from pipeline.points import Point, unwatched
-from pipeline.relabel import relabel
 
-FORK = multiprocessing.get_context("fork")  # a driver then starts in milliseconds instead of the imports' seconds
-NUM_ROWS = 14
-PATIENCE_S = 300.0
-
-
-@dataclass
-class Tally:
-    """What the schedules came to."""
-
-    schedules: int = 0
-    kills: int = 0
-    rows_lost: int = 0
-    rows_repeated: int = 0
-    files_differing: int = 0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    def __str__(self) -> str:
-        return "  ".join(f"{each.name.replace('_', ' ')} {getattr(self, each.name)}" for each in fields(self))
-
-    @property
-    def is_clean(self) -> bool:
-        return not (self.rows_lost or self.rows_repeated or self.files_differing)
-
-
-def make_job(folder: Path, run: Path, transport: str) -> Config:
-    """The job of every schedule; one prompt is null, so that a shard has a rejected row."""
-    rows = [{"id": f"r{at}", "prompt": None if at == 4 else "tell me " * (at % 3) + "x"} for at in range(NUM_ROWS)]
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return parse_config(
-        {
-            "input": {"path": str(prompts), "id": "id"},
-            "output": {"path": str(run), "rows_per_shard": 2},
-            "base": str(folder / "model"),
-            "principals": {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7}},
-            "decoding": {"max_new_tokens": 6, "agent_temperature": 0.5, "trace": "tokens"},
-            "cluster": {"transport": transport, "slots": 3},
-            "errors": {"budget": 1},
-        }
-    )
-
-
-def make_model(folder: Path) -> None:
-    import tiny_models
-
-    tiny_models.make_model(folder / "model")
-
-
-def drive(config: Config, folder: Path, watch=unwatched) -> None:
-    torch.set_num_threads(1)
-    sys.stderr = sys.stdout = io.StringIO()
-    relabel(config, folder / "cache", io.StringIO(), watch=watch)
-
-
-def start(*arguments):
-    process = FORK.Process(target=drive, args=arguments)
-    process.start()
-    return process
-
-
-def finish(config: Config, folder: Path, *, num_drivers: int = 1) -> None:
-    """Let drivers work undisturbed, side by side; each must end well."""
-    drivers = [start(config, folder) for _ in range(num_drivers)]
-    for driver in drivers:
-        driver.join(PATIENCE_S)
-    exit_codes = [driver.exitcode for driver in drivers]
-    for driver in drivers:
-        driver.kill()
-    if any(code != 0 for code in exit_codes):
-        raise RuntimeError(f"undisturbed drivers ended with {exit_codes}")
-
-
-def points_of(transport: str) -> list[Point]:
-    """In one process every point is the driver's; over Ray the last is, and others are replaced while it waits."""
-    return list(Point) if transport == "local" else [Point.MID_PREFILL, Point.MID_STEP, Point.BEFORE_MANIFEST]
-
-
-def disturb(config: Config, folder: Path, chance: random.Random, scratch: Path) -> int:
-    """Start one driver or two and kill them; how many processes were killed."""
-    scratch.mkdir()
-    point = chance.choice(points_of(config.cluster.transport))
-    watch = KillAt(point, scratch, chance.randint(1, 6)) if chance.random() < 0.7 else unwatched
-    drivers = [start(config, folder, watch) for _ in range(chance.choice([1, 1, 2]))]
-    ends_s = time.monotonic() + (PATIENCE_S if isinstance(watch, KillAt) else chance.uniform(0.05, 2.0))
-    while any(driver.is_alive() for driver in drivers) and time.monotonic() < ends_s:
-        time.sleep(0.005)
-    kills = int(isinstance(watch, KillAt) and watch.has_killed)
-    for driver in drivers:
-        if driver.is_alive():
-            driver.kill()
-            kills += 1
-        driver.join()
-    return kills
+Disturbance = Callable[[Config, Path, random.Random, Path], Tally]
 
 
 def compare(expected: Path, found: Path) -> Tally:
@@ -143,27 +58,43 @@ def compare(expected: Path, found: Path) -> Tally:
     return Tally(rows_lost=lost, rows_repeated=rows.total() - len(rows), files_differing=differing)
 
 
-def run_schedule(folder: Path, seed: int, transport: str) -> Tally:
+def run_schedule(folder: Path, seed: int, transport: str, addresses: list[str | None], disturb: Disturbance) -> Tally:
     chance = random.Random(seed)
     run = folder / f"run-{seed}"
-    config = make_job(folder, run, transport)
-    kills = sum(disturb(config, folder, chance, folder / f"kills-{seed}-{at}") for at in range(chance.randint(1, 4)))
+    config = make_job(folder, run, transport=transport, address=chance.choice(addresses))
+    total = Tally(schedules=1)
+    for at in range(chance.randint(1, 4)):
+        (scratch := folder / f"kills-{seed}-{at}").mkdir()
+        total += disturb(config, folder, chance, scratch)
     finish(config, folder, num_drivers=chance.choice([1, 2]))
-    return Tally(schedules=1, kills=kills) + compare(folder / "whole", run)
+    return total + compare(folder / "whole", run)
 
 
-def run_schedules(folder: Path, num_schedules: int, seed: int, *, transport: str = "local", out=None) -> Tally:
+@contextmanager
+def disturbances(transport: str) -> Iterator[tuple[list[str | None], Disturbance]]:
+    """Ray addresses to run at (None: the driver starts a cluster) and what to do to the drivers there."""
+    if transport == "local":
+        yield [None], disturb_locally
+        return
+    with ray_nodes() as nodes:
+        yield [nodes.address, nodes.address, None], RayDisturbance(nodes)
+
+
+def run_schedules(
+    folder: Path, num_schedules: int, seed: int, *, transport: str = "local", out: TextIO | None = None
+) -> Tally:
     """The sum over the schedules; a line for each to `out`."""
     model = FORK.Process(target=make_model, args=(folder,))
     model.start()
     model.join()
-    finish(make_job(folder, folder / "whole", "local"), folder)
+    finish(make_job(folder, folder / "whole"), folder)
     total = Tally()
-    for at in range(num_schedules):
-        tally = run_schedule(folder, seed + at, transport)
-        total += tally
-        if out is not None:
-            print(f"seed {seed + at:<6} {tally}", file=out, flush=True)
+    with disturbances(transport) as (addresses, disturb):
+        for at in range(num_schedules):
+            tally = run_schedule(folder, seed + at, transport, addresses, disturb)
+            total += tally
+            if out is not None:
+                print(f"seed {seed + at:<6} {tally}", file=out, flush=True)
     return total
 
 
@@ -174,10 +105,15 @@ def main() -> int:
     parser.add_argument("--transport", choices=["local", "ray"], default="local")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        total = run_schedules(
-            Path(folder), options.schedules, options.seed, transport=options.transport, out=sys.stdout
-        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            total = run_schedules(
+                folder, options.schedules, options.seed, transport=options.transport, out=sys.stdout
+            )
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # what commands said when they failed
+                print((folder / "errors.txt").read_text(), end="", file=sys.stderr)
     print(f"total       {total}")
     return 0 if total.is_clean else 1
 

@@ -39,6 +39,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make (once) a random reward model: judge("llama", seed=5) is its folder; `pairs` gives it tokens of its own."""
+    import tiny_models
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(kind: str = "llama", *, seed: int = 5, pairs: bool = False, **options: int | None) -> Path:
+        key = (kind, seed, pairs, *sorted(options.items()))
+        if key not in made:
+            tokenizer = tiny_models.make_pair_tokenizer() if pairs else None
+            folder = tmp_path_factory.mktemp("judge")
+            made[key] = tiny_models.make_reward_model(folder, kind, seed=seed, tokenizer=tokenizer, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def cache_folder() -> Path:
     """Where the embedded model is kept, as for a user."""
     from pipeline.models.embedded import default_cache_folder

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.points import Point
+from pipeline.points import Point, Watcher
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class KillAt:
 
 
 @dataclass(frozen=True)
-class KillsAll:
+class AllOf:
     """Several watchers at once."""
 
-    watchers: tuple[KillAt, ...]
+    watchers: tuple[Watcher, ...]
 
     def __call__(self, point: Point, detail: object) -> None:
         for watcher in self.watchers:
@@ -76,3 +78,40 @@ class Hang:
     def __call__(self, point: Point, detail: object) -> None:
         if point is self.point:
             time.sleep(3600)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Take a while at `point`, so that a run lasts long enough to be disturbed."""
+
+    point: Point
+    wait_s: float = 0.1
+
+    def __call__(self, point: Point, detail: object) -> None:
+        if point is self.point:
+            time.sleep(self.wait_s)
+
+
+@dataclass(frozen=True)
+class DiskFull:
+    """From the first data file on, let that many syncs of files fail in this process, as on a full disk."""
+
+    num_failures: int
+
+    def __call__(self, point: Point, detail: object) -> None:
+        if point is Point.BEFORE_DATA and not hasattr(os.fsync, "failures_left"):
+            os.fsync = _FullSync(os.fsync, self.num_failures)
+
+
+class _FullSync:
+    """Stands for os.fsync."""
+
+    def __init__(self, sync: Callable[[int], None], failures_left: int) -> None:
+        self._sync = sync
+        self.failures_left = failures_left
+
+    def __call__(self, descriptor: int) -> None:
+        if self.failures_left > 0:
+            self.failures_left -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._sync(descriptor)

@@ -142,7 +142,7 @@ def test_help_needs_no_heavy_import():
     assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT, env={**os.environ}).returncode == 0
     shown = cage("--help")
     assert shown.returncode == 0
-    for words in ("relabel", "plan", "status", "inspect", "fetch", "75 interrupted"):
+    for words in ("relabel", "plan", "status", "inspect", "report", "fetch", "75 interrupted"):
         assert words in shown.stdout
 
 

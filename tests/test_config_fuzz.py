@@ -22,6 +22,7 @@ GOOD = {
         "brief": {"kind": "prompted", "principle": "be brief"},
         "arm": {"kind": "arm", "model": "folder", "reference": "none"},
         "pair": {"kind": "tuned_pair", "model": "tuned", "reference": "reference"},
+        "judge": {"kind": "reward_model", "model": "judge", "interval": 4, "sign": -1},
     },
     "decoding": {"candidates": "all", "stop": ["\n"]},
     "cluster": {"replicas": 2},

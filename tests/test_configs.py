@@ -28,7 +28,7 @@ def num_gpus_of_a_replica(config: Config) -> float:
 
 def test_there_is_a_configuration_for_each_situation() -> None:
     assert {file.stem for file in FILES} >= {
-        "quickstart", "local", "do_not_answer", "weak_to_strong", "lora_adapters", "tuned_pair", "s3",
+        "quickstart", "local", "do_not_answer", "weak_to_strong", "lora_adapters", "tuned_pair", "reward_model", "s3",
     }  # fmt: skip
 
 

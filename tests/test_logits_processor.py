@@ -101,11 +101,11 @@ def test_samples_are_drawn_from_the_policy_over_the_candidates(tiny):
     processor = processor_of(model, base, on_step=steps.append, candidates=5, agent_temperature=2.0)
     torch.manual_seed(0)
     drawn = generate(
-        model, processor, processor.encode(TEXTS[:1]), do_sample=True, num_return_sequences=2000, max_new_tokens=1
+        model, processor, processor.encode(TEXTS[:1]), do_sample=True, num_return_sequences=800, max_new_tokens=1
     )[:, -1]
     (step,) = steps
     for token_id, expected in zip(step.ids_BK[0].tolist(), step.log_policy_BK[0].exp().tolist(), strict=True):
-        assert float((drawn == token_id).float().mean()) == pytest.approx(expected, abs=0.04)
+        assert float((drawn == token_id).float().mean()) == pytest.approx(expected, abs=0.05)
     assert set(drawn.tolist()) <= set(step.ids_BK[0].tolist())
 
 

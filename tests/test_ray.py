@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import faults
 import pyarrow.parquet as pq
 import pytest
 import ray
-from faults import KillAt, Poison
+from faults import DiskFull, KillAt, Poison
 from test_relabel import job, parts, run_job, write_prompts
 from transformers import AutoTokenizer
 
-from pipeline.errors import ConfigurationError
+from jobs.status import describe_status
+from pipeline.cluster.stream import ShardStream
+from pipeline.errors import ConfigurationError, StorageError
 from pipeline.points import Point
+from pipeline.relabel import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -61,6 +67,55 @@ def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, r
     assert parts(tmp_path / "run") == expected
     assert {record.attempt for record in run.committed().values()} == {1}
     assert json.loads((tmp_path / "run/manifest.json").read_text())["recoveries"]["hosts_failed"] == 1
+    assert "overcome  hosts replaced 1\n" in describe_status(run)
+
+
+def test_a_coordinator_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, reference):
+    prompts, expected = reference
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
+    kill = KillAt(Point.AFTER_DATA, tmp_path, 2)
+    run, _ = run_job(config, tmp_path, watch=kill)
+    assert kill.has_killed
+    assert parts(tmp_path / "run") == expected
+    assert "attempts of shards lost" in describe_status(run)
+
+
+def test_a_full_disk_in_a_replica_ends_the_run_in_one_line_and_the_same_command_continues(tiny, tmp_path, reference):
+    prompts, expected = reference
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
+    with pytest.raises(StorageError, match=r"cannot write .*part-0.*No space left on device \(tried 4 times") as told:
+        run_job(config, tmp_path, watch=DiskFull(10**6))
+    assert "\n" not in str(told.value)
+    run_job(config, tmp_path)
+    assert parts(tmp_path / "run") == expected
+
+
+def test_a_cluster_on_this_machine_knows_its_user_by_a_token():
+    script = "import ray, sys; ray.init(address=sys.argv[1], logging_level='CRITICAL')"
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    for stranger in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, None):
+        result = subprocess.run(
+            [sys.executable, "-c", script, address],
+            env={**environment, **(stranger or {})},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert ("Failed to connect" in result.stderr) == (stranger is not None), result.stderr
+
+
+def test_shards_that_another_driver_committed_are_not_decoded_again(tiny, tmp_path, reference):
+    prompts, _ = reference
+    config = job(prompts, tmp_path / "run", tiny(), **two_hosts(tiny))
+    run, _ = run_job(config, tmp_path)
+    (tmp_path / "run/_commits/part-00003.json").unlink()
+    stream = ShardStream(prepare(config, tmp_path / "cache").assembly, run.store.path)
+    outcomes = {outcome.index: outcome for outcome in stream.decode(range(6))}
+    assert {index for index, outcome in outcomes.items() if not outcome.was_committed} == {3}
+    assert [outcomes[index].rows for index in range(6)] == [3, 3, 3, 3, 3, 2]
+    assert stream.counts().rows == 3
 
 
 def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, tmp_path):

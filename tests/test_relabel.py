@@ -98,6 +98,19 @@ def test_a_run_of_another_configuration_is_refused_field_by_field(tiny, tmp_path
         run_job(job(prompts, tmp_path / "run", tiny(seed=1)), tmp_path)
 
 
+def test_a_new_run_beside_one_of_other_settings_is_begun_when_it_is_asked_for(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 4)
+    run_job(job(prompts, tmp_path / "run", tiny()), tmp_path)
+    first = parts(tmp_path / "run")
+    asked = [(7, "run-2", True), (8, "run-3", True), (0, "run", False), (7, "run-2", False)]
+    for seed, place, is_new in asked:
+        config = job(prompts, tmp_path / "run", tiny(), decoding={"seed": seed})
+        run, was_run = run_job(config, tmp_path, may_begin_beside=True)
+        assert (run.store.path, was_run) == (str(tmp_path / place), is_new)
+    assert parts(tmp_path / "run") == first
+    assert run.plan.config["output"]["path"] == str(tmp_path / "run-2")
+
+
 def test_bad_rows_are_kept_apart_with_their_reasons(tiny, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     good = [json.dumps({"id": f"g{at}", "prompt": "hello"}).encode() for at in range(3)]

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -85,3 +86,42 @@ def make_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_reward_model(
+    folder: Path,
+    kind: str = "llama",
+    *,
+    seed: int = 0,
+    context: int = 512,
+    num_labels: int = 1,
+    pad_id: int | None = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    """Write a random sequence classifier whose scores differ by whole points."""
+    tokenizer = tokenizer or make_tokenizer()
+    torch.manual_seed(seed)
+    config = make_config(kind, len(tokenizer), context)
+    config.num_labels = num_labels
+    config.pad_token_id = pad_id
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        model.score.weight.mul_(0.3 / model.score.weight.std())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_pair_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """Two letters or digits are one token: a letter more changes the token before it."""
+    letters = [chr(code) for code in range(33, 127)]
+    merges = [(one, other) for one in letters for other in letters]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL[:4], *alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL[:4])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+    fast.chat_template = chat_template
+    return fast

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config import Config, Reproducibility
 from pipeline.decoding.lineup import BASE, Lineup, adapters_of, build_lineup, models_of
 from pipeline.decoding.prompts import Prompter
+from pipeline.decoding.reward_specs import specify_reward
 from pipeline.models.descriptions import load_model_config
 from pipeline.models.messages import HostSpec
 from pipeline.models.sources import ModelSource, resolve_adapter, resolve_model
@@ -70,7 +71,16 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
     prompter = Prompter(
         lineup, tokenizers, {name: context_length(model) for name, model in model_configs.items()}, stop_ids
     )
-    vocab_size = min([len(tokenizers[BASE]), *(text_config(model).vocab_size for model in model_configs.values())])
+    rewards = {
+        plan.name: specify_reward(plan, config, tokenizers, model_configs[plan.name], stop_ids)
+        for plan in lineup.hosts
+    }
+    sizes = [
+        text_config(model_configs[name]).vocab_size
+        for name, reward in rewards.items()
+        if reward is None or reward.retokeniser is None
+    ]
+    vocab_size = min([len(tokenizers[BASE]), *sizes])
     adapter_of = {path: adapters[place] for place, path in adapters_of(config)}
     hosts = tuple(
         HostSpec(
@@ -85,6 +95,7 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
             strict=config.decoding.reproducibility is Reproducibility.STRICT,
             cache_folder=cache_folder,
             adapters={name: adapter_of[path] for name, path in plan.adapters.items()},
+            reward=rewards[plan.name],
         )
         for plan in lineup.hosts
     )
@@ -94,8 +105,9 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
 
 
 def _load_tokenizers(lineup: Lineup, sources: Mapping[str, ModelSource]) -> dict[str, Any]:
-    """Every host's tokenizer, once each is known to hold the base's tokens."""
+    """Every host's tokenizer, once each is known to hold the base's tokens; a reward model may have its own."""
     tokenizers = {plan.name: load_tokenizer(sources[plan.name]) for plan in lineup.hosts}
     for plan in lineup.hosts[1:]:
-        compare_tokenizers(tokenizers[BASE], tokenizers[plan.name], BASE, f"{plan.name} ({plan.model.model})")
+        if not plan.scorings:
+            compare_tokenizers(tokenizers[BASE], tokenizers[plan.name], BASE, f"{plan.name} ({plan.model.model})")
     return tokenizers

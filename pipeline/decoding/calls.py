@@ -8,6 +8,7 @@ B rows, K candidates, T tokens of an answer.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +19,10 @@ from pipeline.config import DecodingConfig
 from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.groups import Call, Group
 from pipeline.decoding.hosts import Hosts, Reply
-from pipeline.decoding.lineup import BASE, Lineup
+from pipeline.decoding.lineup import BASE, HostPlan, Lineup
 from pipeline.decoding.playing import by_role, num_candidates
 from pipeline.decoding.prompts import Prompter
+from pipeline.decoding.reward_replies import ScoredAnswer, ask_rewards
 from pipeline.decoding.running import RunningRow, TokenOutcome
 from pipeline.models.messages import Admission, Candidates, Position
 
@@ -45,7 +47,7 @@ class HostCalls:
         advanced = []
         for plan in self._lineup.hosts:
             admissions = [
-                self._admission(plan.name, slot, group.running[slot], part) for slot, part in group.parts.items()
+                self._admission(plan, slot, group.running[slot], part) for slot, part in group.parts.items()
             ]
             advanced.append(self.hosts[plan.name].submit("advance", at, admissions, stepping, tokens))
         slots = [slot for slot in sorted(group.running) if not group.is_filling_after(slot)]
@@ -61,7 +63,7 @@ class HostCalls:
         if self._is_alone:
             outcomes: list[TokenOutcome] = answer
             return outcomes
-        rewards = self._gather_rewards(call, answer)
+        rewards = self._gather_rewards(call, rows, answer)
         started_s = time.perf_counter()
         played = play(self._decoding, answer, rewards, [row.terms for row in rows], [row.uniform for row in rows])
         self.solve_s += time.perf_counter() - started_s
@@ -74,7 +76,8 @@ class HostCalls:
         answer = self._prompter.encode_answer(running.row.response)[: self._prompter.room(running.prompts)]
         for plan in self._lineup.hosts:
             prompts = self._prompts_for(plan.name, running)
-            running.originals[plan.name] = self.hosts[plan.name].submit("score", prompts, answer)
+            reply = self.hosts[plan.name].submit("score", prompts, answer)
+            running.originals[plan.name] = ScoredAnswer(reply, plan.scorings) if plan.scorings else reply
 
     def collect_original(self, running: RunningRow) -> None:
         """Wait for the rewards of an existing answer, if they were asked for."""
@@ -85,9 +88,9 @@ class HostCalls:
             scores = self._wait(running.originals[plan.name])
             logprobs_T |= dict(zip((role.name for role in plan.roles), scores, strict=True))
         running.originals.clear()
-        running.original_rewards = [
-            float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)
-        ]
+        rewards = [float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)]
+        # an answer that is too long for a reward model cannot be compared
+        running.original_rewards = rewards if all(map(math.isfinite, rewards)) else None
 
     def resize(self, num_slots: int) -> None:
         """Have every host forget its rows and hold another number of them."""
@@ -108,20 +111,29 @@ class HostCalls:
             "propose", at, slots, num_candidates=num_candidates(self._decoding), min_p=self._decoding.min_p
         )
 
-    def _admission(self, host: str, slot: int, running: RunningRow, part: int) -> Admission:
+    def _admission(self, plan: HostPlan, slot: int, running: RunningRow, part: int) -> Admission:
         """A part of the row's prompts, with the tokens that it kept if it is admitted again."""
-        prompts = {role: [*prompt, *running.tokens] for role, prompt in self._prompts_for(host, running).items()}
-        return Admission(slot, prompts, running.heads, part, is_last=part + 1 == running.num_parts)
+        prompts = self._prompts_for(plan.name, running)
+        is_last = part + 1 == running.num_parts
+        if plan.scorings:
+            return Admission(slot, prompts, part=part, is_last=is_last, answer=running.tokens)
+        prompts = {role: [*prompt, *running.tokens] for role, prompt in prompts.items()}
+        return Admission(slot, prompts, running.heads, part, is_last)
 
     def _prompts_for(self, host: str, running: RunningRow) -> dict[str, Sequence[int]]:
         return {name: running.prompts[name] for name, role in self._lineup.roles.items() if role.host == host}
 
-    def _gather_rewards(self, call: Call, proposal: Candidates) -> list[Tensor]:
+    def _gather_rewards(self, call: Call, rows: Sequence[RunningRow], proposal: Candidates) -> list[Tensor]:
         """Every principal's q [B, K] in nats at the candidates, from all hosts at once."""
         base, *others = self._lineup.hosts
-        replies = [
-            self.hosts[plan.name].submit("logprobs_at", call.at, call.slots, proposal.ids_BK) for plan in others
-        ]
+        num_tokens = [len(running.tokens) for running in rows]
+        replies: list[Reply] = []
+        for plan in others:
+            host = self.hosts[plan.name]
+            if plan.scorings:
+                replies.append(ask_rewards(host, plan.scorings, call.at, call.slots, num_tokens, proposal))
+            else:
+                replies.append(host.submit("logprobs_at", call.at, call.slots, proposal.ids_BK))
         logprobs_BK = by_role(base.roles, proposal.role_logprobs_BRK)
         for plan, reply in zip(others, replies, strict=True):
             logprobs_BK |= by_role(plan.roles, self._wait(reply))

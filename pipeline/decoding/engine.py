@@ -73,6 +73,9 @@ class Engine:
         is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
         self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
         self._given_slots = num_slots
+        self._not_finite = "the rewards or the base's logits are not finite"
+        if any(plan.scorings for plan in lineup.hosts):
+            self._not_finite += ", or the text is longer than the context of a reward model"
         self._max_failures = max_failures
         self._failures_in_a_row = self._losses_in_a_row = 0
         self._ended: list[Record] = []
@@ -222,7 +225,7 @@ class Engine:
     def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
         """Give the row its token; its record if that ended it."""
         if outcome.status == cage.Status.NOT_FINITE:
-            return running.rejected(f"token {len(running.tokens)}: the rewards or the base's logits are not finite")
+            return running.rejected(f"token {len(running.tokens)}: {self._not_finite}")
         running.append(outcome)
         finished = running.finish(self._prompter, self._decoding.stop)
         if finished is None:

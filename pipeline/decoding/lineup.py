@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.config import ArmPrincipal, Config, ModelConfig, Principal, PromptedPrincipal
+from pipeline.config import ArmPrincipal, Config, ModelConfig, Principal, PromptedPrincipal, RewardModelPrincipal
 from pipeline.models.messages import HostRole
 
 BASE = "base"
@@ -27,8 +27,20 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """When a reward model scores for a principal, how many candidates, and nats by point of its score."""
+
+    candidates: int
+    interval: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrincipalRoles:
-    """A principal's token reward: q = log p of role `tuned`, minus log p of role `reference` where there is one."""
+    """A principal's token reward: q = log p of role `tuned`, minus log p of role `reference` where there is one.
+
+    Of a reward model, role `tuned` gives q itself.
+    """
 
     name: str
     weight: float
@@ -38,13 +50,17 @@ class PrincipalRoles:
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """One set of weights, its adapters (name to folder) and the roles and principals that it serves."""
+    """One set of weights, its adapters (name to folder) and the roles and principals that it serves.
+
+    `scorings` has one entry a role where the model is a sequence reward model, and none where it is a language model.
+    """
 
     name: str
     model: ModelConfig
     roles: tuple[HostRole, ...]
     adapters: Mapping[str, str]
     serves: tuple[str, ...]
+    scorings: tuple[Scoring, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +89,7 @@ def build_lineup(config: Config, identify: Callable[[ModelConfig], str] = lambda
             tuple(HostRole(role.name, role.adapter) for role in builder.roles.values() if role.host == draft.name),
             dict(draft.adapters),
             tuple(dict.fromkeys(draft.serves)),
+            tuple(draft.scorings),
         )
         for draft in builder.hosts.values()
     )
@@ -103,17 +120,18 @@ class _HostDraft:
     model: ModelConfig
     adapters: dict[str, str] = field(default_factory=dict)
     serves: list[str] = field(default_factory=list)
+    scorings: list[Scoring] = field(default_factory=list)
 
 
 class _Builder:
     def __init__(self, config: Config, identify: Callable[[ModelConfig], str]) -> None:
         self.config = config
         self.identify = identify
-        self.hosts: dict[tuple[str, str, str, bool], _HostDraft] = {}
+        self.hosts: dict[tuple[str, str, str, bool, bool], _HostDraft] = {}
         self.roles: dict[tuple[str, str | None, str | None, str | None], Role] = {}
 
-    def host(self, model: ModelConfig, serves: str) -> _HostDraft:
-        key = (self.identify(model), model.dtype, model.device, model.trust_remote_code)
+    def host(self, model: ModelConfig, serves: str, *, scores: bool = False) -> _HostDraft:
+        key = (self.identify(model), model.dtype, model.device, model.trust_remote_code, scores)
         draft = self.hosts.get(key)
         if draft is None:
             draft = self.hosts[key] = _HostDraft(serves, model)
@@ -128,7 +146,17 @@ class _Builder:
             self.roles[key] = Role(name, host.name, adapter, template, principle)
         return self.roles[key].name
 
+    def reward_model(self, name: str, principal: RewardModelPrincipal) -> PrincipalRoles:
+        """A role of its own, whose rows share the passes of other roles on the same weights."""
+        host = self.host(principal.model, name, scores=True)
+        host.scorings.append(Scoring(principal.candidates, principal.interval, principal.sign * principal.scale))
+        # it reads prompts by its own tokenizer's template
+        self.roles[host.name, name, None, None] = Role(name, host.name, None, principal.template, None)
+        return PrincipalRoles(name, principal.weight, name, None)
+
     def principal(self, name: str, principal: Principal) -> PrincipalRoles:
+        if isinstance(principal, RewardModelPrincipal):
+            return self.reward_model(name, principal)
         model = principal.model or self.config.base
         host = self.host(model, name)
         template = principal.template or self.config.base.chat_template
@@ -152,7 +180,7 @@ class _Builder:
         return adapter
 
     def _reference(self, name: str, principal: Principal, host: _HostDraft, template: str | None) -> str | None:
-        assert not isinstance(principal, PromptedPrincipal)
+        assert not isinstance(principal, PromptedPrincipal | RewardModelPrincipal)
         reference = principal.reference
         if reference == "none":
             return None

@@ -14,9 +14,10 @@ from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.running import Terms, TokenOutcome
 from pipeline.models.host import Host
-from pipeline.models.loading import load_host
 from pipeline.models.messages import HostRole, Position
 from pipeline.models.positions import PositionedHost
+from pipeline.models.reward_host import RewardHost
+from pipeline.models.reward_loading import load_any_host
 from pipeline.points import Watcher, unwatched
 
 
@@ -43,7 +44,7 @@ class PlayingHost(PositionedHost):
 
     def __init__(
         self,
-        host: Host,
+        host: Host | RewardHost,
         roles: Sequence[HostRole],
         decoding: DecodingConfig,
         principals: Sequence[PrincipalRoles],
@@ -67,15 +68,16 @@ class PlayingHost(PositionedHost):
         return outcomes
 
     def work(self) -> HostWork:
-        """What the host did so far."""
+        """What a language model's host did so far."""
         host = self._host
+        assert isinstance(host, Host)
         return HostWork(host.num_forwards, host.num_tokens, host.forward_s, self._solve_s)
 
 
 def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched) -> PlayingHost:
     """Load the run's host number `index` into this process. Raises ConfigurationError."""
     roles = assembly.lineup.hosts[index].roles
-    host = load_host(assembly.hosts[index])
+    host = load_any_host(assembly.hosts[index])
     return PlayingHost(host, roles, assembly.config.decoding, assembly.lineup.principals, watch)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.models.retokeniser import Retokeniser
     from pipeline.models.sources import AdapterSource, ModelSource
 
 
@@ -32,7 +33,8 @@ class Admission:
     """A part of a new row for `slot`: its prompt's token ids for each role of the host.
 
     `heads` counts, by role, the first tokens that other prompts may share. Part n is tokens [n * CHUNK,
-    (n + 1) * CHUNK) of every prompt; with the last part the row begins to run.
+    (n + 1) * CHUNK) of every prompt; with the last part the row begins to run. `answer` holds tokens that a row kept,
+    for a reward host; for others they are at the prompts' ends.
     """
 
     slot: int
@@ -40,6 +42,7 @@ class Admission:
     heads: Mapping[str, int] = field(default_factory=dict)
     part: int = 0
     is_last: bool = True
+    answer: Sequence[int] = ()
 
 
 def num_parts(num_tokens: int) -> int:
@@ -82,11 +85,20 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True)
+class RewardSpec:
+    """How a sequence reward model scores: the index of each role's output in the order of the roles, and how it reads
+    the base's tokens where its own differ (None: they are the same)."""
+
+    labels: tuple[int, ...]
+    retokeniser: Retokeniser | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HostSpec:
     """All that a process needs to start a host, on any machine. Picklable.
 
     `serves` names the principals (and "base") for error messages; weights that are not on the machine are fetched
-    into `cache_folder`.
+    into `cache_folder`. `reward` is set for a sequence reward model.
     """
 
     name: str
@@ -100,3 +112,4 @@ class HostSpec:
     strict: bool
     cache_folder: Path
     adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
+    reward: RewardSpec | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.errors import HostOutOfMemory, StateLost
 from pipeline.models.host import Host
 from pipeline.models.messages import Admission, Candidates, Position
+from pipeline.models.reward_host import RewardHost
 from pipeline.points import Point, Watcher, unwatched
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -24,7 +25,7 @@ class PositionedHost:
         watch: called at the points of a step, for tests.
     """
 
-    def __init__(self, host: Host, watch: Watcher = unwatched) -> None:
+    def __init__(self, host: Host | RewardHost, watch: Watcher = unwatched) -> None:
         self._host = host
         self._watch = watch
         self._held: dict[int, Position] = {}
@@ -53,14 +54,23 @@ class PositionedHost:
     def propose(self, at: Position, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         """The base's candidates at `at`. Raises StateLost when the group is elsewhere."""
         self._check(at)
+        assert isinstance(self._host, Host), "a reward model proposes nothing"
         with self._all_or_nothing():
             return self._host.propose(slots, num_candidates=num_candidates, min_p=min_p)
 
     def logprobs_at(self, at: Position, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
         """Log-probabilities of the candidates at `at`. Raises StateLost when the group is elsewhere."""
         self._check(at)
+        assert isinstance(self._host, Host), "a reward model has no log-probabilities"
         with self._all_or_nothing():
             return self._host.logprobs_at(slots, ids_BK)
+
+    def rewards_at(self, at: Position, slots: Sequence[int], ids_BN: Tensor) -> Tensor:
+        """What candidates add to a reward model's score at `at`. Raises StateLost when the group is elsewhere."""
+        self._check(at)
+        assert isinstance(self._host, RewardHost), "a language model has no scores"
+        with self._all_or_nothing():
+            return self._host.rewards_at(slots, ids_BN)
 
     def score(self, prompts: Mapping[str, Sequence[int]], continuation: Sequence[int]) -> Tensor:
         """Teacher forcing; depends on no state."""

@@ -74,5 +74,5 @@ def refuse_mismatch(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
     if difference:
         raise RunMismatch(
             f"{path} holds a run with other settings (stored -> given):\n{difference}\n"
-            "Restore these settings to continue it, or choose another output.path."
+            "Restore these settings to continue it, choose another output.path, or add --new-run to write beside it."
         )

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from pipeline.errors import StorageError
 from pipeline.storage.addresses import NAME, check_name, told_as_storage_error
+from pipeline.storage.retries import retried
 
 ASIDE = ".aside"
 ABANDONED_AFTER_S = 600.0
@@ -30,11 +31,15 @@ class LocalStore:
         return str(self.folder)
 
     def read(self, name: str) -> bytes | None:
-        with told_as_storage_error(f"read {self.url(name)}"):
+        file = self._file(name)
+
+        def read_once() -> bytes | None:
             try:
-                return self._file(name).read_bytes()
+                return file.read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+
+        return retried(f"read {file}", read_once)
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         found = ((name, self.read(name)) for name in names)
@@ -49,7 +54,10 @@ class LocalStore:
 
     def create(self, name: str, data: bytes) -> bool:
         file = self._file(name)
-        with told_as_storage_error(f"write {file}"), self._aside(file, data) as aside:
+        return retried(f"write {file}", lambda: self._create_once(file, data))
+
+    def _create_once(self, file: Path, data: bytes) -> bool:
+        with self._aside(file, data) as aside:
             try:
                 os.link(aside, file)  # unlike a rename, a link never replaces
             except FileExistsError:
@@ -65,7 +73,10 @@ class LocalStore:
 
     def put(self, name: str, data: bytes) -> None:
         file = self._file(name)
-        with told_as_storage_error(f"write {file}"), self._aside(file, data) as aside:
+        retried(f"write {file}", lambda: self._put_once(file, data))
+
+    def _put_once(self, file: Path, data: bytes) -> None:
+        with self._aside(file, data) as aside:
             aside.replace(file)
             _sync_folder(file.parent)
 

@@ -37,6 +37,7 @@ class RunStatus:
     seconds: float
     errors: Mapping[str, int]
     recoveries: Recoveries
+    attempts_lost: int
     last_commit_at: float | None
     is_complete: bool
 
@@ -170,6 +171,7 @@ class Run:
             seconds=sum(record.seconds for record in done),
             errors=add_reasons(record.errors for record in done),
             recoveries=sum((Recoveries(**record.recoveries) for record in done), Recoveries()),
+            attempts_lost=sum(record.attempt - 1 for record in done),
             last_commit_at=max((record.committed_at for record in done), default=None),
             is_complete=self.is_complete,
         )

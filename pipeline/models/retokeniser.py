@@ -1,0 +1,33 @@
+"""Between two vocabularies: what the base has said, in the tokens of a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Retokeniser:
+    """Reads an answer as text and tokenises it anew. Picklable.
+
+    Args:
+        base: the base's tokenizer.
+        own: the reward model's tokenizer.
+        stop_ids: the base's tokens that end an answer; they become the reward model's own end token.
+    """
+
+    base: Any
+    own: Any
+    stop_ids: frozenset[int]
+
+    def encode(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The reward model's tokens of every answer; a character that is not whole yet is left out."""
+        ended = [bool(answer) and answer[-1] in self.stop_ids for answer in answers]
+        bodies = [list(answer[:-1]) if end else list(answer) for answer, end in zip(answers, ended, strict=True)]
+        texts = self.base.batch_decode(bodies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        encoded = self.own([text.rstrip("\ufffd") for text in texts], add_special_tokens=False)["input_ids"]
+        mark = self.own.eos_token_id
+        return [
+            [*ids, mark] if end and mark is not None else list(ids) for ids, end in zip(encoded, ended, strict=True)
+        ]

@@ -1,0 +1,115 @@
+"""From a `HostSpec` to a running `RewardHost`, and a probe that its scores are those of the plain model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from pipeline.errors import ConfigurationError
+from pipeline.models.branches import ATTENTION
+from pipeline.models.host import Host
+from pipeline.models.loading import load_host, pick_device, pick_dtype
+from pipeline.models.messages import Admission, HostRole, HostSpec, RewardSpec
+from pipeline.models.reward_host import RewardHost
+from pipeline.models.sources import fetch_weights
+from pipeline.models.tokenizers import context_length, reason_of, text_config
+
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of the scores' size
+
+
+def load_any_host(spec: HostSpec) -> Host | RewardHost:
+    """Load a host of either kind. Raises ConfigurationError where its model cannot be served."""
+    return load_host(spec) if spec.reward is None else load_reward_host(spec, spec.reward)
+
+
+def load_reward_host(spec: HostSpec, reward: RewardSpec) -> RewardHost:
+    """Load the classifier onto the device and check that branches score as a plain forward pass does.
+
+    Raises:
+        ConfigurationError: it is no sequence classifier, or its backbone cannot be read in branches.
+    """
+    device = pick_device(spec.device)
+    if spec.strict and device.type == "cpu":
+        torch.set_num_threads(1)  # with more, a row's bits depend on the work beside it
+    model = _load_classifier(spec).to(device).eval().requires_grad_(False)
+    head = getattr(model, "score", None)
+    if head is None:
+        raise _refused(spec, model, "it has no head named score, as transformers' own sequence classifiers have")
+    probe = _probe_tokens(model)
+    with torch.inference_mode():
+        plain = [
+            model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])).logits[0].float()
+            for ids in (probe[:3], probe)
+        ]
+    backbone, head = model.base_model, head.float()  # differences of scores need more digits than a half type has
+    _check(backbone, head, plain, probe.tolist(), spec, model)
+    return RewardHost(
+        backbone,
+        head,
+        spec.roles,
+        reward,
+        num_slots=spec.num_slots,
+        context_length=context_length(model.config),
+        strict=spec.strict,
+    )
+
+
+def _load_classifier(spec: HostSpec) -> Any:
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            fetch_weights(spec.source, cache_folder=spec.cache_folder),
+            dtype=pick_dtype(spec.dtype, pick_device(spec.device)),
+            trust_remote_code=spec.source.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"reward model {spec.source.name} (for {_names(spec)}): {reason_of(error)}"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise _refused(spec, model, f"its files lack {', '.join(missing[:5])}, which would be random")
+    return model
+
+
+def _probe_tokens(model: Any) -> Tensor:
+    """Four tokens that are no padding, so that the plain model pools at the last one."""
+    pad_id = text_config(model.config).pad_token_id
+    ids = [token for token in range(1, 6) if token != pad_id][:4]
+    return torch.tensor(ids, device=next(model.parameters()).device)
+
+
+def _check(backbone: Any, head: Any, plain: list[Tensor], ids: list[int], spec: HostSpec, model: Any) -> None:
+    """Read two tokens, note a third, fork a fourth; compare with plain passes over three and over four."""
+    role = HostRole("probe")
+    tolerance = PROBE_TOLERANCE.get(model.dtype, 0.3) * (1 + max(score_L.abs().max().item() for score_L in plain))
+    model.set_attn_implementation(ATTENTION)
+    for label, expected in enumerate((plain[1] - plain[0]).tolist()):
+        host = RewardHost(backbone, head, [role], RewardSpec((label,)), num_slots=1)
+        try:
+            host.advance([Admission(0, {role.name: ids[:2]})], [], [])
+            host.advance([], [0], [ids[2]])
+            difference = abs(host.rewards_at([0], torch.tensor([[ids[3]]])).item() - expected)
+        except Exception as error:
+            raise _refused(spec, model, reason_of(error)) from error
+        if not difference <= tolerance:
+            raise _refused(
+                spec,
+                model,
+                f"its scores in branches differ from those of a plain forward pass by {difference:.2g}; only models "
+                f"that read from left to right can be scored so",
+            )
+
+
+def _refused(spec: HostSpec, model: Any, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"reward model {spec.source.name} (for {_names(spec)}), architecture {model.config.model_type}, "
+        f"cannot be used: {reason}"
+    )
+
+
+def _names(spec: HostSpec) -> str:
+    return ", ".join(spec.serves)

@@ -1,0 +1,118 @@
+// The charts of an evaluation: fronts, objectives against KL, control. All follow the rules and the temperature chosen.
+function compare(comparison) {
+  const { objectives, points, reference, control } = comparison;
+  const byId = (id) => document.getElementById(id);
+  const rules = DATA.rules.filter((rule) => points.some((point) => point.rule === rule));
+  const temperatures = [...new Set(points.map((point) => point.temperature))].filter((each) => each !== null).sort((a, b) => a - b);
+  const hidden = new Set();
+  const redraws = [];
+  const redraw = () => {
+    byId("kl-weights").textContent = byId("weights").value && `: ${byId("weights").value}`;
+    redraws.forEach((each) => each());
+  };
+  const chosen = (anyTemperature) => points.filter((point) => !hidden.has(point.rule)
+    && (anyTemperature || byId("temperature").value === "" || point.temperature === +byId("temperature").value));
+  const isWeighted = (point) => byId("weights").value === "" || spoken(point.weights) === byId("weights").value;
+  const spoken = (weights) => Object.entries(weights).map(([name, weight]) => `${name} ${show(weight)}`).join(", ");
+  const end = (point, name) => { const [mean, low, high] = point.objectives[name] ?? [null, null, null]; return { mean, ends: low === null || high === null ? null : [low, high] }; };
+
+  function described(point) {
+    const lines = [["agent temperature", show(point.temperature)], ["weights", spoken(point.weights)]];
+    for (const name of objectives) {
+      const { mean, ends } = end(point, name);
+      if (mean !== null) lines.push([name, ends ? `${show(mean)} (${show(ends[0])} to ${show(ends[1])})` : show(mean)]);
+    }
+    return [...lines, ["KL a token", show(point.kl)], ["tokens", show(point.tokens)], ["answers", show(point.n, 6)]];
+  }
+
+  const placed = (point, x, xs, y, ys) => ({ x, xs, y, ys, title: point.rule, lines: described(point) });
+  const drawable = (series) => series.map((each) => ({ ...each, points: each.points.filter((point) => Number.isFinite(point.x) && Number.isFinite(point.y)) }));
+
+  // the points that none exceeds in both objectives
+  function front(placedPoints) {
+    const best = [];
+    for (const point of [...placedPoints].sort((a, b) => b.x - a.x || b.y - a.y)) {
+      if (!best.length || point.y > best[best.length - 1].y) best.push(point);
+    }
+    return best.reverse();
+  }
+  const corners = (best) => best.flatMap((point, at) => (at ? [[best[at - 1].x, point.y], [point.x, point.y]] : [[point.x, point.y]]));
+
+  function drawPareto(width) {
+    const names = [byId("pareto-x").value, byId("pareto-y").value];
+    const series = drawable(rules.map((rule) => ({
+      rule,
+      points: chosen(false).filter((point) => point.rule === rule).map((point) => {
+        const [x, y] = names.map((name) => end(point, name));
+        return placed(point, x.mean, x.ends, y.mean, y.ends);
+      }),
+    })));
+    for (const each of series) {
+      const best = front(each.points);
+      each.line = corners(best);
+      each.points.forEach((point) => { point.isBehind = !best.includes(point); });
+    }
+    const corner = names.every((name) => name in reference) ? names.map((name) => reference[name]) : null;
+    return drawScatter(width, Math.min(460, Math.max(300, width * 0.62)), series,
+      { x: names[0], y: names[1], title: `Pareto fronts: ${names.join(" and ")}` }, { reference: corner, hasIntervals: byId("intervals").checked });
+  }
+
+  // one line a rule and key, through the points in the order of x
+  function lines(selected, keyOf, xOf, name) {
+    const groups = new Map();
+    for (const point of selected) {
+      const key = JSON.stringify([point.rule, keyOf(point)]);
+      if (!groups.has(key)) groups.set(key, { rule: point.rule, points: [] });
+      const { mean, ends } = end(point, name);
+      groups.get(key).points.push(placed(point, xOf(point), null, mean, ends));
+    }
+    return drawable([...groups.values()]).map((each) => {
+      each.points.sort((a, b) => a.x - b.x);
+      return { ...each, line: each.points.map((point) => [point.x, point.y]) };
+    });
+  }
+
+  function addChart(grid, title, draw) {
+    const host = html("div", { class: "plot" });
+    grid.append(html("figure", { class: "chart" }, html("figcaption", {}, title), host));
+    redraws.push(keepDrawn(host, draw));
+  }
+
+  function addControls() {
+    for (const rule of rules) {
+      const sign = svg("svg", { viewBox: "0 0 34 14", "aria-hidden": "true" }, svg("line", { x1: 0, x2: 34, y1: 7, y2: 7, ...stroke(rule) }));
+      const shape = symbol(rule, 4);
+      shape.setAttribute("transform", "translate(17,7)");
+      sign.append(shape);
+      const box = html("input", { type: "checkbox", checked: "", value: rule });
+      box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](rule); redraw(); });
+      byId("rules").append(html("label", {}, box, sign, rule));
+    }
+    byId("temperature").append(html("option", { value: "" }, "all"), ...temperatures.map((each) => html("option", { value: each }, show(each))));
+    for (const [id, at] of [["pareto-x", 0], ["pareto-y", 1]]) {
+      byId(id).append(...objectives.map((name) => html("option", { value: name }, name)));
+      byId(id).selectedIndex = Math.min(at, objectives.length - 1);
+    }
+    for (const id of ["temperature", "pareto-x", "pareto-y", "intervals", "weights"]) byId(id).addEventListener("change", redraw);
+    const vectors = [...new Map(points.map((point) => [spoken(point.weights), point.weights]))];
+    const spread = ([, weights]) => Math.max(0, ...Object.values(weights)) - Math.min(...Object.values(weights));
+    byId("weights").append(...vectors.map(([name]) => html("option", {}, name)), html("option", { value: "" }, "all"));
+    byId("weights").selectedIndex = vectors.reduce((best, vector, at) => (spread(vector) < spread(vectors[best]) ? at : best), 0);
+    byId("controls").hidden = byId("kl-controls").hidden = false;
+  }
+
+  addControls();
+  redraws.push(keepDrawn(byId("pareto"), drawPareto));
+  for (const name of objectives) {
+    addChart(byId("kl"), name, (width) => drawScatter(width, 240, lines(chosen(true).filter(isWeighted), (point) => spoken(point.weights), (point) => point.kl, name),
+      { x: "KL to the base, nats a token", y: "", title: `${name} against KL` }, { hasIntervals: byId("intervals").checked }));
+  }
+  for (const [principal, name] of control) {
+    addChart(byId("control"), `Weight of ${principal} → ${name}`, (width) => drawScatter(width, 240,
+      lines(chosen(false), (point) => point.temperature, (point) => point.weights[principal], name),
+      { x: `weight of ${principal}`, y: "", title: `${name} by the weight of ${principal}` }, { hasIntervals: byId("intervals").checked }));
+  }
+  redraw();
+}
+
+if (DATA.comparison) compare(DATA.comparison);

@@ -1,0 +1,51 @@
+// A distribution by rule: one histogram a row over a common axis, with the median and the middle 90 %.
+const ruleIndex = (rule) => Math.max(0, DATA.rules.indexOf(rule)) % 8;
+
+function drawRidge(chart, width) {
+  const many = chart.groups.length > 1;
+  const rowHeight = many ? 46 : 110, left = many ? 84 : 4, right = 8, foot = 22;
+  const height = chart.groups.length * rowHeight + foot;
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `Distribution: ${chart.label}` });
+  const px = scale([chart.low, chart.high], [left, width - right]);
+  const value = (number) => (chart.log && number !== null ? show(10 ** number, 2) : show(number));
+  for (const at of ticks(chart.low, chart.high, (width - left) / 60)) {
+    root.append(svg("line", { class: "gridline", x1: px(at), x2: px(at), y1: 0, y2: height - foot }));
+    root.append(svg("text", { x: px(at), y: height - 6, "text-anchor": "middle" }, value(at)));
+  }
+  const marks = chart.groups.map((group, row) => {
+    const mark = drawGroup(chart, group, px, (row + 1) * rowHeight, rowHeight);
+    if (many) mark.append(svg("text", { class: "name", x: 0, y: (row + 1) * rowHeight - 10 }, group.rule));
+    root.append(mark);
+    return mark;
+  });
+  explore(marks, (_, at) => {
+    const group = chart.groups[at];
+    const outside = chart.outside ? [["beyond the axis, all rules", String(chart.outside)]] : [];
+    return [`${chart.label}, ${group.rule}`, [["answers drawn", String(group.n)], ...(group.mean === null ? [] : [["mean", value(group.mean)]]),
+      ["5 %", value(group.q05)], ["median", value(group.median)], ["95 %", value(group.q95)], ...outside]];
+  });
+  return root;
+}
+
+function drawGroup(chart, group, px, base, rowHeight) {
+  const colour = `var(--r${ruleIndex(group.rule)})`;
+  const step = (chart.high - chart.low) / group.counts.length;
+  const top = Math.max(1, ...group.counts);
+  const py = (count) => base - 9 - (count / top) * (rowHeight - 18);
+  const outline = group.counts.flatMap((count, bin) => [`${px(chart.low + bin * step)},${py(count)}`, `${px(chart.low + (bin + 1) * step)},${py(count)}`]);
+  const points = [`${px(chart.low)},${base - 9}`, ...outline, `${px(chart.high)},${base - 9}`].join(" ");
+  const clamp = (value) => px(Math.min(chart.high, Math.max(chart.low, value)));
+  const mark = svg("g", { class: "mark", role: "img", "aria-label": `${group.rule}: median ${show(group.median)}` },
+    svg("rect", { x: px(chart.low), y: base - rowHeight, width: px(chart.high) - px(chart.low), height: rowHeight, fill: "transparent" }),
+    svg("polygon", { points, fill: colour, "fill-opacity": 0.22, stroke: colour, "stroke-width": 1.2 }));
+  for (const value of group.values) {
+    mark.append(svg("line", { x1: clamp(value), x2: clamp(value), y1: base - 9, y2: base - 14, stroke: colour, "stroke-opacity": 0.8 }));
+  }
+  mark.append(svg("line", { x1: clamp(group.q05), x2: clamp(group.q95), y1: base - 5, y2: base - 5, stroke: colour, "stroke-width": 2 }),
+    svg("line", { x1: clamp(group.median), x2: clamp(group.median), y1: base - 1, y2: base - rowHeight + 9, stroke: "var(--ink)", "stroke-width": 1.5 }));
+  return mark;
+}
+
+for (const host of document.querySelectorAll("[data-ridge]")) {
+  keepDrawn(host, (width) => drawRidge(DATA.charts[host.dataset.ridge], width));
+}

@@ -1,0 +1,96 @@
+"""Read the numbers of a run batch by batch: memory does not grow with the run.
+
+N rows of a batch, Q quantities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.reporting.scores import ScoreFile
+from pipeline.storage.run import Run
+from pipeline.storage.shard_files import told_as_damage
+
+ROWS_PER_BATCH = 32_768
+PLAIN = (
+    "num_tokens",
+    "kl_per_token",
+    "covered_mass",
+    "max_residual",
+    "num_unsolved",
+    "solver_steps",
+    "agent_temperature",
+)
+BY_PRINCIPAL = ("weights", "rewards", "payments", "original_rewards")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some rows of one data file, from row `start` on. Missing numbers are NaN.
+
+    `numbers` holds a vector [N] by name: the plain columns, "rewards.NAME" and its kin by principal, "scores.NAME" by
+    judge; `hashes` orders rows by chance, the same chance every time.
+    """
+
+    file: str
+    start: int
+    row_ids: Sequence[str]
+    samples: Sequence[int]
+    rules: Sequence[str]
+    hashes: np.ndarray[Any, np.dtype[np.uint64]]
+    numbers: dict[str, np.ndarray[Any, np.dtype[np.float64]]]
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+
+def data_files(run: Run) -> list[str]:
+    """The committed data files of aligned rows, in order."""
+    return [name for record in run.committed().values() for name in record.sha256_by_file if name.startswith("part-")]
+
+
+def read_batches(run: Run, file: str, *, rule: str, judges: Sequence[str] = ()) -> Iterator[Batch]:
+    """Yield a data file's numbers. `rule` is that of rows that carry none; `judges` are columns of its score file."""
+    scores = ScoreFile.beside(run, file, judges)
+    with told_as_damage(run.store.url(file)), run.store.open(file) as handle, pq.ParquetFile(handle) as parquet:
+        present = parquet.schema_arrow.names
+        wanted = [name for name in ("row_id", "sample", "variant", "rule", *PLAIN, *BY_PRINCIPAL) if name in present]
+        start = 0
+        for piece in parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=wanted):
+            yield _batch(piece, file, start, rule, scores)
+            start += piece.num_rows
+
+
+def _batch(piece: pa.RecordBatch, file: str, start: int, rule: str, scores: ScoreFile) -> Batch:
+    columns = dict(zip(piece.schema.names, piece.columns, strict=True))
+    row_ids = columns["row_id"].to_pylist()
+    rules = columns["rule"].to_pylist() if "rule" in columns else [rule] * len(row_ids)
+    numbers = {name: _floats(columns[name]) for name in PLAIN if name in columns}
+    for name in BY_PRINCIPAL:
+        for field in columns[name].type if name in columns else ():
+            numbers[f"{name}.{field.name}"] = _floats(pc.struct_field(columns[name], field.name))
+    samples = columns["sample"].to_pylist()
+    variants = columns["variant"].to_pylist() if "variant" in columns else [0] * len(row_ids)
+    keys = list(zip(row_ids, variants, samples, strict=True))
+    numbers.update(scores.take(keys))
+    return Batch(file, start, row_ids, samples, rules, _hashes(keys), numbers)
+
+
+def _floats(column: pa.Array) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+def _hashes(keys: Sequence[tuple[str, int, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    digest = b"".join(
+        hashlib.blake2b(f"{row_id}\0{variant}\0{sample}".encode(), digest_size=8).digest()
+        for row_id, variant, sample in keys
+    )
+    return np.frombuffer(digest, dtype=">u8").astype(np.uint64)

@@ -1,0 +1,103 @@
+"""Distributions of a run's numbers: what the ridge charts draw, and the same in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.reporting.tally import Floats, Tally
+
+MAX_BINS = 40
+SHOWN_VALUES = 80  # of so few rows each one is drawn
+QUANTILES = (0.05, 0.5, 0.95)
+RESIDUAL_FLOOR = 1e-16
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A column of numbers and how people call it."""
+
+    column: str
+    label: str
+    unit: str
+    is_log: bool = False
+    is_count: bool = False
+
+
+def shown_quantities(principal_names: Sequence[str], judges: Sequence[str]) -> list[Quantity]:
+    """What is drawn, in order; a quantity that no row has is left out later."""
+    return [
+        *(Quantity(f"rewards.{name}", f"Reward of {name}", "nats an answer") for name in principal_names),
+        *(Quantity(f"scores.{name}", f"Judge {name}", "score") for name in judges),
+        Quantity("num_tokens", "Length", "tokens", is_count=True),
+        Quantity("kl_per_token", "KL to the base", "nats a token"),
+    ]
+
+
+HEALTH = (
+    Quantity("max_residual", "Largest residual of an answer", "log scale", is_log=True),
+    Quantity("solver_steps", "Solver's steps a token", "mean of an answer"),
+    Quantity("covered_mass", "Mass of the base on the candidates", "mean of an answer"),
+)
+
+
+def describe_distribution(tally: Tally, quantity: Quantity) -> dict[str, Any] | None:
+    """Histograms by rule over common bins, with quantiles from the sample and exact means; None without values."""
+    values_by_rule = {rule: tally.sample.values(rule, quantity.column) for rule in tally.by_rule}
+    values_by_rule = {rule: _on_axis(values, quantity) for rule, values in values_by_rule.items() if values.size}
+    if not values_by_rule:
+        return None
+    everything = np.concatenate(list(values_by_rule.values()))
+    edges = _edges(everything, quantity, len(values_by_rule))
+    groups = [
+        _group(rule, values, edges, tally.by_rule[rule].mean(quantity.column), quantity)
+        for rule, values in values_by_rule.items()
+    ]
+    outside = int(((everything < edges[0]) | (everything > edges[-1])).sum())
+    return {
+        "label": quantity.label,
+        "unit": quantity.unit,
+        "log": quantity.is_log,
+        "low": float(edges[0]),
+        "high": float(edges[-1]),
+        "outside": outside,
+        "groups": groups,
+    }
+
+
+def _on_axis(values: Floats, quantity: Quantity) -> Floats:
+    return np.log10(np.maximum(values, RESIDUAL_FLOOR)) if quantity.is_log else values
+
+
+def _edges(values: Floats, quantity: Quantity, num_groups: int) -> Floats:
+    """Bin edges over the values; far outliers are left off the axis, and counted."""
+    low, high = float(values.min()), float(values.max())
+    inner_low, inner_high = np.quantile(values, [0.01, 0.99])
+    if high - low > 3 * (inner_high - inner_low) > 0:
+        low, high = float(inner_low), float(inner_high)
+    if low == high:
+        low, high = (low - 0.5, high + 0.5)
+    bins = int(np.clip(np.ceil(2 * (values.size / num_groups) ** (1 / 3)), 5, MAX_BINS))
+    if quantity.is_count:
+        width = max(1, int(np.ceil((high - low + 1) / bins)))
+        low = np.floor(low) - 0.5
+        return np.arange(low, high + width, width, dtype=np.float64)
+    return np.linspace(low, high, bins + 1)
+
+
+def _group(rule: str, values: Floats, edges: Floats, mean: float | None, quantity: Quantity) -> dict[str, Any]:
+    counts, _ = np.histogram(values, edges)
+    low, median, high = (float(value) for value in np.quantile(values, QUANTILES))
+    return {
+        "rule": rule,
+        "n": int(values.size),
+        "counts": counts.tolist(),
+        "q05": low,
+        "median": median,
+        "q95": high,
+        "mean": None if quantity.is_log else mean,
+        "values": sorted(values.tolist()) if values.size <= SHOWN_VALUES else [],
+    }

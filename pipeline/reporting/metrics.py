@@ -1,0 +1,136 @@
+"""metrics.json of an evaluation, as far as it is there: every key is optional, what has another shape is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import StorageError
+from pipeline.storage.run import Run
+
+METRICS = "metrics.json"
+SHOWN_POINTS = 1_000
+SHOWN_LINES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its bootstrap interval, where there is one."""
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One rule at one agent temperature and one weight vector."""
+
+    rule: str
+    agent_temperature: float | None
+    weights: Mapping[str, float]
+    num_rows: int | None
+    objectives: Mapping[str, Interval]
+    kl_per_token: float | None
+    num_tokens: float | None
+    worst_principal: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What the report shows of metrics.json. The lists of plain mappings are shown as tables, as they are."""
+
+    objectives: tuple[str, ...]
+    reference_point: Mapping[str, float]
+    points: tuple[Point, ...]
+    rules: Mapping[str, Mapping[str, Any]]
+    control: tuple[Mapping[str, Any], ...]
+    win_rates: tuple[Mapping[str, Any], ...]
+    by_temperature: tuple[Mapping[str, Any], ...]
+    equal_kl: tuple[Mapping[str, Any], ...]
+    judges: Mapping[str, Any]
+    bootstrap: Any
+    notes: tuple[str, ...] = field(default=())
+
+
+def read_metrics(run: Run) -> Metrics | None:
+    """The metrics of an evaluation; None for another run. Raises StorageError when the file is no JSON object."""
+    data = run.store.read(METRICS)
+    if data is None:
+        return None
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise StorageError(f"{run.store.url(METRICS)} is not a JSON object; evaluate the run again")
+    return parse_metrics(tree)
+
+
+def parse_metrics(tree: Mapping[str, Any]) -> Metrics:
+    """Take what has the shape that is shown."""
+    points = tuple(_point(each) for each in _mappings(tree.get("points"))[:SHOWN_POINTS])
+    named = [str(name) for name in _list(tree.get("objectives"))]
+    found = dict.fromkeys([*named, *(name for point in points for name in point.objectives)])
+    return Metrics(
+        objectives=tuple(found),
+        reference_point=_numbers(tree.get("reference_point")),
+        points=points,
+        rules={str(rule): values for rule, values in _items(tree.get("rules")) if isinstance(values, dict)},
+        control=_mappings(tree.get("control")),
+        win_rates=_mappings(tree.get("win_rates")),
+        by_temperature=_mappings(tree.get("by_temperature")),
+        equal_kl=_mappings(tree.get("equal_kl")),
+        judges=dict(_items(tree.get("judges"))),
+        bootstrap=tree.get("bootstrap"),
+        notes=tuple(str(note) for note in _list(tree.get("notes"))),
+    )
+
+
+def as_number(value: Any) -> float | None:
+    """The value where it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _point(tree: Mapping[str, Any]) -> Point:
+    intervals = dict(_items(tree.get("intervals")))
+    count = as_number(tree.get("n"))
+    return Point(
+        rule=str(tree.get("rule", "")),
+        agent_temperature=as_number(tree.get("agent_temperature")),
+        weights=_numbers(tree.get("weights")),
+        num_rows=None if count is None else int(count),
+        objectives={name: _interval(mean, intervals.get(name)) for name, mean in _items(tree.get("objectives"))},
+        kl_per_token=as_number(tree.get("kl_per_token")),
+        num_tokens=as_number(tree.get("num_tokens")),
+        worst_principal=as_number(tree.get("worst_principal")),
+    )
+
+
+def _interval(mean: Any, ends: Any) -> Interval:
+    low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
+    return Interval(as_number(mean), as_number(low), as_number(high))
+
+
+def _numbers(tree: Any) -> dict[str, float]:
+    return {name: value for name, each in _items(tree) if (value := as_number(each)) is not None}
+
+
+def _items(tree: Any) -> Iterable[tuple[str, Any]]:
+    return tree.items() if isinstance(tree, dict) else ()
+
+
+def _list(tree: Any) -> list[Any]:
+    return tree if isinstance(tree, list) else []
+
+
+def _mappings(tree: Any) -> tuple[Mapping[str, Any], ...]:
+    return tuple(each for each in _list(tree) if isinstance(each, dict))[:SHOWN_POINTS]

@@ -1,0 +1,98 @@
+"""Put the report of a run together: numbers, charts, examples, and one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from pipeline.reporting import text
+from pipeline.reporting.columns import data_files, read_batches
+from pipeline.reporting.comparison import describe_metrics
+from pipeline.reporting.distributions import HEALTH, describe_distribution, shown_quantities
+from pipeline.reporting.examples import fetch_rejected
+from pipeline.reporting.facts import describe_facts, describe_health, describe_principals, describe_settings
+from pipeline.reporting.metrics import read_metrics
+from pipeline.reporting.scores import find_judges
+from pipeline.reporting.showcase import collect_examples
+from pipeline.reporting.tally import SAMPLED_ROWS, rule_order, tally
+from pipeline.storage.run import Run
+
+REPORT = "report.html"
+STYLES = ("page.css", "tokens.css")
+SCRIPTS = ("draw.js", "ridge.js", "scatter.js", "comparison.js", "tokens.js", "page.js")
+
+
+def write_report(run: Run) -> str:
+    """Write RUN/report.html and return its address."""
+    run.store.put(REPORT, render_report(run))
+    return run.store.url(REPORT)
+
+
+def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
+    """The report as one HTML file, distributions from so many rows; the same files give the same bytes."""
+    files = data_files(run)
+    rule, judges = _configured_rule(run), find_judges(run, files)
+    names = run.plan.principal_names
+    batches = (batch for file in files for batch in read_batches(run, file, rule=rule, judges=judges))
+    numbers = tally(batches, names, sampled_rows=sampled_rows)
+    metrics = read_metrics(run)
+    quantities = [*shown_quantities(names, judges), *HEALTH]
+    charts = {quantity.column: describe_distribution(numbers, quantity) for quantity in quantities}
+    charts = {name: chart for name, chart in charts.items() if chart is not None}
+    health = [quantity.column for quantity in HEALTH if quantity.column in charts]
+    comparison = describe_metrics(metrics, names) if metrics else None
+    compared = [point.rule for point in metrics.points] if metrics else []
+    rules = sorted(dict.fromkeys([*(numbers.by_rule or [rule]), *compared]), key=rule_order)
+    data = {"rules": rules, "principals": names, "charts": charts, "comparison": comparison and comparison["data"]}
+    return _render(
+        facts=describe_facts(run, numbers),
+        principals=describe_principals(run),
+        comparison=comparison,
+        distributions=[name for name in charts if name not in health],
+        charts=charts,
+        sampled=len(numbers.sample.hashes),
+        rows=numbers.rows,
+        health=describe_health(numbers, names),
+        health_charts=health,
+        **collect_examples(run, numbers, rule, judges),
+        rejected=fetch_rejected(run),
+        reasons=list(run.status().errors.items()),
+        settings=describe_settings(run),
+        data=text.embeddable(data),
+    ).encode("utf-8")
+
+
+def _configured_rule(run: Run) -> str:
+    """The rule of rows that carry none themselves."""
+    return str(run.plan.fingerprint.get("decoding.rule", "equilibrium"))
+
+
+def _render(**parts: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = {"visible": text.visible, "number": text.number, "scientific": text.scientific, "plain": text.plain}
+    environment.filters.update(filters)
+    style = "".join(_asset(name) for name in STYLES)
+    script = '"use strict";(() => {\n' + "".join(_asset(name) for name in SCRIPTS) + "})();\n"
+    template = environment.get_template("report.html.jinja")
+    return template.render(
+        style=style, script=script, style_hash=_csp_hash(style), script_hash=_csp_hash(script), **parts
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("pipeline.reporting").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _csp_hash(content: str) -> str:
+    """What a content security policy calls this inline element, so that no other one can run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode("ascii")

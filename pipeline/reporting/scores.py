@@ -1,0 +1,68 @@
+"""The judges' scores of an evaluation, beside the answers: RUN/scores/part-*.parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage.run import Run
+from pipeline.storage.shard_files import told_as_damage
+
+SCORES = "scores/"
+KEYS = ("row_id", "variant", "sample")
+Key = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreFile:
+    """The scores of one data file's rows, by (row id, variant, sample); empty where there are none."""
+
+    place_by_key: Mapping[Key, int]
+    scores: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
+
+    @classmethod
+    def beside(cls, run: Run, file: str, judges: Sequence[str]) -> ScoreFile:
+        """The file of the same name below scores/."""
+        if not judges:
+            return cls({}, {})
+        name = f"{SCORES}{file}"
+        with told_as_damage(run.store.url(name)), run.store.open(name) as handle:
+            table = pq.read_table(handle)
+        keys = zip(*(_column(table, key) for key in KEYS), strict=True)
+        scores = {
+            judge: np.asarray(table.column(judge).cast(pa.float64()).to_numpy(), dtype=np.float64)
+            for judge in judges
+            if judge in table.column_names
+        }
+        return cls({key: at for at, key in enumerate(keys)}, scores)
+
+    def take(self, keys: Sequence[Key]) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+        """The scores of these rows by "scores.JUDGE"; NaN where a row was not judged."""
+        if not self.scores:
+            return {}
+        places = np.array([self.place_by_key.get(key, -1) for key in keys], dtype=np.int64)
+        found = places >= 0
+        taken = {f"scores.{judge}": np.full(len(keys), np.nan) for judge in self.scores}
+        for judge, values in self.scores.items():
+            taken[f"scores.{judge}"][found] = values[places[found]]
+        return taken
+
+
+def find_judges(run: Run, files: Sequence[str]) -> tuple[str, ...]:
+    """The judges whose scores lie beside every data file, in the order of their columns."""
+    stored = set(run.store.names(f"{SCORES}part-"))
+    if not files or not {f"{SCORES}{file}" for file in files} <= stored:
+        return ()
+    name = f"{SCORES}{files[0]}"
+    with told_as_damage(run.store.url(name)), run.store.open(name) as handle:
+        schema = pq.read_schema(handle)
+    return tuple(field.name for field in schema if pa.types.is_floating(field.type))
+
+
+def _column(table: pa.Table, name: str) -> list[Any]:
+    return list(table.column(name).to_pylist()) if name in table.column_names else [0] * table.num_rows

@@ -1,0 +1,178 @@
+"""Sum up a run's numbers in one pass, in memory that does not grow with the run.
+
+Counts, means and extremes are exact. Distributions come from a sample: the rows with the smallest hashes of their
+ids, so that the same run gives the same report. N rows, Q quantities.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import RuleName
+from pipeline.reporting.columns import Batch
+from pipeline.reporting.contrast import contrast
+
+SAMPLED_ROWS = 20_000
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where a row is, and the score by which it was chosen; `partner` is the index of one to show beside it."""
+
+    score: float
+    chance: int
+    file: str = field(compare=False)
+    index: int = field(compare=False)
+    partner: int | None = field(compare=False, default=None)
+
+
+@dataclass(slots=True)
+class Ranking:
+    """The rows with the highest and the lowest scores; equal ones in the order of their hashes."""
+
+    size: int
+    num_scored: int = 0
+    highest: list[Place] = field(default_factory=list)
+    lowest: list[Place] = field(default_factory=list)
+
+    def add(self, batch: Batch, scores_N: Floats, partners_N: np.ndarray[Any, Any] | None = None) -> None:
+        """Offer the rows of a batch; those without a score are passed over."""
+        scored = np.flatnonzero(np.isfinite(scores_N))
+        self.num_scored += len(scored)
+        order = scored[np.lexsort((batch.hashes[scored], scores_N[scored]))]
+        ends = np.unique(np.concatenate([order[: self.size], order[-self.size :]]))
+        partners = [None if partners_N is None else batch.start + int(partners_N[at]) for at in ends]
+        places = [
+            Place(float(scores_N[at]), int(batch.hashes[at]), batch.file, batch.start + int(at), partner)
+            for at, partner in zip(ends, partners, strict=True)
+        ]
+        self.highest = heapq.nlargest(self.size, [*self.highest, *places])
+        self.lowest = heapq.nsmallest(self.size, [*self.lowest, *places])
+
+    def ends(self) -> tuple[list[Place], list[Place]]:
+        """The highest and the lowest rows; none is in both."""
+        size = min(self.size, (self.num_scored + 1) // 2)
+        return self.highest[:size], self.lowest[: min(size, self.num_scored - size)]
+
+
+@dataclass(slots=True)
+class Summary:
+    """Exact numbers of one rule's rows, by quantity."""
+
+    rows: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    lows: dict[str, float] = field(default_factory=dict)
+    highs: dict[str, float] = field(default_factory=dict)
+
+    def add(self, numbers: dict[str, Floats], chosen_N: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+        self.rows += int(chosen_N.sum())
+        for name, values_N in numbers.items():
+            values = values_N[chosen_N]
+            values = values[np.isfinite(values)]
+            if values.size:
+                self.counts[name] = self.counts.get(name, 0) + int(values.size)
+                self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
+                self.lows[name] = min(self.lows.get(name, np.inf), float(values.min()))
+                self.highs[name] = max(self.highs.get(name, -np.inf), float(values.max()))
+
+    def mean(self, name: str) -> float | None:
+        count = self.counts.get(name, 0)
+        return self.sums[name] / count if count else None
+
+
+@dataclass(slots=True)
+class Sample:
+    """The rows with the smallest hashes: their rules and numbers."""
+
+    size: int
+    hashes: np.ndarray[Any, np.dtype[np.uint64]] = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    rules: np.ndarray[Any, np.dtype[np.object_]] = field(default_factory=lambda: np.empty(0, dtype=np.object_))
+    numbers: dict[str, Floats] = field(default_factory=dict)
+
+    def add(self, batch: Batch, numbers: dict[str, Floats]) -> None:
+        is_full = len(self.hashes) >= self.size
+        chosen_N = batch.hashes < self.hashes.max() if is_full else np.ones(len(batch), dtype=np.bool_)
+        hashes = np.concatenate([self.hashes, batch.hashes[chosen_N]])
+        if len(hashes) == len(self.hashes):
+            return
+        rules = np.concatenate([self.rules, np.array(batch.rules, dtype=np.object_)[chosen_N]])
+        keep = np.argsort(hashes, kind="stable")[: self.size]
+        names = [*self.numbers, *(name for name in numbers if name not in self.numbers)]
+        nothing_before, nothing_now = np.full(len(self.hashes), np.nan), np.full(len(batch), np.nan)
+        self.numbers = {
+            name: np.concatenate([self.numbers.get(name, nothing_before), numbers.get(name, nothing_now)[chosen_N]])[
+                keep
+            ]
+            for name in names
+        }
+        self.hashes, self.rules = hashes[keep], rules[keep]
+
+    def values(self, rule: str, name: str) -> Floats:
+        """The finite values of one quantity under one rule."""
+        values = self.numbers.get(name, np.empty(0))
+        chosen: Floats = values[self.rules[: len(values)] == rule]
+        return chosen[np.isfinite(chosen)]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Everything that one pass over the batches of a run gathers."""
+
+    sample: Sample
+    by_rule: dict[str, Summary] = field(default_factory=dict)
+    by_total: Ranking = field(default_factory=lambda: Ranking(3))
+    by_worst: Ranking = field(default_factory=lambda: Ranking(3))
+    by_contrast: Ranking = field(default_factory=lambda: Ranking(3))
+    by_chance: Ranking = field(default_factory=lambda: Ranking(6))
+
+    @property
+    def rows(self) -> int:
+        return sum(summary.rows for summary in self.by_rule.values())
+
+    def add(self, batch: Batch, principal_names: Sequence[str]) -> None:
+        numbers = dict(batch.numbers)
+        if principal_names:
+            rewards = [numbers[f"rewards.{name}"] for name in principal_names]
+            weighted = [numbers[f"weights.{name}"] * numbers[f"rewards.{name}"] for name in principal_names]
+            numbers["weighted_reward"] = np.sum(weighted, axis=0)
+            numbers["worst_reward"] = np.min(rewards, axis=0)
+            self.by_total.add(batch, numbers["weighted_reward"])
+            self.by_worst.add(batch, numbers["worst_reward"])
+            difference = contrast(batch, numbers["worst_reward"], principal_names)
+            self.by_contrast.add(batch, difference.gains, difference.partners)
+        rules_N = np.array(batch.rules, dtype=np.object_)
+        for rule in dict.fromkeys(batch.rules):
+            self.by_rule.setdefault(rule, Summary()).add(numbers, rules_N == rule)
+        self.sample.add(batch, numbers)
+        self.by_chance.add(batch, _with_payments(batch, principal_names))
+
+
+def _with_payments(batch: Batch, principal_names: Sequence[str]) -> Floats:
+    """A number by chance for each row; higher, by one, for rows with payments, so that these are taken first."""
+    chance_N: Floats = batch.hashes.astype(np.float64) / 2.0**64
+    if principal_names:
+        chance_N += np.isfinite(batch.numbers[f"payments.{principal_names[0]}"])
+    return chance_N
+
+
+def rule_order(rule: str) -> int:
+    """Rules stand in one order, and so have the same colours, in every report; unknown ones come last."""
+    known = [str(name) for name in RuleName]
+    return known.index(rule) if rule in known else len(known)
+
+
+def tally(batches: Iterable[Batch], principal_names: Sequence[str], *, sampled_rows: int = SAMPLED_ROWS) -> Tally:
+    """Sum up all batches."""
+    result = Tally(Sample(sampled_rows))
+    for batch in batches:
+        if len(batch):
+            result.add(batch, principal_names)
+    result.by_rule = dict(sorted(result.by_rule.items(), key=lambda item: rule_order(item[0])))
+    return result

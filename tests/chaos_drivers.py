@@ -1,0 +1,193 @@
+"""Drivers of one small run, to be killed, and what a schedule does to them."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import faults
+import torch
+from faults import AllOf, KillAt, Slow
+from ray_victims import MARKS, RayNodes, find, kill_one
+
+from pipeline.config import Config
+from pipeline.config_files import parse_config
+from pipeline.errors import CageError
+from pipeline.points import Point, Watcher, unwatched
+from pipeline.relabel import relabel
+
+FORK = multiprocessing.get_context("fork")  # a driver then starts in milliseconds instead of the imports' seconds
+NUM_ROWS = 14
+PATIENCE_S = 400.0
+STALL_S = 150.0  # less than the patience: a run that stands still says why before it is given up
+FAILED = 1
+
+KILLED_BY_POINT = {
+    Point.MID_PREFILL: "host",
+    Point.MID_STEP: "host",
+    Point.BEFORE_DATA: "coordinator",
+    Point.AFTER_DATA: "coordinator",
+    Point.AFTER_COMMIT: "coordinator",
+    Point.BEFORE_MANIFEST: "driver",
+}
+
+
+@dataclass
+class Tally:
+    """What schedules came to; kills by kind."""
+
+    schedules: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
+    commands_failed: int = 0
+    rows_lost: int = 0
+    rows_repeated: int = 0
+    files_differing: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.kills.items()))
+        told = {each.name.replace("_", " "): getattr(self, each.name) for each in fields(self)}
+        told["kills"] = f"{self.kills.total()} ({kinds})"
+        return "  ".join(f"{name} {value}" for name, value in told.items())
+
+    @property
+    def is_clean(self) -> bool:
+        return not (self.rows_lost or self.rows_repeated or self.files_differing)
+
+
+def make_job(folder: Path, run: Path, *, transport: str = "local", address: str | None = None) -> Config:
+    """The job of every schedule; one prompt is null, so that a shard has a rejected row."""
+    rows = [{"id": f"r{at}", "prompt": None if at == 4 else "tell me " * (at % 3) + "x"} for at in range(NUM_ROWS)]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse_config(
+        {
+            "input": {"path": str(prompts), "id": "id"},
+            "output": {"path": str(run), "rows_per_shard": 2},
+            "base": str(folder / "model"),
+            "principals": {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7}},
+            "decoding": {"max_new_tokens": 6, "agent_temperature": 0.5, "trace": "tokens"},
+            "cluster": {"transport": transport, "slots": 3, "address": address, "stall_timeout_s": STALL_S},
+            "errors": {"budget": 1, "max_attempts": 10},
+        }
+    )
+
+
+def make_model(folder: Path) -> None:
+    import tiny_models
+
+    tiny_models.make_model(folder / "model")
+
+
+def drive(config: Config, folder: Path, watch: Watcher = unwatched) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = sys.stdout = io.StringIO()
+    if config.cluster.transport == "ray":
+        import ray
+
+        ray.cloudpickle.register_pickle_by_value(faults)  # workers cannot import the tests
+    try:
+        relabel(config, folder / "cache", io.StringIO(), watch=watch)
+    except CageError as error:
+        with (folder / "errors.txt").open("a") as file:
+            file.write(f"{config.output.path}: {type(error).__name__}: {error}\n")
+        sys.exit(FAILED)
+    except Exception:
+        with (folder / "errors.txt").open("a") as file:
+            file.write(traceback.format_exc())
+        raise
+
+
+def start(config: Config, folder: Path, watch: Watcher = unwatched) -> BaseProcess:
+    process = FORK.Process(target=drive, args=(config, folder, watch))
+    process.start()
+    return process
+
+
+def finish(config: Config, folder: Path, *, num_drivers: int = 1) -> None:
+    """Let drivers work undisturbed, side by side; each must end well."""
+    drivers = [start(config, folder) for _ in range(num_drivers)]
+    for driver in drivers:
+        driver.join(PATIENCE_S)
+    exit_codes = [driver.exitcode for driver in drivers]
+    for driver in drivers:
+        driver.kill()
+    if any(code != 0 for code in exit_codes):
+        errors = folder / "errors.txt"
+        told = errors.read_text() if errors.exists() else ""
+        raise RuntimeError(f"undisturbed drivers ended with {exit_codes}; {told}")
+
+
+def ended(driver: BaseProcess) -> int:
+    """Wait for a driver that nobody kills any more; 1 if it ended with an error, for which it must have a line."""
+    driver.join(PATIENCE_S)
+    if driver.is_alive():
+        driver.kill()
+        raise RuntimeError(f"a driver did not end within {PATIENCE_S:g} s")
+    if driver.exitcode not in (0, FAILED, -signal.SIGKILL):
+        raise RuntimeError(f"a driver ended with {driver.exitcode}")
+    return int(driver.exitcode == FAILED)
+
+
+def disturb_locally(config: Config, folder: Path, chance: random.Random, scratch: Path) -> Tally:
+    """Start one driver or two and kill them, at a point or a random moment."""
+    point = chance.choice(list(Point))
+    watch = KillAt(point, scratch, chance.randint(1, 6)) if chance.random() < 0.7 else unwatched
+    drivers = [start(config, folder, watch) for _ in range(chance.choice([1, 1, 2]))]
+    ends_s = time.monotonic() + (PATIENCE_S if isinstance(watch, KillAt) else chance.uniform(0.05, 2.0))
+    while any(driver.is_alive() for driver in drivers) and time.monotonic() < ends_s:
+        time.sleep(0.005)
+    kills = Counter(driver=int(isinstance(watch, KillAt) and watch.has_killed))
+    for driver in drivers:
+        if driver.is_alive():
+            driver.kill()
+            kills["driver"] += 1
+        driver.join()
+    return Tally(kills=kills)
+
+
+@dataclass(frozen=True)
+class RayDisturbance:
+    """Start a driver and kill a process of it, or it, or a node; whatever lives goes on until it ends."""
+
+    nodes: RayNodes
+
+    def __call__(self, config: Config, folder: Path, chance: random.Random, scratch: Path) -> Tally:
+        victim = chance.choice(["point", "point", "point", "host", "coordinator", "worker", "driver", "node"])
+        if victim == "point":
+            return self._kill_at_point(config, folder, chance, scratch)
+        driver = start(config, folder, Slow(Point.MID_STEP))
+        below = self.nodes.pid if config.cluster.address else driver.pid or 0
+        awaited = MARKS[victim if victim in ("host", "coordinator") else chance.choice(["host", "coordinator"])]
+        while driver.is_alive() and not find(below, awaited):
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0, 6))
+        killed = driver.is_alive() and self._kill(victim, driver, below, chance)
+        return Tally(kills=Counter({victim: int(killed)}), commands_failed=ended(driver))
+
+    def _kill_at_point(self, config: Config, folder: Path, chance: random.Random, scratch: Path) -> Tally:
+        point = chance.choice(list(Point))
+        at_point = KillAt(point, scratch, 1 if point is Point.BEFORE_MANIFEST else chance.randint(1, 5))
+        failed = ended(start(config, folder, AllOf((at_point, Slow(Point.MID_STEP)))))
+        return Tally(kills=Counter({KILLED_BY_POINT[point]: int(at_point.has_killed)}), commands_failed=failed)
+
+    def _kill(self, victim: str, driver: BaseProcess, below: int, chance: random.Random) -> bool:
+        if victim == "driver":
+            driver.kill()
+            return True
+        if victim == "node" and below == self.nodes.pid:
+            self.nodes.lose_node(chance)
+            return True
+        return kill_one(below, MARKS[victim], chance)

@@ -1,0 +1,206 @@
+"""The report as a browser shows it: charts, tokens, themes, a phone, paper, and hostile data that stays text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+from report_setup import ATTACK, GRID, add_evaluation, make_run
+
+from pipeline.reporting.page import write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("report")
+    run = make_run(folder, num_rows=9, grid=GRID)
+    add_evaluation(run, folder / "run")
+    return Path(write_report(run)).as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser ({', '.join(BROWSERS)}); `make browser` installs one on Debian, as root")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """The report, opened; it may say nothing to the console and ask for nothing."""
+    with browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light") as context:
+        page = context.new_page()
+        said: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        yield page
+        assert said == []
+        assert [url for url in asked if not url.startswith("data:")] == [address]
+
+
+def marks(page: Page, chart: str) -> int:
+    """How many marks of a chart have an extent."""
+    boxes = [mark.bounding_box() for mark in page.locator(f"{chart} .mark").all()]
+    return sum(box is not None and box["width"] > 1 and box["height"] > 1 for box in boxes)
+
+
+def test_every_chart_is_drawn(page):
+    plots = page.locator(".plot").count()
+    assert plots == page.locator(".plot > svg").count() == 12
+    for index in range(plots):
+        shapes = page.locator(".plot").nth(index).locator(".mark")
+        assert shapes.count() > 0
+        assert all((shape.bounding_box() or {"width": 0})["width"] > 1 for shape in shapes.all())
+    assert marks(page, "#pareto") == 9
+    assert page.locator("#pareto polyline").count() == 2  # the rule base has one point
+
+
+def test_rules_objectives_and_temperatures_are_chosen(page):
+    page.get_by_role("checkbox", name="linear").uncheck()
+    assert marks(page, "#pareto") == 5
+    page.select_option("#temperature", "0.5")
+    assert marks(page, "#pareto") == 2
+    before = page.locator("#pareto svg").inner_html()
+    page.select_option("#pareto-x", ATTACK)
+    assert page.locator("#pareto svg").inner_html() != before
+    assert page.locator("#pareto text.name").first.text_content() == ATTACK
+    page.locator("#intervals").check()
+    assert page.locator("#pareto .mark line").count() == 4
+
+
+def test_pointing_at_a_point_tells_its_numbers(page):
+    page.locator("#pareto .mark").first.hover()
+    tip = page.locator("#tip")
+    assert tip.is_visible()
+    told = tip.inner_text()
+    assert "equilibrium" in told
+    assert "vader\t0.54 (0.44 to 0.64)" in told.replace("\n", "\t")  # cos 1, and a tenth around it
+    page.keyboard.press("Escape")
+    page.mouse.move(0, 0)
+    assert tip.is_hidden()
+
+
+def test_a_token_tells_who_paid_by_pointer_and_by_keys(page):
+    page.emulate_media(reduced_motion="reduce")
+    card = page.locator("#tokens .card").first
+    cells = [row.locator("th, td").all_text_contents() for row in card.locator(".trace-table tbody tr").all()]
+    tokens = card.locator(".trace .tok")
+    assert tokens.count() == len(cells) > 1
+    tokens.nth(1).hover()
+    told = page.locator("#tip").inner_text().replace("\n", "\t")
+    assert f"brief paid\t{cells[1][3]}" in told
+    assert f"kind-1 paid\t{cells[1][4]}" in told
+    assert f"brief threshold\t{cells[1][5]}" in told
+    assert float(cells[1][3]) > 0
+    assert "base probability\t4.98 % (\N{MINUS SIGN}3.000)" in told
+    assert "final probability\t36.8 % (\N{MINUS SIGN}1.000)" in told
+    page.mouse.move(0, 0)
+    tokens.first.focus()
+    page.keyboard.press("ArrowRight")
+    assert f"brief paid\t{cells[1][3]}" in page.locator("#tip").inner_text().replace("\n", "\t")
+    assert card.locator(".trace .tok[tabindex='0']").count() == 1
+
+
+def test_payers_differ_in_colour_and_in_underline(page):
+    styles = page.evaluate(
+        "[...document.querySelectorAll('.legend .tok')].map((token) => {"
+        " const style = getComputedStyle(token);"
+        " return [style.backgroundColor, style.textDecorationLine + ' ' + style.textDecorationStyle]; })"
+    )
+    assert len({colour for colour, _ in styles}) == len({underline for _, underline in styles}) == 3
+
+
+def test_data_is_text_and_never_runs(page):
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 2
+    assert page.get_by_text(f"a note {ATTACK}").count() == 1
+    page.locator(".trace .tok").nth(1).hover()
+    page.locator("#pareto .mark").first.hover()
+    assert ATTACK in page.locator("#tip").inner_text()
+    assert page.evaluate("window.hacked") is None
+
+
+def test_a_script_that_slipped_in_would_be_blocked(browser, address, tmp_path):
+    changed = tmp_path / "changed.html"
+    report = Path(address.removeprefix("file://")).read_text()
+    changed.write_text(report.replace("<main", "<script>window.hacked=1</script><main"))
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(changed.as_uri())
+        assert page.locator("script").count() == 3
+        assert page.evaluate("window.hacked") is None
+
+
+def test_a_table_is_sorted_by_its_heads(page):
+    head = page.locator("#points th", has_text="vader")
+    cells = page.locator("#points tbody tr td:nth-child(5)")
+    values = []
+    for _ in range(2):
+        head.get_by_role("button").click()
+        values.append(cells.evaluate_all("cells => cells.map((cell) => +cell.dataset.value)"))
+    assert values[0] == sorted(values[0], reverse=True)
+    assert values[1] == values[0][::-1]
+    assert head.get_attribute("aria-sort") == "ascending"
+
+
+def test_a_theme_follows_the_system_until_it_is_chosen(page):
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    page.emulate_media(color_scheme="dark")
+    dark = page.evaluate(ground)
+    assert light != dark
+    page.get_by_role("button", name="Theme: auto").click()
+    assert page.evaluate(ground) == light
+    page.get_by_role("button", name="Theme: light").click()
+    page.emulate_media(color_scheme="light")
+    assert page.evaluate(ground) == dark
+    page.emulate_media(media="print")
+    assert page.evaluate(ground) == light
+
+
+def test_a_phone_scrolls_down_alone(page):
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.wait_for_function("document.querySelector('#pareto svg').viewBox.baseVal.width < 360")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert marks(page, "#pareto") == 9
+    page.locator("#tokens .trace .tok").nth(1).focus()
+    box = page.locator("#tip").bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 360
+
+
+def test_paper_shows_what_is_folded(page, tmp_path):
+    folded = page.locator("#tokens .trace-table").first
+    assert folded.is_hidden()
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert folded.is_visible()
+    assert page.locator("#controls").get_by_text("equilibrium").is_visible()  # the legend stays
+    assert page.locator("#temperature").is_hidden()
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    assert folded.is_hidden()
+    assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_without_javascript_every_number_is_there(browser, address):
+    with browser.new_context(java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto(address)
+        assert page.get_by_text("The charts need JavaScript").is_visible()
+        assert page.locator("#points details tbody tr").count() == 9
+        assert page.locator("#theme").is_hidden()
