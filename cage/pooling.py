@@ -26,6 +26,8 @@ _MOST_PRINCIPALS, _MOST_PRINCIPALS_ELSEWHERE = 8, 4
 _MOST_SPLITS = 3
 _CORRECTIONS, _CORRECTABLE = 3, 0.3
 _GROUP = 64
+_BANDS = (0, 128, 16, 6, 4, 2, 2, 2, 2)  # by the number of principals; even, so that no band is on both sides
+_WIDTH = 3.0  # agent temperatures within which half of the bands lie
 _KEPT_TOKENS = (128, 128, 128, 1024, 1024, 1024)  # by round
 
 
@@ -119,17 +121,21 @@ def _pool_block(
     kept_RM: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     price_R1 = measures.temperature[rows, None].reciprocal()
-    excesses = [excess(game, measures, rows, j, thresholds_RJ[:, j]) for j in range(game.num_principals)]
+    excess_RJV = excess(game, measures, rows, thresholds_RJ)
     logits_RV = log_base(game, measures, rows)
-    for excess_RV in excesses:
-        logits_RV.addcmul_(excess_RV.clamp_min(0.0), price_R1)
+    for paid_RV in excess_RJV.clamp_min(0.0).unbind(1):
+        logits_RV.addcmul_(paid_RV, price_R1)
     if kept_RM is None:
         kept_RM = _heaviest(logits_RV, num_kept)
     kept_logits_RM = logits_RV.gather(1, kept_RM)
-    kept_excess_RJM = torch.stack([excess_RV.gather(1, kept_RM) for excess_RV in excesses], 1)
+    kept_excess_RJM = excess_RJV.gather(2, kept_RM[:, None].expand(-1, excess_RJV.shape[1], -1))
     logits_RV.scatter_(1, kept_RM, -torch.inf)
     highest_R1 = logits_RV.amax(1, keepdim=True).clamp_min(torch.finfo(logits_RV.dtype).min)
-    mass_RP, pooled_RJP = _sum_by_side(logits_RV.sub_(highest_R1).exp_(), excesses)
+    weights_RV = logits_RV.sub_(highest_R1).exp_()
+    if weights_RV.device.type == "cpu":
+        mass_RP, pooled_RJP = _sum_by_distance(weights_RV, excess_RJV, measures.temperature[rows])
+    else:
+        mass_RP, pooled_RJP = _sum_by_side(weights_RV, excess_RJV)
     pool_excess_RJP = torch.where(mass_RP[:, None] > 0.0, pooled_RJP / mass_RP[:, None], 0.0)
     weights_RK = torch.cat([kept_logits_RM, mass_RP.log() + highest_R1], 1)
     excess_RJK = torch.cat([kept_excess_RJM, pool_excess_RJP], 2) * price_R1[..., None]
@@ -155,15 +161,12 @@ def _heaviest(logits_RV: Tensor, num_kept: int) -> Tensor:
     return tokens.gather(1, logits_RV.gather(1, tokens).topk(num_kept, sorted=False).indices)
 
 
-def _sum_by_side(weights_RV: Tensor, excesses: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _sum_by_side(weights_RV: Tensor, excess_RJV: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weight [R, P] and the weighted excesses [R, J, P] of each of the P = 2^J sets of paying principals.
 
-    A pool is split in two by one principal after another, which adds in a fixed order on any device; with many
-    principals, where that would be many passes, a CPU adds by index instead.
+    A pool is split in two by one principal after another, which adds in a fixed order on any device.
     """
-    num_principals = len(excesses)
-    if num_principals > _MOST_SPLITS and weights_RV.device.type == "cpu":
-        return _sum_by_index(weights_RV, excesses)
+    excesses = excess_RJV.unbind(1)
     pools = [weights_RV]
     for excess_RV in excesses:
         pays_RV = pays(excess_RV)
@@ -174,10 +177,21 @@ def _sum_by_side(weights_RV: Tensor, excesses: list[Tensor]) -> tuple[Tensor, Te
     return mass_RP, torch.stack(sums, 1)
 
 
-def _sum_by_index(weights_RV: Tensor, excesses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    sides_RV = torch.zeros_like(weights_RV, dtype=torch.int64)
-    for j, excess_RV in enumerate(excesses):
-        sides_RV.add_(excess_RV > 0.0, alpha=2**j)
-    nothing_RP = weights_RV.new_zeros((weights_RV.shape[0], 2 ** len(excesses)))
-    sums = [nothing_RP.scatter_add(1, sides_RV, weights_RV * excess_RV) for excess_RV in excesses]
-    return nothing_RP.scatter_add(1, sides_RV, weights_RV), torch.stack(sums, 1)
+def _sum_by_distance(weights_RV: Tensor, excess_RJV: Tensor, temperature_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same for finer pools: by side and by distance from the thresholds, in bands that widen outwards.
+
+    Adding by index has a fixed order on a CPU only.
+    """
+    num_principals = excess_RJV.shape[1]
+    num_bands = _BANDS[num_principals]
+    distance_RJV = excess_RJV.abs().add_((_WIDTH * temperature_R)[:, None, None])
+    # from -1 to 1, below 0 where the principal does not pay, and never 1
+    distance_RJV = torch.div(excess_RJV, distance_RJV, out=distance_RJV)
+    bands_RJV = distance_RJV.mul_(0.5 * num_bands * (1.0 - 1e-6)).floor_()
+    places_RV = bands_RJV[:, 0].add_(num_bands // 2)
+    for bands_RV in bands_RJV.unbind(1)[1:]:
+        places_RV = bands_RV.add_(num_bands // 2).add_(places_RV, alpha=num_bands)
+    places_RV = places_RV.to(torch.int64)
+    nothing_RP = weights_RV.new_zeros((weights_RV.shape[0], num_bands**num_principals))
+    sums = [nothing_RP.scatter_add(1, places_RV, weights_RV * excess_RV) for excess_RV in excess_RJV.unbind(1)]
+    return nothing_RP.scatter_add(1, places_RV, weights_RV), torch.stack(sums, 1)

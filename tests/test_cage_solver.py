@@ -147,9 +147,9 @@ def test_a_step_reads_nothing_back_from_the_device(num_principals):
     start = scaled.values[..., 0]
     ones = start[:, 0]
     with NoReadingBack():
-        straight = newton._Straight(ones < 1, ones.int(), start, ones, ones, ones, start, start, ones, start)
+        straight = newton._Straight(ones < 1, ones.int(), start, start, start)
         for _ in range(3):
-            straight = newton._step(scaled, straight, aim=1e-9)
+            straight = newton._step(scaled, straight, enough=1e-9)
         walk = continuation._set_out(scaled)
         for _ in range(3):
             walk = continuation._step(scaled, walk, aim=1e-9, care=1e-3)

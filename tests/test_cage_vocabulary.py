@@ -9,17 +9,19 @@ import torch
 import cage
 from cage.examples import random_games
 from cage.newton import find_thresholds
-from cage.pooling import _heaviest, pool
+from cage.pooling import _BANDS, _heaviest, _sum_by_distance, _sum_by_side, pool
 from cage.response import respond
 from cage.scaled import measure, scale
-from cage.solution import answer
+from cage.solution import Draft
 
 
 def dense(game):
     """Solve with every token kept, whatever the size."""
     measures = measure(game)
     thresholds, num_steps = find_thresholds(scale(game, measures), aim=1e-11, max_steps=2000)
-    return answer(game, measures, thresholds, num_steps, 1e-9)
+    draft = Draft(game, measures)
+    draft.write(thresholds)
+    return draft.solution(num_steps, 1e-9)
 
 
 @pytest.mark.parametrize("num_principals", [1, 2, 3, 5])
@@ -31,7 +33,7 @@ def test_a_pooled_game_has_the_residuals_of_the_whole_one(num_principals, num_ke
     whole = scale(game, measures)
     at = whole.values.quantile(0.4, -1)
     pooled, kept = pool(game, measures, at, num_kept=num_kept)
-    assert pooled.values.shape == (6, num_principals, num_kept + 2**num_principals)
+    assert pooled.values.shape == (6, num_principals, num_kept + _BANDS[num_principals] ** num_principals)
     assert kept.shape == (6, num_kept)
     distance = (whole.values - at[..., None]).abs().amin(-1)
     for share in (0.0, 0.9, -0.9):
@@ -39,6 +41,28 @@ def test_a_pooled_game_has_the_residuals_of_the_whole_one(num_principals, num_ke
         expected, found = respond(whole, near), respond(pooled, near)
         assert torch.allclose(found.log_residual, expected.log_residual, atol=1e-9)
         assert torch.allclose(found.jacobian, expected.jacobian, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_principals", [1, 2, 3, 6])
+def test_pools_by_distance_refine_pools_by_side(num_principals):
+    """Every band lies on one side, so the bands of a side add up to what splitting by side alone gives."""
+    generator = torch.Generator().manual_seed(num_principals)
+    weights = torch.rand(3, 500, generator=generator, dtype=torch.float64)
+    excess = 5 * torch.randn(3, num_principals, 500, generator=generator, dtype=torch.float64)
+    excess[..., :20] = 0.0
+    excess[..., 20:30] *= 1e30
+    fine_mass, fine_sums = _sum_by_distance(weights, excess, torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64))
+    mass, sums = _sum_by_side(weights, excess)
+    half = _BANDS[num_principals] // 2
+    for j in range(num_principals):
+        outer = (3, -1, 2, half, (2 * half) ** (num_principals - 1 - j))
+        pays = torch.arange(2**num_principals) >> j & 1 == 1
+        on_a_side = fine_sums.reshape(3, num_principals, *outer[1:]).sum((2, 4, 5))
+        assert torch.allclose(on_a_side[:, j, 1], sums[:, j, pays].sum(1))
+        assert torch.allclose(on_a_side[:, j, 0], sums[:, j, ~pays].sum(1))
+        paid_mass = weights[excess[:, j] > 0].sum()
+        assert torch.allclose(mass[:, pays].sum(), paid_mass)
+    assert torch.allclose(fine_mass.sum(1), mass.sum(1))
 
 
 @pytest.mark.parametrize("num_tokens", [100, 4096, 20_011])
