@@ -45,8 +45,7 @@ class ThresholdNewton:
         find = partial(find_thresholds, aim=tol / 2, max_steps=self.max_steps)
         if pays_off(game):
             return solve_pooled(game, measure(game), find, tol=tol, max_steps=self.max_steps)
-        finish = find if game.num_principals <= _ALWAYS_UNIQUE else None
-        return solve_whole(game, find, tol=tol, finish=finish, max_steps=self.max_steps)
+        return solve_whole(game, find, tol=tol, finish=find, max_steps=self.max_steps)
 
 
 def find_thresholds(
@@ -109,7 +108,9 @@ def _step(game: ScaledGame, state: _Straight, *, enough: float) -> _Straight:
 
 def _follow(game: ScaledGame, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
     """Follow the path in float64, where its turns are told from rounding."""
-    thresholds_BJ, num_steps_B = follow_path(game.to(torch.float64), aim=aim, max_steps=max_steps)
+    thresholds_BJ, num_steps_B = follow_path(
+        game.to(torch.float64), enough=_QUADRATIC * aim**0.5, max_steps=max_steps
+    )
     return thresholds_BJ.to(game.values.dtype), num_steps_B
 
 
