@@ -2,10 +2,10 @@
 
 Tokens that the same principals pay for answer thresholds alike, so as long as none of them changes sides they can be
 pooled into one token without changing anything (docs/mathematics.md, "Pooling"). A game over V tokens becomes
-one over the m that matter most and at most 2^J pools. It is solved there, read again over all V tokens, and pooled
-anew at the answer where the residual says that a token did change sides.
+one over the m that matter most and P pools. It is solved there, read again over all V tokens, and pooled anew at
+the answer where the residual says that a token did change sides.
 
-Shapes: B rows (R of them in a block), J principals, V tokens, K = m + 2^J tokens of a pooled game.
+Shapes: B rows (R of them in a block), J principals, V tokens, K = m + P tokens of a pooled game.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from cage.scaled import Measures, ScaledGame, excess, log_base, row_blocks, scal
 from cage.solution import Draft, Solution
 
 _SMALLEST_VOCABULARY = 4096
-# pools double with every principal, and elsewhere than on a CPU so do the passes that fill them
+# pools at least double with every principal, and elsewhere than on a CPU so do the passes that fill them
 _MOST_PRINCIPALS, _MOST_PRINCIPALS_ELSEWHERE = 8, 4
-_MOST_SPLITS = 3
 _CORRECTIONS, _CORRECTABLE = 3, 0.3
 _GROUP = 64
-_BANDS = (0, 128, 16, 6, 4, 2, 2, 2, 2)  # by the number of principals; even, so that no band is on both sides
+# by the number of principals; even, so that no band is on both sides; few where the path makes every pool costly
+_BANDS = (0, 128, 16, 4, 2, 2, 2, 2, 2)
 _WIDTH = 3.0  # agent temperatures within which half of the bands lie
 _KEPT_TOKENS = (128, 128, 128, 1024, 1024, 1024)  # by round
 
@@ -52,7 +52,7 @@ def solve_pooled(game: Game, measures: Measures, find: Find, *, tol: float, max_
     for num_kept in _KEPT_TOKENS:
         if kept_RM is not None and kept_RM.shape[1] != num_kept:
             kept_RM = None
-        chosen = None if rows.shape[0] == game.num_rows else rows  # all of them need no copy
+        chosen = _unless_all(rows, game)
         pooled, kept_RM = pool(game, measures, at_RJ, rows=chosen, num_kept=num_kept, kept_RM=kept_RM)
         at_RJ, steps_R = find(pooled, near_RJ)
         num_steps_B = num_steps_B.index_add(0, rows, steps_R)
@@ -81,12 +81,18 @@ def _correct(draft: Draft, pooled: ScaledGame, rows: Tensor, tol: float) -> Tens
         chosen = ((residual_R > tol) & (residual_R < _CORRECTABLE)).nonzero()[:, 0]
         if chosen.shape[0] == 0:
             break
-        at_CJ = draft.thresholds[rows[chosen]]
+        chosen_rows = rows[chosen]
+        at_CJ = draft.thresholds[chosen_rows]
         response = respond(pooled.rows(chosen), at_CJ)
-        step_CJ = newton_step(response._replace(log_residual=draft.slack[rows[chosen]].log()))
-        draft.write(at_CJ + step_CJ.clamp_(-1.0, 1.0), rows[chosen])
+        step_CJ = newton_step(response._replace(log_residual=draft.slack[chosen_rows].log()))
+        draft.write(at_CJ + step_CJ.clamp_(-1.0, 1.0), _unless_all(chosen_rows, draft.game))
         num_steps_R[chosen] += 1
     return num_steps_R
+
+
+def _unless_all(rows: Tensor, game: Game) -> Tensor | None:
+    """Return rows, which are in order, or None for all of them, which need no copy."""
+    return None if rows.shape[0] == game.num_rows else rows
 
 
 def pool(
@@ -187,10 +193,10 @@ def _sum_by_distance(weights_RV: Tensor, excess_RJV: Tensor, temperature_R: Tens
     distance_RJV = excess_RJV.abs().add_((_WIDTH * temperature_R)[:, None, None])
     # from -1 to 1, below 0 where the principal does not pay, and never 1
     distance_RJV = torch.div(excess_RJV, distance_RJV, out=distance_RJV)
-    bands_RJV = distance_RJV.mul_(0.5 * num_bands * (1.0 - 1e-6)).floor_()
-    places_RV = bands_RJV[:, 0].add_(num_bands // 2)
-    for bands_RV in bands_RJV.unbind(1)[1:]:
-        places_RV = bands_RV.add_(num_bands // 2).add_(places_RV, alpha=num_bands)
+    bands = distance_RJV.mul_(0.5 * num_bands * (1.0 - 1e-6)).add_(0.5 * num_bands).unbind(1)
+    places_RV = bands[0]
+    for band_RV in bands[1:]:
+        places_RV = band_RV.add_(places_RV.floor_(), alpha=num_bands)
     places_RV = places_RV.to(torch.int64)
     nothing_RP = weights_RV.new_zeros((weights_RV.shape[0], num_bands**num_principals))
     sums = [nothing_RP.scatter_add(1, places_RV, weights_RV * excess_RV) for excess_RV in excess_RJV.unbind(1)]

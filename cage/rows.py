@@ -21,7 +21,9 @@ _NUMBERS_WORTH_DROPPING = 2**11  # carrying fewer along costs less than dropping
 
 
 def iterate(step: Callable[[ScaledGame, State], State], game: ScaledGame, state: State, *, max_steps: int) -> State:
-    """Apply step until no row is running; rows that are done are dropped at the next check and cost nothing.
+    """Apply step until no row is running; rows that are done are dropped at the next check.
+
+    So few of them that carrying them along is cheaper than dropping them wait for more.
 
     The first field of the state is the bool [B] `running`; every field has one entry a row. A step must leave
     rows that are not running as they are, and treat every row by itself: then a row's result does not depend on

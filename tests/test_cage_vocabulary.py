@@ -1,7 +1,5 @@
 """The whole vocabulary at once: tokens on the same side of every threshold are pooled, and nothing is lost by it."""
 
-import sys
-
 import pytest
 import torch
 
@@ -114,10 +112,8 @@ def test_many_principals_over_a_vocabulary_are_solved_without_pools():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's peak memory")
 def test_no_copies_of_the_values_pile_up():
-    """151,936 tokens, 64 rows, 4 principals: the policy that is returned and some blocks of rows, no more."""
+    """151,936 tokens, 64 rows, 4 principals: the policy that is returned and one block of rows, no more."""
     measured = measure_memory()
-    assert measured is not None
     assert measured["converged"] == 1.0
-    assert 0.2 <= measured["peak_of_input"] < 0.6
+    assert measured["policy_mib"] < measured["peak_mib"] < 0.3 * measured["input_mib"]
