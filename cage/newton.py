@@ -51,11 +51,13 @@ class ThresholdNewton:
 def find_thresholds(
     game: ScaledGame, near_BJ: Tensor | None = None, *, aim: float, max_steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Return scaled thresholds [B, J] with residuals of at most aim where that was reached, and evaluations [B].
+    """Return scaled thresholds [B, J], where possible with residuals of at most aim, and evaluations [B].
+
+    The last step is not looked at, so a row may miss: the answer has to be checked. Thresholds known to be close
+    (near) are used as a start, and then the last step is one more than needed.
 
     One or two principals have one equilibrium, so any way to it will do: straight first, along the path where
-    that stalls. With three or more the path decides which equilibrium is meant. Thresholds known to be close
-    (near) are used as a start.
+    that stalls. With three or more the path decides which equilibrium is meant.
     """
     num_rows, num_principals = game.values.shape[:2]
     if num_principals == 0 or num_rows == 0:

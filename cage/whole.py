@@ -18,6 +18,7 @@ from cage.solution import Draft, Solution, join
 Find = Callable[[ScaledGame], tuple[Tensor, Tensor]]
 Finish = Callable[[ScaledGame, Tensor], tuple[Tensor, Tensor]]
 
+_NEARLY = 0.1  # a residual from which a last step that missed can be told from a method that did not arrive
 _NUMBERS_A_BATCH = {"cpu": 2**17, "cuda": 2**25}
 _NUMBERS_A_BATCH_ELSEWHERE = 2**22
 
@@ -55,7 +56,7 @@ def _solve_batch(game: Game, find: Find, tol: float, finish: Finish | None, max_
     thresholds_BJ, num_steps_B = find(scaled)
     draft = Draft(game, measures)
     draft.write(thresholds_BJ)
-    late = ((draft.residual > tol) & (num_steps_B < max_steps)).nonzero()[:, 0]
+    late = ((draft.residual > tol) & (draft.residual < _NEARLY) & (num_steps_B < max_steps)).nonzero()[:, 0]
     if finish is not None and late.shape[0] > 0:
         found_RJ, more_R = finish(scaled.rows(late), thresholds_BJ[late])
         draft.write(found_RJ, late)
