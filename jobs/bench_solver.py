@@ -150,8 +150,6 @@ def measure_published(num_games: int) -> Row:
     return _shape_row((num_games, 2, 50)) | {
         "games_a_second": num_games / seconds,
         "ms_a_game": seconds / num_games * 1e3,
-        "ns_a_number": "ns/number",
-        "peak_of_input": "peak / input",
         "median_total_variation": distance.median().item(),
         "worst_total_variation": distance.max().item(),
         "median_deviation_gain": gain.amax(1).median().item(),
