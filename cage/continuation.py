@@ -20,30 +20,37 @@ from cage.response import lone_thresholds, respond
 from cage.rows import iterate
 from cage.scaled import ScaledGame
 
-_CARE, _GREAT_CARE = 1e-3, 1e-5  # how close to the curve a point must be to go on from it; then for rows that stall
+# how close to the curve a point must be to go on from it, and the share of the steps; more care for rows that stall
+_CARES = ((3e-2, 0.15), (1e-3, 0.25), (1e-5, 0.6))
 _FIRST_STRIDE = 1.0
 _LONGER, _SHORTER = 2.5, 0.3
 _MOST_CORRECTIONS = 4
 _MOST_LANDINGS = 10
 _LARGEST_DETOUR = 0.5  # of the stride; a corrected point further off may lie on another branch
 _DETOUR_ALLOWANCE = 0.03
+_LARGEST_UNSEEN = 0.1  # of the stride; a longer step onto the curve is looked at
 _HOPELESS_RESIDUAL = 5.0
 _CORNER_STRIDE, _CORNER_COSINE = 0.05, 0.2
 _SHORTEST_STRIDE = 1e-12
 
 
-def follow_path(game: ScaledGame, *, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
-    """Return thresholds [B, J] at the first arrival at s = 1, with residuals of at most aim, and evaluations [B].
+def follow_path(game: ScaledGame, *, enough: float, max_steps: int) -> tuple[Tensor, Tensor]:
+    """Return thresholds [B, J] at the first arrival at s = 1, and evaluations [B].
 
-    Rows that did not arrive hold their last point. Needs at least one principal and float64.
+    Arrived is a row one Newton step after residuals of at most enough; rows that did not arrive hold their last
+    point. Needs at least one principal and float64.
     """
-    at_ease = max_steps // 4
-    thresholds_BJ, num_steps_B, arrived_B = _follow(game, aim, at_ease, _CARE)
-    stalled = (~arrived_B).nonzero()[:, 0]
-    if stalled.shape[0] == 0:
-        return thresholds_BJ, num_steps_B
-    found_RJ, more_R, _ = _follow(game.rows(stalled), aim, max_steps - at_ease, _GREAT_CARE)
-    return thresholds_BJ.index_copy(0, stalled, found_RJ), num_steps_B.index_add(0, stalled, more_R)
+    thresholds_BJ = torch.zeros_like(game.values[..., 0])
+    rows = torch.arange(game.values.shape[0], device=game.values.device)
+    num_steps_B = torch.zeros_like(rows, dtype=torch.int32)
+    for care, share in _CARES:
+        found_RJ, steps_R, arrived_R = _follow(game.rows(rows), enough, max(1, int(share * max_steps)), care)
+        thresholds_BJ = thresholds_BJ.index_copy(0, rows, found_RJ)
+        num_steps_B = num_steps_B.index_add(0, rows, steps_R)
+        rows = rows[~arrived_R]
+        if rows.shape[0] == 0:
+            break
+    return thresholds_BJ, num_steps_B
 
 
 class _Walk(NamedTuple):
@@ -75,8 +82,8 @@ class _Trial(NamedTuple):
     landing: Tensor
 
 
-def _follow(game: ScaledGame, aim: float, max_steps: int, care: float) -> tuple[Tensor, Tensor, Tensor]:
-    walk = iterate(partial(_step, aim=aim, care=care), game, _set_out(game), max_steps=max_steps)
+def _follow(game: ScaledGame, enough: float, max_steps: int, care: float) -> tuple[Tensor, Tensor, Tensor]:
+    walk = iterate(partial(_step, enough=enough, care=care), game, _set_out(game), max_steps=max_steps)
     return walk.point[:, :-1], walk.num_steps, walk.arrived
 
 
@@ -105,18 +112,21 @@ def _set_out(game: ScaledGame) -> _Walk:
     )
 
 
-def _step(game: ScaledGame, walk: _Walk, *, aim: float, care: float) -> _Walk:
+def _step(game: ScaledGame, walk: _Walk, *, enough: float, care: float) -> _Walk:
     """Look at the trial: accept it and stride on, correct it, or come back and try a shorter stride."""
     residual_B, newton_BU, tangent_BU = _look(game, walk.trial)
     near_B = _length(walk.trial - walk.aimed) <= _LARGEST_DETOUR * walk.reached + _DETOUR_ALLOWANCE
-    close_B = near_B & (residual_B <= torch.where(walk.landing, aim, care))
+    close_B = near_B & (residual_B <= torch.where(walk.landing, enough, care))
     arrived_B = walk.running & close_B & walk.landing
     crossed_B = close_B & ~walk.landing & (walk.trial[:, -1] > 0.0)
     accepted_B = walk.running & close_B & ~walk.landing & ~crossed_B
     most_B = torch.where(walk.landing, _MOST_LANDINGS, _MOST_CORRECTIONS)
     corrected_B = ~close_B & near_B & (walk.corrections < most_B) & (residual_B <= _HOPELESS_RESIDUAL)
     stride_B = _next_stride(walk, accepted_B, ~close_B & ~corrected_B)
-    point_BU = torch.where((accepted_B | arrived_B)[:, None], walk.trial, walk.point)
+    # the step onto the curve is known already, so a short one is taken unseen
+    unseen_B = _length(newton_BU) <= _LARGEST_UNSEEN * walk.reached
+    onto_BU = walk.trial + torch.where(unseen_B[:, None], newton_BU, 0.0)
+    point_BU = torch.where((accepted_B | arrived_B)[:, None], onto_BU, walk.point)
     walk = walk._replace(tangent=torch.where(accepted_B[:, None], tangent_BU, walk.tangent), stride=stride_B)
     fresh = _choose(crossed_B, _between(walk), _ahead(point_BU, walk.tangent, stride_B))
     walk = walk._replace(

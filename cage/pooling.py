@@ -2,10 +2,10 @@
 
 Tokens that the same principals pay for answer thresholds alike, so as long as none of them changes sides they can be
 pooled into one token without changing anything (docs/mathematics.md, "Pooling"). A game over V tokens becomes
-one over the m that matter most and at most 2^J pools. It is solved there, read again over all V tokens, and pooled
-anew at the answer where the residual says that a token did change sides.
+one over the m that matter most and P pools. It is solved there, read again over all V tokens, and pooled anew at
+the answer where the residual says that a token did change sides.
 
-Shapes: B rows (R of them in a block), J principals, V tokens, K = m + 2^J tokens of a pooled game.
+Shapes: B rows (R of them in a block), J principals, V tokens, K = m + P tokens of a pooled game.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from cage.scaled import Measures, ScaledGame, excess, log_base, row_blocks, scal
 from cage.solution import Draft, Solution
 
 _SMALLEST_VOCABULARY = 4096
-# pools double with every principal, and elsewhere than on a CPU so do the passes that fill them
+# pools at least double with every principal, and elsewhere than on a CPU so do the passes that fill them
 _MOST_PRINCIPALS, _MOST_PRINCIPALS_ELSEWHERE = 8, 4
-_MOST_SPLITS = 3
 _CORRECTIONS, _CORRECTABLE = 3, 0.3
 _GROUP = 64
+# by the number of principals; even, so that no band is on both sides; few where the path makes every pool costly
+_BANDS = (0, 128, 16, 4, 2, 2, 2, 2, 2)
+_WIDTH = 3.0  # agent temperatures within which half of the bands lie
 _KEPT_TOKENS = (128, 128, 128, 1024, 1024, 1024)  # by round
 
 
@@ -50,7 +52,7 @@ def solve_pooled(game: Game, measures: Measures, find: Find, *, tol: float, max_
     for num_kept in _KEPT_TOKENS:
         if kept_RM is not None and kept_RM.shape[1] != num_kept:
             kept_RM = None
-        chosen = None if rows.shape[0] == game.num_rows else rows  # all of them need no copy
+        chosen = _unless_all(rows, game)
         pooled, kept_RM = pool(game, measures, at_RJ, rows=chosen, num_kept=num_kept, kept_RM=kept_RM)
         at_RJ, steps_R = find(pooled, near_RJ)
         num_steps_B = num_steps_B.index_add(0, rows, steps_R)
@@ -79,12 +81,18 @@ def _correct(draft: Draft, pooled: ScaledGame, rows: Tensor, tol: float) -> Tens
         chosen = ((residual_R > tol) & (residual_R < _CORRECTABLE)).nonzero()[:, 0]
         if chosen.shape[0] == 0:
             break
-        at_CJ = draft.thresholds[rows[chosen]]
+        chosen_rows = rows[chosen]
+        at_CJ = draft.thresholds[chosen_rows]
         response = respond(pooled.rows(chosen), at_CJ)
-        step_CJ = newton_step(response._replace(log_residual=draft.slack[rows[chosen]].log()))
-        draft.write(at_CJ + step_CJ.clamp_(-1.0, 1.0), rows[chosen])
+        step_CJ = newton_step(response._replace(log_residual=draft.slack[chosen_rows].log()))
+        draft.write(at_CJ + step_CJ.clamp_(-1.0, 1.0), _unless_all(chosen_rows, draft.game))
         num_steps_R[chosen] += 1
     return num_steps_R
+
+
+def _unless_all(rows: Tensor, game: Game) -> Tensor | None:
+    """Return rows, which are in order, or None for all of them, which need no copy."""
+    return None if rows.shape[0] == game.num_rows else rows
 
 
 def pool(
@@ -119,17 +127,21 @@ def _pool_block(
     kept_RM: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     price_R1 = measures.temperature[rows, None].reciprocal()
-    excesses = [excess(game, measures, rows, j, thresholds_RJ[:, j]) for j in range(game.num_principals)]
+    excess_RJV = excess(game, measures, rows, thresholds_RJ)
     logits_RV = log_base(game, measures, rows)
-    for excess_RV in excesses:
-        logits_RV.addcmul_(excess_RV.clamp_min(0.0), price_R1)
+    for paid_RV in excess_RJV.clamp_min(0.0).unbind(1):
+        logits_RV.addcmul_(paid_RV, price_R1)
     if kept_RM is None:
         kept_RM = _heaviest(logits_RV, num_kept)
     kept_logits_RM = logits_RV.gather(1, kept_RM)
-    kept_excess_RJM = torch.stack([excess_RV.gather(1, kept_RM) for excess_RV in excesses], 1)
+    kept_excess_RJM = excess_RJV.gather(2, kept_RM[:, None].expand(-1, excess_RJV.shape[1], -1))
     logits_RV.scatter_(1, kept_RM, -torch.inf)
     highest_R1 = logits_RV.amax(1, keepdim=True).clamp_min(torch.finfo(logits_RV.dtype).min)
-    mass_RP, pooled_RJP = _sum_by_side(logits_RV.sub_(highest_R1).exp_(), excesses)
+    weights_RV = logits_RV.sub_(highest_R1).exp_()
+    if weights_RV.device.type == "cpu":
+        mass_RP, pooled_RJP = _sum_by_distance(weights_RV, excess_RJV, measures.temperature[rows])
+    else:
+        mass_RP, pooled_RJP = _sum_by_side(weights_RV, excess_RJV)
     pool_excess_RJP = torch.where(mass_RP[:, None] > 0.0, pooled_RJP / mass_RP[:, None], 0.0)
     weights_RK = torch.cat([kept_logits_RM, mass_RP.log() + highest_R1], 1)
     excess_RJK = torch.cat([kept_excess_RJM, pool_excess_RJP], 2) * price_R1[..., None]
@@ -155,15 +167,12 @@ def _heaviest(logits_RV: Tensor, num_kept: int) -> Tensor:
     return tokens.gather(1, logits_RV.gather(1, tokens).topk(num_kept, sorted=False).indices)
 
 
-def _sum_by_side(weights_RV: Tensor, excesses: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _sum_by_side(weights_RV: Tensor, excess_RJV: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weight [R, P] and the weighted excesses [R, J, P] of each of the P = 2^J sets of paying principals.
 
-    A pool is split in two by one principal after another, which adds in a fixed order on any device; with many
-    principals, where that would be many passes, a CPU adds by index instead.
+    A pool is split in two by one principal after another, which adds in a fixed order on any device.
     """
-    num_principals = len(excesses)
-    if num_principals > _MOST_SPLITS and weights_RV.device.type == "cpu":
-        return _sum_by_index(weights_RV, excesses)
+    excesses = excess_RJV.unbind(1)
     pools = [weights_RV]
     for excess_RV in excesses:
         pays_RV = pays(excess_RV)
@@ -174,10 +183,21 @@ def _sum_by_side(weights_RV: Tensor, excesses: list[Tensor]) -> tuple[Tensor, Te
     return mass_RP, torch.stack(sums, 1)
 
 
-def _sum_by_index(weights_RV: Tensor, excesses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    sides_RV = torch.zeros_like(weights_RV, dtype=torch.int64)
-    for j, excess_RV in enumerate(excesses):
-        sides_RV.add_(excess_RV > 0.0, alpha=2**j)
-    nothing_RP = weights_RV.new_zeros((weights_RV.shape[0], 2 ** len(excesses)))
-    sums = [nothing_RP.scatter_add(1, sides_RV, weights_RV * excess_RV) for excess_RV in excesses]
-    return nothing_RP.scatter_add(1, sides_RV, weights_RV), torch.stack(sums, 1)
+def _sum_by_distance(weights_RV: Tensor, excess_RJV: Tensor, temperature_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same for finer pools: by side and by distance from the thresholds, in bands that widen outwards.
+
+    Adding by index has a fixed order on a CPU only.
+    """
+    num_principals = excess_RJV.shape[1]
+    num_bands = _BANDS[num_principals]
+    distance_RJV = excess_RJV.abs().add_((_WIDTH * temperature_R)[:, None, None])
+    # from -1 to 1, below 0 where the principal does not pay, and never 1
+    distance_RJV = torch.div(excess_RJV, distance_RJV, out=distance_RJV)
+    bands = distance_RJV.mul_(0.5 * num_bands * (1.0 - 1e-6)).add_(0.5 * num_bands).unbind(1)
+    places_RV = bands[0]
+    for band_RV in bands[1:]:
+        places_RV = band_RV.add_(places_RV.floor_(), alpha=num_bands)
+    places_RV = places_RV.to(torch.int64)
+    nothing_RP = weights_RV.new_zeros((weights_RV.shape[0], num_bands**num_principals))
+    sums = [nothing_RP.scatter_add(1, places_RV, weights_RV * excess_RV) for excess_RV in excess_RJV.unbind(1)]
+    return nothing_RP.scatter_add(1, places_RV, weights_RV), torch.stack(sums, 1)

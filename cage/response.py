@@ -13,6 +13,8 @@ from torch import Tensor
 from cage.elimination import solve_small
 from cage.scaled import ScaledGame
 
+_NUMBERS_AT_ONCE = 2**17
+
 
 class Response(NamedTuple):
     """log_residual [B, J] is g_j = log E_pi[max(c_j - v_j, 0)], zero at an equilibrium; jacobian is dg_j/dc_k.
@@ -30,21 +32,38 @@ def respond(game: ScaledGame, thresholds_BJ: Tensor, *, with_drift: bool = False
     excess_BJK = game.values - thresholds_BJ[..., None]
     paid_BJK = excess_BJK.clamp_min(0.0)
     policy_BK = torch.softmax(offers(game.log_base, paid_BJK), -1)[:, None]
-    burden_BJK = excess_BJK.neg().clamp_min_(0.0).mul_(policy_BK)
+    burden_BJK = (paid_BJK - excess_BJK).mul_(policy_BK)
     expected_BJ = burden_BJK.sum(-1)
     pays_BJK = pays(excess_BJK)
     share_BJ = (policy_BK * pays_BJK).sum(-1)
-    crossed = [(burden_BJK * pays_BJK[:, k, None]).sum(-1) for k in range(thresholds_BJ.shape[1])]
-    jacobian_BJJ = share_BJ[:, None] - torch.stack(crossed, 2) / expected_BJ[..., None]
+    jacobian_BJJ = share_BJ[:, None] - _crossed(burden_BJK, pays_BJK) / expected_BJ[..., None]
     jacobian_BJJ.diagonal(dim1=1, dim2=2).add_((1.0 - share_BJ) / expected_BJ)
     drift_BJ = _drift(game, policy_BK, burden_BJK, pays_BJK, expected_BJ) if with_drift else None
     return Response(expected_BJ.log(), jacobian_BJJ, drift_BJ)
 
 
+def newton(game: ScaledGame, thresholds_BJ: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-residuals [B, J] and the Newton step for the thresholds [B, J].
+
+    For one or two principals with few and fused operations: over some tens of tokens calling them is what costs.
+    Where a threshold is so low that all is paid for, or the Jacobian is singular, the step may not be finite.
+    """
+    num_principals = thresholds_BJ.shape[1]
+    if num_principals > 2:
+        response = respond(game, thresholds_BJ)
+        return response.log_residual, newton_step(response)
+    excess_BJK = game.values - thresholds_BJ[..., None]
+    paid_BJK = excess_BJK.clamp_min(0.0)
+    policy_BK = torch.softmax(offers(game.log_base, paid_BJK), -1)
+    if num_principals == 1:
+        return _step_of_one(excess_BJK, paid_BJK, policy_BK)
+    return _step_of_two(excess_BJK, paid_BJK, policy_BK)
+
+
 def offers(log_base_BK: Tensor, paid_BJK: Tensor) -> Tensor:
     """Return log pi0 + Y / tau [B, K], summed in the principals' order."""
-    for j in range(paid_BJK.shape[1]):
-        log_base_BK = log_base_BK + paid_BJK[:, j]
+    for paid_BK in paid_BJK.unbind(1):
+        log_base_BK = log_base_BK + paid_BK
     return log_base_BK
 
 
@@ -67,6 +86,45 @@ def lone_thresholds(game: ScaledGame) -> Tensor:
 def nobody_pays(game: ScaledGame) -> Tensor:
     """Return thresholds [B, J] at which nobody pays and nobody would be better off with a higher one."""
     return lone_thresholds(game).clamp_min(0.0)
+
+
+def _step_of_one(excess_B1K: Tensor, paid_B1K: Tensor, policy_BK: Tensor) -> tuple[Tensor, Tensor]:
+    parts_B2K = torch.cat([paid_B1K - excess_B1K, pays(excess_B1K)], 1)
+    expected_B1, share_B1 = parts_B2K.mul_(policy_BK[:, None]).sum(-1).chunk(2, 1)
+    log_residual_B1 = expected_B1.log()
+    return log_residual_B1, (expected_B1 * log_residual_B1).neg_() / _own_slope(expected_B1, share_B1)
+
+
+def _step_of_two(excess_B2K: Tensor, paid_B2K: Tensor, policy_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Cramer's rule, each equation multiplied by its E_pi[max(c_j - v_j, 0)]; `other` is of the other principal."""
+    num_rows, _, num_tokens = excess_B2K.shape
+    parts_B6K = policy_BK.new_empty((num_rows, 6, num_tokens))
+    burden_B2K, others_pay_B2K, crossed_B2K = parts_B6K.chunk(3, 1)
+    torch.sub(paid_B2K, excess_B2K, out=burden_B2K)
+    torch.gt(excess_B2K.flip(1), 0.0, out=others_pay_B2K)
+    torch.mul(burden_B2K, others_pay_B2K, out=crossed_B2K)
+    expected_B2, other_share_B2, crossed_B2 = parts_B6K.mul_(policy_BK[:, None]).sum(-1).chunk(3, 1)
+    log_residual_B2 = expected_B2.log()
+    right_B2 = expected_B2 * log_residual_B2
+    own_B2 = _own_slope(expected_B2, other_share_B2.flip(1))
+    cross_B2 = torch.addcmul(crossed_B2, expected_B2, other_share_B2, value=-1.0).neg_()
+    (own_1, own_2), (cross_1, cross_2) = own_B2.unbind(1), cross_B2.unbind(1)
+    determinant_B = torch.addcmul(own_1 * own_2, cross_1, cross_2, value=-1.0)
+    step_B2 = torch.addcmul(cross_B2 * right_B2.flip(1), own_B2.flip(1), right_B2, value=-1.0)
+    return log_residual_B2, step_B2 / determinant_B[:, None]
+
+
+def _own_slope(expected_BJ: Tensor, share_BJ: Tensor) -> Tensor:
+    """Return E dg_j/dc_j = pi(A_j) E + pi(not A_j)."""
+    return torch.addcmul(1.0 - share_BJ, expected_BJ, share_BJ)
+
+
+def _crossed(burden_BJK: Tensor, pays_BJK: Tensor) -> Tensor:
+    """Return sum_a pi(a) s_j(a) 1[k pays for a], [B, J, J]; in parts where all at once would be large."""
+    num_principals = pays_BJK.shape[1]
+    if burden_BJK.numel() * num_principals <= _NUMBERS_AT_ONCE:
+        return (burden_BJK[:, :, None] * pays_BJK[:, None]).sum(-1)
+    return torch.stack([(burden_BJK * pays_BJK[:, k, None]).sum(-1) for k in range(num_principals)], 2)
 
 
 def _drift(game: ScaledGame, policy_BK: Tensor, burden: Tensor, pays: Tensor, expected_BJ: Tensor) -> Tensor:

@@ -17,10 +17,13 @@ State = TypeVar("State", bound=NamedTuple)
 
 _STEPS_A_CHECK = {"cpu": 1}  # asking a GPU whether rows are done makes the host wait for it
 _STEPS_A_CHECK_ELSEWHERE = 8
+_NUMBERS_WORTH_DROPPING = 2**11  # carrying fewer along costs less than dropping them
 
 
 def iterate(step: Callable[[ScaledGame, State], State], game: ScaledGame, state: State, *, max_steps: int) -> State:
-    """Apply step until no row is running; rows that are done are dropped at the next check and cost nothing.
+    """Apply step until no row is running; rows that are done are dropped at the next check.
+
+    So few of them that carrying them along is cheaper than dropping them wait for more.
 
     The first field of the state is the bool [B] `running`; every field has one entry a row. A step must leave
     rows that are not running as they are, and treat every row by itself: then a row's result does not depend on
@@ -32,7 +35,8 @@ def iterate(step: Callable[[ScaledGame, State], State], game: ScaledGame, state:
     for count in range(max_steps):
         if count % steps_a_check == 0:
             running = state[0].nonzero()[:, 0]
-            if running.shape[0] < order_B.shape[0]:
+            num_done = order_B.shape[0] - running.shape[0]
+            if num_done and (running.shape[0] == 0 or num_done * game.values[0].numel() >= _NUMBERS_WORTH_DROPPING):
                 _put(result, order_B, state)
                 game, order_B = game.rows(running), order_B[running]
                 state = _rows(state, running)

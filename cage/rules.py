@@ -5,7 +5,7 @@ Every rule takes the same game; a decoder can switch between them. Shapes: B row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
@@ -56,8 +56,8 @@ def linear(game: Game, weights: Tensor | None = None) -> Decision:
     """Tilt the base by the sum of all values: softmax(log pi0 + sum_j v_j / tau)."""
     measures = measure(game)
     logits_BV = log_base(game, measures, _ALL)
-    for j in range(game.num_principals):
-        logits_BV = logits_BV.add_(_tilt(game, measures, j))
+    for tilt_BV in _tilts(game, measures):
+        logits_BV = logits_BV.add_(tilt_BV)
     return _closed_form(logits_BV, measures.finite)
 
 
@@ -71,9 +71,9 @@ def mixture(game: Game, weights: Tensor | None = None) -> Decision:
     weights_BJ = _checked_weights(game, weights)
     base_BV = log_base(game, measures, _ALL)
     mix_BV = torch.full_like(base_BV, -torch.inf)
-    for j in range(game.num_principals):
-        weight_B1 = weights_BJ[:, j, None]
-        tilt_BV = (_tilt(game, measures, j) / weight_B1).clamp_min_(LOWEST_VALUE).nan_to_num_(0.0)
+    for tilt_BV, weight_B in zip(_tilts(game, measures), weights_BJ.unbind(1), strict=True):
+        weight_B1 = weight_B[:, None]
+        tilt_BV = (tilt_BV / weight_B1).clamp_min_(LOWEST_VALUE).nan_to_num_(0.0)
         mix_BV = torch.logaddexp(mix_BV, torch.log_softmax(base_BV + tilt_BV, -1) + weight_B1.log())
     nobody_B1 = (weights_BJ == 0.0).all(1, keepdim=True)
     return _closed_form(torch.where(nobody_B1, base_BV, mix_BV), measures.finite)
@@ -120,10 +120,12 @@ class Equilibrium:
         )
 
 
-def _tilt(game: Game, measures: Measures, principal: int) -> Tensor:
-    """Return (v_j - max v_j) / tau, [B, V]."""
-    at_best_B = torch.zeros_like(measures.temperature)
-    return excess(game, measures, _ALL, principal, at_best_B).div_(measures.temperature[:, None])
+def _tilts(game: Game, measures: Measures) -> Iterator[Tensor]:
+    """Return (v_j - max v_j) / tau [B, V] of one principal after another."""
+    at_best_B1 = torch.zeros_like(measures.temperature)[:, None]
+    for j in range(game.num_principals):
+        tilt_B1V = excess(game, measures, _ALL, at_best_B1, slice(j, j + 1))
+        yield tilt_B1V[:, 0].div_(measures.temperature[:, None])
 
 
 def _checked_weights(game: Game, weights: Tensor | None) -> Tensor:

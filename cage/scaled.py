@@ -13,7 +13,8 @@ from torch import Tensor
 from cage.game import Game
 
 LOWEST_VALUE = -1e30  # keeps products with probabilities finite in float32
-_NUMBERS_A_BLOCK = {"cpu": 2**18, "cuda": 2**24}  # a CPU's caches; a GPU's memory
+_ALL = slice(None)
+_NUMBERS_A_BLOCK = {"cpu": 2**19, "cuda": 2**24}  # a CPU's caches; a GPU's memory
 _NUMBERS_A_BLOCK_ELSEWHERE = 2**20
 
 
@@ -66,15 +67,16 @@ class Measures:
 def measure(game: Game) -> Measures:
     """Read the game once, in blocks of rows."""
     blocks = [_measure_block(game, rows) for rows in row_blocks(game)]
-    log_norm_B, best_BJ, mean_BJ, finite_B, plain_B = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    parts = blocks[0] if len(blocks) == 1 else [torch.cat(tensors) for tensors in zip(*blocks, strict=True)]
+    log_norm_B, best_BJ, mean_BJ, finite_B, plain_B = parts
     return Measures(log_norm_B, best_BJ, mean_BJ, game.row_temperatures, finite_B, bool(plain_B.all()))
 
 
 def row_blocks(game: Game, num_rows: int | None = None) -> list[slice]:
-    """Return slices of num_rows rows, or all, whose [rows, V] temporaries are small; at least one, to be joined."""
+    """Return slices of num_rows rows, or all, with small [rows, J, V] temporaries; at least one, to be joined."""
     num_rows = game.num_rows if num_rows is None else num_rows
     limit = _NUMBERS_A_BLOCK.get(game.values.device.type, _NUMBERS_A_BLOCK_ELSEWHERE)
-    size = max(1, limit // game.num_tokens)
+    size = max(1, limit // (max(1, game.num_principals) * game.num_tokens))
     return [slice(start, start + size) for start in range(0, max(1, num_rows), size)]
 
 
@@ -91,19 +93,25 @@ def log_base(game: Game, measures: Measures, rows: slice | Tensor) -> Tensor:
     return base_RV if measures.plain else torch.where(measures.finite[rows, None], base_RV, 0.0)
 
 
-def excess(game: Game, measures: Measures, rows: slice | Tensor, principal: int, scaled_R: Tensor) -> Tensor:
-    """Return v - c [R, V] in the caller's unit, at scaled thresholds; 0 where a token or row does not count."""
-    best_R, temperature_R = measures.best[rows, principal], measures.temperature[rows]
-    values_RV = select(game.values[:, principal], rows)
-    excess_RV = values_RV - best_R[:, None]  # first, so that a large offset costs no digits
+def excess(
+    game: Game,
+    measures: Measures,
+    rows: slice | Tensor,
+    scaled_RJ: Tensor,
+    principals: slice = _ALL,
+) -> Tensor:
+    """Return v - c [R, J, V] in the caller's unit, at scaled thresholds; 0 where a token or row does not count."""
+    best_RJ, temperature_R1 = measures.best[rows, principals], measures.temperature[rows, None]
+    values_RJV = select(game.values[:, principals], rows)
+    excess_RJV = values_RJV - best_RJ[..., None]  # first, so that a large offset costs no digits
     if not measures.plain:
-        lowest_R = (LOWEST_VALUE * temperature_R).clamp_min(torch.finfo(best_R.dtype).min)
-        excess_RV = excess_RV.clamp_min_(lowest_R[:, None])
-    excess_RV = excess_RV.sub_((scaled_R * temperature_R)[:, None])
-    return excess_RV if measures.plain else torch.where(_counts(game, measures, rows), excess_RV, 0.0)
+        lowest_R1 = (LOWEST_VALUE * temperature_R1).clamp_min(torch.finfo(best_RJ.dtype).min)
+        excess_RJV = excess_RJV.clamp_min_(lowest_R1[..., None])
+    excess_RJV = excess_RJV.sub_((scaled_RJ * temperature_R1)[..., None])
+    return excess_RJV if measures.plain else torch.where(_counts(game, measures, rows)[:, None], excess_RJV, 0.0)
 
 
-def scale(game: Game, measures: Measures, rows: slice | Tensor = slice(None)) -> ScaledGame:
+def scale(game: Game, measures: Measures, rows: slice | Tensor = _ALL) -> ScaledGame:
     """Return some rows of a game in natural units, every token kept."""
     base_RV = log_base(game, measures, rows)
     values_RJV = select(game.values, rows) - measures.best[rows, :, None]
@@ -119,32 +127,29 @@ def _counts(game: Game, measures: Measures, rows: slice | Tensor) -> Tensor:
 
 
 def _measure_block(game: Game, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    base_RV = game.base_logprobs[rows]
+    base_RV, values_RJV = game.base_logprobs[rows], game.values[rows]
+    weights_RV = torch.softmax(base_RV, 1)
     highest_R1 = base_RV.amax(1, keepdim=True)
-    weights_RV = (base_RV - highest_R1).exp_()
-    total_R = weights_RV.sum(1)
     plain_R = base_RV.amin(1) > -torch.inf
     undrawable_RV = None if bool(plain_R.all()) else base_RV == -torch.inf
-    finite_R = torch.isfinite(total_R)
-    best, mean = [], []
-    for j in range(game.num_principals):
-        values_RV = game.values[rows, j]
-        high_R, low_R, mean_R = _spread(values_RV, weights_RV, undrawable_RV)
-        finite_R = finite_R & torch.isfinite(high_R) & torch.isfinite(low_R)
-        plain_R = plain_R & ((low_R - high_R) / game.row_temperatures[rows] > LOWEST_VALUE)
-        best.append(high_R)
-        mean.append(mean_R / total_R)
-    best_RJ, mean_RJ = (torch.stack(parts, 1) if parts else game.values[rows, :, 0] for parts in (best, mean))
-    log_norm_R = torch.where(finite_R, highest_R1[:, 0] + total_R.log(), 0.0)
-    best_RJ = torch.where(finite_R[:, None], best_RJ, 0.0)
-    mean_RJ = torch.where(finite_R[:, None], mean_RJ, 0.0)
-    return log_norm_R, best_RJ, mean_RJ, finite_R, plain_R & finite_R
+    best_RJ, lowest_RJ, mean_RJ = _spread(values_RJV, weights_RV, undrawable_RV)
+    finite_R1 = torch.isfinite(highest_R1) & ((best_RJ < torch.inf) & (lowest_RJ > -torch.inf)).all(1, keepdim=True)
+    narrow_RJ = (lowest_RJ - best_RJ) / game.row_temperatures[rows, None] > LOWEST_VALUE
+    log_norm_R1 = highest_R1 - weights_RV.amax(1, keepdim=True).log()
+    plain_R = plain_R & finite_R1[:, 0] & narrow_RJ.all(1)
+    if not bool(finite_R1.all()):
+        log_norm_R1, best_RJ, mean_RJ = (
+            torch.where(finite_R1, part, 0.0) for part in (log_norm_R1, best_RJ, mean_RJ)
+        )
+    return log_norm_R1[:, 0], best_RJ, mean_RJ, finite_R1[:, 0], plain_R
 
 
-def _spread(values_RV: Tensor, weights_RV: Tensor, undrawable_RV: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the highest, the lowest and the weighted sum of the drawable values, each [R]."""
+def _spread(values_RJV: Tensor, weights_RV: Tensor, undrawable_RV: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the highest, the lowest and the weighted sum of the drawable values, each [R, J]."""
+    weights_R1V = weights_RV[:, None]
     if undrawable_RV is None:
-        return values_RV.amax(1), values_RV.amin(1), (values_RV * weights_RV).sum(1)
-    high_R = values_RV.masked_fill(undrawable_RV, -torch.inf).amax(1)
-    low_R = values_RV.masked_fill(undrawable_RV, torch.inf).amin(1)
-    return high_R, low_R, (values_RV.masked_fill(undrawable_RV, 0.0) * weights_RV).sum(1)
+        return values_RJV.amax(2), values_RJV.amin(2), (values_RJV * weights_R1V).sum(2)
+    undrawable_R1V = undrawable_RV[:, None]
+    high_RJ = values_RJV.masked_fill(undrawable_R1V, -torch.inf).amax(2)
+    low_RJ = values_RJV.masked_fill(undrawable_R1V, torch.inf).amin(2)
+    return high_RJ, low_RJ, (values_RJV.masked_fill(undrawable_R1V, 0.0) * weights_R1V).sum(2)

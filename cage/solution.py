@@ -46,6 +46,8 @@ class Solution:
 
     def of(self, game: Game) -> Solution:
         """Return this solution as that of the same game in the caller's type."""
+        if game is self.game:
+            return self
         parts = {name: getattr(self, name).to(game.values) for name in _NUMBERS}
         return replace(self, game=game, **parts)
 
@@ -107,32 +109,21 @@ class Draft:
 
     def _write_block(self, rows: slice | Tensor, thresholds_RJ: Tensor) -> None:
         price_R1 = self.measures.temperature[rows, None].reciprocal()
+        excess_RJV = excess(self.game, self.measures, rows, thresholds_RJ)
+        paid_RJV = excess_RJV.clamp_min(0.0)
         logits_RV = log_base(self.game, self.measures, rows)
-        excesses = [
-            excess(self.game, self.measures, rows, j, thresholds_RJ[:, j]) for j in range(self.game.num_principals)
-        ]
-        for excess_RV in excesses:
-            logits_RV = logits_RV.addcmul_(excess_RV.clamp_min(0.0), price_R1)
+        for paid_RV in paid_RJV.unbind(1):
+            logits_RV = logits_RV.addcmul_(paid_RV, price_R1)
         logits_RV = logits_RV.sub_(logits_RV.amax(1, keepdim=True))
-        policy_RV = logits_RV.exp()
-        total_R1 = policy_RV.sum(1, keepdim=True)
-        policy_RV = policy_RV.div_(total_R1)
-        logits_RV = logits_RV.sub_(total_R1.log())
-        if isinstance(rows, slice):
-            self.log_policy[rows] = logits_RV
-        else:
-            self.log_policy.index_copy_(0, rows, logits_RV)
+        weights_RV = logits_RV.exp()
+        total_R1 = weights_RV.sum(1, keepdim=True)
+        burden_RJV = torch.sub(paid_RJV, excess_RJV, out=paid_RJV).mul_(weights_RV[:, None])
+        self.slack[rows] = burden_RJV.sum(2).mul_(price_R1 / total_R1)
         self.thresholds[rows] = thresholds_RJ
-        for j, excess_RV in enumerate(excesses):
-            shortfall_R = excess_RV.clamp_max_(0.0).mul_(policy_RV).sum(1)
-            self.slack[rows, j] = -shortfall_R * price_R1[:, 0]
-
-
-def answer(game: Game, measures: Measures, thresholds_BJ: Tensor, num_steps_B: Tensor, tol: float) -> Solution:
-    """Recompute everything a Solution reports from its scaled thresholds."""
-    draft = Draft(game, measures)
-    draft.write(thresholds_BJ)
-    return draft.solution(num_steps_B, tol)
+        if isinstance(rows, slice):
+            torch.sub(logits_RV, total_R1.log(), out=self.log_policy[rows])
+        else:
+            self.log_policy.index_copy_(0, rows, logits_RV.sub_(total_R1.log()))
 
 
 def join(game: Game, solutions: Sequence[Solution]) -> Solution:

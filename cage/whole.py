@@ -13,17 +13,19 @@ from torch import Tensor
 
 from cage.game import Game
 from cage.scaled import ScaledGame, measure, scale
-from cage.solution import Solution, answer, join
+from cage.solution import Draft, Solution, join
 
 Find = Callable[[ScaledGame], tuple[Tensor, Tensor]]
+Finish = Callable[[ScaledGame, Tensor], tuple[Tensor, Tensor]]
 
-_NUMBERS_A_BATCH = {"cpu": 2**20, "cuda": 2**25}
+_NEARLY = 0.1  # a residual from which a last step that missed can be told from a method that did not arrive
+_NUMBERS_A_BATCH = {"cpu": 2**17, "cuda": 2**25}
 _NUMBERS_A_BATCH_ELSEWHERE = 2**22
 
 
-def solve_whole(game: Game, find: Find, *, tol: float) -> Solution:
-    """Return what find finds, recomputed from its thresholds."""
-    solutions = [_solve_batch(batch, find, tol).of(part) for part, batch in in_batches(game)]
+def solve_whole(game: Game, find: Find, *, tol: float, finish: Finish | None = None, max_steps: int = 0) -> Solution:
+    """Return what find finds, recomputed from its thresholds; rows that are not there yet are finished from there."""
+    solutions = [_solve_batch(batch, find, tol, finish, max_steps).of(part) for part, batch in in_batches(game)]
     return solutions[0] if len(solutions) == 1 else join(game, solutions)
 
 
@@ -48,7 +50,15 @@ def _widened(game: Game) -> Game:
     return Game(game.base_logprobs.double(), game.values.double(), game.agent_temperature)
 
 
-def _solve_batch(game: Game, find: Find, tol: float) -> Solution:
+def _solve_batch(game: Game, find: Find, tol: float, finish: Finish | None, max_steps: int) -> Solution:
     measures = measure(game)
-    thresholds_BJ, num_steps_B = find(scale(game, measures))
-    return answer(game, measures, thresholds_BJ, num_steps_B, tol)
+    scaled = scale(game, measures)
+    thresholds_BJ, num_steps_B = find(scaled)
+    draft = Draft(game, measures)
+    draft.write(thresholds_BJ)
+    late = ((draft.residual > tol) & (draft.residual < _NEARLY) & (num_steps_B < max_steps)).nonzero()[:, 0]
+    if finish is not None and late.shape[0] > 0:
+        found_RJ, more_R = finish(scaled.rows(late), thresholds_BJ[late])
+        draft.write(found_RJ, late)
+        num_steps_B = num_steps_B.index_add(0, late, more_R)
+    return draft.solution(num_steps_B, tol)

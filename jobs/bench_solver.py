@@ -6,6 +6,8 @@ A benchmark, no test: it says what was measured on this machine.
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -16,11 +18,11 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import cage
 from cage.examples import kinds, random_games
+from jobs.bench_memory import measure_memory
+from jobs.bench_tables import print_table
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -31,22 +33,16 @@ METHODS: dict[str, Any] = {
     "gauss-seidel": cage.GaussSeidel(),
 }
 SHAPES = ((1, 2, 50), (32, 2, 50), (256, 2, 50), (2048, 2, 50), (32, 1, 50), (32, 4, 50), (32, 8, 50), (32, 2, 1000))
-FULL_SHAPES = ((1, 2, 49_152), (16, 2, 49_152), (32, 2, 49_152), (16, 4, 49_152), (16, 2, 151_936))
+DECODING_SHAPE = (16, 2, 49_152)  # SmolLM2's vocabulary, beside a decode step of as many rows
+# what doubles from line to line: rows, then tokens, then principals
+GROWING_SHAPES = (
+    *((rows, 2, 49_152) for rows in (4, 8, 16, 32, 64)),
+    *((16, 2, tokens) for tokens in (12_288, 24_576, 98_304, 151_936)),
+    *((16, principals, 49_152) for principals in (1, 4, 8)),
+)
 SWEPT_ROWS = 32  # the sweeping methods are timed up to this many rows; their slowest row decides, and it is slow
 SCALES = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the values, in agent temperatures
-BENCH_SCALE, FULL_SCALES = 3.0, (1.0, 3.0)
-HEADINGS = {
-    "principals": "J",
-    "games_a_second": "games/s",
-    "times_published": "x published",
-    "median_steps": "steps",
-    "ms_a_game": "ms/game",
-    "median_total_variation": "TV to equilibrium",
-    "worst_total_variation": "worst TV",
-    "median_deviation_gain": "gain left",
-    "worst_deviation_gain": "worst gain",
-    "worst_deviation_gain_of_newton": "worst gain of newton",
-}
+BENCH_SCALE, FULL_SCALES, GROWING_SCALE = 3.0, (1.0, 3.0), 1.0
 PUBLISHED_SWEEPS, PUBLISHED_ITERATIONS = 5, 8
 
 
@@ -73,18 +69,24 @@ def run(*, quick: bool = False, games_a_cell: int = 0, threads: int = 1) -> dict
         (name, shape) for shape in shapes for name in METHODS if name == "threshold newton" or shape[0] <= SWEPT_ROWS
     ]
     speeds = [measure_speed(name, shape, repetitions, published) for name, shape in runs]
-    full_shapes = FULL_SHAPES[1:2] if quick else FULL_SHAPES
-    full = [
-        measure_full_vocabulary(shape, scale, repetitions) for shape in full_shapes for scale in (1.0, BENCH_SCALE)
-    ]
+    full = [measure_full_vocabulary(DECODING_SHAPE, scale, repetitions) for scale in FULL_SCALES]
+    growing = () if quick else GROWING_SHAPES
+    full += [measure_full_vocabulary(shape, GROWING_SCALE, repetitions) for shape in growing]
     return {
-        "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
         "threads": threads,
         "value_scale": BENCH_SCALE,
         "published": published,
         "speeds": speeds,
         "full_vocabulary": full,
-        "decode_step_ms": None if quick else measure_decode_step(num_rows=16),
+        "decode_step_ms": None if quick else measure_decode_step(num_rows=DECODING_SHAPE[0]),
+        "decode_shape": _shape_row(DECODING_SHAPE),
+        "memory": None if quick else measure_memory(),
         "sweep": sweep_cells(games_a_cell) if games_a_cell else [],
     }
 
@@ -112,6 +114,7 @@ def measure_full_vocabulary(shape: tuple[int, int, int], scale: float, repetitio
     return _shape_row(shape) | {
         "value_scale": scale,
         "ms": seconds * 1e3,
+        "ns_a_number": seconds * 1e9 / math.prod(shape),
         "median_steps": solution.num_steps.double().median().item(),
         "worst_residual": solution.residual.max().item(),
         "converged": (solution.status == cage.Status.CONVERGED).double().mean().item(),
@@ -236,37 +239,6 @@ def _timed(call: Callable[[], T], repetitions: int) -> tuple[float, T]:
 
 def _shape_row(shape: tuple[int, int, int]) -> Row:
     return dict(zip(("rows", "principals", "tokens"), shape, strict=True))
-
-
-def print_table(measured: dict[str, Any]) -> None:
-    """Print measurements for a person."""
-    console = Console()
-    console.width = max(console.width, 118)  # a table that wraps its numbers cannot be read, or parsed
-    _print_rows(
-        console, "The published numerics (L-BFGS-B Jacobi, one core, one game after another)", [measured["published"]]
-    )
-    _print_rows(console, f"Arm-like games in float64, {measured['threads']} thread(s)", measured["speeds"])
-    _print_rows(console, "Whole vocabularies in float32", measured["full_vocabulary"])
-    if measured["decode_step_ms"] is not None:
-        console.print(f"One decode step of SmolLM2-135M's shape, 16 rows: {measured['decode_step_ms']:.0f} ms\n")
-    if measured["sweep"]:
-        _print_rows(console, "Games of every kind, values of 0.1 to 100 agent temperatures", measured["sweep"])
-
-
-def _print_rows(console: Console, title: str, rows: list[Row]) -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in rows[0]:
-        table.add_column(HEADINGS.get(name, name.replace("_", " ")), justify="right", no_wrap=name == "method")
-    for row in rows:
-        table.add_row(*(_number(value) for value in row.values()))
-    console.print(table)
-    console.print()
-
-
-def _number(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

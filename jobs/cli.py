@@ -96,6 +96,7 @@ def evaluate(
     seed: Seed = None,
     model: Model = None,
     print_config: PrintConfig = False,
+    new_run: NewRun = False,
     verbose: Verbose = False,
 ) -> None:
     """Compare rules: answer every prompt by a grid of them, judge the answers, write metrics.json.
@@ -105,7 +106,7 @@ def evaluate(
     from jobs.evaluate import run_evaluate
 
     flags = {"input.limit": limit, "decoding.seed": seed, "base.model": model}
-    run_evaluate(config, _merge(overrides, flags), print_config=print_config, is_verbose=verbose)
+    run_evaluate(config, _merge(overrides, flags), print_config=print_config, is_new_run=new_run, is_verbose=verbose)
 
 
 @app.command()

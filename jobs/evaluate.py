@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from pipeline.evaluate import Evaluation
 
 
-def run_evaluate(config_file: Path, overrides: list[str], *, print_config: bool, is_verbose: bool) -> None:
+def run_evaluate(
+    config_file: Path, overrides: list[str], *, print_config: bool, is_new_run: bool = False, is_verbose: bool
+) -> None:
     """Read the configuration, run the evaluation to its end, and say what it found."""
     config = load_as(EvaluateConfig, config_file, overrides)
     if print_config:
@@ -23,13 +25,16 @@ def run_evaluate(config_file: Path, overrides: list[str], *, print_config: bool,
         return
     from pipeline.evaluate import evaluate
     from pipeline.models.embedded import default_cache_folder
+    from pipeline.reporting.page import REPORT, write_report
 
     cache_folder = default_cache_folder(os.environ)
     # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
     with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
-        evaluation = evaluate(config, cache_folder, out, is_verbose=is_verbose)
+        evaluation = evaluate(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=is_new_run)
     if not evaluation.was_run:
         print("nothing to do: the evaluation is complete")
+    if evaluation.was_run or not evaluation.run.store.names(REPORT):
+        write_report(evaluation.run)
     print(describe_evaluation(evaluation))
 
 
@@ -52,6 +57,7 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         f"  answers   {path}/part-*.parquet",
         f"  scores    {path}/scores/part-*.parquet",
         f"  metrics   {path}/metrics.json",
+        f"  report    {path}/report.html",
     ]
     return "\n".join(lines)
 

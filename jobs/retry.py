@@ -41,7 +41,8 @@ def retry_config(path: str, overrides: list[str]) -> Config:
         raise ConfigurationError(f"{path} has no rejected row that can be tried again")
     target = open_store(f"{run.store.path.rstrip('/')}-retry")
     target.create(INPUT, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-    tree: dict[str, Any] = json.loads(json.dumps(run.plan.config))
+    config = {name: run.plan.config[name] for name in Config.model_fields}  # what other jobs add decodes nothing
+    tree: dict[str, Any] = json.loads(json.dumps(config))
     tree["input"] = {"path": target.url(INPUT), "id": "id", "messages": "messages"}
     if run.plan.principal_names and not tree["grid"]["weights"]:
         tree["input"]["weights"] = "weights"

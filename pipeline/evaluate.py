@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from pipeline.config import Transport
 from pipeline.evaluation import summary
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.equal_kl import weighted_scores
 from pipeline.evaluation.landscape import survey
 from pipeline.evaluation.measurements import measure, tokens_per_second
 from pipeline.evaluation.metrics import check_hypervolume
@@ -23,6 +24,7 @@ from pipeline.relabel import relabel
 from pipeline.storage.run import Run
 
 METRICS = "metrics.json"
+VERSION = 1  # raise it when metrics.json is made in another way
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,18 @@ class Evaluation:
     was_run: bool
 
 
-def evaluate(config: EvaluateConfig, cache_folder: Path, out: TextIO, *, is_verbose: bool = False) -> Evaluation:
-    """Start or continue an evaluation and bring it to its end.
+def evaluate(
+    config: EvaluateConfig,
+    cache_folder: Path,
+    out: TextIO,
+    *,
+    is_verbose: bool = False,
+    may_begin_beside: bool = False,
+) -> Evaluation:
+    """Start or continue an evaluation and bring it to its end; `may_begin_beside` as in `relabel`.
 
     Raises:
+        RunMismatch: `output.path` holds a run that answers otherwise.
         ConfigurationError: a judge or a model cannot be used; nothing was decoded.
         CageError: decoding or judging failed for good; what is done is kept.
     """
@@ -45,7 +55,7 @@ def evaluate(config: EvaluateConfig, cache_folder: Path, out: TextIO, *, is_verb
     panel = call_panel(
         config.evaluation.judges, cache_folder, progress=lambda line: print(line, file=out, flush=True)
     )
-    run, was_decoded = relabel(config, cache_folder, out, is_verbose=is_verbose)
+    run, was_decoded = relabel(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside)
     scores = Scores(run, panel)
     num_scored = 0
     for _ in _score(scores, config, is_verbose=is_verbose):
@@ -71,7 +81,8 @@ def compute_metrics(run: Run, scores: Scores, config: EvaluateConfig) -> dict[st
         num_samples=run.plan.num_samples,
     )
     land = survey(data, config.objectives, config.evaluation.reference_point, config.evaluation.bootstrap)
-    differences = summary.differences(land)
+    at_equal_kl = weighted_scores(land)
+    differences = summary.differences(land, at_equal_kl)
     records = run.committed().values()
     return {
         "run": run.plan.digest,
@@ -90,7 +101,7 @@ def compute_metrics(run: Run, scores: Scores, config: EvaluateConfig) -> dict[st
         "tokens_per_second": tokens_per_second(records),
         "reading": reading(differences, land.confidence),
         "notes": notes(config, scores.panel, run.plan.models, land),
-        "rules": summary.by_rule(land),
+        "rules": summary.by_rule(land, at_equal_kl),
         "by_temperature": summary.by_temperature(land),
         "differences": differences,
         "equal_kl": summary.equal_kl(land),
@@ -133,7 +144,7 @@ def _describe_judges(config: EvaluateConfig, panel: Panel, run: Run) -> dict[str
 def _digest(run: Run, panel: Panel, config: EvaluateConfig) -> str:
     """Of everything that decides metrics.json."""
     settings = config.evaluation.model_dump(mode="json", exclude={"judges"})
-    text = json.dumps([run.plan.digest, panel.digest, settings, config.objectives], sort_keys=True)
+    text = json.dumps([VERSION, run.plan.digest, panel.digest, settings, config.objectives], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -28,8 +28,8 @@ from pipeline.relabel import relabel
 
 FORK = multiprocessing.get_context("fork")  # a driver then starts in milliseconds instead of the imports' seconds
 NUM_ROWS = 14
-PATIENCE_S = 400.0
-STALL_S = 150.0  # less than the patience: a run that stands still says why before it is given up
+PATIENCE_S = 1200.0
+STALL_S = 600.0  # less than the patience: a run that stands still says why before it is given up
 FAILED = 1
 
 KILLED_BY_POINT = {

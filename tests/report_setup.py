@@ -130,6 +130,8 @@ def metrics_of(run: Run) -> dict[str, Any]:
             "kl_per_token": index / 10,
             "num_tokens": 20.0,
             "worst_principal": -1.0,
+            "scores": {"words": 10.0 + index},
+            "score_intervals": {"words": [9.0 + index, 11.0 + index]},
         }
         points.append(point)
     rules = list(dict.fromkeys(point["rule"] for point in points))
@@ -137,7 +139,18 @@ def metrics_of(run: Run) -> dict[str, Any]:
         "reference_point": {"vader": -1.5, ATTACK: -1.25},
         "objectives": names,
         "points": points,
-        "rules": {rule: {"hypervolume": 1.5 + at, "mip": 0.25} for at, rule in enumerate(rules)},
+        "rules": {
+            rule: {"hypervolume": 1.5 + at, "hypervolume_interval": [1.25, 9.75]} for at, rule in enumerate(rules)
+        },
+        "differences": [
+            {"rule": "equilibrium", "against": against, "metric": metric, "agent_temperature": temperature}
+            | {"difference": -0.25, "interval": [-0.5, 0.125]}
+            for against in ("linear", "base")
+            for metric in ("hypervolume", ATTACK)
+            for temperature in (0.1, 0.5, None)
+        ],
+        "reading": [f"by hypervolume nothing is told apart {ATTACK}"],
+        "normalised_from": {"vader": [0.0, 1.0]},
         "by_temperature": [
             {"rule": rule, "agent_temperature": 0.1, "hypervolume": 2.0, "mip": 0.5} for rule in rules
         ],
@@ -149,6 +162,6 @@ def metrics_of(run: Run) -> dict[str, Any]:
             {"rule": "equilibrium", "against": "linear", "objective": ATTACK, "wins": 3, "ties": 1, "losses": 2}
         ],
         "notes": [f"a note {ATTACK}"],
-        "judges": {"vader": {"kind": "vader", "why": ATTACK}},
+        "judges": {"vader": {"kind": "vader", "why": ATTACK, "measures": [ATTACK]}},
         "bootstrap": {"resamples": 100, "level": 0.95},
     }

@@ -153,7 +153,7 @@ def test_where_the_path_turns_back_it_is_followed_round():
     _, smooth = careful_path(game, num_points=80)
     turned = (~smooth).nonzero()[:, 0]
     assert turned.shape[0] > 0
-    found, _ = follow_path(scaled.rows(turned), aim=1e-10, max_steps=4000)
+    found, _ = follow_path(scaled.rows(turned), enough=1e-6, max_steps=4000)
     response = respond(scaled.rows(turned), found)
     assert response.log_residual.abs().max() < 1e-9
     assert (torch.linalg.det(response.jacobian) > 0).all()

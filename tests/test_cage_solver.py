@@ -6,6 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cage
 from cage.examples import kinds, random_games
+from cage.newton import find_thresholds
+from cage.response import newton, respond
+from cage.scaled import measure, scale
+from cage.solution import Draft
 
 SCALES = (0.1, 3.0, 100.0)
 SHAPES = [(1, 2), (2, 2), (8, 2), (2, 50), (3, 50), (8, 50), (2, 1000), (4, 1000)]
@@ -101,6 +105,36 @@ def test_a_tolerance_is_kept(tol):
     assert cage.ThresholdNewton(tol=tol).solve(game).residual.max() <= tol
 
 
+def test_a_last_step_across_a_corner_is_noticed_and_finished():
+    """The last step is taken unseen; where a token changed sides in it, the answer's residual says so."""
+    game = random_games("arm-like", num_rows=256, num_principals=2, num_tokens=50, value_scale=3.0)
+    measures = measure(game)
+    thresholds, num_steps = find_thresholds(scale(game, measures), aim=5e-10, max_steps=2000)
+    draft = Draft(game, measures)
+    draft.write(thresholds)
+    late = draft.residual > 1e-9
+    assert 0 < late.sum() < 10
+    solution = cage.solve(game)
+    assert solution.residual.max() <= 1e-9
+    assert torch.equal(solution.num_steps > num_steps, late)
+
+
+@pytest.mark.parametrize("num_principals", [1, 2])
+@pytest.mark.parametrize("value_scale", [0.5, 3.0, 30.0])
+def test_the_short_forms_of_a_newton_step_are_the_general_one(num_principals, value_scale):
+    game = random_games(
+        "arm-like", num_rows=40, num_principals=num_principals, num_tokens=30, value_scale=value_scale
+    )
+    scaled = scale(game, measure(game))
+    share = torch.rand(40, num_principals, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at = 0.3 * share * scaled.values.amin(-1)
+    response = respond(scaled, at)
+    log_residual, step = newton(scaled, at)
+    assert torch.allclose(log_residual, response.log_residual)
+    expected = torch.linalg.solve(response.jacobian, -response.log_residual)
+    assert torch.allclose(step, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("num_principals", [1, 2, 3])
 def test_the_three_methods_agree(num_principals):
     game = random_games("arm-like", num_rows=40, num_principals=num_principals, num_tokens=30, value_scale=1.0)
@@ -140,19 +174,18 @@ class NoReadingBack(TorchDispatchMode):
 @pytest.mark.parametrize("num_principals", [1, 2, 4])
 def test_a_step_reads_nothing_back_from_the_device(num_principals):
     from cage import continuation, maximin, newton
-    from cage.scaled import measure, scale
 
     game = random_games("arm-like", num_rows=6, num_principals=num_principals, num_tokens=20, value_scale=3.0)
     scaled = scale(game, measure(game))
     start = scaled.values[..., 0]
     ones = start[:, 0]
     with NoReadingBack():
-        straight = newton._Straight(ones < 1, ones.int(), start, ones, ones, ones, start, start, ones, start)
+        straight = newton._Straight(ones < 1, ones.int(), start, start, start)
         for _ in range(3):
-            straight = newton._step(scaled, straight, aim=1e-9)
+            straight = newton._step(scaled, straight, enough=1e-9)
         walk = continuation._set_out(scaled)
         for _ in range(3):
-            walk = continuation._step(scaled, walk, aim=1e-9, care=1e-3)
+            walk = continuation._step(scaled, walk, enough=1e-9, care=1e-3)
         interior = maximin._Interior(ones < 1, ones.int(), start, ones, ones, start, ones, ones, start, start)
         for _ in range(3):
             interior = maximin._step(scaled, interior, tol=1e-9)

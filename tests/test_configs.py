@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, Transport
-from pipeline.config_files import load_config
+from jobs.job_files import load_job
+from pipeline.config import Config, RuleName, Transport
 from pipeline.decoding.lineup import build_lineup
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.judge_config import PrincipalJudge, RewardModelJudge
+from pipeline.variants import lay_out
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("**/*.yaml"))
@@ -29,12 +32,13 @@ def num_gpus_of_a_replica(config: Config) -> float:
 def test_there_is_a_configuration_for_each_situation() -> None:
     assert {file.stem for file in FILES} >= {
         "quickstart", "local", "do_not_answer", "weak_to_strong", "lora_adapters", "tuned_pair", "reward_model", "s3",
+        "evaluate",
     }  # fmt: skip
 
 
 @every_config
 def test_a_configuration_loads_and_says_what_it_is_for(file: Path) -> None:
-    load_config(file)
+    load_job(file)
     text = file.read_text(encoding="utf-8")
     assert FIRST_LINE.fullmatch(text.splitlines()[0])
     assert not SECRET.search(text)
@@ -42,7 +46,7 @@ def test_a_configuration_loads_and_says_what_it_is_for(file: Path) -> None:
 
 @every_config
 def test_a_configuration_lays_out_hosts_and_names_every_principal(file: Path) -> None:
-    config = load_config(file)
+    config = load_job(file)
     lineup = build_lineup(config)
     assert [principal.name for principal in lineup.principals] == list(config.principals)
     assert set(lineup.roles) >= {principal.tuned for principal in lineup.principals}
@@ -50,32 +54,43 @@ def test_a_configuration_lays_out_hosts_and_names_every_principal(file: Path) ->
 
 @every_config
 def test_a_configuration_asks_for_the_gpus_that_it_names(file: Path) -> None:
-    config = load_config(file)
+    config = load_job(file)
     named = re.search(r"(\d+) GPUs?\b", file.read_text(encoding="utf-8").splitlines()[0])
     assert num_gpus_of_a_replica(config) * config.cluster.replicas == (int(named[1]) if named else 0)
 
 
 def test_prompted_principals_share_the_bases_host() -> None:
-    assert len(build_lineup(load_config(FOLDER / "quickstart.yaml")).hosts) == 1
+    assert len(build_lineup(load_job(FOLDER / "quickstart.yaml")).hosts) == 1
 
 
 def test_adapters_on_the_base_share_its_host() -> None:
-    [host] = build_lineup(load_config(FOLDER / "lora_adapters.yaml")).hosts
+    [host] = build_lineup(load_job(FOLDER / "lora_adapters.yaml")).hosts
     assert len(host.adapters) == 3
 
 
 def test_reward_models_of_their_own_have_hosts_of_their_own() -> None:
-    assert len(build_lineup(load_config(FOLDER / "weak_to_strong.yaml")).hosts) == 3
-    assert len(build_lineup(load_config(FOLDER / "tuned_pair.yaml")).hosts) == 3
+    assert len(build_lineup(load_job(FOLDER / "weak_to_strong.yaml")).hosts) == 3
+    assert len(build_lineup(load_job(FOLDER / "tuned_pair.yaml")).hosts) == 3
 
 
 def test_one_configuration_needs_no_ray() -> None:
-    assert load_config(FOLDER / "local.yaml").cluster.transport is Transport.LOCAL
+    assert load_job(FOLDER / "local.yaml").cluster.transport is Transport.LOCAL
+
+
+def test_the_evaluation_is_judged_by_what_no_principal_is_told_to_raise() -> None:
+    config = load_job(FOLDER / "evaluate.yaml")
+    assert isinstance(config, EvaluateConfig)
+    judges = [config.evaluation.judges[name] for name in config.objectives.values()]
+    assert not any(isinstance(judge, PrincipalJudge | RewardModelJudge) for judge in judges)
+    assert list(config.objectives) == list(config.principals)
+    assert set(config.grid.rules) == set(RuleName)
+    assert len([variant for variant in lay_out(config) if variant.rule is RuleName.LINEAR]) == 10
+    assert (config.input.limit or 0) >= 40
 
 
 @every_config
 def test_inputs_inside_the_repository_exist(file: Path) -> None:
-    path = load_config(file).input.path
+    path = load_job(file).input.path
     if path.startswith("configs/"):
         assert (FOLDER.parent / path).is_file()
 

@@ -14,6 +14,7 @@ from test_reward_models import save_reward_model
 
 from jobs.evaluate import describe_evaluation, run_evaluate
 from jobs.plan import run_plan
+from jobs.retry import retry_config
 from pipeline.config_files import parse_as
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.evaluate import evaluate
@@ -165,11 +166,12 @@ def test_settings_of_the_comparison_judge_nothing_again(job, tmp_path):
 def test_rejected_prompts_are_left_out_of_every_rule(tiny, tmp_path):
     tree = tree_of(tiny, tmp_path, errors={"budget": "50%"})
     with (tmp_path / "prompts.jsonl").open("a") as file:
-        file.write('{"id": "bad", "prompt": null}\n')
+        file.write(json.dumps({"id": "long", "prompt": "x" * 600}) + "\n")
     metrics = run_tree(tree, tmp_path).metrics
     assert metrics["num_prompts"] == 5
     assert metrics["num_rejected"] == 18
     assert all(point["n"] == 5 for point in metrics["points"])
+    assert retry_config(str(tmp_path / "run"), []).input.path.endswith("rejected.jsonl")
 
 
 def test_a_run_without_a_grid_is_measured_too(tiny, tmp_path):
@@ -204,6 +206,7 @@ def test_the_command_prints_rules_reference_point_and_reading(job, tmp_path, mon
     for words in ("nothing to do", "equilibrium 0.5", "linear all", "reference point of the hypervolume: kind ",
                   "At equal KL to the base, equilibrium is", "no independent judge", "metrics.json"):  # fmt: skip
         assert words in shown
+    assert b"equilibrium" in (tmp_path / "run/report.html").read_bytes()
     run_evaluate(path, ["evaluation.bootstrap.samples=120"], print_config=True, is_verbose=False)
     assert yaml.safe_load(capfd.readouterr().out)["evaluation"]["bootstrap"]["samples"] == 120
     run_plan(path, [])

@@ -14,6 +14,7 @@ from scipy import stats
 from pipeline.config import RuleName
 from pipeline.evaluation import summary
 from pipeline.evaluation.config import BootstrapConfig
+from pipeline.evaluation.equal_kl import weighted_scores
 from pipeline.evaluation.landscape import survey
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.metrics import (
@@ -128,7 +129,7 @@ def two_rules():
 
 
 def test_rules_by_hand():
-    rules = summary.by_rule(two_rules())
+    rules = summary.by_rule(two_rules(), {})
     # means: linear (2, 0), (0, 4); equilibrium (4, 1), (1, 4); base (1, 2): each objective is between 0 and 4
     assert rules["linear"]["mip"] == pytest.approx((0.75 * 0.5 + 0 + 1) / 2)
     assert rules["equilibrium"]["mip"] == pytest.approx((0.75 * 1 + 0.25 * 0.25 + 1) / 2)
@@ -166,7 +167,7 @@ def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():
     land = land_of(variants, {"a": [prompts + 0.1, prompts]}, np.ones((2, 12)))
     [point, _] = summary.points(land)
     assert point["intervals"]["a"][0] < prompts.mean() < point["intervals"]["a"][1]
-    [mip] = [row for row in summary.differences(land) if row["metric"] == "mip"]
+    [mip] = [row for row in summary.differences(land, {}) if row["metric"] == "mip"]
     assert mip["interval"] == pytest.approx([mip["difference"]] * 2)
     assert reading([mip], 0.95) == [
         "By mean inner product, equilibrium is better than linear (+1.000, +1.000 to +1.000) (95% intervals)."
@@ -180,7 +181,9 @@ def test_rules_on_one_curve_are_equal_at_equal_kl_however_far_they_go():
     kl_V = np.array([*kl[EQ], *kl[LINEAR], 0.0])
     noise = np.random.default_rng(1).normal(0, 1, 9)
     land = land_of(variants, {"a": 2 * kl_V[:, None] + noise}, np.repeat(kl_V[:, None], 9, axis=1))
-    differences = {row["metric"]: row for row in summary.differences(land) if row["against"] == "linear"}
+    differences = {
+        row["metric"]: row for row in summary.differences(land, weighted_scores(land)) if row["against"] == "linear"
+    }
     assert differences["mip"]["difference"] < -0.1
     assert differences["equal_kl"]["difference"] == pytest.approx(0, abs=1e-9)
     rows = summary.equal_kl(land)
@@ -191,5 +194,5 @@ def test_rules_on_one_curve_are_equal_at_equal_kl_however_far_they_go():
 def test_the_reference_point_can_be_given():
     variants = [Variant(EQ, 0.1, {"a": 1.0})]
     land = land_of(variants, {"a": [[1.0, 3.0]]}, np.ones((1, 2)), reference={"a": -1.0})
-    assert summary.by_rule(land)["equilibrium"]["hypervolume"] == 3
-    assert summary.by_rule(land)["equilibrium"]["mip"] == 0  # nothing varies
+    assert summary.by_rule(land, {})["equilibrium"]["hypervolume"] == 3
+    assert summary.by_rule(land, {})["equilibrium"]["mip"] == 0  # nothing varies

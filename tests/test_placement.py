@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from decoding_setup import config_of
 
+from pipeline.cluster import board as board_module
 from pipeline.cluster.board import ProgressBoard
 from pipeline.cluster.host_actors import bundle_of
 from pipeline.counts import Counts
@@ -42,6 +43,20 @@ def test_a_replica_that_restarts_finds_its_place_and_a_new_one_takes_the_oldest(
     assert [board.lease("a"), board.lease("b"), board.lease("a")] == [0, 1, 0]
     assert board.lease("c") == 0
     assert board.lease("b") == 1
+
+
+def test_what_replicas_wait_for_is_told_with_their_names(monkeypatch):
+    board = ProgressBoard(2)
+    board.report("old", Counts(), ["an answer"])
+    board.report("one", Counts(), ["an answer of host base to load (3 s)", "the commit of shard 2 (1 s)"])
+    board.report("two", Counts())
+    assert sorted(board.waits()) == [
+        "replica one: an answer of host base to load (3 s)",
+        "replica one: the commit of shard 2 (1 s)",
+        "replica two: a shard",
+    ]
+    monkeypatch.setattr(board_module, "SILENT_S", -1)
+    assert "replica two, last heard 0 s ago: a shard" in board.waits()
 
 
 def test_attempts_are_counted_by_shard_and_progress_is_summed_over_replicas():

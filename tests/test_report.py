@@ -18,6 +18,7 @@ from test_cli import cage
 from jobs.report import run_report
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.reporting.columns import data_files, read_batches
+from pipeline.reporting.comparison import table_of
 from pipeline.reporting.metrics import parse_metrics
 from pipeline.reporting.page import render_report, write_report
 from pipeline.reporting.tally import Tally, tally
@@ -90,7 +91,10 @@ def test_the_same_files_give_the_same_bytes(evaluated, tmp_path):
 
 
 def test_what_comes_from_outside_is_shown_as_text(evaluated, tmp_path):
-    for run, texts in ((make_run(tmp_path), HOSTILE), (evaluated, [f"a note {ATTACK}", f"no answer: {ATTACK}"])):
+    for run, texts in (
+        (make_run(tmp_path), HOSTILE),
+        (evaluated, [f"a note {ATTACK}", f"no answer: {ATTACK}", f"nothing is told apart {ATTACK}"]),
+    ):
         raw = render_report(run)
         page = Page(raw)
         for text in texts:
@@ -200,6 +204,20 @@ def test_metrics_of_any_shape_are_shown_as_far_as_they_go(evaluated, wrong):
     for key in whole["points"][0]:
         (point,) = parse_metrics({"points": [{**whole["points"][0], key: wrong}]}).points
         assert (dict(point.weights) == whole["points"][0]["weights"]) == (key != "weights")
+
+
+def test_tables_put_intervals_below_their_numbers_and_align_decimals():
+    entries = [
+        {"rule": "linear", "mip": 1, "mip_interval": [0.5, 1.75], "none": None, "objectives": {"kind": 0.125}},
+        {"rule": "base", "mip": 0.25, "mip_interval": None, "none": None, "objectives": {"kind": None}},
+    ]
+    table = table_of(entries)
+    assert table["head"] == ["rule", "mip", "kind"]
+    assert [[cell["text"] for cell in row] for row in table["rows"]] == [
+        ["linear", "1.00", "0.125"],
+        ["base", "0.25", "\N{EN DASH}"],
+    ]
+    assert [row[1]["interval"] for row in table["rows"]] == ["0.50 to 1.75", None]
 
 
 def test_a_page_is_made_of_metrics_with_parts_missing(tmp_path):

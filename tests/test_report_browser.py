@@ -58,7 +58,7 @@ def marks(page: Page, chart: str) -> int:
 
 def test_every_chart_is_drawn(page):
     plots = page.locator(".plot").count()
-    assert plots == page.locator(".plot > svg").count() == 12
+    assert plots == page.locator(".plot > svg").count() == 14
     for index in range(plots):
         shapes = page.locator(".plot").nth(index).locator(".mark")
         assert shapes.count() > 0
@@ -71,13 +71,14 @@ def test_rules_objectives_and_temperatures_are_chosen(page):
     page.get_by_role("checkbox", name="linear").uncheck()
     assert marks(page, "#pareto") == 5
     page.select_option("#temperature", "0.5")
-    assert marks(page, "#pareto") == 2
+    assert marks(page, "#pareto") == 3  # two weight vectors of the equilibrium, and the base as ever
+    assert page.locator("#differences .mark").count() == 2  # two metrics, less the rule that is hidden
     before = page.locator("#pareto svg").inner_html()
     page.select_option("#pareto-x", ATTACK)
     assert page.locator("#pareto svg").inner_html() != before
-    assert page.locator("#pareto text.name").first.text_content() == ATTACK
+    assert page.locator("#pareto text.name").first.text_content() == f"{ATTACK} (vader)"
     page.locator("#intervals").check()
-    assert page.locator("#pareto .mark line").count() == 4
+    assert page.locator("#pareto .mark line").count() == 6
 
 
 def test_pointing_at_a_point_tells_its_numbers(page):
@@ -145,7 +146,8 @@ def test_a_script_that_slipped_in_would_be_blocked(browser, address, tmp_path):
 
 
 def test_a_table_is_sorted_by_its_heads(page):
-    head = page.locator("#points th", has_text="vader")
+    head = page.locator("#points thead th:nth-child(5)").first
+    assert head.inner_text() == "vader"
     cells = page.locator("#points tbody tr td:nth-child(5)")
     values = []
     for _ in range(2):

@@ -63,17 +63,25 @@ def objectives_at(land: Landscape, sweep: Sweep, rule: RuleName, sample: int = 0
     return levels_L, interpolate_at(levels_L, land.kl_SV[sample, curve], land.means_SVM[sample, curve])
 
 
-def weighted_scores(land: Landscape, rule: RuleName) -> Floats:
-    """The mean over weight vectors and levels of w . r, [S]; NaN where no level is common to all rules."""
-    scores_S = np.full(len(land.means_SVM), np.nan)
+def weighted_scores(land: Landscape) -> dict[RuleName, Floats]:
+    """By rule the mean over weight vectors and levels of w . r, [S]; NaN where no level is common to all rules.
+
+    Empty where there are no two rules to compare.
+    """
     all_sweeps = sweeps(land)
-    for sample in range(len(scores_S)):
-        found = []
-        for sweep in all_sweeps:
-            reached = objectives_at(land, sweep, rule, sample)
-            if reached is not None:
-                vector_M = land.weights_VM[sweep.by_rule[rule][0]]
-                found.append(float((land.normalised(reached[1]) @ vector_M).mean()))
-        if found:
-            scores_S[sample] = np.mean(found)
-    return scores_S
+    rules = [rule for rule in land.data.rules if all_sweeps and rule is not RuleName.BASE]
+    scores: dict[RuleName, Floats] = {rule: np.full(len(land.means_SVM), np.nan) for rule in rules}
+    for sample in range(len(land.means_SVM)):
+        for rule in rules:
+            found = [_weighted_score(land, sweep, rule, sample) for sweep in all_sweeps]
+            known = [score for score in found if score is not None]
+            if known:
+                scores[rule][sample] = np.mean(known)
+    return scores
+
+
+def _weighted_score(land: Landscape, sweep: Sweep, rule: RuleName, sample: int) -> float | None:
+    reached = objectives_at(land, sweep, rule, sample)
+    if reached is None:
+        return None
+    return float((land.normalised(reached[1]) @ land.weights_VM[sweep.by_rule[rule][0]]).mean())

@@ -16,7 +16,8 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], land:
     """Sentences for the report and the terminal. `models` are the identities of the run's models, by place."""
     found = [
         f"Every mean is over the same {len(land.data.row_ids):,} prompts; intervals are bootstrap intervals over "
-        f"prompts ({land.confidence:.0%}, {config.evaluation.bootstrap.samples:,} samples), differences are paired.",
+        f"prompts ({land.confidence:.0%}, {config.evaluation.bootstrap.samples:,} samples), differences "
+        "are paired and not adjusted for their number.",
         "Reference point of the hypervolume: "
         + ("given" if config.evaluation.reference_point else "the lowest mean of everything compared, less a tenth")
         + (". " if config.evaluation.reference_point else " of the objective's range. ")

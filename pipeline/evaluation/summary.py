@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import RuleName
-from pipeline.evaluation.equal_kl import objectives_at, sweeps, weighted_scores
+from pipeline.evaluation.equal_kl import objectives_at, sweeps
 from pipeline.evaluation.landscape import Landscape
 from pipeline.evaluation.metrics import Floats, gaps, is_monotone, spearman, weighted_means
 
@@ -44,13 +44,12 @@ def points(land: Landscape) -> list[Json]:
     return found
 
 
-def by_rule(land: Landscape) -> dict[str, Json]:
-    """Each rule over all of its agent temperatures and weights."""
+def by_rule(land: Landscape, equal_kl_scores: Mapping[RuleName, Floats]) -> dict[str, Json]:
+    """Each rule over all of its agent temperatures and weights, and at equal KL (see `weighted_scores`)."""
     found = {}
     for rule in land.data.rules:
         entry = _measures(land, land.data.indices(rule))
-        if rule is not RuleName.BASE and sweeps(land):
-            scores_S = weighted_scores(land, rule)
+        if (scores_S := equal_kl_scores.get(rule)) is not None:
             entry["equal_kl"], entry["equal_kl_interval"] = number(scores_S[0]), land.interval(scores_S)
         found[str(rule)] = entry
     return found
@@ -92,7 +91,7 @@ def _measures(land: Landscape, variants: list[int]) -> Json:
     return entry
 
 
-def differences(land: Landscape) -> list[Json]:
+def differences(land: Landscape, equal_kl_scores: Mapping[RuleName, Floats]) -> list[Json]:
     """Each rule less the others, with intervals of the same bootstrap samples: paired by prompt.
 
     At each agent temperature that both have, over all of them, and at equal KL.
@@ -111,8 +110,8 @@ def differences(land: Landscape) -> list[Json]:
             ):
                 samples_S = measure(ours) - measure(theirs)
                 found.append(_difference(land, rule, against, metric, temperature, samples_S))
-        if RuleName.BASE not in (rule, against) and sweeps(land):
-            samples_S = weighted_scores(land, rule) - weighted_scores(land, against)
+        if rule in equal_kl_scores and against in equal_kl_scores:
+            samples_S = equal_kl_scores[rule] - equal_kl_scores[against]
             found.append(_difference(land, rule, against, "equal_kl", None, samples_S))
     return found
 

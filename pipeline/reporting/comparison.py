@@ -5,61 +5,111 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.reporting.metrics import SHOWN_LINES, Interval, Metrics, Point, as_number
+from pipeline.reporting.metrics import SHOWN_LINES, Interval, Metrics, Point, as_interval, as_number
 from pipeline.reporting.text import decimal, plain, visible
 
 MAX_DIGITS = 3
+METRICS = {"mip": "mean inner product", "worst_principal": "the worst principal", "equal_kl": "the score at equal KL"}
 
 
 def describe_metrics(metrics: Metrics, principal_names: Sequence[str]) -> dict[str, Any]:
     """Data for the charts (`data`) and rows for the tables."""
-    temperatures = _column([point.agent_temperature for point in metrics.points[:SHOWN_LINES]])
+    shown = metrics.points[:SHOWN_LINES]
+    temperatures = _column([point.agent_temperature for point in shown], [None] * len(shown))
+    points = [
+        {**_point_row(point, metrics), "temperature": at} for point, at in zip(shown, temperatures, strict=True)
+    ]
     return {
         "data": {
             "objectives": metrics.objectives,
+            "judges": metrics.judge_names,
+            "labels": _labels(metrics),
             "reference": metrics.reference_point,
             "points": [_point_data(point) for point in metrics.points],
             "control": _control_pairs(metrics, principal_names),
+            "differences": [_difference_data(each) for each in metrics.differences],
         },
-        "objectives": [visible(name) for name in metrics.objectives],
+        "columns": [visible(name) for name in (*_labels(metrics).values(), *metrics.judge_names)],
         "reference": [(visible(name), value) for name, value in metrics.reference_point.items()],
-        "points": [
-            {**_point_row(point, metrics.objectives), "temperature": temperature}
-            for point, temperature in zip(metrics.points, temperatures, strict=False)
-        ],
+        "normalised_from": [(visible(name), plain(ends)) for name, ends in metrics.normalised_from.items()],
+        "points": points,
         "num_points": len(metrics.points),
-        "rules": _rule_rows(metrics),
+        "rules": table_of([{"rule": rule, **values} for rule, values in metrics.rules.items()]),
         "wins": [_win_row(each) for each in metrics.win_rates[:SHOWN_LINES]],
+        "differences": table_of(metrics.differences),
         "control": table_of(metrics.control),
         "by_temperature": table_of(metrics.by_temperature),
         "equal_kl": table_of(metrics.equal_kl),
         "judges": _judges(metrics.judges),
         "bootstrap": plain(metrics.bootstrap) if metrics.bootstrap else "",
+        "reading": [visible(sentence) for sentence in metrics.reading],
         "notes": [visible(note) for note in metrics.notes],
     }
 
 
-def table_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Any list of mappings as a table: one column a key, in the order of their first use."""
-    if not entries:
-        return None
-    keys = list(dict.fromkeys(key for entry in entries for key in entry))
-    columns = [_column([entry.get(key) for entry in entries[:SHOWN_LINES]]) for key in keys]
+def _labels(metrics: Metrics) -> dict[str, str]:
+    """An objective's name, with the judge that measures it where that is told."""
+    judges = {
+        str(objective): judge
+        for judge, section in metrics.judges.items()
+        if isinstance(section, dict) and isinstance(section.get("measures"), list)
+        for objective in section["measures"]
+    }
     return {
-        "head": [visible(key).replace("_", " ") for key in keys],
+        name: f"{name} ({judges[name]})" if judges.get(name, name) != name else name for name in metrics.objectives
+    }
+
+
+def table_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Any list of mappings as a table: one column a key, in the order of their first use.
+
+    An interval stands below its number (`x_interval` below `x`), objectives have a column each, and keys without any
+    value are left out.
+    """
+    lines = [{**entry, **_inner(entry.get("objectives"))} for entry in entries[:SHOWN_LINES]]
+    keys = dict.fromkeys(key for line in lines for key in line if key != "objectives")
+    shown = [
+        key for key in keys if _interval_of(key) not in keys and any(line.get(key) is not None for line in lines)
+    ]
+    if not shown:
+        return None
+    ends_by_key = {_interval_of(key): key for key in keys}
+    columns = [
+        _column([line.get(key) for line in lines], [line.get(ends_by_key.get(key, "")) for line in lines])
+        for key in shown
+    ]
+    return {
+        "head": [visible(key).replace("_", " ") for key in shown],
         "numeric": [any(cell["number"] is not None for cell in column) for column in columns],
         "rows": [list(row) for row in zip(*columns, strict=True)],
         "num_rows": len(entries),
     }
 
 
-def _column(values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Cells with their text and the number by which they are sorted; numbers of a column have the same decimals."""
-    numbers = [as_number(value) for value in values]
-    digits = max((_digits(number) for number in numbers if number is not None), default=0)
+def _inner(objectives: Any) -> Mapping[str, Any]:
+    return objectives if isinstance(objectives, dict) else {}
+
+
+def _interval_of(key: str) -> str | None:
+    """The key of the number whose interval this key holds."""
+    if key == "interval":
+        return "difference"
+    return key.removesuffix("_interval") if key.endswith("_interval") else None
+
+
+def _column(values: Sequence[Any], intervals: Sequence[Any]) -> list[dict[str, Any]]:
+    """Cells with text, interval and the number to sort them by; the numbers of a column have the same decimals."""
+    found = [as_interval(value, ends) for value, ends in zip(values, intervals, strict=True)]
+    digits = max((_digits(each.mean) for each in found if each.mean is not None), default=0)
     return [
-        {"text": plain(value) if found is None else decimal(found, digits), "number": found}
-        for value, found in zip(values, numbers, strict=True)
+        {
+            "text": plain(value) if each.mean is None else decimal(each.mean, digits),
+            "number": each.mean,
+            "interval": None
+            if each.low is None or each.high is None
+            else f"{decimal(each.low, digits)} to {decimal(each.high, digits)}",
+        }
+        for value, each in zip(values, found, strict=True)
     ]
 
 
@@ -69,6 +119,7 @@ def _digits(value: float) -> int:
 
 
 def _point_data(point: Point) -> dict[str, Any]:
+    values = {**point.scores, **point.objectives}
     return {
         "rule": point.rule,
         "temperature": point.agent_temperature,
@@ -76,24 +127,34 @@ def _point_data(point: Point) -> dict[str, Any]:
         "n": point.num_rows,
         "kl": point.kl_per_token,
         "tokens": point.num_tokens,
-        "objectives": {name: [each.mean, each.low, each.high] for name, each in point.objectives.items()},
+        "values": {name: [each.mean, each.low, each.high] for name, each in values.items()},
     }
 
 
-def _point_row(point: Point, objectives: Sequence[str]) -> dict[str, Any]:
+def _difference_data(entry: Mapping[str, Any]) -> dict[str, Any]:
+    found = as_interval(entry.get("difference"), entry.get("interval"))
+    return {
+        **{key: plain(entry.get(key)) for key in ("rule", "against")},
+        "metric": METRICS.get(str(entry.get("metric")), plain(entry.get("metric"))),
+        "temperature": as_number(entry.get("agent_temperature")),
+        "mean": found.mean,
+        "low": found.low,
+        "high": found.high,
+    }
+
+
+def _point_row(point: Point, metrics: Metrics) -> dict[str, Any]:
+    nothing = Interval(None)
+    values = [point.objectives.get(name, nothing) for name in metrics.objectives]
     return {
         "rule": visible(point.rule),
         "weights": ", ".join(f"{visible(name)} {weight:g}" for name, weight in point.weights.items()),
         "num_rows": point.num_rows,
-        "objectives": [point.objectives.get(name, Interval(None)) for name in objectives],
+        "numbers": values + [point.scores.get(name, nothing) for name in metrics.judge_names],
         "kl": point.kl_per_token,
         "tokens": point.num_tokens,
         "worst": point.worst_principal,
     }
-
-
-def _rule_rows(metrics: Metrics) -> dict[str, Any] | None:
-    return table_of([{"rule": rule, **values} for rule, values in metrics.rules.items()])
 
 
 def _win_row(entry: Mapping[str, Any]) -> dict[str, Any]:

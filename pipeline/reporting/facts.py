@@ -54,7 +54,7 @@ def describe_principals(run: Run) -> list[dict[str, str]]:
         {
             "name": name,
             "kind": plain(section.get("kind")),
-            "weight": "of the grid" if is_grid else plain(section.get("weight")),
+            "weight": "weights of the grid" if is_grid else f"weight {plain(section.get('weight'))}",
             "asks": visible(section.get("principle") or _models(run.plan.models, name)),
         }
         for name, section in ((name, configured.get(name, {})) for name in run.plan.principal_names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import StorageError
@@ -34,6 +34,7 @@ class Point:
     weights: Mapping[str, float]
     num_rows: int | None
     objectives: Mapping[str, Interval]
+    scores: Mapping[str, Interval]
     kl_per_token: float | None
     num_tokens: float | None
     worst_principal: float | None
@@ -44,6 +45,7 @@ class Metrics:
     """What the report shows of metrics.json. The lists of plain mappings are shown as tables, as they are."""
 
     objectives: tuple[str, ...]
+    judge_names: tuple[str, ...]
     reference_point: Mapping[str, float]
     points: tuple[Point, ...]
     rules: Mapping[str, Mapping[str, Any]]
@@ -53,7 +55,10 @@ class Metrics:
     equal_kl: tuple[Mapping[str, Any], ...]
     judges: Mapping[str, Any]
     bootstrap: Any
-    notes: tuple[str, ...] = field(default=())
+    differences: tuple[Mapping[str, Any], ...]
+    normalised_from: Mapping[str, Any]
+    reading: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def read_metrics(run: Run) -> Metrics | None:
@@ -77,6 +82,7 @@ def parse_metrics(tree: Mapping[str, Any]) -> Metrics:
     found = dict.fromkeys([*named, *(name for point in points for name in point.objectives)])
     return Metrics(
         objectives=tuple(found),
+        judge_names=tuple(dict.fromkeys(name for point in points for name in point.scores)),
         reference_point=_numbers(tree.get("reference_point")),
         points=points,
         rules={str(rule): values for rule, values in _items(tree.get("rules")) if isinstance(values, dict)},
@@ -86,6 +92,9 @@ def parse_metrics(tree: Mapping[str, Any]) -> Metrics:
         equal_kl=_mappings(tree.get("equal_kl")),
         judges=dict(_items(tree.get("judges"))),
         bootstrap=tree.get("bootstrap"),
+        differences=_mappings(tree.get("differences")),
+        normalised_from=dict(_items(tree.get("normalised_from"))),
+        reading=tuple(str(sentence) for sentence in _list(tree.get("reading"))),
         notes=tuple(str(note) for note in _list(tree.get("notes"))),
     )
 
@@ -101,23 +110,29 @@ def as_number(value: Any) -> float | None:
 
 
 def _point(tree: Mapping[str, Any]) -> Point:
-    intervals = dict(_items(tree.get("intervals")))
     count = as_number(tree.get("n"))
     return Point(
         rule=str(tree.get("rule", "")),
         agent_temperature=as_number(tree.get("agent_temperature")),
         weights=_numbers(tree.get("weights")),
         num_rows=None if count is None else int(count),
-        objectives={name: _interval(mean, intervals.get(name)) for name, mean in _items(tree.get("objectives"))},
+        objectives=_intervals(tree.get("objectives"), tree.get("intervals")),
+        scores=_intervals(tree.get("scores"), tree.get("score_intervals")),
         kl_per_token=as_number(tree.get("kl_per_token")),
         num_tokens=as_number(tree.get("num_tokens")),
         worst_principal=as_number(tree.get("worst_principal")),
     )
 
 
-def _interval(mean: Any, ends: Any) -> Interval:
+def as_interval(mean: Any, ends: Any) -> Interval:
+    """A mean and the ends of its interval, where they are numbers."""
     low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
     return Interval(as_number(mean), as_number(low), as_number(high))
+
+
+def _intervals(means: Any, intervals: Any) -> dict[str, Interval]:
+    ends = dict(_items(intervals))
+    return {name: as_interval(mean, ends.get(name)) for name, mean in _items(means)}
 
 
 def _numbers(tree: Any) -> dict[str, float]:

@@ -1,6 +1,15 @@
+// Differences at the temperature chosen; over all of them where that is told, otherwise at the only one there is.
+function atTemperature(differences, chosen) {
+  const overall = differences.filter((each) => each.temperature === null);
+  if (chosen !== "") return differences.filter((each) => each.temperature === +chosen);
+  return overall.length ? overall : differences;
+}
+
 // The charts of an evaluation: fronts, objectives against KL, control. All follow the rules and the temperature chosen.
 function compare(comparison) {
-  const { objectives, points, reference, control } = comparison;
+  const { objectives, judges, labels, points, reference, control, differences } = comparison;
+  const names = [...objectives, ...judges.filter((name) => !objectives.includes(name))];
+  const labelled = (name) => labels[name] ?? name;
   const byId = (id) => document.getElementById(id);
   const rules = DATA.rules.filter((rule) => points.some((point) => point.rule === rule));
   const temperatures = [...new Set(points.map((point) => point.temperature))].filter((each) => each !== null).sort((a, b) => a - b);
@@ -10,17 +19,19 @@ function compare(comparison) {
     byId("kl-weights").textContent = byId("weights").value && `: ${byId("weights").value}`;
     redraws.forEach((each) => each());
   };
+  // the base listens to nobody: its one answer stands for every temperature and every weight
+  const isBase = (point) => point.rule === "base";
   const chosen = (anyTemperature) => points.filter((point) => !hidden.has(point.rule)
-    && (anyTemperature || byId("temperature").value === "" || point.temperature === +byId("temperature").value));
-  const isWeighted = (point) => byId("weights").value === "" || spoken(point.weights) === byId("weights").value;
+    && (anyTemperature || isBase(point) || byId("temperature").value === "" || point.temperature === +byId("temperature").value));
+  const isWeighted = (point) => isBase(point) || byId("weights").value === "" || spoken(point.weights) === byId("weights").value;
   const spoken = (weights) => Object.entries(weights).map(([name, weight]) => `${name} ${show(weight)}`).join(", ");
-  const end = (point, name) => { const [mean, low, high] = point.objectives[name] ?? [null, null, null]; return { mean, ends: low === null || high === null ? null : [low, high] }; };
+  const end = (point, name) => { const [mean, low, high] = point.values[name] ?? [null, null, null]; return { mean, ends: low === null || high === null ? null : [low, high] }; };
 
   function described(point) {
     const lines = [["agent temperature", show(point.temperature)], ["weights", spoken(point.weights)]];
-    for (const name of objectives) {
+    for (const name of names) {
       const { mean, ends } = end(point, name);
-      if (mean !== null) lines.push([name, ends ? `${show(mean)} (${show(ends[0])} to ${show(ends[1])})` : show(mean)]);
+      if (mean !== null) lines.push([labelled(name), ends ? `${show(mean)} (${show(ends[0])} to ${show(ends[1])})` : show(mean)]);
     }
     return [...lines, ["KL a token", show(point.kl)], ["tokens", show(point.tokens)], ["answers", show(point.n, 6)]];
   }
@@ -39,11 +50,11 @@ function compare(comparison) {
   const corners = (best) => best.flatMap((point, at) => (at ? [[best[at - 1].x, point.y], [point.x, point.y]] : [[point.x, point.y]]));
 
   function drawPareto(width) {
-    const names = [byId("pareto-x").value, byId("pareto-y").value];
+    const axes = [byId("pareto-x").value, byId("pareto-y").value];
     const series = drawable(rules.map((rule) => ({
       rule,
       points: chosen(false).filter((point) => point.rule === rule).map((point) => {
-        const [x, y] = names.map((name) => end(point, name));
+        const [x, y] = axes.map((name) => end(point, name));
         return placed(point, x.mean, x.ends, y.mean, y.ends);
       }),
     })));
@@ -52,9 +63,9 @@ function compare(comparison) {
       each.line = corners(best);
       each.points.forEach((point) => { point.isBehind = !best.includes(point); });
     }
-    const corner = names.every((name) => name in reference) ? names.map((name) => reference[name]) : null;
+    const corner = axes.every((name) => name in reference) ? axes.map((name) => reference[name]) : null;
     return drawScatter(width, Math.min(460, Math.max(300, width * 0.62)), series,
-      { x: names[0], y: names[1], title: `Pareto fronts: ${names.join(" and ")}` }, { reference: corner, hasIntervals: byId("intervals").checked });
+      { x: labelled(axes[0]), y: labelled(axes[1]), title: `Pareto fronts: ${axes.join(" and ")}` }, { reference: corner, hasIntervals: byId("intervals").checked });
   }
 
   // one line a rule and key, through the points in the order of x
@@ -90,7 +101,7 @@ function compare(comparison) {
     }
     byId("temperature").append(html("option", { value: "" }, "all"), ...temperatures.map((each) => html("option", { value: each }, show(each))));
     for (const [id, at] of [["pareto-x", 0], ["pareto-y", 1]]) {
-      byId(id).append(...objectives.map((name) => html("option", { value: name }, name)));
+      byId(id).append(...names.map((name) => html("option", { value: name }, labelled(name))));
       byId(id).selectedIndex = Math.min(at, objectives.length - 1);
     }
     for (const id of ["temperature", "pareto-x", "pareto-y", "intervals", "weights"]) byId(id).addEventListener("change", redraw);
@@ -104,13 +115,18 @@ function compare(comparison) {
   addControls();
   redraws.push(keepDrawn(byId("pareto"), drawPareto));
   for (const name of objectives) {
-    addChart(byId("kl"), name, (width) => drawScatter(width, 240, lines(chosen(true).filter(isWeighted), (point) => spoken(point.weights), (point) => point.kl, name),
+    addChart(byId("kl"), labelled(name), (width) => drawScatter(width, 240, lines(chosen(true).filter(isWeighted), (point) => spoken(point.weights), (point) => point.kl, name),
       { x: "KL to the base, nats a token", y: "", title: `${name} against KL` }, { hasIntervals: byId("intervals").checked }));
   }
   for (const [principal, name] of control) {
-    addChart(byId("control"), `Weight of ${principal} → ${name}`, (width) => drawScatter(width, 240,
-      lines(chosen(false), (point) => point.temperature, (point) => point.weights[principal], name),
+    addChart(byId("control"), `Weight of ${principal} → ${labelled(name)}`, (width) => drawScatter(width, 240,
+      lines(chosen(false).filter((point) => !isBase(point)), (point) => point.temperature, (point) => point.weights[principal], name),
       { x: `weight of ${principal}`, y: "", title: `${name} by the weight of ${principal}` }, { hasIntervals: byId("intervals").checked }));
+  }
+  for (const metric of new Set(differences.map((each) => each.metric))) {
+    const ours = differences.filter((each) => each.metric === metric && each.mean !== null);
+    addChart(byId("differences"), `Difference of ${metric}`, (width) =>
+      drawDifferences(width, atTemperature(ours, byId("temperature").value), hidden));
   }
   redraw();
 }
