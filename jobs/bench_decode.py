@@ -181,7 +181,12 @@ def _engine(setup: Setup, *, strict: bool) -> Engine:
 def _make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
     config = assembly.config
     return Engine(
-        assembly.lineup, hosts, assembly.prompter, config.decoding, assembly.variants, num_slots=config.cluster.slots
+        assembly.lineup,
+        hosts,
+        assembly.prompter,
+        config.decoding,
+        assembly.variants,
+        num_slots=config.cluster.first_slots,
     )
 
 
@@ -214,7 +219,7 @@ def _decode(assembly: Assembly, hosts: Hosts, work: Work) -> dict[str, Any]:
             row = next(waiting, None)
             if row is None:
                 is_last = True
-                utilisation = engine.num_row_steps / max(1, engine.num_steps * assembly.config.cluster.slots)
+                utilisation = engine.num_row_steps / max(1, engine.num_steps * assembly.config.cluster.first_slots)
             else:
                 engine.admit(row)
         num_tokens += sum(record.num_tokens for record in engine.step())

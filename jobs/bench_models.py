@@ -141,7 +141,7 @@ def make_assembly(config: Config, work: Work, vocab_size: int, cache_folder: Pat
         dtype="auto",
         device="auto",
         roles=plan.roles,
-        num_slots=config.cluster.slots,
+        num_slots=config.cluster.first_slots,
         vocab_size=vocab_size,
         strict=config.decoding.reproducibility is Reproducibility.STRICT,
         cache_folder=cache_folder,

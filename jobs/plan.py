@@ -42,7 +42,7 @@ def describe_plan(config: Config, prepared: Prepared) -> str:
         "",
         _placement(assembly),
         f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
-        f"with {cluster.slots} slots each",
+        + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots each"),
         f"digest    {plan.digest}",
     ]
     return "\n".join(lines)
@@ -134,7 +134,7 @@ def _placement(assembly: Assembly) -> str:
 def _placement_row(plan: HostPlan, spec: HostSpec, config: Config) -> list[str]:
     description = describe_model(spec.source)
     dtype = _dtype(plan.model)
-    cache_rows = len(plan.roles) * config.cluster.slots
+    cache_rows = len(plan.roles) * config.cluster.first_slots
     per_token = description.kv_bytes_per_token(dtype) * cache_rows
     gpus = plan.model.resources.num_gpus
     return [

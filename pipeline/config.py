@@ -15,6 +15,9 @@ EMBEDDED_MODEL = "smollm2-135m"
 PRINCIPAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
+FIRST_AUTO_SLOTS = 8
+
+
 class RuleName(StrEnum):
     EQUILIBRIUM = "equilibrium"
     LINEAR = "linear"
@@ -243,13 +246,20 @@ class ClusterConfig(Section):
     transport: Transport = Transport.RAY
     address: str | None = Field(None, description="Ray address; null starts a local cluster")
     replicas: int = Field(1, ge=1, le=4096)
-    slots: int = Field(16, ge=1, le=4096, description="rows decoded at once per replica")
+    slots: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        16, description="rows decoded at once per replica; auto: as many as every host's memory holds"
+    )
     coordinator_cpus: float = Field(0.5, ge=0)
     start_timeout_s: float = Field(600.0, gt=0, description="wait for resources and models")
     step_timeout_s: float = Field(300.0, gt=0, description="wait for one answer of a host")
     stall_timeout_s: float = Field(
         3600.0, gt=0, description="end a run in which no row is finished and no token drawn for so long"
     )
+
+    @property
+    def first_slots(self) -> int:
+        """Slots that a host has when it starts; with `auto` it is asked then how many fit."""
+        return FIRST_AUTO_SLOTS if self.slots == "auto" else self.slots
 
 
 def _budget(value: Any) -> Any:

@@ -19,6 +19,7 @@ from pipeline.cluster.board import ask
 from pipeline.cluster.host_actors import HostGroup, HostLaunch
 from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly
+from pipeline.decoding.calls import agree_on_slots
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import Hosts
 from pipeline.decoding.shards import ShardDecoder, ShardOutcome, ShardOutput
@@ -136,16 +137,18 @@ class Coordinator:
 
     def _make_decoder(self, hosts: Hosts) -> ShardDecoder:
         config = self._assembly.config
-        has_overlap = len(hosts) > 1 and config.cluster.slots >= MIN_SLOTS_FOR_GROUPS
+        num_slots = agree_on_slots(config, hosts)
+        has_overlap = len(hosts) > 1 and num_slots >= MIN_SLOTS_FOR_GROUPS
         engine = Engine(
             self._assembly.lineup,
             hosts,
             self._assembly.prompter,
             config.decoding,
             self._assembly.variants,
-            num_slots=config.cluster.slots,
+            num_slots=num_slots,
             num_groups=2 if has_overlap else 1,
             max_failures=config.errors.max_host_failures,
+            loaded_slots=config.cluster.first_slots,
         )
         return ShardDecoder(engine, num_variants=len(self._assembly.variants), num_samples=config.decoding.n)
 

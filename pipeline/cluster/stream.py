@@ -61,7 +61,7 @@ class ShardStream:
         """Yield each shard's outcome as it comes."""
         config = self._assembly.config
         _be_quiet(is_verbose=self._is_verbose)
-        in_flight = min(MAX_SHARDS_IN_FLIGHT, 1 + math.ceil(config.cluster.slots / self._rows_per_shard()))
+        in_flight = min(MAX_SHARDS_IN_FLIGHT, 1 + math.ceil(config.cluster.first_slots / self._rows_per_shard()))
         num_replicas = min(config.cluster.replicas, len(shards))
         plans = self._assembly.lineup.hosts
         with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as places:

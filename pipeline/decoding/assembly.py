@@ -90,7 +90,7 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
             dtype=plan.model.dtype,
             device=plan.model.device,
             roles=plan.roles,
-            num_slots=config.cluster.slots,
+            num_slots=config.cluster.first_slots,
             vocab_size=vocab_size,
             strict=config.decoding.reproducibility is Reproducibility.STRICT,
             cache_folder=cache_folder,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.config import DecodingConfig
+from pipeline.config import Config, DecodingConfig
 from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.groups import Call, Group
 from pipeline.decoding.hosts import Hosts, Reply
@@ -25,6 +25,19 @@ from pipeline.decoding.prompts import Prompter
 from pipeline.decoding.reward_replies import ScoredAnswer, ask_rewards
 from pipeline.decoding.running import RunningRow, TokenOutcome
 from pipeline.models.messages import Admission, Candidates, Position
+
+LONG_PROMPT = 1024  # tokens of a prompt for which a slot has memory, where the model's context is as long
+
+
+def agree_on_slots(config: Config, hosts: Hosts) -> int:
+    """The slots of a replica: the configured number, or what the host with the least room holds; all are told."""
+    if config.cluster.slots != "auto":
+        return config.cluster.slots
+    row_tokens = LONG_PROMPT + config.decoding.max_new_tokens
+    num_slots: int = min(host.submit("fitting_slots", row_tokens).result() for host in hosts.values())
+    for host in hosts.values():
+        host.submit("resize", num_slots).result()
+    return num_slots
 
 
 class HostCalls:

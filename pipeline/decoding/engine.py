@@ -50,6 +50,7 @@ class Engine:
         num_slots: rows at once; as many as every host has.
         num_groups: groups that alternate; 2 hides the coordinator's work behind the hosts'.
         max_failures: hosts that may fail in a row, no row being finished in between.
+        loaded_slots: slots of a host that was just started, where it is another number.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Engine:
         num_slots: int,
         num_groups: int = 1,
         max_failures: int = 20,
+        loaded_slots: int | None = None,
     ) -> None:
         self._lineup = lineup
         self._calls = HostCalls(lineup, hosts, prompter, decoding)
@@ -72,10 +74,10 @@ class Engine:
         self._names = tuple(principal.name for principal in lineup.principals)
         is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
         self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
-        self._given_slots = num_slots
         self._not_finite = "the rewards or the base's logits are not finite"
         if any(plan.scorings for plan in lineup.hosts):
             self._not_finite += ", or the text is longer than the context of a reward model"
+        self._loaded_slots = loaded_slots or num_slots
         self._max_failures = max_failures
         self._failures_in_a_row = self._losses_in_a_row = 0
         self._ended: list[Record] = []
@@ -87,6 +89,11 @@ class Engine:
     def calls(self) -> HostCalls:
         """The calls to the hosts, with the seconds that they took."""
         return self._calls
+
+    @property
+    def num_slots(self) -> int:
+        """Rows at once."""
+        return self._slots.num_slots
 
     @property
     def has_room(self) -> bool:
@@ -142,7 +149,7 @@ class Engine:
             self._refuse(culprit, f"its host failed whenever it was decoded, alone at last: {error}")
         if self._failures_in_a_row > self._max_failures:
             raise CageError(f"{self._failures_in_a_row} hosts failed and no row was finished in between; {error}")
-        if self._slots.num_slots < self._given_slots:
+        if self._slots.num_slots != self._loaded_slots:
             self._calls.resize(self._slots.num_slots)
 
     def _rebuild(self, group: Group, error: StateLost) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 
 from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly
+from pipeline.decoding.calls import agree_on_slots
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import LocalHost
 from pipeline.decoding.playing import load_playing_host
@@ -74,5 +75,5 @@ def local_engine(assembly: Assembly, *, watch: Watcher = unwatched) -> Engine:
         assembly.prompter,
         config.decoding,
         assembly.variants,
-        num_slots=config.cluster.slots,
+        num_slots=agree_on_slots(config, hosts),
     )

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from pipeline.models.drafts import Draft
+from pipeline.models.memory import slots_that_fit
 from pipeline.models.messages import CHUNK, Admission, Candidates, HostRole
 from pipeline.models.prefixes import Prefixes, Prompt
 from pipeline.models.slots import Copied, Segment, SlotCache, SlotPass, running
 
+LOGITS_COPIES = 4  # the newest ones, and those of a step while candidates are found
 MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
 BACKBONE = "__base__"  # peft's name for "no adapter" in a mixed batch
 
@@ -34,6 +36,7 @@ class Host:
         num_slots: rows at once.
         vocab_size: number of token ids that all models share; logits beyond it are cut.
         strict: attend row by row and pad small passes, so that no row's bits depend on its company.
+        bytes_per_token: what one token of one row takes in the cache.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class Host:
         num_slots: int,
         vocab_size: int,
         strict: bool = True,
+        bytes_per_token: int = 0,
     ) -> None:
         self._model = model
+        self._bytes_per_token = bytes_per_token
         self._roles = tuple(roles)
         self._vocab_size = vocab_size
         self._strict = strict
@@ -54,6 +59,12 @@ class Host:
         self.num_forwards = self.num_tokens = 0
         self.forward_s = 0.0
         self._lay_out(num_slots)
+
+    def fitting_slots(self, row_tokens: int) -> int:
+        """How many rows of `row_tokens` tokens there is memory for, beside the weights and with room for a pass."""
+        logits_bytes = LOGITS_COPIES * self._vocab_size * torch.float32.itemsize
+        slot_bytes = len(self._roles) * (row_tokens * self._bytes_per_token + logits_bytes)
+        return slots_that_fit(slot_bytes, self._device)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
@@ -73,6 +84,11 @@ class Host:
         self._filled: dict[int, int] = {}
         self._following: dict[int, tuple[int, int]] = {}
         self._logits_RV = torch.zeros(num_rows + 1, self._vocab_size, device=self._device)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes; 0 before the first pass."""
+        return self._cache.bytes_per_token()
 
     @torch.inference_mode()
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:

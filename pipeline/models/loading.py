@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ def load_host(spec: HostSpec) -> Host:
     if spec.strict and device.type == "cpu":
         torch.set_num_threads(1)  # with more, a row's bits depend on the number of rows
     model = _load_model(spec, device)
-    host = Host(model, spec.roles, num_slots=spec.num_slots, vocab_size=spec.vocab_size, strict=spec.strict)
-    _probe(host, model, spec)
-    return Host(model, spec.roles, num_slots=spec.num_slots, vocab_size=spec.vocab_size, strict=spec.strict)
+    make_host = partial(Host, model, spec.roles, vocab_size=spec.vocab_size, strict=spec.strict)
+    probed = make_host(num_slots=1)
+    _probe(probed, model, spec)
+    return make_host(num_slots=spec.num_slots, bytes_per_token=probed.cache_bytes_per_token)
 
 
 def pick_device(device: str) -> torch.device:

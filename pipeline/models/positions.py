@@ -77,6 +77,10 @@ class PositionedHost:
         with self._all_or_nothing():
             return self._host.score(prompts, continuation)
 
+    def fitting_slots(self, row_tokens: int) -> int:
+        """How many rows of so many tokens the host has memory for."""
+        return self._host.fitting_slots(row_tokens)
+
     def resize(self, num_slots: int) -> None:
         """Forget every row and make room for another number of them."""
         self._held.clear()

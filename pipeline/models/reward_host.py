@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.branches import Branch, Reading, RowCache, reading
+from pipeline.models.memory import MOST_SLOTS
 from pipeline.models.messages import Admission, HostRole, RewardSpec
 
 
@@ -86,6 +87,10 @@ class RewardHost:
         self._device = next(backbone.parameters()).device
         self.num_forwards = 0
         self.resize(num_slots)
+
+    def fitting_slots(self, row_tokens: int) -> int:
+        """It keeps no buffers, so that it sets no limit of its own."""
+        return MOST_SLOTS[self._device.type]
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

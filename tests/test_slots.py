@@ -1,0 +1,51 @@
+"""`slots: auto`: as many rows at once as every host's memory holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoding_setup import ask, config_of, decode, engine_of
+
+from pipeline.errors import ConfigurationError
+from pipeline.models import memory
+
+PAIR = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
+}
+DECODING = {"max_new_tokens": 6, "agent_temperature": 0.5}
+ROWS = [ask(f"r{at}", "tell me " * (at % 3) + "x" * (at + 1)) for at in range(9)]
+
+
+@pytest.mark.parametrize(("slots_worth", "expected"), [(3.5, 3), (0.1, 1), (1e6, memory.MOST_SLOTS["cpu"])])
+def test_slots_are_what_memory_holds(tiny, monkeypatch, slots_worth, expected):
+    config = config_of(tiny("llama"), PAIR, decoding=DECODING, cluster={"slots": "auto"})
+    # two layers of two key-value heads of 16 float32, keys and values; 261 logits in 4 copies; three roles
+    row_bytes = 3 * ((1024 + 6) * (2 * 2 * 16 * 4 * 2) + 4 * 261 * 4)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(slots_worth * row_bytes / memory.SHARE["cpu"]))
+    engine, _ = engine_of(config)
+    assert engine.num_slots == expected
+
+
+def test_the_host_with_the_least_room_decides_and_answers_do_not_change(tiny, monkeypatch):
+    large = {"arm": {"kind": "arm", "model": str(tiny("gpt2")), "reference": "none", "weight": 0.1}}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 30_000_000)
+    auto = config_of(tiny("llama"), {**PAIR, **large}, decoding=DECODING, cluster={"slots": "auto"})
+    engine, _ = engine_of(auto)
+    alone, _ = engine_of(config_of(tiny("llama"), PAIR, decoding=DECODING, cluster={"slots": "auto"}))
+    fits = [client.host.fitting_slots(1030) for client in engine.calls.hosts.values()]
+    assert engine.num_slots == min(fits)
+    assert alone.num_slots == fits[0]
+    fixed = config_of(tiny("llama"), {**PAIR, **large}, decoding=DECODING, cluster={"slots": 2})
+    assert decode(auto, ROWS) == decode(fixed, ROWS)
+
+
+def test_free_memory_is_below_what_the_machine_has():
+    free = memory.free_bytes(torch.device("cpu"))
+    assert 0 < free < 2**50
+
+
+@pytest.mark.parametrize("slots", [0, -1, "many", 5000])
+def test_slots_are_a_number_or_auto(slots):
+    with pytest.raises(ConfigurationError, match=r"cluster\.slots must be .*; got"):
+        config_of("m", cluster={"slots": slots})
