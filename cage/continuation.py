@@ -21,7 +21,7 @@ from cage.rows import iterate
 from cage.scaled import ScaledGame
 
 # how close to the curve a point must be to go on from it, and the share of the steps; more care for rows that stall
-_CARES = ((3e-2, 0.15), (1e-3, 0.25), (1e-5, 0.6))
+_CARES = ((3e-2, 0.4), (1e-3, 0.3), (1e-5, 0.3))
 _FIRST_STRIDE = 1.0
 _LONGER, _SHORTER = 2.5, 0.3
 _MOST_CORRECTIONS = 4

@@ -110,8 +110,35 @@ def evaluate(
 
 
 @app.command()
+def synthesize(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Also write the data set to this folder, for datasets.load_from_disk.")
+    ] = None,
+    print_config: PrintConfig = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make training data: answer every prompt, filter the answers, write SFT rows and preference pairs.
+
+    The data set is in RUN/dataset, with a card. The same command continues; with other settings of `synthesis` it
+    makes the data set again out of the same answers.
+    """
+    from jobs.synthesize import run_synthesize
+
+    run_synthesize(
+        config,
+        _merge(overrides, {"input.limit": limit}),
+        print_config=print_config,
+        export_to=export,
+        is_verbose=verbose,
+    )
+
+
+@app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
-    """Show what `relabel` or `evaluate` would run, without running it.
+    """Show what `relabel`, `evaluate` or `synthesize` would run, without running it.
 
     Rows, shards, principals, hosts and their roles, placement and memory; no weights are loaded.
     """

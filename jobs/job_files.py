@@ -9,8 +9,9 @@ import yaml
 from pipeline.config import Config
 from pipeline.config_files import load_as
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.synthesis.settings import SynthesizeConfig
 
-KIND_BY_SECTION: dict[str, type[Config]] = {"evaluation": EvaluateConfig}
+KIND_BY_SECTION: dict[str, type[Config]] = {"evaluation": EvaluateConfig, "synthesis": SynthesizeConfig}
 
 
 def load_job(path: Path, overrides: list[str] | None = None) -> Config:

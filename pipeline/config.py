@@ -187,7 +187,7 @@ Principal = Annotated[
 ]
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -201,7 +201,7 @@ class DecodingConfig(Section):
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0, description="of the final draw; 0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)] = ()
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)] = ()
     n: int = Field(1, ge=1, le=1024, description="samples per prompt")
     seed: int = Field(0, ge=0, lt=2**63)
     reproducibility: Reproducibility = Reproducibility.STRICT

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.config import Transport
 from pipeline.evaluation import summary
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.equal_kl import weighted_scores
@@ -20,6 +18,7 @@ from pipeline.evaluation.notes import notes, overlaps
 from pipeline.evaluation.panel import Panel, call_panel
 from pipeline.evaluation.reading import reading
 from pipeline.evaluation.scores import Scores
+from pipeline.judging import judge
 from pipeline.relabel import relabel
 from pipeline.storage.run import Run
 
@@ -57,10 +56,7 @@ def evaluate(
     )
     run, was_decoded = relabel(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside)
     scores = Scores(run, panel)
-    num_scored = 0
-    for _ in _score(scores, config, is_verbose=is_verbose):
-        num_scored += 1
-        print(f"judged {num_scored:,} shards of {len(run.plan.shards):,}", file=out, flush=True)
+    num_scored = judge(scores, config, out, is_verbose=is_verbose)
     digest = _digest(run, panel, config)
     known = _stored(run)
     if not (was_decoded or num_scored) and known is not None and known.get("digest") == digest:
@@ -109,22 +105,6 @@ def compute_metrics(run: Run, scores: Scores, config: EvaluateConfig) -> dict[st
         "win_rates": summary.win_rates(land),
         "points": summary.points(land),
     }
-
-
-def _score(scores: Scores, config: EvaluateConfig, *, is_verbose: bool) -> Iterator[None]:
-    """Judge what is not judged yet; one item a shard."""
-    pending = scores.pending()
-    if not pending:
-        return
-    if scores.panel.has_models and config.cluster.transport is Transport.RAY:
-        from pipeline.cluster.scoring import score_shards  # ray takes seconds to import
-
-        yield from score_shards(scores, pending, config, is_verbose=is_verbose)
-        return
-    judges = scores.panel.seat()
-    for record in pending:
-        scores.score(record, judges)
-        yield
 
 
 def _describe_judges(config: EvaluateConfig, panel: Panel, run: Run) -> dict[str, Any]:

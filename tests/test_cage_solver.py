@@ -105,6 +105,14 @@ def test_a_tolerance_is_kept(tol):
     assert cage.ThresholdNewton(tol=tol).solve(game).residual.max() <= tol
 
 
+def test_a_long_path_is_walked_to_its_end():
+    """Eight principals with values of up to 3,000 agent temperatures: some paths take hundreds of steps."""
+    game = random_games("arm-like", num_rows=20, num_principals=8, num_tokens=2, value_scale=100.0, seed=23)
+    solution = cage.solve(game)
+    assert (solution.status == cage.Status.CONVERGED).all()
+    assert solution.num_steps.max() > 200
+
+
 def test_a_last_step_across_a_corner_is_noticed_and_finished():
     """The last step is taken unseen; where a token changed sides in it, the answer's residual says so."""
     game = random_games("arm-like", num_rows=256, num_principals=2, num_tokens=50, value_scale=3.0)

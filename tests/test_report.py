@@ -19,6 +19,7 @@ from jobs.report import run_report
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.reporting.columns import data_files, read_batches
 from pipeline.reporting.comparison import table_of
+from pipeline.reporting.dataset import describe_dataset
 from pipeline.reporting.metrics import parse_metrics
 from pipeline.reporting.page import render_report, write_report
 from pipeline.reporting.tally import Tally, tally
@@ -229,6 +230,33 @@ def test_a_page_is_made_of_metrics_with_parts_missing(tmp_path):
         assert "Comparison of rules" in Page(render_report(run)).text
     (tmp_path / "run/metrics.json").write_text("[1,")
     with pytest.raises(StorageError, match=r"metrics\.json is not a JSON object"):
+        render_report(run)
+
+
+def test_a_data_set_is_shown_with_what_was_dropped(tmp_path):
+    run = make_run(tmp_path)
+    manifest = {
+        "answers": 24,
+        "prompts": {"train": 5, "validation": 1},
+        "sft": {"rows": {"train": 4, "validation": 1}, "answers_used": 6, "answers_dropped": {ATTACK: 18}},
+        "histograms": {
+            "sft.score": {"edges": [0.0, 0.5, 1.0], "counts": [1, 4], "quantiles": [0.0, 0.1, 0.6, 0.9, 1.0]}
+        },
+    }
+    (tmp_path / "run/dataset").mkdir()
+    (tmp_path / "run/dataset/manifest.json").write_text(json.dumps(manifest))
+    page = Page(render_report(run))
+    told = " ".join(page.text.split())
+    assert "Made of 24 answers to 5 prompts for train, 1 prompts for validation" in told
+    assert f"dropped: {ATTACK}18 75.0 %" in told
+    assert json.loads(page.scripts[0])["charts"]["dataset.sft.score"]["groups"][0]["counts"] == [1, 4]
+    for key, wrong in (
+        (key, wrong) for key in manifest for wrong in (None, 3, "x", [1], {"a": [1]}, {"sft": {"edges": 1}})
+    ):
+        (tmp_path / "run/dataset/manifest.json").write_text(json.dumps({**manifest, key: wrong}))
+        assert describe_dataset(run) is not None
+    (tmp_path / "run/dataset/manifest.json").write_text("no")
+    with pytest.raises(StorageError, match=r"dataset/manifest\.json is not a JSON object"):
         render_report(run)
 
 

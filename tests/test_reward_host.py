@@ -82,6 +82,7 @@ def test_a_repeated_call_gets_the_same_bits_and_another_position_is_lost(tiny, j
     probe.checked.advance(probe.at, [], [1], [70])  # repeated: nothing is appended twice
     second = probe.ask(80, 81)
     assert torch.equal(probe.ask(80, 81), second)
+    assert not torch.equal(probe.ask(70, 71, 0), first)  # the same candidates after another token
     assert torch.allclose(probe.ask(81, 80).flip(-1), second, atol=1e-4)
     with pytest.raises(StateLost):
         probe.checked.rewards_at(probe.at.after, [1], torch.tensor([[1]]))

@@ -64,6 +64,7 @@ def describe_distribution(tally: Tally, quantity: Quantity) -> dict[str, Any] | 
         "low": float(edges[0]),
         "high": float(edges[-1]),
         "outside": outside,
+        "ends": ("5 %", "95 %"),
         "groups": groups,
     }
 
@@ -95,9 +96,9 @@ def _group(rule: str, values: Floats, edges: Floats, mean: float | None, quantit
         "rule": rule,
         "n": int(values.size),
         "counts": counts.tolist(),
-        "q05": low,
+        "low": low,
         "median": median,
-        "q95": high,
+        "high": high,
         "mean": None if quantity.is_log else mean,
         "values": sorted(values.tolist()) if values.size <= SHOWN_VALUES else [],
     }

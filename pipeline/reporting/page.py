@@ -12,13 +12,14 @@ import jinja2
 from pipeline.reporting import text
 from pipeline.reporting.columns import data_files, read_batches
 from pipeline.reporting.comparison import describe_metrics
+from pipeline.reporting.dataset import describe_dataset
 from pipeline.reporting.distributions import HEALTH, describe_distribution, shown_quantities
 from pipeline.reporting.examples import fetch_rejected
 from pipeline.reporting.facts import describe_facts, describe_health, describe_principals, describe_settings
-from pipeline.reporting.metrics import read_metrics
+from pipeline.reporting.metrics import Metrics, read_metrics
 from pipeline.reporting.scores import find_judges
 from pipeline.reporting.showcase import collect_examples
-from pipeline.reporting.tally import SAMPLED_ROWS, rule_order, tally
+from pipeline.reporting.tally import SAMPLED_ROWS, Tally, rule_order, tally
 from pipeline.storage.run import Run
 
 REPORT = "report.html"
@@ -39,19 +40,23 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
     names = run.plan.principal_names
     batches = (batch for file in files for batch in read_batches(run, file, rule=rule, judges=judges))
     numbers = tally(batches, names, sampled_rows=sampled_rows)
-    metrics = read_metrics(run)
-    quantities = [*shown_quantities(names, judges), *HEALTH]
-    charts = {quantity.column: describe_distribution(numbers, quantity) for quantity in quantities}
-    charts = {name: chart for name, chart in charts.items() if chart is not None}
-    health = [quantity.column for quantity in HEALTH if quantity.column in charts]
+    metrics, dataset = read_metrics(run), describe_dataset(run)
     comparison = describe_metrics(metrics, names) if metrics else None
-    compared = [point.rule for point in metrics.points] if metrics else []
-    rules = sorted(dict.fromkeys([*(numbers.by_rule or [rule]), *compared]), key=rule_order)
-    data = {"rules": rules, "principals": names, "charts": charts, "comparison": comparison and comparison["data"]}
+    quantities = [*shown_quantities(names, judges), *HEALTH]
+    drawn = {quantity.column: describe_distribution(numbers, quantity) for quantity in quantities}
+    charts = {name: chart for name, chart in drawn.items() if chart is not None}
+    health = [quantity.column for quantity in HEALTH if quantity.column in charts]
+    data = {
+        "rules": _rules(numbers, metrics) or [rule],
+        "principals": names,
+        "charts": {**charts, **(dataset["charts"] if dataset else {})},
+        "comparison": comparison and comparison["data"],
+    }
     return _render(
         facts=describe_facts(run, numbers),
         principals=describe_principals(run),
         comparison=comparison,
+        dataset=dataset,
         distributions=[name for name in charts if name not in health],
         charts=charts,
         sampled=len(numbers.sample.hashes),
@@ -69,6 +74,12 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
 def _configured_rule(run: Run) -> str:
     """The rule of rows that carry none themselves."""
     return str(run.plan.fingerprint.get("decoding.rule", "equilibrium"))
+
+
+def _rules(numbers: Tally, metrics: Metrics | None) -> list[str]:
+    """Every rule of the answers and of the comparison, in the order that decides their colours."""
+    compared = [point.rule for point in metrics.points] if metrics else []
+    return sorted(dict.fromkeys([*numbers.by_rule, *compared]), key=rule_order)
 
 
 def _render(**parts: Any) -> str:

@@ -22,7 +22,7 @@ function drawRidge(chart, width) {
     const group = chart.groups[at];
     const outside = chart.outside ? [["beyond the axis, all rules", String(chart.outside)]] : [];
     return [`${chart.label}, ${group.rule}`, [["answers drawn", String(group.n)], ...(group.mean === null ? [] : [["mean", value(group.mean)]]),
-      ["5 %", value(group.q05)], ["median", value(group.median)], ["95 %", value(group.q95)], ...outside]];
+      [chart.ends[0], value(group.low)], ["median", value(group.median)], [chart.ends[1], value(group.high)], ...outside]];
   });
   return root;
 }
@@ -41,7 +41,7 @@ function drawGroup(chart, group, px, base, rowHeight) {
   for (const value of group.values) {
     mark.append(svg("line", { x1: clamp(value), x2: clamp(value), y1: base - 9, y2: base - 14, stroke: colour, "stroke-opacity": 0.8 }));
   }
-  mark.append(svg("line", { x1: clamp(group.q05), x2: clamp(group.q95), y1: base - 5, y2: base - 5, stroke: colour, "stroke-width": 2 }),
+  mark.append(svg("line", { x1: clamp(group.low), x2: clamp(group.high), y1: base - 5, y2: base - 5, stroke: colour, "stroke-width": 2 }),
     svg("line", { x1: clamp(group.median), x2: clamp(group.median), y1: base - 1, y2: base - rowHeight + 9, stroke: "var(--ink)", "stroke-width": 1.5 }));
   return mark;
 }

@@ -1,0 +1,102 @@
+"""The training data that was made of a run: RUN/dataset/manifest.json, as far as it has a known shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import StorageError
+from pipeline.reporting.metrics import as_number
+from pipeline.reporting.text import visible
+from pipeline.storage.run import Run
+
+MANIFEST = "dataset/manifest.json"
+KINDS = ("sft", "preferences")
+ENDS = ("10 %", "90 %")
+
+
+def describe_dataset(run: Run) -> dict[str, Any] | None:
+    """Counts by kind and split, what was dropped and why, and charts of what is left; None without a data set.
+
+    Raises:
+        StorageError: the manifest is not a JSON object.
+    """
+    data = run.store.read(MANIFEST)
+    if data is None:
+        return None
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise StorageError(f"{run.store.url(MANIFEST)} is not a JSON object; make the data set again")
+    histograms = _mapping(tree.get("histograms"))
+    charts = {f"dataset.{name}": _chart(name, _mapping(each)) for name, each in histograms.items()}
+    return {
+        "answers": _count(tree.get("answers")),
+        "prompts": _counts(tree.get("prompts")),
+        "kinds": [_kind(name, tree[name]) for name in KINDS if isinstance(tree.get(name), dict)],
+        "charts": {name: chart for name, chart in charts.items() if chart is not None},
+    }
+
+
+def _kind(name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    dropped = _counts(tree.get("answers_dropped"))
+    used = _count(tree.get("answers_used"))
+    total = (used or 0) + sum(count for _, count in dropped)
+    return {
+        "name": name,
+        "rows": _counts(tree.get("rows")),
+        "used": used,
+        "used_share": (used or 0) / total if total else 0.0,
+        "dropped": [(reason, count, count / total) for reason, count in sorted(dropped, key=lambda item: -item[1])],
+    }
+
+
+def _chart(name: str, tree: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a ridge chart draws of a stored histogram: its edges are at equal distances."""
+    edges, counts, quantiles = ([as_number(x) for x in _list(tree.get(k))] for k in ("edges", "counts", "quantiles"))
+    if None in (*edges, *counts, *quantiles) or len(edges) != len(counts) + 1 < 2 or len(quantiles) != 5:
+        return None
+    low, high = (edges[0] or 0.0), (edges[-1] or 0.0)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    kind, _, quantity = name.partition(".")
+    group = {
+        "rule": kind,
+        "n": int(sum(count or 0.0 for count in counts)),
+        "counts": counts,
+        "low": quantiles[1],
+        "median": quantiles[2],
+        "high": quantiles[3],
+        "mean": None,
+        "values": [],
+    }
+    return {
+        "label": f"{visible(kind)}: {visible(quantity).replace('_', ' ').replace('.', ' ')}",
+        "unit": "",
+        "log": False,
+        "low": low,
+        "high": high,
+        "outside": 0,
+        "ends": ENDS,
+        "groups": [group],
+    }
+
+
+def _counts(tree: Any) -> list[tuple[str, int]]:
+    return [(visible(name), count) for name, each in _mapping(tree).items() if (count := _count(each)) is not None]
+
+
+def _count(value: Any) -> int | None:
+    number = as_number(value)
+    return None if number is None else int(number)
+
+
+def _mapping(tree: Any) -> Mapping[str, Any]:
+    return tree if isinstance(tree, dict) else {}
+
+
+def _list(tree: Any) -> list[Any]:
+    return tree if isinstance(tree, list) else []
