@@ -254,6 +254,23 @@ def bench_decode(
     )
 
 
+@bench.command("coordination")
+def bench_coordination(
+    forward_ms: Annotated[list[float], typer.Option(min=0.1, help="Length of a simulated forward pass.")] = [10, 25],  # noqa: B006
+    hosts: Annotated[list[int], typer.Option(min=1, help="Hosts of one replica.")] = [1, 2, 4, 8],  # noqa: B006
+    replicas: Annotated[list[int], typer.Option(min=1, help="Replicas of two hosts.")] = [1, 2, 4],  # noqa: B006
+    slots: Annotated[int, typer.Option(min=1, help="Rows at once per replica.")] = 16,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Measured time of each cell.")] = 5.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
+) -> None:
+    """What calls, games and bookkeeping cost over Ray, beside hosts that never wait."""
+    from jobs.bench_coordination import run_bench_coordination
+
+    run_bench_coordination(
+        forwards_ms=forward_ms, hosts=hosts, replicas=replicas, slots=slots, seconds=seconds, json_file=json_file
+    )
+
+
 def main() -> None:
     """Run the command line and end the process with the command's exit code."""
     code = _run()

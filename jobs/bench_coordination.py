@@ -1,0 +1,191 @@
+"""Measure what coordination over Ray costs: real engines, real calls, real games, and hosts whose forward pass is a
+sleep of a given length, so that any number of them fits on one machine.
+
+A benchmark, no test: it says what was measured on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from jobs.bench_models import GivenPrompts
+from pipeline.cluster.host_actors import RayHost
+from pipeline.config import Config
+from pipeline.config_files import parse_config
+from pipeline.decoding.engine import Engine
+from pipeline.decoding.lineup import Lineup, build_lineup
+from pipeline.decoding.playing import PlayingHost
+from pipeline.decoding.prompts import Prompter
+from pipeline.models.host import Host
+from pipeline.models.messages import Admission, Candidates
+from pipeline.records import Row
+from pipeline.variants import lay_out
+
+NUM_CANDIDATES, VOCAB_SIZE, ENDLESS = 50, 49_152, 1_000_000
+WARM_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One measurement. `of_ideal` compares with hosts that never wait; `tokens_per_s` is of all replicas."""
+
+    forward_ms: float
+    hosts: int
+    replicas: int
+    slots: int
+    tokens_per_s: float
+    of_ideal: float
+
+
+class SimulatedHost(Host):
+    """A host whose forward pass is a sleep and whose candidates are drawn at random."""
+
+    def __init__(self, num_roles: int, forward_s: float) -> None:
+        self._num_roles = num_roles
+        self._sleep_s = forward_s
+        self._generator = torch.Generator().manual_seed(0)
+
+    def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
+        time.sleep(self._sleep_s)
+
+    def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
+        ids_BK = torch.randint(VOCAB_SIZE, (len(slots), NUM_CANDIDATES), generator=self._generator)
+        role_logprobs_BRK = self.logprobs_at(slots, ids_BK)
+        base_BK = role_logprobs_BRK[:, 0]
+        return Candidates(ids_BK, base_BK, base_BK.exp().sum(-1), role_logprobs_BRK)
+
+    def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
+        shape = (len(slots), self._num_roles, NUM_CANDIDATES)
+        return torch.randn(shape, generator=self._generator).log_softmax(-1)
+
+
+class SimulatedActor:
+    """A `HostActor` whose host is simulated."""
+
+    def __init__(self, config: Config, index: int, forward_s: float) -> None:
+        torch.set_num_threads(1)
+        lineup = build_lineup(config)
+        roles = lineup.hosts[index].roles
+        self._host = PlayingHost(SimulatedHost(len(roles), forward_s), roles, config.decoding, lineup.principals)
+
+    def call(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return getattr(self._host, method)(*args, **kwargs)
+
+
+class SimulatedReplica:
+    """A coordinator's engine over simulated hosts."""
+
+    def __init__(self, config: Config, actors: Sequence[Any]) -> None:
+        torch.set_num_threads(1)
+        lineup = build_lineup(config)
+        hosts = {plan.name: RayHost(actor, plan, 60.0) for plan, actor in zip(lineup.hosts, actors, strict=True)}
+        self._num_groups = num_groups(lineup, config)
+        self._engine = Engine(
+            lineup,
+            hosts,
+            cast(Prompter, GivenPrompts([{role: [1, 2, 3] for role in lineup.roles}])),
+            config.decoding,
+            lay_out(config),
+            num_slots=config.cluster.first_slots,
+            num_groups=self._num_groups,
+        )
+        for at in range(config.cluster.first_slots):
+            self._engine.admit(Row(str(at), ({"role": "user", "content": "0"},)))
+
+    def run(self, seconds: float) -> float:
+        """Tokens a second while every slot runs."""
+        for _ in range(WARM_STEPS):
+            self._engine.step()
+        before, started_s = self._engine.num_row_steps, time.perf_counter()
+        while time.perf_counter() - started_s < seconds:
+            self._engine.step()
+        return (self._engine.num_row_steps - before) / (time.perf_counter() - started_s)
+
+
+def num_groups(lineup: Lineup, config: Config) -> int:
+    """As a coordinator decides it."""
+    from pipeline.cluster.coordinator import MIN_SLOTS_FOR_GROUPS
+
+    return 2 if len(lineup.hosts) > 1 and config.cluster.first_slots >= MIN_SLOTS_FOR_GROUPS else 1
+
+
+def make_config(num_hosts: int, slots: int) -> Config:
+    """A base and one autoregressive reward model a further host."""
+    arm = {"kind": "arm", "reference": "none", "weight": 0.5}
+    return parse_config(
+        {
+            "input": {"path": "none"},
+            "output": {"path": "none"},
+            "base": "base",
+            "principals": {f"p{at}": {**arm, "model": f"model{at}"} for at in range(1, num_hosts)},
+            "decoding": {"max_new_tokens": ENDLESS, "agent_temperature": 1.0, "trace": "none"},
+            "cluster": {"slots": slots},
+        }
+    )
+
+
+def run_bench_coordination(
+    *,
+    forwards_ms: Sequence[float],
+    hosts: Sequence[int],
+    replicas: Sequence[int],
+    slots: int,
+    seconds: float,
+    json_file: Path | None,
+) -> None:
+    """Measure hosts with one replica, then replicas with two hosts; print a table, write the file."""
+    shapes = list(dict.fromkeys([*((count, 1) for count in hosts), *((2, count) for count in replicas)]))
+    num_actors = max(num_hosts * num_replicas + num_replicas for num_hosts, num_replicas in shapes)
+    ray.init(
+        address="local", include_dashboard=False, num_cpus=num_actors, log_to_driver=False, logging_level="ERROR"
+    )
+    try:
+        cells = [measure(ms, *shape, slots, seconds) for shape in shapes for ms in forwards_ms]
+    finally:
+        ray.shutdown()
+    print_table(cells)
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
+
+
+def measure(forward_ms: float, num_hosts: int, num_replicas: int, slots: int, seconds: float) -> Cell:
+    """One cell; all replicas run at the same time."""
+    config = make_config(num_hosts, slots)
+    host, replica = (ray.remote(each).options(num_cpus=1) for each in (SimulatedActor, SimulatedReplica))
+    actors = [[host.remote(config, at, forward_ms / 1e3) for at in range(num_hosts)] for _ in range(num_replicas)]
+    engines = [replica.remote(config, each) for each in actors]
+    try:
+        rates = ray.get([engine.run.remote(seconds) for engine in engines])
+    finally:
+        for actor in [*engines, *(actor for each in actors for actor in each)]:
+            ray.kill(actor)
+    rows_a_pass = slots / num_groups(build_lineup(config), config)
+    ideal = num_replicas * rows_a_pass / (forward_ms / 1e3)
+    return Cell(forward_ms, num_hosts, num_replicas, slots, sum(rates), sum(rates) / ideal)
+
+
+def print_table(cells: Sequence[Cell]) -> None:
+    table = Table(title="Simulated forward passes, real coordination over Ray", box=None)
+    for name in ("forward ms", "hosts", "replicas", "slots", "tokens/s", "of ideal"):
+        table.add_column(name, justify="right")
+    for cell in cells:
+        table.add_row(
+            f"{cell.forward_ms:g}",
+            str(cell.hosts),
+            str(cell.replicas),
+            str(cell.slots),
+            f"{cell.tokens_per_s:,.0f}",
+            f"{cell.of_ideal:.1%}",
+        )
+    Console().print(table)
