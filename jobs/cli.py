@@ -114,9 +114,12 @@ def synthesize(
     config: ConfigFile,
     overrides: Overrides = None,
     limit: Limit = None,
+    seed: Seed = None,
+    model: Model = None,
     export: Annotated[
         Path | None, typer.Option(help="Also write the data set to this folder, for datasets.load_from_disk.")
     ] = None,
+    new_run: NewRun = False,
     print_config: PrintConfig = False,
     verbose: Verbose = False,
 ) -> None:
@@ -127,10 +130,12 @@ def synthesize(
     """
     from jobs.synthesize import run_synthesize
 
+    flags = {"input.limit": limit, "decoding.seed": seed, "base.model": model}
     run_synthesize(
         config,
-        _merge(overrides, {"input.limit": limit}),
+        _merge(overrides, flags),
         print_config=print_config,
+        is_new_run=new_run,
         export_to=export,
         is_verbose=verbose,
     )

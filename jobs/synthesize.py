@@ -16,7 +16,13 @@ from pipeline.synthesis.survey import SPLITS
 
 
 def run_synthesize(
-    config_file: Path, overrides: list[str], *, print_config: bool, export_to: Path | None, is_verbose: bool
+    config_file: Path,
+    overrides: list[str],
+    *,
+    print_config: bool = False,
+    is_new_run: bool = False,
+    export_to: Path | None = None,
+    is_verbose: bool = False,
 ) -> None:
     """Read the configuration, run the job, say what was written and how to load it."""
     config = load_as(SynthesizeConfig, config_file, overrides)
@@ -30,7 +36,9 @@ def run_synthesize(
         check_folder(export_to)
     # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
     with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
-        dataset, was_decoded = synthesize(config, default_cache_folder(os.environ), out, is_verbose=is_verbose)
+        dataset, was_decoded = synthesize(
+            config, default_cache_folder(os.environ), out, is_verbose=is_verbose, may_begin_beside=is_new_run
+        )
     if not (was_decoded or dataset.was_made):
         print("nothing to do: the data set is complete")
     print(describe_dataset(dataset))

@@ -24,12 +24,13 @@ def synthesize(
     out: TextIO,
     *,
     is_verbose: bool = False,
+    may_begin_beside: bool = False,
     watch: Watcher = unwatched,
 ) -> tuple[Dataset, bool]:
     """Start or continue a run, judge its answers, make the data set; it, and whether anything was decoded or judged.
 
-    The run is that of `cage relabel` with the same settings. Other settings of `synthesis` make another data set of
-    the same answers.
+    The run is that of `cage relabel` with the same settings; `may_begin_beside` as there. Other settings of
+    `synthesis` make another data set of the same answers.
 
     Raises:
         ConfigurationError: nothing was decoded, or no answer is left for the data set.
@@ -44,7 +45,9 @@ def synthesize(
     if settings.filters.duplicates.near is not None:
         check_installed()
     panel = call_panel(settings.judges, cache_folder, progress=tell)
-    run, was_decoded = relabel(config.job, cache_folder, out, is_verbose=is_verbose, watch=watch)
+    run, was_decoded = relabel(
+        config.job, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside, watch=watch
+    )
     num_judged = judge(Scores(run, panel), config, out, is_verbose=is_verbose) if settings.judges else 0
     dataset = make_dataset(
         run,

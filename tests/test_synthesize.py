@@ -95,6 +95,18 @@ def test_the_same_command_does_nothing_and_other_settings_decode_nothing(made, t
     assert tree_bytes(folder / "run", "**/*.*") == before
 
 
+def test_a_new_run_begins_beside_one_of_other_answers(made, tiny):
+    folder, dataset = made
+    tree = job_tree(folder, tiny(), input={"path": str(folder / "prompts.jsonl"), "id": "id", "limit": 2})
+    with pytest.raises(ConfigurationError, match=r"input\.limit"):
+        run_job(tree, folder)
+    beside, _ = run_job(tree, folder, may_begin_beside=True)
+    assert beside.run.store.path == dataset.run.store.path + "-2"
+    assert beside.manifest["answers"] == 12
+    again, was_run = run_job(tree, folder, may_begin_beside=True)
+    assert (was_run, again.was_made, again.manifest) == (False, False, beside.manifest)
+
+
 def test_the_run_is_that_of_relabel_and_can_be_retried(made, tiny):
     folder, dataset = made
     config = parse_as(SynthesizeConfig, job_tree(folder, tiny()))
@@ -169,22 +181,21 @@ def test_the_command_says_what_it_made_and_exports_it(tiny, tmp_path, capfd):
         original = load_dataset(str(tmp_path / "run/dataset"), kind, cache_dir=str(tmp_path / "hf"))
         assert exported["train"].to_list() == original["train"].to_list()
 
-    options = {"print_config": False, "is_verbose": False}
-    run_synthesize(file, [], export_to=target, **options)
+    run_synthesize(file, [], export_to=target)
     told = capfd.readouterr().out
     assert "nothing to do" in told
     assert "(was there)" in told
     with pytest.raises(ConfigurationError, match="holds other files"):
-        run_synthesize(file, [], export_to=tmp_path / "run/dataset", **options)
+        run_synthesize(file, [], export_to=tmp_path / "run/dataset")
     assert (tmp_path / "run/dataset/manifest.json").exists()
     with pytest.raises(ConfigurationError, match="export of another data set"):
-        run_synthesize(file, ["synthesis.seed=5"], export_to=target, **options)
+        run_synthesize(file, ["synthesis.seed=5"], export_to=target)
 
 
 def test_print_config_shows_every_default_and_loads_again(tiny, tmp_path, capsys):
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job_tree(tmp_path, tiny())))
-    run_synthesize(file, ["synthesis.seed=9"], print_config=True, export_to=None, is_verbose=False)
+    run_synthesize(file, ["synthesis.seed=9"], print_config=True)
     printed = capsys.readouterr().out
     file.write_text(printed)
     config = load_as(SynthesizeConfig, file)
