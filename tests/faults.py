@@ -46,6 +46,17 @@ class KillAt:
 
 
 @dataclass(frozen=True)
+class KillAlways:
+    """SIGKILL every process that reaches `point`."""
+
+    point: Point
+
+    def __call__(self, point: Point, detail: object) -> None:
+        if point is self.point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
 class AllOf:
     """Several watchers at once."""
 

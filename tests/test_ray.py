@@ -11,13 +11,13 @@ import faults
 import pyarrow.parquet as pq
 import pytest
 import ray
-from faults import DiskFull, KillAt, Poison
+from faults import DiskFull, KillAlways, KillAt, Poison
 from test_relabel import job, parts, run_job, write_prompts
 from transformers import AutoTokenizer
 
 from jobs.status import describe_status
 from pipeline.cluster.stream import ShardStream
-from pipeline.errors import ConfigurationError, StorageError
+from pipeline.errors import ConfigurationError, HostError, StorageError
 from pipeline.points import Point
 from pipeline.relabel import prepare
 
@@ -78,6 +78,15 @@ def test_a_coordinator_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_
     assert kill.has_killed
     assert parts(tmp_path / "run") == expected
     assert "attempts of shards lost" in describe_status(run)
+
+
+def test_a_shard_whose_replica_dies_each_time_is_given_up(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), errors={"max_attempts": 2})
+    with pytest.raises(HostError, match="shard 0 was given up after 2 attempts: its replica died each time"):
+        run_job(config, tmp_path, watch=KillAlways(Point.BEFORE_DATA))
+    run, _ = run_job(config, tmp_path)
+    assert run.is_complete
 
 
 def test_a_full_disk_in_a_replica_ends_the_run_in_one_line_and_the_same_command_continues(tiny, tmp_path, reference):
