@@ -320,10 +320,11 @@ def _interrupt(*_: object) -> None:
 
 
 def _set_quiet_environment() -> None:
-    """Before any heavy import: Ray reports nothing home and starts no cluster unasked, libraries draw no bars."""
+    """Before any heavy import: Ray reports nothing home, starts no cluster unasked and may take its time, no bars."""
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_AUTO_CONNECT": "0",
+        "RAY_raylet_start_wait_time_s": "120",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import ray
 
 from pipeline.config import ClusterConfig
-from pipeline.errors import ConfigurationError
+from pipeline.errors import CageError, ConfigurationError
 
 
 @contextmanager
@@ -35,13 +35,16 @@ def joined(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> Itera
 def _start(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> None:
     logging_options = {"log_to_driver": is_verbose, "logging_level": logging.INFO if is_verbose else logging.ERROR}
     if config.address is None:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            # CPUs are Ray's book-keeping: a small machine may share its cores among the hosts
-            num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
-            **logging_options,
-        )
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                # CPUs are Ray's book-keeping: a small machine may share its cores among the hosts
+                num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
+                **logging_options,
+            )
+        except Exception as error:  # Ray raises plain ones where its processes do not start
+            raise CageError(f"Ray could not be started on this machine: {' '.join(str(error).split())}") from error
     else:
         try:
             ray.init(address=config.address, **logging_options)
