@@ -22,13 +22,19 @@ ROWS = [ask(f"r{at}", "tell me " * (at % 5) + "x" * (7 * at % 11 + 1)) for at in
 ROLES = (HostRole("a"), HostRole("b"))
 
 
-def host_of(folder, *, strict, num_slots):
+def host_of(folder, *, strict, num_slots, has_static_steps=None):
     source = resolve_model(str(folder), cache_folder=folder)
     spec = HostSpec(
         name="base", serves=("base",), source=source, dtype="auto", device="cpu", roles=ROLES, num_slots=num_slots,
         vocab_size=261, strict=strict, cache_folder=folder,
     )  # fmt: skip
-    return load_host(spec)
+    host = load_host(spec)
+    if has_static_steps is None:
+        return host
+    return Host(
+        host._passes._model, ROLES, num_slots=num_slots, vocab_size=261, strict=strict,
+        has_static_steps=has_static_steps,
+    )  # fmt: skip
 
 
 def logits_after(host: Host, places: dict[int, int], prompts, num_steps=6):
@@ -53,6 +59,20 @@ def test_logits_of_a_row_are_the_same_to_the_bit_in_any_company(tiny, kind):
         places = dict(zip(company, generator.sample(range(num_slots), len(company)), strict=True))
         for row, logits in logits_after(host, places, prompts).items():
             assert torch.equal(logits, together[row])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_passes_of_fixed_shapes_give_the_logits_of_exact_ones(tiny, kind):
+    """As on a GPU, where they are recorded; rows come and go, and one outgrows its buffer."""
+    folder = tiny(kind)
+    prompts = [[3, 9, 4], list(range(250)), [7] * 30, [5, 6], [8] * 12]
+    hosts = [host_of(folder, strict=False, num_slots=5, has_static_steps=static) for static in (False, True)]
+    for places in ({0: 2, 1: 0, 2: 3}, {1: 1}, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}):
+        exact, fixed = (logits_after(host, places, prompts, num_steps=9) for host in hosts)
+        for row in places:
+            torch.testing.assert_close(exact[row], fixed[row], atol=1e-4, rtol=0)
+    shapes = set(hosts[1]._passes._static_steps._steps)
+    assert {(16, 256), (16, 512)} <= shapes  # ten rows of five slots and two roles
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "mistral", "neox"])

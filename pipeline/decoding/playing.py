@@ -71,7 +71,7 @@ class PlayingHost(PositionedHost):
         """What a language model's host did so far."""
         host = self._host
         assert isinstance(host, Host)
-        return HostWork(host.num_forwards, host.num_tokens, host.forward_s, self._solve_s)
+        return HostWork(*host.work, self._solve_s)
 
 
 def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched) -> PlayingHost:

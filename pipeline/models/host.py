@@ -9,7 +9,6 @@ B rows of a call, R roles of the host, K candidates, V vocabulary, T tokens.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,12 +18,11 @@ from torch import Tensor
 from pipeline.models.drafts import Draft
 from pipeline.models.memory import slots_that_fit
 from pipeline.models.messages import CHUNK, Admission, Candidates, HostRole
+from pipeline.models.passes import Passes
 from pipeline.models.prefixes import Prefixes, Prompt
-from pipeline.models.slots import Copied, Segment, SlotCache, SlotPass, running
+from pipeline.models.slots import Copied, SlotCache
 
 LOGITS_COPIES = 4  # the newest ones, and those of a step while candidates are found
-MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
-BACKBONE = "__base__"  # peft's name for "no adapter" in a mixed batch
 
 
 class Host:
@@ -37,6 +35,7 @@ class Host:
         vocab_size: number of token ids that all models share; logits beyond it are cut.
         strict: attend row by row and pad small passes, so that no row's bits depend on its company.
         bytes_per_token: what one token of one row takes in the cache.
+        has_static_steps: see `Passes`.
     """
 
     def __init__(
@@ -48,28 +47,31 @@ class Host:
         vocab_size: int,
         strict: bool = True,
         bytes_per_token: int = 0,
+        has_static_steps: bool | None = None,
     ) -> None:
-        self._model = model
         self._bytes_per_token = bytes_per_token
         self._roles = tuple(roles)
         self._vocab_size = vocab_size
-        self._strict = strict
-        self._device = next(model.parameters()).device
-        self._mixes_adapters = any(role.adapter is not None for role in roles)
-        self.num_forwards = self.num_tokens = 0
-        self.forward_s = 0.0
+        self._passes = Passes(
+            model,
+            vocab_size=vocab_size,
+            mixes_adapters=any(role.adapter is not None for role in roles),
+            strict=strict,
+            has_static_steps=has_static_steps,
+        )
         self._lay_out(num_slots)
 
     def fitting_slots(self, row_tokens: int) -> int:
         """How many rows of `row_tokens` tokens there is memory for, beside the weights and with room for a pass."""
         logits_bytes = LOGITS_COPIES * self._vocab_size * torch.float32.itemsize
         slot_bytes = len(self._roles) * (row_tokens * self._bytes_per_token + logits_bytes)
-        return slots_that_fit(slot_bytes, self._device)
+        return slots_that_fit(slot_bytes, self._passes.device)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
+        self._passes.let_go()
         del self._cache, self._logits_RV  # before the new ones are made: this is asked for when memory is short
-        if self._device.type == "cuda":
+        if self._passes.device.type == "cuda":
             torch.cuda.empty_cache()
         self._lay_out(num_slots)
 
@@ -78,12 +80,23 @@ class Host:
         num_rows = len(self._roles) * num_slots
         # one more row takes the writes of padding
         self._cache = SlotCache(num_rows + 1)
+        self._passes.lay_out(self._cache, spare_row=num_rows)
         self._lengths = [0] * num_rows + [1]
         self._prefixes = Prefixes()
         # of rows that are being filled: the tokens they have, and the row with the same prompt that is a step ahead
         self._filled: dict[int, int] = {}
         self._following: dict[int, tuple[int, int]] = {}
-        self._logits_RV = torch.zeros(num_rows + 1, self._vocab_size, device=self._device)
+        self._logits_RV = torch.zeros(num_rows + 1, self._vocab_size, device=self._passes.device)
+
+    @property
+    def num_forwards(self) -> int:
+        """Passes so far."""
+        return self._passes.num_forwards
+
+    @property
+    def work(self) -> tuple[int, int, float]:
+        """Passes so far, tokens that went through them, and the seconds that they took."""
+        return self._passes.num_forwards, self._passes.num_tokens, self._passes.forward_s
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -104,7 +117,9 @@ class Host:
             for index, role in enumerate(self._roles):
                 for slot, token in zip(slots, tokens, strict=True):
                     self._append(draft, self._row(index, slot), role, token)
-            self._run(draft)
+            if done := self._passes.run(draft):
+                rows_R, logits_RV = done
+                self._logits_RV[rows_R] = logits_RV
         except BaseException:
             self._prefixes.clear()  # any row may be half-written
             raise
@@ -124,7 +139,7 @@ class Host:
             role_logprobs_BRK = _gather(logits_BRV, ids_BK) - normaliser_BR1
         base_BK = role_logprobs_BRK[:, 0].clone()
         if min_p > 0:
-            floor_B1 = base_BK.max(-1, keepdim=True).values + torch.tensor(min_p, device=self._device).log()
+            floor_B1 = base_BK.max(-1, keepdim=True).values + torch.tensor(min_p, device=self._passes.device).log()
             base_BK = base_BK.masked_fill(base_BK < floor_B1, -torch.inf)
         return Candidates(ids_BK, base_BK, base_BK.exp().sum(-1), role_logprobs_BRK)
 
@@ -135,7 +150,7 @@ class Host:
         normaliser_BR1 = logits_BRV.logsumexp(-1, keepdim=True)
         if ids_BK is None:
             return logits_BRV - normaliser_BR1
-        return _gather(logits_BRV, ids_BK.to(self._device)) - normaliser_BR1
+        return _gather(logits_BRV, ids_BK.to(self._passes.device)) - normaliser_BR1
 
     @torch.inference_mode()
     def score(self, prompts: Mapping[str, Sequence[int]], continuation: Sequence[int]) -> Tensor:
@@ -143,15 +158,8 @@ class Host:
         scores = []
         for role in self._roles:
             tokens = [*prompts[role.name], *continuation]
-            draft = Draft(segments=[Segment(-1, 0, len(tokens))])
-            logits_TV = self._forward(
-                self._make_pass(draft, None),
-                tokens,
-                range(len(tokens)),
-                [role.adapter] * len(tokens),
-                len(continuation) + 1,
-            )
-            ids_T1 = torch.tensor(continuation, device=self._device)[:, None]
+            logits_TV = self._passes.score(tokens, role.adapter, len(continuation) + 1)
+            ids_T1 = torch.tensor(continuation, device=self._passes.device)[:, None]
             logprobs_TV = logits_TV[:-1] - logits_TV[:-1].logsumexp(-1, keepdim=True)
             scores.append(logprobs_TV.gather(-1, ids_T1)[:, 0])
         return torch.stack(scores)
@@ -198,60 +206,10 @@ class Host:
         draft.append(row, self._lengths[row], role.adapter, token)
         self._lengths[row] += 1
 
-    def _run(self, draft: Draft) -> None:
-        """The forward pass of a draft, and the new logits."""
-        if self._strict:
-            draft.pad(MIN_ROWS, row=len(self._lengths) - 1, mixes_adapters=self._mixes_adapters)
-        if not draft.tokens and not draft.rows:
-            return
-        slot_pass = self._make_pass(draft, self._cache)
-        tokens = [*draft.tokens, *draft.last_tokens]
-        positions = [*draft.positions, *(length - 1 for length in draft.lengths)]
-        adapters = [*draft.adapters, *draft.last_adapters]
-        logits_RV = self._forward(slot_pass, tokens, positions, adapters, len(draft.rows))
-        if draft.rows:
-            self._logits_RV[slot_pass.rows_R] = logits_RV
-
-    def _make_pass(self, draft: Draft, cache: SlotCache | None) -> SlotPass:
-        rows_R, lengths_R = torch.tensor([draft.rows, draft.lengths], dtype=torch.long, device=self._device)
-        # on a CPU a call a row costs less than the copies that a batch of rows needs
-        per_row = self._strict or self._device.type == "cpu"
-        return SlotPass(
-            cache, draft.segments, draft.follows, draft.rows, draft.lengths, rows_R, lengths_R - 1, per_row
-        )
-
-    def _forward(
-        self,
-        slot_pass: SlotPass,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        adapters: Sequence[str | None],
-        keep: int,
-    ) -> Tensor:
-        """One pass over packed tokens; the logits [keep, V] of the last ones."""
-        started_s = time.perf_counter()
-        # adapters are mixed along the batch dimension: the tokens lie there, each on its own
-        shape = (len(tokens), 1) if self._mixes_adapters else (1, len(tokens))
-        mixed = {"adapter_names": [name or BACKBONE for name in adapters]} if self._mixes_adapters else {}
-        with running(slot_pass):
-            output = self._model(
-                input_ids=torch.tensor(tokens, device=self._device).view(shape),
-                position_ids=torch.tensor(positions, device=self._device).view(shape),
-                past_key_values=slot_pass.cache,
-                use_cache=slot_pass.cache is not None,
-                logits_to_keep=1 if self._mixes_adapters else max(keep, 1),
-                **mixed,
-            )
-        self.num_forwards += 1
-        self.num_tokens += len(tokens)
-        self.forward_s += time.perf_counter() - started_s
-        logits: Tensor = output.logits.view(-1, output.logits.shape[-1])[:, : self._vocab_size]
-        return logits[len(logits) - keep :].float()
-
     def _logits(self, slots: Sequence[int]) -> Tensor:
         """Newest logits [B, R, V] of the slots."""
         rows = [[index * self._num_slots + slot for index in range(len(self._roles))] for slot in slots]
-        return self._logits_RV[torch.tensor(rows, device=self._device)]
+        return self._logits_RV[torch.tensor(rows, device=self._passes.device)]
 
 
 def _gather(logits_BRV: Tensor, ids_BK: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     def __init__(self, num_rows: int) -> None:
         super().__init__(layers=[])
         self.num_rows = num_rows
+        self.num_moves = 0  # how often a buffer was made or made anew
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -96,12 +97,22 @@ class SlotCache(Cache):  # type: ignore[misc]
             shape = (self.num_rows, keys.shape[0], CAPACITY_STEP)
             self.keys.append(keys.new_zeros(*shape, keys.shape[-1]))
             self.values.append(values.new_zeros(*shape, values.shape[-1]))
-        needed = max([*slot_pass.lengths, *(part.stop for part in slot_pass.segments)])
-        self.keys[layer_idx] = _with_capacity(self.keys[layer_idx], needed)
-        self.values[layer_idx] = _with_capacity(self.values[layer_idx], needed)
+            self.num_moves += 1
+        self._reserve(layer_idx, max([*slot_pass.lengths, *(part.stop for part in slot_pass.segments)]))
         _write(self.keys[layer_idx], keys, slot_pass)
         _write(self.values[layer_idx], values, slot_pass)
         return key_states, value_states
+
+    def reserve(self, num_tokens: int) -> None:
+        """Have room for rows of so many tokens in every layer."""
+        for layer in range(len(self.keys)):
+            self._reserve(layer, num_tokens)
+
+    def _reserve(self, layer: int, num_tokens: int) -> None:
+        if num_tokens > self.keys[layer].shape[2]:
+            self.keys[layer] = _with_capacity(self.keys[layer], num_tokens)
+            self.values[layer] = _with_capacity(self.values[layer], num_tokens)
+            self.num_moves += 1
 
     def copy(self, copied: Copied) -> None:
         """Copy between rows at once, in every layer."""
@@ -118,10 +129,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def _with_capacity(buffer: Tensor, num_tokens: int) -> Tensor:
-    capacity = buffer.shape[2]
-    if num_tokens <= capacity:
-        return buffer
-    capacity = max(2 * capacity, -(-num_tokens // CAPACITY_STEP) * CAPACITY_STEP)
+    capacity = max(2 * buffer.shape[2], -(-num_tokens // CAPACITY_STEP) * CAPACITY_STEP)
     grown = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
     grown[:, :, : buffer.shape[2]] = buffer
     return grown
