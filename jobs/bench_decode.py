@@ -25,8 +25,8 @@ from jobs.bench_models import SHAPES, Work, make_assembly, make_config, make_wor
 from jobs.bench_plain import decode_plainly, load_plain_model, time_floor
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.engine import Engine
-from pipeline.decoding.hosts import Hosts, LocalHost
-from pipeline.decoding.playing import HostWork, load_playing_host
+from pipeline.decoding.local import local_engine
+from pipeline.decoding.playing import HostWork
 from pipeline.errors import ConfigurationError
 from pipeline.models.descriptions import describe_model
 from pipeline.models.embedded import default_cache_folder
@@ -120,7 +120,7 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
 
 def measure_full_batch(setup: Setup, plain: Any) -> dict[str, Any]:
     """A step of a batch that stays full, beside the bare forward pass of as many rows, alternately."""
-    engines = {name: _engine(setup, strict=name == "strict") for name in ("strict", "relaxed")}
+    engines = {name: local_engine(setup.assembly(strict=name == "strict")) for name in ("strict", "relaxed")}
     num_rows = setup.slots * (setup.num_principals + 1)
     times: dict[str, list[float]] = {"floor": [], "strict": [], "relaxed": []}
     for _ in range(FULL_BATCH_ROUNDS):
@@ -146,10 +146,9 @@ def measure_full_batch(setup: Setup, plain: Any) -> dict[str, Any]:
 
 def measure_local(setup: Setup, *, strict: bool = True, slots: int | None = None) -> dict[str, Any]:
     """This decoder in this process."""
-    assembly = setup.assembly(strict=strict, slots=slots)
-    hosts: Hosts = {"base": LocalHost(load_playing_host(assembly, 0), assembly.lineup.hosts[0])}
+    engine = local_engine(setup.assembly(strict=strict, slots=slots))
     torch.set_num_threads(setup.threads)
-    return _decode(assembly, hosts, setup.work)
+    return _decode(engine, setup.work)
 
 
 def measure_ray(setup: Setup) -> dict[str, Any]:
@@ -167,27 +166,17 @@ def measure_ray(setup: Setup) -> dict[str, Any]:
             launch = HostLaunch((ray.put(assembly),), plans, assembly.config.cluster, places, has_gpus)
             group = HostGroup(launch, 0)
             try:
-                return _decode(assembly, group.wait(), setup.work)
+                engine = Engine(
+                    assembly.lineup,
+                    group.wait(),
+                    assembly.prompter,
+                    assembly.config.decoding,
+                    assembly.variants,
+                    num_slots=setup.slots,
+                )
+                return _decode(engine, setup.work)
             finally:
                 group.stop()
-
-
-def _engine(setup: Setup, *, strict: bool) -> Engine:
-    assembly = setup.assembly(strict=strict)
-    hosts: Hosts = {"base": LocalHost(load_playing_host(assembly, 0), assembly.lineup.hosts[0])}
-    return _make_engine(assembly, hosts)
-
-
-def _make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
-    config = assembly.config
-    return Engine(
-        assembly.lineup,
-        hosts,
-        assembly.prompter,
-        config.decoding,
-        assembly.variants,
-        num_slots=config.cluster.first_slots,
-    )
 
 
 def _time_steps(engine: Engine, setup: Setup) -> float:
@@ -207,10 +196,10 @@ def _time_steps(engine: Engine, setup: Setup) -> float:
     return statistics.median(seconds)
 
 
-def _decode(assembly: Assembly, hosts: Hosts, work: Work) -> dict[str, Any]:
+def _decode(engine: Engine, work: Work) -> dict[str, Any]:
     """Decode all rows; rates, shares of time and how full the slots were while rows waited."""
-    engine = _make_engine(assembly, hosts)
-    before: HostWork = hosts["base"].submit("work").result()
+    host = engine.calls.hosts["base"]
+    before: HostWork = host.submit("work").result()
     waiting = iter(work.rows)
     num_tokens, is_last, utilisation = 0, False, 1.0
     started_s = time.perf_counter()
@@ -219,12 +208,12 @@ def _decode(assembly: Assembly, hosts: Hosts, work: Work) -> dict[str, Any]:
             row = next(waiting, None)
             if row is None:
                 is_last = True
-                utilisation = engine.num_row_steps / max(1, engine.num_steps * assembly.config.cluster.first_slots)
+                utilisation = engine.num_row_steps / max(1, engine.num_steps * engine.num_slots)
             else:
                 engine.admit(row)
         num_tokens += sum(record.num_tokens for record in engine.step())
     seconds = time.perf_counter() - started_s
-    after: HostWork = hosts["base"].submit("work").result()
+    after: HostWork = host.submit("work").result()
     forward, solve = (after.forward_s - before.forward_s) / seconds, (after.solve_s - before.solve_s) / seconds
     transport = max(0.0, engine.calls.wait_s / seconds - forward - solve)
     return {

@@ -46,7 +46,7 @@ def two_hosts(tiny):
     return {"principals": {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.5}, "arm": arm}}
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [2])
 def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas):
     prompts, expected = reference
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(replicas=replicas), **two_hosts(tiny))

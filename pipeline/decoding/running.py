@@ -122,17 +122,11 @@ class RunningRow:
     ) -> Record:
         """The output row."""
         count = len(self.outcomes)
-        record = Record(
-            row_id=self.row.row_id,
-            sample=self.sample,
-            variant=self.variant,
-            rule=str(self.terms.rule),
-            agent_temperature=self.terms.agent_temperature,
-            prompt=self.row.messages,
+        record = replace(
+            self._blank(),
             response=text,
             finish_reason=reason,
             num_tokens=count,
-            weights=dict(zip(self.principal_names, self.terms.weights, strict=True)),
             rewards=self._by_name(_sums([outcome.rewards for outcome in self.outcomes])),
             payments=self._payments(),
             num_unsolved=sum(outcome.status != Status.CONVERGED for outcome in self.outcomes),
@@ -167,6 +161,10 @@ class RunningRow:
 
     def rejected(self, reason: str) -> Record:
         """The output row of one that cannot be aligned."""
+        return replace(self._blank(), error=reason, original_response=self.row.response)
+
+    def _blank(self) -> Record:
+        """The output row as far as it is known without an answer."""
         return Record(
             row_id=self.row.row_id,
             sample=self.sample,
@@ -180,8 +178,6 @@ class RunningRow:
             weights=dict(zip(self.principal_names, self.terms.weights, strict=True)),
             rewards=dict.fromkeys(self.principal_names),
             payments=dict.fromkeys(self.principal_names),
-            error=reason,
-            original_response=self.row.response,
         )
 
     def _payments(self) -> dict[str, float | None]:
