@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from storage_setup import write_jsonl
 
 from pipeline.config import InputConfig
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, StorageError
 from pipeline.records import Row
 from pipeline.storage import jsonl
+from pipeline.storage.input_files import told_as_input_error
 from pipeline.storage.inputs import open_input
 
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -457,3 +458,11 @@ def test_any_table_is_rows_or_one_line(
     arrays = [pa.nulls(num_rows, type_) for type_ in types]
     pq.write_table(pa.Table.from_arrays(arrays, names[: len(types)]), tmp_path / "x.parquet")
     check_fuzzed(tmp_path / "x.parquet", **columns)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"), [(TimeoutError("read timed out"), StorageError), (OSError("gone"), ConfigurationError)]
+)
+def test_a_fault_that_may_pass_is_the_storages_and_not_the_inputs(fault, kind):
+    with pytest.raises(kind, match=r"x\.jsonl cannot be read: "), told_as_input_error("x.jsonl"):
+        raise fault

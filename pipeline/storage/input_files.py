@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.storage.addresses import file_system, split_address, told_as_storage_error
 from pipeline.storage.quoting import one_line, quote
+from pipeline.storage.retries import may_pass
 from pipeline.storage.rows import Columns
 
 FORMAT_BY_SUFFIX = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -103,13 +104,14 @@ def open_bytes(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def told_as_input_error(name: str) -> Iterator[None]:
-    """Turn a fault of reading an input file into one line that names the file."""
+    """Turn a fault of reading an input file into one line that names the file; one that may pass is the storage's."""
     try:
         yield
     except ConfigurationError:
         raise
     except (StorageError, OSError, ValueError, ArithmeticError, LookupError, TypeError, pa.ArrowException) as error:
-        raise ConfigurationError(f"{name} cannot be read: {one_line(error)}") from error
+        kind = StorageError if may_pass(error) else ConfigurationError
+        raise kind(f"{name} cannot be read: {one_line(error)}") from error
 
 
 def is_dataset_name(path: str) -> bool:
