@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import StorageError
 from pipeline.reporting.metrics import as_number
+from pipeline.reporting.stored import read_object
 from pipeline.reporting.text import visible
 from pipeline.storage.run import Run
 
@@ -22,15 +21,9 @@ def describe_dataset(run: Run) -> dict[str, Any] | None:
     Raises:
         StorageError: the manifest is not a JSON object.
     """
-    data = run.store.read(MANIFEST)
-    if data is None:
+    tree = read_object(run, MANIFEST, remedy="make the data set again")
+    if tree is None:
         return None
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise StorageError(f"{run.store.url(MANIFEST)} is not a JSON object; make the data set again")
     histograms = _mapping(tree.get("histograms"))
     charts = {f"dataset.{name}": _chart(name, _mapping(each)) for name, each in histograms.items()}
     return {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import StorageError
+from pipeline.reporting.stored import read_object
 from pipeline.storage.run import Run
 
 METRICS = "metrics.json"
@@ -63,16 +62,8 @@ class Metrics:
 
 def read_metrics(run: Run) -> Metrics | None:
     """The metrics of an evaluation; None for another run. Raises StorageError when the file is no JSON object."""
-    data = run.store.read(METRICS)
-    if data is None:
-        return None
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise StorageError(f"{run.store.url(METRICS)} is not a JSON object; evaluate the run again")
-    return parse_metrics(tree)
+    tree = read_object(run, METRICS, remedy="evaluate the run again")
+    return None if tree is None else parse_metrics(tree)
 
 
 def parse_metrics(tree: Mapping[str, Any]) -> Metrics:
