@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.bench_models import GivenPrompts
-from pipeline.cluster.host_actors import RayHost
+from pipeline.cluster.host_actors import RayHost, send_tensors_as_arrays
 from pipeline.config import Config
 from pipeline.config_files import parse_config
 from pipeline.decoding.engine import Engine
@@ -75,11 +75,12 @@ class SimulatedActor:
 
     def __init__(self, config: Config, index: int, forward_s: float) -> None:
         torch.set_num_threads(1)
+        send_tensors_as_arrays()
         lineup = build_lineup(config)
         roles = lineup.hosts[index].roles
         self._host = PlayingHost(SimulatedHost(len(roles), forward_s), roles, config.decoding, lineup.principals)
 
-    def call(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._host, method)(*args, **kwargs)
 
 

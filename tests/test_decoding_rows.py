@@ -37,10 +37,10 @@ class ScriptedHost:
 
         return Answer(getattr(self, method)(*args, **kwargs))
 
-    def advance(self, at, admissions, slots, tokens):
-        for admission in admissions:
+    def advance(self, at, step):
+        for admission in step.admissions:
             self.at[admission.slot] = 0
-        for slot, token in zip(slots, tokens, strict=True):
+        for slot, token in zip(step.slots, step.tokens, strict=True):
             assert token == self.script[self.at[slot]]
             self.at[slot] += 1
 
@@ -51,9 +51,10 @@ class ScriptedHost:
         logprobs = torch.tensor([[0.0, -1e4]] * len(slots))
         return Candidates(ids, logprobs, torch.ones(len(slots)), logprobs[:, None].expand(-1, self.num_roles, -1))
 
-    def play(self, at, slots, terms, uniforms):
+    def advance_and_play(self, at, step, slots, terms, uniforms):
         from pipeline.decoding.games import play
 
+        self.advance(at, step)
         proposal = self.propose(at, slots, num_candidates=2, min_p=0.0)
         rewards = [torch.zeros(len(slots), 2) for _ in terms[0].weights]
         return play(self.decoding, proposal, rewards, terms, uniforms)

@@ -12,7 +12,7 @@ from pipeline.decoding.hosts import Answer, LocalHost
 from pipeline.decoding.playing import PlayingHost
 from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
 from pipeline.models.loading import load_host
-from pipeline.models.messages import Admission, Position
+from pipeline.models.messages import Admission, Position, Step
 from pipeline.models.positions import PositionedHost
 
 ROWS = [ask(f"r{at}", "x" * (3 * at % 7 + 1), response="fine" if at % 2 else None) for at in range(5)]
@@ -133,8 +133,8 @@ def test_relaxed_rows_are_prefilled_again_with_the_tokens_they_have(tiny):
     admitted, steps = [], []
 
     def lose_once(host, number, method, args):
-        if method == "advance" and host.inner._plan.name == "base":
-            admitted.extend(len(admission.prompts["base"]) for admission in args[1])
+        if method == "advance_and_propose":
+            admitted.extend(len(admission.prompts["base"]) for admission in args[1].admissions)
             steps.append(args[0])
             if len(steps) == 3:
                 host.forget()
@@ -154,7 +154,7 @@ def test_state_that_is_lost_again_and_again_ends_in_an_error(tiny, num_steps):
     replica = Replica(tiny, max_failures=3)
 
     def again_and_again(host, number, method, args):
-        if method == "propose" and args[0].step >= num_steps:
+        if method == "logprobs_at" and args[0].step >= num_steps:
             host.forget()
 
     with pytest.raises(CageError, match="4 hosts failed and no row was finished"):
@@ -170,7 +170,9 @@ def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, 
     mark = token_of(replica, "!")
 
     def die_of_poison(host, number, method, args):
-        if method == "advance" and any(mark in prompt for a in args[1] for prompt in a.prompts.values()):
+        if method.startswith("advance") and any(
+            mark in prompt for a in args[1].admissions for prompt in a.prompts.values()
+        ):
             return Answer(error=HostError("host base died"))
         return None
 
@@ -242,10 +244,10 @@ def positioned(tiny):
 def test_a_repeated_step_gives_the_same_answer_without_computing_again(tiny):
     host, plain, admissions = positioned(tiny)
     at = Position(0, 77, 0)
-    host.advance(at, admissions, [], [])
-    host.advance(at.after, [], [0], [5])
+    host.advance(at, Step(admissions))
+    host.advance(at.after, Step(slots=[0], tokens=[5]))
     first, forwards = host.logprobs_at(at.after, [0], None), plain.num_forwards
-    host.advance(at.after, [], [0], [5])
+    host.advance(at.after, Step(slots=[0], tokens=[5]))
     assert torch.equal(host.logprobs_at(at.after, [0], None), first)
     assert plain.num_forwards == forwards
 
@@ -254,24 +256,39 @@ def test_a_repeated_step_gives_the_same_answer_without_computing_again(tiny):
 def test_a_host_elsewhere_refuses_to_answer_and_to_go_on(tiny, wrong):
     host, _, admissions = positioned(tiny)
     at = Position(0, 77, 0)
-    host.advance(at, admissions, [], [])
-    host.advance(at.after, [], [0], [5])
+    host.advance(at, Step(admissions))
+    host.advance(at.after, Step(slots=[0], tokens=[5]))
     with pytest.raises(StateLost):
         host.propose(wrong, [0], num_candidates=3, min_p=0)
     with pytest.raises(StateLost):
         host.logprobs_at(wrong, [0], None)
     with pytest.raises(StateLost):
-        host.advance(Position(wrong.group, wrong.epoch, wrong.step + 3), [], [0], [5])
+        host.advance(Position(wrong.group, wrong.epoch, wrong.step + 3), Step(slots=[0], tokens=[5]))
 
 
 def test_a_call_that_fails_half_way_leaves_no_state_to_go_on_from(tiny):
     host, plain, admissions = positioned(tiny)
     at = Position(0, 77, 0)
-    host.advance(at, admissions, [], [])
+    host.advance(at, Step(admissions))
     plain.advance = lambda *_: (_ for _ in ()).throw(MemoryError())
     with pytest.raises(HostOutOfMemory):
-        host.advance(at.after, [], [0], [5])
+        host.advance(at.after, Step(slots=[0], tokens=[5]))
     del plain.advance
     for step in (at, at.after):
         with pytest.raises(StateLost):
             host.logprobs_at(step, [0], None)
+
+
+def test_a_host_gives_its_values_before_it_begins_the_next_groups_step(tiny):
+    """Otherwise they wait behind a forward pass, and the games are hidden behind nothing."""
+    calls = []
+    Replica(tiny, num_groups=2).decode(
+        lambda host, _, method, args: calls.append((host.inner._plan.name, method, args))
+    )
+    calls = [(name, method, args[0]) for name, method, args in calls if method != "score"]
+    on_base = [(method, at) for name, method, at in calls if name == "base"]
+    on_other = [(method, at) for name, method, at in calls if name != "base"]
+    assert {method for method, _ in on_base} == {"advance_and_propose"}
+    assert {at.group for _, at in on_base} == {0, 1}
+    assert [method for method, _ in on_other] == ["advance", "logprobs_at"] * len(on_base)
+    assert [at for _, at in on_other[::2]] == [at for _, at in on_other[1::2]] == [at for _, at in on_base]

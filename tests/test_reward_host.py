@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from pipeline.decoding.assembly import assemble
 from pipeline.errors import ConfigurationError, StateLost
 from pipeline.models.branches import RowCache
-from pipeline.models.messages import Admission, Position
+from pipeline.models.messages import Admission, Candidates, Position, Step
 from pipeline.models.positions import PositionedHost
 from pipeline.models.reward_host import lay_out
 from pipeline.models.reward_loading import load_any_host
@@ -53,6 +53,12 @@ def test_any_text_before_and_after_another_is_scored_as_if_read_alone(tiny, judg
             assert known == pytest.approx(alone(prefix), abs=1e-3)
 
 
+def proposal(*ids):
+    """One row's candidates, most likely first."""
+    base_BK = -torch.arange(1.0, len(ids) + 1)[None]
+    return Candidates(torch.tensor([ids]), base_BK, base_BK.exp().sum(-1), base_BK[:, None])
+
+
 class Probe:
     """A reward host behind its position, with one row that has said nothing yet."""
 
@@ -63,14 +69,14 @@ class Probe:
         self.host = load_any_host(self.spec)
         self.checked = PositionedHost(self.host)
         self.at = Position(0, 7, 0)
-        self.checked.advance(self.at, [Admission(1, {"judge": [5, 6, 7]})], [], [])
+        self.checked.advance(self.at, Step([Admission(1, {"judge": [5, 6, 7]})]))
 
     def step(self, token):
         self.at = self.at.after
-        self.checked.advance(self.at, [], [1], [token])
+        self.checked.advance(self.at, Step(slots=[1], tokens=[token]))
 
     def ask(self, *ids):
-        return self.checked.rewards_at(self.at, [1], torch.tensor([ids]))
+        return self.checked.rewards_at(self.at, [1], [0], proposal(*ids), len(ids)).values_DRN
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -79,14 +85,14 @@ def test_a_repeated_call_gets_the_same_bits_and_another_position_is_lost(tiny, j
     first = probe.ask(70, 71, 0)
     assert torch.equal(probe.ask(70, 71, 0), first)
     probe.step(70)
-    probe.checked.advance(probe.at, [], [1], [70])  # repeated: nothing is appended twice
+    probe.checked.advance(probe.at, Step(slots=[1], tokens=[70]))  # repeated: nothing is appended twice
     later = probe.ask(70, 71, 0)
     assert not torch.equal(later, first)
     second = probe.ask(80, 81)
     assert torch.equal(probe.ask(80, 81), second)
     assert torch.allclose(probe.ask(81, 80).flip(-1), second, atol=1e-4)
     with pytest.raises(StateLost):
-        probe.checked.rewards_at(probe.at.after, [1], torch.tensor([[1]]))
+        probe.checked.rewards_at(probe.at.after, [1], [0], proposal(1), 1)
     probe.checked.resize(2)
     with pytest.raises(StateLost):
         probe.ask(80, 81)

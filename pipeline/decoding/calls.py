@@ -1,7 +1,9 @@
 """What an engine says to its hosts, and what becomes of their answers.
 
-With one host, which then holds every role, a step is two calls: advance, and play. With several, the base's host
-proposes candidates, the others give their values at them, and the games are played here.
+With one host, which then holds every role, a step is one call: it advances its rows and plays. With several, the
+base's host proposes candidates, the others give their values at them, and the games are played here. All calls are
+sent at once, the proposal as a reply that is yet to come: were the values asked for when it is there, they would wait
+behind the next group's forward pass, and nothing would be left to hide the games behind.
 
 B rows, K candidates, T tokens of an answer.
 """
@@ -19,12 +21,12 @@ from pipeline.config import Config, DecodingConfig
 from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.groups import Call, Group
 from pipeline.decoding.hosts import Hosts, Reply
-from pipeline.decoding.lineup import BASE, HostPlan, Lineup
+from pipeline.decoding.lineup import HostPlan, Lineup
 from pipeline.decoding.playing import by_role, num_candidates
 from pipeline.decoding.prompts import Prompter
-from pipeline.decoding.reward_replies import ScoredAnswer, ask_rewards
+from pipeline.decoding.reward_replies import ScoredAnswer, ask_rewards, spread_rewards
 from pipeline.decoding.running import RunningRow, TokenOutcome
-from pipeline.models.messages import Admission, Candidates, Position
+from pipeline.models.messages import Admission, Candidates, Position, Step
 
 LONG_PROMPT = 1024  # tokens of a prompt for which a slot has memory, where the model's context is as long
 
@@ -55,16 +57,20 @@ class HostCalls:
 
     def advance(self, at: Position, group: Group) -> Call:
         """Send every host parts of new prompts and the newest tokens, and ask for the next ones."""
-        stepping = [slot for slot in sorted(group.running) if slot not in group.parts]
-        tokens = [group.running[slot].tokens[-1] for slot in stepping]
-        advanced = []
-        for plan in self._lineup.hosts:
-            admissions = [
-                self._admission(plan, slot, group.running[slot], part) for slot, part in group.parts.items()
-            ]
-            advanced.append(self.hosts[plan.name].submit("advance", at, admissions, stepping, tokens))
         slots = [slot for slot in sorted(group.running) if not group.is_filling_after(slot)]
-        return Call(at, slots, advanced, self._ask(at, group, slots) if slots else None)
+        base, *others = self._lineup.hosts
+        if not slots:
+            advanced = [self._submit_step(plan, "advance", at, group) for plan in self._lineup.hosts]
+            return Call(at, slots, advanced, None, [])
+        if not others:
+            rows = [group.running[slot] for slot in slots]
+            terms, uniforms = [row.terms for row in rows], [row.uniform for row in rows]
+            answer = self._submit_step(base, "advance_and_play", at, group, slots, terms, uniforms)
+            return Call(at, slots, [], answer, [])
+        num, min_p = num_candidates(self._decoding), self._decoding.min_p
+        answer = self._submit_step(base, "advance_and_propose", at, group, slots, num_candidates=num, min_p=min_p)
+        advanced = [self._submit_step(plan, "advance", at, group) for plan in others]
+        return Call(at, slots, advanced, answer, self._ask_values(at, group, slots, answer))
 
     def outcomes(self, call: Call, rows: Sequence[RunningRow]) -> list[TokenOutcome]:
         """What the step gave each row; waits for the hosts. Raises HostError."""
@@ -114,15 +120,26 @@ class HostCalls:
     def _is_alone(self) -> bool:
         return len(self._lineup.hosts) == 1
 
-    def _ask(self, at: Position, group: Group, slots: Sequence[int]) -> Reply:
-        """Ask for the tokens themselves where one host holds every role, for candidates elsewhere."""
-        base = self.hosts[BASE]
-        if self._is_alone:
-            rows = [group.running[slot] for slot in slots]
-            return base.submit("play", at, slots, [row.terms for row in rows], [row.uniform for row in rows])
-        return base.submit(
-            "propose", at, slots, num_candidates=num_candidates(self._decoding), min_p=self._decoding.min_p
-        )
+    def _submit_step(
+        self, plan: HostPlan, method: str, at: Position, group: Group, *args: Any, **kwargs: Any
+    ) -> Reply:
+        """Call a method that begins a step, with what is new."""
+        stepping = [slot for slot in sorted(group.running) if slot not in group.parts]
+        tokens = [group.running[slot].tokens[-1] for slot in stepping]
+        admissions = [self._admission(plan, slot, group.running[slot], part) for slot, part in group.parts.items()]
+        step = Step(admissions, stepping, tokens)
+        return self.hosts[plan.name].submit(method, at, step, *args, **kwargs)
+
+    def _ask_values(self, at: Position, group: Group, slots: Sequence[int], proposal: Reply) -> list[Reply]:
+        """Ask the hosts beside the base's for their values at the candidates of a proposal on its way."""
+        num_tokens = [len(group.running[slot].tokens) for slot in slots]
+        candidates = None if num_candidates(self._decoding) is None else proposal
+        return [
+            ask_rewards(self.hosts[plan.name], plan.scorings, at, slots, num_tokens, proposal)
+            if plan.scorings
+            else self.hosts[plan.name].submit("logprobs_at", at, slots, candidates)
+            for plan in self._lineup.hosts[1:]
+        ]
 
     def _admission(self, plan: HostPlan, slot: int, running: RunningRow, part: int) -> Admission:
         """A part of the row's prompts, with the tokens that it kept if it is admitted again."""
@@ -140,16 +157,12 @@ class HostCalls:
         """Every principal's q [B, K] in nats at the candidates, from all hosts at once."""
         base, *others = self._lineup.hosts
         num_tokens = [len(running.tokens) for running in rows]
-        replies: list[Reply] = []
-        for plan in others:
-            host = self.hosts[plan.name]
-            if plan.scorings:
-                replies.append(ask_rewards(host, plan.scorings, call.at, call.slots, num_tokens, proposal))
-            else:
-                replies.append(host.submit("logprobs_at", call.at, call.slots, proposal.ids_BK))
         logprobs_BK = by_role(base.roles, proposal.role_logprobs_BRK)
-        for plan, reply in zip(others, replies, strict=True):
-            logprobs_BK |= by_role(plan.roles, self._wait(reply))
+        for plan, reply in zip(others, call.values, strict=True):
+            values = self._wait(reply)
+            if plan.scorings:
+                values = spread_rewards(values, plan.scorings, num_tokens, proposal)
+            logprobs_BK |= by_role(plan.roles, values.to(proposal.base_logprobs_BK.device))
         return token_rewards(self._lineup.principals, logprobs_BK)
 
     def _wait(self, reply: Reply) -> Any:

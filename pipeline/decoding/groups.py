@@ -20,13 +20,14 @@ class Call:
     """What is under way for a group: the slots in the order of the batch, and the hosts' replies.
 
     `answer` is the tokens, or the base's candidates; there is none where no row runs yet: long prompts take several
-    steps.
+    steps. `values` are the other hosts' at the candidates.
     """
 
     at: Position
     slots: list[int]
     advanced: list[Reply]
     answer: Reply | None
+    values: list[Reply]
 
 
 @dataclass(slots=True)

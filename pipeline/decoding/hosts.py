@@ -23,7 +23,10 @@ class Reply(Protocol):
 
 
 class HostClient(Protocol):
-    """A host, wherever it runs. Calls of one client are executed in the order in which they are submitted."""
+    """A host, wherever it runs. Calls of one client are executed in the order in which they are submitted.
+
+    A reply among the arguments, of whatever host, stands for its answer: it need not be there yet.
+    """
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply: ...
 
@@ -50,8 +53,12 @@ class LocalHost:
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
         try:
+            values = [each.result() if isinstance(each, Answer) else each for each in args]
+        except HostError as error:
+            return Answer(error=error)
+        try:
             with waiting_for(f"an answer of host {self._plan.name} to {method}"):
-                return Answer(getattr(self.host, method)(*args, **kwargs))
+                return Answer(getattr(self.host, method)(*values, **kwargs))
         except (CageError, RuntimeError, ValueError, IndexError, KeyError, MemoryError) as error:
             return Answer(error=describe_failure(self._plan, method, error))
 

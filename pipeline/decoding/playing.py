@@ -14,7 +14,7 @@ from pipeline.decoding.games import play, token_rewards
 from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.running import Terms, TokenOutcome
 from pipeline.models.host import Host
-from pipeline.models.messages import HostRole, Position
+from pipeline.models.messages import HostRole, Position, Step
 from pipeline.models.positions import PositionedHost
 from pipeline.models.reward_host import RewardHost
 from pipeline.models.reward_loading import load_any_host
@@ -55,6 +55,18 @@ class PlayingHost(PositionedHost):
         self._decoding = decoding
         self._principals = principals
         self._solve_s = 0.0
+
+    def advance_and_play(
+        self,
+        at: Position,
+        step: Step,
+        slots: Sequence[int],
+        terms: Sequence[Terms],
+        uniforms: Sequence[float],
+    ) -> list[TokenOutcome]:
+        """Bring the group to `at` and draw a token for each of these slots, in one call."""
+        self.advance(at, step)
+        return self.play(at, slots, terms, uniforms)
 
     def play(
         self, at: Position, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]

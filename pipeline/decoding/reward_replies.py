@@ -11,36 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.decoding.hosts import HostClient, Reply
+from pipeline.decoding.hosts import Answer, HostClient, Reply
 from pipeline.decoding.lineup import Scoring
-from pipeline.models.messages import Candidates, Position
-
-
-@dataclass(frozen=True, slots=True)
-class RewardReply:
-    """A reward host's answer on its way: q [B, R, K] in nats. No reply: no row is due."""
-
-    reply: Reply | None
-    scorings: Sequence[Scoring]
-    num_tokens: Sequence[int]
-    due: Sequence[int]
-    at_BN: Tensor
-    num_candidates: int
-
-    def result(self) -> Tensor:
-        shape = (len(self.num_tokens), len(self.scorings), self.num_candidates)
-        values_BRK = torch.zeros(shape, device=self.at_BN.device)
-        if self.reply is None:
-            return values_BRK
-        scored_DRN = self.reply.result().to(self.at_BN.device)
-        for role, scoring in enumerate(self.scorings):
-            due = [at for at, row in enumerate(self.due) if self.num_tokens[row] % scoring.interval == 0]
-            rows = [self.due[at] for at in due]
-            values_DN = scored_DRN[due, role, : scoring.candidates] * scoring.factor
-            # what was not scored counts as the worst that was
-            values_DK = values_DN.amin(-1, keepdim=True).repeat(1, self.num_candidates)
-            values_BRK[rows, role] = values_DK.scatter(-1, self.at_BN[rows, : scoring.candidates], values_DN)
-        return values_BRK
+from pipeline.models.messages import Candidates, Position, Rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +37,35 @@ def ask_rewards(
     at: Position,
     slots: Sequence[int],
     num_tokens: Sequence[int],
-    proposal: Candidates,
-) -> RewardReply:
+    proposal: Reply,
+) -> Reply:
     """Ask for the base's likeliest candidates of the rows that are due, `num_tokens` being what they have."""
-    num_candidates = proposal.base_logprobs_BK.shape[1]
-    num_scored = min(num_candidates, max(scoring.candidates for scoring in scorings))
-    at_BN = proposal.base_logprobs_BK.topk(num_scored, dim=-1).indices
-    due = [row for row, num in enumerate(num_tokens) if any(num % scoring.interval == 0 for scoring in scorings)]
-    reply = None
-    if due:
-        ids_BN = at_BN if proposal.ids_BK is None else proposal.ids_BK.gather(-1, at_BN)
-        reply = host.submit("rewards_at", at, [slots[row] for row in due], ids_BN[due])
-    return RewardReply(reply, scorings, num_tokens, due, at_BN, num_candidates)
+    due = rows_due(scorings, num_tokens)
+    if not due:
+        return Answer()
+    num_scored = max(scoring.candidates for scoring in scorings)
+    return host.submit("rewards_at", at, [slots[row] for row in due], due, proposal, num_scored)
+
+
+def rows_due(scorings: Sequence[Scoring], num_tokens: Sequence[int]) -> list[int]:
+    """The rows that some role scores at this token."""
+    return [row for row, num in enumerate(num_tokens) if any(num % scoring.interval == 0 for scoring in scorings)]
+
+
+def spread_rewards(
+    rewards: Rewards | None, scorings: Sequence[Scoring], num_tokens: Sequence[int], proposal: Candidates
+) -> Tensor:
+    """q [B, R, K] in nats of all candidates, from those of the rows that were due; None: no row was."""
+    num_rows, num_candidates = proposal.base_logprobs_BK.shape
+    values_BRK = proposal.base_logprobs_BK.new_zeros(num_rows, len(scorings), num_candidates)
+    if rewards is None:
+        return values_BRK
+    all_due, scored_DRN = rows_due(scorings, num_tokens), rewards.values_DRN.to(values_BRK.device)
+    for role, scoring in enumerate(scorings):
+        due = [at for at, row in enumerate(all_due) if num_tokens[row] % scoring.interval == 0]
+        values_DN = scored_DRN[due, role, : scoring.candidates] * scoring.factor
+        # what was not scored counts as the worst that was
+        values_DK = values_DN.amin(-1, keepdim=True).repeat(1, num_candidates)
+        rows = [all_due[at] for at in due]
+        values_BRK[rows, role] = values_DK.scatter(-1, rewards.at_DN[due, : scoring.candidates], values_DN)
+    return values_BRK

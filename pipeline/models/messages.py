@@ -1,6 +1,6 @@
 """What a coordinator and its hosts say to each other. Imports nothing heavy: every process of a run reads it.
 
-B rows of a call, R roles of a host, K candidates.
+B rows of a call, R roles of a host, K candidates, N those of them that are scored.
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ class Admission:
     answer: Sequence[int] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step brings to a host: parts of new rows' prompts, and the newest token of each running slot."""
+
+    admissions: Sequence[Admission] = ()
+    slots: Sequence[int] = ()
+    tokens: Sequence[int] = ()
+
+
 def num_parts(num_tokens: int) -> int:
     """Number of parts in which a prompt is computed; its last token comes with the first step."""
     return max(1, -(-(num_tokens - 1) // CHUNK))
@@ -82,6 +91,15 @@ class Candidates:
     base_logprobs_BK: Tensor
     covered_mass_B: Tensor
     role_logprobs_BRK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """What candidates add to a reward model's score: values [D, R, N] of the D rows that were asked for, and which of
+    a row's K candidates they belong to, [D, N]."""
+
+    at_DN: Tensor
+    values_DRN: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import HostOutOfMemory, StateLost
 from pipeline.models.host import Host
-from pipeline.models.messages import Admission, Candidates, Position
+from pipeline.models.messages import Candidates, Position, Rewards, Step
 from pipeline.models.reward_host import RewardHost
 from pipeline.points import Point, Watcher, unwatched
 
@@ -30,9 +30,7 @@ class PositionedHost:
         self._watch = watch
         self._held: dict[int, Position] = {}
 
-    def advance(
-        self, at: Position, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]
-    ) -> None:
+    def advance(self, at: Position, step: Step) -> None:
         """Bring the group to `at`: compute the new rows' prompts, append one token to the others.
 
         A repeated call changes nothing. Raises StateLost unless the group is one step before `at`; a step 0 begins
@@ -44,12 +42,19 @@ class PositionedHost:
         if at.step > 0 and held != at.before:
             raise StateLost(f"{at} does not follow {held}")
         with self._all_or_nothing():
-            self._host.advance(admissions, slots, tokens)
-            if admissions:
-                self._watch(Point.MID_PREFILL, admissions)
-            if slots:
-                self._watch(Point.MID_STEP, tokens)
+            self._host.advance(step.admissions, step.slots, step.tokens)
+            if step.admissions:
+                self._watch(Point.MID_PREFILL, step.admissions)
+            if step.slots:
+                self._watch(Point.MID_STEP, step.tokens)
             self._held[at.group] = at
+
+    def advance_and_propose(
+        self, at: Position, step: Step, slots: Sequence[int], *, num_candidates: int | None, min_p: float
+    ) -> Candidates:
+        """Bring the group to `at` and propose for these slots, in one call."""
+        self.advance(at, step)
+        return self.propose(at, slots, num_candidates=num_candidates, min_p=min_p)
 
     def propose(self, at: Position, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         """The base's candidates at `at`. Raises StateLost when the group is elsewhere."""
@@ -58,19 +63,30 @@ class PositionedHost:
         with self._all_or_nothing():
             return self._host.propose(slots, num_candidates=num_candidates, min_p=min_p)
 
-    def logprobs_at(self, at: Position, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
-        """Log-probabilities of the candidates at `at`. Raises StateLost when the group is elsewhere."""
+    def logprobs_at(self, at: Position, slots: Sequence[int], proposal: Candidates | None) -> Tensor:
+        """Log-probabilities of the candidates at `at`; None: of the whole vocabulary.
+
+        Raises StateLost when the group is elsewhere.
+        """
         self._check(at)
         assert isinstance(self._host, Host), "a reward model has no log-probabilities"
         with self._all_or_nothing():
-            return self._host.logprobs_at(slots, ids_BK)
+            return self._host.logprobs_at(slots, None if proposal is None else proposal.ids_BK)
 
-    def rewards_at(self, at: Position, slots: Sequence[int], ids_BN: Tensor) -> Tensor:
-        """What candidates add to a reward model's score at `at`. Raises StateLost when the group is elsewhere."""
+    def rewards_at(
+        self, at: Position, slots: Sequence[int], rows: Sequence[int], proposal: Candidates, num_scored: int
+    ) -> Rewards:
+        """What the `num_scored` likeliest candidates add to a reward model's score at `at`.
+
+        `rows` are the places of the slots in the proposal. Raises StateLost when the group is elsewhere.
+        """
         self._check(at)
         assert isinstance(self._host, RewardHost), "a language model has no scores"
         with self._all_or_nothing():
-            return self._host.rewards_at(slots, ids_BN)
+            base_DK = proposal.base_logprobs_BK[rows]
+            at_DN = base_DK.topk(min(num_scored, base_DK.shape[1]), dim=-1).indices
+            ids_DN = at_DN if proposal.ids_BK is None else proposal.ids_BK[rows].gather(-1, at_DN)
+            return Rewards(at_DN, self._host.rewards_at(slots, ids_DN))
 
     def score(self, prompts: Mapping[str, Sequence[int]], continuation: Sequence[int]) -> Tensor:
         """Teacher forcing; depends on no state."""
