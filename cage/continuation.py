@@ -20,8 +20,8 @@ from cage.response import lone_thresholds, respond
 from cage.rows import iterate
 from cage.scaled import ScaledGame
 
-# how close to the curve a point must be to go on from it, and the share of the steps; more care for rows that stall
-_CARES = ((3e-2, 0.4), (1e-3, 0.3), (1e-5, 0.3))
+# how close to the curve a point must be to go on from it, and the most steps; rows that stall walk with more care
+_CARES = ((3e-2, 1000), (1e-3, 1000), (1e-5, 4000), (1e-7, 4000))
 _FIRST_STRIDE = 1.0
 _LONGER, _SHORTER = 2.5, 0.3
 _MOST_CORRECTIONS = 4
@@ -43,12 +43,12 @@ def follow_path(game: ScaledGame, *, enough: float, max_steps: int) -> tuple[Ten
     thresholds_BJ = torch.zeros_like(game.values[..., 0])
     rows = torch.arange(game.values.shape[0], device=game.values.device)
     num_steps_B = torch.zeros_like(rows, dtype=torch.int32)
-    for care, share in _CARES:
-        found_RJ, steps_R, arrived_R = _follow(game.rows(rows), enough, max(1, int(share * max_steps)), care)
+    for care, most in _CARES:
+        found_RJ, steps_R, arrived_R = _follow(game.rows(rows), enough, min(most, max_steps), care)
         thresholds_BJ = thresholds_BJ.index_copy(0, rows, found_RJ)
         num_steps_B = num_steps_B.index_add(0, rows, steps_R)
-        rows = rows[~arrived_R]
-        if rows.shape[0] == 0:
+        rows, max_steps = rows[~arrived_R], max_steps - most
+        if rows.shape[0] == 0 or max_steps <= 0:
             break
     return thresholds_BJ, num_steps_B
 

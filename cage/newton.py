@@ -37,7 +37,7 @@ class ThresholdNewton:
     """
 
     tol: float | None = None
-    max_steps: int = 2000
+    max_steps: int = 10_000
 
     def solve(self, game: Game) -> Solution:
         """Return one equilibrium a row: the one of least intervention (docs/mathematics.md, "Which equilibrium")."""

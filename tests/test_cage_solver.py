@@ -113,6 +113,20 @@ def test_a_long_path_is_walked_to_its_end():
     assert solution.num_steps.max() > 200
 
 
+@pytest.mark.parametrize(
+    ("kind", "principals", "tokens", "seed", "row"),
+    [("flat", 7, 50, 17, 177), ("arm-like", 8, 50, 23, 10), ("peaked", 5, 1000, 11, 77), ("flat", 8, 1000, 17, 95)],
+)
+def test_a_path_of_which_hasty_walks_lose_sight_is_walked_with_more_care(kind, principals, tokens, seed, row):
+    games = random_games(
+        kind, num_rows=279, num_principals=principals, num_tokens=tokens, value_scale=100.0, seed=seed
+    )
+    game = cage.Game(games.base_logprobs[row : row + 1], games.values[row : row + 1], 1.0)
+    solution = cage.solve(game)
+    assert solution.status == cage.Status.CONVERGED
+    assert solution.num_steps > 1000
+
+
 def test_a_last_step_across_a_corner_is_noticed_and_finished():
     """The last step is taken unseen; where a token changed sides in it, the answer's residual says so."""
     game = random_games("arm-like", num_rows=256, num_principals=2, num_tokens=50, value_scale=3.0)
