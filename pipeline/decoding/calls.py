@@ -18,11 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.config import Config, DecodingConfig
-from pipeline.decoding.games import play, token_rewards
+from pipeline.decoding.games import by_role, num_candidates, play, token_rewards
 from pipeline.decoding.groups import Call, Group
 from pipeline.decoding.hosts import Hosts, Reply
 from pipeline.decoding.lineup import HostPlan, Lineup
-from pipeline.decoding.playing import by_role, num_candidates
 from pipeline.decoding.prompts import Prompter
 from pipeline.decoding.reward_replies import ScoredAnswer, ask_rewards, spread_rewards
 from pipeline.decoding.running import RunningRow, TokenOutcome

@@ -1,6 +1,6 @@
 """One step's games: from log-probabilities at the candidates to one drawn token a row.
 
-B rows, J principals, K candidates.
+B rows, J principals, R roles of a host, K candidates.
 """
 
 from __future__ import annotations
@@ -16,9 +16,19 @@ from pipeline.config import DecodingConfig, RuleName
 from pipeline.decoding.draws import draw
 from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.running import Terms, TokenOutcome
-from pipeline.models.messages import Candidates
+from pipeline.models.messages import Candidates, HostRole
 
 FLOAT64_CANDIDATES = 1024  # games up to this size are solved in float64, larger ones in float32
+
+
+def num_candidates(decoding: DecodingConfig) -> int | None:
+    """How many of the base's tokens take part; None: all."""
+    return None if decoding.candidates == "all" else decoding.candidates
+
+
+def by_role(roles: Sequence[HostRole], logprobs_BRK: Tensor) -> dict[str, Tensor]:
+    """The log-probabilities [B, K] of each role by its name."""
+    return {role.name: logprobs_BRK[:, index] for index, role in enumerate(roles)}
 
 
 def token_rewards(principals: Sequence[PrincipalRoles], logprobs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -6,11 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from pipeline.config import DecodingConfig
 from pipeline.decoding.assembly import Assembly
-from pipeline.decoding.games import play, token_rewards
+from pipeline.decoding.games import by_role, num_candidates, play, token_rewards
 from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.running import Terms, TokenOutcome
 from pipeline.models.host import Host
@@ -91,13 +89,3 @@ def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched
     roles = assembly.lineup.hosts[index].roles
     host = load_any_host(assembly.hosts[index])
     return PlayingHost(host, roles, assembly.config.decoding, assembly.lineup.principals, watch)
-
-
-def num_candidates(decoding: DecodingConfig) -> int | None:
-    """How many of the base's tokens take part; None: all."""
-    return None if decoding.candidates == "all" else decoding.candidates
-
-
-def by_role(roles: Sequence[HostRole], logprobs_BRK: Tensor) -> dict[str, Tensor]:
-    """The log-probabilities [B, K] of each role by its name."""
-    return {role.name: logprobs_BRK[:, index] for index, role in enumerate(roles)}
