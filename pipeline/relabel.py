@@ -13,7 +13,6 @@ from typing import Protocol, TextIO
 from pipeline.config import Config, Reproducibility, Transport
 from pipeline.counts import Counts
 from pipeline.decoding.assembly import Assembly, assemble
-from pipeline.decoding.local import LocalStream
 from pipeline.decoding.shards import ShardOutcome
 from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, RunMismatch, StorageError
 from pipeline.points import Watcher, unwatched
@@ -142,9 +141,11 @@ def _ended_when_stalled(config: Config, stream: Stream, line: ProgressLine) -> A
 @contextmanager
 def _stream(assembly: Assembly, run: Run, *, is_verbose: bool, watch: Watcher) -> Iterator[Stream]:
     if assembly.config.cluster.transport is Transport.LOCAL:
+        from pipeline.decoding.local import LocalStream  # models take seconds to import, as does ray
+
         yield LocalStream(assembly, run, watch=watch)
         return
-    from pipeline.cluster.stream import ShardStream, cluster  # ray takes seconds to import
+    from pipeline.cluster.stream import ShardStream, cluster
 
     with cluster(assembly, is_verbose=is_verbose):
         yield ShardStream(assembly, run.store.path, is_verbose=is_verbose, watch=watch)

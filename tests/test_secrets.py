@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 from test_cli import cage
 from test_relabel import job, write_prompts
@@ -28,6 +31,25 @@ def test_a_run_writes_and_says_no_secret_of_its_environment(tiny, tmp_path, plan
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) > 4
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_over_ray_leaves_no_secret_with_ray_either(tiny, tmp_path, planted, monkeypatch):
+    """Neither in the run directory nor in what Ray keeps on disk: logs, job tables, environments of workers."""
+    monkeypatch.delenv("RAY_AUTH_TOKEN")  # this one is Ray's own, and none of another length starts a cluster
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    file = tmp_path / "job.yaml"
+    file.write_text(dump_config(job(prompts, tmp_path / "run", tiny(), cluster={"transport": "ray"})))
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # the path of a socket must be short
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        made = cage("relabel", "-c", str(file), "-v")
+        assert made.returncode == 0, made.stderr
+        assert SECRET not in made.stdout + made.stderr
+        kept = [path for path in Path(folder).rglob("*") if path.is_file()]
+        assert any(path.name.startswith("worker") for path in kept)
+        files = [*kept, *(path for path in (tmp_path / "run").rglob("*") if path.is_file())]
+        assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("place", ["input.path", "output.path"])
