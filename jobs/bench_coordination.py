@@ -20,11 +20,12 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.bench_models import GivenPrompts
+from pipeline.cluster.coordinator import groups_of
 from pipeline.cluster.host_actors import RayHost, send_tensors_as_arrays
 from pipeline.config import Config
 from pipeline.config_files import parse_config
 from pipeline.decoding.engine import Engine
-from pipeline.decoding.lineup import Lineup, build_lineup
+from pipeline.decoding.lineup import build_lineup
 from pipeline.decoding.playing import PlayingHost
 from pipeline.decoding.prompts import Prompter
 from pipeline.models.host import Host
@@ -91,7 +92,6 @@ class SimulatedReplica:
         torch.set_num_threads(1)
         lineup = build_lineup(config)
         hosts = {plan.name: RayHost(actor, plan, 60.0) for plan, actor in zip(lineup.hosts, actors, strict=True)}
-        self._num_groups = num_groups(lineup, config)
         self._engine = Engine(
             lineup,
             hosts,
@@ -99,7 +99,8 @@ class SimulatedReplica:
             config.decoding,
             lay_out(config),
             num_slots=config.cluster.first_slots,
-            num_groups=self._num_groups,
+            num_groups=groups_of(len(hosts), config.cluster.first_slots),
+            runs_ahead=len(hosts) == 1,
         )
         for at in range(config.cluster.first_slots):
             self._engine.admit(Row(str(at), ({"role": "user", "content": "0"},)))
@@ -112,13 +113,6 @@ class SimulatedReplica:
         while time.perf_counter() - started_s < seconds:
             self._engine.step()
         return (self._engine.num_row_steps - before) / (time.perf_counter() - started_s)
-
-
-def num_groups(lineup: Lineup, config: Config) -> int:
-    """As a coordinator decides it."""
-    from pipeline.cluster.coordinator import MIN_SLOTS_FOR_GROUPS
-
-    return 2 if len(lineup.hosts) > 1 and config.cluster.first_slots >= MIN_SLOTS_FOR_GROUPS else 1
 
 
 def make_config(num_hosts: int, slots: int) -> Config:
@@ -171,7 +165,7 @@ def measure(forward_ms: float, num_hosts: int, num_replicas: int, slots: int, se
     finally:
         for actor in [*engines, *(actor for each in actors for actor in each)]:
             ray.kill(actor)
-    rows_a_pass = slots / num_groups(build_lineup(config), config)
+    rows_a_pass = slots / groups_of(num_hosts, slots)
     ideal = num_replicas * rows_a_pass / (forward_ms / 1e3)
     return Cell(forward_ms, num_hosts, num_replicas, slots, sum(rates), sum(rates) / ideal)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from pipeline.points import Point, Watcher
 
 
@@ -54,6 +56,24 @@ class KillAlways:
     def __call__(self, point: Point, detail: object) -> None:
         if point is self.point:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class KillSibling:
+    """At `point`, once, SIGKILL the processes of this one's parent whose title begins with `title`."""
+
+    title: str
+    point: Point
+    folder: Path
+
+    def __call__(self, point: Point, detail: object) -> None:
+        done = self.folder / "siblings-killed"
+        if point is not self.point or done.exists():
+            return
+        done.touch()
+        for process in psutil.Process().parent().children():
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(self.title):
+                process.kill()
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import faults
 import pyarrow.parquet as pq
 import pytest
 import ray
-from faults import DiskFull, KillAlways, KillAt, Poison
+from faults import DiskFull, KillAlways, KillAt, KillSibling, Poison
 from test_relabel import job, parts, run_job, write_prompts
 from transformers import AutoTokenizer
 
 from jobs.status import describe_status
 from pipeline.cluster.stream import ShardStream
-from pipeline.errors import ConfigurationError, HostError, StorageError
+from pipeline.errors import CageError, ConfigurationError, HostError, StorageError
 from pipeline.points import Point
 from pipeline.relabel import prepare
 
@@ -78,6 +78,17 @@ def test_a_coordinator_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_
     assert kill.has_killed
     assert parts(tmp_path / "run") == expected
     assert "attempts of shards lost" in describe_status(run)
+
+
+def test_a_run_whose_board_is_killed_ends_in_one_line_and_the_same_command_continues(tiny, tmp_path, reference):
+    prompts, expected = reference
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
+    with pytest.raises(CageError, match="the progress board, on the driver's machine, does not answer: ") as told:
+        run_job(config, tmp_path, watch=KillSibling("ray::ProgressBoard", Point.AFTER_COMMIT, tmp_path))
+    assert "\n" not in str(told.value)
+    run, _ = run_job(config, tmp_path)
+    assert run.is_complete
+    assert parts(tmp_path / "run") == expected
 
 
 def test_a_shard_whose_replica_dies_each_time_is_given_up(tiny, tmp_path):

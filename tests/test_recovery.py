@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import pytest
 import torch
 from decoding_setup import NOWHERE, ask, config_of
@@ -12,7 +14,7 @@ from pipeline.decoding.hosts import Answer, LocalHost
 from pipeline.decoding.playing import PlayingHost
 from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
 from pipeline.models.loading import load_host
-from pipeline.models.messages import Admission, Position, Step
+from pipeline.models.messages import DRAWN, Admission, Position, Step
 from pipeline.models.positions import PositionedHost
 
 ROWS = [ask(f"r{at}", "x" * (3 * at % 7 + 1), response="fine" if at % 2 else None) for at in range(5)]
@@ -38,20 +40,28 @@ class Unreliable:
 class Replica:
     """An engine whose hosts run `before`; the hosts are loaded once."""
 
-    def __init__(self, tiny, *, slots=3, num_groups=1, reproducibility="strict", max_failures=20):
+    def __init__(
+        self, tiny, *, slots=3, num_groups=1, runs_ahead=False, reproducibility="strict", max_failures=20, stop=()
+    ):
         arm = {"kind": "arm", "model": str(tiny(seed=5)), "reference": "none", "weight": 0.1}
         self.config = config_of(
             tiny(),
-            {**PRINCIPALS, "arm": arm},
+            PRINCIPALS if runs_ahead else {**PRINCIPALS, "arm": arm},
             decoding={
                 "max_new_tokens": 4,
                 "agent_temperature": 0.5,
                 "trace": "tokens",
                 "reproducibility": reproducibility,
+                "stop": list(stop),
             },
             cluster={"slots": slots},
         )
-        self.options = {"num_slots": slots, "num_groups": num_groups, "max_failures": max_failures}
+        self.options = {
+            "num_slots": slots,
+            "num_groups": num_groups,
+            "runs_ahead": runs_ahead,
+            "max_failures": max_failures,
+        }
         self.assembly = assemble(self.config, NOWHERE)
         self.plans = {plan.name: plan for plan in self.assembly.lineup.hosts}
         self.loaded = {spec.name: load_host(spec) for spec in self.assembly.hosts}
@@ -91,9 +101,12 @@ def nothing(*_):
     return None
 
 
-@pytest.mark.parametrize("num_groups", [1, 2])
-def test_a_state_lost_between_any_two_calls_changes_nothing(tiny, num_groups):
-    replica = Replica(tiny, num_groups=num_groups)
+WAYS = [{"num_groups": 1}, {"num_groups": 2}, {"runs_ahead": True}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_state_lost_between_any_two_calls_changes_nothing(tiny, way):
+    replica = Replica(tiny, **way)
     reference, engine = replica.decode(nothing)
     assert len(reference) == len(ROWS)
     calls = {name: host.calls for name, host in engine.calls.hosts.items()}
@@ -106,12 +119,12 @@ def test_a_state_lost_between_any_two_calls_changes_nothing(tiny, num_groups):
 
             records, engine = replica.decode(lose)
             assert records == reference
-            assert engine.recoveries.states_lost <= 2 * num_groups
+            assert engine.recoveries.states_lost <= 2 * way.get("num_groups", 1)
 
 
-@pytest.mark.parametrize("num_groups", [1, 2])
-def test_a_host_that_dies_at_any_call_is_replaced_and_changes_nothing(tiny, num_groups):
-    replica = Replica(tiny, num_groups=num_groups)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_host_that_dies_at_any_call_is_replaced_and_changes_nothing(tiny, way):
+    replica = Replica(tiny, **way)
     reference, engine = replica.decode(nothing)
     for moment in range(1, engine.calls.hosts["base"].calls + 1, 2):
         died = []
@@ -127,13 +140,14 @@ def test_a_host_that_dies_at_any_call_is_replaced_and_changes_nothing(tiny, num_
         assert engine.recoveries.hosts_failed == 1
 
 
-def test_relaxed_rows_are_prefilled_again_with_the_tokens_they_have(tiny):
-    replica = Replica(tiny, reproducibility="relaxed")
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_relaxed_rows_are_prefilled_again_with_the_tokens_they_have(tiny, runs_ahead):
+    replica = Replica(tiny, reproducibility="relaxed", runs_ahead=runs_ahead)
     reference, engine = replica.decode(nothing)
     admitted, steps = [], []
 
     def lose_once(host, number, method, args):
-        if method == "advance_and_propose":
+        if method.startswith("advance_and"):
             admitted.extend(len(admission.prompts["base"]) for admission in args[1].admissions)
             steps.append(args[0])
             if len(steps) == 3:
@@ -292,3 +306,18 @@ def test_a_host_gives_its_values_before_it_begins_the_next_groups_step(tiny):
     assert {at.group for _, at in on_base} == {0, 1}
     assert [method for method, _ in on_other] == ["advance", "logprobs_at"] * len(on_base)
     assert [at for _, at in on_other[::2]] == [at for _, at in on_other[1::2]] == [at for _, at in on_base]
+
+
+def test_a_lone_host_is_sent_steps_before_their_tokens_are_there(tiny):
+    """What it draws and what comes out are the same, also of rows that end when a step more was sent."""
+    replica = Replica(tiny, runs_ahead=True, stop=string.printable)
+    expected, engine = replica.decode(nothing)
+    assert {record.finish_reason for record in expected.values()} == {"stop", "length"}
+    replica.options["runs_ahead"] = False
+    waiting, other = replica.decode(nothing)
+    assert waiting == expected
+    assert engine.num_row_steps == other.num_row_steps == sum(record.num_tokens for record in expected.values())
+    replica.options["runs_ahead"], sent = True, []
+    replica.decode(lambda host, number, method, args: sent.extend(args[1].tokens if method != "score" else []))
+    assert set(sent) == {DRAWN}
+    assert len(sent) > engine.num_row_steps - len(expected)

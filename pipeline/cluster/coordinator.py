@@ -138,7 +138,6 @@ class Coordinator:
     def _make_decoder(self, hosts: Hosts) -> ShardDecoder:
         config = self._assembly.config
         num_slots = agree_on_slots(config, hosts)
-        has_overlap = len(hosts) > 1 and num_slots >= MIN_SLOTS_FOR_GROUPS
         engine = Engine(
             self._assembly.lineup,
             hosts,
@@ -146,7 +145,8 @@ class Coordinator:
             config.decoding,
             self._assembly.variants,
             num_slots=num_slots,
-            num_groups=2 if has_overlap else 1,
+            num_groups=groups_of(len(hosts), num_slots),
+            runs_ahead=len(hosts) == 1,
             max_failures=config.errors.max_host_failures,
             loaded_slots=config.cluster.first_slots,
         )
@@ -193,3 +193,8 @@ class Coordinator:
     def _fail_all(self, error: CageError) -> None:
         for job in list(self._jobs.values()):
             self._jobs.pop(job.index).done.set_exception(error)
+
+
+def groups_of(num_hosts: int, num_slots: int) -> int:
+    """Groups that alternate. A lone host has one: it is sent steps ahead."""
+    return 2 if num_hosts > 1 and num_slots >= MIN_SLOTS_FOR_GROUPS else 1

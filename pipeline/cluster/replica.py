@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -53,7 +54,8 @@ class Replica:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Decode and commit the shards of a batch; what came of each, never an exception."""
         outcomes = [self._decode(int(index)) for index in batch["shard"]]
-        ask(self._report())  # so that the driver knows of a shard's counts as soon as of the shard
+        with contextlib.suppress(CageError):  # a lost board is told when the next shard begins, if there is one
+            ask(self._report())  # so that the driver knows of a shard's counts as soon as of the shard
         return {
             "shard": list(batch["shard"]),
             "kind": ["" if each.error is None else type(each.error).__name__ for each in outcomes],

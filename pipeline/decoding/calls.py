@@ -56,22 +56,22 @@ class HostCalls:
 
     def advance(self, at: Position, group: Group) -> Call:
         """Send every host parts of new prompts and the newest tokens, and ask for the next ones."""
-        slots = [slot for slot in sorted(group.running) if not group.is_filling_after(slot)]
+        slots = group.drawing
+        rows = [group.running[slot] for slot in slots]
         base, *others = self._lineup.hosts
         if not slots:
             advanced = [self._submit_step(plan, "advance", at, group) for plan in self._lineup.hosts]
-            return Call(at, slots, advanced, None, [])
+            return Call(at, slots, rows, advanced, None, [])
         if not others:
-            rows = [group.running[slot] for slot in slots]
             terms, uniforms = [row.terms for row in rows], [row.uniform for row in rows]
             answer = self._submit_step(base, "advance_and_play", at, group, slots, terms, uniforms)
-            return Call(at, slots, [], answer, [])
+            return Call(at, slots, rows, [], answer, [])
         num, min_p = num_candidates(self._decoding), self._decoding.min_p
         answer = self._submit_step(base, "advance_and_propose", at, group, slots, num_candidates=num, min_p=min_p)
         advanced = [self._submit_step(plan, "advance", at, group) for plan in others]
-        return Call(at, slots, advanced, answer, self._ask_values(at, group, slots, answer))
+        return Call(at, slots, rows, advanced, answer, self._ask_values(at, rows, slots, answer))
 
-    def outcomes(self, call: Call, rows: Sequence[RunningRow]) -> list[TokenOutcome]:
+    def outcomes(self, call: Call) -> list[TokenOutcome]:
         """What the step gave each row; waits for the hosts. Raises HostError."""
         for reply in call.advanced:
             self._wait(reply)
@@ -81,9 +81,10 @@ class HostCalls:
         if self._is_alone:
             outcomes: list[TokenOutcome] = answer
             return outcomes
-        rewards = self._gather_rewards(call, rows, answer)
+        rewards = self._gather_rewards(call, answer)
         started_s = time.perf_counter()
-        played = play(self._decoding, answer, rewards, [row.terms for row in rows], [row.uniform for row in rows])
+        uniforms = [row.uniforms.at(len(row.tokens)) for row in call.rows]
+        played = play(self._decoding, answer, rewards, [row.terms for row in call.rows], uniforms)
         self.solve_s += time.perf_counter() - started_s
         return played
 
@@ -123,15 +124,17 @@ class HostCalls:
         self, plan: HostPlan, method: str, at: Position, group: Group, *args: Any, **kwargs: Any
     ) -> Reply:
         """Call a method that begins a step, with what is new."""
-        stepping = [slot for slot in sorted(group.running) if slot not in group.parts]
-        tokens = [group.running[slot].tokens[-1] for slot in stepping]
+        stepping = group.stepping
+        tokens = [group.running[slot].newest_token for slot in stepping]
         admissions = [self._admission(plan, slot, group.running[slot], part) for slot, part in group.parts.items()]
         step = Step(admissions, stepping, tokens)
         return self.hosts[plan.name].submit(method, at, step, *args, **kwargs)
 
-    def _ask_values(self, at: Position, group: Group, slots: Sequence[int], proposal: Reply) -> list[Reply]:
+    def _ask_values(
+        self, at: Position, rows: Sequence[RunningRow], slots: Sequence[int], proposal: Reply
+    ) -> list[Reply]:
         """Ask the hosts beside the base's for their values at the candidates of a proposal on its way."""
-        num_tokens = [len(group.running[slot].tokens) for slot in slots]
+        num_tokens = [len(row.tokens) for row in rows]
         candidates = None if num_candidates(self._decoding) is None else proposal
         return [
             ask_rewards(self.hosts[plan.name], plan.scorings, at, slots, num_tokens, proposal)
@@ -152,10 +155,10 @@ class HostCalls:
     def _prompts_for(self, host: str, running: RunningRow) -> dict[str, Sequence[int]]:
         return {name: running.prompts[name] for name, role in self._lineup.roles.items() if role.host == host}
 
-    def _gather_rewards(self, call: Call, rows: Sequence[RunningRow], proposal: Candidates) -> list[Tensor]:
+    def _gather_rewards(self, call: Call, proposal: Candidates) -> list[Tensor]:
         """Every principal's q [B, K] in nats at the candidates, from all hosts at once."""
         base, *others = self._lineup.hosts
-        num_tokens = [len(running.tokens) for running in rows]
+        num_tokens = [len(row.tokens) for row in call.rows]
         logprobs_BK = by_role(base.roles, proposal.role_logprobs_BRK)
         for plan, reply in zip(others, call.values, strict=True):
             values = self._wait(reply)

@@ -1,7 +1,8 @@
 """The decoding loop: rows in, records out, whatever runs the hosts.
 
 A step of a group: collect the drawn tokens, end rows, refill the slots that became free, send what is new to all
-hosts. Two groups alternate, so that hosts compute one group while the other's games are played.
+hosts. Two groups alternate, so that hosts compute one group while the other's games are played; a lone host, which
+plays by itself, is sent the next step before the tokens of the last are there.
 
 Rows own their tokens and draws, so whatever a host loses costs time and never a result: the rows under way are taken
 back into the queue and begin again. Nothing of a step is applied before all of its answers are there.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import compress, product
 
 import cage
 from pipeline.config import DecodingConfig, Reproducibility, Trace
@@ -49,6 +50,8 @@ class Engine:
         variants: the ways to answer a row.
         num_slots: rows at once; as many as every host has.
         num_groups: groups that alternate; 2 hides the coordinator's work behind the hosts'.
+        runs_ahead: whether a step is sent before the tokens of the last one are there, which hides the coordinator's
+            work behind a lone host's, that draws the tokens itself; a row that ends is noticed a step later.
         max_failures: hosts that may fail in a row, no row being finished in between.
         loaded_slots: slots of a host that was just started, where it is another number.
     """
@@ -63,6 +66,7 @@ class Engine:
         *,
         num_slots: int,
         num_groups: int = 1,
+        runs_ahead: bool = False,
         max_failures: int = 20,
         loaded_slots: int | None = None,
     ) -> None:
@@ -77,6 +81,8 @@ class Engine:
         self._not_finite = "the rewards or the base's logits are not finite"
         if any(plan.scorings for plan in lineup.hosts):
             self._not_finite += ", or the text is longer than the context of a reward model"
+        assert not runs_ahead or len(lineup.hosts) == 1, "tokens are drawn here where hosts are several"
+        self._num_ahead = int(runs_ahead)
         self._loaded_slots = loaded_slots or num_slots
         self._max_failures = max_failures
         self._failures_in_a_row = self._losses_in_a_row = 0
@@ -127,9 +133,12 @@ class Engine:
         """
         group = self._slots.next_group()
         try:
-            if group.call is not None:
-                self._ended += self._complete(group, group.call)
-            group.call = self._launch(group)
+            if len(group.calls) > self._num_ahead:
+                self._ended += self._complete(group)
+            if call := self._launch(group):
+                group.calls.append(call)
+            elif group.calls:  # there is nothing to send before more is known
+                self._ended += self._complete(group)
         except StateLost as error:
             self._rebuild(group, error)
         except HostOutOfMemory:
@@ -202,24 +211,30 @@ class Engine:
     def _launch(self, group: Group) -> Call | None:
         """Fill free slots from the queue and send the hosts what is new."""
         self._slots.fill(group)
-        if not group.running:
+        num_rows = len(group.stepping) + len(group.parts)
+        if not num_rows:
             return None
         at, group.next = group.next, group.next.after
         call = self._calls.advance(at, group)
+        for running in call.rows:
+            running.num_coming += 1
         for running in group.end_step():
             self._calls.score_original(running)
         self.num_steps += 1
-        self.num_row_steps += len(group.running)
+        self.num_row_steps += num_rows
         return call
 
-    def _complete(self, group: Group, call: Call) -> list[Record]:
-        """Collect the tokens of a call; free the slots of the rows that ended."""
-        rows = [group.running[slot] for slot in call.slots]
-        outcomes = self._calls.outcomes(call, rows)
-        for running in rows:
+    def _complete(self, group: Group) -> list[Record]:
+        """Collect the tokens of the oldest call; free the slots of the rows that ended."""
+        call = group.calls.popleft()
+        outcomes = self._calls.outcomes(call)
+        going_on = [group.running.get(slot) is row for slot, row in zip(call.slots, call.rows, strict=True)]
+        self.num_row_steps -= going_on.count(False)  # they ended with the token before this one
+        rows = list(compress(zip(call.slots, call.rows, outcomes, strict=True), going_on))
+        for _, running, _ in rows:
             self._calls.collect_original(running)
         records = []
-        for slot, running, outcome in zip(call.slots, rows, outcomes, strict=True):
+        for slot, running, outcome in rows:
             if record := self._apply(running, outcome):
                 records.append(record)
                 self._slots.suspicion.finished(running)

@@ -17,7 +17,7 @@ PROMPT_TOKENS_A_STEP = 4096  # of all roles together, so that running rows do no
 
 @dataclass(slots=True)
 class Call:
-    """What is under way for a group: the slots in the order of the batch, and the hosts' replies.
+    """What is under way for a group: the slots in the order of the batch, their rows, and the hosts' replies.
 
     `answer` is the tokens, or the base's candidates; there is none where no row runs yet: long prompts take several
     steps. `values` are the other hosts' at the candidates.
@@ -25,6 +25,7 @@ class Call:
 
     at: Position
     slots: list[int]
+    rows: list[RunningRow]
     advanced: list[Reply]
     answer: Reply | None
     values: list[Reply]
@@ -41,7 +42,20 @@ class Group:
     free: list[int]
     running: dict[int, RunningRow] = field(default_factory=dict)
     parts: dict[int, int] = field(default_factory=dict)
-    call: Call | None = None
+    calls: deque[Call] = field(default_factory=deque)
+
+    @property
+    def stepping(self) -> list[int]:
+        """The slots whose rows append a token in the next step; one whose last token is coming does not."""
+        return [
+            slot for slot in sorted(self.running) if slot not in self.parts and not self.running[slot].is_at_its_end
+        ]
+
+    @property
+    def drawing(self) -> list[int]:
+        """The slots that get a token in the next step: those that step, and those whose prompt ends with it."""
+        filled = [slot for slot in self.parts if not self.is_filling_after(slot)]
+        return sorted([*self.stepping, *filled])
 
     def is_filling_after(self, slot: int) -> bool:
         """Whether the slot's prompt needs more steps than the present one."""
@@ -61,7 +75,7 @@ class Group:
         self.free = sorted([*self.free, *self.running])
         self.running.clear()
         self.parts.clear()
-        self.call = None
+        self.calls.clear()
         self.next = _first_position(self.next.group)
         return rows
 

@@ -11,8 +11,9 @@ from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.games import by_role, num_candidates, play, token_rewards
 from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.running import Terms, TokenOutcome
+from pipeline.errors import StateLost
 from pipeline.models.host import Host
-from pipeline.models.messages import HostRole, Position, Step
+from pipeline.models.messages import DRAWN, HostRole, Position, Step
 from pipeline.models.positions import PositionedHost
 from pipeline.models.reward_host import RewardHost
 from pipeline.models.reward_loading import load_any_host
@@ -53,6 +54,7 @@ class PlayingHost(PositionedHost):
         self._decoding = decoding
         self._principals = principals
         self._solve_s = 0.0
+        self._drawn: dict[int, int] = {}  # the newest token of each slot that was played here
 
     def advance_and_play(
         self,
@@ -62,9 +64,29 @@ class PlayingHost(PositionedHost):
         terms: Sequence[Terms],
         uniforms: Sequence[float],
     ) -> list[TokenOutcome]:
-        """Bring the group to `at` and draw a token for each of these slots, in one call."""
-        self.advance(at, step)
-        return self.play(at, slots, terms, uniforms)
+        """Bring the group to `at` and draw a token for each of these slots, in one call.
+
+        Raises StateLost when the group is not one step before `at`, or a token of the step was not drawn here.
+        """
+        self.advance(at, Step(step.admissions, step.slots, self._known(step)))
+        outcomes = self.play(at, slots, terms, uniforms)
+        self._drawn |= {slot: outcome.token_id for slot, outcome in zip(slots, outcomes, strict=True)}
+        return outcomes
+
+    def resize(self, num_slots: int) -> None:
+        """Forget every row and make room for another number of them."""
+        self._drawn.clear()
+        super().resize(num_slots)
+
+    def _known(self, step: Step) -> list[int]:
+        """The tokens of a step, those drawn here among them; a slot's is not known while its next one is drawn."""
+        try:
+            return [
+                self._drawn.pop(slot) if token == DRAWN else token
+                for slot, token in zip(step.slots, step.tokens, strict=True)
+            ]
+        except KeyError as missing:
+            raise StateLost(f"no token was drawn for slot {missing}") from None
 
     def play(
         self, at: Position, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]

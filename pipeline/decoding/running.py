@@ -10,7 +10,7 @@ from pipeline.config import RuleName
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.hosts import Reply
 from pipeline.decoding.prompts import Prompter
-from pipeline.models.messages import CHUNK, num_parts
+from pipeline.models.messages import CHUNK, DRAWN, num_parts
 from pipeline.records import FinishReason, Record, Row, TokenTrace
 
 
@@ -42,7 +42,10 @@ class Terms:
 
 @dataclass(slots=True)
 class RunningRow:
-    """A row in a slot. `originals` are the scores of an existing answer on their way, by host."""
+    """A row in a slot. `originals` are the scores of an existing answer on their way, by host.
+
+    `num_coming` tokens were asked for and are not there yet.
+    """
 
     row: Row
     sample: int
@@ -53,6 +56,7 @@ class RunningRow:
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     heads: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 0
+    num_coming: int = 0
     originals: dict[str, Reply] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     outcomes: list[TokenOutcome] = field(default_factory=list)
@@ -64,8 +68,18 @@ class RunningRow:
 
     @property
     def uniform(self) -> float:
-        """The draw of the next token."""
-        return self.uniforms.at(len(self.tokens))
+        """The draw of the next token to ask for."""
+        return self.uniforms.at(len(self.tokens) + self.num_coming)
+
+    @property
+    def newest_token(self) -> int:
+        """What the next step begins with; DRAWN while the host alone knows it."""
+        return DRAWN if self.num_coming else self.tokens[-1]
+
+    @property
+    def is_at_its_end(self) -> bool:
+        """Whether the tokens that are coming are the last that there may be."""
+        return len(self.tokens) + self.num_coming >= self.max_tokens
 
     @property
     def num_parts(self) -> int:
@@ -80,11 +94,13 @@ class RunningRow:
     def restart(self, *, keeps_tokens: bool) -> None:
         """Prepare to be admitted again. Draws are keyed by the step, so the same tokens come again."""
         self.originals.clear()
+        self.num_coming = 0
         if not keeps_tokens:
             self.tokens.clear()
             self.outcomes.clear()
 
     def append(self, outcome: TokenOutcome) -> None:
+        self.num_coming -= 1
         self.tokens.append(outcome.token_id)
         self.outcomes.append(outcome)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.models.sources import AdapterSource, ModelSource
 
 
+DRAWN = -1  # stands for the token that the host itself drew for the slot
 CHUNK = 1024  # tokens of a prompt that are computed in one step; another number gives other last bits
 
 
@@ -47,7 +48,10 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step brings to a host: parts of new rows' prompts, and the newest token of each running slot."""
+    """What a step brings to a host: parts of new rows' prompts, and the newest token of each running slot.
+
+    A token may be DRAWN where the host plays.
+    """
 
     admissions: Sequence[Admission] = ()
     slots: Sequence[int] = ()
