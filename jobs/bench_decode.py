@@ -43,6 +43,7 @@ class Setup:
     num_principals: int
     slots: int
     threads: int
+    candidates: int | str
     vocab_size: int
     work: Work
     cache_folder: Path
@@ -54,6 +55,7 @@ class Setup:
             slots=slots or self.slots,
             max_length=max(self.work.lengths),
             strict=strict,
+            candidates=self.candidates,
         )
         return make_assembly(config, self.work, self.vocab_size, self.cache_folder)
 
@@ -68,12 +70,15 @@ def run_bench_decode(
     mean_length: int,
     max_length: int,
     threads: int,
+    candidates: str,
     with_ray: bool,
     json_file: Path | None,
 ) -> None:
     """Measure every case, print a table, write the file."""
     if shape not in SHAPES:
         raise ConfigurationError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+    if candidates != "all" and not (candidates.isascii() and candidates.isdigit() and int(candidates)):
+        raise ConfigurationError(f"--candidates must be a number of tokens, at least 1, or all; got {candidates!r}")
     with tempfile.TemporaryDirectory() as folder:
         path = model or str(save_random_model(shape, Path(folder) / "model"))
         cache_folder = default_cache_folder(os.environ)
@@ -82,7 +87,8 @@ def run_bench_decode(
         work = make_work(
             roles, num_rows=num_rows, vocab_size=vocab_size, mean_length=mean_length, max_length=max_length
         )
-        setup = Setup(path, num_principals, slots, threads, vocab_size, work, cache_folder)
+        num = "all" if candidates == "all" else int(candidates)
+        setup = Setup(path, num_principals, slots, threads, num, vocab_size, work, cache_folder)
         measured = measure(setup, with_ray=with_ray and importlib.util.find_spec("ray") is not None)
     measured["model"] = model or f"random {shape}"
     print_tables(measured)
@@ -109,6 +115,7 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
         "principals": setup.num_principals,
         "rows": len(setup.work.lengths),
         "threads": setup.threads,
+        "candidates": setup.candidates,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "cases": cases,
@@ -173,6 +180,7 @@ def measure_ray(setup: Setup) -> dict[str, Any]:
                     assembly.config.decoding,
                     assembly.variants,
                     num_slots=setup.slots,
+                    runs_ahead=True,  # as a coordinator does with one host
                 )
                 return _decode(engine, setup.work)
             finally:
@@ -237,7 +245,7 @@ def _peak_memory_mib() -> float:
 def print_tables(measured: dict[str, Any]) -> None:
     """The cases, then what a full batch costs."""
     console = Console()
-    head = ", ".join(f"{measured[what]} {what}" for what in ("slots", "principals", "rows", "threads"))
+    head = ", ".join(f"{measured[what]} {what}" for what in ("slots", "principals", "rows", "threads", "candidates"))
     table = Table(title=f"{measured['model']} on {measured['device']}: {head}", box=None)
     for name in ("case", "tokens/s", "slots in use", "passes/step", "forward", "solve", "transport", "other"):
         table.add_column(name, justify="left" if name == "case" else "right")

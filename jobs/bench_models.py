@@ -109,7 +109,9 @@ def make_work(
     return Work(prompts, lengths)
 
 
-def make_config(model: str, *, num_principals: int, slots: int, max_length: int, strict: bool) -> Config:
+def make_config(
+    model: str, *, num_principals: int, slots: int, max_length: int, strict: bool, candidates: int | str
+) -> Config:
     """Prompted principals on one base: as many roles of one set of weights as principals, and the base."""
     principal = {"kind": "prompted", "principle": "given by token ids", "weight": 1 / max(num_principals, 1)}
     return parse_config(
@@ -120,6 +122,7 @@ def make_config(model: str, *, num_principals: int, slots: int, max_length: int,
             "principals": {f"p{at}": {**principal, "principle": f"p{at}"} for at in range(num_principals)},
             "decoding": {
                 "max_new_tokens": max_length,
+                "candidates": candidates,
                 "agent_temperature": 1.0,
                 "trace": "summary",
                 "reproducibility": str(Reproducibility.STRICT if strict else Reproducibility.RELAXED),

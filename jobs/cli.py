@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.bench_cli import bench
 from pipeline.errors import CageError, ExitCode, Interrupted
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 configuration or input, 3 error budget exceeded, 75 interrupted "
     "(the same command continues).",
 )
+
+app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see configs/ for one per situation.")]
 Overrides = Annotated[
@@ -208,72 +211,6 @@ def fetch_do_not_answer(
     from jobs.fetch import run_fetch_do_not_answer
 
     run_fetch_do_not_answer(target)
-
-
-bench = typer.Typer(help="Benchmarks: every comparison in one run, side by side.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.command("solver")
-def bench_solver(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and repetitions.")] = False,
-    sweep: Annotated[int, typer.Option("--sweep", help="Also solve this many games a cell, of every kind.")] = 0,
-    threads: Annotated[int, typer.Option("--threads", help="torch threads; the published numerics use one.")] = 1,
-) -> None:
-    """Games per second, iterations and distance from the equilibrium, by method."""
-    from jobs import bench_solver as solver
-
-    solver.bench_solver(json_file, quick, sweep, threads)
-
-
-@bench.command("decode")
-def bench_decode(
-    model: Annotated[
-        str | None, typer.Option(help="Folder, hub id, or smollm2-135m; without it, random weights.")
-    ] = None,
-    shape: Annotated[str, typer.Option(help="Shape of random weights: 1M, 135M, 1B or 7B.")] = "135M",
-    principals: Annotated[int, typer.Option(min=0, help="Prompted principals.")] = 2,
-    slots: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
-    rows: Annotated[int, typer.Option(min=1, help="Prompts.")] = 64,
-    mean_length: Annotated[int, typer.Option(min=1, help="Mean of the answers' geometric lengths, in tokens.")] = 64,
-    max_length: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    threads: Annotated[int, typer.Option(min=1, help="torch threads of every case.")] = 1,
-    ray: Annotated[bool, typer.Option(help="Measure the decoder over Ray, too.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
-) -> None:
-    """This decoder beside bare forward passes, over Ray, a plain transformers loop, and one row at a time."""
-    from jobs.bench_decode import run_bench_decode
-
-    run_bench_decode(
-        model=model,
-        shape=shape,
-        num_principals=principals,
-        slots=slots,
-        num_rows=rows,
-        mean_length=mean_length,
-        max_length=max_length,
-        threads=threads,
-        with_ray=ray,
-        json_file=json_file,
-    )
-
-
-@bench.command("coordination")
-def bench_coordination(
-    forward_ms: Annotated[list[float], typer.Option(min=0.1, help="Length of a simulated forward pass.")] = [10, 25],  # noqa: B006
-    hosts: Annotated[list[int], typer.Option(min=1, help="Hosts of one replica.")] = [1, 2, 4, 8],  # noqa: B006
-    replicas: Annotated[list[int], typer.Option(min=1, help="Replicas of two hosts.")] = [1, 2, 4],  # noqa: B006
-    slots: Annotated[int, typer.Option(min=1, help="Rows at once per replica.")] = 16,
-    seconds: Annotated[float, typer.Option(min=0.5, help="Measured time of each cell.")] = 5.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
-) -> None:
-    """What calls, games and bookkeeping cost over Ray, beside hosts that never wait."""
-    from jobs.bench_coordination import run_bench_coordination
-
-    run_bench_coordination(
-        forwards_ms=forward_ms, hosts=hosts, replicas=replicas, slots=slots, seconds=seconds, json_file=json_file
-    )
 
 
 def main() -> None:
