@@ -154,3 +154,20 @@ def test_the_readme_steers_generate_as_it_says(tiny, capsys):
     exec(compile(code.replace(name, repr(str(tiny("llama", seed=3)))), "README.md", "exec"), names)
     assert capsys.readouterr().out.strip()
     assert isinstance(names["processor"], CageLogitsProcessor)
+
+
+def test_a_model_that_slots_refuse_is_sent_here_and_steered(tiny):
+    folder = tiny("gemma2")
+    with pytest.raises(ConfigurationError, match=r"softcap.*CageLogitsProcessor steers it inside model\.generate"):
+        decode(config_of(folder, PROMPTED), [ask("0", "why?")])
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    steps = []
+    processor = processor_of(model, folder, on_step=steps.append)
+    inputs = processor.encode(TEXTS[:1])
+    answer = generate(model, processor, inputs)
+    assert any(float(step.payments_BJK.max()) > 0.1 for step in steps)
+    unpaid = {name: {**each, "weight": 0.0} for name, each in PROMPTED.items()}
+    unsteered = generate(model, processor_of(model, folder, unpaid), inputs)
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=12, pad_token_id=tokenizer.pad_token_id or 0)
+    assert torch.equal(unsteered, plain)
+    assert not torch.equal(answer, plain)

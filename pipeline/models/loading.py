@@ -15,6 +15,7 @@ from pipeline.models.host import Host
 from pipeline.models.messages import Admission, HostSpec
 from pipeline.models.slots import ATTENTION
 from pipeline.models.sources import fetch_weights
+from pipeline.models.tokenizers import reason_of
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
@@ -62,7 +63,7 @@ def _load_model(spec: HostSpec, device: torch.device) -> Any:
         for name, adapter in spec.adapters.items():
             model = _with_adapter(model, name, fetch_weights(adapter, cache_folder=spec.cache_folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigurationError(f"model {spec.source.name} (for {_names(spec)}): {_one_line(error)}") from error
+        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -93,7 +94,7 @@ def _probe(host: Host, model: Any, spec: HostSpec) -> None:
         host.advance([Admission(0, {role.name: prompt for role in spec.roles})], [], [])
         host.advance([], [0], [last])
     except Exception as error:
-        raise _refused(spec, config, _one_line(error)) from error
+        raise _refused(spec, config, reason_of(error)) from error
     difference = (host.logprobs_at([0], None)[0, 0] - plain.log_softmax(-1)).abs().max().item()
     tolerance = PROBE_TOLERANCE.get(plain.dtype if model.dtype is None else model.dtype, 0.5)
     if not difference <= tolerance:
@@ -106,14 +107,6 @@ def _probe(host: Host, model: Any, spec: HostSpec) -> None:
 
 def _refused(spec: HostSpec, config: Any, reason: str) -> ConfigurationError:
     return ConfigurationError(
-        f"model {spec.source.name} (for {_names(spec)}), architecture {config.model_type}, "
-        f"cannot be decoded in slots: {reason}"
+        f"{spec.title}, architecture {config.model_type}, cannot be decoded in slots: {reason}. "
+        f"Slower, pipeline.logits_processor.CageLogitsProcessor steers it inside model.generate"
     )
-
-
-def _names(spec: HostSpec) -> str:
-    return ", ".join(spec.serves)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -135,3 +135,9 @@ class HostSpec:
     cache_folder: Path
     adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
     reward: RewardSpec | None = None
+
+    @property
+    def title(self) -> str:
+        """The model and whom it serves, for error messages."""
+        kind = "model" if self.reward is None else "reward model"
+        return f"{kind} {self.source.name} (for {', '.join(self.serves)})"

@@ -67,9 +67,7 @@ def _load_classifier(spec: HostSpec) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"reward model {spec.source.name} (for {_names(spec)}): {reason_of(error)}"
-        ) from error
+        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise _refused(spec, model, f"its files lack {', '.join(missing[:5])}, which would be random")
     return model
@@ -105,11 +103,4 @@ def _check(backbone: Any, head: Any, plain: list[Tensor], ids: list[int], spec: 
 
 
 def _refused(spec: HostSpec, model: Any, reason: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"reward model {spec.source.name} (for {_names(spec)}), architecture {model.config.model_type}, "
-        f"cannot be used: {reason}"
-    )
-
-
-def _names(spec: HostSpec) -> str:
-    return ", ".join(spec.serves)
+    return ConfigurationError(f"{spec.title}, architecture {model.config.model_type}, cannot be used: {reason}")
