@@ -52,13 +52,13 @@ class Cell:
 class SimulatedHost(Host):
     """A host whose forward pass is a sleep and whose candidates are drawn at random."""
 
-    def __init__(self, num_roles: int, forward_s: float) -> None:
+    def __init__(self, num_roles: int) -> None:
         self._num_roles = num_roles
-        self._sleep_s = forward_s
+        self.forward_s = 0.0
         self._generator = torch.Generator().manual_seed(0)
 
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
-        time.sleep(self._sleep_s)
+        time.sleep(self.forward_s)
 
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         ids_BK = torch.randint(VOCAB_SIZE, (len(slots), NUM_CANDIDATES), generator=self._generator)
@@ -74,12 +74,17 @@ class SimulatedHost(Host):
 class SimulatedActor:
     """A `HostActor` whose host is simulated."""
 
-    def __init__(self, config: Config, index: int, forward_s: float) -> None:
+    def __init__(self, config: Config, index: int) -> None:
         torch.set_num_threads(1)
         send_tensors_as_arrays()
         lineup = build_lineup(config)
         roles = lineup.hosts[index].roles
-        self._host = PlayingHost(SimulatedHost(len(roles), forward_s), roles, config.decoding, lineup.principals)
+        self._simulated = SimulatedHost(len(roles))
+        self._host = PlayingHost(self._simulated, roles, config.decoding, lineup.principals)
+
+    def pace(self, forward_s: float) -> None:
+        """Take so long for a forward pass from now on."""
+        self._simulated.forward_s = forward_s
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._host, method)(*args, **kwargs)
@@ -146,7 +151,7 @@ def run_bench_coordination(
         address="local", include_dashboard=False, num_cpus=num_actors, log_to_driver=False, logging_level="ERROR"
     )
     try:
-        cells = [measure(ms, *shape, slots, seconds) for shape in shapes for ms in forwards_ms]
+        cells = [cell for shape in shapes for cell in measure(forwards_ms, *shape, slots, seconds)]
     finally:
         ray.shutdown()
     print_table(cells)
@@ -154,20 +159,26 @@ def run_bench_coordination(
         json_file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
 
 
-def measure(forward_ms: float, num_hosts: int, num_replicas: int, slots: int, seconds: float) -> Cell:
-    """One cell; all replicas run at the same time."""
+def measure(
+    forwards_ms: Sequence[float], num_hosts: int, num_replicas: int, slots: int, seconds: float
+) -> list[Cell]:
+    """A cell for each length of a forward pass; all replicas run at the same time."""
     config = make_config(num_hosts, slots)
     host, replica = (ray.remote(each).options(num_cpus=1) for each in (SimulatedActor, SimulatedReplica))
-    actors = [[host.remote(config, at, forward_ms / 1e3) for at in range(num_hosts)] for _ in range(num_replicas)]
+    actors = [[host.remote(config, at) for at in range(num_hosts)] for _ in range(num_replicas)]
     engines = [replica.remote(config, each) for each in actors]
+    rows_a_pass = slots / groups_of(num_hosts, slots)
+    cells = []
     try:
-        rates = ray.get([engine.run.remote(seconds) for engine in engines])
+        for forward_ms in forwards_ms:
+            ray.get([actor.pace.remote(forward_ms / 1e3) for each in actors for actor in each])
+            rate = sum(ray.get([engine.run.remote(seconds) for engine in engines]))
+            ideal = num_replicas * rows_a_pass / (forward_ms / 1e3)
+            cells.append(Cell(forward_ms, num_hosts, num_replicas, slots, rate, rate / ideal))
     finally:
         for actor in [*engines, *(actor for each in actors for actor in each)]:
             ray.kill(actor)
-    rows_a_pass = slots / groups_of(num_hosts, slots)
-    ideal = num_replicas * rows_a_pass / (forward_ms / 1e3)
-    return Cell(forward_ms, num_hosts, num_replicas, slots, sum(rates), sum(rates) / ideal)
+    return cells
 
 
 def print_table(cells: Sequence[Cell]) -> None:

@@ -216,7 +216,8 @@ def _decode(engine: Engine, work: Work) -> dict[str, Any]:
             row = next(waiting, None)
             if row is None:
                 is_last = True
-                utilisation = engine.num_row_steps / max(1, engine.num_steps * engine.num_slots)
+                if engine.num_steps:  # otherwise no row ever waited
+                    utilisation = engine.num_row_steps / (engine.num_steps * engine.num_slots)
             else:
                 engine.admit(row)
         num_tokens += sum(record.num_tokens for record in engine.step())
