@@ -126,10 +126,11 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
 
 
 def measure_full_batch(setup: Setup, plain: Any) -> dict[str, Any]:
-    """A step of a batch that stays full, beside the bare forward pass of as many rows, alternately."""
+    """A step of a full batch, of one row, and the bare forward pass of as many rows as a full batch, alternately."""
     engines = {name: local_engine(setup.assembly(strict=name == "strict")) for name in ("strict", "relaxed")}
+    engines["one row"] = local_engine(setup.assembly(slots=1))
     num_rows = setup.slots * (setup.num_principals + 1)
-    times: dict[str, list[float]] = {"floor": [], "strict": [], "relaxed": []}
+    times: dict[str, list[float]] = {"floor": [], "strict": [], "relaxed": [], "one row": []}
     for _ in range(FULL_BATCH_ROUNDS):
         torch.set_num_threads(setup.threads)
         times["floor"].append(time_floor(plain, num_rows, num_steps=FULL_BATCH_STEPS))
@@ -147,6 +148,9 @@ def measure_full_batch(setup: Setup, plain: Any) -> dict[str, Any]:
         "of_floor": ratios,
         "strict_of_relaxed": statistics.median(
             r / s for r, s in zip(times["relaxed"], times["strict"], strict=True)
+        ),
+        "to_one_row": setup.slots * statistics.median(
+            o / s for o, s in zip(times["one row"], times["strict"], strict=True)
         ),
     }  # fmt: skip
 
@@ -190,7 +194,7 @@ def measure_ray(setup: Setup) -> dict[str, Any]:
 def _time_steps(engine: Engine, setup: Setup) -> float:
     """Median seconds of a step while every slot runs."""
     torch.set_num_threads(setup.threads)
-    for row in setup.work.first(setup.slots).rows:
+    for row in setup.work.first(engine.num_slots).rows:
         engine.admit(replace(row, max_new_tokens=FULL_BATCH_STEPS + 8))
     while engine.num_waiting:
         engine.step()
@@ -265,7 +269,8 @@ def print_tables(measured: dict[str, Any]) -> None:
     console.print(f"a step of a full batch: {steps}")
     console.print(
         f"of the floor: strict {full['of_floor']['strict']:.1%}, relaxed {full['of_floor']['relaxed']:.1%}; "
-        f"strict against relaxed {full['strict_of_relaxed']:.1%}"
+        f"strict against relaxed {full['strict_of_relaxed']:.1%}; tokens/s to one row at a time "
+        f"{full['to_one_row']:.2f} x"
     )
     console.print(", ".join(f"{name}: {ratio:.2f} x" for name, ratio in measured["ratios"].items()))
     console.print(f"peak memory {measured['peak_memory_mib']:,.0f} MiB")
