@@ -1,0 +1,44 @@
+"""The benchmark of the decoder measures what it says, on a model small enough for a test."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobs.bench_decode import run_bench_decode
+from pipeline.errors import ConfigurationError
+
+OPTIONS = {
+    "model": None,
+    "shape": "1M",
+    "num_principals": 1,
+    "slots": 2,
+    "num_rows": 5,
+    "mean_length": 4,
+    "max_length": 8,
+    "threads": 1,
+    "with_ray": False,
+}
+
+
+@pytest.mark.parametrize("candidates", ["20", "all"])
+def test_every_case_is_measured_and_written(tmp_path, candidates, capsys):
+    run_bench_decode(**OPTIONS, candidates=candidates, json_file=tmp_path / "measured.json")
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert {"floor", "local", "plain", "batch1"} <= measured["cases"].keys()
+    for case in measured["cases"].values():
+        assert case["tokens_per_s"] > 0
+        assert 0 < case["slot_utilisation"] <= 1
+        assert sum(case["share"][part] for part in ("forward", "solve", "transport", "wait")) == pytest.approx(1)
+    assert measured["cases"]["local"]["tokens"] == measured["cases"]["plain"]["tokens"]
+    assert measured["cases"]["local"]["forwards_per_step"] == 1
+    assert measured["full_batch"]["to_one_row"] > 0
+    assert "of the floor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "value"), [("shape", "2M"), ("candidates", "0"), ("candidates", "most")])
+def test_what_cannot_be_measured_is_refused_by_name(option, value):
+    options = {**OPTIONS, "candidates": "50", "json_file": None, option: value}
+    with pytest.raises(ConfigurationError, match=f"--{option} must be .*{value}"):
+        run_bench_decode(**options)
