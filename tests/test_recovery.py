@@ -8,10 +8,12 @@ import pytest
 import torch
 from decoding_setup import NOWHERE, ask, config_of
 
+from pipeline.config import RuleName
 from pipeline.decoding.assembly import assemble
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.hosts import Answer, LocalHost
 from pipeline.decoding.playing import PlayingHost
+from pipeline.decoding.running import Terms
 from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
 from pipeline.models.loading import load_host
 from pipeline.models.messages import DRAWN, Admission, Position, Step
@@ -176,9 +178,9 @@ def test_state_that_is_lost_again_and_again_ends_in_an_error(tiny, num_steps):
 
 
 @pytest.mark.parametrize("bad", [{"r0"}, {"r3"}, {"r1", "r4"}, {"r0", "r1", "r2", "r3", "r4"}])
-@pytest.mark.parametrize(("slots", "num_groups"), [(1, 1), (3, 1), (5, 2)])
-def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, bad, slots, num_groups):
-    replica = Replica(tiny, slots=slots, num_groups=num_groups)
+@pytest.mark.parametrize(("slots", "way"), [(1, WAYS[0]), (3, WAYS[0]), (5, WAYS[1]), (3, WAYS[2])])
+def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, bad, slots, way):
+    replica = Replica(tiny, slots=slots, **way)
     rows = [ask(f"r{at}", ("!" if f"r{at}" in bad else "?") * (at + 1)) for at in range(5)]
     reference, _ = replica.decode(nothing, rows)
     mark = token_of(replica, "!")
@@ -209,13 +211,14 @@ def test_hosts_that_fail_whatever_they_decode_end_in_an_error_within_bounds(tiny
         replica.decode(lambda *_: Answer(error=HostError("gone")))
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")]
 )
-def test_out_of_memory_halves_the_rows_at_once_and_changes_nothing(tiny, error):
-    replica = Replica(tiny, slots=5)
+def test_out_of_memory_halves_the_rows_at_once_and_changes_nothing(tiny, error, runs_ahead):
+    replica = Replica(tiny, slots=5, runs_ahead=runs_ahead)
     reference, _ = replica.decode(nothing)
-    host = replica.loaded["arm"]
+    host = replica.loaded["base" if runs_ahead else "arm"]
     plain = host.advance
 
     def needs_much(admissions, slots, tokens):
@@ -264,6 +267,23 @@ def test_a_repeated_step_gives_the_same_answer_without_computing_again(tiny):
     host.advance(at.after, Step(slots=[0], tokens=[5]))
     assert torch.equal(host.logprobs_at(at.after, [0], None), first)
     assert plain.num_forwards == forwards
+
+
+def test_a_repeated_step_of_a_lone_host_draws_the_same_token_and_goes_on_from_it(tiny):
+    replica = Replica(tiny, slots=2, runs_ahead=True)
+    host = replica.hosts(nothing)["base"].inner.host
+    prompts = {role.name: [1, 2, 3] for role in replica.plans["base"].roles}
+    terms = [Terms(RuleName.EQUILIBRIUM, 0.5, (0.7,))]
+    at = Position(0, 77, 0)
+    host.advance_and_play(at, Step([Admission(0, prompts)]), [0], terms, [0.3])
+    later = [host.advance_and_play(at.after, Step((), [0], [DRAWN]), [0], terms, [0.6]) for _ in range(3)]
+    assert later[0] == later[1] == later[2]
+    other = host.advance_and_play(Position(1, 77, 0), Step([Admission(1, prompts)]), [1], terms, [0.3])
+    [token] = [outcome.token_id for outcome in other]
+    assert host.advance_and_play(Position(1, 77, 1), Step((), [1], [token]), [1], terms, [0.6]) == later[0]
+    host.resize(2)
+    with pytest.raises(StateLost):
+        host.advance_and_play(at.after.after, Step((), [0], [DRAWN]), [0], terms, [0.6])
 
 
 @pytest.mark.parametrize("wrong", [Position(0, 77, 0), Position(0, 77, 2), Position(0, 78, 1), Position(1, 77, 1)])
