@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from jobs.status import describe_status
 from pipeline.cluster.stream import ShardStream
+from pipeline.config import Transport
 from pipeline.errors import CageError, ConfigurationError, HostError, StorageError
 from pipeline.points import Point
 from pipeline.relabel import prepare
@@ -29,6 +30,11 @@ ray.cloudpickle.register_pickle_by_value(faults)  # workers cannot import the te
 
 def on_ray(**cluster):
     return {"transport": "ray", "slots": 8, **cluster}
+
+
+def in_one_process(config):
+    """The same job; where it runs is no part of its fingerprint, and starting Ray's processes takes half a minute."""
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"transport": Transport.LOCAL})})
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def test_a_run_whose_board_is_killed_ends_in_one_line_and_the_same_command_conti
     with pytest.raises(CageError, match="the progress board, on the driver's machine, does not answer: ") as told:
         run_job(config, tmp_path, watch=KillSibling("ray::ProgressBoard", Point.AFTER_COMMIT, tmp_path))
     assert "\n" not in str(told.value)
-    run, _ = run_job(config, tmp_path)
+    run, _ = run_job(in_one_process(config), tmp_path)
     assert run.is_complete
     assert parts(tmp_path / "run") == expected
 
@@ -96,7 +102,7 @@ def test_a_shard_whose_replica_dies_each_time_is_given_up(tiny, tmp_path):
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), errors={"max_attempts": 2})
     with pytest.raises(HostError, match="shard 0 was given up after 2 attempts: its replica died each time"):
         run_job(config, tmp_path, watch=KillAlways(Point.BEFORE_DATA))
-    run, _ = run_job(config, tmp_path)
+    run, _ = run_job(in_one_process(config), tmp_path)
     assert run.is_complete
 
 
