@@ -20,6 +20,7 @@ import torch
 from faults import AllOf, KillAt, Slow
 from ray_victims import MARKS, RayNodes, find, kill_one
 
+import pipeline.decoding.local  # noqa: F401  (here, so that no forked driver has to)
 from pipeline.config import Config
 from pipeline.config_files import parse_config
 from pipeline.errors import CageError

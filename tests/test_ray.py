@@ -112,7 +112,7 @@ def test_a_full_disk_in_a_replica_ends_the_run_in_one_line_and_the_same_command_
     with pytest.raises(StorageError, match=r"cannot write .*part-0.*No space left on device \(tried 4 times") as told:
         run_job(config, tmp_path, watch=DiskFull(10**6))
     assert "\n" not in str(told.value)
-    run_job(config, tmp_path)
+    run_job(in_one_process(config), tmp_path)
     assert parts(tmp_path / "run") == expected
 
 

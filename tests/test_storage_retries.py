@@ -174,7 +174,7 @@ def test_expired_credentials_in_a_replica_end_the_command_with_1_and_it_continue
     assert "cannot write s3://runs/" in failed.stderr.splitlines()[-1]
     assert "ExpiredToken it is (tried 4 times" in failed.stderr.splitlines()[-1]
     faulty_s3.errors = []
-    continued = cage("relabel", "-c", str(file), timeout=500)
+    continued = cage("relabel", "-c", str(file), "cluster.transport=local", timeout=500)
     assert continued.returncode == ExitCode.DONE, continued.stderr
     store = open_store(path)
     assert {name: store.read(name) for name in store.names("part-")} == parts(tmp_path / "whole")
