@@ -18,9 +18,9 @@ def bench_solver(
     threads: Annotated[int, typer.Option("--threads", help="torch threads; the published numerics use one.")] = 1,
 ) -> None:
     """Games per second, iterations and distance from the equilibrium, by method."""
-    from jobs import bench_solver as solver
+    from jobs.bench_solver import run_bench_solver
 
-    solver.bench_solver(json_file, quick, sweep, threads)
+    run_bench_solver(quick=quick, games_a_cell=sweep, threads=threads, json_file=json_file)
 
 
 @bench.command("decode")

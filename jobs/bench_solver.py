@@ -14,10 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import typer
 
 import cage
 from cage.examples import kinds, random_games
@@ -46,14 +45,9 @@ BENCH_SCALE, FULL_SCALES, GROWING_SCALE = 3.0, (1.0, 3.0), 1.0
 PUBLISHED_SWEEPS, PUBLISHED_ITERATIONS = 5, 8
 
 
-def bench_solver(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and repetitions; seconds.")] = False,
-    sweep: Annotated[int, typer.Option("--sweep", help="Also solve this many games a cell, of every kind.")] = 0,
-    threads: Annotated[int, typer.Option("--threads", help="torch threads; the published numerics use one.")] = 1,
-) -> None:
+def run_bench_solver(*, quick: bool, games_a_cell: int, threads: int, json_file: Path | None) -> None:
     """Measure games per second, iterations and distance from the equilibrium of every method."""
-    measured = run(quick=quick, games_a_cell=sweep, threads=threads)
+    measured = run(quick=quick, games_a_cell=games_a_cell, threads=threads)
     print_table(measured)
     if json_file is not None:
         json_file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
@@ -239,7 +233,3 @@ def _timed(call: Callable[[], T], repetitions: int) -> tuple[float, T]:
 
 def _shape_row(shape: tuple[int, int, int]) -> Row:
     return dict(zip(("rows", "principals", "tokens"), shape, strict=True))
-
-
-if __name__ == "__main__":
-    typer.run(bench_solver)

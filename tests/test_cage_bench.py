@@ -4,25 +4,18 @@ import json
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 import cage
 from cage.examples import random_games
-from jobs.bench_solver import bench_solver, solve_as_published, sweep_cells
-
-
-@pytest.fixture
-def two_commands():
-    app = typer.Typer()
-    app.command()(bench_solver)
-    return app
+from jobs.bench_cli import bench
+from jobs.bench_solver import solve_as_published, sweep_cells
 
 
 @pytest.mark.slow
-def test_the_quick_benchmark_prints_a_table_and_writes_json(two_commands, tmp_path):
+def test_the_quick_benchmark_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "solver.json"
-    done = CliRunner().invoke(two_commands, ["--quick", "--json", str(file)], catch_exceptions=False)
+    done = CliRunner().invoke(bench, ["solver", "--quick", "--json", str(file)], catch_exceptions=False)
     assert done.exit_code == 0
     assert "threshold newton" in done.output
     measured = json.loads(file.read_text())

@@ -19,7 +19,7 @@ SHAPES = [(1, 2), (2, 2), (8, 2), (2, 50), (3, 50), (8, 50), (2, 1000), (4, 1000
 @pytest.mark.parametrize(("num_principals", "num_tokens"), SHAPES)
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_random_games_of_every_kind_are_solved(num_principals, num_tokens, dtype, tol):
-    """10,000 games a cell: `python -m jobs.bench_solver --sweep 10000`."""
+    """10,000 games a cell: `cage bench solver --sweep 10000`."""
     for seed, kind in enumerate(kinds):
         for value_scale in SCALES:
             game = random_games(
