@@ -5,9 +5,10 @@ Shapes: B rows, J principals, K tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from cage.game import Game
 from cage.pooling import pays_off, solve_pooled
 from cage.response import newton, nobody_pays
 from cage.rows import iterate
-from cage.scaled import ScaledGame, measure
-from cage.solution import Solution, default_tolerance
-from cage.whole import solve_whole
+from cage.scaled import Measures, ScaledGame, measure, scale
+from cage.solution import Draft, Solution, default_tolerance
+from cage.whole import solve_whole, widened
 
 _ALWAYS_UNIQUE = 2  # so many principals have one equilibrium, whatever their values
 _DIRECT_STEPS = 32
@@ -46,6 +47,50 @@ class ThresholdNewton:
         if pays_off(game):
             return solve_pooled(game, measure(game), find, tol=tol, max_steps=self.max_steps)
         return solve_whole(game, find, tol=tol, finish=find, max_steps=self.max_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class BlindNewton:
+    """Newton for one or two principals that never looks at a number, so that a CUDA graph can hold it.
+
+    Every row takes num_steps evaluations; one that is not at its equilibrium by then has status MAX_STEPS. More steps
+    change no bit of a row that needs fewer. tol: as in `ThresholdNewton`. compiles: run compiled, for a GPU, where
+    the forty small operations of a step cost as much as large ones.
+    """
+
+    num_steps: int = 12
+    tol: float | None = None
+    compiles: bool = False
+
+    def solve(self, game: Game) -> Solution:
+        """Return the equilibrium of each row. Raises ValueError for more than two principals."""
+        if game.num_principals > _ALWAYS_UNIQUE:
+            raise ValueError(f"BlindNewton takes at most {_ALWAYS_UNIQUE} principals; got {game.num_principals}")
+        tol = default_tolerance(game) if self.tol is None else self.tol
+        begin, step, end = map(_compiled, (_begin, _step, _end)) if self.compiles else (_begin, _step, _end)
+        whole, measures, scaled, state = begin(game)
+        if game.num_principals:
+            for _ in range(self.num_steps):
+                state = step(scaled, state, enough=tol / 2)
+        return end(whole, measures, state, tol).of(game)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight]:
+    whole = widened(game)
+    measures = measure(whole, looks=False)
+    scaled = scale(whole, measures)
+    return whole, measures, scaled, _set_out(scaled, nobody_pays(scaled))
+
+
+def _end(whole: Game, measures: Measures, state: _Straight, tol: float) -> Solution:
+    draft = Draft(whole, measures)
+    draft.write(state.point)
+    return draft.solution(state.num_steps, tol)
 
 
 def find_thresholds(
@@ -87,9 +132,12 @@ class _Straight(NamedTuple):
 
 
 def _go_straight(game: ScaledGame, start_BJ: Tensor, enough: float, max_steps: int) -> _Straight:
+    return iterate(partial(_step, enough=enough), game, _set_out(game, start_BJ), max_steps=max_steps)
+
+
+def _set_out(game: ScaledGame, start_BJ: Tensor) -> _Straight:
     num_steps_B = _no_steps(game)
-    state = _Straight(num_steps_B == 0, num_steps_B, start_BJ, torch.zeros_like(start_BJ), game.values.amin(-1))
-    return iterate(partial(_step, enough=enough), game, state, max_steps=max_steps)
+    return _Straight(num_steps_B == 0, num_steps_B, start_BJ, torch.zeros_like(start_BJ), game.values.amin(-1))
 
 
 def _step(game: ScaledGame, state: _Straight, *, enough: float) -> _Straight:

@@ -97,12 +97,9 @@ def _step_of_one(excess_B1K: Tensor, paid_B1K: Tensor, policy_BK: Tensor) -> tup
 
 def _step_of_two(excess_B2K: Tensor, paid_B2K: Tensor, policy_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Cramer's rule, each equation multiplied by its E_pi[max(c_j - v_j, 0)]; `other` is of the other principal."""
-    num_rows, _, num_tokens = excess_B2K.shape
-    parts_B6K = policy_BK.new_empty((num_rows, 6, num_tokens))
-    burden_B2K, others_pay_B2K, crossed_B2K = parts_B6K.chunk(3, 1)
-    torch.sub(paid_B2K, excess_B2K, out=burden_B2K)
-    torch.gt(excess_B2K.flip(1), 0.0, out=others_pay_B2K)
-    torch.mul(burden_B2K, others_pay_B2K, out=crossed_B2K)
+    burden_B2K = paid_B2K - excess_B2K
+    others_pay_B2K = pays(excess_B2K.flip(1))
+    parts_B6K = torch.cat([burden_B2K, others_pay_B2K, burden_B2K * others_pay_B2K], 1)
     expected_B2, other_share_B2, crossed_B2 = parts_B6K.mul_(policy_BK[:, None]).sum(-1).chunk(3, 1)
     log_residual_B2 = expected_B2.log()
     right_B2 = expected_B2 * log_residual_B2

@@ -64,12 +64,17 @@ class Measures:
         return torch.where(self.finite[:, None], thresholds_BJ, torch.nan)
 
 
-def measure(game: Game) -> Measures:
-    """Read the game once, in blocks of rows."""
-    blocks = [_measure_block(game, rows) for rows in row_blocks(game)]
+def measure(game: Game, *, looks: bool = True) -> Measures:
+    """Read the game once, in blocks of rows.
+
+    What need not be masked is found out by looking at the numbers, for which the host waits for a GPU: without looks
+    everything is masked.
+    """
+    blocks = [_measure_block(game, rows, looks) for rows in row_blocks(game)]
     parts = blocks[0] if len(blocks) == 1 else [torch.cat(tensors) for tensors in zip(*blocks, strict=True)]
     log_norm_B, best_BJ, mean_BJ, finite_B, plain_B = parts
-    return Measures(log_norm_B, best_BJ, mean_BJ, game.row_temperatures, finite_B, bool(plain_B.all()))
+    plain = looks and bool(plain_B.all())
+    return Measures(log_norm_B, best_BJ, mean_BJ, game.row_temperatures, finite_B, plain)
 
 
 def row_blocks(game: Game, num_rows: int | None = None) -> list[slice]:
@@ -126,18 +131,18 @@ def _counts(game: Game, measures: Measures, rows: slice | Tensor) -> Tensor:
     return (select(game.base_logprobs, rows) > -torch.inf) & measures.finite[rows, None]
 
 
-def _measure_block(game: Game, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _measure_block(game: Game, rows: slice, looks: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     base_RV, values_RJV = game.base_logprobs[rows], game.values[rows]
     weights_RV = torch.softmax(base_RV, 1)
     highest_R1 = base_RV.amax(1, keepdim=True)
     plain_R = base_RV.amin(1) > -torch.inf
-    undrawable_RV = None if bool(plain_R.all()) else base_RV == -torch.inf
+    undrawable_RV = None if looks and bool(plain_R.all()) else base_RV == -torch.inf
     best_RJ, lowest_RJ, mean_RJ = _spread(values_RJV, weights_RV, undrawable_RV)
     finite_R1 = torch.isfinite(highest_R1) & ((best_RJ < torch.inf) & (lowest_RJ > -torch.inf)).all(1, keepdim=True)
     narrow_RJ = (lowest_RJ - best_RJ) / game.row_temperatures[rows, None] > LOWEST_VALUE
     log_norm_R1 = highest_R1 - weights_RV.amax(1, keepdim=True).log()
     plain_R = plain_R & finite_R1[:, 0] & narrow_RJ.all(1)
-    if not bool(finite_R1.all()):
+    if not (looks and bool(finite_R1.all())):
         log_norm_R1, best_RJ, mean_RJ = (
             torch.where(finite_R1, part, 0.0) for part in (log_norm_R1, best_RJ, mean_RJ)
         )

@@ -38,13 +38,14 @@ def in_batches(game: Game) -> list[tuple[Game, Game]]:
     limit = _NUMBERS_A_BATCH.get(game.values.device.type, _NUMBERS_A_BATCH_ELSEWHERE)
     size = max(1, limit // (max(1, game.num_principals) * game.num_tokens))
     if game.num_rows <= size:
-        return [(game, _widened(game))]
+        return [(game, widened(game))]
     split = partial(torch.split, split_size_or_sections=size)
     parts = zip(*map(split, (game.base_logprobs, game.values, game.row_temperatures)), strict=True)
-    return [(batch, _widened(batch)) for batch in (Game(*part) for part in parts)]
+    return [(batch, widened(batch)) for batch in (Game(*part) for part in parts)]
 
 
-def _widened(game: Game) -> Game:
+def widened(game: Game) -> Game:
+    """Return a game in float64."""
     if game.values.dtype == torch.float64:
         return game
     return Game(game.base_logprobs.double(), game.values.double(), game.agent_temperature)

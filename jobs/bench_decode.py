@@ -13,6 +13,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.bench_models import SHAPES, Work, make_assembly, make_config, make_work, save_random_model
-from jobs.bench_plain import decode_plainly, load_plain_model, time_floor
+from jobs.bench_plain import bytes_a_pass, copy_bandwidth, decode_plainly, load_plain_model, time_floor
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.engine import Engine
 from pipeline.decoding.local import local_engine
@@ -100,15 +101,21 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
     """All cases, ready for JSON."""
     torch.set_num_threads(setup.threads)
     plain = load_plain_model(setup.model, setup.cache_folder)
-    full_batch = measure_full_batch(setup, plain)
-    cases = {"floor": full_batch.pop("floor"), "local": measure_local(setup)}
-    cases["local relaxed"] = measure_local(setup, strict=False)
+    # on a GPU the two are the same
+    modes = ("strict",) if plain.device.type == "cuda" else ("strict", "relaxed")
+    engines = {mode: local_engine(setup.assembly(strict=mode == "strict")) for mode in modes}
+    engines["one row"] = local_engine(setup.assembly(slots=1))
+    full_batch = measure_full_batch(setup, plain, engines)
+    cases = {"floor": full_batch.pop("floor")}
+    for mode in modes:
+        name = "local" if mode == "strict" else "local relaxed"
+        cases[name] = _decode(engines[mode], setup.work, threads=setup.threads)
     if with_ray:
         cases["ray"] = measure_ray(setup)
     torch.set_num_threads(setup.threads)
     cases["plain"] = decode_plainly(plain, setup.work, setup.slots)
-    few = replace(setup, work=setup.work.first(max(2, len(setup.work.lengths) // 8)))
-    cases["batch1"] = measure_local(few, slots=1)
+    few = setup.work.first(max(2, len(setup.work.lengths) // 8))
+    cases["batch1"] = _decode(engines["one row"], few, threads=setup.threads)
     local = cases["local"]["tokens_per_s"]
     return {
         "slots": setup.slots,
@@ -116,7 +123,7 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
         "rows": len(setup.work.lengths),
         "threads": setup.threads,
         "candidates": setup.candidates,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "cases": cases,
         "full_batch": full_batch,
@@ -125,41 +132,41 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
     }
 
 
-def measure_full_batch(setup: Setup, plain: Any) -> dict[str, Any]:
+def measure_full_batch(setup: Setup, plain: Any, engines: Mapping[str, Engine]) -> dict[str, Any]:
     """A step of a full batch, of one row, and the bare forward pass of as many rows as a full batch, alternately."""
-    engines = {name: local_engine(setup.assembly(strict=name == "strict")) for name in ("strict", "relaxed")}
-    engines["one row"] = local_engine(setup.assembly(slots=1))
     num_rows = setup.slots * (setup.num_principals + 1)
-    times: dict[str, list[float]] = {"floor": [], "strict": [], "relaxed": [], "one row": []}
+    times: dict[str, list[float]] = {name: [] for name in ("floor", *engines)}
+    for engine in engines.values():
+        _time_steps(engine, setup)  # what is compiled and recorded is not counted
     for _ in range(FULL_BATCH_ROUNDS):
         torch.set_num_threads(setup.threads)
         times["floor"].append(time_floor(plain, num_rows, num_steps=FULL_BATCH_STEPS))
         for name, engine in engines.items():
             times[name].append(_time_steps(engine, setup))
     step_s = {name: statistics.median(each) for name, each in times.items()}
-    ratios = {
-        name: statistics.median(f / s for f, s in zip(times["floor"], times[name], strict=True))
-        for name in ("strict", "relaxed")
-    }
-    return {
+    measured: dict[str, Any] = {
         "floor": {"tokens_per_s": setup.slots / step_s["floor"], "slot_utilisation": 1.0, "forwards_per_step": 1.0,
                   "share": {"forward": 1.0, "solve": 0.0, "transport": 0.0, "wait": 0.0}},
         "step_ms": {name: seconds * 1e3 for name, seconds in step_s.items()},
-        "of_floor": ratios,
-        "strict_of_relaxed": statistics.median(
-            r / s for r, s in zip(times["relaxed"], times["strict"], strict=True)
-        ),
-        "to_one_row": setup.slots * statistics.median(
-            o / s for o, s in zip(times["one row"], times["strict"], strict=True)
-        ),
+        "of_floor": {name: _ratio(times["floor"], times[name]) for name in engines if name != "one row"},
+        "to_one_row": setup.slots * _ratio(times["one row"], times["strict"]),
     }  # fmt: skip
+    if "relaxed" in engines:
+        measured["strict_of_relaxed"] = _ratio(times["relaxed"], times["strict"])
+    if plain.device.type == "cuda":
+        bandwidth = copy_bandwidth(plain.device)
+        lengths = [len(prompt) for each in setup.work.first(setup.slots).prompts for prompt in each.values()]
+        num_tokens = statistics.mean(lengths) + FULL_BATCH_STEPS / 2
+        bound_s = bytes_a_pass(plain, num_rows, num_tokens) / bandwidth
+        measured["bandwidth_tb_per_s"] = bandwidth / 1e12
+        measured["step_ms"]["memory bound"] = bound_s * 1e3
+        measured["of_memory_bound"] = {name: bound_s / step_s[name] for name in ("floor", "strict")}
+    return measured
 
 
-def measure_local(setup: Setup, *, strict: bool = True, slots: int | None = None) -> dict[str, Any]:
-    """This decoder in this process."""
-    engine = local_engine(setup.assembly(strict=strict, slots=slots))
-    torch.set_num_threads(setup.threads)
-    return _decode(engine, setup.work)
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """The median, over rounds, of what the first took to what the second took."""
+    return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
 
 
 def measure_ray(setup: Setup) -> dict[str, Any]:
@@ -186,7 +193,7 @@ def measure_ray(setup: Setup) -> dict[str, Any]:
                     num_slots=setup.slots,
                     runs_ahead=True,  # as a coordinator does with one host
                 )
-                return _decode(engine, setup.work)
+                return _decode(engine, setup.work, threads=setup.threads)
             finally:
                 group.stop()
 
@@ -208,9 +215,11 @@ def _time_steps(engine: Engine, setup: Setup) -> float:
     return statistics.median(seconds)
 
 
-def _decode(engine: Engine, work: Work) -> dict[str, Any]:
+def _decode(engine: Engine, work: Work, *, threads: int) -> dict[str, Any]:
     """Decode all rows; rates, shares of time and how full the slots were while rows waited."""
+    torch.set_num_threads(threads)
     host = engine.calls.hosts["base"]
+    steps_before, row_steps_before, wait_before_s = engine.num_steps, engine.num_row_steps, engine.calls.wait_s
     before: HostWork = host.submit("work").result()
     waiting = iter(work.rows)
     num_tokens, is_last, utilisation = 0, False, 1.0
@@ -220,21 +229,21 @@ def _decode(engine: Engine, work: Work) -> dict[str, Any]:
             row = next(waiting, None)
             if row is None:
                 is_last = True
-                if engine.num_steps:  # otherwise no row ever waited
-                    utilisation = engine.num_row_steps / (engine.num_steps * engine.num_slots)
+                if num_steps := engine.num_steps - steps_before:  # otherwise no row ever waited
+                    utilisation = (engine.num_row_steps - row_steps_before) / (num_steps * engine.num_slots)
             else:
                 engine.admit(row)
         num_tokens += sum(record.num_tokens for record in engine.step())
     seconds = time.perf_counter() - started_s
     after: HostWork = host.submit("work").result()
     forward, solve = (after.forward_s - before.forward_s) / seconds, (after.solve_s - before.solve_s) / seconds
-    transport = max(0.0, engine.calls.wait_s / seconds - forward - solve)
+    transport = max(0.0, (engine.calls.wait_s - wait_before_s) / seconds - forward - solve)
     return {
         "tokens_per_s": num_tokens / seconds,
         "tokens": num_tokens,
         "seconds": seconds,
         "slot_utilisation": utilisation,
-        "forwards_per_step": (after.num_forwards - before.num_forwards) / engine.num_steps,
+        "forwards_per_step": (after.num_forwards - before.num_forwards) / (engine.num_steps - steps_before),
         "share": {"forward": forward, "solve": solve, "transport": transport,
                   "wait": max(0.0, 1 - forward - solve - transport)},
     }  # fmt: skip
@@ -267,10 +276,14 @@ def print_tables(measured: dict[str, Any]) -> None:
     full = measured["full_batch"]
     steps = ", ".join(f"{name} {ms:.1f} ms" for name, ms in full["step_ms"].items())
     console.print(f"a step of a full batch: {steps}")
-    console.print(
-        f"of the floor: strict {full['of_floor']['strict']:.1%}, relaxed {full['of_floor']['relaxed']:.1%}; "
-        f"strict against relaxed {full['strict_of_relaxed']:.1%}; tokens/s to one row at a time "
-        f"{full['to_one_row']:.2f} x"
-    )
+    shares = ["of the floor: " + ", ".join(f"{name} {share:.1%}" for name, share in full["of_floor"].items())]
+    if "strict_of_relaxed" in full:
+        shares.append(f"strict against relaxed {full['strict_of_relaxed']:.1%}")
+    console.print("; ".join([*shares, f"tokens/s to one row at a time {full['to_one_row']:.2f} x"]))
+    if "of_memory_bound" in full:
+        console.print(
+            f"of what memory allows ({full['bandwidth_tb_per_s']:.2f} TB/s in a copy): "
+            + ", ".join(f"{name} {share:.1%}" for name, share in full["of_memory_bound"].items())
+        )
     console.print(", ".join(f"{name}: {ratio:.2f} x" for name, ratio in measured["ratios"].items()))
     console.print(f"peak memory {measured['peak_memory_mib']:,.0f} MiB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from jobs.bench_models import Work
 from pipeline.models.loading import pick_device, pick_dtype
+from pipeline.models.recordings import Recording
 from pipeline.models.sources import fetch_weights, resolve_model
+from pipeline.models.stopwatch import Stopwatch
 
 CONTEXT = 64  # tokens of every row when the floor is measured
 
@@ -30,17 +33,53 @@ def load_plain_model(model: str, cache_folder: Path) -> Any:
 
 @torch.inference_mode()
 def time_floor(model: Any, num_rows: int, *, num_steps: int) -> float:
-    """Median seconds of one decoding pass of `num_rows` rows of equal length, with transformers' own cache."""
+    """Median seconds of one decoding pass of `num_rows` rows of equal length, with transformers' own cache.
+
+    On a GPU the pass is recorded and replayed, where that is possible: kernel by kernel it takes far longer.
+    """
     device = model.device
     tokens = torch.ones(num_rows, CONTEXT, dtype=torch.long, device=device)
     cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+    def run() -> Tensor:
+        logits: Tensor = model(tokens[:, :1], past_key_values=cache, use_cache=True).logits
+        return logits
+
+    compute = run
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            compute = Recording(run, device).replay
     seconds = []
     for _ in range(num_steps):
         started_s = time.perf_counter()
-        logits = model(tokens[:, :1], past_key_values=cache, use_cache=True).logits
-        logits[0, 0, 0].item()  # waits for a GPU
+        compute()[0, 0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - started_s)
     return statistics.median(seconds)
+
+
+def bytes_a_pass(model: Any, num_rows: int, num_tokens: float) -> float:
+    """Bytes that a decoding pass has to read: weights but for unused embeddings, and every row's keys and values."""
+    embeddings = model.get_input_embeddings().weight
+    is_tied = model.get_output_embeddings().weight is embeddings
+    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    token = 2 * config.num_hidden_layers * heads * width * embeddings.element_size()
+    unused = 0 if is_tied else embeddings.numel() * embeddings.element_size()
+    return float(weights - unused + num_rows * num_tokens * token)
+
+
+def copy_bandwidth(device: torch.device, *, num_bytes: int = 2**31, num_copies: int = 20) -> float:
+    """Bytes a second that the device reads and writes when it copies: what "memory bandwidth" means here."""
+    source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    watch = Stopwatch(device)
+    with watch.running():
+        for _ in range(num_copies):
+            target.copy_(source)
+    return 2 * num_bytes * num_copies / watch.seconds
 
 
 @torch.inference_mode()

@@ -16,12 +16,14 @@ from pipeline.records import Record, Row
 NOWHERE = Path("/nonexistent-cache")
 
 
-def config_of(base: Path | str, principals: Mapping[str, Any] | None = None, **sections: Any) -> Config:
+def config_of(
+    base: Path | str | Mapping[str, Any], principals: Mapping[str, Any] | None = None, **sections: Any
+) -> Config:
     return parse_config(
         {
             "input": {"path": "unused.jsonl"},
             "output": {"path": "unused"},
-            "base": str(base),
+            "base": dict(base) if isinstance(base, Mapping) else str(base),
             "principals": dict(principals or {}),
             **sections,
         }

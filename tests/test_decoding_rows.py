@@ -57,7 +57,7 @@ class ScriptedHost:
         self.advance(at, step)
         proposal = self.propose(at, slots, num_candidates=2, min_p=0.0)
         rewards = [torch.zeros(len(slots), 2) for _ in terms[0].weights]
-        return play(self.decoding, proposal, rewards, terms, uniforms)
+        return play(self.decoding, proposal, rewards, terms, uniforms).outcomes(terms)
 
     def score(self, prompts, continuation):
         return torch.zeros(self.num_roles, len(continuation))

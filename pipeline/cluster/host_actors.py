@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.serialization import register_serializer
 
 from pipeline.config import ClusterConfig
-from pipeline.decoding.hosts import HostClient, Reply, describe_failure
+from pipeline.decoding.hosts import HostClient, Pending, Reply, describe_failure
 from pipeline.decoding.lineup import HostPlan
 from pipeline.errors import CageError, ConfigurationError, HostError
 from pipeline.points import Watcher, unwatched
@@ -45,7 +45,8 @@ class HostActor:
         """Run one method of the host; tensors of the answer arrive on the CPU."""
         if self._host is None:
             raise HostError("this process has no weights")
-        return getattr(self._host, method)(*args, **kwargs)
+        answer = getattr(self._host, method)(*args, **kwargs)
+        return answer.wait() if isinstance(answer, Pending) else answer
 
 
 class RayHost:

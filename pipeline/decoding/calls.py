@@ -84,9 +84,10 @@ class HostCalls:
         rewards = self._gather_rewards(call, answer)
         started_s = time.perf_counter()
         uniforms = [row.uniforms.at(len(row.tokens)) for row in call.rows]
-        played = play(self._decoding, answer, rewards, [row.terms for row in call.rows], uniforms)
+        terms = [row.terms for row in call.rows]
+        outcomes = play(self._decoding, answer, rewards, terms, uniforms).outcomes(terms)
         self.solve_s += time.perf_counter() - started_s
-        return played
+        return outcomes
 
     def score_original(self, running: RunningRow) -> None:
         """Ask for the rewards of an existing answer; they are collected with the row's next token."""

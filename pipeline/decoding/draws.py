@@ -5,7 +5,6 @@ The draw of a token depends on (seed, row id, sample, step) alone: not on the ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from hashlib import blake2b
 
 import torch
@@ -26,7 +25,7 @@ class Uniforms:
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def draw(log_policy_BK: Tensor, uniforms: Sequence[float], *, temperature: float, top_p: float) -> Tensor:
+def draw(log_policy_BK: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> Tensor:
     """Index [B] of the token that each row draws; temperature 0 takes the most likely, the first of equals.
 
     One draw is the inverse of the row's cumulative distribution at its uniform number.
@@ -37,8 +36,7 @@ def draw(log_policy_BK: Tensor, uniforms: Sequence[float], *, temperature: float
     if top_p < 1:
         probs_BK = _nucleus(probs_BK, top_p)
     cumulative_BK = probs_BK.cumsum(-1)
-    uniform_B1 = torch.tensor(uniforms, dtype=torch.float64, device=log_policy_BK.device)[:, None]
-    drawn_B = (cumulative_BK <= uniform_B1 * cumulative_BK[:, -1:]).sum(-1)
+    drawn_B = (cumulative_BK <= uniforms_B[:, None] * cumulative_BK[:, -1:]).sum(-1)
     # rounding at the upper end must not draw a token of probability zero
     last_B = (probs_BK > 0).long().cumsum(-1).argmax(-1)
     return torch.minimum(drawn_B, last_B)

@@ -6,7 +6,9 @@ B rows, J principals, R roles of a host, K candidates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,57 +44,119 @@ def token_rewards(principals: Sequence[PrincipalRoles], logprobs: Mapping[str, T
     return rewards
 
 
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a step gave each row, where it was computed; `numbers_BC` holds it in columns.
+
+    The columns: token id, base and final log-probability, KL, covered mass, residual, status, steps, then for every
+    principal its reward, its payment and its threshold. float64 holds each of them exactly.
+    """
+
+    numbers_BC: Tensor
+
+    STATUS: ClassVar[int] = 6
+    NUM_STEPS: ClassVar[int] = 7
+    NUM_ALONE: ClassVar[int] = 8
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The drawn tokens, [B]."""
+        return self.numbers_BC[:, 0].long()
+
+    def outcomes(self, terms: Sequence[Terms]) -> list[TokenOutcome]:
+        """The same for each row; waits for a GPU. Rules other than the equilibrium pay nothing."""
+        outcomes = []
+        for row, each in zip(self.numbers_BC.tolist(), terms, strict=True):
+            token, base, final, kl, covered, residual, status, num_steps = row[: self.NUM_ALONE]
+            by_principal = row[self.NUM_ALONE :]
+            count = len(by_principal) // 3
+            pays = each.rule is RuleName.EQUILIBRIUM
+            outcomes.append(
+                TokenOutcome(
+                    token_id=int(token),
+                    rewards=by_principal[:count],
+                    payments=by_principal[count : 2 * count] if pays else None,
+                    thresholds=by_principal[2 * count :] if pays else None,
+                    base_logprob=base,
+                    logprob=final,
+                    kl=kl,
+                    covered_mass=covered,
+                    residual=residual,
+                    status=int(status),
+                    num_steps=int(num_steps),
+                )
+            )
+        return outcomes
+
+
 def play(
     decoding: DecodingConfig,
     proposal: Candidates,
     rewards: Sequence[Tensor],
     terms: Sequence[Terms],
     uniforms: Sequence[float],
-) -> list[TokenOutcome]:
+) -> Played:
     """Solve every row's game over the candidates by the row's rule and draw its token.
 
     `rewards` holds q [B, K] by principal, `terms` and `uniforms` one a row.
     """
+    if proposal.ids_BK is not None:  # few numbers: a CPU is done before a GPU has begun with its many small steps
+        proposal, rewards = proposal.cpu(), [reward.cpu() for reward in rewards]
+    device = proposal.base_logprobs_BK.device
+    rules = [each.rule for each in terms]
+    temperatures = [each.agent_temperature for each in terms]
+    is_shared = len(set(temperatures)) == 1
+    base_BK, rewards_BJK = as_game(proposal, rewards)
+    as_numbers = partial(torch.tensor, dtype=base_BK.dtype, device=device)
+    weights_BJ = as_numbers([each.weights for each in terms]).view(len(terms), len(rewards))
+    values_BJK = weights_BJ[..., None] * rewards_BJK
+    game = cage.Game(base_BK, values_BJK, temperatures[0] if is_shared else as_numbers(temperatures))
+    decision = _decide(game, weights_BJ, rules)
+    uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=device)
+    return drawn(decoding, proposal, game, rewards_BJK, decision, uniforms_B)
+
+
+def as_game(proposal: Candidates, rewards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The base's log-probabilities [B, K] over the candidates and the rewards [B, J, K], in the type of the game."""
     num_rows, num_candidates = proposal.base_logprobs_BK.shape
     dtype = torch.float64 if num_candidates <= FLOAT64_CANDIDATES else torch.float32
     base_BK = proposal.base_logprobs_BK.to(dtype).log_softmax(-1)
-    rewards_BJK = torch.stack([*rewards], 1).to(dtype) if rewards else base_BK.new_zeros(num_rows, 0, num_candidates)
-    as_numbers = partial(torch.tensor, dtype=dtype, device=base_BK.device)
-    weights_BJ = as_numbers([each.weights for each in terms]).view(num_rows, len(rewards))
-    values_BJK = weights_BJ[..., None] * rewards_BJK
-    temperatures = [each.agent_temperature for each in terms]
-    is_shared = len(set(temperatures)) == 1
-    game = cage.Game(base_BK, values_BJK, temperatures[0] if is_shared else as_numbers(temperatures))
-    decision = _decide(game, weights_BJ, [each.rule for each in terms])
-    drawn_B1 = draw(decision.log_policy, uniforms, temperature=decoding.temperature, top_p=decoding.top_p)[:, None]
-    at_BJ1 = drawn_B1[:, None].expand(-1, len(rewards), 1)
-    payments: Sequence[Sequence[float] | None] = [None] * num_rows
-    thresholds = payments
-    if decision.thresholds is not None:
-        paid_BJ = (values_BJK.gather(-1, at_BJ1)[..., 0] - decision.thresholds).clamp(min=0)
-        payments, thresholds = (_where_paid(numbers_BJ, terms) for numbers_BJ in (paid_BJ, decision.thresholds))
+    if not rewards:
+        return base_BK, base_BK.new_zeros(num_rows, 0, num_candidates)
+    return base_BK, torch.stack([*rewards], 1).to(dtype)
+
+
+def drawn(
+    decoding: DecodingConfig,
+    proposal: Candidates,
+    game: cage.Game,
+    rewards_BJK: Tensor,
+    decision: cage.rules.Decision,
+    uniforms_B: Tensor,
+) -> Played:
+    """Draw a token of each row's policy, and say what it cost. Asks the device nothing."""
+    log_policy_BK, base_BK = decision.log_policy, game.base_logprobs
+    drawn_B1 = draw(log_policy_BK, uniforms_B, temperature=decoding.temperature, top_p=decoding.top_p)[:, None]
+    at_BJ1 = drawn_B1[:, None].expand(-1, game.num_principals, 1)
+    thresholds_BJ = decision.thresholds
+    if thresholds_BJ is None:
+        thresholds_BJ = torch.full_like(game.values[..., 0], torch.nan)
+    paid_BJ = (game.values.gather(-1, at_BJ1)[..., 0] - thresholds_BJ).clamp(min=0)
     ids_BK = proposal.ids_BK
-    columns = zip(
-        (drawn_B1 if ids_BK is None else ids_BK.gather(-1, drawn_B1))[:, 0].tolist(),
-        rewards_BJK.gather(-1, at_BJ1)[..., 0].tolist(),
-        payments,
-        thresholds,
-        proposal.base_logprobs_BK.gather(-1, drawn_B1)[:, 0].tolist(),
-        decision.log_policy.gather(-1, drawn_B1)[:, 0].tolist(),
-        _kl(decision.log_policy, base_BK).tolist(),
-        proposal.covered_mass_B.tolist(),
-        decision.residual.tolist(),
-        decision.status.tolist(),
-        decision.num_steps.tolist(),
-        strict=True,
-    )
-    return [TokenOutcome(*column) for column in columns]
-
-
-def _where_paid(numbers_BJ: Tensor, terms: Sequence[Terms]) -> list[list[float] | None]:
-    """The numbers of the rows whose rule has payments; None for the others."""
-    rows = zip(numbers_BJ.tolist(), terms, strict=True)
-    return [numbers if each.rule is RuleName.EQUILIBRIUM else None for numbers, each in rows]
+    columns = [
+        (drawn_B1 if ids_BK is None else ids_BK.gather(-1, drawn_B1))[:, 0],
+        proposal.base_logprobs_BK.gather(-1, drawn_B1)[:, 0],
+        log_policy_BK.gather(-1, drawn_B1)[:, 0],
+        _kl(log_policy_BK, base_BK),
+        proposal.covered_mass_B,
+        decision.residual,
+        decision.status,
+        decision.num_steps,
+        *rewards_BJK.gather(-1, at_BJ1)[..., 0].unbind(1),
+        *paid_BJ.unbind(1),
+        *thresholds_BJ.unbind(1),
+    ]
+    return Played(torch.stack([column.double() for column in columns], 1))
 
 
 def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> cage.rules.Decision:

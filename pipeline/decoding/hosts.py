@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,14 @@ class Reply(Protocol):
     def result(self) -> Any:
         """Wait for the answer. Raises HostError, which names the host and the principals it serves."""
         ...
+
+
+class Pending(ABC):
+    """What a method of a host may return while its device still computes the answer."""
+
+    @abstractmethod
+    def wait(self) -> Any:
+        """The answer; waits for the device."""
 
 
 class HostClient(Protocol):
@@ -44,6 +53,18 @@ class Answer:
         return self.value
 
 
+@dataclass(slots=True)
+class PendingAnswer:
+    """An answer that a device of this process still computes."""
+
+    pending: Pending
+    host: LocalHost
+    method: str
+
+    def result(self) -> Any:
+        return self.host.run(self.method, self.pending.wait)
+
+
 class LocalHost:
     """A host in this process: a call runs at once."""
 
@@ -53,14 +74,19 @@ class LocalHost:
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
         try:
-            values = [each.result() if isinstance(each, Answer) else each for each in args]
+            values = [each.result() if isinstance(each, Answer | PendingAnswer) else each for each in args]
+            answer = self.run(method, getattr(self.host, method), *values, **kwargs)
         except HostError as error:
             return Answer(error=error)
+        return PendingAnswer(answer, self, method) if isinstance(answer, Pending) else Answer(answer)
+
+    def run(self, method: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of the host. Raises HostError, which names the host and the method."""
         try:
             with waiting_for(f"an answer of host {self._plan.name} to {method}"):
-                return Answer(getattr(self.host, method)(*values, **kwargs))
+                return function(*args, **kwargs)
         except (CageError, RuntimeError, ValueError, IndexError, KeyError, MemoryError) as error:
-            return Answer(error=describe_failure(self._plan, method, error))
+            raise describe_failure(self._plan, method, error) from error
 
 
 def describe_failure(plan: HostPlan, method: str, error: BaseException) -> HostError:

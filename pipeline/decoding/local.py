@@ -64,11 +64,12 @@ class LocalStream:
 
 def local_engine(assembly: Assembly, *, watch: Watcher = unwatched) -> Engine:
     """Load every host into this process and connect an engine to them."""
-    hosts = {}
+    hosts: dict[str, LocalHost] = {}
     for index, plan in enumerate(assembly.lineup.hosts):
         with waiting_for(f"host {plan.name} to load"):
             hosts[plan.name] = LocalHost(load_playing_host(assembly, index, watch), plan)
     config = assembly.config
+    is_alone = len(hosts) == 1
     return Engine(
         assembly.lineup,
         hosts,
@@ -76,4 +77,5 @@ def local_engine(assembly: Assembly, *, watch: Watcher = unwatched) -> Engine:
         config.decoding,
         assembly.variants,
         num_slots=agree_on_slots(config, hosts),
+        runs_ahead=is_alone and all(each.host.is_asynchronous for each in hosts.values()),
     )

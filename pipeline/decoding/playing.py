@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from pipeline.config import DecodingConfig
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.games import by_role, num_candidates, play, token_rewards
+from pipeline.decoding.hosts import Pending
 from pipeline.decoding.lineup import PrincipalRoles
+from pipeline.decoding.recorded_games import RecordedGames
 from pipeline.decoding.running import Terms, TokenOutcome
 from pipeline.errors import StateLost
 from pipeline.models.host import Host
@@ -17,6 +20,7 @@ from pipeline.models.messages import DRAWN, HostRole, Position, Step
 from pipeline.models.positions import PositionedHost
 from pipeline.models.reward_host import RewardHost
 from pipeline.models.reward_loading import load_any_host
+from pipeline.models.stopwatch import Stopwatch
 from pipeline.points import Watcher, unwatched
 
 
@@ -33,12 +37,15 @@ class HostWork:
 class PlayingHost(PositionedHost):
     """A `PositionedHost` that can play the games of its rows.
 
+    On a GPU games are recorded where they can be, and their outcome is read while the next pass runs.
+
     Args:
         host: the host.
         roles: its roles, the base's first.
         decoding: candidates and draws.
         principals: all of the run's; their roles must be this host's where `play` is called.
         watch: called at the points of a step, for tests.
+        records_games: None: on a GPU.
     """
 
     def __init__(
@@ -48,13 +55,24 @@ class PlayingHost(PositionedHost):
         decoding: DecodingConfig,
         principals: Sequence[PrincipalRoles],
         watch: Watcher = unwatched,
+        *,
+        records_games: bool | None = None,
     ) -> None:
         super().__init__(host, watch)
         self._roles = roles
         self._decoding = decoding
         self._principals = principals
-        self._solve_s = 0.0
-        self._drawn: dict[int, int] = {}  # the newest token of each slot that was played here
+        is_on_gpu = isinstance(host, Host) and host.device.type == "cuda"
+        self._records_games = is_on_gpu if records_games is None else records_games
+        self._watch_games = Stopwatch(host.device) if isinstance(host, Host) else None
+        self._recorded: RecordedGames | None = None
+        self._under_way: UnderWay | None = None
+        self._drawn: set[int] = set()  # slots whose newest token was drawn here
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether it goes on with a step while the outcome of the one before is on its way."""
+        return self._records_games
 
     def advance_and_play(
         self,
@@ -63,47 +81,86 @@ class PlayingHost(PositionedHost):
         slots: Sequence[int],
         terms: Sequence[Terms],
         uniforms: Sequence[float],
-    ) -> list[TokenOutcome]:
+    ) -> list[TokenOutcome] | Pending:
         """Bring the group to `at` and draw a token for each of these slots, in one call.
 
         Raises StateLost when the group is not one step before `at`, or a token of the step was not drawn here.
         """
-        self.advance(at, Step(step.admissions, step.slots, self._known(step)))
+        unknown = [
+            slot
+            for slot, token in zip(step.slots, step.tokens, strict=True)
+            if token == DRAWN and slot not in self._drawn
+        ]
+        if unknown:
+            raise StateLost(f"no token was drawn for the slots {', '.join(map(str, unknown))}")
+        self.advance(at, step)
+        self._settle()
         outcomes = self.play(at, slots, terms, uniforms)
-        self._drawn |= {slot: outcome.token_id for slot, outcome in zip(slots, outcomes, strict=True)}
+        self._drawn |= set(slots)
         return outcomes
 
     def resize(self, num_slots: int) -> None:
         """Forget every row and make room for another number of them."""
         self._drawn.clear()
+        self._under_way = self._recorded = None
         super().resize(num_slots)
 
-    def _known(self, step: Step) -> list[int]:
-        """The tokens of a step, those drawn here among them; a slot's is not known while its next one is drawn."""
-        try:
-            return [
-                self._drawn.pop(slot) if token == DRAWN else token
-                for slot, token in zip(step.slots, step.tokens, strict=True)
-            ]
-        except KeyError as missing:
-            raise StateLost(f"no token was drawn for slot {missing}") from None
-
+    @torch.inference_mode()
     def play(
         self, at: Position, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
-    ) -> list[TokenOutcome]:
+    ) -> list[TokenOutcome] | Pending:
         """Draw a token for each slot at `at`. Raises StateLost when the group is elsewhere."""
-        started_s = time.perf_counter()
-        proposal = self.propose(at, slots, num_candidates=num_candidates(self._decoding), min_p=self._decoding.min_p)
-        rewards = token_rewards(self._principals, by_role(self._roles, proposal.role_logprobs_BRK))
-        outcomes = play(self._decoding, proposal, rewards, terms, uniforms)
-        self._solve_s += time.perf_counter() - started_s
-        return outcomes
+        host, decoding = self._host, self._decoding
+        assert isinstance(host, Host)
+        assert self._watch_games is not None
+        with self._watch_games.running():
+            if self._records_games and RecordedGames.serves(self._principals, terms):
+                self._check(at)
+                if self._recorded is None:
+                    self._recorded = RecordedGames(host, self._roles, decoding, self._principals)
+                with self._all_or_nothing():
+                    self._recorded.begin(slots, terms, uniforms)
+                self._under_way = UnderWay(self._recorded)
+                return self._under_way
+            proposal = self.propose(at, slots, num_candidates=num_candidates(decoding), min_p=decoding.min_p)
+            rewards = token_rewards(self._principals, by_role(self._roles, proposal.role_logprobs_BRK))
+            played = play(decoding, proposal, rewards, terms, uniforms)
+            host.newest_S[list(slots)] = played.token_ids.to(host.device)
+            return played.outcomes(terms)
+
+    def _settle(self) -> None:
+        """See to the outcome of the step before; where that corrects a token, compute what followed it again."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None and under_way.settle():
+            assert isinstance(self._host, Host)
+            self._host.compute_again()
 
     def work(self) -> HostWork:
         """What a language model's host did so far."""
         host = self._host
         assert isinstance(host, Host)
-        return HostWork(*host.work, self._solve_s)
+        assert self._watch_games is not None
+        return HostWork(*host.work, self._watch_games.seconds)
+
+
+class UnderWay(Pending):
+    """Games that a device plays."""
+
+    def __init__(self, games: RecordedGames) -> None:
+        self._games = games
+        self._outcomes: list[TokenOutcome] | None = None
+
+    def settle(self) -> bool:
+        """Whether a token is another one than the host has gone on with; once, and no more."""
+        if self._outcomes is not None:
+            return False
+        self._outcomes, is_other = self._games.settle()
+        return is_other
+
+    def wait(self) -> list[TokenOutcome]:
+        self.settle()
+        assert self._outcomes is not None
+        return self._outcomes
 
 
 def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched) -> PlayingHost:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from pipeline.models.prefixes import Key, Prompt
-from pipeline.models.slots import Copied, Segment
+from pipeline.models.segments import Copied, Segment
 
 
 @dataclass(slots=True)
 class Draft:
     """Parts of prompts (`segments`, with `tokens`, `positions` and `adapters` a token) and one token a running row
-    (`rows`, `lengths`, `last_tokens`, `last_adapters`).
+    (`rows`, `lengths`, `last_tokens`, `last_adapters`, and `last_slots` for tokens that the device alone knows).
 
     `follows` are parts that a row copies from one that computes them in this very pass; `filled` the rows whose
     prompt is complete after it.
@@ -26,6 +27,7 @@ class Draft:
     lengths: list[int] = field(default_factory=list)
     last_tokens: list[int] = field(default_factory=list)
     last_adapters: list[str | None] = field(default_factory=list)
+    last_slots: list[int] = field(default_factory=list)
     follows: list[Copied] = field(default_factory=list)
     filled: list[tuple[int, Prompt]] = field(default_factory=list)
     parts: dict[int, int] = field(default_factory=dict)
@@ -46,12 +48,13 @@ class Draft:
         self.positions += range(start, stop)
         self.adapters += [prompt.adapter] * (stop - start)
 
-    def append(self, row: int, position: int, adapter: str | None, token: int) -> None:
-        """Give a running row its next token."""
+    def append(self, row: int, position: int, adapter: str | None, token: int, slot: int = 0) -> None:
+        """Give a running row of a slot its next token."""
         self.rows.append(row)
         self.lengths.append(position + 1)
         self.last_tokens.append(token)
         self.last_adapters.append(adapter)
+        self.last_slots.append(slot)
 
     def pad(self, min_rows: int, *, row: int, mixes_adapters: bool) -> None:
         """Give `row` tokens that nobody reads until there are enough rows, of each adapter where they are mixed."""
@@ -62,3 +65,44 @@ class Draft:
             present = self.last_adapters.count(adapter) if mixes_adapters else len(self.rows)
             for _ in range(min_rows - present):
                 self.append(row, 0, adapter, 0)
+
+    def prompt_passes(self, num_tokens: int, most_segments: int) -> Iterator[PromptPass]:
+        """The prompts alone, in passes of at most so many tokens and segments.
+
+        Where a prompt is cut depends on the prompt alone. What a row copies from another is copied before the pass
+        that reads it, which is a later one than the pass that computes it.
+        """
+        follows = {copied.row: copied for copied in self.follows}
+        part = PromptPass()
+        at = 0
+        for segment in self.segments:
+            if segment.row in follows:
+                if part.segments:
+                    yield part
+                    part = PromptPass()
+                part.copies.append(follows.pop(segment.row))
+            for start in range(segment.start, segment.stop, num_tokens):
+                stop = min(start + num_tokens, segment.stop)
+                if len(part.tokens) + stop - start > num_tokens or len(part.segments) == most_segments:
+                    yield part
+                    part = PromptPass()
+                part.segments.append(Segment(segment.row, start, stop))
+                part.tokens += self.tokens[at : at + stop - start]
+                at += stop - start
+        if part.segments:
+            yield part
+        if follows:
+            yield PromptPass(copies=list(follows.values()))
+
+    def without_prompts(self) -> Draft:
+        """The running rows alone."""
+        return replace(self, segments=[], tokens=[], positions=[], adapters=[], follows=[])
+
+
+@dataclass(slots=True)
+class PromptPass:
+    """Segments of prompts with their tokens, and what is copied before they are computed."""
+
+    copies: list[Copied] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)

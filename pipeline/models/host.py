@@ -9,6 +9,7 @@ B rows of a call, R roles of the host, K candidates, V vocabulary, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ from pipeline.models.memory import slots_that_fit
 from pipeline.models.messages import CHUNK, Admission, Candidates, HostRole
 from pipeline.models.passes import Passes
 from pipeline.models.prefixes import Prefixes, Prompt
-from pipeline.models.slots import Copied, SlotCache
+from pipeline.models.segments import Copied
+from pipeline.models.slots import SlotCache
 
+BLOCK = 64  # tokens
 LOGITS_COPIES = 4  # the newest ones, and those of a step while candidates are found
 
 
@@ -70,7 +73,11 @@ class Host:
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
         self._passes.let_go()
-        del self._cache, self._logits_RV  # before the new ones are made: this is asked for when memory is short
+        del (
+            self._cache,
+            self._logits_RV,
+            self.newest_S,
+        )  # before the new ones are made: this is asked for when memory is short
         if self._passes.device.type == "cuda":
             torch.cuda.empty_cache()
         self._lay_out(num_slots)
@@ -86,7 +93,28 @@ class Host:
         # of rows that are being filled: the tokens they have, and the row with the same prompt that is a step ahead
         self._filled: dict[int, int] = {}
         self._following: dict[int, tuple[int, int]] = {}
-        self._logits_RV = torch.zeros(num_rows + 1, self._vocab_size, device=self._passes.device)
+        # in rows of whole blocks: the order in which a GPU adds up depends on where in memory a row begins
+        width = -(-self._vocab_size // BLOCK) * BLOCK
+        self._padded_RV = torch.full((num_rows + 1, width), -torch.inf, device=self._passes.device)
+        self._logits_RV = self._padded_RV[:, : self._vocab_size]
+        self._logits_RV.zero_()
+        # the newest token of each slot for which it was drawn on the device
+        self.newest_S = torch.zeros(num_slots, dtype=torch.long, device=self._passes.device)
+        self._newest_draft = Draft()
+
+    @property
+    def device(self) -> torch.device:
+        return self._passes.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that all models share."""
+        return self._vocab_size
+
+    @property
+    def num_slots(self) -> int:
+        """Rows at once."""
+        return self._num_slots
 
     @property
     def num_forwards(self) -> int:
@@ -107,19 +135,19 @@ class Host:
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Compute parts of new rows' prompts and append one token to each running row, in one forward pass.
 
-        A row whose last part this is gets its first logits, like the running ones.
+        A row whose last part this is gets its first logits, like the running ones. A token may be DRAWN: it is what
+        `newest_S` has for the slot.
         """
         draft = Draft()
         try:
             for admission in admissions:
                 for index, role in enumerate(self._roles):
                     self._fill(draft, self._row(index, admission.slot), role, admission)
-            for index, role in enumerate(self._roles):
+            for index in range(len(self._roles)):
                 for slot, token in zip(slots, tokens, strict=True):
-                    self._append(draft, self._row(index, slot), role, token)
-            if done := self._passes.run(draft):
-                rows_R, logits_RV = done
-                self._logits_RV[rows_R] = logits_RV
+                    self._append(draft, index, slot, token)
+            self._newest_draft = draft
+            self.compute_again()
         except BaseException:
             self._prefixes.clear()  # any row may be half-written
             raise
@@ -127,27 +155,34 @@ class Host:
             self._prefixes.put(row, prompt)
 
     @torch.inference_mode()
+    def compute_again(self) -> None:
+        """Run the newest pass, again if one of its tokens was corrected: keys go to the same places."""
+        if done := self._passes.run(self._newest_draft, self.newest_S):
+            rows_R, logits_RV = done
+            self._logits_RV[rows_R] = logits_RV
+
+    @torch.inference_mode()
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         """The base role's candidates for each slot, most likely first; None proposes the whole vocabulary."""
-        logits_BRV = self._logits(slots)
-        normaliser_BR1 = logits_BRV.logsumexp(-1, keepdim=True)
-        if num_candidates is None or num_candidates >= self._vocab_size:
-            ids_BK = None
-            role_logprobs_BRK = logits_BRV - normaliser_BR1
-        else:
-            ids_BK = logits_BRV[:, 0].topk(num_candidates, dim=-1).indices
-            role_logprobs_BRK = _gather(logits_BRV, ids_BK) - normaliser_BR1
-        base_BK = role_logprobs_BRK[:, 0].clone()
-        if min_p > 0:
-            floor_B1 = base_BK.max(-1, keepdim=True).values + torch.tensor(min_p, device=self._passes.device).log()
-            base_BK = base_BK.masked_fill(base_BK < floor_B1, -torch.inf)
-        return Candidates(ids_BK, base_BK, base_BK.exp().sum(-1), role_logprobs_BRK)
+        if self.device.type == "cpu":
+            return propose_from(self._logits(slots), self._vocab_size, num_candidates=num_candidates, min_p=min_p)
+        # of all slots: the order in which a GPU adds up depends on how many rows there are, too
+        of_all = propose_from(self.slot_logits, self._vocab_size, num_candidates=num_candidates, min_p=min_p)
+        return of_all.rows(torch.tensor(slots, device=self.device))
+
+    @property
+    def slot_logits(self) -> Tensor:
+        """The newest logits [S, R, V] of all slots, V padded with -inf; a view, in which they change."""
+        return self._padded_RV[:-1].view(len(self._roles), self._num_slots, -1).transpose(0, 1)
 
     @torch.inference_mode()
     def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
         """Log-probabilities [B, R, K] in nats of every role at the candidates."""
         logits_BRV = self._logits(slots)
-        normaliser_BR1 = logits_BRV.logsumexp(-1, keepdim=True)
+        if self.device.type == "cpu":
+            normaliser_BR1 = logits_BRV.logsumexp(-1, keepdim=True)
+        else:  # see `propose`
+            normaliser_BR1 = self.slot_logits.logsumexp(-1, keepdim=True)[torch.tensor(slots, device=self.device)]
         if ids_BK is None:
             return logits_BRV - normaliser_BR1
         return _gather(logits_BRV, ids_BK.to(self._passes.device)) - normaliser_BR1
@@ -188,7 +223,8 @@ class Host:
             del self._filled[row]
             self._following.pop(row, None)
             self._lengths[row] = length
-            self._append(draft, row, role, prompt.tokens[-1])
+            draft.append(row, length, role.adapter, prompt.tokens[-1])
+            self._lengths[row] += 1
 
     def _begin(self, draft: Draft, row: int, prompt: Prompt) -> None:
         """Take over the longest part of the prompt that a row holds; follow a row that begins with more of it now."""
@@ -202,14 +238,35 @@ class Host:
         if shared > held:
             self._following[row] = (source, shared)
 
-    def _append(self, draft: Draft, row: int, role: HostRole, token: int) -> None:
-        draft.append(row, self._lengths[row], role.adapter, token)
+    def _append(self, draft: Draft, index: int, slot: int, token: int) -> None:
+        row = self._row(index, slot)
+        draft.append(row, self._lengths[row], self._roles[index].adapter, token, slot)
         self._lengths[row] += 1
 
     def _logits(self, slots: Sequence[int]) -> Tensor:
         """Newest logits [B, R, V] of the slots."""
         rows = [[index * self._num_slots + slot for index in range(len(self._roles))] for slot in slots]
         return self._logits_RV[torch.tensor(rows, device=self._passes.device)]
+
+
+def propose_from(logits_BRV: Tensor, vocab_size: int, *, num_candidates: int | None, min_p: float) -> Candidates:
+    """The candidates of the first role, most likely first; None proposes the whole vocabulary.
+
+    What the logits hold beyond the vocabulary is -inf.
+    """
+    normaliser_BR1 = logits_BRV.logsumexp(-1, keepdim=True)
+    logits_BRV = logits_BRV[..., :vocab_size]
+    if num_candidates is None or num_candidates >= vocab_size:
+        ids_BK = None
+        role_logprobs_BRK = logits_BRV - normaliser_BR1
+    else:
+        ids_BK = logits_BRV[:, 0].topk(num_candidates, dim=-1).indices
+        role_logprobs_BRK = _gather(logits_BRV, ids_BK) - normaliser_BR1
+    base_BK = role_logprobs_BRK[:, 0].clone()
+    if min_p > 0:
+        floor_B1 = base_BK.max(-1, keepdim=True).values + math.log(min_p)
+        base_BK = base_BK.masked_fill(base_BK < floor_B1, -torch.inf)
+    return Candidates(ids_BK, base_BK, base_BK.exp().sum(-1), role_logprobs_BRK)
 
 
 def _gather(logits_BRV: Tensor, ids_BK: Tensor) -> Tensor:

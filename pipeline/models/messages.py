@@ -96,6 +96,24 @@ class Candidates:
     covered_mass_B: Tensor
     role_logprobs_BRK: Tensor
 
+    def rows(self, at: Sequence[int] | Tensor) -> Candidates:
+        """Those of some rows."""
+        return Candidates(
+            None if self.ids_BK is None else self.ids_BK[at],
+            self.base_logprobs_BK[at],
+            self.covered_mass_B[at],
+            self.role_logprobs_BRK[at],
+        )
+
+    def cpu(self) -> Candidates:
+        """The same in main memory."""
+        return Candidates(
+            None if self.ids_BK is None else self.ids_BK.cpu(),
+            self.base_logprobs_BK.cpu(),
+            self.covered_mass_B.cpu(),
+            self.role_logprobs_BRK.cpu(),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Rewards:

@@ -5,17 +5,24 @@ T packed tokens, R running rows, V vocabulary.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.models import row_attention
+from pipeline.models.compiling import CompiledLayers
 from pipeline.models.drafts import Draft
-from pipeline.models.slots import Segment, SlotCache, SlotPass, running
-from pipeline.models.static_steps import StaticSteps
+from pipeline.models.messages import DRAWN
+from pipeline.models.segments import Segment
+from pipeline.models.slots import SlotCache, SlotPass, running
+from pipeline.models.static_steps import MOST_SEGMENTS, StaticSteps
+from pipeline.models.stopwatch import Stopwatch
+from pipeline.models.transfers import to_device
 
+PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
 MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
 BACKBONE = "__base__"  # peft's name for "no adapter" in a mixed batch
 
@@ -23,12 +30,16 @@ BACKBONE = "__base__"  # peft's name for "no adapter" in a mixed batch
 class Passes:
     """Runs a model.
 
+    On a CPU prompts ride with the running rows. On a GPU passes have two shapes, recorded and replayed, with compiled
+    layers: one for all running rows, and one for prompts, which take passes of their own. There kernels depend on the
+    shape of a pass, and a row's bits on the kernels.
+
     Args:
         model: a causal LM in eval mode with the slot attention; a PeftModel where adapters are mixed.
         vocab_size: logits beyond it are cut.
         mixes_adapters: whether tokens of one pass may have different adapters.
-        strict: attend row by row and pad small passes, so that no row's bits depend on its company.
-        has_static_steps: whether passes without prompts have fixed shapes; None: on a GPU, unless strict.
+        strict: no row's bits depend on its company.
+        has_static_steps: whether passes have fixed shapes; None: on a GPU, unless adapters are mixed.
     """
 
     def __init__(
@@ -44,95 +55,128 @@ class Passes:
         self._vocab_size = vocab_size
         self._mixes_adapters = mixes_adapters
         self._strict = strict
-        self.device: torch.device = next(model.parameters()).device
-        wanted = self.device.type == "cuda" and not strict if has_static_steps is None else has_static_steps
+        parameter = next(model.parameters())
+        self.device: torch.device = parameter.device
+        wanted = row_attention.serves(parameter) if has_static_steps is None else has_static_steps
         self._has_static_steps = wanted and not mixes_adapters
+        self._compiled = CompiledLayers(model) if self._has_static_steps and self.device.type == "cuda" else None
         self._static_steps: StaticSteps | None = None
         self._cache: SlotCache | None = None
         self._spare_row = 0
+        self._watch = Stopwatch(self.device)
         self.num_forwards = self.num_tokens = 0
-        self.forward_s = 0.0
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds that passes took, on the device."""
+        return self._watch.seconds
 
     def lay_out(self, cache: SlotCache, spare_row: int) -> None:
         """Compute into this cache from now on; `spare_row` is a row of it that nobody reads."""
         self._cache, self._spare_row = cache, spare_row
         if self._has_static_steps:
-            self._static_steps = StaticSteps(self._compute, cache, spare_row=spare_row, device=self.device)
+            self._static_steps = StaticSteps(
+                self._compute_compiled,
+                cache,
+                num_prompt_tokens=PROMPT_SHAPE,
+                spare_row=spare_row,
+                device=self.device,
+            )
 
     def let_go(self) -> None:
         """Hold no cache any more, so that its memory can be used."""
         self._cache = self._static_steps = None
 
-    def run(self, draft: Draft) -> tuple[Tensor, Tensor] | None:
-        """The cache rows [R] that ran and their newest logits [R, V]; None where nothing was to be computed."""
-        if self._strict:
-            draft.pad(MIN_ROWS, row=self._spare_row, mixes_adapters=self._mixes_adapters)
+    def run(self, draft: Draft, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The cache rows [R] that ran and their newest logits [R, V]; None where nothing was to be computed.
+
+        `newest_S` has the tokens that were drawn on the device, by slot, for rows whose token is DRAWN.
+        """
         if not draft.tokens and not draft.rows:
             return None
-        started_s = time.perf_counter()
-        rows_R = torch.tensor(draft.rows, dtype=torch.long, device=self.device)
-        if self._static_steps is not None and not draft.tokens and not draft.follows:
-            logits_RV = self._static_steps.run(draft)
-        else:
-            logits_RV = self._run_packed(draft, rows_R)
-        self._count(started_s, len(draft.tokens) + len(draft.rows))
-        return rows_R, logits_RV
-
-    def score(self, tokens: Sequence[int], adapter: str | None, keep: int) -> Tensor:
-        """The logits [keep, V] of the last tokens of a text, which leaves nothing behind."""
-        started_s = time.perf_counter()
-        nothing_R = torch.empty(0, dtype=torch.long, device=self.device)
-        segments = [Segment(-1, 0, len(tokens))]
-        slot_pass = SlotPass(None, segments, (), (), (), nothing_R, nothing_R, per_row=self._strict)
-        logits_TV = self._forward(slot_pass, tokens, range(len(tokens)), [adapter] * len(tokens), keep)
-        self._count(started_s, len(tokens))
-        return logits_TV
-
-    def _run_packed(self, draft: Draft, rows_R: Tensor) -> Tensor:
-        last_R = torch.tensor(draft.lengths, dtype=torch.long, device=self.device) - 1
+        if self._static_steps is not None:
+            return self._run_static(self._static_steps, draft, newest_S)
+        if self._strict:
+            draft.pad(MIN_ROWS, row=self._spare_row, mixes_adapters=self._mixes_adapters)
+        rows_R = to_device(draft.rows, self.device, torch.long)
+        last_R = to_device(draft.lengths, self.device, torch.long) - 1
         # on a CPU a call a row costs less than the copies that a batch of rows needs
         per_row = self._strict or self.device.type == "cpu"
         slot_pass = SlotPass(
             self._cache, draft.segments, draft.follows, draft.rows, draft.lengths, rows_R, last_R, per_row
         )
-        tokens = [*draft.tokens, *draft.last_tokens]
+        ids_T = torch.cat([to_device(draft.tokens, self.device, torch.long), self._last_tokens(draft, newest_S)])
         positions = [*draft.positions, *(length - 1 for length in draft.lengths)]
-        return self._forward(slot_pass, tokens, positions, [*draft.adapters, *draft.last_adapters], len(draft.rows))
+        adapters = [*draft.adapters, *draft.last_adapters]
+        with self._counting(len(ids_T)):
+            return rows_R, self._forward(slot_pass, ids_T, positions, adapters, len(draft.rows))
+
+    def _run_static(self, steps: StaticSteps, draft: Draft, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
+        assert self._cache is not None
+        for part in draft.prompt_passes(PROMPT_SHAPE, MOST_SEGMENTS):
+            for copied in part.copies:
+                self._cache.copy(copied)
+            if part.segments:
+                with self._counting(len(part.tokens)):
+                    steps.run_prompts(part)
+        if not draft.rows:
+            return None
+        with self._counting(len(draft.rows)):
+            return steps.run_rows(self._last_tokens(draft, newest_S), draft.rows, draft.lengths)
+
+    def score(self, tokens: Sequence[int], adapter: str | None, keep: int) -> Tensor:
+        """The logits [keep, V] of the last tokens of a text, which leaves nothing behind."""
+        nothing_R = torch.empty(0, dtype=torch.long, device=self.device)
+        segments = [Segment(-1, 0, len(tokens))]
+        slot_pass = SlotPass(None, segments, (), (), (), nothing_R, nothing_R, per_row=self._strict)
+        ids_T = torch.tensor(tokens, device=self.device)
+        with self._counting(len(tokens)):
+            return self._forward(slot_pass, ids_T, range(len(tokens)), [adapter] * len(tokens), keep)
+
+    def _compute_compiled(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
+        with nullcontext() if self._compiled is None else self._compiled.in_use():
+            return self._compute(slot_pass, ids, positions, keep=keep)
+
+    def _last_tokens(self, draft: Draft, newest_S: Tensor) -> Tensor:
+        """The newest tokens [R] of running rows, those among them that were drawn on the device."""
+        given_R = to_device(draft.last_tokens, self.device, torch.long)
+        if DRAWN not in draft.last_tokens:
+            return given_R
+        return torch.where(given_R == DRAWN, newest_S[to_device(draft.last_slots, self.device, torch.long)], given_R)
 
     def _forward(
         self,
         slot_pass: SlotPass,
-        tokens: Sequence[int],
+        ids_T: Tensor,
         positions: Sequence[int],
         adapters: Sequence[str | None],
         keep: int,
     ) -> Tensor:
         """One pass over packed tokens; the logits [keep, V] of the last ones."""
         # adapters are mixed along the batch dimension: the tokens lie there, each on its own
-        shape = (len(tokens), 1) if self._mixes_adapters else (1, len(tokens))
+        shape = (len(ids_T), 1) if self._mixes_adapters else (1, len(ids_T))
         mixed = {"adapter_names": [name or BACKBONE for name in adapters]} if self._mixes_adapters else {}
-        ids = torch.tensor(tokens, device=self.device).view(shape)
-        at = torch.tensor(list(positions), device=self.device).view(shape)
-        logits_TV = self._compute(slot_pass, ids, at, keep=1 if self._mixes_adapters else max(keep, 1), **mixed)
+        at_T = to_device(list(positions), self.device, torch.long)
+        kept = 1 if self._mixes_adapters else max(keep, 1)
+        logits_TV = self._compute(slot_pass, ids_T.view(shape), at_T.view(shape), keep=kept, **mixed)
         return logits_TV[len(logits_TV) - keep :]
 
-    def _compute(
-        self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, *, keep: int | None = None, **mixed: Any
-    ) -> Tensor:
-        """The logits [T, V] of the last `keep` tokens of each row of `ids`; of all of them without it."""
+    def _compute(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, *, keep: int, **mixed: Any) -> Tensor:
+        """The logits [T, V] of the last `keep` tokens of each row of `ids`."""
         with running(slot_pass):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
-                past_key_values=slot_pass.cache,
-                use_cache=slot_pass.cache is not None,
-                logits_to_keep=ids.shape[1] if keep is None else keep,
+                use_cache=False,  # the attention keeps keys and values itself
+                logits_to_keep=keep,
                 **mixed,
             )
         logits: Tensor = output.logits.reshape(-1, output.logits.shape[-1])[:, : self._vocab_size]
         return logits.float()
 
-    def _count(self, started_s: float, num_tokens: int) -> None:
+    @contextmanager
+    def _counting(self, num_tokens: int) -> Iterator[None]:
+        with self._watch.running():
+            yield
         self.num_forwards += 1
         self.num_tokens += num_tokens
-        self.forward_s += time.perf_counter() - started_s

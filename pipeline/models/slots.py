@@ -19,29 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
+
+from pipeline.models import row_attention
+from pipeline.models.prompt_attention import Prompts, attend_segment
+from pipeline.models.segments import Copied, Segment
 
 ATTENTION = "cage_slots"
 CAPACITY_STEP = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens [start, stop) of a prompt, for cache row `row`; computed together, after what stands before them."""
-
-    row: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """Tokens [start, stop) that `row` takes over from the cache row `source`."""
-
-    source: int
-    row: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +35,8 @@ class SlotPass:
     `follows` are copied once they are written. `rows` are the running rows' places in the cache (`rows_R` as a
     tensor), `lengths` their tokens after the pass and `last_R` the position of the newest. `per_row` attends row by
     row over exact lengths, so that no row's bits depend on its company; otherwise one masked call serves the rows.
-    Without a cache there are only segments from the start.
+    Without a cache there are only segments from the start. A pass of a fixed shape over new prompts has `prompts`
+    instead of segments.
     """
 
     cache: SlotCache | None
@@ -62,46 +47,57 @@ class SlotPass:
     rows_R: Tensor
     last_R: Tensor
     per_row: bool
+    prompts: Prompts | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row after the pass."""
+        return max([*self.lengths, *(part.stop for part in self.segments)], default=0)
 
 
-_active: ContextVar[SlotPass] = ContextVar("cage_slot_pass")
+@dataclass(slots=True)
+class _Running:
+    """The pass that is under way, and how many layers have attended in it."""
+
+    slot_pass: SlotPass
+    num_layers: int = 0
+
+
+_active: ContextVar[_Running] = ContextVar("cage_slot_pass")
 
 
 @contextmanager
 def running(slot_pass: SlotPass) -> Iterator[None]:
-    """Make `slot_pass` the one that the model's attention and cache serve."""
-    token = _active.set(slot_pass)
+    """Make `slot_pass` the one that the model's attention serves."""
+    token = _active.set(_Running(slot_pass))
     try:
         yield
     finally:
         _active.reset(token)
 
 
-class SlotCache(Cache):  # type: ignore[misc]
-    """Per-layer buffers [rows, G, L, D]; L grows as rows get longer."""
+class SlotCache:
+    """Keys and values by layer, each [rows, G, L, D]; L grows as rows get longer."""
 
     def __init__(self, num_rows: int) -> None:
-        super().__init__(layers=[])
         self.num_rows = num_rows
         self.num_moves = 0  # how often a buffer was made or made anew
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write this pass's packed keys and values of one layer; return them as they are."""
-        slot_pass = _active.get()
-        keys, values = _packed(key_states)[0], _packed(value_states)[0]  # [G, T, D]
-        if layer_idx == len(self.keys):
-            shape = (self.num_rows, keys.shape[0], CAPACITY_STEP)
-            self.keys.append(keys.new_zeros(*shape, keys.shape[-1]))
-            self.values.append(values.new_zeros(*shape, values.shape[-1]))
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for; 0 before the first pass."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def hold(self, layer: int, key_GTD: Tensor, value_GTD: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The buffers of a layer, with room for rows of so many tokens; its first pass makes them."""
+        if layer == len(self.keys):
+            for buffers, states in ((self.keys, key_GTD), (self.values, value_GTD)):
+                buffers.append(states.new_zeros(self.num_rows, states.shape[0], CAPACITY_STEP, states.shape[2]))
             self.num_moves += 1
-        self._reserve(layer_idx, max([*slot_pass.lengths, *(part.stop for part in slot_pass.segments)]))
-        _write(self.keys[layer_idx], keys, slot_pass)
-        _write(self.values[layer_idx], values, slot_pass)
-        return key_states, value_states
+        self._reserve(layer, num_tokens)
+        return self.keys[layer], self.values[layer]
 
     def reserve(self, num_tokens: int) -> None:
         """Have room for rows of so many tokens in every layer."""
@@ -119,9 +115,6 @@ class SlotCache(Cache):  # type: ignore[misc]
         for buffer in (*self.keys, *self.values):
             _copy(buffer, copied)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions are always given
-
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes, over all layers; 0 before the first pass."""
         buffers = [*self.keys, *self.values]
@@ -136,21 +129,8 @@ def _with_capacity(buffer: Tensor, num_tokens: int) -> Tensor:
 
 
 def _packed(states: Tensor) -> Tensor:
-    """[1, heads, T, D], also where the batch dimension holds the tokens, as adapters need it."""
-    return states if states.shape[0] == 1 else states.transpose(0, 2)
-
-
-def _write(buffer: Tensor, states: Tensor, slot_pass: SlotPass) -> None:
-    """Put packed states [G, T, D] at their rows' positions, then copy what rows take over from others."""
-    at = 0
-    for part in slot_pass.segments:
-        count = part.stop - part.start
-        buffer[part.row, :, part.start : part.stop] = states[:, at : at + count]
-        at += count
-    if slot_pass.lengths:
-        buffer[slot_pass.rows_R, :, slot_pass.last_R] = states[:, at:].transpose(0, 1)
-    for copied in slot_pass.follows:
-        _copy(buffer, copied)
+    """[heads, T, D], also where the batch dimension holds the tokens, as adapters need it."""
+    return (states if states.shape[0] == 1 else states.transpose(0, 2))[0]
 
 
 def _copy(buffer: Tensor, copied: Copied) -> None:
@@ -171,48 +151,127 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, over packed tokens: query [1, H, T, D] to output [1, T, H, D], or the same
-    with the tokens in the batch dimension."""
+    with the tokens in the batch dimension. Keys and values are kept in the running pass's cache."""
     if softcap is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention with a logit softcap or attention sinks is not supported")
-    slot_pass = _active.get()
-    query_HTD = _packed(query)[0]
-    out_HTD = query.new_empty(*query_HTD.shape[:2], value.shape[-1])
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.cage.attend(query, key, value, scaling, sliding_window)
+        return out, None
+    return _attend(query, key, value, scaling, sliding_window), None
+
+
+# One operation that a compiler does not look into: what it needs to know of the pass is no tensor. It does not name
+# its layer, so that one compilation serves all layers; they come in order.
+torch.library.define(
+    "cage::attend", "(Tensor query, Tensor key, Tensor value, float? scaling, int? window) -> Tensor"
+)
+
+
+@torch.library.register_fake("cage::attend")  # type: ignore[untyped-decorator]
+def _(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    under_way = _active.get()
+    slot_pass, layer = under_way.slot_pass, under_way.num_layers
+    under_way.num_layers += 1
+    query_HTD, key_GTD, value_GTD = _packed(query), _packed(key), _packed(value)
+    num_heads, num_tokens, _ = query_HTD.shape
+    out_THD = query.new_empty(num_tokens, num_heads, value.shape[-1])
+    num_new = num_tokens - len(slot_pass.lengths)
+    keys = values = None
+    if slot_pass.cache is not None:
+        keys, values = slot_pass.cache.hold(layer, key_GTD, value_GTD, slot_pass.longest)
+    if (prompts := slot_pass.prompts) is not None:
+        assert keys is not None
+        assert values is not None
+        prompts.write(keys, key_GTD)
+        prompts.write(values, value_GTD)
+        prompts.attend(query_HTD, keys, values, out_THD, scale=scaling, window=window)
+    elif num_new:
+        if keys is not None and values is not None:
+            _write(keys, key_GTD, slot_pass)
+            _write(values, value_GTD, slot_pass)
+            _take_over(keys, values, slot_pass.follows)
+        _attend_segments(query_HTD, key_GTD, value_GTD, keys, values, slot_pass, out_THD, scaling, window)
+    if slot_pass.lengths:
+        assert keys is not None
+        assert values is not None
+        _attend_rows(
+            query_HTD[:, num_new:], key_GTD[:, num_new:], value_GTD[:, num_new:], keys, values, slot_pass,
+            out_THD[num_new:], scaling, window,
+        )  # fmt: skip
+    return out_THD[None] if query.shape[0] == 1 else out_THD[:, None]
+
+
+torch.library.impl("cage::attend", ["CPU", "CUDA"], _attend)
+
+
+def _write(buffer: Tensor, states_GTD: Tensor, slot_pass: SlotPass) -> None:
+    """Put what segments say at their rows' positions."""
+    at = 0
+    for part in slot_pass.segments:
+        count = part.stop - part.start
+        buffer[part.row, :, part.start : part.stop] = states_GTD[:, at : at + count]
+        at += count
+
+
+def _take_over(keys: Tensor, values: Tensor, follows: Sequence[Copied]) -> None:
+    """Copy what rows take over from others that were written just now."""
+    for copied in follows:
+        _copy(keys, copied)
+        _copy(values, copied)
+
+
+def _attend_segments(
+    query_HTD: Tensor,
+    key_GTD: Tensor,
+    value_GTD: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    slot_pass: SlotPass,
+    out_THD: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> None:
+    """One call a segment."""
     at = 0
     for part in slot_pass.segments:
         here = slice(at, at + part.stop - part.start)
         if part.start == 0:
-            keys, values = _packed(key)[0][:, here], _packed(value)[0][:, here]
+            seen = key_GTD[:, here], value_GTD[:, here]
         else:
-            assert slot_pass.cache is not None
-            keys = slot_pass.cache.keys[layer][part.row, :, : part.stop]
-            values = slot_pass.cache.values[layer][part.row, :, : part.stop]
-        out_HTD[:, here] = _attend_segment(query_HTD[:, here], keys, values, scaling, sliding_window)
+            assert keys is not None
+            assert values is not None
+            seen = keys[part.row, :, : part.stop], values[part.row, :, : part.stop]
+        out_THD[here] = attend_segment(query_HTD[:, here], *seen, scaling, window).transpose(0, 1)
         at = here.stop
-    if slot_pass.lengths:
-        assert slot_pass.cache is not None
-        keys, values = slot_pass.cache.keys[layer], slot_pass.cache.values[layer]
-        attend_rows = _attend_each_row if slot_pass.per_row else _attend_batch
-        query_RH1D = query_HTD[:, at:].transpose(0, 1)[:, :, None]
-        out_HTD[:, at:] = attend_rows(query_RH1D, keys, values, slot_pass, scaling, sliding_window)[
-            :, :, 0
-        ].transpose(0, 1)
-    out_THD = out_HTD.transpose(0, 1)
-    return (out_THD[None] if query.shape[0] == 1 else out_THD[:, None]), None
 
 
-def _attend_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Query [H, T, D] of the last T of all tokens whose keys [G, L, D] are given; causal."""
-    num_tokens, length = query.shape[1], keys.shape[1]
-    mask = None
-    if num_tokens < length or (window is not None and window < length):
-        at = torch.arange(length, device=query.device)
-        distance = at[length - num_tokens :, None] - at[None, :]
-        mask = (distance >= 0) & (distance < (length if window is None else window))
-    return scaled_dot_product_attention(
-        query[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=scaling,
-        enable_gqa=query.shape[0] != keys.shape[0],
-    )[0]  # fmt: skip
+def _attend_rows(
+    query_HRD: Tensor,
+    key_GRD: Tensor,
+    value_GRD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_pass: SlotPass,
+    out_RHD: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> None:
+    """Write and attend for one token a running row."""
+    rows_R, last_R = slot_pass.rows_R, slot_pass.last_R
+    if row_attention.serves(query_HRD):
+        row_attention.attend_rows(
+            query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD, scale=scaling, window=window
+        )
+        return
+    keys[rows_R, :, last_R] = key_GRD.transpose(0, 1)
+    values[rows_R, :, last_R] = value_GRD.transpose(0, 1)
+    attend_rows = _attend_each_row if slot_pass.per_row else _attend_batch
+    query_RH1D = query_HRD.transpose(0, 1)[:, :, None]
+    out_RHD[:] = attend_rows(query_RH1D, keys, values, slot_pass, scaling, window)[:, :, 0]
 
 
 def _attend_each_row(

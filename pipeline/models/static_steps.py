@@ -1,115 +1,114 @@
-"""Decode passes of a few fixed shapes: on a GPU each is recorded once as a CUDA graph, then replayed at once.
+"""Passes of two fixed shapes: on a GPU each is recorded once as a CUDA graph, then replayed at once.
 
-A small model's pass is hundreds of kernels, and starting them one by one takes longer than they run. A replay starts
-them together; nothing in it waits for the host. R rows of a shape, V vocabulary.
+A pass is hundreds of kernels, and starting them one by one takes longer than they run. A replay starts them together;
+nothing in it waits for the host. One shape is that of all cache rows, whoever runs: a step costs what reading the
+weights costs. The other is for tokens of new prompts. The same kernels compute every row, in any company.
+
+R rows, T tokens of prompts, V vocabulary.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from pipeline.models.drafts import Draft
-from pipeline.models.slots import CAPACITY_STEP, SlotCache, SlotPass
+from pipeline.models.drafts import PromptPass
+from pipeline.models.prompt_attention import Prompts, serves
+from pipeline.models.recordings import Recording
+from pipeline.models.segments import Segment
+from pipeline.models.slots import SlotCache, SlotPass
+from pipeline.models.transfers import to_device
 
 MIN_ROWS = 4
-WARM_PASSES = 2  # before a recording: libraries set themselves up in their first calls
+MOST_SEGMENTS = 32  # of a pass over prompts
 
-Forward = Callable[[SlotPass, Tensor, Tensor], Tensor]  # packed token ids and positions [1, R] to logits [R, V]
-
-
-@dataclass(slots=True)
-class _Step:
-    """A pass of one shape. `inputs` [3, R] are tokens, positions and cache rows; `logits` are the newest."""
-
-    inputs: Tensor
-    slot_pass: SlotPass
-    graph: torch.cuda.CUDAGraph | None = None
-    logits: Tensor | None = None
+Forward = Callable[
+    [SlotPass, Tensor, Tensor, int], Tensor
+]  # token ids and positions [1, T] to the last logits [n, V]
 
 
 class StaticSteps:
-    """Runs decode passes by shape: rows rounded up to a power of two, lengths to a multiple of `CAPACITY_STEP`.
+    """Runs passes over running rows, and over prompts.
 
     Args:
         forward: the model over packed tokens.
-        cache: where keys and values are; passes are made anew when its buffers move.
-        spare_row: a cache row that nobody reads, for what rounding adds.
+        cache: where keys and values are; passes are recorded anew when its buffers move.
+        num_prompt_tokens: T.
+        spare_row: a cache row that nobody reads, for what is missing to a full batch.
         device: where all of it is.
     """
 
-    def __init__(self, forward: Forward, cache: SlotCache, *, spare_row: int, device: torch.device) -> None:
+    def __init__(
+        self, forward: Forward, cache: SlotCache, *, num_prompt_tokens: int, spare_row: int, device: torch.device
+    ) -> None:
         self._forward = forward
         self._cache = cache
         self._spare_row = spare_row
         self._device = device
+        self._num_rows = max(MIN_ROWS, cache.num_rows - 1)
+        # tokens, positions and cache rows
+        self._inputs = torch.zeros(3, self._num_rows, dtype=torch.long, device=device)
+        self._prompt_ids = torch.zeros(num_prompt_tokens, dtype=torch.long, device=device)
+        self._prompts = Prompts(num_prompt_tokens, MOST_SEGMENTS, spare_row=spare_row, device=device)
+        self._moves = -1
+        self._recordings: dict[str, Recording[Tensor]] = {}
         self._records = device.type == "cuda"
-        self._steps: dict[tuple[int, int], _Step] = {}
-        self._moves = cache.num_moves
 
-    def run(self, draft: Draft) -> Tensor:
-        """The logits [rows, V] of a draft without prompts."""
-        num_rows, longest = _rounded(len(draft.rows)), -(-max(draft.lengths) // CAPACITY_STEP) * CAPACITY_STEP
-        self._cache.reserve(longest)
+    def run_rows(self, tokens_R: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The cache rows [rows] and the logits [rows, V] of these rows' newest tokens; lengths count those."""
+        self._reserve(max(lengths))
+        padding = self._num_rows - len(rows)
+        columns = [[*(length - 1 for length in lengths), *([0] * padding)], [*rows, *([self._spare_row] * padding)]]
+        self._inputs[1:].copy_(to_device(columns, self._device, torch.long), non_blocking=True)
+        self._inputs[0, : len(rows)] = tokens_R
+        return self._inputs[2, : len(rows)], self._compute("rows", self._pass_rows)[: len(rows)]
+
+    def run_prompts(self, part: PromptPass) -> None:
+        """Compute parts of prompts; nobody asks for their logits."""
+        self._reserve(max(segment.stop for segment in part.segments))
+        missing = len(self._prompt_ids) - len(part.tokens)
+        self._prompt_ids.copy_(
+            to_device([*part.tokens, *([0] * missing)], self._device, torch.long), non_blocking=True
+        )
+        buffer = self._cache.keys[0]
+        self._prompts.load(part.segments, buffer.shape[1] * buffer.shape[2])
+        if self._records and not serves(buffer):  # then the parts are computed one by one, which differs every time
+            self._pass_prompts()
+        else:
+            self._compute("prompts", self._pass_prompts)
+
+    def _reserve(self, num_tokens: int) -> None:
+        if not self._cache.keys:  # a pass makes the buffers
+            nothing_R = torch.empty(0, dtype=torch.long, device=self._device)
+            first = SlotPass(
+                self._cache, [Segment(self._spare_row, 0, 1)], (), (), (), nothing_R, nothing_R, per_row=True
+            )
+            self._forward(first, self._prompt_ids[None, :1], self._prompt_ids[None, :1], 1)
+        self._cache.reserve(num_tokens)
         if self._moves != self._cache.num_moves:
-            self._steps.clear()
             self._moves = self._cache.num_moves
-        step = self._steps.get((num_rows, longest))
-        if step is None:
-            step = self._steps[num_rows, longest] = self._make(num_rows, longest)
-        self._load(step, draft)
-        logits = self._replay(step) if self._records else self._compute(step)
-        return logits[: len(draft.rows)]
+            self._recordings.clear()
 
-    def _make(self, num_rows: int, longest: int) -> _Step:
-        inputs = torch.zeros(3, num_rows, dtype=torch.long, device=self._device)
-        lengths = (longest,) * num_rows
-        return _Step(inputs, SlotPass(self._cache, (), (), (), lengths, inputs[2], inputs[1], per_row=False))
-
-    def _load(self, step: _Step, draft: Draft) -> None:
-        padding = step.inputs.shape[1] - len(draft.rows)
-        columns = [
-            [*draft.last_tokens, *([0] * padding)],
-            [*(length - 1 for length in draft.lengths), *([0] * padding)],
-            [*draft.rows, *([self._spare_row] * padding)],
-        ]
-        step.inputs.copy_(torch.tensor(columns))
-
-    def _compute(self, step: _Step) -> Tensor:
-        return self._forward(step.slot_pass, step.inputs[0][None], step.inputs[1][None])
-
-    def _replay(self, step: _Step) -> Tensor:
-        """Replay a pass; the first time, record it. A pass that cannot be recorded is computed as it is."""
-        if step.graph is None:
+    def _compute(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        if self._records and name not in self._recordings:
             try:
-                self._record(step)
+                self._recordings[name] = Recording(compute, self._device)
             except RuntimeError as error:
                 self._records = False
-                warnings.warn(f"decode passes are not recorded as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
-                return self._compute(step)
-        assert step.graph is not None
-        assert step.logits is not None
-        step.graph.replay()
-        return step.logits
+                warnings.warn(f"passes are not recorded as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+        return self._recordings[name].replay() if self._records else compute()
 
-    def _record(self, step: _Step) -> None:
-        """Warm up and record. Each pass writes the same keys to the same places: it may run any number of times."""
-        main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_PASSES):
-                self._compute(step)
-        main.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step.logits = self._compute(step)
-        step.graph = graph
+    def _pass_rows(self) -> Tensor:
+        """Compute from the inputs. It writes the same keys to the same places: it may run any number of times."""
+        tokens_R, last_R, rows_R = self._inputs
+        lengths = (self._cache.capacity,) * self._num_rows
+        slot_pass = SlotPass(self._cache, (), (), (), lengths, rows_R, last_R, per_row=False)
+        return self._forward(slot_pass, tokens_R[None], last_R[None], self._num_rows)
 
-
-def _rounded(num_rows: int) -> int:
-    """The next power of two, at least `MIN_ROWS`."""
-    return max(MIN_ROWS, 1 << (num_rows - 1).bit_length())
+    def _pass_prompts(self) -> Tensor:
+        nothing_R = self._prompt_ids[:0]
+        slot_pass = SlotPass(self._cache, (), (), (), (), nothing_R, nothing_R, per_row=True, prompts=self._prompts)
+        return self._forward(slot_pass, self._prompt_ids[None], self._prompts.positions[None], 1)

@@ -1,0 +1,211 @@
+"""Games and draws of all slots as one recording, for a GPU that holds every role: nothing in it waits for the host.
+
+A recording takes a fixed number of the solver's steps. Whether that was enough is seen when the tokens are read,
+which may be while the next pass runs; if not, the same games are played by a recording with more steps, and what even
+the longest one leaves unsolved by the solver that looks. A row's bits do not depend on which recording solved it.
+
+S slots, J principals, R roles, K candidates, C columns of what is played.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import cage
+from pipeline.config import DecodingConfig, RuleName
+from pipeline.decoding.games import Played, as_game, by_role, drawn, num_candidates, play, token_rewards
+from pipeline.decoding.lineup import PrincipalRoles
+from pipeline.decoding.running import Terms, TokenOutcome
+from pipeline.models.host import Host, propose_from
+from pipeline.models.messages import Candidates, HostRole
+from pipeline.models.recordings import Recording
+from pipeline.models.transfers import to_device
+
+NUM_STEPS = (12, 20, 40)  # of the solver, by recording
+MOST_PRINCIPALS = 2  # with more the solver follows a path, whose steps nobody can count before
+
+
+@dataclass(frozen=True, slots=True)
+class _Games:
+    """The candidates of all slots, the base over them, and what they are worth: it takes no more to play again."""
+
+    proposal: Candidates
+    base_SK: Tensor
+    rewards_SJK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    slots: Sequence[int]
+    terms: Sequence[Terms]
+    uniforms: Sequence[float]
+
+
+class RecordedGames:
+    """Plays the games of a host's slots. The drawn tokens are the host's `newest_S` at once.
+
+    Args:
+        host: holds every role.
+        roles: its roles, the base's first.
+        decoding: candidates and draws.
+        principals: all of the run's.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        roles: Sequence[HostRole],
+        decoding: DecodingConfig,
+        principals: Sequence[PrincipalRoles],
+    ) -> None:
+        self._host = host
+        self._roles = roles
+        self._decoding = decoding
+        self._principals = principals
+        self._on_gpu = host.device.type == "cuda"
+        # by slot: uniform draw, agent temperature, weights; a draw below 0 is of a slot that nobody asks for
+        neutral = [[-1.0, 1.0, *([0.0] * len(principals))]] * host.num_slots
+        self._neutral = neutral
+        self._inputs = torch.tensor(neutral, dtype=torch.float64, device=host.device)
+        self._read_games = torch.compile(read_games, dynamic=False) if self._on_gpu else read_games
+        self._draw = torch.compile(drawn, dynamic=False) if self._on_gpu else drawn
+        self._opening: Recording[_Games] | None = None
+        self._recordings: dict[int, Recording[Tensor]] = {}
+        self._games: _Games | None = None
+        self._rung = 0
+        self._asked: _Asked | None = None
+        self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    @staticmethod
+    def serves(principals: Sequence[PrincipalRoles], terms: Sequence[Terms]) -> bool:
+        """Whether a recording can play these games."""
+        return 0 < len(principals) <= MOST_PRINCIPALS and all(each.rule is RuleName.EQUILIBRIUM for each in terms)
+
+    @torch.inference_mode()
+    def begin(self, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]) -> None:
+        """Play for these slots at their newest logits. What was begun before has to be settled."""
+        assert self._asked is None
+        self._asked = _Asked(slots, terms, uniforms)
+        rows = list(self._neutral)
+        for slot, each, uniform in zip(slots, terms, uniforms, strict=True):
+            rows[slot] = [uniform, each.agent_temperature, *each.weights]
+        self._inputs.copy_(to_device(rows, self._host.device, torch.float64), non_blocking=True)
+        self._open()
+        self._launch()
+
+    @torch.inference_mode()
+    def settle(self) -> tuple[list[TokenOutcome], bool]:
+        """The outcomes of what was begun, and whether a token is not the one that was in `newest_S` so far."""
+        assert self._asked is not None
+        assert self._answer is not None
+        asked = self._asked
+        first = numbers_SC = self._wait()
+        slots = list(asked.slots)
+        while self._unsolved(numbers_SC, slots) and self._rung + 1 < len(NUM_STEPS):
+            self._rung += 1
+            self._launch()
+            numbers_SC = self._wait()
+        steps = numbers_SC[slots, Played.NUM_STEPS].max()
+        if unsolved := self._unsolved(numbers_SC, slots):
+            numbers_SC = self._finish(numbers_SC, asked, unsolved)
+        elif self._rung and steps <= NUM_STEPS[self._rung - 1]:
+            self._rung -= 1
+        self._asked = self._answer = None
+        is_other = bool((numbers_SC[slots, 0] != first[slots, 0]).any())
+        if is_other:
+            self._host.newest_S[slots] = numbers_SC[slots, 0].long().to(self._host.device)
+        return Played(numbers_SC[slots]).outcomes(asked.terms), is_other
+
+    def _open(self) -> None:
+        """Read the games off the newest logits, which may change from here on."""
+        if not self._on_gpu:
+            self._games = self._read_logits()
+            return
+        if self._opening is None:
+            self._opening = Recording(self._read_logits, self._host.device)
+        self._games = self._opening.replay()
+
+    def _launch(self) -> None:
+        """Play with as many steps as the present recording has, and begin to read the outcome."""
+        if not self._on_gpu:
+            numbers_SC = self._play()
+        else:
+            if self._rung not in self._recordings:
+                self._recordings[self._rung] = Recording(self._play, self._host.device)
+            numbers_SC = self._recordings[self._rung].replay()
+        newest_S = self._host.newest_S
+        newest_S.copy_(torch.where(self._inputs[:, 0] < 0, newest_S, numbers_SC[:, 0].long()))
+        if not self._on_gpu:
+            self._answer = numbers_SC, None
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        on_host = torch.empty(numbers_SC.shape, dtype=torch.float64, pin_memory=True)
+        on_host.copy_(numbers_SC, non_blocking=True)
+        event.record()
+        self._answer = on_host, event
+
+    def _read_logits(self) -> _Games:
+        host = self._host
+        return self._read_games(host.slot_logits, host.vocab_size, self._roles, self._decoding, self._principals)
+
+    def _play(self) -> Tensor:
+        """Solve and draw with the steps of the present recording; asks the device nothing."""
+        assert self._games is not None
+        base_SK, rewards_SJK = self._games.base_SK, self._games.rewards_SJK
+        numbers = self._inputs.to(base_SK.dtype)
+        temperature_S1, weights_SJ = numbers[:, 1:2], numbers[:, 2:]
+        values_SJK = weights_SJ[..., None] * rewards_SJK
+        # in units of the agent temperature: a temperature by row would be looked at
+        scaled = cage.Game(base_SK, values_SJK / temperature_S1[..., None], 1.0)
+        solution = cage.BlindNewton(NUM_STEPS[self._rung], compiles=self._on_gpu).solve(scaled)
+        decision = cage.rules.Decision(
+            solution.log_policy,
+            solution.thresholds * temperature_S1,
+            solution.residual,
+            solution.status,
+            solution.num_steps,
+        )
+        game = cage.Game(base_SK, values_SJK, 1.0)
+        return self._draw(
+            self._decoding, self._games.proposal, game, rewards_SJK, decision, self._inputs[:, 0]
+        ).numbers_BC
+
+    def _wait(self) -> Tensor:
+        assert self._answer is not None
+        numbers_SC, event = self._answer
+        if event is not None:
+            event.synchronize()
+        return numbers_SC
+
+    def _unsolved(self, numbers_SC: Tensor, slots: Sequence[int]) -> list[int]:
+        """Places among the slots whose game needs more steps."""
+        return (numbers_SC[slots, Played.STATUS] == cage.Status.MAX_STEPS).nonzero()[:, 0].tolist()
+
+    def _finish(self, numbers_SC: Tensor, asked: _Asked, places: Sequence[int]) -> Tensor:
+        """Play some rows once more, without limit."""
+        assert self._games is not None
+        slots = [asked.slots[place] for place in places]
+        rows, rewards_SJK = self._games.proposal.rows(slots), self._games.rewards_SJK[slots]
+        terms = [asked.terms[place] for place in places]
+        uniforms = [asked.uniforms[place] for place in places]
+        played = play(self._decoding, rows, rewards_SJK.unbind(1), terms, uniforms)
+        numbers_SC = numbers_SC.clone()
+        numbers_SC[slots] = played.numbers_BC.cpu()
+        return numbers_SC
+
+
+def read_games(
+    logits_SRV: Tensor,
+    vocab_size: int,
+    roles: Sequence[HostRole],
+    decoding: DecodingConfig,
+    principals: Sequence[PrincipalRoles],
+) -> _Games:
+    """The games of all slots; asks the device nothing."""
+    proposal = propose_from(logits_SRV, vocab_size, num_candidates=num_candidates(decoding), min_p=decoding.min_p)
+    rewards = token_rewards(principals, by_role(roles, proposal.role_logprobs_BRK))
+    return _Games(proposal, *as_game(proposal, rewards))

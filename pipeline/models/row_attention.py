@@ -1,0 +1,67 @@
+"""Attention of running rows on a GPU: the newest token of each over its own keys and values, in one kernel.
+
+A row's keys are read where they lie, as many as it has, and its newest key and value are written on the way; torch's
+own kernels want rows of one length, or a copy. One program serves one row and key-value head, block by block from the
+row's start: its bits do not depend on the company, and lengths may change without a new recording of the pass.
+
+R rows of a pass, H query heads, G key-value heads, D head width, L capacity of a cache row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+from torch import Tensor
+
+BLOCK = 32  # keys at once; with the warps and stages below the fastest of 27 on an H100, whatever the lengths
+_SMALLEST_DOT = 16  # rows of a matrix product
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether the kernel can be used for what is on the tensor's device."""
+    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def attend_rows(
+    query_HRD: Tensor,
+    key_GRD: Tensor,
+    value_GRD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows_R: Tensor,
+    last_R: Tensor,
+    out_RHD: Tensor,
+    *,
+    scale: float | None,
+    window: int | None,
+) -> None:
+    """Write the newest keys and values into the cache [rows, G, L, D] at `rows_R`, `last_R`, and attend.
+
+    `out_RHD` takes the answer; its last dimension must be contiguous, as all others' must be.
+    """
+    num_heads, num_rows, width = query_HRD.shape
+    num_kv_heads = keys.shape[1]
+    num_shared = num_heads // num_kv_heads
+    _kernel()[num_rows, num_kv_heads](
+        query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD,
+        (width**-0.5 if scale is None else scale) * math.log2(math.e), window or 0,
+        *query_HRD.stride()[:2], *key_GRD.stride()[:2], *value_GRD.stride()[:2],
+        *keys.stride()[:2], *out_RHD.stride()[:2],
+        WIDTH=width, PADDED_WIDTH=1 << (width - 1).bit_length(),
+        SHARED=num_shared, PADDED_SHARED=max(_SMALLEST_DOT, 1 << (num_shared - 1).bit_length()),
+        BLOCK=BLOCK, num_warps=2, num_stages=2,
+    )  # fmt: skip
+
+
+_made: list[Any] = []
+
+
+def _kernel() -> Any:
+    """The kernel, made at its first use: triton comes with torch for GPUs and is not there elsewhere."""
+    if not _made:
+        from pipeline.models.row_kernel import attend_one_row
+
+        _made.append(attend_one_row)
+    return _made[0]

@@ -1,0 +1,156 @@
+"""On a GPU: the kernel for running rows, recorded passes and recorded games. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from decoding_setup import ask, config_of, decode
+from torch.nn.functional import scaled_dot_product_attention
+
+from pipeline.models.host import Host
+from pipeline.models.loading import load_host
+from pipeline.models.messages import Admission, HostRole, HostSpec
+from pipeline.models.row_attention import attend_rows
+from pipeline.models.sources import resolve_model
+
+pytestmark = pytest.mark.gpu
+
+PAIR = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
+}
+ROWS = [ask(f"r{at}", "tell me " * (at % 5) + "x" * (7 * at % 11 + 1)) for at in range(20)]
+ROLES = (HostRole("a"), HostRole("b"))
+KINDS = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "neox"]
+
+
+@pytest.mark.parametrize("window", [None, 1, 30, 200])
+@pytest.mark.parametrize("width", [16, 64, 80, 128])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (9, 3), (32, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_writes_and_attends_as_a_plain_softmax_does(dtype, num_heads, num_kv_heads, width, window):
+    torch.manual_seed(0)
+    shape = (7, num_kv_heads, 256, width)
+    keys, values = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
+    lengths = [1, 2, 64, 65, 129, 256]
+    rows = [5, 0, 2, 6, 1, 3]
+    last_R = torch.tensor(lengths, device="cuda") - 1
+    query, key, value = (
+        torch.randn(len(rows), heads, width, device="cuda", dtype=dtype).transpose(0, 1)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    expected_keys, expected_values = keys.clone(), values.clone()
+    out = torch.full((len(rows), num_heads, width), torch.nan, device="cuda", dtype=dtype)
+    attend_rows(
+        query, key, value, keys, values, torch.tensor(rows, device="cuda"), last_R, out, scale=None, window=window
+    )
+    for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        expected_keys[row, :, length - 1], expected_values[row, :, length - 1] = key[:, at], value[:, at]
+        start = 0 if window is None else max(0, length - window)
+        expected = scaled_dot_product_attention(
+            query[:, at : at + 1].double()[None],
+            expected_keys[row, :, start:length].double()[None],
+            expected_values[row, :, start:length].double()[None],
+            enable_gqa=True,
+        )[0, :, 0]
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+        torch.testing.assert_close(out[at].double(), expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
+
+
+def host_of(folder, *, strict, num_slots, dtype="auto", has_static_steps=None, device="cuda") -> Host:
+    source = resolve_model(str(folder), cache_folder=folder)
+    spec = HostSpec(
+        name="base", serves=("base",), source=source, dtype=dtype, device=device, roles=ROLES, num_slots=num_slots,
+        vocab_size=261, strict=strict, cache_folder=folder,
+    )  # fmt: skip
+    host = load_host(spec)
+    if has_static_steps is None:
+        return host
+    return Host(
+        host._passes._model, ROLES, num_slots=num_slots, vocab_size=261, strict=strict,
+        has_static_steps=has_static_steps,
+    )  # fmt: skip
+
+
+def logits_after(host: Host, places: dict[int, int], prompts, num_steps=6):
+    host.advance(
+        [Admission(slot, {"a": prompts[row], "b": prompts[row][1:]}) for row, slot in places.items()], [], []
+    )
+    for step in range(num_steps):
+        host.advance([], list(places.values()), [(7 * row + step) % 256 for row in places])
+    logits = host.logprobs_at(list(places.values()), None)
+    return {row: logits[at].clone() for at, row in enumerate(places)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_and_compiled_passes_give_the_logits_of_the_cpu(tiny, kind):
+    """Rows come and go, and one outgrows its buffer."""
+    prompts = [[3, 9, 4], list(range(250)), [7] * 30, [5, 6], [8] * 12]
+    hosts = [
+        host_of(tiny(kind), strict=strict, num_slots=5, dtype="float32", device=device)
+        for device, strict in (("cpu", True), ("cuda", True), ("cuda", False))
+    ]
+    for places in ({0: 2, 1: 0, 2: 3}, {1: 1}, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}):
+        expected, strict, relaxed = (logits_after(host, places, prompts, num_steps=9) for host in hosts)
+        for row in places:
+            torch.testing.assert_close(strict[row].cpu(), expected[row], atol=1e-3, rtol=0)
+            torch.testing.assert_close(relaxed[row].cpu(), expected[row], atol=1e-3, rtol=0)
+    for host in hosts[1:]:
+        assert host._passes._static_steps._recordings.keys() >= {"rows"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_logits_of_a_row_are_the_same_to_the_bit_in_any_company(tiny, kind, dtype):
+    num_slots = 40
+    generator = random.Random(1)
+    prompts = [[generator.randrange(256) for _ in range(generator.randrange(3, 300))] for _ in range(num_slots)]
+    host = host_of(tiny(kind), strict=True, num_slots=num_slots, dtype=dtype)
+    together = logits_after(host, {row: row for row in range(num_slots)}, prompts)
+    for company in ([0], [3, 1], list(range(7, 0, -1)), list(range(0, 34, 2)), list(range(33))):
+        places = dict(zip(company, generator.sample(range(num_slots), len(company)), strict=True))
+        for row, logits in logits_after(host, places, prompts).items():
+            torch.testing.assert_close(logits, together[row], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("reproducibility", ["strict", "relaxed"])
+def test_answers_are_those_of_the_cpu(tiny, kind, reproducibility):
+    decoding = {"max_new_tokens": 24, "trace": "tokens", "agent_temperature": 0.3, "reproducibility": reproducibility}
+    texts = []
+    for device in ("cpu", "cuda"):
+        base = {"model": str(tiny(kind)), "dtype": "float32", "device": device}
+        config = config_of(base, PAIR, decoding=decoding, cluster={"slots": 6})
+        records = decode(config, ROWS)
+        assert all(record.num_unsolved == 0 for record in records.values())
+        texts.append({row_id: record.response for row_id, record in records.items()})
+    same = sum(texts[0][row_id] == texts[1][row_id] for row_id in texts[0])
+    assert same >= len(ROWS) - 1  # a draw may fall between the two by rounding
+
+
+@pytest.mark.parametrize("candidates", [50, "all"])
+def test_records_do_not_depend_on_order(tiny, candidates):
+    decoding = {"max_new_tokens": 14, "candidates": candidates, "trace": "tokens", "agent_temperature": 0.05}
+    base = {"model": str(tiny(seed=2)), "device": "cuda"}
+    config = config_of(base, PAIR, decoding=decoding, cluster={"slots": 6})
+    reference = decode(config, ROWS)
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    for row_id, record in decode(config, shuffled).items():
+        assert record.tokens == reference[row_id].tokens, row_id
+        assert record == reference[row_id]
+    few = decode(config, ROWS[1:3])
+    assert few == {row_id: reference[row_id] for row_id in few}
+
+
+def test_three_principals_and_other_rules_are_played_too(tiny):
+    three = {**PAIR, "odd": {"kind": "prompted", "principle": "be odd", "weight": 0.5}}
+    base = {"model": str(tiny()), "device": "cuda"}
+    for rule, principals in (("equilibrium", three), ("linear", PAIR), ("maximin", PAIR), ("mixture", PAIR)):
+        decoding = {"max_new_tokens": 8, "rule": rule, "agent_temperature": 0.3}
+        config = config_of(base, principals, decoding=decoding, cluster={"slots": 6})
+        records = decode(config, ROWS[:5])
+        assert all(record.response is not None for record in records.values())

@@ -1,0 +1,159 @@
+"""Games that are played without looking, as a GPU's recordings are: the same answers as by the solver that looks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoding_setup import NOWHERE, ask, config_of
+
+import cage
+from pipeline.config import RuleName
+from pipeline.decoding import recorded_games
+from pipeline.decoding.assembly import assemble
+from pipeline.decoding.engine import Engine, decode_rows
+from pipeline.decoding.hosts import LocalHost
+from pipeline.decoding.playing import PlayingHost, UnderWay
+from pipeline.decoding.running import Terms
+from pipeline.models.loading import load_host
+
+PAIR = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
+}
+TERMS = Terms(RuleName.EQUILIBRIUM, 0.3, (0.7, 0.4))
+ROWS = [ask(f"r{at}", "tell me " * (at % 4) + "x" * (at + 1)) for at in range(9)]
+
+
+def records(tiny, *, records_games, principals=PAIR, **decoding):
+    """Decode with a lone host that is sent steps ahead; records by row, and the host."""
+    options = {"max_new_tokens": 18, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2, **decoding}
+    config = config_of(tiny(), principals, decoding=options, cluster={"slots": 4})
+    assembly = assemble(config, NOWHERE)
+    (plan,) = assembly.lineup.hosts
+    host = PlayingHost(
+        load_host(assembly.hosts[0]),
+        plan.roles,
+        config.decoding,
+        assembly.lineup.principals,
+        records_games=records_games,
+    )
+    engine = Engine(
+        assembly.lineup, {"base": LocalHost(host, plan)}, assembly.prompter, config.decoding, assembly.variants,
+        num_slots=4, runs_ahead=True,
+    )  # fmt: skip
+    return {record.row_id: record for record in decode_rows(engine, ROWS)}, host
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for row_id, record in one.items():
+        twin = other[row_id]
+        assert record.response == twin.response
+        assert record.num_unsolved == twin.num_unsolved
+        for token, same in zip(record.tokens, twin.tokens, strict=True):
+            assert token.token_id == same.token_id
+            for name in ("base_logprob", "logprob"):
+                assert getattr(token, name) == pytest.approx(getattr(same, name), abs=1e-5)
+            for name in ("payments", "thresholds"):
+                assert getattr(token, name) == pytest.approx(getattr(same, name), abs=1e-5)
+        assert record.max_residual <= 1e-4
+        assert record.rewards == pytest.approx(twin.rewards, abs=1e-4)
+
+
+@pytest.mark.parametrize("decoding", [{}, {"min_p": 0.05, "top_p": 0.9}, {"temperature": 0}, {"candidates": 7}])
+@pytest.mark.parametrize("num_principals", [1, 2])
+def test_answers_are_those_of_the_solver_that_looks(tiny, num_principals, decoding):
+    principals = dict(list(PAIR.items())[:num_principals])
+    expected, _ = records(tiny, records_games=False, principals=principals, **decoding)
+    found, host = records(tiny, records_games=True, principals=principals, **decoding)
+    assert_same(expected, found)
+    assert host._recorded is not None
+
+
+@pytest.mark.parametrize("ladder", [(1, 2, 40), (1, 2, 3), (40,)])
+def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again(tiny, monkeypatch, ladder):
+    again = []
+    compute_again = PlayingHost._settle
+
+    def watched(self):
+        before = self._host.num_forwards
+        compute_again(self)
+        again.append(self._host.num_forwards - before)
+
+    expected, _ = records(tiny, records_games=False, agent_temperature=0.05)
+    monkeypatch.setattr(recorded_games, "NUM_STEPS", ladder)
+    monkeypatch.setattr(PlayingHost, "_settle", watched)
+    found, _ = records(tiny, records_games=True, agent_temperature=0.05)
+    assert_same(expected, found)
+    assert bool(sum(again)) == (ladder == (1, 2, 3))
+
+
+@pytest.mark.parametrize("principals", [{}, {**PAIR, "odd": {"kind": "prompted", "principle": "o", "weight": 0.5}}])
+def test_no_principal_and_three_of_them_are_played_by_the_solver_that_looks(tiny, principals):
+    expected, _ = records(tiny, records_games=False, principals=principals)
+    found, host = records(tiny, records_games=True, principals=principals)
+    assert expected == found
+    assert host._recorded is None
+
+
+def test_other_rules_are_played_by_themselves(tiny):
+    expected, _ = records(tiny, records_games=False, rule="linear")
+    found, host = records(tiny, records_games=True, rule="linear")
+    assert expected == found
+    assert host._recorded is None
+
+
+def test_a_row_whose_numbers_are_not_finite_is_not_tried_again(tiny, monkeypatch):
+    _, host = records(tiny, records_games=True)
+    launches = []
+    launch = recorded_games.RecordedGames._launch
+    monkeypatch.setattr(recorded_games.RecordedGames, "_launch", lambda self: launches.append(0) or launch(self))
+    with torch.inference_mode():
+        host._host._logits_RV[1] = torch.nan  # of slot 1, for the base
+    host._recorded.begin([0, 1], [TERMS] * 2, [0.3, 0.4])
+    outcomes, is_other = host._recorded.settle()
+    assert [outcome.status for outcome in outcomes] == [cage.Status.CONVERGED, cage.Status.NOT_FINITE]
+    assert len(launches) == 1
+    assert not is_other
+
+
+def test_an_outcome_may_be_waited_for_late_and_twice_and_other_slots_keep_their_tokens(tiny):
+    _, host = records(tiny, records_games=True)
+    with torch.inference_mode():
+        host._host.newest_S[:] = 999
+    host._recorded.begin([0, 2], [TERMS] * 2, [0.1, 0.9])
+    pending = UnderWay(host._recorded)
+    assert pending.wait() is pending.wait()
+    assert pending.settle() is False
+    tokens = [outcome.token_id for outcome in pending.wait()]
+    assert host._host.newest_S.tolist() == [tokens[0], 999, tokens[1], 999]
+
+
+@pytest.mark.parametrize("num_principals", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_blind_newton_finds_the_same_equilibrium(num_principals, dtype):
+    torch.manual_seed(3)
+    game = cage.Game(torch.randn(40, 60, dtype=dtype) * 2, torch.randn(40, num_principals, 60, dtype=dtype) * 4, 0.7)
+    blind, looking = cage.BlindNewton(32).solve(game), cage.solve(game)
+    assert (blind.status == cage.Status.CONVERGED).all()
+    torch.testing.assert_close(blind.policy, looking.policy, atol=1e-9 if dtype is torch.float64 else 1e-6, rtol=0)
+    few = cage.BlindNewton(2).solve(game)
+    assert (few.status == cage.Status.MAX_STEPS).any() == bool(num_principals)
+
+
+def test_blind_newton_masks_what_cannot_be_drawn_and_reports_what_is_not_finite():
+    base = torch.zeros(3, 5, dtype=torch.float64)
+    base[0, 2] = -torch.inf
+    values = torch.randn(3, 2, 5, dtype=torch.float64)
+    values[0, :, 2] = torch.nan
+    values[1, 0, 1] = torch.inf
+    game = cage.Game(base, values, 0.5)
+    blind, looking = cage.BlindNewton().solve(game), cage.solve(game)
+    assert blind.status.tolist() == looking.status.tolist()
+    torch.testing.assert_close(blind.policy, looking.policy, equal_nan=True, atol=1e-9, rtol=0)
+
+
+def test_blind_newton_refuses_three_principals():
+    game = cage.Game(torch.zeros(1, 4), torch.zeros(1, 3, 4), 1.0)
+    with pytest.raises(ValueError, match="at most 2 principals; got 3"):
+        cage.BlindNewton().solve(game)
