@@ -100,7 +100,8 @@ def play(
 
     `rewards` holds q [B, K] by principal, `terms` and `uniforms` one a row.
     """
-    if proposal.ids_BK is not None:  # few numbers: a CPU is done before a GPU has begun with its many small steps
+    if proposal.base_logprobs_BK.shape[1] <= FLOAT64_CANDIDATES:
+        # a CPU is done with so few numbers before a GPU has begun with its many small steps
         proposal, rewards = proposal.cpu(), [reward.cpu() for reward in rewards]
     device = proposal.base_logprobs_BK.device
     rules = [each.rule for each in terms]

@@ -22,7 +22,7 @@ from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.running import Terms, TokenOutcome
 from pipeline.models.host import Host, propose_from
 from pipeline.models.messages import Candidates, HostRole
-from pipeline.models.recordings import Recording
+from pipeline.models.recordings import Recorder
 from pipeline.models.transfers import to_device
 
 NUM_STEPS = (12, 20, 40)  # of the solver, by recording
@@ -73,8 +73,7 @@ class RecordedGames:
         self._inputs = torch.tensor(neutral, dtype=torch.float64, device=host.device)
         self._read_games = torch.compile(read_games, dynamic=False) if self._on_gpu else read_games
         self._draw = torch.compile(drawn, dynamic=False) if self._on_gpu else drawn
-        self._opening: Recording[_Games] | None = None
-        self._recordings: dict[int, Recording[Tensor]] = {}
+        self._recorder = Recorder(host.device, "games")
         self._games: _Games | None = None
         self._rung = 0
         self._asked: _Asked | None = None
@@ -89,13 +88,14 @@ class RecordedGames:
     def begin(self, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]) -> None:
         """Play for these slots at their newest logits. What was begun before has to be settled."""
         assert self._asked is None
-        self._asked = _Asked(slots, terms, uniforms)
         rows = list(self._neutral)
         for slot, each, uniform in zip(slots, terms, uniforms, strict=True):
             rows[slot] = [uniform, each.agent_temperature, *each.weights]
         self._inputs.copy_(to_device(rows, self._host.device, torch.float64), non_blocking=True)
-        self._open()
+        # from here on the logits may change
+        self._games = self._recorder.run("games", self._read_logits)
         self._launch()
+        self._asked = _Asked(slots, terms, uniforms)
 
     @torch.inference_mode()
     def settle(self) -> tuple[list[TokenOutcome], bool]:
@@ -120,23 +120,9 @@ class RecordedGames:
             self._host.newest_S[slots] = numbers_SC[slots, 0].long().to(self._host.device)
         return Played(numbers_SC[slots]).outcomes(asked.terms), is_other
 
-    def _open(self) -> None:
-        """Read the games off the newest logits, which may change from here on."""
-        if not self._on_gpu:
-            self._games = self._read_logits()
-            return
-        if self._opening is None:
-            self._opening = Recording(self._read_logits, self._host.device)
-        self._games = self._opening.replay()
-
     def _launch(self) -> None:
         """Play with as many steps as the present recording has, and begin to read the outcome."""
-        if not self._on_gpu:
-            numbers_SC = self._play()
-        else:
-            if self._rung not in self._recordings:
-                self._recordings[self._rung] = Recording(self._play, self._host.device)
-            numbers_SC = self._recordings[self._rung].replay()
+        numbers_SC = self._recorder.run(NUM_STEPS[self._rung], self._play)
         newest_S = self._host.newest_S
         newest_S.copy_(torch.where(self._inputs[:, 0] < 0, newest_S, numbers_SC[:, 0].long()))
         if not self._on_gpu:
@@ -186,15 +172,20 @@ class RecordedGames:
         return (numbers_SC[slots, Played.STATUS] == cage.Status.MAX_STEPS).nonzero()[:, 0].tolist()
 
     def _finish(self, numbers_SC: Tensor, asked: _Asked, places: Sequence[int]) -> Tensor:
-        """Play some rows once more, without limit."""
+        """Play some rows once more, without limit; one by one, as a GPU's last bits depend on how many there are."""
         assert self._games is not None
-        slots = [asked.slots[place] for place in places]
-        rows, rewards_SJK = self._games.proposal.rows(slots), self._games.rewards_SJK[slots]
-        terms = [asked.terms[place] for place in places]
-        uniforms = [asked.uniforms[place] for place in places]
-        played = play(self._decoding, rows, rewards_SJK.unbind(1), terms, uniforms)
         numbers_SC = numbers_SC.clone()
-        numbers_SC[slots] = played.numbers_BC.cpu()
+        for place in places:
+            at = [asked.slots[place]]
+            rewards_1JK = self._games.rewards_SJK[at]
+            played = play(
+                self._decoding,
+                self._games.proposal.rows(at),
+                rewards_1JK.unbind(1),
+                [asked.terms[place]],
+                [asked.uniforms[place]],
+            )
+            numbers_SC[at] = played.numbers_BC.cpu()
         return numbers_SC
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import ConfigurationError
 from pipeline.models.host import Host
 from pipeline.models.messages import Admission, HostSpec
+from pipeline.models.row_attention import what_is_missing
 from pipeline.models.slots import ATTENTION
 from pipeline.models.sources import fetch_weights
 from pipeline.models.tokenizers import reason_of
@@ -29,6 +30,12 @@ def load_host(spec: HostSpec) -> Host:
     device = pick_device(spec.device)
     if spec.strict and device.type == "cpu":
         torch.set_num_threads(1)  # with more, a row's bits depend on the number of rows
+    if device.type == "cuda" and (missing := what_is_missing()):
+        warnings.warn(
+            f"{spec.title} will take several times as long: kernels for this GPU cannot be built without {missing}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     model = _load_model(spec, device)
     make_host = partial(Host, model, spec.roles, vocab_size=spec.vocab_size, strict=spec.strict)
     probed = make_host(num_slots=1)

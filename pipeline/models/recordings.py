@@ -1,17 +1,60 @@
-"""Work on a GPU that is recorded once and replayed: a CUDA graph."""
+"""Work on a GPU that is recorded once and replayed: CUDA graphs."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Set
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 WARM_RUNS = 2  # before a recording: libraries set themselves up in their first calls, compilers compile
 
 Result = TypeVar("Result")
+
+
+class Recorder:
+    """Runs functions of no arguments, which read and write tensors that stay where they are.
+
+    On a GPU each is recorded at its first call and then replayed. If one cannot be, that is told once, and all are
+    called from then on.
+
+    Args:
+        device: what they run on.
+        what: they are, for the warning.
+    """
+
+    def __init__(self, device: torch.device, what: str) -> None:
+        self._device = device
+        self._what = what
+        self._records = device.type == "cuda"
+        self._recordings: dict[Hashable, Recording[Any]] = {}
+
+    @property
+    def recorded(self) -> Set[Hashable]:
+        """The names of what was recorded."""
+        return self._recordings.keys()
+
+    def clear(self) -> None:
+        """Forget the recordings: what they read has moved."""
+        self._recordings.clear()
+
+    def run(self, name: Hashable, function: Callable[[], Result]) -> Result:
+        """Call the function, or replay it; its result is then in the same tensors every time."""
+        if self._records and name not in self._recordings:
+            try:
+                self._recordings[name] = Recording(function, self._device)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._records = False
+                warnings.warn(f"{self._what} are not recorded as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+        if not self._records:
+            return function()
+        result: Result = self._recordings[name].replay()
+        return result
 
 
 class Recording(Generic[Result]):

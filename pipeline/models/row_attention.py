@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import shutil
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +24,16 @@ _SMALLEST_DOT = 16  # rows of a matrix product
 
 def serves(tensor: Tensor) -> bool:
     """Whether the kernel can be used for what is on the tensor's device."""
-    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
+    return tensor.is_cuda and what_is_missing() is None
+
+
+@cache
+def what_is_missing() -> str | None:
+    """What this machine lacks to build kernels for a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    has_compiler = any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang")))
+    return None if has_compiler else "a C compiler (gcc, say)"
 
 
 def attend_rows(

@@ -9,7 +9,6 @@ R rows, T tokens of prompts, V vocabulary.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pipeline.models.drafts import PromptPass
 from pipeline.models.prompt_attention import Prompts, serves
-from pipeline.models.recordings import Recording
+from pipeline.models.recordings import Recorder
 from pipeline.models.segments import Segment
 from pipeline.models.slots import SlotCache, SlotPass
 from pipeline.models.transfers import to_device
@@ -54,8 +53,7 @@ class StaticSteps:
         self._prompt_ids = torch.zeros(num_prompt_tokens, dtype=torch.long, device=device)
         self._prompts = Prompts(num_prompt_tokens, MOST_SEGMENTS, spare_row=spare_row, device=device)
         self._moves = -1
-        self._recordings: dict[str, Recording[Tensor]] = {}
-        self._records = device.type == "cuda"
+        self.recorder = Recorder(device, "passes")
 
     def run_rows(self, tokens_R: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The cache rows [rows] and the logits [rows, V] of these rows' newest tokens; lengths count those."""
@@ -64,7 +62,7 @@ class StaticSteps:
         columns = [[*(length - 1 for length in lengths), *([0] * padding)], [*rows, *([self._spare_row] * padding)]]
         self._inputs[1:].copy_(to_device(columns, self._device, torch.long), non_blocking=True)
         self._inputs[0, : len(rows)] = tokens_R
-        return self._inputs[2, : len(rows)], self._compute("rows", self._pass_rows)[: len(rows)]
+        return self._inputs[2, : len(rows)], self.recorder.run("rows", self._pass_rows)[: len(rows)]
 
     def run_prompts(self, part: PromptPass) -> None:
         """Compute parts of prompts; nobody asks for their logits."""
@@ -75,10 +73,10 @@ class StaticSteps:
         )
         buffer = self._cache.keys[0]
         self._prompts.load(part.segments, buffer.shape[1] * buffer.shape[2])
-        if self._records and not serves(buffer):  # then the parts are computed one by one, which differs every time
+        if serves(buffer):
+            self.recorder.run("prompts", self._pass_prompts)
+        else:  # the parts are computed one by one, which differs every time
             self._pass_prompts()
-        else:
-            self._compute("prompts", self._pass_prompts)
 
     def _reserve(self, num_tokens: int) -> None:
         if not self._cache.keys:  # a pass makes the buffers
@@ -90,16 +88,7 @@ class StaticSteps:
         self._cache.reserve(num_tokens)
         if self._moves != self._cache.num_moves:
             self._moves = self._cache.num_moves
-            self._recordings.clear()
-
-    def _compute(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        if self._records and name not in self._recordings:
-            try:
-                self._recordings[name] = Recording(compute, self._device)
-            except RuntimeError as error:
-                self._records = False
-                warnings.warn(f"passes are not recorded as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
-        return self._recordings[name].replay() if self._records else compute()
+            self.recorder.clear()
 
     def _pass_rows(self) -> Tensor:
         """Compute from the inputs. It writes the same keys to the same places: it may run any number of times."""
