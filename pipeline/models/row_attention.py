@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import shutil
 from functools import cache
 from typing import Any
@@ -32,7 +31,7 @@ def what_is_missing() -> str | None:
     """What this machine lacks to build kernels for a GPU."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
-    has_compiler = any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang")))
+    has_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     return None if has_compiler else "a C compiler (gcc, say)"
 
 
