@@ -11,7 +11,7 @@ from decoding_setup import ask, config_of, decode
 from pipeline.models.host import Host
 from pipeline.models.loading import load_host
 from pipeline.models.messages import Admission, HostRole, HostSpec
-from pipeline.models.slots import _attend_batch
+from pipeline.models.plain_attention import attend_batch
 from pipeline.models.sources import resolve_model
 
 PAIR = {
@@ -98,7 +98,7 @@ def test_relaxed_logits_are_close_to_strict_ones(tiny, monkeypatch, kind):
     prompts = [[3, 9, 4], list(range(40)), [7] * 30]
     strict = logits_after(host_of(tiny(kind), strict=True, num_slots=4), places, prompts, num_steps=8)
     relaxed = logits_after(host_of(tiny(kind), strict=False, num_slots=4), places, prompts, num_steps=8)
-    monkeypatch.setattr("pipeline.models.slots._attend_each_row", _attend_batch)
+    monkeypatch.setattr("pipeline.models.slots.attend_each_row", attend_batch)
     at_once = logits_after(host_of(tiny(kind), strict=False, num_slots=4), places, prompts, num_steps=8)
     for row in places:
         torch.testing.assert_close(strict[row], relaxed[row], atol=1e-4, rtol=0)

@@ -13,8 +13,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from pipeline.models.plain_attention import attend_segment
 from pipeline.models.segments import Segment
 from pipeline.models.transfers import to_device
 
@@ -127,17 +127,3 @@ class Prompts:
             out_THD[here] = attend_segment(query_HTD[:, here], *seen, scale, window).transpose(0, 1)
             at = here.stop
         out_THD[at:] = 0
-
-
-def attend_segment(query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """Query [H, T, D] of the last T of all tokens whose keys [G, L, D] are given; causal."""
-    num_tokens, length = query.shape[1], keys.shape[1]
-    mask = None
-    if num_tokens < length or (window is not None and window < length):
-        at = torch.arange(length, device=query.device)
-        distance = at[length - num_tokens :, None] - at[None, :]
-        mask = (distance >= 0) & (distance < (length if window is None else window))
-    return scaled_dot_product_attention(
-        query[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=scale,
-        enable_gqa=query.shape[0] != keys.shape[0],
-    )[0]  # fmt: skip

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from pipeline.models import row_attention
-from pipeline.models.prompt_attention import Prompts, attend_segment
+from pipeline.models.plain_attention import attend_batch, attend_each_row, attend_segment
+from pipeline.models.prompt_attention import Prompts
 from pipeline.models.segments import Copied, Segment
 
 ATTENTION = "cage_slots"
@@ -269,66 +269,9 @@ def _attend_rows(
         return
     keys[rows_R, :, last_R] = key_GRD.transpose(0, 1)
     values[rows_R, :, last_R] = value_GRD.transpose(0, 1)
-    attend_rows = _attend_each_row if slot_pass.per_row else _attend_batch
+    attend_rows = attend_each_row if slot_pass.per_row else attend_batch
     query_RH1D = query_HRD.transpose(0, 1)[:, :, None]
     out_RHD[:] = attend_rows(query_RH1D, keys, values, slot_pass, scaling, window)[:, :, 0]
-
-
-def _attend_each_row(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slot_pass: SlotPass,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """One call per row over its own length: the query heads of a key-value head are its query tokens.
-
-    Every call costs as much as its arithmetic on a small model: what can be cut into rows is cut at once.
-    """
-    num_rows, num_heads, _, width = query.shape
-    num_kv_heads = keys.shape[1]
-    queries = query.reshape(num_rows, 1, num_kv_heads, num_heads // num_kv_heads, width).unbind(0)
-    key_rows, value_rows = keys[:, None].unbind(0), values[:, None].unbind(0)
-    out = []
-    for query_row, row, length in zip(queries, slot_pass.rows, slot_pass.lengths, strict=True):
-        start = 0 if window is None else max(0, length - window)
-        out.append(
-            scaled_dot_product_attention(
-                query_row,
-                key_rows[row].narrow(2, start, length - start),
-                value_rows[row].narrow(2, start, length - start),
-                scale=scaling,
-            )
-        )
-    return torch.cat(out).view(num_rows, num_heads, 1, -1)
-
-
-def _attend_batch(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slot_pass: SlotPass,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """One masked call over the longest live length."""
-    longest = max(slot_pass.lengths)
-    lengths_R1 = slot_pass.last_R[:, None] + 1
-    at_L = torch.arange(longest, device=query.device)[None, :]
-    mask_RL = at_L < lengths_R1
-    if window is not None:
-        mask_RL &= at_L >= lengths_R1 - window
-    num_rows, num_heads, _, width = query.shape
-    num_kv_heads = keys.shape[1]
-    out = scaled_dot_product_attention(
-        query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, width),
-        keys[:, :, :longest].index_select(0, slot_pass.rows_R),
-        values[:, :, :longest].index_select(0, slot_pass.rows_R),
-        attn_mask=mask_RL[:, None, None, :],
-        scale=scaling,
-    )
-    return out.reshape(num_rows, num_heads, 1, -1)
 
 
 AttentionInterface.register(ATTENTION, attend)
