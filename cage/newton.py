@@ -6,7 +6,7 @@ Shapes: B rows, J principals, K tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from cage.pooling import pays_off, solve_pooled
 from cage.response import newton, nobody_pays
 from cage.rows import iterate
 from cage.scaled import Measures, ScaledGame, measure, scale
-from cage.solution import Draft, Solution, default_tolerance
+from cage.solution import Draft, Solution, Status, default_tolerance
 from cage.whole import solve_whole, widened
 
 _ALWAYS_UNIQUE = 2  # so many principals have one equilibrium, whatever their values
@@ -53,8 +53,8 @@ class ThresholdNewton:
 class BlindNewton:
     """Newton for one or two principals that never looks at a number, so that a CUDA graph can hold it.
 
-    Every row takes num_steps evaluations; one that is not at its equilibrium by then has status MAX_STEPS. More steps
-    change no bit of a row that needs fewer. tol: as in `ThresholdNewton`. compiles: run compiled, for a GPU, where
+    Every row takes num_steps evaluations; one that needs more has status MAX_STEPS, and with more
+    steps no bit of the others changes. tol: as in `ThresholdNewton`. compiles: run compiled, for a GPU, where
     the forty small operations of a step cost as much as large ones.
     """
 
@@ -90,7 +90,13 @@ def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight]:
 def _end(whole: Game, measures: Measures, state: _Straight, tol: float) -> Solution:
     draft = Draft(whole, measures)
     draft.write(state.point)
-    return draft.solution(state.num_steps, tol)
+    solution = draft.solution(state.num_steps, tol)
+    # close enough is not enough: with more steps the row would go on, to other last bits
+    unfinished_B = state.running & (solution.status == int(Status.CONVERGED))
+    if whole.num_principals:
+        status_B = torch.where(unfinished_B, int(Status.MAX_STEPS), solution.status)
+        solution = replace(solution, status=status_B)
+    return solution
 
 
 def find_thresholds(

@@ -52,10 +52,15 @@ class Cell:
 class SimulatedHost(Host):
     """A host whose forward pass is a sleep and whose candidates are drawn at random."""
 
-    def __init__(self, num_roles: int) -> None:
+    def __init__(self, num_roles: int, num_slots: int) -> None:
         self._num_roles = num_roles
+        self.newest_S = torch.zeros(num_slots, dtype=torch.long)
         self.forward_s = 0.0
         self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
         time.sleep(self.forward_s)
@@ -79,7 +84,7 @@ class SimulatedActor:
         send_tensors_as_arrays()
         lineup = build_lineup(config)
         roles = lineup.hosts[index].roles
-        self._simulated = SimulatedHost(len(roles))
+        self._simulated = SimulatedHost(len(roles), config.cluster.first_slots)
         self._host = PlayingHost(self._simulated, roles, config.decoding, lineup.principals)
 
     def pace(self, forward_s: float) -> None:

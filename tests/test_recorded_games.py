@@ -12,15 +12,19 @@ from pipeline.decoding import recorded_games
 from pipeline.decoding.assembly import assemble
 from pipeline.decoding.engine import Engine, decode_rows
 from pipeline.decoding.hosts import LocalHost
+from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.playing import PlayingHost, UnderWay
 from pipeline.decoding.running import Terms
+from pipeline.errors import HostOutOfMemory, StateLost
 from pipeline.models.loading import load_host
+from pipeline.models.messages import DRAWN, Admission, Position, Step
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
     "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
 }
 TERMS = Terms(RuleName.EQUILIBRIUM, 0.3, (0.7, 0.4))
+TERMS_COLD = Terms(RuleName.EQUILIBRIUM, 0.02, (0.7, 0.4))
 ROWS = [ask(f"r{at}", "tell me " * (at % 4) + "x" * (at + 1)) for at in range(9)]
 
 
@@ -75,9 +79,9 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
     again = []
     compute_again = PlayingHost._settle
 
-    def watched(self):
+    def watched(self, at):
         before = self._host.num_forwards
-        compute_again(self)
+        compute_again(self, at)
         again.append(self._host.num_forwards - before)
 
     expected, _ = records(tiny, records_games=False, agent_temperature=0.05)
@@ -88,19 +92,59 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
     assert bool(sum(again)) == (ladder == (1, 2, 3))
 
 
-@pytest.mark.parametrize("principals", [{}, {**PAIR, "odd": {"kind": "prompted", "principle": "o", "weight": 0.5}}])
-def test_no_principal_and_three_of_them_are_played_by_the_solver_that_looks(tiny, principals):
-    expected, _ = records(tiny, records_games=False, principals=principals)
-    found, host = records(tiny, records_games=True, principals=principals)
-    assert expected == found
-    assert host._recorded is None
+@pytest.mark.parametrize(
+    ("num_principals", "rules", "serves"),
+    [
+        (0, ["equilibrium"], False),
+        (1, ["equilibrium"], True),
+        (2, ["equilibrium"], True),
+        (3, ["equilibrium"], False),
+        (2, ["linear"], False),
+        (2, ["equilibrium", "linear"], False),  # who plays a row must not depend on the others of the step
+    ],
+)
+def test_a_run_is_recorded_whose_games_all_can_be(num_principals, rules, serves):
+    principals = [PrincipalRoles(str(at), 1.0, "base", None) for at in range(num_principals)]
+    assert recorded_games.RecordedGames.serves(principals, {RuleName(rule) for rule in rules}) == serves
 
 
-def test_other_rules_are_played_by_themselves(tiny):
-    expected, _ = records(tiny, records_games=False, rule="linear")
-    found, host = records(tiny, records_games=True, rule="linear")
-    assert expected == found
-    assert host._recorded is None
+def test_a_step_that_is_asked_for_again_is_played_again_and_nothing_else(tiny, monkeypatch):
+    """Also where its games need more steps than were taken at first."""
+    monkeypatch.setattr(recorded_games, "NUM_STEPS", (1, 2, 3))
+    _, host = records(tiny, records_games=True, agent_temperature=0.02)
+    roles = host._roles
+
+    def played(repeats, group):
+        outcomes = []
+        at = Position(group, 5, 0)
+        step = Step([Admission(0, {role.name: [1, 2, 3] for role in roles})])
+        for token in range(8):
+            for _ in range(repeats):
+                pending = host.advance_and_play(at, step, [0], [TERMS_COLD], [0.1 * token])
+            outcomes.append(pending.wait())
+            at, step = at.after, Step((), [0], [DRAWN])
+        return outcomes
+
+    assert played(3, 0) == played(1, 1)
+
+
+def test_an_outcome_that_finds_no_memory_makes_the_host_forget(tiny, monkeypatch):
+    _, host = records(tiny, records_games=True)
+    at = Position(0, 5, 0)
+    prompts = {role.name: [1, 2, 3] for role in host._roles}
+    pending = host.advance_and_play(at, Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
+
+    def fail(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded_games.RecordedGames, "_wait", fail)
+        with pytest.raises(HostOutOfMemory):
+            pending.wait()
+    with pytest.raises(StateLost):
+        host.advance_and_play(at.after, Step((), [0], [DRAWN]), [0], [TERMS], [0.1])
+    again = host.advance_and_play(Position(0, 6, 0), Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
+    assert len(again.wait()) == 1
 
 
 def test_a_row_whose_numbers_are_not_finite_is_not_tried_again(tiny, monkeypatch):
@@ -122,7 +166,7 @@ def test_an_outcome_may_be_waited_for_late_and_twice_and_other_slots_keep_their_
     with torch.inference_mode():
         host._host.newest_S[:] = 999
     host._recorded.begin([0, 2], [TERMS] * 2, [0.1, 0.9])
-    pending = UnderWay(host._recorded)
+    pending = UnderWay(host, Position(0, 5, 0))
     assert pending.wait() is pending.wait()
     assert pending.settle() is False
     tokens = [outcome.token_id for outcome in pending.wait()]
@@ -139,6 +183,18 @@ def test_blind_newton_finds_the_same_equilibrium(num_principals, dtype):
     torch.testing.assert_close(blind.policy, looking.policy, atol=1e-9 if dtype is torch.float64 else 1e-6, rtol=0)
     few = cage.BlindNewton(2).solve(game)
     assert (few.status == cage.Status.MAX_STEPS).any() == bool(num_principals)
+
+
+@pytest.mark.parametrize("agent_temperature", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("num_steps", [6, 9, 12, 20])
+def test_more_steps_change_no_bit_of_what_fewer_solved(num_steps, agent_temperature):
+    torch.manual_seed(4)
+    base = torch.randn(400, 50, dtype=torch.float64) * 2
+    game = cage.Game(base, torch.randn(400, 2, 50, dtype=torch.float64), agent_temperature)
+    few, many = cage.BlindNewton(num_steps).solve(game), cage.BlindNewton(40).solve(game)
+    solved = few.status == cage.Status.CONVERGED
+    for name in ("log_policy", "thresholds", "residual", "num_steps"):
+        assert torch.equal(getattr(few, name)[solved], getattr(many, name)[solved])
 
 
 def test_blind_newton_masks_what_cannot_be_drawn_and_reports_what_is_not_finite():

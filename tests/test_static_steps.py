@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from decoding_setup import NOWHERE, ask, config_of
 from test_recorded_games import assert_same
+from test_strict import ROLES, host_of, logits_after
 
 from pipeline.decoding.assembly import assemble
 from pipeline.decoding.engine import Engine, decode_rows
 from pipeline.decoding.hosts import LocalHost
 from pipeline.decoding.playing import PlayingHost
 from pipeline.models import recordings, row_attention
+from pipeline.models.compiling import CompiledLayers
 from pipeline.models.drafts import Draft
 from pipeline.models.host import Host
 from pipeline.models.loading import load_host
@@ -119,11 +122,34 @@ def test_a_recording_without_memory_is_no_reason_to_go_on_without(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("has_triton", "has_compiler", "missing"),
-    [(True, True, None), (False, True, "the package triton"), (True, False, "a C compiler (gcc, say)")],
+    ("has_triton", "has_compiler", "capability", "missing"),
+    [
+        (True, True, (9, 0), None),
+        (False, True, (8, 0), "the package triton"),
+        (True, False, (9, 0), "a C compiler (gcc, say)"),
+        (True, True, (7, 5), "a GPU of compute capability 8.0 or later"),
+    ],
 )
-def test_what_kernels_need_is_named(monkeypatch, has_triton, has_compiler, missing):
+def test_what_kernels_need_is_named(monkeypatch, has_triton, has_compiler, capability, missing):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if has_triton else None)
     monkeypatch.setattr(shutil, "which", lambda name: name if has_compiler else None)
-    assert row_attention.what_is_missing.__wrapped__() == missing
-    assert not row_attention.serves(torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert row_attention.what_is_missing.__wrapped__(torch.device("cuda")) == missing
+    assert not row_attention.serves(torch.zeros(2, 64), torch.zeros(2, 64))
+
+
+def test_layers_are_compiled_once_for_a_shape_and_compute_the_same(tiny, monkeypatch):
+    """As on a GPU, but for the backend: one compilation serves all layers, joined projections included."""
+    compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = host_of(tiny("llama", seed=4), strict=True, num_slots=3)._passes._model
+    prompts = [[3, 9, 4], list(range(250)), [7] * 30]
+    hosts = [Host(model, ROLES, num_slots=3, vocab_size=261, strict=True, has_static_steps=True) for _ in range(2)]
+    expected = logits_after(hosts[0], {0: 0, 1: 1, 2: 2}, prompts)
+    hosts[1]._passes._compiled = CompiledLayers(model)
+    torch._dynamo.utils.counters.clear()
+    found = logits_after(hosts[1], {0: 0, 1: 1, 2: 2}, prompts)
+    for row in expected:
+        torch.testing.assert_close(found[row], expected[row], atol=1e-4, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of two layers and two shapes
+    torch._dynamo.reset()

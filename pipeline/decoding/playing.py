@@ -20,6 +20,7 @@ from pipeline.models.messages import DRAWN, HostRole, Position, Step
 from pipeline.models.positions import PositionedHost
 from pipeline.models.reward_host import RewardHost
 from pipeline.models.reward_loading import load_any_host
+from pipeline.models.row_attention import what_is_missing
 from pipeline.models.stopwatch import Stopwatch
 from pipeline.points import Watcher, unwatched
 
@@ -37,7 +38,7 @@ class HostWork:
 class PlayingHost(PositionedHost):
     """A `PositionedHost` that can play the games of its rows.
 
-    On a GPU games are recorded where they can be, and their outcome is read while the next pass runs.
+    Games that are recorded are a GPU's work; their outcome may be read while the next pass runs.
 
     Args:
         host: the host.
@@ -45,7 +46,7 @@ class PlayingHost(PositionedHost):
         decoding: candidates and draws.
         principals: all of the run's; their roles must be this host's where `play` is called.
         watch: called at the points of a step, for tests.
-        records_games: None: on a GPU.
+        records_games: whether `RecordedGames` plays.
     """
 
     def __init__(
@@ -56,14 +57,13 @@ class PlayingHost(PositionedHost):
         principals: Sequence[PrincipalRoles],
         watch: Watcher = unwatched,
         *,
-        records_games: bool | None = None,
+        records_games: bool = False,
     ) -> None:
         super().__init__(host, watch)
         self._roles = roles
         self._decoding = decoding
         self._principals = principals
-        is_on_gpu = isinstance(host, Host) and host.device.type == "cuda"
-        self._records_games = is_on_gpu if records_games is None else records_games
+        self._records_games = records_games
         self._watch_games = Stopwatch(host.device) if isinstance(host, Host) else None
         self._recorded: RecordedGames | None = None
         self._under_way: UnderWay | None = None
@@ -94,7 +94,7 @@ class PlayingHost(PositionedHost):
         if unknown:
             raise StateLost(f"no token was drawn for the slots {', '.join(map(str, unknown))}")
         self.advance(at, step)
-        self._settle()
+        self._settle(at)
         outcomes = self.play(at, slots, terms, uniforms)
         self._drawn |= set(slots)
         return outcomes
@@ -114,13 +114,13 @@ class PlayingHost(PositionedHost):
         assert isinstance(host, Host)
         assert self._watch_games is not None
         with self._watch_games.running():
-            if self._records_games and RecordedGames.serves(self._principals, terms):
+            if self._records_games:
                 self._check(at)
                 if self._recorded is None:
                     self._recorded = RecordedGames(host, self._roles, decoding, self._principals)
                 with self._all_or_nothing():
                     self._recorded.begin(slots, terms, uniforms)
-                self._under_way = UnderWay(self._recorded)
+                self._under_way = UnderWay(self, at)
                 return self._under_way
             proposal = self.propose(at, slots, num_candidates=num_candidates(decoding), min_p=decoding.min_p)
             rewards = token_rewards(self._principals, by_role(self._roles, proposal.role_logprobs_BRK))
@@ -128,12 +128,25 @@ class PlayingHost(PositionedHost):
             host.newest_S[list(slots)] = played.token_ids.to(host.device)
             return played.outcomes(terms)
 
-    def _settle(self) -> None:
-        """See to the outcome of the step before; where that corrects a token, compute what followed it again."""
+    def _settle(self, at: Position) -> None:
+        """See to the outcome of the step before `at`; where that corrects a token, compute what followed it again."""
         under_way, self._under_way = self._under_way, None
-        if under_way is not None and under_way.settle():
+        # a step that is asked for again has nothing behind it
+        if under_way is not None and under_way.settle() and under_way.at != at:
             assert isinstance(self._host, Host)
-            self._host.compute_again()
+            with self._all_or_nothing():
+                self._host.compute_again()
+
+    def settle(self) -> tuple[list[TokenOutcome], bool]:
+        """The outcome of the games that were begun, and whether a token is another one than was gone on with."""
+        assert self._recorded is not None
+        assert self._watch_games is not None
+        try:
+            with self._all_or_nothing(), self._watch_games.running():
+                return self._recorded.settle()
+        except BaseException:
+            self._under_way = self._recorded = None
+            raise
 
     def work(self) -> HostWork:
         """What a language model's host did so far."""
@@ -144,17 +157,18 @@ class PlayingHost(PositionedHost):
 
 
 class UnderWay(Pending):
-    """Games that a device plays."""
+    """Games that a device plays, of the step at `at`."""
 
-    def __init__(self, games: RecordedGames) -> None:
-        self._games = games
+    def __init__(self, host: PlayingHost, at: Position) -> None:
+        self.at = at
+        self._host = host
         self._outcomes: list[TokenOutcome] | None = None
 
     def settle(self) -> bool:
         """Whether a token is another one than the host has gone on with; once, and no more."""
         if self._outcomes is not None:
             return False
-        self._outcomes, is_other = self._games.settle()
+        self._outcomes, is_other = self._host.settle()
         return is_other
 
     def wait(self) -> list[TokenOutcome]:
@@ -165,6 +179,15 @@ class UnderWay(Pending):
 
 def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched) -> PlayingHost:
     """Load the run's host number `index` into this process. Raises ConfigurationError."""
-    roles = assembly.lineup.hosts[index].roles
+    lineup = assembly.lineup
     host = load_any_host(assembly.hosts[index])
-    return PlayingHost(host, roles, assembly.config.decoding, assembly.lineup.principals, watch)
+    can_record = len(lineup.hosts) == 1 and host.device.type == "cuda" and what_is_missing(host.device) is None
+    rules = {variant.rule for variant in assembly.variants}
+    return PlayingHost(
+        host,
+        lineup.hosts[index].roles,
+        assembly.config.decoding,
+        lineup.principals,
+        watch,
+        records_games=can_record and RecordedGames.serves(lineup.principals, rules),
+    )

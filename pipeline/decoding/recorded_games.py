@@ -9,7 +9,7 @@ S slots, J principals, R roles, K candidates, C columns of what is played.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,9 +80,9 @@ class RecordedGames:
         self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     @staticmethod
-    def serves(principals: Sequence[PrincipalRoles], terms: Sequence[Terms]) -> bool:
-        """Whether a recording can play these games."""
-        return 0 < len(principals) <= MOST_PRINCIPALS and all(each.rule is RuleName.EQUILIBRIUM for each in terms)
+    def serves(principals: Sequence[PrincipalRoles], rules: Collection[RuleName]) -> bool:
+        """Whether a recording can play all games of a run: who plays a row's must not depend on its company."""
+        return 0 < len(principals) <= MOST_PRINCIPALS and set(rules) == {RuleName.EQUILIBRIUM}
 
     @torch.inference_mode()
     def begin(self, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]) -> None:
@@ -100,9 +100,8 @@ class RecordedGames:
     @torch.inference_mode()
     def settle(self) -> tuple[list[TokenOutcome], bool]:
         """The outcomes of what was begun, and whether a token is not the one that was in `newest_S` so far."""
-        assert self._asked is not None
-        assert self._answer is not None
-        asked = self._asked
+        asked, self._asked = self._asked, None
+        assert asked is not None
         first = numbers_SC = self._wait()
         slots = list(asked.slots)
         while self._unsolved(numbers_SC, slots) and self._rung + 1 < len(NUM_STEPS):
@@ -114,7 +113,6 @@ class RecordedGames:
             numbers_SC = self._finish(numbers_SC, asked, unsolved)
         elif self._rung and steps <= NUM_STEPS[self._rung - 1]:
             self._rung -= 1
-        self._asked = self._answer = None
         is_other = bool((numbers_SC[slots, 0] != first[slots, 0]).any())
         if is_other:
             self._host.newest_S[slots] = numbers_SC[slots, 0].long().to(self._host.device)

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo
 from transformers.modeling_layers import GradientCheckpointingLayer  # what every decoder layer is derived from
 
 from pipeline.models.joined import join_projections
+
+RECOMPILATIONS = 64  # shapes and kinds of layers, over all models of a process
 
 
 class CompiledLayers:
@@ -33,7 +36,9 @@ class CompiledLayers:
         try:
             for layer, forward in zip(self._layers, self._forwards, strict=True):
                 layer.forward = forward
-            yield
+            # beyond the limit a layer is computed as it is, without a word: slower, and to other bits
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+                yield
         finally:
             for layer in self._layers:
                 layer.__dict__.pop("forward", None)

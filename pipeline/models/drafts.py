@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from pipeline.models.prefixes import Key, Prompt
@@ -93,10 +93,6 @@ class Draft:
             yield part
         if follows:
             yield PromptPass(copies=list(follows.values()))
-
-    def without_prompts(self) -> Draft:
-        """The running rows alone."""
-        return replace(self, segments=[], tokens=[], positions=[], adapters=[], follows=[])
 
 
 @dataclass(slots=True)

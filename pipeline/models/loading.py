@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigurationError
@@ -17,7 +19,9 @@ from pipeline.models.row_attention import what_is_missing
 from pipeline.models.slots import ATTENTION
 from pipeline.models.sources import fetch_weights
 from pipeline.models.tokenizers import reason_of
+from pipeline.models.transfers import on_device
 
+PROBES = ([1, 2, 3, 4], [5, 6, 7])  # token ids
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
@@ -30,17 +34,19 @@ def load_host(spec: HostSpec) -> Host:
     device = pick_device(spec.device)
     if spec.strict and device.type == "cpu":
         torch.set_num_threads(1)  # with more, a row's bits depend on the number of rows
-    if device.type == "cuda" and (missing := what_is_missing()):
+    if device.type == "cuda" and (missing := what_is_missing(device)):
         warnings.warn(
             f"{spec.title} will take several times as long: kernels for this GPU cannot be built without {missing}",
             RuntimeWarning,
             stacklevel=2,
         )
-    model = _load_model(spec, device)
-    make_host = partial(Host, model, spec.roles, vocab_size=spec.vocab_size, strict=spec.strict)
-    probed = make_host(num_slots=1)
-    _probe(probed, model, spec)
-    return make_host(num_slots=spec.num_slots, bytes_per_token=probed.cache_bytes_per_token)
+    with on_device(device):
+        model = _load_model(spec, device)
+        expected = _plain_logprobs(model, spec)  # before a host changes the model
+        make_host = partial(Host, model, spec.roles, vocab_size=spec.vocab_size, strict=spec.strict)
+        probed = make_host(num_slots=len(PROBES))
+        _probe(probed, model, spec, expected)
+        return make_host(num_slots=spec.num_slots, bytes_per_token=probed.cache_bytes_per_token)
 
 
 def pick_device(device: str) -> torch.device:
@@ -87,27 +93,37 @@ def _with_adapter(model: Any, name: str, folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def _probe(host: Host, model: Any, spec: HostSpec) -> None:
-    """Compare prefill and one decode step of the slot decoder with a plain pass of the model's own attention."""
-    prompt, last = [1, 2, 3], 4
-    config = model.config
-    ids = torch.tensor([[*prompt, last]], device=next(model.parameters()).device)
-    role = spec.roles[0]
-    adapter = {"adapter_names": [role.adapter or "__base__"]} if spec.adapters else {}
-    plain = model(input_ids=ids, use_cache=False, **adapter).logits[0, -1, : spec.vocab_size].float()
+def _plain_logprobs(model: Any, spec: HostSpec) -> list[Tensor]:
+    """The first role's log-probabilities [V] after each probe, by a plain pass of the model's own attention."""
+    adapter = {"adapter_names": [spec.roles[0].adapter or "__base__"]} if spec.adapters else {}
+    device = next(model.parameters()).device
+    logits = [
+        model(input_ids=torch.tensor([probe], device=device), use_cache=False, **adapter).logits[0, -1]
+        for probe in PROBES
+    ]
+    return [each[: spec.vocab_size].float().log_softmax(-1) for each in logits]
+
+
+@torch.inference_mode()
+def _probe(host: Host, model: Any, spec: HostSpec, expected: Sequence[Tensor]) -> None:
+    """Compare prefill and one decode step of the slot decoder with plain passes."""
     inner = model.get_base_model() if spec.adapters else model
+    slots = list(range(len(PROBES)))
     try:
         inner.set_attn_implementation(ATTENTION)
-        host.advance([Admission(0, {role.name: prompt for role in spec.roles})], [], [])
-        host.advance([], [0], [last])
+        host.advance(
+            [Admission(slot, {role.name: PROBES[slot][:-1] for role in spec.roles}) for slot in slots], [], []
+        )
+        host.advance([], slots, [probe[-1] for probe in PROBES])
+        found = host.logprobs_at(slots, None)[:, 0]
     except Exception as error:
-        raise _refused(spec, config, reason_of(error)) from error
-    difference = (host.logprobs_at([0], None)[0, 0] - plain.log_softmax(-1)).abs().max().item()
-    tolerance = PROBE_TOLERANCE.get(plain.dtype if model.dtype is None else model.dtype, 0.5)
+        raise _refused(spec, model.config, reason_of(error)) from error
+    difference = (found - torch.stack([*expected])).abs().max().item()
+    tolerance = PROBE_TOLERANCE.get(model.dtype, 0.5)
     if not difference <= tolerance:
         raise _refused(
             spec,
-            config,
+            model.config,
             f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}",
         )
 

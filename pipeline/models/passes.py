@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models import row_attention
 from pipeline.models.compiling import CompiledLayers
 from pipeline.models.drafts import Draft
 from pipeline.models.messages import DRAWN
+from pipeline.models.row_attention import what_is_missing
 from pipeline.models.segments import Segment
 from pipeline.models.slots import SlotCache, SlotPass, running
 from pipeline.models.static_steps import MOST_SEGMENTS, StaticSteps
@@ -55,9 +55,8 @@ class Passes:
         self._vocab_size = vocab_size
         self._mixes_adapters = mixes_adapters
         self._strict = strict
-        parameter = next(model.parameters())
-        self.device: torch.device = parameter.device
-        wanted = row_attention.serves(parameter) if has_static_steps is None else has_static_steps
+        self.device: torch.device = next(model.parameters()).device
+        wanted = _is_capable(self.device) if has_static_steps is None else has_static_steps
         self._has_static_steps = wanted and not mixes_adapters
         self._compiled = CompiledLayers(model) if self._has_static_steps and self.device.type == "cuda" else None
         self._static_steps: StaticSteps | None = None
@@ -77,6 +76,7 @@ class Passes:
         if self._has_static_steps:
             self._static_steps = StaticSteps(
                 self._compute_compiled,
+                self._compute,
                 cache,
                 num_prompt_tokens=PROMPT_SHAPE,
                 spare_row=spare_row,
@@ -135,7 +135,7 @@ class Passes:
 
     def _compute_compiled(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         with nullcontext() if self._compiled is None else self._compiled.in_use():
-            return self._compute(slot_pass, ids, positions, keep=keep)
+            return self._compute(slot_pass, ids, positions, keep)
 
     def _last_tokens(self, draft: Draft, newest_S: Tensor) -> Tensor:
         """The newest tokens [R] of running rows, those among them that were drawn on the device."""
@@ -158,10 +158,10 @@ class Passes:
         mixed = {"adapter_names": [name or BACKBONE for name in adapters]} if self._mixes_adapters else {}
         at_T = to_device(list(positions), self.device, torch.long)
         kept = 1 if self._mixes_adapters else max(keep, 1)
-        logits_TV = self._compute(slot_pass, ids_T.view(shape), at_T.view(shape), keep=kept, **mixed)
+        logits_TV = self._compute(slot_pass, ids_T.view(shape), at_T.view(shape), kept, **mixed)
         return logits_TV[len(logits_TV) - keep :]
 
-    def _compute(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, *, keep: int, **mixed: Any) -> Tensor:
+    def _compute(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int, **mixed: Any) -> Tensor:
         """The logits [T, V] of the last `keep` tokens of each row of `ids`."""
         with running(slot_pass):
             output = self._model(
@@ -180,3 +180,8 @@ class Passes:
             yield
         self.num_forwards += 1
         self.num_tokens += num_tokens
+
+
+def _is_capable(device: torch.device) -> bool:
+    """Whether kernels can be built for it."""
+    return device.type == "cuda" and what_is_missing(device) is None

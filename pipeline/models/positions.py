@@ -12,6 +12,7 @@ from pipeline.errors import HostOutOfMemory, StateLost
 from pipeline.models.host import Host
 from pipeline.models.messages import Candidates, Position, Rewards, Step
 from pipeline.models.reward_host import RewardHost
+from pipeline.models.transfers import on_device
 from pipeline.points import Point, Watcher, unwatched
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -112,7 +113,8 @@ class PositionedHost:
     def _all_or_nothing(self) -> Iterator[None]:
         """Forget all positions if the call fails: it may have left any row half-written."""
         try:
-            yield
+            with on_device(self._host.device):
+                yield
         except BaseException as error:
             self._held.clear()
             if is_out_of_memory(error):

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from pipeline.models.plain_attention import attend_segment
+from pipeline.models.row_attention import what_is_missing
 from pipeline.models.segments import Segment
 from pipeline.models.transfers import to_device
 
 WIDEST, WIDTH_STEP = 256, 8  # head widths that the kernel takes
 
 
-def serves(tensor: Tensor) -> bool:
-    """Whether the kernel takes such queries."""
-    width = tensor.shape[-1]
-    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
-    return tensor.is_cuda and is_half and width <= WIDEST and width % WIDTH_STEP == 0
+def serves(key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes such keys and values, from where they are."""
+    width = key.shape[-1]
+    is_half = key.dtype in (torch.bfloat16, torch.float16)
+    fits = width == value.shape[-1] <= WIDEST and width % WIDTH_STEP == 0
+    return key.is_cuda and is_half and fits and what_is_missing(key.device) is None
 
 
 class Prompts:
@@ -43,7 +45,7 @@ class Prompts:
         self._segments: Sequence[Segment] = ()
         # cache row and position of each token
         self._places = torch.zeros(2, num_tokens, dtype=torch.long, device=device)
-        # by segment: where its queries and its row's keys begin, and how many keys it has
+        # by segment: where its queries begin, which row it is of, and how many keys it has
         self._bounds = torch.zeros(3, most_segments + 1, dtype=torch.int32, device=device)
 
     @property
@@ -51,8 +53,8 @@ class Prompts:
         """Of each token in its row, [T]."""
         return self._places[1]
 
-    def load(self, segments: Sequence[Segment], row_tokens: int) -> None:
-        """Take other segments; `row_tokens` is G L of the cache's buffers."""
+    def load(self, segments: Sequence[Segment]) -> None:
+        """Take other segments."""
         self._segments = segments
         counts = [part.stop - part.start for part in segments]
         missing = self._places.shape[1] - sum(counts)
@@ -64,7 +66,7 @@ class Prompts:
         ends = [0, *accumulate(counts)]
         bounds = [
             [*ends, *([ends[-1]] * (len(blank) - 1))],
-            [*(part.row * row_tokens for part in segments), *blank],
+            [*(part.row for part in segments), *blank],
             [*(part.stop for part in segments), *blank],
         ]
         self._bounds.copy_(to_device(bounds, self._bounds.device, torch.int32), non_blocking=True)
@@ -85,20 +87,20 @@ class Prompts:
         window: int | None,
     ) -> None:
         """Attend over what is written, up to each token's own position."""
-        if not serves(query_HTD):
+        if not serves(keys, values):
             self._attend_each(query_HTD, keys, values, out_THD, scale=scale, window=window)
             return
         # rows of a cache stand [G, L, D]: a token of the first head is L tokens before the same one of the next
         num_rows, num_kv_heads, capacity, width = keys.shape
         shape = (num_rows * num_kv_heads * capacity - (num_kv_heads - 1) * capacity, num_kv_heads, width)
         flat_keys, flat_values = (each.as_strided(shape, (width, capacity * width, 1)) for each in (keys, values))
-        query_starts, key_starts, num_keys = self._bounds
+        query_starts, rows, num_keys = self._bounds
         out_THD[:] = torch.ops.aten._flash_attention_forward(
             query_HTD.transpose(0, 1),
             flat_keys,
             flat_values,
             query_starts,
-            key_starts,
+            rows * (num_kv_heads * capacity),
             len(out_THD),
             capacity,
             0.0,

@@ -84,9 +84,13 @@ class RewardHost:
         self._spec = spec
         self._context_length = context_length
         self._strict = strict
-        self._device = next(backbone.parameters()).device
+        self._device: torch.device = next(backbone.parameters()).device
         self.num_forwards = 0
         self.resize(num_slots)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def fitting_slots(self, row_tokens: int) -> int:
         """It keeps no buffers, so that it sets no limit of its own."""

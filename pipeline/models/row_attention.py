@@ -12,27 +12,39 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pipeline.models.transfers import on_device
+
 BLOCK = 32  # keys at once; with the warps and stages below the fastest of 27 on an H100, whatever the lengths
+OLDEST = (8, 0)  # compute capability
 _SMALLEST_DOT = 16  # rows of a matrix product
 
 
-def serves(tensor: Tensor) -> bool:
-    """Whether the kernel can be used for what is on the tensor's device."""
-    return tensor.is_cuda and what_is_missing() is None
+def serves(key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes such keys and values, from where they are."""
+    width = key.shape[-1]
+    return key.is_cuda and what_is_missing(key.device) is None and width == value.shape[-1] >= _SMALLEST_DOT
 
 
 @cache
-def what_is_missing() -> str | None:
-    """What this machine lacks to build kernels for a GPU."""
+def what_is_missing(device: torch.device) -> str | None:
+    """What it takes to build kernels for a GPU and is not here."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < OLDEST:
+        return f"a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or later"
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
-    has_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
-    return None if has_compiler else "a C compiler (gcc, say)"
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "a C compiler (gcc, say)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (Python.h)"
+    return None
 
 
 def attend_rows(
@@ -50,20 +62,22 @@ def attend_rows(
 ) -> None:
     """Write the newest keys and values into the cache [rows, G, L, D] at `rows_R`, `last_R`, and attend.
 
-    `out_RHD` takes the answer; its last dimension must be contiguous, as all others' must be.
+    `out_RHD` takes the answer. Last dimensions must be contiguous.
     """
+    assert query_HRD.stride(2) == key_GRD.stride(2) == value_GRD.stride(2) == out_RHD.stride(2) == 1
     num_heads, num_rows, width = query_HRD.shape
     num_kv_heads = keys.shape[1]
     num_shared = num_heads // num_kv_heads
-    _kernel()[num_rows, num_kv_heads](
-        query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD,
-        (width**-0.5 if scale is None else scale) * math.log2(math.e), window or 0,
-        *query_HRD.stride()[:2], *key_GRD.stride()[:2], *value_GRD.stride()[:2],
-        *keys.stride()[:2], *out_RHD.stride()[:2],
-        WIDTH=width, PADDED_WIDTH=1 << (width - 1).bit_length(),
-        SHARED=num_shared, PADDED_SHARED=max(_SMALLEST_DOT, 1 << (num_shared - 1).bit_length()),
-        BLOCK=BLOCK, num_warps=2, num_stages=2,
-    )  # fmt: skip
+    with on_device(query_HRD.device):
+        _kernel()[num_rows, num_kv_heads](
+            query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD,
+            (width**-0.5 if scale is None else scale) * math.log2(math.e), window or 0,
+            *query_HRD.stride()[:2], *key_GRD.stride()[:2], *value_GRD.stride()[:2],
+            *keys.stride()[:2], *out_RHD.stride()[:2],
+            WIDTH=width, PADDED_WIDTH=1 << (width - 1).bit_length(),
+            SHARED=num_shared, PADDED_SHARED=max(_SMALLEST_DOT, 1 << (num_shared - 1).bit_length()),
+            BLOCK=BLOCK, num_warps=2, num_stages=2,
+        )  # fmt: skip
 
 
 _made: list[Any] = []

@@ -262,7 +262,7 @@ def _attend_rows(
 ) -> None:
     """Write and attend for one token a running row."""
     rows_R, last_R = slot_pass.rows_R, slot_pass.last_R
-    if row_attention.serves(query_HRD):
+    if row_attention.serves(keys, values):
         row_attention.attend_rows(
             query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD, scale=scaling, window=window
         )

@@ -34,6 +34,7 @@ class StaticSteps:
 
     Args:
         forward: the model over packed tokens.
+        plain: the same, for a pass of another shape.
         cache: where keys and values are; passes are recorded anew when its buffers move.
         num_prompt_tokens: T.
         spare_row: a cache row that nobody reads, for what is missing to a full batch.
@@ -41,9 +42,17 @@ class StaticSteps:
     """
 
     def __init__(
-        self, forward: Forward, cache: SlotCache, *, num_prompt_tokens: int, spare_row: int, device: torch.device
+        self,
+        forward: Forward,
+        plain: Forward,
+        cache: SlotCache,
+        *,
+        num_prompt_tokens: int,
+        spare_row: int,
+        device: torch.device,
     ) -> None:
         self._forward = forward
+        self._plain = plain
         self._cache = cache
         self._spare_row = spare_row
         self._device = device
@@ -71,9 +80,8 @@ class StaticSteps:
         self._prompt_ids.copy_(
             to_device([*part.tokens, *([0] * missing)], self._device, torch.long), non_blocking=True
         )
-        buffer = self._cache.keys[0]
-        self._prompts.load(part.segments, buffer.shape[1] * buffer.shape[2])
-        if serves(buffer):
+        self._prompts.load(part.segments)
+        if all(map(serves, self._cache.keys, self._cache.values)):
             self.recorder.run("prompts", self._pass_prompts)
         else:  # the parts are computed one by one, which differs every time
             self._pass_prompts()
@@ -84,7 +92,7 @@ class StaticSteps:
             first = SlotPass(
                 self._cache, [Segment(self._spare_row, 0, 1)], (), (), (), nothing_R, nothing_R, per_row=True
             )
-            self._forward(first, self._prompt_ids[None, :1], self._prompt_ids[None, :1], 1)
+            self._plain(first, self._prompt_ids[None, :1], self._prompt_ids[None, :1], 1)
         self._cache.reserve(num_tokens)
         if self._moves != self._cache.num_moves:
             self._moves = self._cache.num_moves

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from pipeline.models.transfers import on_device
+
 _MOST_OPEN = 256  # measurements that are kept before those that are done are read
 
 
@@ -16,22 +18,23 @@ class Stopwatch:
     """Adds up what its `running` blocks took."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count what is done, or begun on a GPU, within."""
-        if not self._on_gpu:
+        if self._device.type != "cuda":
             started_s = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - started_s
             return
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        started.record()
-        yield
-        ended.record()
+        with on_device(self._device):
+            started.record()
+            yield
+            ended.record()
         self._open.append((started, ended))
         while len(self._open) > _MOST_OPEN and self._open[0][1].query():  # type: ignore[no-untyped-call]
             self._read_one()
