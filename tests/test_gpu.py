@@ -6,23 +6,14 @@ import random
 
 import pytest
 import torch
-from decoding_setup import ask, config_of, decode
+from decoding_setup import config_of, decode
+from test_strict import PAIR, ROWS, host_of, logits_after
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.models.host import Host
-from pipeline.models.loading import load_host
-from pipeline.models.messages import Admission, HostRole, HostSpec
 from pipeline.models.row_attention import attend_rows
-from pipeline.models.sources import resolve_model
 
 pytestmark = pytest.mark.gpu
 
-PAIR = {
-    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
-    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
-}
-ROWS = [ask(f"r{at}", "tell me " * (at % 5) + "x" * (7 * at % 11 + 1)) for at in range(20)]
-ROLES = (HostRole("a"), HostRole("b"))
 KINDS = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "neox"]
 
 
@@ -61,31 +52,6 @@ def test_the_kernel_writes_and_attends_as_a_plain_softmax_does(dtype, num_heads,
     assert torch.equal(values, expected_values)
 
 
-def host_of(folder, *, strict, num_slots, dtype="auto", has_static_steps=None, device="cuda") -> Host:
-    source = resolve_model(str(folder), cache_folder=folder)
-    spec = HostSpec(
-        name="base", serves=("base",), source=source, dtype=dtype, device=device, roles=ROLES, num_slots=num_slots,
-        vocab_size=261, strict=strict, cache_folder=folder,
-    )  # fmt: skip
-    host = load_host(spec)
-    if has_static_steps is None:
-        return host
-    return Host(
-        host._passes._model, ROLES, num_slots=num_slots, vocab_size=261, strict=strict,
-        has_static_steps=has_static_steps,
-    )  # fmt: skip
-
-
-def logits_after(host: Host, places: dict[int, int], prompts, num_steps=6):
-    host.advance(
-        [Admission(slot, {"a": prompts[row], "b": prompts[row][1:]}) for row, slot in places.items()], [], []
-    )
-    for step in range(num_steps):
-        host.advance([], list(places.values()), [(7 * row + step) % 256 for row in places])
-    logits = host.logprobs_at(list(places.values()), None)
-    return {row: logits[at].clone() for at, row in enumerate(places)}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_recorded_and_compiled_passes_give_the_logits_of_the_cpu(tiny, kind):
     """Rows come and go, and one outgrows its buffer."""
@@ -109,7 +75,7 @@ def test_logits_of_a_row_are_the_same_to_the_bit_in_any_company(tiny, kind, dtyp
     num_slots = 40
     generator = random.Random(1)
     prompts = [[generator.randrange(256) for _ in range(generator.randrange(3, 300))] for _ in range(num_slots)]
-    host = host_of(tiny(kind), strict=True, num_slots=num_slots, dtype=dtype)
+    host = host_of(tiny(kind), strict=True, num_slots=num_slots, dtype=dtype, device="cuda")
     together = logits_after(host, {row: row for row in range(num_slots)}, prompts)
     for company in ([0], [3, 1], list(range(7, 0, -1)), list(range(0, 34, 2)), list(range(33))):
         places = dict(zip(company, generator.sample(range(num_slots), len(company)), strict=True))

@@ -22,10 +22,10 @@ ROWS = [ask(f"r{at}", "tell me " * (at % 5) + "x" * (7 * at % 11 + 1)) for at in
 ROLES = (HostRole("a"), HostRole("b"))
 
 
-def host_of(folder, *, strict, num_slots, has_static_steps=None):
+def host_of(folder, *, strict, num_slots, has_static_steps=None, dtype="auto", device="cpu"):
     source = resolve_model(str(folder), cache_folder=folder)
     spec = HostSpec(
-        name="base", serves=("base",), source=source, dtype="auto", device="cpu", roles=ROLES, num_slots=num_slots,
+        name="base", serves=("base",), source=source, dtype=dtype, device=device, roles=ROLES, num_slots=num_slots,
         vocab_size=261, strict=strict, cache_folder=folder,
     )  # fmt: skip
     host = load_host(spec)
