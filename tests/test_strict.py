@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -112,6 +114,27 @@ def test_a_cache_that_grows_keeps_what_it_holds(tiny):
     grown = logits_after(host, {0: 0, 1: 1}, [short, long], num_steps=20)  # passes 256 on the way
     alone = logits_after(host_of(folder, strict=True, num_slots=2), {0: 1}, [short, long], num_steps=20)
     assert torch.equal(grown[0], alone[0])
+
+
+def test_a_host_that_is_resized_lets_go_of_its_buffers_before_it_makes_others(tiny, monkeypatch):
+    """It is resized when memory is short."""
+    host = host_of(tiny(), strict=True, num_slots=4)
+    logits_after(host, {0: 0}, [[1, 2, 3]])
+    buffers = [host._logits_RV, *host._cache.keys, *host._cache.values]
+    storages = [weakref.ref(buffer if buffer._base is None else buffer._base) for buffer in buffers]
+    del buffers
+    held: list[bool] = []
+    lay_out = Host._lay_out
+
+    def watched(self, num_slots):
+        gc.collect()
+        held.extend(storage() is not None for storage in storages)
+        lay_out(self, num_slots)
+
+    monkeypatch.setattr(Host, "_lay_out", watched)
+    host.resize(2)
+    assert len(held) == 5
+    assert not any(held)
 
 
 @pytest.mark.parametrize("candidates", [50, "all"])

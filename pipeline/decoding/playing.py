@@ -20,7 +20,7 @@ from pipeline.models.messages import DRAWN, HostRole, Position, Step
 from pipeline.models.positions import PositionedHost
 from pipeline.models.reward_host import RewardHost
 from pipeline.models.reward_loading import load_any_host
-from pipeline.models.row_attention import what_is_missing
+from pipeline.models.row_attention import can_build_for
 from pipeline.models.stopwatch import Stopwatch
 from pipeline.points import Watcher, unwatched
 
@@ -181,7 +181,7 @@ def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched
     """Load the run's host number `index` into this process. Raises ConfigurationError."""
     lineup = assembly.lineup
     host = load_any_host(assembly.hosts[index])
-    can_record = len(lineup.hosts) == 1 and host.device.type == "cuda" and what_is_missing(host.device) is None
+    can_record = len(lineup.hosts) == 1 and can_build_for(host.device)
     rules = {variant.rule for variant in assembly.variants}
     return PlayingHost(
         host,

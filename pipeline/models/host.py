@@ -73,11 +73,8 @@ class Host:
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
         self._passes.let_go()
-        del (
-            self._cache,
-            self._logits_RV,
-            self.newest_S,
-        )  # before the new ones are made: this is asked for when memory is short
+        # before the new ones are made: this is asked for when memory is short
+        del self._cache, self._logits_RV, self._padded_RV, self.newest_S
         if self._passes.device.type == "cuda":
             torch.cuda.empty_cache()
         self._lay_out(num_slots)

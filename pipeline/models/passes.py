@@ -15,15 +15,14 @@ from torch import Tensor
 from pipeline.models.compiling import CompiledLayers
 from pipeline.models.drafts import Draft
 from pipeline.models.messages import DRAWN
-from pipeline.models.row_attention import what_is_missing
+from pipeline.models.row_attention import can_build_for
 from pipeline.models.segments import Segment
 from pipeline.models.slots import SlotCache, SlotPass, running
-from pipeline.models.static_steps import MOST_SEGMENTS, StaticSteps
+from pipeline.models.static_steps import MIN_ROWS, MOST_SEGMENTS, StaticSteps
 from pipeline.models.stopwatch import Stopwatch
 from pipeline.models.transfers import to_device
 
 PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
-MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
 BACKBONE = "__base__"  # peft's name for "no adapter" in a mixed batch
 
 
@@ -56,7 +55,7 @@ class Passes:
         self._mixes_adapters = mixes_adapters
         self._strict = strict
         self.device: torch.device = next(model.parameters()).device
-        wanted = _is_capable(self.device) if has_static_steps is None else has_static_steps
+        wanted = can_build_for(self.device) if has_static_steps is None else has_static_steps
         self._has_static_steps = wanted and not mixes_adapters
         self._compiled = CompiledLayers(model) if self._has_static_steps and self.device.type == "cuda" else None
         self._static_steps: StaticSteps | None = None
@@ -180,8 +179,3 @@ class Passes:
             yield
         self.num_forwards += 1
         self.num_tokens += num_tokens
-
-
-def _is_capable(device: torch.device) -> bool:
-    """Whether kernels can be built for it."""
-    return device.type == "cuda" and what_is_missing(device) is None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.plain_attention import attend_segment
-from pipeline.models.row_attention import what_is_missing
+from pipeline.models.row_attention import can_build_for
 from pipeline.models.segments import Segment
 from pipeline.models.transfers import to_device
 
@@ -27,7 +27,7 @@ def serves(key: Tensor, value: Tensor) -> bool:
     width = key.shape[-1]
     is_half = key.dtype in (torch.bfloat16, torch.float16)
     fits = width == value.shape[-1] <= WIDEST and width % WIDTH_STEP == 0
-    return key.is_cuda and is_half and fits and what_is_missing(key.device) is None
+    return is_half and fits and can_build_for(key.device)
 
 
 class Prompts:

@@ -30,7 +30,12 @@ _SMALLEST_DOT = 16  # rows of a matrix product
 def serves(key: Tensor, value: Tensor) -> bool:
     """Whether the kernel takes such keys and values, from where they are."""
     width = key.shape[-1]
-    return key.is_cuda and what_is_missing(key.device) is None and width == value.shape[-1] >= _SMALLEST_DOT
+    return can_build_for(key.device) and width == value.shape[-1] >= _SMALLEST_DOT
+
+
+def can_build_for(device: torch.device) -> bool:
+    """Whether it is a GPU and kernels for it can be built here."""
+    return device.type == "cuda" and what_is_missing(device) is None
 
 
 @cache
@@ -80,13 +85,9 @@ def attend_rows(
         )  # fmt: skip
 
 
-_made: list[Any] = []
-
-
+@cache
 def _kernel() -> Any:
-    """The kernel, made at its first use: triton comes with torch for GPUs and is not there elsewhere."""
-    if not _made:
-        from pipeline.models.row_kernel import attend_one_row
+    """The kernel, imported at its first use: triton comes with torch for GPUs and is not there elsewhere."""
+    from pipeline.models.row_kernel import attend_one_row
 
-        _made.append(attend_one_row)
-    return _made[0]
+    return attend_one_row

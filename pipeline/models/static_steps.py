@@ -21,12 +21,11 @@ from pipeline.models.segments import Segment
 from pipeline.models.slots import SlotCache, SlotPass
 from pipeline.models.transfers import to_device
 
-MIN_ROWS = 4
+MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
 MOST_SEGMENTS = 32  # of a pass over prompts
 
-Forward = Callable[
-    [SlotPass, Tensor, Tensor, int], Tensor
-]  # token ids and positions [1, T] to the last logits [n, V]
+# token ids and positions [1, T], and n, to the last logits [n, V]
+Forward = Callable[[SlotPass, Tensor, Tensor, int], Tensor]
 
 
 class StaticSteps:
