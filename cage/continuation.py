@@ -53,7 +53,7 @@ def follow_path(game: ScaledGame, *, enough: float, max_steps: int) -> tuple[Ten
     return thresholds_BJ, num_steps_B
 
 
-class _Walk(NamedTuple):
+class Walk(NamedTuple):
     """One row's walk: a point on the curve with its tangent, and the trial that is being corrected.
 
     aimed: where the trial was put; reached: how far that is from the point; normal: corrections are orthogonal to
@@ -83,11 +83,11 @@ class _Trial(NamedTuple):
 
 
 def _follow(game: ScaledGame, enough: float, max_steps: int, care: float) -> tuple[Tensor, Tensor, Tensor]:
-    walk = iterate(partial(_step, enough=enough, care=care), game, _set_out(game), max_steps=max_steps)
+    walk = iterate(partial(step_on, enough=enough, care=care), game, set_out(game), max_steps=max_steps)
     return walk.point[:, :-1], walk.num_steps, walk.arrived
 
 
-def _set_out(game: ScaledGame) -> _Walk:
+def set_out(game: ScaledGame) -> Walk:
     """Start where the first principal is about to pay, or at s = 1 if nobody does."""
     spread_BJ = 1.0 - lone_thresholds(game)
     log_factor_B = spread_BJ.amax(1).clamp_min(1.0).log().neg()
@@ -96,7 +96,7 @@ def _set_out(game: ScaledGame) -> _Walk:
     tangent_BU = _unit(torch.cat([start_BU[:, :-1] - 1.0, torch.ones_like(log_factor_B)[:, None]], 1))
     stride_B = torch.full_like(log_factor_B, _FIRST_STRIDE)
     trial = _ahead(start_BU, tangent_BU, stride_B)
-    return _Walk(
+    return Walk(
         running=stride_B > 0.0,
         num_steps=torch.zeros_like(stride_B, dtype=torch.int32),
         arrived=stride_B < 0.0,
@@ -112,7 +112,7 @@ def _set_out(game: ScaledGame) -> _Walk:
     )
 
 
-def _step(game: ScaledGame, walk: _Walk, *, enough: float, care: float) -> _Walk:
+def step_on(game: ScaledGame, walk: Walk, *, enough: float, care: float = _CARES[0][0]) -> Walk:
     """Look at the trial: accept it and stride on, correct it, or come back and try a shorter stride."""
     residual_B, newton_BU, tangent_BU = _look(game, walk.trial)
     near_B = _length(walk.trial - walk.aimed) <= _LARGEST_DETOUR * walk.reached + _DETOUR_ALLOWANCE
@@ -156,13 +156,13 @@ def _look(game: ScaledGame, at_BU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return response.log_residual.abs().amax(1).nan_to_num(torch.inf), newton_BU, _unit(tangent_BU)
 
 
-def _next_stride(walk: _Walk, accepted_B: Tensor, rejected_B: Tensor) -> Tensor:
+def _next_stride(walk: Walk, accepted_B: Tensor, rejected_B: Tensor) -> Tensor:
     grown_B = walk.stride * torch.where(walk.corrections <= 1, _LONGER, torch.where(walk.corrections >= 3, 0.7, 1.0))
     shrunk_B = torch.minimum(walk.stride, walk.reached) * _SHORTER
     return torch.where(accepted_B, grown_B, torch.where(rejected_B, shrunk_B, walk.stride))
 
 
-def _set_trial(walk: _Walk, fresh: _Trial, corrected_B: Tensor, newton_BU: Tensor, tangent_BU: Tensor) -> _Walk:
+def _set_trial(walk: Walk, fresh: _Trial, corrected_B: Tensor, newton_BU: Tensor, tangent_BU: Tensor) -> Walk:
     """Put the fresh trial, or where there is something to correct, move the old one orthogonally to the normal.
 
     Close to a point where the next piece of the curve leads elsewhere (a token changed sides), the trial is moved
@@ -195,7 +195,7 @@ def _ahead(point_BU: Tensor, tangent_BU: Tensor, stride_B: Tensor) -> _Trial:
     return _landed(point_BU + reached_B[:, None] * tangent_BU, reached_B, landing_B)
 
 
-def _between(walk: _Walk) -> _Trial:
+def _between(walk: Walk) -> _Trial:
     """Go back to s = 1 on the way from the point to a trial that was corrected past it."""
     gone_BU = walk.trial - walk.point
     share_B = (-walk.point[:, -1] / gone_BU[:, -1]).nan_to_num_(0.0, 0.0, 0.0)

@@ -19,7 +19,9 @@ def solve_small(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
         return right_BJR / matrix_BJJ, matrix_BJJ[:, 0, 0].sign()
     if right_BJR.shape[1] == 2:
         return _solve_two(matrix_BJJ, right_BJR)
-    return _eliminate(matrix_BJJ, right_BJR)
+    if torch.compiler.is_compiling():
+        return eliminate_by_masks(matrix_BJJ, right_BJR)
+    return eliminate(matrix_BJJ, right_BJR)
 
 
 def _solve_two(matrix_B22: Tensor, right_B2R: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +40,7 @@ def _solve_two(matrix_B22: Tensor, right_B2R: Tensor) -> tuple[Tensor, Tensor]:
     return scaled_B2R / determinant_B[:, None, None], determinant_B.sign()
 
 
-def _eliminate(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
+def eliminate(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
     """Gauss-Jordan elimination with partial pivoting."""
     num_unknowns = right_BJR.shape[1]
     augmented = torch.cat([matrix_BJJ, right_BJR], -1)
@@ -55,4 +57,25 @@ def _eliminate(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
         augmented[:, k] = pivot_row[:, 0]
     num_swaps_B = (torch.cat(places, 1) > 0).sum(1)
     sign_B = torch.cat(pivots, 1).sign().prod(1) * (1 - 2 * (num_swaps_B % 2))
+    return augmented[:, :, num_unknowns:], sign_B
+
+
+def eliminate_by_masks(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same to the same bits with nothing gathered or scattered: a compiler makes one kernel of it."""
+    num_unknowns = right_BJR.shape[1]
+    augmented = torch.cat([matrix_BJJ, right_BJR], -1)
+    order_J = torch.arange(num_unknowns, device=augmented.device)
+    pivots, are_swapped = [], []
+    for k in range(num_unknowns):
+        place_B1 = augmented[:, k:, k].abs().argmax(1, keepdim=True) + k
+        is_pivot_BJ1 = (order_J == place_B1)[..., None]
+        pivot_row = torch.where(is_pivot_BJ1, augmented, 0.0).sum(1)
+        augmented = torch.where(is_pivot_BJ1, augmented[:, k, None], augmented)
+        pivots.append(pivot_row[:, k])
+        are_swapped.append(place_B1[:, 0] > k)
+        pivot_row = (pivot_row / pivot_row[:, k, None])[:, None]
+        augmented = torch.addcmul(augmented, augmented[:, :, k, None], pivot_row, value=-1.0)
+        augmented = torch.where((order_J == k)[:, None], pivot_row, augmented)
+    num_swaps_B = torch.stack(are_swapped, 1).sum(1)
+    sign_B = torch.stack(pivots, 1).sign().prod(1) * (1 - 2 * (num_swaps_B % 2))
     return augmented[:, :, num_unknowns:], sign_B

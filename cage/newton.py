@@ -5,6 +5,7 @@ Shapes: B rows, J principals, K tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cage.continuation import follow_path
+from cage.continuation import Walk, follow_path, set_out, step_on
 from cage.game import Game
 from cage.pooling import pays_off, solve_pooled
 from cage.response import newton, nobody_pays
@@ -26,7 +27,7 @@ _ALWAYS_UNIQUE = 2  # so many principals have one equilibrium, whatever their va
 _DIRECT_STEPS = 32
 _LONGEST_STEP = 10.0  # agent temperatures; further the residuals have changed sides too often to be extrapolated
 _TURNING_BACK = 0.7  # of the last step
-_QUADRATIC = 0.3  # from this times the root of what is aimed at, the next step arrives; the answer is checked anyway
+_QUADRATIC = 0.3  # times the root of what is aimed at; the answer is checked anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,11 @@ class ThresholdNewton:
 
 @dataclass(frozen=True, slots=True)
 class BlindNewton:
-    """Newton for one or two principals that never looks at a number, so that a CUDA graph can hold it.
+    """The same without ever looking at a number, so that a CUDA graph can hold it.
 
-    Every row takes num_steps evaluations; one that needs more has status MAX_STEPS, and with more
-    steps no bit of the others changes. tol: as in `ThresholdNewton`. compiles: run compiled, for a GPU, where
-    the forty small operations of a step cost as much as large ones.
+    Every row takes num_steps evaluations; one that needs more, or more care along the path, has status MAX_STEPS,
+    and with more steps no bit of the others changes. tol: as in `ThresholdNewton`. compiles: run compiled, for a
+    GPU, where the forty small operations of a step cost as much as large ones.
     """
 
     num_steps: int = 12
@@ -63,15 +64,14 @@ class BlindNewton:
     compiles: bool = False
 
     def solve(self, game: Game) -> Solution:
-        """Return the equilibrium of each row. Raises ValueError for more than two principals."""
-        if game.num_principals > _ALWAYS_UNIQUE:
-            raise ValueError(f"BlindNewton takes at most {_ALWAYS_UNIQUE} principals; got {game.num_principals}")
+        """Return the equilibrium of each row, that of `ThresholdNewton`."""
         tol = default_tolerance(game) if self.tol is None else self.tol
-        begin, step, end = map(_compiled, (_begin, _step, _end)) if self.compiles else (_begin, _step, _end)
+        parts = (_begin, _step_blindly, _end)
+        begin, step, end = map(_compiled, parts) if self.compiles else parts
         whole, measures, scaled, state = begin(game)
         if game.num_principals:
             for _ in range(self.num_steps):
-                state = step(scaled, state, enough=tol / 2)
+                state = step(scaled, state, tol)
         return end(whole, measures, state, tol).of(game)
 
 
@@ -80,23 +80,34 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight]:
+def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight | Walk]:
     whole = widened(game)
     measures = measure(whole, looks=False)
     scaled = scale(whole, measures)
-    return whole, measures, scaled, _set_out(scaled, nobody_pays(scaled))
+    if game.num_principals <= _ALWAYS_UNIQUE:
+        return whole, measures, scaled, _set_out(scaled, nobody_pays(scaled))
+    return whole, measures, scaled, set_out(scaled)
 
 
-def _end(whole: Game, measures: Measures, state: _Straight, tol: float) -> Solution:
+def _step_blindly(game: ScaledGame, state: _Straight | Walk, tol: float) -> _Straight | Walk:
+    if isinstance(state, _Straight):
+        return _step(game, state, enough=tol / 2)
+    return step_on(game, state, enough=_nearly(tol / 2))
+
+
+def _end(whole: Game, measures: Measures, state: _Straight | Walk, tol: float) -> Solution:
+    if isinstance(state, _Straight):
+        thresholds_BJ, is_under_way_B = state.point, state.running
+    else:
+        thresholds_BJ, is_under_way_B = state.point[:, :-1], ~state.arrived
     draft = Draft(whole, measures)
-    draft.write(state.point)
+    draft.write(thresholds_BJ)
     solution = draft.solution(state.num_steps, tol)
+    if not whole.num_principals:
+        return solution
     # close enough is not enough: with more steps the row would go on, to other last bits
-    unfinished_B = state.running & (solution.status == int(Status.CONVERGED))
-    if whole.num_principals:
-        status_B = torch.where(unfinished_B, int(Status.MAX_STEPS), solution.status)
-        solution = replace(solution, status=status_B)
-    return solution
+    is_unfinished_B = is_under_way_B & (solution.status == int(Status.CONVERGED))
+    return replace(solution, status=torch.where(is_unfinished_B, int(Status.MAX_STEPS), solution.status))
 
 
 def find_thresholds(
@@ -116,7 +127,7 @@ def find_thresholds(
     if num_principals > _ALWAYS_UNIQUE and near_BJ is None:
         return _follow(game, aim, max_steps)
     start_BJ = nobody_pays(game) if near_BJ is None else near_BJ
-    enough = _QUADRATIC * aim**0.5 if near_BJ is None else aim
+    enough = _nearly(aim) if near_BJ is None else aim
     state = _go_straight(game, start_BJ, enough, min(_DIRECT_STEPS, max_steps))
     thresholds_BJ, num_steps_B = state.point, state.num_steps
     stalled = state.running.nonzero()[:, 0]
@@ -164,10 +175,13 @@ def _step(game: ScaledGame, state: _Straight, *, enough: float) -> _Straight:
 
 def _follow(game: ScaledGame, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
     """Follow the path in float64, where its turns are told from rounding."""
-    thresholds_BJ, num_steps_B = follow_path(
-        game.to(torch.float64), enough=_QUADRATIC * aim**0.5, max_steps=max_steps
-    )
+    thresholds_BJ, num_steps_B = follow_path(game.to(torch.float64), enough=_nearly(aim), max_steps=max_steps)
     return thresholds_BJ.to(game.values.dtype), num_steps_B
+
+
+def _nearly(aim: float) -> float:
+    """Residuals from which one more step arrives at what is aimed at."""
+    return _QUADRATIC * math.sqrt(aim)
 
 
 def _no_steps(game: ScaledGame) -> Tensor:

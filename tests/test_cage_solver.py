@@ -205,11 +205,12 @@ def test_a_step_reads_nothing_back_from_the_device(num_principals):
         straight = newton._Straight(ones < 1, ones.int(), start, start, start)
         for _ in range(3):
             straight = newton._step(scaled, straight, enough=1e-9)
-        walk = continuation._set_out(scaled)
+        walk = continuation.set_out(scaled)
         for _ in range(3):
-            walk = continuation._step(scaled, walk, enough=1e-9, care=1e-3)
+            walk = continuation.step_on(scaled, walk, enough=1e-9, care=1e-3)
         interior = maximin._Interior(ones < 1, ones.int(), start, ones, ones, start, ones, ones, start, start)
         for _ in range(3):
             interior = maximin._step(scaled, interior, tol=1e-9)
+        cage.BlindNewton(4).solve(game)
     with pytest.raises(AssertionError, match="in a step"), NoReadingBack():
         bool(ones.any())

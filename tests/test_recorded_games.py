@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from functools import partial
+
 import pytest
 import torch
 from decoding_setup import NOWHERE, ask, config_of
 
 import cage
+from cage import newton
+from cage.elimination import eliminate, eliminate_by_masks
 from pipeline.config import RuleName
 from pipeline.decoding import recorded_games
 from pipeline.decoding.assembly import assemble
@@ -22,6 +27,11 @@ from pipeline.models.messages import DRAWN, Admission, Position, Step
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
     "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
+}
+FOUR = {
+    **PAIR,
+    "odd": {"kind": "prompted", "principle": "be odd", "weight": 0.5},
+    "loud": {"kind": "prompted", "principle": "SHOUT", "weight": 0.3},
 }
 TERMS = Terms(RuleName.EQUILIBRIUM, 0.3, (0.7, 0.4))
 TERMS_COLD = Terms(RuleName.EQUILIBRIUM, 0.02, (0.7, 0.4))
@@ -65,17 +75,20 @@ def assert_same(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("decoding", [{}, {"min_p": 0.05, "top_p": 0.9}, {"temperature": 0}, {"candidates": 7}])
-@pytest.mark.parametrize("num_principals", [1, 2])
+@pytest.mark.parametrize("num_principals", [1, 2, 4])
 def test_answers_are_those_of_the_solver_that_looks(tiny, num_principals, decoding):
-    principals = dict(list(PAIR.items())[:num_principals])
+    principals = dict(list(FOUR.items())[:num_principals])
     expected, _ = records(tiny, records_games=False, principals=principals, **decoding)
     found, host = records(tiny, records_games=True, principals=principals, **decoding)
     assert_same(expected, found)
     assert host._recorded is not None
 
 
-@pytest.mark.parametrize("ladder", [(1, 2, 40), (1, 2, 3), (40,)])
-def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again(tiny, monkeypatch, ladder):
+@pytest.mark.parametrize("principals", [PAIR, FOUR], ids=["two", "four"])
+@pytest.mark.parametrize("ladder", [(1, 2, 60), (1, 2, 3), (60,)])
+def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again(
+    tiny, monkeypatch, ladder, principals
+):
     again = []
     compute_again = PlayingHost._settle
 
@@ -84,12 +97,32 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
         compute_again(self, at)
         again.append(self._host.num_forwards - before)
 
-    expected, _ = records(tiny, records_games=False, agent_temperature=0.05)
+    options = {"principals": principals, "agent_temperature": 0.05}
+    expected, _ = records(tiny, records_games=False, **options)
     monkeypatch.setattr(recorded_games, "NUM_STEPS", ladder)
+    monkeypatch.setattr(recorded_games, "NUM_STEPS_OF_PATHS", ladder)
     monkeypatch.setattr(PlayingHost, "_settle", watched)
-    found, _ = records(tiny, records_games=True, agent_temperature=0.05)
+    found, _ = records(tiny, records_games=True, **options)
     assert_same(expected, found)
-    assert bool(sum(again)) == (ladder == (1, 2, 3))
+    if ladder != (1, 2, 60):  # which is at its end with the first token, right or wrong
+        assert bool(sum(again)) == (ladder == (1, 2, 3))
+
+
+def test_a_shorter_recording_is_tried_again_when_it_had_been_enough_for_a_while(tiny, monkeypatch):
+    monkeypatch.setattr(recorded_games, "NUM_STEPS", (4, 40))
+    monkeypatch.setattr(recorded_games, "CALM", 3)
+    _, host = records(tiny, records_games=True)
+    lengths = []
+    launch = recorded_games.RecordedGames._launch
+    monkeypatch.setattr(
+        recorded_games.RecordedGames, "_launch", lambda self: lengths.append(self._ladder[self._rung]) or launch(self)
+    )
+    recorded = host._recorded
+    recorded._rung = 0
+    for agent_temperature in (0.02, 100.0, 100.0, 0.02, 100.0, 100.0, 100.0, 100.0):
+        recorded.begin([0], [Terms(RuleName.EQUILIBRIUM, agent_temperature, (0.7, 0.4))], [0.3])
+        recorded.settle()
+    assert lengths == [4, 40, 40, 40, 40, 40, 40, 40, 4]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +131,8 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
         (0, ["equilibrium"], False),
         (1, ["equilibrium"], True),
         (2, ["equilibrium"], True),
-        (3, ["equilibrium"], False),
+        (8, ["equilibrium"], True),
+        (9, ["equilibrium"], False),
         (2, ["linear"], False),
         (2, ["equilibrium", "linear"], False),  # who plays a row must not depend on the others of the step
     ],
@@ -173,43 +207,65 @@ def test_an_outcome_may_be_waited_for_late_and_twice_and_other_slots_keep_their_
     assert host._host.newest_S.tolist() == [tokens[0], 999, tokens[1], 999]
 
 
-@pytest.mark.parametrize("num_principals", [0, 1, 2])
+@pytest.mark.parametrize("num_principals", [0, 1, 2, 3, 5, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_blind_newton_finds_the_same_equilibrium(num_principals, dtype):
     torch.manual_seed(3)
     game = cage.Game(torch.randn(40, 60, dtype=dtype) * 2, torch.randn(40, num_principals, 60, dtype=dtype) * 4, 0.7)
-    blind, looking = cage.BlindNewton(32).solve(game), cage.solve(game)
+    blind, looking = cage.BlindNewton(64).solve(game), cage.solve(game)
     assert (blind.status == cage.Status.CONVERGED).all()
     torch.testing.assert_close(blind.policy, looking.policy, atol=1e-9 if dtype is torch.float64 else 1e-6, rtol=0)
     few = cage.BlindNewton(2).solve(game)
     assert (few.status == cage.Status.MAX_STEPS).any() == bool(num_principals)
 
 
+@pytest.mark.parametrize("num_principals", [2, 3, 6])
+def test_blind_newton_compiles_as_a_whole(num_principals, monkeypatch):
+    """Traced without a break, and with the system of equations solved by masks."""
+    compiled = functools.cache(partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager"))
+    monkeypatch.setattr(newton, "_compiled", compiled)
+    torch.manual_seed(5)
+    game = cage.Game(
+        torch.randn(20, 50, dtype=torch.float64) * 2, torch.randn(20, num_principals, 50, dtype=torch.float64), 0.2
+    )
+    traced, plain = (cage.BlindNewton(40, compiles=compiles).solve(game) for compiles in (True, False))
+    assert torch.equal(traced.status, plain.status)
+    torch.testing.assert_close(traced.policy, plain.policy, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("num_principals", [2, 4])
 @pytest.mark.parametrize("agent_temperature", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("num_steps", [6, 9, 12, 20])
-def test_more_steps_change_no_bit_of_what_fewer_solved(num_steps, agent_temperature):
+def test_more_steps_change_no_bit_of_what_fewer_solved(num_steps, agent_temperature, num_principals):
     torch.manual_seed(4)
     base = torch.randn(400, 50, dtype=torch.float64) * 2
-    game = cage.Game(base, torch.randn(400, 2, 50, dtype=torch.float64), agent_temperature)
-    few, many = cage.BlindNewton(num_steps).solve(game), cage.BlindNewton(40).solve(game)
+    game = cage.Game(base, torch.randn(400, num_principals, 50, dtype=torch.float64), agent_temperature)
+    few, many = cage.BlindNewton(num_steps).solve(game), cage.BlindNewton(60).solve(game)
     solved = few.status == cage.Status.CONVERGED
     for name in ("log_policy", "thresholds", "residual", "num_steps"):
         assert torch.equal(getattr(few, name)[solved], getattr(many, name)[solved])
 
 
-def test_blind_newton_masks_what_cannot_be_drawn_and_reports_what_is_not_finite():
+@pytest.mark.parametrize("num_principals", [2, 3])
+def test_blind_newton_masks_what_cannot_be_drawn_and_reports_what_is_not_finite(num_principals):
     base = torch.zeros(3, 5, dtype=torch.float64)
     base[0, 2] = -torch.inf
-    values = torch.randn(3, 2, 5, dtype=torch.float64)
+    values = torch.randn(3, num_principals, 5, dtype=torch.float64)
     values[0, :, 2] = torch.nan
     values[1, 0, 1] = torch.inf
     game = cage.Game(base, values, 0.5)
-    blind, looking = cage.BlindNewton().solve(game), cage.solve(game)
+    blind, looking = cage.BlindNewton(40).solve(game), cage.solve(game)
     assert blind.status.tolist() == looking.status.tolist()
     torch.testing.assert_close(blind.policy, looking.policy, equal_nan=True, atol=1e-9, rtol=0)
 
 
-def test_blind_newton_refuses_three_principals():
-    game = cage.Game(torch.zeros(1, 4), torch.zeros(1, 3, 4), 1.0)
-    with pytest.raises(ValueError, match="at most 2 principals; got 3"):
-        cage.BlindNewton().solve(game)
+@pytest.mark.parametrize("num_unknowns", [3, 4, 8])
+def test_elimination_by_masks_gives_the_bits_of_elimination(num_unknowns):
+    torch.manual_seed(6)
+    matrix = torch.randn(60, num_unknowns, num_unknowns, dtype=torch.float64)
+    matrix[0, 1] = matrix[0, 0]  # singular
+    matrix[1, 0, 0] = 0.0
+    matrix[2, 1, 1] = torch.nan
+    right = torch.randn(60, num_unknowns, 2, dtype=torch.float64)
+    for one, other in zip(eliminate(matrix, right), eliminate_by_masks(matrix, right), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

@@ -25,8 +25,11 @@ from pipeline.models.messages import Candidates, HostRole
 from pipeline.models.recordings import Recorder
 from pipeline.models.transfers import to_device
 
-NUM_STEPS = (12, 20, 40)  # of the solver, by recording
-MOST_PRINCIPALS = 2  # with more the solver follows a path, whose steps nobody can count before
+# of the solver, by recording; three principals and more follow a path
+NUM_STEPS = (12, 20, 40)
+NUM_STEPS_OF_PATHS = (16, 24, 32, 64, 128)
+MOST_PRINCIPALS = 8  # a step of the path solves a linear system, all of it unrolled
+CALM = 64  # played games after which a shorter recording is tried again, if it had been enough for all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,8 @@ class RecordedGames:
         self._draw = torch.compile(drawn, dynamic=False) if self._on_gpu else drawn
         self._recorder = Recorder(host.device, "games")
         self._games: _Games | None = None
-        self._rung = 0
+        self._ladder = NUM_STEPS if len(principals) <= 2 else NUM_STEPS_OF_PATHS
+        self._rung = self._num_calm = 0
         self._asked: _Asked | None = None
         self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
 
@@ -104,23 +108,27 @@ class RecordedGames:
         assert asked is not None
         first = numbers_SC = self._wait()
         slots = list(asked.slots)
-        while self._unsolved(numbers_SC, slots) and self._rung + 1 < len(NUM_STEPS):
+        while self._unsolved(numbers_SC, slots) and self._rung + 1 < len(self._ladder):
             self._rung += 1
             self._launch()
             numbers_SC = self._wait()
-        steps = numbers_SC[slots, Played.NUM_STEPS].max()
         if unsolved := self._unsolved(numbers_SC, slots):
             numbers_SC = self._finish(numbers_SC, asked, unsolved)
-        elif self._rung and steps <= NUM_STEPS[self._rung - 1]:
-            self._rung -= 1
+        self._step_down(int(numbers_SC[slots, Played.NUM_STEPS].max()))
         is_other = bool((numbers_SC[slots, 0] != first[slots, 0]).any())
         if is_other:
             self._host.newest_S[slots] = numbers_SC[slots, 0].long().to(self._host.device)
         return Played(numbers_SC[slots]).outcomes(asked.terms), is_other
 
+    def _step_down(self, num_steps: int) -> None:
+        """Take a shorter recording if it had been enough for a while: a token that it gets wrong costs a pass."""
+        self._num_calm = self._num_calm + 1 if self._rung and num_steps <= self._ladder[self._rung - 1] else 0
+        if self._num_calm == CALM:
+            self._rung, self._num_calm = self._rung - 1, 0
+
     def _launch(self) -> None:
         """Play with as many steps as the present recording has, and begin to read the outcome."""
-        numbers_SC = self._recorder.run(NUM_STEPS[self._rung], self._play)
+        numbers_SC = self._recorder.run(self._ladder[self._rung], self._play)
         newest_S = self._host.newest_S
         newest_S.copy_(torch.where(self._inputs[:, 0] < 0, newest_S, numbers_SC[:, 0].long()))
         if not self._on_gpu:
@@ -145,7 +153,7 @@ class RecordedGames:
         values_SJK = weights_SJ[..., None] * rewards_SJK
         # in units of the agent temperature: a temperature by row would be looked at
         scaled = cage.Game(base_SK, values_SJK / temperature_S1[..., None], 1.0)
-        solution = cage.BlindNewton(NUM_STEPS[self._rung], compiles=self._on_gpu).solve(scaled)
+        solution = cage.BlindNewton(self._ladder[self._rung], compiles=self._on_gpu).solve(scaled)
         decision = cage.rules.Decision(
             solution.log_policy,
             solution.thresholds * temperature_S1,
