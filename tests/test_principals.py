@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from adapter_setup import make_lora
 from decoding_setup import NOWHERE, ask, config_of, decode, engine_of
 from transformers import AutoModelForCausalLM
 
@@ -20,15 +21,9 @@ DECODING = {"max_new_tokens": 10, "trace": "tokens", "agent_temperature": 0.5}
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory):
     """Make a LoRA adapter on the tiny Llama: adapter("q_proj", seed=1) is its folder."""
-    import peft
 
     def make(*targets: str, seed: int) -> Path:
-        folder = tmp_path_factory.mktemp(f"adapter{seed}")
-        model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, task_type="CAUSAL_LM")
-        peft.get_peft_model(model, config).save_pretrained(folder)
-        return folder
+        return make_lora(tmp_path_factory.mktemp(f"adapter{seed}"), tiny("llama"), *targets, seed=seed)
 
     return make
 

@@ -12,8 +12,8 @@ from pipeline.models.segments import Copied, Segment
 
 @dataclass(slots=True)
 class Draft:
-    """Parts of prompts (`segments`, with `tokens`, `positions` and `adapters` a token) and one token a running row
-    (`rows`, `lengths`, `last_tokens`, `last_adapters`, and `last_slots` for tokens that the device alone knows).
+    """Parts of prompts (`segments`, with `tokens` and `positions`) and one token a running row (`rows`, `lengths`,
+    `last_tokens`, and `last_slots` for tokens that the device alone knows).
 
     `follows` are parts that a row copies from one that computes them in this very pass; `filled` the rows whose
     prompt is complete after it.
@@ -22,11 +22,9 @@ class Draft:
     segments: list[Segment] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    adapters: list[str | None] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     last_tokens: list[int] = field(default_factory=list)
-    last_adapters: list[str | None] = field(default_factory=list)
     last_slots: list[int] = field(default_factory=list)
     follows: list[Copied] = field(default_factory=list)
     filled: list[tuple[int, Prompt]] = field(default_factory=list)
@@ -46,25 +44,18 @@ class Draft:
         self.segments += [Segment(row, *cut) for cut in pairwise(cuts)]
         self.tokens += prompt.tokens[start:stop]
         self.positions += range(start, stop)
-        self.adapters += [prompt.adapter] * (stop - start)
 
-    def append(self, row: int, position: int, adapter: str | None, token: int, slot: int = 0) -> None:
+    def append(self, row: int, position: int, token: int, slot: int = 0) -> None:
         """Give a running row of a slot its next token."""
         self.rows.append(row)
         self.lengths.append(position + 1)
         self.last_tokens.append(token)
-        self.last_adapters.append(adapter)
         self.last_slots.append(slot)
 
-    def pad(self, min_rows: int, *, row: int, mixes_adapters: bool) -> None:
-        """Give `row` tokens that nobody reads until there are enough rows, of each adapter where they are mixed."""
-        if not (self.tokens or self.rows):
-            return
-        together = {*self.adapters, *self.last_adapters} if mixes_adapters else {None}
-        for adapter in sorted(together, key=str):
-            present = self.last_adapters.count(adapter) if mixes_adapters else len(self.rows)
-            for _ in range(min_rows - present):
-                self.append(row, 0, adapter, 0)
+    def pad(self, min_rows: int, *, row: int) -> None:
+        """Give `row` tokens that nobody reads until there are enough rows."""
+        for _ in range(min_rows - len(self.rows) if self.tokens or self.rows else 0):
+            self.append(row, 0, 0)
 
     def prompt_passes(self, num_tokens: int, most_segments: int) -> Iterator[PromptPass]:
         """The prompts alone, in passes of at most so many tokens and segments.

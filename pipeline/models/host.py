@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.models.adapters import TokenAdapters
 from pipeline.models.drafts import Draft
 from pipeline.models.memory import slots_that_fit
 from pipeline.models.messages import CHUNK, Admission, Candidates, HostRole
@@ -32,10 +33,11 @@ class Host:
     """Runs one model for `num_slots` rows and several roles.
 
     Args:
-        model: a causal LM in eval mode with the slot attention; a PeftModel where a role has an adapter.
+        model: a causal LM in eval mode with the slot attention.
         roles: what it serves. The first is the base's, where the host is the base's.
         num_slots: rows at once.
         vocab_size: number of token ids that all models share; logits beyond it are cut.
+        adapters: of the model, where a role has one.
         strict: attend row by row and pad small passes, so that no row's bits depend on its company.
         bytes_per_token: what one token of one row takes in the cache.
         has_static_steps: see `Passes`.
@@ -48,6 +50,7 @@ class Host:
         *,
         num_slots: int,
         vocab_size: int,
+        adapters: TokenAdapters | None = None,
         strict: bool = True,
         bytes_per_token: int = 0,
         has_static_steps: bool | None = None,
@@ -58,7 +61,7 @@ class Host:
         self._passes = Passes(
             model,
             vocab_size=vocab_size,
-            mixes_adapters=any(role.adapter is not None for role in roles),
+            adapters=adapters,
             strict=strict,
             has_static_steps=has_static_steps,
         )
@@ -84,7 +87,8 @@ class Host:
         num_rows = len(self._roles) * num_slots
         # one more row takes the writes of padding
         self._cache = SlotCache(num_rows + 1)
-        self._passes.lay_out(self._cache, spare_row=num_rows)
+        adapters = [role.adapter for role in self._roles for _ in range(num_slots)]
+        self._passes.lay_out(self._cache, [*adapters, None])
         self._lengths = [0] * num_rows + [1]
         self._prefixes = Prefixes()
         # of rows that are being filled: the tokens they have, and the row with the same prompt that is a step ahead
@@ -220,7 +224,7 @@ class Host:
             del self._filled[row]
             self._following.pop(row, None)
             self._lengths[row] = length
-            draft.append(row, length, role.adapter, prompt.tokens[-1])
+            draft.append(row, length, prompt.tokens[-1])
             self._lengths[row] += 1
 
     def _begin(self, draft: Draft, row: int, prompt: Prompt) -> None:
@@ -237,7 +241,7 @@ class Host:
 
     def _append(self, draft: Draft, index: int, slot: int, token: int) -> None:
         row = self._row(index, slot)
-        draft.append(row, self._lengths[row], self._roles[index].adapter, token, slot)
+        draft.append(row, self._lengths[row], token, slot)
         self._lengths[row] += 1
 
     def _logits(self, slots: Sequence[int]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigurationError
+from pipeline.models.adapters import TokenAdapters, take_adapters
 from pipeline.models.host import Host
 from pipeline.models.messages import Admission, HostSpec
 from pipeline.models.row_attention import what_is_missing
@@ -43,7 +45,13 @@ def load_host(spec: HostSpec) -> Host:
     with on_device(device):
         model = _load_model(spec, device)
         expected = _plain_logprobs(model, spec)  # before a host changes the model
-        make_host = partial(Host, model, spec.roles, vocab_size=spec.vocab_size, strict=spec.strict)
+        adapters = None
+        if spec.adapters:
+            adapters = _take_adapters(model, spec)
+            model = model.get_base_model()
+        make_host = partial(
+            Host, model, spec.roles, vocab_size=spec.vocab_size, adapters=adapters, strict=spec.strict
+        )
         probed = make_host(num_slots=len(PROBES))
         _probe(probed, model, spec, expected)
         return make_host(num_slots=spec.num_slots, bytes_per_token=probed.cache_bytes_per_token)
@@ -92,33 +100,55 @@ def _with_adapter(model: Any, name: str, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, folder, adapter_name=name)
 
 
+def _take_adapters(model: Any, spec: HostSpec) -> TokenAdapters:
+    try:
+        return take_adapters(model, list(spec.adapters))
+    except NotImplementedError as error:
+        raise ConfigurationError(f"{spec.title}: {error}") from error
+
+
 @torch.inference_mode()
-def _plain_logprobs(model: Any, spec: HostSpec) -> list[Tensor]:
-    """The first role's log-probabilities [V] after each probe, by a plain pass of the model's own attention."""
-    adapter = {"adapter_names": [spec.roles[0].adapter or "__base__"]} if spec.adapters else {}
+def _plain_logprobs(model: Any, spec: HostSpec) -> Tensor:
+    """Log-probabilities [probes, R, V] of each role after each probe, by plain passes with the model's own attention
+    and peft's adapters."""
     device = next(model.parameters()).device
-    logits = [
-        model(input_ids=torch.tensor([probe], device=device), use_cache=False, **adapter).logits[0, -1]
-        for probe in PROBES
-    ]
-    return [each[: spec.vocab_size].float().log_softmax(-1) for each in logits]
+    by_adapter = {}
+    for adapter in {role.adapter for role in spec.roles}:
+        with _alone(model, adapter) if spec.adapters else nullcontext():
+            logits = [
+                model(input_ids=torch.tensor([probe], device=device), use_cache=False).logits[0, -1]
+                for probe in PROBES
+            ]
+        by_adapter[adapter] = torch.stack(logits)
+    logits_PRV = torch.stack([by_adapter[role.adapter] for role in spec.roles], 1)
+    return logits_PRV[..., : spec.vocab_size].float().log_softmax(-1)
+
+
+@contextmanager
+def _alone(model: Any, adapter: str | None) -> Iterator[None]:
+    """Compute with one adapter for all tokens, or with none, as peft does."""
+    if adapter is None:
+        with model.disable_adapter():
+            yield
+    else:
+        model.set_adapter(adapter)
+        yield
 
 
 @torch.inference_mode()
-def _probe(host: Host, model: Any, spec: HostSpec, expected: Sequence[Tensor]) -> None:
+def _probe(host: Host, model: Any, spec: HostSpec, expected_PRV: Tensor) -> None:
     """Compare prefill and one decode step of the slot decoder with plain passes."""
-    inner = model.get_base_model() if spec.adapters else model
     slots = list(range(len(PROBES)))
     try:
-        inner.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(ATTENTION)
         host.advance(
             [Admission(slot, {role.name: PROBES[slot][:-1] for role in spec.roles}) for slot in slots], [], []
         )
         host.advance([], slots, [probe[-1] for probe in PROBES])
-        found = host.logprobs_at(slots, None)[:, 0]
+        found_PRV = host.logprobs_at(slots, None)
     except Exception as error:
         raise _refused(spec, model.config, reason_of(error)) from error
-    difference = (found - torch.stack([*expected])).abs().max().item()
+    difference = (found_PRV - expected_PRV).abs().max().item()
     tolerance = PROBE_TOLERANCE.get(model.dtype, 0.5)
     if not difference <= tolerance:
         raise _refused(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.models.adapters import TokenAdapters
 from pipeline.models.compiling import CompiledLayers
 from pipeline.models.drafts import Draft
 from pipeline.models.messages import DRAWN
@@ -23,7 +24,6 @@ from pipeline.models.stopwatch import Stopwatch
 from pipeline.models.transfers import to_device
 
 PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
-BACKBONE = "__base__"  # peft's name for "no adapter" in a mixed batch
 
 
 class Passes:
@@ -34,11 +34,11 @@ class Passes:
     shape of a pass, and a row's bits on the kernels.
 
     Args:
-        model: a causal LM in eval mode with the slot attention; a PeftModel where adapters are mixed.
+        model: a causal LM in eval mode with the slot attention.
         vocab_size: logits beyond it are cut.
-        mixes_adapters: whether tokens of one pass may have different adapters.
+        adapters: of the model, where it has some.
         strict: no row's bits depend on its company.
-        has_static_steps: whether passes have fixed shapes; None: on a GPU, unless adapters are mixed.
+        has_static_steps: whether passes have fixed shapes; None: on a GPU.
     """
 
     def __init__(
@@ -46,21 +46,22 @@ class Passes:
         model: Any,
         *,
         vocab_size: int,
-        mixes_adapters: bool,
+        adapters: TokenAdapters | None = None,
         strict: bool,
         has_static_steps: bool | None = None,
     ) -> None:
         self._model = model
         self._vocab_size = vocab_size
-        self._mixes_adapters = mixes_adapters
+        self._adapters = adapters
         self._strict = strict
         self.device: torch.device = next(model.parameters()).device
-        wanted = can_build_for(self.device) if has_static_steps is None else has_static_steps
-        self._has_static_steps = wanted and not mixes_adapters
+        self._has_static_steps = can_build_for(self.device) if has_static_steps is None else has_static_steps
         self._compiled = CompiledLayers(model) if self._has_static_steps and self.device.type == "cuda" else None
         self._static_steps: StaticSteps | None = None
         self._cache: SlotCache | None = None
         self._spare_row = 0
+        # the number of each cache row's adapter
+        self._adapters_of_rows = torch.zeros(1, dtype=torch.long)
         self._watch = Stopwatch(self.device)
         self.num_forwards = self.num_tokens = 0
 
@@ -69,16 +70,19 @@ class Passes:
         """Seconds that passes took, on the device."""
         return self._watch.seconds
 
-    def lay_out(self, cache: SlotCache, spare_row: int) -> None:
-        """Compute into this cache from now on; `spare_row` is a row of it that nobody reads."""
-        self._cache, self._spare_row = cache, spare_row
+    def lay_out(self, cache: SlotCache, adapters: Sequence[str | None]) -> None:
+        """Compute into this cache from now on; each row of it has its adapter, and nobody reads the last one."""
+        self._cache, self._spare_row = cache, cache.num_rows - 1
+        if self._adapters is not None:
+            numbers = [self._adapters.number(name) for name in adapters]
+            self._adapters_of_rows = torch.tensor(numbers, device=self.device)
         if self._has_static_steps:
             self._static_steps = StaticSteps(
                 self._compute_compiled,
                 self._compute,
                 cache,
                 num_prompt_tokens=PROMPT_SHAPE,
-                spare_row=spare_row,
+                spare_row=self._spare_row,
                 device=self.device,
             )
 
@@ -96,7 +100,7 @@ class Passes:
         if self._static_steps is not None:
             return self._run_static(self._static_steps, draft, newest_S)
         if self._strict:
-            draft.pad(MIN_ROWS, row=self._spare_row, mixes_adapters=self._mixes_adapters)
+            draft.pad(MIN_ROWS, row=self._spare_row)
         rows_R = to_device(draft.rows, self.device, torch.long)
         last_R = to_device(draft.lengths, self.device, torch.long) - 1
         # on a CPU a call a row costs less than the copies that a batch of rows needs
@@ -106,9 +110,11 @@ class Passes:
         )
         ids_T = torch.cat([to_device(draft.tokens, self.device, torch.long), self._last_tokens(draft, newest_S)])
         positions = [*draft.positions, *(length - 1 for length in draft.lengths)]
-        adapters = [*draft.adapters, *draft.last_adapters]
+        positions_T = to_device(positions, self.device, torch.long)
         with self._counting(len(ids_T)):
-            return rows_R, self._forward(slot_pass, ids_T, positions, adapters, len(draft.rows))
+            # one that nobody reads where no row runs yet
+            logits_RV = self._compute(slot_pass, ids_T[None], positions_T[None], max(len(draft.rows), 1))
+        return rows_R, logits_RV[: len(draft.rows)]
 
     def _run_static(self, steps: StaticSteps, draft: Draft, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
         assert self._cache is not None
@@ -129,8 +135,10 @@ class Passes:
         segments = [Segment(-1, 0, len(tokens))]
         slot_pass = SlotPass(None, segments, (), (), (), nothing_R, nothing_R, per_row=self._strict)
         ids_T = torch.tensor(tokens, device=self.device)
+        positions_T = torch.arange(len(tokens), device=self.device)
+        number = 0 if self._adapters is None else self._adapters.number(adapter)
         with self._counting(len(tokens)):
-            return self._forward(slot_pass, ids_T, range(len(tokens)), [adapter] * len(tokens), keep)
+            return self._compute(slot_pass, ids_T[None], positions_T[None], keep, torch.full_like(ids_T, number))
 
     def _compute_compiled(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         with nullcontext() if self._compiled is None else self._compiled.in_use():
@@ -143,34 +151,22 @@ class Passes:
             return given_R
         return torch.where(given_R == DRAWN, newest_S[to_device(draft.last_slots, self.device, torch.long)], given_R)
 
-    def _forward(
-        self,
-        slot_pass: SlotPass,
-        ids_T: Tensor,
-        positions: Sequence[int],
-        adapters: Sequence[str | None],
-        keep: int,
+    def _compute(
+        self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int, adapters_T: Tensor | None = None
     ) -> Tensor:
-        """One pass over packed tokens; the logits [keep, V] of the last ones."""
-        # adapters are mixed along the batch dimension: the tokens lie there, each on its own
-        shape = (len(ids_T), 1) if self._mixes_adapters else (1, len(ids_T))
-        mixed = {"adapter_names": [name or BACKBONE for name in adapters]} if self._mixes_adapters else {}
-        at_T = to_device(list(positions), self.device, torch.long)
-        kept = 1 if self._mixes_adapters else max(keep, 1)
-        logits_TV = self._compute(slot_pass, ids_T.view(shape), at_T.view(shape), kept, **mixed)
-        return logits_TV[len(logits_TV) - keep :]
-
-    def _compute(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int, **mixed: Any) -> Tensor:
-        """The logits [T, V] of the last `keep` tokens of each row of `ids`."""
+        """The logits [keep, V] of the last of the tokens [1, T], whose adapters are their rows' unless given."""
+        if self._adapters is not None:
+            if adapters_T is None:
+                adapters_T = self._adapters_of_rows[slot_pass.token_rows(self.device)]
+            self._adapters.of_tokens = adapters_T
         with running(slot_pass):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
                 use_cache=False,  # the attention keeps keys and values itself
                 logits_to_keep=keep,
-                **mixed,
             )
-        logits: Tensor = output.logits.reshape(-1, output.logits.shape[-1])[:, : self._vocab_size]
+        logits: Tensor = output.logits[0, :, : self._vocab_size]
         return logits.float()
 
     @contextmanager

@@ -49,6 +49,11 @@ class Prompts:
         self._bounds = torch.zeros(3, most_segments + 1, dtype=torch.int32, device=device)
 
     @property
+    def rows(self) -> Tensor:
+        """The cache row of each token, [T]."""
+        return self._places[0]
+
+    @property
     def positions(self) -> Tensor:
         """Of each token in its row, [T]."""
         return self._places[1]

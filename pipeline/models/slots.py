@@ -23,6 +23,7 @@ from pipeline.models import row_attention
 from pipeline.models.plain_attention import attend_batch, attend_each_row, attend_segment
 from pipeline.models.prompt_attention import Prompts
 from pipeline.models.segments import Copied, Segment
+from pipeline.models.transfers import to_device
 
 ATTENTION = "cage_slots"
 CAPACITY_STEP = 256
@@ -53,6 +54,15 @@ class SlotPass:
     def longest(self) -> int:
         """Tokens of its longest row after the pass."""
         return max([*self.lengths, *(part.stop for part in self.segments)], default=0)
+
+    def token_rows(self, device: torch.device) -> Tensor:
+        """The cache row of every token, [T]."""
+        if self.prompts is not None:
+            return self.prompts.rows
+        if not self.segments:
+            return self.rows_R
+        rows = [part.row for part in self.segments for _ in range(part.start, part.stop)]
+        return torch.cat([to_device(rows, device, torch.long), self.rows_R])
 
 
 @dataclass(slots=True)
@@ -128,11 +138,6 @@ def _with_capacity(buffer: Tensor, num_tokens: int) -> Tensor:
     return grown
 
 
-def _packed(states: Tensor) -> Tensor:
-    """[heads, T, D], also where the batch dimension holds the tokens, as adapters need it."""
-    return (states if states.shape[0] == 1 else states.transpose(0, 2))[0]
-
-
 def _copy(buffer: Tensor, copied: Copied) -> None:
     part = slice(copied.start, copied.stop)
     buffer[copied.row, :, part] = buffer[copied.source, :, part]
@@ -150,8 +155,8 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, over packed tokens: query [1, H, T, D] to output [1, T, H, D], or the same
-    with the tokens in the batch dimension. Keys and values are kept in the running pass's cache."""
+    """Attention as transformers calls it, over packed tokens: query [1, H, T, D] to output [1, T, H, D]. Keys and
+    values are kept in the running pass's cache."""
     if softcap is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention with a logit softcap or attention sinks is not supported")
     if torch.compiler.is_compiling():
@@ -176,7 +181,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
     under_way = _active.get()
     slot_pass, layer = under_way.slot_pass, under_way.num_layers
     under_way.num_layers += 1
-    query_HTD, key_GTD, value_GTD = _packed(query), _packed(key), _packed(value)
+    query_HTD, key_GTD, value_GTD = query[0], key[0], value[0]
     num_heads, num_tokens, _ = query_HTD.shape
     out_THD = query.new_empty(num_tokens, num_heads, value.shape[-1])
     num_new = num_tokens - len(slot_pass.lengths)
@@ -202,7 +207,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
             query_HTD[:, num_new:], key_GTD[:, num_new:], value_GTD[:, num_new:], keys, values, slot_pass,
             out_THD[num_new:], scaling, window,
         )  # fmt: skip
-    return out_THD[None] if query.shape[0] == 1 else out_THD[:, None]
+    return out_THD[None]
 
 
 torch.library.impl("cage::attend", ["CPU", "CUDA"], _attend)

@@ -1,0 +1,148 @@
+"""LoRA adapters of one model, mixed in a pass: every token has its own, or none.
+
+peft reads the adapters; then its layers give way to these. Its own way of mixing picks out the tokens of each adapter
+one adapter after another, which takes several times as many operations, and none of them can be recorded. Here all
+adapters' ranks are one product down and one up, and in between a token keeps what is its own adapter's.
+
+T tokens of a pass, A adapters, R ranks of all of them together, I inputs and O outputs of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class TokenAdapters:
+    """Which adapter each token of the pass under way has, by its number; 0 is none.
+
+    Args:
+        names: of the adapters; the first has number 1.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._numbers: dict[str | None, int] = {None: 0, **{name: at for at, name in enumerate(names, 1)}}
+        self.of_tokens = torch.empty(0, dtype=torch.long)
+
+    def number(self, name: str | None) -> int:
+        """An adapter's number."""
+        return self._numbers[name]
+
+    def of(self, states: Tensor) -> Tensor:
+        """The adapters of the tokens of `states` [1, T, ...]: the last ones of the pass, where it has more."""
+        return self.of_tokens[len(self.of_tokens) - states.shape[1] :]
+
+
+class LowRank(nn.Module):
+    """What the adapters add to one projection.
+
+    Args:
+        down, up: [R, I] and [O, R].
+        gates: [A + 1, R], the scaling of an adapter at its own ranks and 0 at others'.
+        adapters: of the pass under way.
+    """
+
+    down: Tensor
+    up: Tensor
+    gates: Tensor
+
+    def __init__(self, down: Tensor, up: Tensor, gates: Tensor, adapters: TokenAdapters) -> None:
+        super().__init__()
+        for name, tensor in (("down", down), ("up", up), ("gates", gates)):
+            self.register_buffer(name, tensor)
+        self.adapters = adapters
+
+    def forward(self, states: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What is added to some outputs, for inputs [1, T, I]."""
+        low = linear(states, self.down) * self.gates[self.adapters.of(states)]
+        return linear(low, self.up[rows])
+
+
+class AdaptedLinear(nn.Module):
+    """A projection with adapters."""
+
+    def __init__(self, base: nn.Module, low_rank: LowRank) -> None:
+        super().__init__()
+        self.base = base
+        self.low_rank = low_rank
+
+    def forward(self, states: Tensor) -> Tensor:
+        out: Tensor = self.base(states) + self.low_rank(states)
+        return out
+
+
+class ReplacedModule(nn.Module):
+    """A module that some adapters bring with them as a whole.
+
+    Args:
+        base: for tokens of the other adapters.
+        own: by the adapter's number.
+        adapters: of the pass under way.
+    """
+
+    def __init__(self, base: nn.Module, own: dict[int, nn.Module], adapters: TokenAdapters) -> None:
+        super().__init__()
+        self.base = base
+        self.numbers = list(own)
+        self.own = nn.ModuleList(own.values())
+        self.adapters = adapters
+
+    def forward(self, states: Tensor) -> Tensor:
+        out: Tensor = self.base(states)
+        of_tokens_T1 = self.adapters.of(states)[:, None]
+        for number, module in zip(self.numbers, self.own, strict=True):
+            out = torch.where(of_tokens_T1 == number, module(states), out)
+        return out
+
+
+@torch.no_grad()
+def take_adapters(model: Any, names: Sequence[str]) -> TokenAdapters:
+    """Put these layers in the place of peft's, in the model that it wraps.
+
+    Raises NotImplementedError for adapters that are more than LoRA of linear layers and modules of their own.
+    """
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    adapters = TokenAdapters(names)
+    for path, parent in list(model.get_base_model().named_modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Linear and not child.lora_variant and not any(child.lora_bias.values()):
+                setattr(parent, name, AdaptedLinear(child.base_layer, _low_rank(child, names, adapters)))
+            elif type(child) is ModulesToSaveWrapper:
+                own = {
+                    adapters.number(key): child.modules_to_save[key] for key in names if key in child.modules_to_save
+                }
+                setattr(parent, name, ReplacedModule(child.original_module, own, adapters))
+            elif isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                raise NotImplementedError(
+                    f"an adapter changes {path}.{name} by more than LoRA ({_kind(child)}), which is not mixed with "
+                    "others in a pass; merge it into its model (peft's merge_and_unload) and name that as a model"
+                )
+    model.requires_grad_(False)  # peft asks for gradients of the adapter that it was last told to use
+    return adapters
+
+
+def _low_rank(layer: Any, names: Sequence[str], adapters: TokenAdapters) -> LowRank:
+    present = [name for name in names if name in layer.lora_A]
+    like = layer.base_layer.weight
+    down = torch.cat([layer.lora_A[name].weight for name in present]).to(like)
+    up = torch.cat([layer.lora_B[name].weight for name in present], 1).to(like)
+    gates = down.new_zeros(len(names) + 1, len(down))
+    at = 0
+    for name in present:
+        rank = layer.lora_A[name].weight.shape[0]
+        gates[adapters.number(name), at : at + rank] = layer.scaling[name]
+        at += rank
+    return LowRank(down, up, gates, adapters)
+
+
+def _kind(layer: Any) -> str:
+    variants = [type(each).__name__ for each in getattr(layer, "lora_variant", {}).values()]
+    return ", ".join([type(layer).__name__, *dict.fromkeys(variants)])

@@ -1,0 +1,169 @@
+"""LoRA adapters that are mixed in one pass: every token gets what peft gives it alone."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from adapter_setup import make_lora
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import ConfigurationError
+from pipeline.models.compiling import CompiledLayers
+from pipeline.models.host import Host
+from pipeline.models.joined import join_projections
+from pipeline.models.loading import load_host
+from pipeline.models.messages import Admission, HostRole, HostSpec
+from pipeline.models.sources import resolve_adapter, resolve_model
+
+LINEARS = {
+    "llama": ("q_proj", "v_proj", "o_proj", "up_proj"),
+    "qwen2": ("q_proj", "k_proj", "down_proj"),
+    "gpt2": ("c_attn", "c_fc"),
+    "neox": ("query_key_value", "dense_h_to_4h"),
+}
+ROLES = (HostRole("a"), HostRole("b", "one"), HostRole("c", "two"))
+
+
+def spec_of(folder, adapters, *, strict=True, num_slots=6, dtype="auto", device="cpu"):
+    return HostSpec(
+        name="base", serves=("base",), source=resolve_model(str(folder), cache_folder=folder), dtype=dtype,
+        device=device, roles=ROLES, num_slots=num_slots, vocab_size=261, strict=strict, cache_folder=folder,
+        adapters={name: resolve_adapter(str(path), cache_folder=folder) for name, path in adapters.items()},
+    )  # fmt: skip
+
+
+def host_of(folder, adapters, *, is_static=False, **options):
+    spec = spec_of(folder, adapters, **options)
+    host = load_host(spec)
+    if not is_static:
+        return host
+    passes = host._passes
+    return Host(
+        passes._model, ROLES, num_slots=spec.num_slots, vocab_size=261, adapters=passes._adapters, strict=spec.strict,
+        has_static_steps=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tiny, tmp_path_factory):
+    """Two adapters of a tiny model: other modules, ranks and scalings."""
+
+    def make(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        targets = LINEARS[kind]
+        return {
+            "one": make_lora(folder / "one", tiny(kind), *targets, seed=1, lora_alpha=3),
+            "two": make_lora(
+                folder / "two", tiny(kind), *targets[1:], seed=2, r=6, rank_pattern={targets[1]: 3}, use_rslora=True,
+                layers_to_transform=[1],
+            ),
+        }  # fmt: skip
+
+    return make
+
+
+@torch.inference_mode()
+def plain_logprobs(folder, adapter, tokens):
+    """Log-probabilities [V] after the tokens by peft alone."""
+    import peft
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    return model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+
+
+def logprobs_after(host, prompts, slots, num_steps):
+    """Log-probabilities [roles, V] of the rows named in `slots` (row to slot) after a few given tokens."""
+    host.advance(
+        [Admission(slot, {role.name: prompts[row] for role in ROLES}) for row, slot in slots.items()], [], []
+    )
+    for step in range(num_steps):
+        host.advance([], list(slots.values()), [(7 * row + step) % 256 for row in slots])
+    found = host.logprobs_at(list(slots.values()), None)
+    return {row: found[at].clone() for at, row in enumerate(slots)}
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("kind", list(LINEARS))
+def test_every_token_gets_what_its_adapter_gives_it_alone(tiny, two, kind, is_static):
+    adapters = two(kind)
+    host = host_of(tiny(kind), adapters, is_static=is_static)
+    prompts = [[3, 9, 4], list(range(40)), [7] * 30]
+    found = logprobs_after(host, prompts, {0: 2, 1: 0, 2: 3}, num_steps=4)
+    for row, prompt in enumerate(prompts):
+        tokens = [*prompt, *((7 * row + step) % 256 for step in range(4))]
+        for at, name in enumerate((None, "one", "two")):
+            expected = plain_logprobs(tiny(kind), adapters.get(name), tokens)
+            torch.testing.assert_close(found[row][at], expected, atol=1e-4, rtol=0)
+    scores = host.score({role.name: [3, 9, 4] for role in ROLES}, [5, 6])
+    for at, name in enumerate((None, "one", "two")):
+        expected = [plain_logprobs(tiny(kind), adapters.get(name), [3, 9, 4, *[5][:n]])[5 + n] for n in (0, 1)]
+        torch.testing.assert_close(scores[at], torch.stack(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_logits_of_a_row_with_adapters_are_the_same_to_the_bit_in_any_company(tiny, two, kind, is_static):
+    num_slots = 12
+    generator = random.Random(1)
+    prompts = [[generator.randrange(256) for _ in range(generator.randrange(3, 60))] for _ in range(num_slots)]
+    host = host_of(tiny(kind), two(kind), num_slots=num_slots, is_static=is_static)
+    together = logprobs_after(host, prompts, {row: row for row in range(num_slots)}, num_steps=3)
+    for company in ([0], [3, 1], list(range(5)), list(range(7, 0, -1)), list(range(0, 12, 2))):
+        places = dict(zip(company, generator.sample(range(num_slots), len(company)), strict=True))
+        for row, logits in logprobs_after(host, prompts, places, num_steps=3).items():
+            assert torch.equal(logits, together[row])
+
+
+def test_modules_that_an_adapter_brings_as_a_whole_are_its_own(tiny, tmp_path):
+    folder = tiny("llama")
+    adapters = {
+        "one": make_lora(tmp_path / "one", folder, "q_proj", seed=1, modules_to_save=["lm_head", "embed_tokens"]),
+        "two": make_lora(tmp_path / "two", folder, "q_proj", seed=2),
+    }
+    found = logprobs_after(host_of(folder, adapters), [[3, 9, 4]], {0: 1}, num_steps=1)
+    for at, name in enumerate((None, "one", "two")):
+        expected = plain_logprobs(folder, adapters.get(name), [3, 9, 4, 0])
+        torch.testing.assert_close(found[0][at], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "kind"),
+    [("q_proj", {"use_dora": True}, "Linear, DoraLinearVariant"), ("embed_tokens", {}, "Embedding")],
+)
+def test_an_adapter_that_is_more_than_lora_is_refused_with_what_to_do(tiny, tmp_path, target, options, kind):
+    folder = tiny("llama")
+    adapters = {
+        "one": make_lora(tmp_path / "one", folder, target, **options),
+        "two": make_lora(tmp_path / "two", folder, "q_proj"),
+    }
+    message = rf"(?s)for base.*an adapter changes .*{target} by more than LoRA \({kind}\).*merge_and_unload"
+    with pytest.raises(ConfigurationError, match=message):
+        load_host(spec_of(folder, adapters))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_siblings_with_adapters_share_a_product_that_is_compiled_once_for_alike_layers(
+    tiny, tmp_path, kind, monkeypatch
+):
+    """As on a GPU, but for the backend."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    adapters = {
+        "one": make_lora(tmp_path / "one", tiny(kind), *LINEARS[kind], seed=1),
+        "two": make_lora(tmp_path / "two", tiny(kind), *LINEARS[kind][1:], seed=2, r=6),
+    }
+    prompts = [[3, 9, 4], list(range(40)), [7] * 30]
+    expected = logprobs_after(host_of(tiny(kind), adapters), prompts, {0: 2, 1: 0, 2: 3}, num_steps=2)
+    host = host_of(tiny(kind), adapters, is_static=True)
+    host._passes._compiled = CompiledLayers(host._passes._model)
+    assert join_projections(host._passes._model) == 0  # they are
+    torch._dynamo.utils.counters.clear()
+    found = logprobs_after(host, prompts, {0: 2, 1: 0, 2: 3}, num_steps=2)
+    for row in range(3):
+        torch.testing.assert_close(found[row], expected[row], atol=1e-3, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of two layers and two shapes
+    torch._dynamo.reset()
