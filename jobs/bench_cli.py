@@ -30,6 +30,9 @@ def bench_decode(
     ] = None,
     shape: Annotated[str, typer.Option(help="Shape of random weights: 1M, 135M, 1B or 7B.")] = "135M",
     principals: Annotated[int, typer.Option(min=0, help="Prompted principals.")] = 2,
+    adapters: Annotated[
+        int, typer.Option(min=0, help="Principals that are LoRA adapters; floor and plain loop go without.")
+    ] = 0,
     slots: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
     rows: Annotated[int, typer.Option(min=1, help="Prompts.")] = 64,
     mean_length: Annotated[int, typer.Option(min=1, help="Mean of the answers' geometric lengths, in tokens.")] = 64,
@@ -46,6 +49,7 @@ def bench_decode(
         model=model,
         shape=shape,
         num_principals=principals,
+        num_adapters=adapters,
         slots=slots,
         num_rows=rows,
         mean_length=mean_length,

@@ -22,7 +22,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from jobs.bench_models import SHAPES, Work, make_assembly, make_config, make_work, save_random_model
+from jobs.bench_models import (
+    SHAPES,
+    Work,
+    make_assembly,
+    make_config,
+    make_work,
+    save_random_adapters,
+    save_random_model,
+)
 from jobs.bench_plain import bytes_a_pass, copy_bandwidth, decode_plainly, load_plain_model, time_floor
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.engine import Engine
@@ -31,9 +39,10 @@ from pipeline.decoding.playing import HostWork
 from pipeline.errors import ConfigurationError
 from pipeline.models.descriptions import describe_model
 from pipeline.models.embedded import default_cache_folder
-from pipeline.models.sources import resolve_model
+from pipeline.models.sources import fetch_weights, resolve_model
 
 FULL_BATCH_STEPS, FULL_BATCH_ROUNDS = 16, 3
+HEAD = ("slots", "principals", "adapters", "rows", "threads", "candidates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,7 @@ class Setup:
 
     model: str
     num_principals: int
+    adapters: Sequence[str]
     slots: int
     threads: int
     candidates: int | str
@@ -53,6 +63,7 @@ class Setup:
         config = make_config(
             self.model,
             num_principals=self.num_principals,
+            adapters=self.adapters,
             slots=slots or self.slots,
             max_length=max(self.work.lengths),
             strict=strict,
@@ -66,6 +77,7 @@ def run_bench_decode(
     model: str | None,
     shape: str,
     num_principals: int,
+    num_adapters: int,
     slots: int,
     num_rows: int,
     mean_length: int,
@@ -80,16 +92,24 @@ def run_bench_decode(
         raise ConfigurationError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}")
     if candidates != "all" and not (candidates.isascii() and candidates.isdigit() and int(candidates)):
         raise ConfigurationError(f"--candidates must be a number of tokens, at least 1, or all; got {candidates!r}")
+    if num_rows < slots:
+        raise ConfigurationError(f"--rows must be at least --slots, {slots}, to fill a batch; got {num_rows}")
     with tempfile.TemporaryDirectory() as folder:
         path = model or str(save_random_model(shape, Path(folder) / "model"))
         cache_folder = default_cache_folder(os.environ)
-        vocab_size = describe_model(resolve_model(path, cache_folder=cache_folder)).vocab_size
-        roles = ["base", *(f"p{at}" for at in range(num_principals))]
+        source = resolve_model(path, cache_folder=cache_folder)
+        vocab_size = describe_model(source).vocab_size
+        adapters: list[str] = []
+        if num_adapters:
+            adapters = save_random_adapters(
+                fetch_weights(source, cache_folder=cache_folder), Path(folder), num_adapters
+            )
+        roles = ["base", *(f"p{at}" for at in range(num_principals)), *(f"a{at}" for at in range(num_adapters))]
         work = make_work(
             roles, num_rows=num_rows, vocab_size=vocab_size, mean_length=mean_length, max_length=max_length
         )
         num = "all" if candidates == "all" else int(candidates)
-        setup = Setup(path, num_principals, slots, threads, num, vocab_size, work, cache_folder)
+        setup = Setup(path, num_principals, adapters, slots, threads, num, vocab_size, work, cache_folder)
         measured = measure(setup, with_ray=with_ray and importlib.util.find_spec("ray") is not None)
     measured["model"] = model or f"random {shape}"
     print_tables(measured)
@@ -119,7 +139,8 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
     local = cases["local"]["tokens_per_s"]
     return {
         "slots": setup.slots,
-        "principals": setup.num_principals,
+        "principals": setup.num_principals + len(setup.adapters),
+        "adapters": len(setup.adapters),
         "rows": len(setup.work.lengths),
         "threads": setup.threads,
         "candidates": setup.candidates,
@@ -134,7 +155,7 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
 
 def measure_full_batch(setup: Setup, plain: Any, engines: Mapping[str, Engine]) -> dict[str, Any]:
     """A step of a full batch, of one row, and the bare forward pass of as many rows as a full batch, alternately."""
-    num_rows = setup.slots * (setup.num_principals + 1)
+    num_rows = setup.slots * (setup.num_principals + len(setup.adapters) + 1)
     times: dict[str, list[float]] = {name: [] for name in ("floor", *engines)}
     for engine in engines.values():
         _time_steps(engine, setup)  # what is compiled and recorded is not counted
@@ -259,7 +280,7 @@ def _peak_memory_mib() -> float:
 def print_tables(measured: dict[str, Any]) -> None:
     """The cases, then what a full batch costs."""
     console = Console()
-    head = ", ".join(f"{measured[what]} {what}" for what in ("slots", "principals", "rows", "threads", "candidates"))
+    head = ", ".join(f"{measured[what]} {what}" for what in HEAD)
     table = Table(title=f"{measured['model']} on {measured['device']}: {head}", box=None)
     for name in ("case", "tokens/s", "slots in use", "passes/step", "forward", "solve", "transport", "other"):
         table.add_column(name, justify="left" if name == "case" else "right")

@@ -15,9 +15,11 @@ from pipeline.config_files import parse_config
 from pipeline.decoding.assembly import Assembly
 from pipeline.decoding.lineup import build_lineup
 from pipeline.decoding.prompts import Prompter
+from pipeline.models.adapters import without_peft_warnings
 from pipeline.models.loading import pick_device, pick_dtype
 from pipeline.models.messages import HostSpec
-from pipeline.models.sources import resolve_model
+from pipeline.models.sources import resolve_adapter, resolve_model
+from pipeline.models.weight_files import ADAPTER_WEIGHTS
 from pipeline.records import Message, Row
 from pipeline.variants import lay_out
 
@@ -33,6 +35,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
            "num_key_value_heads": 8, "vocab_size": 32_000, "tie_word_embeddings": False},
 }  # fmt: skip
 PRINCIPLE_TOKENS = 24
+ADAPTER_RANK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class GivenPrompts:
         return self._prompts[int(messages[0]["content"])]
 
     def heads(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        return {role: 0 if role == "base" else PRINCIPLE_TOKENS for role in prompts}
+        return {role: PRINCIPLE_TOKENS if role.startswith("p") else 0 for role in prompts}
 
     def room(self, prompts: Mapping[str, Sequence[int]]) -> None:
         return None
@@ -91,13 +94,35 @@ def save_random_model(shape: str, folder: Path) -> Path:
     return folder
 
 
+def save_random_adapters(model: Path, folder: Path, count: int) -> list[str]:
+    """Write LoRA adapters of all linear layers of a model, with random weights."""
+    import peft
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"), without_peft_warnings():
+        bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        config = peft.LoraConfig(r=ADAPTER_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        shapes = peft.get_peft_model_state_dict(peft.get_peft_model(bare, config))
+    config.base_model_name_or_path = str(model)
+    folders = []
+    for at in range(count):
+        generator = torch.Generator().manual_seed(at)
+        place = folder / f"adapter{at}"
+        config.save_pretrained(place)
+        weights = {name: torch.randn(meta.shape, generator=generator) * 0.01 for name, meta in shapes.items()}
+        save_file(weights, place / ADAPTER_WEIGHTS)
+        folders.append(str(place))
+    return folders
+
+
 def make_work(
     roles: Sequence[str], *, num_rows: int, vocab_size: int, mean_length: int, max_length: int, seed: int = 0
 ) -> Work:
-    """Prompts of 16 to 64 tokens; answers of geometric lengths, cut at `max_length`. A principal's prompt is its
-    principle, the same for every row, and the row's prompt."""
+    """Prompts of 16 to 64 tokens; answers of geometric lengths, cut at `max_length`. The prompt of p0, p1, ...
+    is a principle, the same for every row, and the row's prompt."""
     chance = random.Random(seed)
-    principles = {role: _tokens(chance, PRINCIPLE_TOKENS, vocab_size) for role in roles if role != "base"}
+    principles = {role: _tokens(chance, PRINCIPLE_TOKENS, vocab_size) for role in roles if role.startswith("p")}
     prompts, lengths = [], []
     for _ in range(num_rows):
         prompt = _tokens(chance, chance.randint(16, 64), vocab_size)
@@ -110,16 +135,25 @@ def make_work(
 
 
 def make_config(
-    model: str, *, num_principals: int, slots: int, max_length: int, strict: bool, candidates: int | str
+    model: str,
+    *,
+    num_principals: int,
+    adapters: Sequence[str] = (),
+    slots: int,
+    max_length: int,
+    strict: bool,
+    candidates: int | str,
 ) -> Config:
-    """Prompted principals on one base: as many roles of one set of weights as principals, and the base."""
-    principal = {"kind": "prompted", "principle": "given by token ids", "weight": 1 / max(num_principals, 1)}
+    """Prompted principals and adapters on one base: as many roles of one set of weights, and the base."""
+    weight = 1 / max(num_principals + len(adapters), 1)
+    prompted = {f"p{at}": {"kind": "prompted", "principle": f"p{at}"} for at in range(num_principals)}
+    adapted = {f"a{at}": {"kind": "arm", "adapter": folder} for at, folder in enumerate(adapters)}
     return parse_config(
         {
             "input": {"path": "none"},
             "output": {"path": "none"},
             "base": model,
-            "principals": {f"p{at}": {**principal, "principle": f"p{at}"} for at in range(num_principals)},
+            "principals": {name: {**each, "weight": weight} for name, each in (prompted | adapted).items()},
             "decoding": {
                 "max_new_tokens": max_length,
                 "candidates": candidates,
@@ -148,6 +182,7 @@ def make_assembly(config: Config, work: Work, vocab_size: int, cache_folder: Pat
         vocab_size=vocab_size,
         strict=config.decoding.reproducibility is Reproducibility.STRICT,
         cache_folder=cache_folder,
+        adapters={name: resolve_adapter(folder, cache_folder=cache_folder) for name, folder in plan.adapters.items()},
     )
     prompter = cast(Prompter, GivenPrompts(work.prompts))
     return Assembly(config, lineup, (spec,), {}, prompter, lay_out(config))

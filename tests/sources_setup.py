@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def make_adapter(folder: Path, *, peft_type: str = "LORA", scale: float = 1.0) -> Path:
+def make_adapter(folder: Path, *, peft_type: str = "LORA", scale: float = 1.0, **options: object) -> Path:
     folder.mkdir(parents=True)
-    config = {"peft_type": peft_type, "r": 4, "base_model_name_or_path": "org/backbone"}
+    config = {"peft_type": peft_type, "r": 4, "base_model_name_or_path": "org/backbone", **options}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(
         {"q.lora_A": torch.ones(4, 8) * scale, "q.lora_B": torch.ones(8, 4)}, folder / "adapter_model.safetensors"

@@ -13,6 +13,7 @@ OPTIONS = {
     "model": None,
     "shape": "1M",
     "num_principals": 1,
+    "num_adapters": 1,
     "slots": 2,
     "num_rows": 5,
     "mean_length": 4,
@@ -33,12 +34,16 @@ def test_every_case_is_measured_and_written(tmp_path, candidates, capsys):
         assert sum(case["share"][part] for part in ("forward", "solve", "transport", "wait")) == pytest.approx(1)
     assert measured["cases"]["local"]["tokens"] == measured["cases"]["plain"]["tokens"]
     assert measured["cases"]["local"]["forwards_per_step"] == 1
+    assert (measured["principals"], measured["adapters"]) == (2, 1)
     assert measured["full_batch"]["to_one_row"] > 0
     assert "of the floor" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("option", "value"), [("shape", "2M"), ("candidates", "0"), ("candidates", "most")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("shape", "2M"), ("candidates", "0"), ("candidates", "most"), ("rows", 1)]
+)
 def test_what_cannot_be_measured_is_refused_by_name(option, value):
-    options = {**OPTIONS, "candidates": "50", "json_file": None, option: value}
+    name = "num_rows" if option == "rows" else option
+    options = {**OPTIONS, "candidates": "50", "json_file": None, name: value}
     with pytest.raises(ConfigurationError, match=f"--{option} must be .*{value}"):
         run_bench_decode(**options)

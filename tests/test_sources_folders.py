@@ -214,6 +214,12 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
         resolve_adapter(str(folder), cache_folder=tmp_path)
 
 
+def test_an_adapter_that_is_more_than_lora_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "adapter", use_dora=True, lora_bias=False, layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(ConfigurationError, match=r"has use_dora, layer_replication, which.*merge_and_unload"):
+        resolve_adapter(str(folder), cache_folder=tmp_path)
+
+
 def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

@@ -9,7 +9,9 @@ T tokens of a pass, A adapters, R ranks of all of them together, I inputs and O 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,6 +101,14 @@ class ReplacedModule(nn.Module):
         return out
 
 
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Let peft ask transformers under an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
 @torch.no_grad()
 def take_adapters(model: Any, names: Sequence[str]) -> TokenAdapters:
     """Put these layers in the place of peft's, in the model that it wraps.
@@ -122,8 +132,9 @@ def take_adapters(model: Any, names: Sequence[str]) -> TokenAdapters:
                 setattr(parent, name, ReplacedModule(child.original_module, own, adapters))
             elif isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 raise NotImplementedError(
-                    f"an adapter changes {path}.{name} by more than LoRA ({_kind(child)}), which is not mixed with "
-                    "others in a pass; merge it into its model (peft's merge_and_unload) and name that as a model"
+                    f"an adapter changes {path}.{name} by more than LoRA of a linear layer ({type(child).__name__}), "
+                    "which is not mixed with others in a pass; merge it into its model (peft's merge_and_unload) and "
+                    "name that as a model"
                 )
     model.requires_grad_(False)  # peft asks for gradients of the adapter that it was last told to use
     return adapters
@@ -141,8 +152,3 @@ def _low_rank(layer: Any, names: Sequence[str], adapters: TokenAdapters) -> LowR
         gates[adapters.number(name), at : at + rank] = layer.scaling[name]
         at += rank
     return LowRank(down, up, gates, adapters)
-
-
-def _kind(layer: Any) -> str:
-    variants = [type(each).__name__ for each in getattr(layer, "lora_variant", {}).values()]
-    return ", ".join([type(layer).__name__, *dict.fromkeys(variants)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigurationError
-from pipeline.models.adapters import TokenAdapters, take_adapters
+from pipeline.models.adapters import TokenAdapters, take_adapters, without_peft_warnings
 from pipeline.models.host import Host
 from pipeline.models.messages import Admission, HostSpec
 from pipeline.models.row_attention import what_is_missing
@@ -91,9 +91,7 @@ def _load_model(spec: HostSpec, device: torch.device) -> Any:
 def _with_adapter(model: Any, name: str, folder: Path) -> Any:
     from peft import PeftModel  # seven seconds of import, for those who use adapters
 
-    with warnings.catch_warnings():
-        # peft asks transformers under an old name
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    with without_peft_warnings():
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name=name)
             return model

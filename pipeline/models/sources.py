@@ -28,6 +28,11 @@ from pipeline.models.weight_files import (
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+# what an adapter's configuration may say that products of low rank, token by token, cannot do
+MORE_THAN_LORA = (
+    "use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters", "trainable_token_indices",
+    "layer_replication",
+)  # fmt: skip
 Progress = Callable[[str], None]
 
 
@@ -121,7 +126,7 @@ def resolve_adapter(
     """Find a PEFT LoRA adapter: a folder, an s3:// or gs:// folder, or a hub id. It is small and fetched whole.
 
     Raises:
-        ConfigurationError: there is none, or it is of another kind than LoRA.
+        ConfigurationError: there is none, or it is of another kind than LoRA, or more.
     """
     location = _locate(name, revision)
     commit = None
@@ -137,6 +142,11 @@ def resolve_adapter(
     config = read_json(LocalTree(folder), ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise ConfigurationError(f"adapter {name} has peft_type {config.get('peft_type')}; only LORA is served")
+    if more := [key for key in MORE_THAN_LORA if config.get(key)]:
+        raise ConfigurationError(
+            f"adapter {name} has {', '.join(more)}, which is not mixed with others in a pass; merge it into its "
+            "model (peft's merge_and_unload) and name that as a model"
+        )
     return AdapterSource(
         name=name,
         location=location,
