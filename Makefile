@@ -7,13 +7,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format browser clean help
+.PHONY: demo test check format browser kernels clean help
 
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
 	@echo "make test    run the tests (all but those that need a GPU)"
 	@echo "make check   formatter, linter, types, import contracts"
 	@echo "make format  format and fix what can be fixed"
+	@echo "make kernels install Triton (a gigabyte), whose interpreter runs the GPU's kernel on a CPU; for its tests"
 	@echo "make browser install Chromium where there is none, on Debian as root; for the tests of the report"
 
 $(READY): pyproject.toml constraints.txt
@@ -44,6 +45,12 @@ browser:
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null && \
 	  command -v chromium; } || echo "no browser, and none could be installed: the tests that need one are skipped"
+
+# Without Triton the tests that interpret the kernel are skipped; on a machine with a GPU torch brings it.
+kernels: $(READY)
+	@$(BIN)/python -c "import triton" 2>/dev/null || \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt triton || \
+	  echo "Triton could not be installed: the tests that interpret the kernel are skipped"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,43 @@
+"""The kernel for running rows beside a plain softmax, wherever it runs."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from pipeline.models.row_attention import attend_rows
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+LENGTHS, ROWS = (1, 2, 64, 65, 129, 256), (5, 0, 2, 6, 1, 3)
+
+
+def check_kernel(
+    device: str, dtype: torch.dtype, *, num_heads: int, num_kv_heads: int, width: int, window: int | None
+) -> None:
+    """Rows of several lengths are written and attended for as in float64; no other number of the cache changes."""
+    torch.manual_seed(0)
+    shape = (7, num_kv_heads, 256, width)
+    keys, values = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    last_R = torch.tensor(LENGTHS, device=device) - 1
+    query, key, value = (
+        torch.randn(len(ROWS), heads, width, device=device, dtype=dtype).transpose(0, 1)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    expected_keys, expected_values = keys.clone(), values.clone()
+    out = torch.full((len(ROWS), num_heads, width), torch.nan, device=device, dtype=dtype)
+    attend_rows(
+        query, key, value, keys, values, torch.tensor(ROWS, device=device), last_R, out, scale=None, window=window
+    )
+    for at, (row, length) in enumerate(zip(ROWS, LENGTHS, strict=True)):
+        expected_keys[row, :, length - 1], expected_values[row, :, length - 1] = key[:, at], value[:, at]
+        start = 0 if window is None else max(0, length - window)
+        expected = scaled_dot_product_attention(
+            query[:, at : at + 1].double()[None],
+            expected_keys[row, :, start:length].double()[None],
+            expected_values[row, :, start:length].double()[None],
+            enable_gqa=True,
+        )[0, :, 0]
+        tolerance = TOLERANCES[dtype]
+        torch.testing.assert_close(out[at].double(), expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)

@@ -1,0 +1,43 @@
+"""The GPU's kernel for running rows, on a CPU: Triton can interpret it. `make kernels` installs Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_setup import check_kernel
+from test_strict import host_of, logits_after
+
+from pipeline.models import row_attention
+
+pytest.importorskip("triton", reason="triton is not installed; see `make kernels`")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU tests/test_gpu.py runs the kernel on it"
+)
+
+
+# bfloat16 is left to a GPU: NumPy, with which the interpreter computes, has none
+@pytest.mark.parametrize("window", [None, 1, 30])
+@pytest.mark.parametrize("width", [16, 80])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (9, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_writes_and_attends_as_a_plain_softmax_does(dtype, num_heads, num_kv_heads, width, window):
+    check_kernel("cpu", dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, width=width, window=window)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_host_that_attends_with_the_kernel_gives_the_logits_of_one_that_does_not(tiny, kind, monkeypatch):
+    prompts = [[3, 9, 4], list(range(70)), [7] * 30, [5, 6]]
+    plain, fast = (host_of(tiny(kind), strict=True, num_slots=4, has_static_steps=static) for static in (False, True))
+    calls = []
+    attend_rows = row_attention.attend_rows
+    for places in ({0: 2, 1: 0, 2: 3}, {3: 1, 1: 2}):
+        expected = logits_after(plain, places, prompts, num_steps=4)
+        with monkeypatch.context() as patch:
+            patch.setattr(row_attention, "serves", lambda keys, values: True)
+            patch.setattr(
+                row_attention, "attend_rows", lambda *args, **kw: calls.append(0) or attend_rows(*args, **kw)
+            )
+            found = logits_after(fast, places, prompts, num_steps=4)
+        for row in places:
+            torch.testing.assert_close(found[row], expected[row], atol=1e-4, rtol=0)
+    assert len(calls) == 2 * 2 * 5  # two layers, the passes of two calls
