@@ -21,15 +21,18 @@ from torch import Tensor
 
 from jobs.bench_models import GivenPrompts
 from pipeline.cluster.coordinator import groups_of
-from pipeline.cluster.host_actors import RayHost, send_tensors_as_arrays
+from pipeline.cluster.host_actors import HostActor, RayHost, send_tensors_as_arrays
 from pipeline.config import Config
 from pipeline.config_files import parse_config
 from pipeline.decoding.engine import Engine
+from pipeline.decoding.hosts import Pending
 from pipeline.decoding.lineup import build_lineup
 from pipeline.decoding.playing import PlayingHost
 from pipeline.decoding.prompts import Prompter
+from pipeline.decoding.running import Terms, TokenOutcome
 from pipeline.models.host import Host
-from pipeline.models.messages import Admission, Candidates
+from pipeline.models.messages import Admission, Candidates, Position, Step
+from pipeline.points import unwatched
 from pipeline.records import Row
 from pipeline.variants import lay_out
 
@@ -39,9 +42,13 @@ WARM_STEPS = 20
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One measurement. `of_ideal` compares with hosts that never wait; `tokens_per_s` is of all replicas."""
+    """One measurement. `of_ideal` compares with hosts that never wait; `tokens_per_s` is of all replicas.
+
+    `device` is "cpu" where a host is busy while it computes, and "gpu" where its device goes on by itself.
+    """
 
     forward_ms: float
+    device: str
     hosts: int
     replicas: int
     slots: int
@@ -50,12 +57,16 @@ class Cell:
 
 
 class SimulatedHost(Host):
-    """A host whose forward pass is a sleep and whose candidates are drawn at random."""
+    """A host whose forward pass is a sleep and whose candidates are drawn at random.
 
-    def __init__(self, num_roles: int, num_slots: int) -> None:
+    As a GPU it does not wait for a pass; `ready_s` is when the last one ends.
+    """
+
+    def __init__(self, num_roles: int, num_slots: int, *, is_gpu: bool) -> None:
         self._num_roles = num_roles
+        self._is_gpu = is_gpu
         self.newest_S = torch.zeros(num_slots, dtype=torch.long)
-        self.forward_s = 0.0
+        self.forward_s = self.ready_s = 0.0
         self._generator = torch.Generator().manual_seed(0)
 
     @property
@@ -63,7 +74,9 @@ class SimulatedHost(Host):
         return torch.device("cpu")
 
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
-        time.sleep(self.forward_s)
+        self.ready_s = max(self.ready_s, time.perf_counter()) + self.forward_s
+        if not self._is_gpu:
+            _sleep_until(self.ready_s)
 
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         ids_BK = torch.randint(VOCAB_SIZE, (len(slots), NUM_CANDIDATES), generator=self._generator)
@@ -76,23 +89,58 @@ class SimulatedHost(Host):
         return torch.randn(shape, generator=self._generator).log_softmax(-1)
 
 
-class SimulatedActor:
-    """A `HostActor` whose host is simulated."""
+class SimulatedGpu(PlayingHost):
+    """A host that plays all games in no time, on a device that goes on by itself, and gives the first outcomes ever
+    after."""
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(self, host: SimulatedHost, *args: Any) -> None:
+        super().__init__(host, *args)
+        self._simulated = host
+        self._outcomes: list[TokenOutcome] = []
+        self._newest: _UnderWay | None = None
+
+    def advance_and_play(
+        self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> Pending:
+        self.advance(at, step)
+        if len(self._outcomes) != len(slots):
+            self._outcomes = cast(list[TokenOutcome], self.play(at, slots, terms, uniforms))
+        if self._newest is not None:  # as a host that corrects a token where it has to
+            self._newest.wait()
+        self._newest = _UnderWay(self._simulated.ready_s, self._outcomes)
+        return self._newest
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay(Pending):
+    ready_s: float
+    outcomes: list[TokenOutcome]
+
+    def wait(self) -> list[TokenOutcome]:
+        _sleep_until(self.ready_s)
+        return self.outcomes
+
+
+def _sleep_until(moment_s: float) -> None:
+    time.sleep(max(0.0, moment_s - time.perf_counter()))
+
+
+class SimulatedActor(HostActor):
+    """A host's actor whose host is simulated."""
+
+    def __init__(self, config: Config, index: int, is_gpu: bool) -> None:
+        super().__init__((None,), index, unwatched)
         torch.set_num_threads(1)
         send_tensors_as_arrays()
         lineup = build_lineup(config)
         roles = lineup.hosts[index].roles
-        self._simulated = SimulatedHost(len(roles), config.cluster.first_slots)
-        self._host = PlayingHost(self._simulated, roles, config.decoding, lineup.principals)
+        self._simulated = SimulatedHost(len(roles), config.cluster.first_slots, is_gpu=is_gpu)
+        kind = SimulatedGpu if is_gpu else PlayingHost
+        self._host = kind(self._simulated, roles, config.decoding, lineup.principals)
 
     def pace(self, forward_s: float) -> None:
         """Take so long for a forward pass from now on."""
         self._simulated.forward_s = forward_s
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._host, method)(*args, **kwargs)
 
 
 class SimulatedReplica:
@@ -149,7 +197,8 @@ def run_bench_coordination(
     seconds: float,
     json_file: Path | None,
 ) -> None:
-    """Measure hosts with one replica, then replicas with two hosts; print a table, write the file."""
+    """Measure hosts with one replica (a lone one as a GPU's, too), then replicas with two hosts; print a table, write
+    the file."""
     shapes = list(dict.fromkeys([*((count, 1) for count in hosts), *((2, count) for count in replicas)]))
     num_actors = max(num_hosts * num_replicas + num_replicas for num_hosts, num_replicas in shapes)
     ray.init(
@@ -157,6 +206,8 @@ def run_bench_coordination(
     )
     try:
         cells = [cell for shape in shapes for cell in measure(forwards_ms, *shape, slots, seconds)]
+        if 1 in hosts:
+            cells += measure(forwards_ms, 1, 1, slots, seconds, is_gpu=True)
     finally:
         ray.shutdown()
     print_table(cells)
@@ -165,12 +216,18 @@ def run_bench_coordination(
 
 
 def measure(
-    forwards_ms: Sequence[float], num_hosts: int, num_replicas: int, slots: int, seconds: float
+    forwards_ms: Sequence[float],
+    num_hosts: int,
+    num_replicas: int,
+    slots: int,
+    seconds: float,
+    *,
+    is_gpu: bool = False,
 ) -> list[Cell]:
     """A cell for each length of a forward pass; all replicas run at the same time."""
     config = make_config(num_hosts, slots)
     host, replica = (ray.remote(each).options(num_cpus=1) for each in (SimulatedActor, SimulatedReplica))
-    actors = [[host.remote(config, at) for at in range(num_hosts)] for _ in range(num_replicas)]
+    actors = [[host.remote(config, at, is_gpu) for at in range(num_hosts)] for _ in range(num_replicas)]
     engines = [replica.remote(config, each) for each in actors]
     rows_a_pass = slots / groups_of(num_hosts, slots)
     cells = []
@@ -179,7 +236,8 @@ def measure(
             ray.get([actor.pace.remote(forward_ms / 1e3) for each in actors for actor in each])
             rate = sum(ray.get([engine.run.remote(seconds) for engine in engines]))
             ideal = num_replicas * rows_a_pass / (forward_ms / 1e3)
-            cells.append(Cell(forward_ms, num_hosts, num_replicas, slots, rate, rate / ideal))
+            device = "gpu" if is_gpu else "cpu"
+            cells.append(Cell(forward_ms, device, num_hosts, num_replicas, slots, rate, rate / ideal))
     finally:
         for actor in [*engines, *(actor for each in actors for actor in each)]:
             ray.kill(actor)
@@ -188,11 +246,12 @@ def measure(
 
 def print_table(cells: Sequence[Cell]) -> None:
     table = Table(title="Simulated forward passes, real coordination over Ray", box=None)
-    for name in ("forward ms", "hosts", "replicas", "slots", "tokens/s", "of ideal"):
+    for name in ("forward ms", "as on a", "hosts", "replicas", "slots", "tokens/s", "of ideal"):
         table.add_column(name, justify="right")
     for cell in cells:
         table.add_row(
             f"{cell.forward_ms:g}",
+            cell.device,
             str(cell.hosts),
             str(cell.replicas),
             str(cell.slots),

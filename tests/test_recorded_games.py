@@ -181,6 +181,24 @@ def test_an_outcome_that_finds_no_memory_makes_the_host_forget(tiny, monkeypatch
     assert len(again.wait()) == 1
 
 
+def test_an_outcome_that_fails_while_the_next_step_begins_fails_for_both_steps(tiny, monkeypatch):
+    """The next step finds out first; whoever waits for the earlier one must be told the same."""
+    _, host = records(tiny, records_games=True)
+    at = Position(0, 5, 0)
+    prompts = {role.name: [1, 2, 3] for role in host._roles}
+    first = host.advance_and_play(at, Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
+
+    def fail(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(recorded_games.RecordedGames, "_wait", fail)
+    with pytest.raises(HostOutOfMemory):
+        host.advance_and_play(at.after, Step((), [0], [DRAWN]), [0], [TERMS], [0.1])
+    for _ in range(2):
+        with pytest.raises(HostOutOfMemory):
+            first.wait()
+
+
 def test_a_row_whose_numbers_are_not_finite_is_not_tried_again(tiny, monkeypatch):
     _, host = records(tiny, records_games=True)
     launches = []

@@ -25,14 +25,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+KEPT_ANSWERS = 16  # an engine waits for two at most; what it has no use for any more is not collected
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Stands for an answer that a host's device still computes."""
+
+    number: int
+
+
 class HostActor:
-    """Holds one host in its own process and on its own device."""
+    """Holds one host in its own process and on its own device.
+
+    Where its device goes on by itself, a call ends as soon as it has begun, and its answer is collected by a call of
+    its own: behind the next step's, so that the device has work while the answer is on its way.
+    """
 
     def __init__(self, assembly: tuple[Any], index: int, watch: Watcher) -> None:
         self._assembly = assembly
         self._index = index
         self._watch = watch
         self._host: Any = None
+        self._answers: dict[int, Pending] = {}
+        self._num_tickets = 0
 
     def load(self) -> None:
         """Load the weights. Not in `__init__`: an error there loses its class on the way."""
@@ -46,7 +62,17 @@ class HostActor:
         if self._host is None:
             raise HostError("this process has no weights")
         answer = getattr(self._host, method)(*args, **kwargs)
-        return answer.wait() if isinstance(answer, Pending) else answer
+        if not isinstance(answer, Pending):
+            return answer
+        ticket = Ticket(self._num_tickets)
+        self._num_tickets += 1
+        self._answers[ticket.number] = answer
+        self._answers.pop(ticket.number - KEPT_ANSWERS, None)
+        return ticket
+
+    def collect(self, ticket: Ticket) -> Any:
+        """Wait for the answer of a call; once."""
+        return self._answers.pop(ticket.number).wait()
 
 
 class RayHost:
@@ -59,14 +85,17 @@ class RayHost:
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
         values = [each.reference if isinstance(each, RayReply) else each for each in args]
-        return RayReply(self.actor.call.remote(method, *values, **kwargs), self._plan, method, self._timeout_s)
+        return RayReply(
+            self.actor, self.actor.call.remote(method, *values, **kwargs), self._plan, method, self._timeout_s
+        )
 
 
 class RayReply:
     """An answer that a host owes."""
 
-    def __init__(self, reference: Any, plan: HostPlan, method: str, timeout_s: float) -> None:
+    def __init__(self, actor: Any, reference: Any, plan: HostPlan, method: str, timeout_s: float) -> None:
         self.reference = reference
+        self._actor = actor
         self._plan = plan
         self._method = method
         self._timeout_s = timeout_s
@@ -74,7 +103,10 @@ class RayReply:
     def result(self) -> Any:
         try:
             with waiting_for(f"an answer of host {self._plan.name} to {self._method}"):
-                return ray.get(self.reference, timeout=self._timeout_s)
+                answer = ray.get(self.reference, timeout=self._timeout_s)
+                if isinstance(answer, Ticket):
+                    answer = ray.get(self._actor.collect.remote(answer), timeout=self._timeout_s)
+                return answer
         except RayTaskError as error:
             if isinstance(error.cause, ConfigurationError):
                 raise error.cause from None
@@ -122,7 +154,7 @@ class HostGroup:
             )
         self._actors = [self._start_actor(index, bundle) for index, bundle in enumerate(bundles)]
         self._loads = [
-            RayReply(actor.load.remote(), plan, "load", timeout_s)
+            RayReply(actor, actor.load.remote(), plan, "load", timeout_s)
             for actor, plan in zip(self._actors, launch.plans, strict=True)
         ]
 

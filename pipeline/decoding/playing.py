@@ -163,12 +163,19 @@ class UnderWay(Pending):
         self.at = at
         self._host = host
         self._outcomes: list[TokenOutcome] | None = None
+        self._error: Exception | None = None
 
     def settle(self) -> bool:
         """Whether a token is another one than the host has gone on with; once, and no more."""
+        if self._error is not None:
+            raise self._error
         if self._outcomes is not None:
             return False
-        self._outcomes, is_other = self._host.settle()
+        try:
+            self._outcomes, is_other = self._host.settle()
+        except Exception as error:  # whoever settled it, the one who waits for it is told, too
+            self._error = error
+            raise
         return is_other
 
     def wait(self) -> list[TokenOutcome]:
