@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/cage relabel -c configs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -64,8 +64,12 @@ def test_a_run_that_stands_still_is_ended_and_goes_on_later(tiny, tmp_path, poin
 @pytest.mark.parametrize(
     ("cluster", "awaited"),
     [
-        ({}, r"waiting for (replica \w+-\d+: .+ \(\d+ s\)|the progress board)"),  # the board on a slow machine
-        ({"coordinator_cpus": 1000}, r"waiting for (Ray to start a replica \(1000 CPU|the progress board)"),
+        # long enough for a slow machine to start a replica; the board is waited for on a very slow one
+        ({"stall_timeout_s": 20}, r"waiting for (replica \w+-\d+: .+ \(\d+ s\)|the progress board)"),
+        (
+            {"stall_timeout_s": 8, "coordinator_cpus": 1000},
+            r"waiting for (Ray to start a replica \(1000 CPU|the progress board)",
+        ),
     ],
 )
 def test_a_run_over_ray_that_stands_still_says_who_waits_for_whom(ray_cluster, tiny, tmp_path, cluster, awaited):
@@ -73,6 +77,6 @@ def test_a_run_over_ray_that_stands_still_says_who_waits_for_whom(ray_cluster, t
 
     ray.cloudpickle.register_pickle_by_value(faults)
     prompts = write_prompts(tmp_path / "prompts.jsonl", 4)
-    config = job(prompts, tmp_path / "run", tiny(), cluster={"transport": "ray", "stall_timeout_s": 8, **cluster})
+    config = job(prompts, tmp_path / "run", tiny(), cluster={"transport": "ray", **cluster})
     with pytest.raises(RunStalled, match=awaited):
         run_job(config, tmp_path, watch=Hang(Point.MID_STEP))
