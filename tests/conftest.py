@@ -76,10 +76,11 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests: those of Ray in one, for one cluster; a file's others in one, for its
-    fixtures. Those of Ray come first: most of their time is waiting, and they are the longest part."""
+    """Where two processes share the tests, those of Ray stay in one of them, around one cluster. They come first,
+    as they are the longest part, and mostly waiting."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)

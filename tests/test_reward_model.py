@@ -16,6 +16,8 @@ import cage
 from jobs.plan import describe_plan
 from pipeline.decoding.draws import Uniforms
 from pipeline.decoding.engine import decode_rows
+from pipeline.models import reward_host
+from pipeline.models.branches import reading
 from pipeline.relabel import prepare
 
 ROWS = [ask(f"r{at}", text) for at, text in enumerate(["why?", "tell me a story", "hi", "and then what is it?"])]
@@ -128,26 +130,58 @@ def test_answers_are_those_of_uncached_scoring_token_for_token(tiny, judge, kind
             assert record.rewards["judge"] == pytest.approx(total, abs=2e-3)
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_a_strict_row_has_the_same_bits_in_any_company(tiny, judge, pairs):
+@pytest.mark.parametrize("candidates", [1, 10])
+@pytest.mark.parametrize(("kind", "pairs"), [("llama", False), ("llama", True), ("gpt2", False), ("mistral", False)])
+def test_a_strict_row_has_the_same_bits_in_any_company(tiny, judge, kind, pairs, candidates):
     base = tiny("llama")
-    principals = {"judge": {"kind": "reward_model", "model": str(judge(pairs=pairs))}}
-    many, alone = (config_of(base, principals, decoding=DECODING, cluster={"slots": slots}) for slots in (4, 1))
-    assert decode(many, ROWS) == decode(alone, list(reversed(ROWS)))
+    judged = {"kind": "reward_model", "model": str(judge(kind, pairs=pairs)), "candidates": candidates}
+    many, alone, other = (
+        config_of(base, {"judge": judged}, decoding=DECODING, cluster={"slots": slots}) for slots in (4, 1, 3)
+    )
+    expected = decode(many, ROWS)
+    assert decode(alone, list(reversed(ROWS))) == expected
+    assert decode(other, [ROWS[2], ROWS[0], ROWS[1], *ROWS[3:]]) == expected
 
 
-def test_a_step_is_one_pass_and_principals_on_the_same_weights_share_it(tiny, judge):
+def test_passes_of_one_shape_give_the_same_bits_in_any_company(tiny, judge, monkeypatch):
+    """As strict passes are on a GPU; a row with more tokens than a pass is alone."""
+    shapes = []
+
+    def watched(readings):
+        shapes.append(sum(len(each.tokens) for each in readings))
+        return reading(readings)
+
+    monkeypatch.setattr(reward_host, "reading", watched)
+    monkeypatch.setattr(reward_host, "PASS_TOKENS", 32)
+    monkeypatch.setattr(reward_host.RewardHost, "_has_one_shape", True)
+    principals = {"judge": {"kind": "reward_model", "model": str(judge())}}
+    rows = [*ROWS, ask("long", "tell me more " * 5)]
+    configs = [
+        config_of(tiny("llama"), principals, decoding=DECODING, cluster={"slots": slots}) for slots in (5, 1, 3)
+    ]
+    expected, alone, other = (decode(config, rows) for config in configs)
+    assert alone == other == expected
+    assert {shape % 32 for shape in shapes} == {0}
+    assert 32 in shapes
+    assert max(shapes) > 64
+    monkeypatch.setattr(reward_host.RewardHost, "_has_one_shape", False)
+    for row_id, record in decode(configs[0], rows).items():
+        assert record.response == expected[row_id].response
+
+
+@pytest.mark.parametrize("reproducibility", ["strict", "relaxed"])
+def test_a_step_is_one_pass_and_principals_on_the_same_weights_share_it(tiny, judge, reproducibility):
     folder = str(judge(num_labels=2))
     principals = {
         "one": {"kind": "reward_model", "model": folder, "label": 0},
         "two": {"kind": "reward_model", "model": folder, "label": 1, "interval": 2, "candidates": 4},
     }
-    decoding = {**DECODING, "reproducibility": "relaxed"}
+    decoding = {**DECODING, "reproducibility": reproducibility}
     engine, assembly = engine_of(config_of(tiny("llama"), principals, decoding=decoding, cluster={"slots": 4}))
     records = list(decode_rows(engine, ROWS))
     assert [(plan.name, plan.serves) for plan in assembly.lineup.hosts[1:]] == [("one", ("one", "two"))]
     num_steps = max(record.num_tokens for record in records)
-    assert engine.calls.hosts["one"].host._host.num_forwards == len(ROWS) + num_steps
+    assert engine.calls.hosts["one"].host._host.num_forwards == 1 + num_steps  # the prompts are one more
     assert all(0 not in record.rewards.values() for record in records)
 
 

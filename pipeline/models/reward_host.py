@@ -3,6 +3,10 @@
 It keeps the keys and values of every row's prefix; candidates are branches of it, read with the newest tokens in one
 pass and scored each at its own last token. A score is the model's output for a role's label.
 
+A step is one pass, and another one where prompts of new rows are to be read. Every row attends to its own keys alone,
+so that on a CPU its bits do not depend on its company as long as a pass has a few tokens. On a GPU matrix kernels
+depend on the number of tokens, and strict passes have the same number, whoever reads.
+
 B rows of a call, R roles of the host, N candidates, T tokens, L labels.
 """
 
@@ -18,6 +22,10 @@ from torch import Tensor
 from pipeline.models.branches import Branch, Reading, RowCache, reading
 from pipeline.models.memory import MOST_SLOTS
 from pipeline.models.messages import Admission, HostRole, RewardSpec
+
+MIN_TOKENS = 4  # matrix kernels of a CPU treat fewer differently
+PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
+PADDING = 64  # tokens of one row that nobody reads
 
 
 @dataclass(slots=True)
@@ -64,7 +72,7 @@ class RewardHost:
         spec: each role's label, and how to read the base's tokens where the vocabularies differ.
         num_slots: rows at once.
         context_length: longest sequence that the model reads; what is longer is scored NaN.
-        strict: read row by row, so that no row's bits depend on its company.
+        strict: pad passes, so that no row's bits depend on its company.
     """
 
     def __init__(
@@ -105,14 +113,13 @@ class RewardHost:
     @torch.inference_mode()
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Read the prompts of new rows; note a token more of the running ones, to be read with its candidates."""
-        for admission in admissions:
-            if not admission.is_last:  # a long prompt is read at once, with its last part
-                continue
+        filled = [each for each in admissions if each.is_last]  # a long prompt is read at once, with its last part
+        for admission in filled:
             self._rows[admission.slot] = [
                 _Row([*admission.prompts[role.name]], [*admission.answer], label)
                 for role, label in zip(self._roles, self._spec.labels, strict=True)
             ]
-            self._ask([(row, []) for row in self._rows[admission.slot]])
+        self._ask([(row, []) for admission in filled for row in self._rows[admission.slot]])
         for slot, token in zip(slots, tokens, strict=True):
             for row in self._rows[slot]:
                 row.answer.append(token)
@@ -150,9 +157,29 @@ class RewardHost:
                 questions.append(_Question(row, ids, *lay_out(row.cache, prefix, followers)))
             else:
                 row.told = (ids, torch.full((len(ids),), torch.nan, device=self._device))
-        for part in [[each] for each in questions] if self._strict else [questions]:
+        for part in self._passes(questions):
             for question, scores_TL in zip(part, self._read([each.reading for each in part]), strict=True):
                 question.settle(scores_TL)
+
+    def _passes(self, questions: Sequence[_Question]) -> list[list[_Question]]:
+        """Questions that are read at once: all, or as many as a pass has tokens."""
+        if not self._has_one_shape:
+            return [[*questions]] if questions else []
+        parts: list[list[_Question]] = []
+        room = 0
+        for question in questions:
+            count = len(question.reading.tokens)
+            if count > room:
+                parts.append([])
+                room = -(-count // PASS_TOKENS) * PASS_TOKENS
+            parts[-1].append(question)
+            # what fills more than a pass is alone, so that its shape is its own
+            room = room - count if count <= PASS_TOKENS else 0
+        return parts
+
+    @property
+    def _has_one_shape(self) -> bool:
+        return self._strict and self._device.type != "cpu"
 
     def _read(self, readings: Sequence[Reading]) -> Sequence[Tensor]:
         """Scores [T, L] of every token of each reading, in one forward pass."""
@@ -160,12 +187,24 @@ class RewardHost:
         if not sum(counts):
             return [torch.zeros(0, max(self._spec.labels) + 1, device=self._device) for _ in readings]
         self.num_forwards += 1
-        ids = torch.tensor([[token for each in readings for token in each.tokens]], device=self._device)
-        positions = torch.tensor([[at for each in readings for at in each.positions]], device=self._device)
-        with reading(readings):
+        padded = [*readings, *self._padding(sum(counts))]
+        ids = torch.tensor([[token for each in padded for token in each.tokens]], device=self._device)
+        positions = torch.tensor([[at for each in padded for at in each.positions]], device=self._device)
+        with reading(padded):
             output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
-        scores: Tensor = self._head(output.last_hidden_state[0].float())
-        return torch.split(scores, counts)
+        states = torch.split(output.last_hidden_state[0, : sum(counts)].float(), counts)
+        # one by one: the bits of a product with one column depend on how many rows it has
+        return [self._head(states_TH) for states_TH in states]
+
+    def _padding(self, num_tokens: int) -> list[Reading]:
+        """Rows that nobody reads, for what a strict pass of so many tokens lacks."""
+        missing = 0
+        if self._has_one_shape:
+            missing = -num_tokens % PASS_TOKENS
+        elif self._strict:
+            missing = max(0, MIN_TOKENS - num_tokens)
+        longest = min(PADDING, self._context_length or PADDING)
+        return [Reading(RowCache(), 0, [0] * min(longest, missing - at)) for at in range(0, missing, longest)]
 
     def _sequences(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """What the model reads for each answer, in its own tokens."""
