@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/cage relabel -c configs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff format --check .

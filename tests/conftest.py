@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -76,11 +78,24 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, those of Ray stay in one of them, around one cluster. They come first,
-    as they are the longest part, and mostly waiting."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Files with tests of Ray come first: where two processes share the tests they are the longest part."""
+    items.sort(key=lambda item: not _uses_ray(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where two processes share the tests, a file's stay together, and all of Ray's, around one cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if _uses_ray(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _uses_ray(path: Path) -> bool:
+    return "pytest.mark.ray" in path.read_text(encoding="utf-8")

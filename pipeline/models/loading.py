@@ -44,6 +44,8 @@ def load_host(spec: HostSpec) -> Host:
         )
     with on_device(device):
         model = _load_model(spec, device)
+        # nothing is padded, and some models look at every input whether it is: a GPU would be waited for
+        model.config.pad_token_id = None
         expected = _plain_logprobs(model, spec)  # before a host changes the model
         adapters = None
         if spec.adapters:
