@@ -104,7 +104,7 @@ def set_out(game: ScaledGame) -> Walk:
         tangent=tangent_BU,
         stride=stride_B,
         trial=trial.at,
-        aimed=trial.at,
+        aimed=trial.at.clone(),  # one tensor as both would be compiled apart from two
         reached=trial.reached,
         normal=torch.where(trial.landing[:, None], _last_axis(start_BU), tangent_BU),
         landing=trial.landing,

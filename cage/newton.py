@@ -23,7 +23,7 @@ from cage.scaled import Measures, ScaledGame, measure, scale
 from cage.solution import Draft, Solution, Status, default_tolerance
 from cage.whole import solve_whole, widened
 
-_ALWAYS_UNIQUE = 2  # so many principals have one equilibrium, whatever their values
+ALWAYS_UNIQUE = 2  # so many principals have one equilibrium, whatever their values
 _DIRECT_STEPS = 32
 _LONGEST_STEP = 10.0  # agent temperatures; further the residuals have changed sides too often to be extrapolated
 _TURNING_BACK = 0.7  # of the last step
@@ -84,7 +84,7 @@ def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight | Walk]:
     whole = widened(game)
     measures = measure(whole, looks=False)
     scaled = scale(whole, measures)
-    if game.num_principals <= _ALWAYS_UNIQUE:
+    if game.num_principals <= ALWAYS_UNIQUE:
         return whole, measures, scaled, _set_out(scaled, nobody_pays(scaled))
     return whole, measures, scaled, set_out(scaled)
 
@@ -124,7 +124,7 @@ def find_thresholds(
     num_rows, num_principals = game.values.shape[:2]
     if num_principals == 0 or num_rows == 0:
         return game.values.new_zeros((num_rows, num_principals)), _no_steps(game)
-    if num_principals > _ALWAYS_UNIQUE and near_BJ is None:
+    if num_principals > ALWAYS_UNIQUE and near_BJ is None:
         return _follow(game, aim, max_steps)
     start_BJ = nobody_pays(game) if near_BJ is None else near_BJ
     enough = _nearly(aim) if near_BJ is None else aim

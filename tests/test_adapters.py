@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from adapter_setup import make_lora
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from pipeline.errors import ConfigurationError
 from pipeline.models.compiling import CompiledLayers
@@ -27,10 +29,10 @@ LINEARS = {
 ROLES = (HostRole("a"), HostRole("b", "one"), HostRole("c", "two"))
 
 
-def spec_of(folder, adapters, *, strict=True, num_slots=6, dtype="auto", device="cpu"):
+def spec_of(folder, adapters, *, strict=True, num_slots=6, dtype="auto", device="cpu", roles=ROLES):
     return HostSpec(
         name="base", serves=("base",), source=resolve_model(str(folder), cache_folder=folder), dtype=dtype,
-        device=device, roles=ROLES, num_slots=num_slots, vocab_size=261, strict=strict, cache_folder=folder,
+        device=device, roles=roles, num_slots=num_slots, vocab_size=261, strict=strict, cache_folder=folder,
         adapters={name: resolve_adapter(str(path), cache_folder=folder) for name, path in adapters.items()},
     )  # fmt: skip
 
@@ -42,8 +44,8 @@ def host_of(folder, adapters, *, is_static=False, **options):
         return host
     passes = host._passes
     return Host(
-        passes._model, ROLES, num_slots=spec.num_slots, vocab_size=261, adapters=passes._adapters, strict=spec.strict,
-        has_static_steps=True,
+        passes._model, spec.roles, num_slots=spec.num_slots, vocab_size=261, adapters=passes._adapters,
+        strict=spec.strict, has_static_steps=True,
     )  # fmt: skip
 
 
@@ -117,6 +119,52 @@ def test_logits_of_a_row_with_adapters_are_the_same_to_the_bit_in_any_company(ti
         places = dict(zip(company, generator.sample(range(num_slots), len(company)), strict=True))
         for row, logits in logprobs_after(host, prompts, places, num_steps=3).items():
             assert torch.equal(logits, together[row])
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_an_adapter_of_one_rank_gives_the_same_bits_in_any_company(tiny, tmp_path, is_static):
+    folder = tiny("llama")
+    adapters = {"one": make_lora(tmp_path / "one", folder, "q_proj", "v_proj", "o_proj", seed=1, r=1)}
+    host = host_of(folder, adapters, num_slots=12, is_static=is_static, roles=ROLES[:2])
+    prompts = [[row + at for at in range(3 + 2 * row)] for row in range(12)]
+    together = logprobs_after(host, prompts, {row: row for row in range(12)}, num_steps=3)
+    for company in ([0], [3, 1], list(range(5)), list(range(0, 12, 2))):
+        for row, logits in logprobs_after(host, prompts, {row: row for row in company}, num_steps=3).items():
+            assert torch.equal(logits, together[row])
+
+
+def test_a_layer_that_sees_tokens_without_a_batch_gives_each_its_own_adapter(tiny, tmp_path):
+    """As many tokens as, and more than, its inputs are wide: OPT flattens before a projection."""
+    folder = tmp_path / "opt"
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=261, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_models.make_tokenizer().save_pretrained(folder)
+    adapters = {
+        "one": make_lora(tmp_path / "one", folder, "fc1", "q_proj", seed=1),
+        "two": make_lora(tmp_path / "two", folder, "fc1", "fc2", seed=2),
+    }
+    host = host_of(folder, adapters)
+    for length in (4, 5, 6, 8, 30):
+        prompt = list(range(20, 20 + length))
+        found = logprobs_after(host, [prompt], {0: 1}, num_steps=1)
+        for at, name in enumerate((None, "one", "two")):
+            expected = plain_logprobs(folder, adapters.get(name), [*prompt, 0])
+            torch.testing.assert_close(found[0][at], expected, atol=1e-3, rtol=0)
+
+
+def test_an_adapter_that_changes_the_model_itself_is_refused(tiny, tmp_path):
+    folder = tiny("qwen2")
+    adapter = make_lora(tmp_path / "one", folder, "q_proj", bias="lora_only")
+    with pytest.raises(ConfigurationError, match="has bias: lora_only, which"):
+        spec_of(folder, {"one": adapter})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "bias": "none", "init_lora_weights": "pissa"}))
+    with pytest.raises(ConfigurationError, match="has init_lora_weights: pissa, which"):
+        spec_of(folder, {"one": adapter})
 
 
 def test_modules_that_an_adapter_brings_as_a_whole_are_its_own(tiny, tmp_path):

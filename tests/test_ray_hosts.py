@@ -86,5 +86,6 @@ def test_answers_that_nobody_collects_are_let_go():
 def test_coordination_is_measured_beside_hosts_that_never_wait():
     [cell] = measure([5.0], 1, 1, 4, 0.5, is_gpu=True)
     assert cell.device == "gpu"
-    assert 0 < cell.of_ideal < 1.1
-    assert cell.tokens_per_s == pytest.approx(cell.of_ideal * 4 / 5e-3)
+    assert (cell.hosts, cell.replicas, cell.slots) == (1, 1, 4)
+    assert 0 < cell.of_ideal < 1.1  # 4 tokens in 5 ms
+    assert 0 < cell.tokens_per_s < 1.1 * 800

@@ -126,20 +126,24 @@ def test_a_shorter_recording_is_tried_again_when_it_had_been_enough_for_a_while(
 
 
 @pytest.mark.parametrize(
-    ("num_principals", "rules", "serves"),
+    ("num_principals", "rules", "candidates", "serves"),
     [
-        (0, ["equilibrium"], False),
-        (1, ["equilibrium"], True),
-        (2, ["equilibrium"], True),
-        (8, ["equilibrium"], True),
-        (9, ["equilibrium"], False),
-        (2, ["linear"], False),
-        (2, ["equilibrium", "linear"], False),  # who plays a row must not depend on the others of the step
+        (0, ["equilibrium"], 50, False),
+        (1, ["equilibrium"], 50, True),
+        (2, ["equilibrium"], "all", True),
+        (3, ["equilibrium"], "all", False),
+        (3, ["equilibrium"], 2000, False),
+        (8, ["equilibrium"], 1024, True),
+        (9, ["equilibrium"], 50, False),
+        (2, ["linear"], 50, False),
+        (2, ["equilibrium", "linear"], 50, False),  # who plays a row must not depend on the others of the step
     ],
 )
-def test_a_run_is_recorded_whose_games_all_can_be(num_principals, rules, serves):
+def test_a_run_is_recorded_whose_games_all_can_be(num_principals, rules, candidates, serves):
     principals = [PrincipalRoles(str(at), 1.0, "base", None) for at in range(num_principals)]
-    assert recorded_games.RecordedGames.serves(principals, {RuleName(rule) for rule in rules}) == serves
+    decoding = config_of("m", decoding={"candidates": candidates}).decoding
+    rules = {RuleName(rule) for rule in rules}
+    assert recorded_games.RecordedGames.serves(principals, rules, decoding) == serves
 
 
 def test_a_step_that_is_asked_for_again_is_played_again_and_nothing_else(tiny, monkeypatch):
@@ -246,7 +250,10 @@ def test_blind_newton_compiles_as_a_whole(num_principals, monkeypatch):
     game = cage.Game(
         torch.randn(20, 50, dtype=torch.float64) * 2, torch.randn(20, num_principals, 50, dtype=torch.float64), 0.2
     )
+    torch._dynamo.utils.counters.clear()
     traced, plain = (cage.BlindNewton(40, compiles=compiles).solve(game) for compiles in (True, False))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # to begin, to step, to end
+    torch._dynamo.reset()
     assert torch.equal(traced.status, plain.status)
     torch.testing.assert_close(traced.policy, plain.policy, atol=1e-9, rtol=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class RayHost:
 
 
 class RayReply:
-    """An answer that a host owes."""
+    """An answer that a host owes. A reply among the arguments of a call must not be one that is collected."""
 
     def __init__(self, actor: Any, reference: Any, plan: HostPlan, method: str, timeout_s: float) -> None:
         self.reference = reference
@@ -103,9 +104,11 @@ class RayReply:
     def result(self) -> Any:
         try:
             with waiting_for(f"an answer of host {self._plan.name} to {self._method}"):
+                until_s = time.monotonic() + self._timeout_s
                 answer = ray.get(self.reference, timeout=self._timeout_s)
                 if isinstance(answer, Ticket):
-                    answer = ray.get(self._actor.collect.remote(answer), timeout=self._timeout_s)
+                    left_s = max(0.0, until_s - time.monotonic())
+                    answer = ray.get(self._actor.collect.remote(answer), timeout=left_s)
                 return answer
         except RayTaskError as error:
             if isinstance(error.cause, ConfigurationError):

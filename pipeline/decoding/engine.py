@@ -132,6 +132,7 @@ class Engine:
             HostError: a host is of no use any more; nothing is lost, and `recover` goes on with others.
         """
         group = self._slots.next_group()
+        lacks_memory = False
         try:
             if len(group.calls) > self._num_ahead:
                 self._ended += self._complete(group)
@@ -142,6 +143,8 @@ class Engine:
         except StateLost as error:
             self._rebuild(group, error)
         except HostOutOfMemory:
+            lacks_memory = True
+        if lacks_memory:  # not while the error holds on to what has to be let go
             self._halve()
         ended, self._ended = self._ended, []
         return ended

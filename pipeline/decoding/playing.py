@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from pipeline.decoding.hosts import Pending
 from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.recorded_games import RecordedGames
 from pipeline.decoding.running import Terms, TokenOutcome
-from pipeline.errors import StateLost
+from pipeline.errors import CageError, StateLost
 from pipeline.models.host import Host
 from pipeline.models.messages import DRAWN, HostRole, Position, Step
 from pipeline.models.positions import PositionedHost
@@ -103,6 +104,8 @@ class PlayingHost(PositionedHost):
         """Forget every row and make room for another number of them."""
         self._drawn.clear()
         self._under_way = self._recorded = None
+        if self._records_games:
+            gc.collect()  # recordings are let go before the new rows take their memory
         super().resize(num_slots)
 
     @torch.inference_mode()
@@ -173,8 +176,11 @@ class UnderWay(Pending):
             return False
         try:
             self._outcomes, is_other = self._host.settle()
-        except Exception as error:  # whoever settled it, the one who waits for it is told, too
-            self._error = error
+        except Exception as error:
+            # whoever settled it, the one who waits for it is told, too; not by this very error, which holds on to
+            # all that its frames know
+            kind = type(error) if isinstance(error, CageError) else RuntimeError
+            self._error = kind(str(error) or type(error).__name__)
             raise
         return is_other
 
@@ -196,5 +202,5 @@ def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched
         assembly.config.decoding,
         lineup.principals,
         watch,
-        records_games=can_record and RecordedGames.serves(lineup.principals, rules),
+        records_games=can_record and RecordedGames.serves(lineup.principals, rules, assembly.config.decoding),
     )

@@ -16,10 +16,21 @@ import torch
 from torch import Tensor
 
 import cage
+from cage.newton import ALWAYS_UNIQUE
 from pipeline.config import DecodingConfig, RuleName
-from pipeline.decoding.games import Played, as_game, by_role, drawn, num_candidates, play, token_rewards
+from pipeline.decoding.games import (
+    FLOAT64_CANDIDATES,
+    Played,
+    as_game,
+    by_role,
+    drawn,
+    num_candidates,
+    play,
+    token_rewards,
+)
 from pipeline.decoding.lineup import PrincipalRoles
 from pipeline.decoding.running import Terms, TokenOutcome
+from pipeline.models.compiling import of_many_shapes
 from pipeline.models.host import Host, propose_from
 from pipeline.models.messages import Candidates, HostRole
 from pipeline.models.recordings import Recorder
@@ -78,15 +89,22 @@ class RecordedGames:
         self._draw = torch.compile(drawn, dynamic=False) if self._on_gpu else drawn
         self._recorder = Recorder(host.device, "games")
         self._games: _Games | None = None
-        self._ladder = NUM_STEPS if len(principals) <= 2 else NUM_STEPS_OF_PATHS
+        self._ladder = NUM_STEPS if len(principals) <= ALWAYS_UNIQUE else NUM_STEPS_OF_PATHS
         self._rung = self._num_calm = 0
         self._asked: _Asked | None = None
         self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     @staticmethod
-    def serves(principals: Sequence[PrincipalRoles], rules: Collection[RuleName]) -> bool:
+    def serves(principals: Sequence[PrincipalRoles], rules: Collection[RuleName], decoding: DecodingConfig) -> bool:
         """Whether a recording can play all games of a run: who plays a row's must not depend on its company."""
-        return 0 < len(principals) <= MOST_PRINCIPALS and set(rules) == {RuleName.EQUILIBRIUM}
+        if set(rules) != {RuleName.EQUILIBRIUM}:
+            return False
+        count = num_candidates(decoding)
+        if (
+            count is None or count > FLOAT64_CANDIDATES
+        ):  # a path over so many takes more than pooling them and looking
+            return 0 < len(principals) <= ALWAYS_UNIQUE
+        return 0 < len(principals) <= MOST_PRINCIPALS
 
     @torch.inference_mode()
     def begin(self, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]) -> None:
@@ -97,7 +115,8 @@ class RecordedGames:
             rows[slot] = [uniform, each.agent_temperature, *each.weights]
         self._inputs.copy_(to_device(rows, self._host.device, torch.float64), non_blocking=True)
         # from here on the logits may change
-        self._games = self._recorder.run("games", self._read_logits)
+        with of_many_shapes():
+            self._games = self._recorder.run("games", self._read_logits)
         self._launch()
         self._asked = _Asked(slots, terms, uniforms)
 
@@ -128,7 +147,8 @@ class RecordedGames:
 
     def _launch(self) -> None:
         """Play with as many steps as the present recording has, and begin to read the outcome."""
-        numbers_SC = self._recorder.run(self._ladder[self._rung], self._play)
+        with of_many_shapes():
+            numbers_SC = self._recorder.run(self._ladder[self._rung], self._play)
         newest_S = self._host.newest_S
         newest_S.copy_(torch.where(self._inputs[:, 0] < 0, newest_S, numbers_SC[:, 0].long()))
         if not self._on_gpu:

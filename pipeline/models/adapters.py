@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 
 class TokenAdapters:
@@ -34,9 +34,12 @@ class TokenAdapters:
         """An adapter's number."""
         return self._numbers[name]
 
-    def of(self, states: Tensor) -> Tensor:
-        """The adapters of the tokens of `states` [1, T, ...]: the last ones of the pass, where it has more."""
-        return self.of_tokens[len(self.of_tokens) - states.shape[1] :]
+    def of_last(self, num_tokens: int) -> Tensor:
+        """The adapters of the last tokens of the pass: some modules see those alone."""
+        return self.of_tokens[len(self.of_tokens) - num_tokens :]
+
+
+MIN_RANKS = 4  # a matrix product with one column takes a kernel whose bits depend on the number of tokens
 
 
 class LowRank(nn.Module):
@@ -59,8 +62,8 @@ class LowRank(nn.Module):
         self.adapters = adapters
 
     def forward(self, states: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What is added to some outputs, for inputs [1, T, I]."""
-        low = linear(states, self.down) * self.gates[self.adapters.of(states)]
+        """What is added to some outputs, for inputs [..., T, I]."""
+        low = linear(states, self.down) * self.gates[self.adapters.of_last(states.shape[-2])]
         return linear(low, self.up[rows])
 
 
@@ -95,7 +98,7 @@ class ReplacedModule(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         out: Tensor = self.base(states)
-        of_tokens_T1 = self.adapters.of(states)[:, None]
+        of_tokens_T1 = self.adapters.of_last(out.shape[-2])[:, None]
         for number, module in zip(self.numbers, self.own, strict=True):
             out = torch.where(of_tokens_T1 == number, module(states), out)
         return out
@@ -145,6 +148,8 @@ def _low_rank(layer: Any, names: Sequence[str], adapters: TokenAdapters) -> LowR
     like = layer.base_layer.weight
     down = torch.cat([layer.lora_A[name].weight for name in present]).to(like)
     up = torch.cat([layer.lora_B[name].weight for name in present], 1).to(like)
+    missing = max(0, MIN_RANKS - len(down))
+    down, up = pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
     gates = down.new_zeros(len(names) + 1, len(down))
     at = 0
     for name in present:

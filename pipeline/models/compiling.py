@@ -16,6 +16,14 @@ from pipeline.models.joined import join_projections
 RECOMPILATIONS = 64  # shapes and kinds of layers, over all models of a process
 
 
+@contextmanager
+def of_many_shapes() -> Iterator[None]:
+    """Let a function be compiled for that many shapes. Beyond the limit it is computed as it is, without a word:
+    slower, and to other bits."""
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+        yield
+
+
 class CompiledLayers:
     """The layers of a model, compiled for each shape; one compilation serves all layers, as they are alike.
 
@@ -36,8 +44,7 @@ class CompiledLayers:
         try:
             for layer, forward in zip(self._layers, self._forwards, strict=True):
                 layer.forward = forward
-            # beyond the limit a layer is computed as it is, without a word: slower, and to other bits
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+            with of_many_shapes():
                 yield
         finally:
             for layer in self._layers:

@@ -18,7 +18,8 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as tran
 def join_projections(model: nn.Module) -> int:
     """Let sibling projections of the model share a product; the number of families that do."""
     num_families = 0
-    for parent in list(model.modules()):
+    parents = [module for module in model.modules() if any(hasattr(module, names[0]) for names in SIBLINGS)]
+    for parent in parents:
         for names in SIBLINGS:
             siblings: list[Any] = [getattr(parent, name, None) for name in names]
             if not _are_alike(list(map(_plain, siblings))):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,16 +43,22 @@ def load_host(spec: HostSpec) -> Host:
         model = _load_model(spec, device)
         # nothing is padded, and some models look at every input whether it is: a GPU would be waited for
         model.config.pad_token_id = None
-        expected = _plain_logprobs(model, spec)  # before a host changes the model
+        expected: dict[str | None, Tensor] = {
+            None: _plain_logprobs(model, spec)
+        }  # before adapters or a host change the model
         adapters = None
         if spec.adapters:
-            adapters = _take_adapters(model, spec)
-            model = model.get_base_model()
+            wrapped = _add_adapters(model, spec)
+            for name in spec.adapters:
+                wrapped.set_adapter(name)
+                expected[name] = _plain_logprobs(wrapped, spec)
+            adapters = _take_adapters(wrapped, spec)
+            model = wrapped.get_base_model()
         make_host = partial(
             Host, model, spec.roles, vocab_size=spec.vocab_size, adapters=adapters, strict=spec.strict
         )
         probed = make_host(num_slots=len(PROBES))
-        _probe(probed, model, spec, expected)
+        _probe(probed, model, spec, torch.stack([expected[role.adapter] for role in spec.roles], 1))
         return make_host(num_slots=spec.num_slots, bytes_per_token=probed.cache_bytes_per_token)
 
 
@@ -83,21 +86,27 @@ def _load_model(spec: HostSpec, device: torch.device) -> Any:
             trust_remote_code=spec.source.trust_remote_code,
             use_safetensors=True,
         )
-        for name, adapter in spec.adapters.items():
-            model = _with_adapter(model, name, fetch_weights(adapter, cache_folder=spec.cache_folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
-def _with_adapter(model: Any, name: str, folder: Path) -> Any:
+def _add_adapters(model: Any, spec: HostSpec) -> Any:
+    """The model with its adapters, as peft's."""
     from peft import PeftModel  # seven seconds of import, for those who use adapters
 
-    with without_peft_warnings():
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, adapter_name=name)
-            return model
-        return PeftModel.from_pretrained(model, folder, adapter_name=name)
+    device = model.device
+    try:
+        with without_peft_warnings():
+            for name, adapter in spec.adapters.items():
+                folder = fetch_weights(adapter, cache_folder=spec.cache_folder)
+                if isinstance(model, PeftModel):
+                    model.load_adapter(folder, adapter_name=name)
+                else:
+                    model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
+    return model.to(device).eval()
 
 
 def _take_adapters(model: Any, spec: HostSpec) -> TokenAdapters:
@@ -109,30 +118,12 @@ def _take_adapters(model: Any, spec: HostSpec) -> TokenAdapters:
 
 @torch.inference_mode()
 def _plain_logprobs(model: Any, spec: HostSpec) -> Tensor:
-    """Log-probabilities [probes, R, V] of each role after each probe, by plain passes with the model's own attention
-    and peft's adapters."""
+    """Log-probabilities [probes, V] after each probe, by plain passes with the model's own attention."""
     device = next(model.parameters()).device
-    by_adapter = {}
-    for adapter in {role.adapter for role in spec.roles}:
-        with _alone(model, adapter) if spec.adapters else nullcontext():
-            logits = [
-                model(input_ids=torch.tensor([probe], device=device), use_cache=False).logits[0, -1]
-                for probe in PROBES
-            ]
-        by_adapter[adapter] = torch.stack(logits)
-    logits_PRV = torch.stack([by_adapter[role.adapter] for role in spec.roles], 1)
-    return logits_PRV[..., : spec.vocab_size].float().log_softmax(-1)
-
-
-@contextmanager
-def _alone(model: Any, adapter: str | None) -> Iterator[None]:
-    """Compute with one adapter for all tokens, or with none, as peft does."""
-    if adapter is None:
-        with model.disable_adapter():
-            yield
-    else:
-        model.set_adapter(adapter)
-        yield
+    logits = [
+        model(input_ids=torch.tensor([probe], device=device), use_cache=False).logits[0, -1] for probe in PROBES
+    ]
+    return torch.stack(logits)[:, : spec.vocab_size].float().log_softmax(-1)
 
 
 @torch.inference_mode()

@@ -30,9 +30,11 @@ from pipeline.models.weight_files import (
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 # what an adapter's configuration may say that products of low rank, token by token, cannot do
 MORE_THAN_LORA = (
-    "use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters", "trainable_token_indices",
-    "layer_replication",
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "velora_config", "monteclora_config", "target_parameters", "trainable_token_indices", "layer_replication",
 )  # fmt: skip
+# ways to begin that change the weights of the model itself, for all of its roles
+CHANGES_THE_MODEL = ("pissa", "olora", "loftq", "corda", "lora_ga")
 Progress = Callable[[str], None]
 
 
@@ -142,7 +144,12 @@ def resolve_adapter(
     config = read_json(LocalTree(folder), ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise ConfigurationError(f"adapter {name} has peft_type {config.get('peft_type')}; only LORA is served")
-    if more := [key for key in MORE_THAN_LORA if config.get(key)]:
+    more = [key for key in MORE_THAN_LORA if config.get(key)]
+    if config.get("bias", "none") != "none":
+        more.append(f"bias: {config['bias']}")
+    if str(begin := config.get("init_lora_weights")).lower().startswith(CHANGES_THE_MODEL):
+        more.append(f"init_lora_weights: {begin}")
+    if more:
         raise ConfigurationError(
             f"adapter {name} has {', '.join(more)}, which is not mixed with others in a pass; merge it into its "
             "model (peft's merge_and_unload) and name that as a model"
