@@ -107,6 +107,24 @@ def test_adapters_on_a_gpu_give_the_logits_of_the_cpu(tiny, tmp_path, strict):
     assert "rows" in host._passes._static_steps.recorder.recorded
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_logits_of_a_row_with_adapters_are_the_same_to_the_bit_in_any_company(tiny, tmp_path, dtype):
+    pytest.importorskip("peft")
+    adapters = {
+        "one": make_lora(tmp_path / "one", tiny("llama"), "q_proj", "v_proj", "up_proj", seed=1),
+        "two": make_lora(tmp_path / "two", tiny("llama"), "v_proj", "down_proj", seed=2, r=1),
+    }
+    num_slots = 24
+    generator = random.Random(1)
+    prompts = [[generator.randrange(256) for _ in range(generator.randrange(3, 300))] for _ in range(num_slots)]
+    host = adapters_host_of(tiny("llama"), adapters, device="cuda", dtype=dtype, num_slots=num_slots)
+    together = logprobs_after(host, prompts, {row: row for row in range(num_slots)}, num_steps=4)
+    for company in ([0], [3, 1], list(range(7, 0, -1)), list(range(0, 24, 2))):
+        places = dict(zip(company, generator.sample(range(num_slots), len(company)), strict=True))
+        for row, logits in logprobs_after(host, prompts, places, num_steps=4).items():
+            torch.testing.assert_close(logits, together[row], atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("num_principals", [3, 4])
 def test_games_along_a_path_are_recorded_and_give_the_answers_of_the_cpu(tiny, num_principals):
     principals = dict(list(FOUR.items())[:num_principals])
