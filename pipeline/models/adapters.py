@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+MIN_RANKS = 4  # a matrix product with one column takes a kernel whose bits depend on the number of tokens
+
 
 class TokenAdapters:
     """Which adapter each token of the pass under way has, by its number; 0 is none.
@@ -37,9 +39,6 @@ class TokenAdapters:
     def of_last(self, num_tokens: int) -> Tensor:
         """The adapters of the last tokens of the pass: some modules see those alone."""
         return self.of_tokens[len(self.of_tokens) - num_tokens :]
-
-
-MIN_RANKS = 4  # a matrix product with one column takes a kernel whose bits depend on the number of tokens
 
 
 class LowRank(nn.Module):
@@ -67,12 +66,27 @@ class LowRank(nn.Module):
         return linear(low, self.up[rows])
 
 
-class AdaptedLinear(nn.Module):
+class _Adapted(nn.Module):
+    """A module of the model, and what adapters make of it."""
+
+    base: Any
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's: models ask their modules for a type or a device."""
+        weight: Tensor = self.base.weight
+        return weight
+
+
+class AdaptedLinear(_Adapted):
     """A projection with adapters."""
 
     def __init__(self, base: nn.Module, low_rank: LowRank) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.low_rank = low_rank
 
     def forward(self, states: Tensor) -> Tensor:
@@ -80,7 +94,7 @@ class AdaptedLinear(nn.Module):
         return out
 
 
-class ReplacedModule(nn.Module):
+class ReplacedModule(_Adapted):
     """A module that some adapters bring with them as a whole.
 
     Args:
@@ -90,8 +104,7 @@ class ReplacedModule(nn.Module):
     """
 
     def __init__(self, base: nn.Module, own: dict[int, nn.Module], adapters: TokenAdapters) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.numbers = list(own)
         self.own = nn.ModuleList(own.values())
         self.adapters = adapters

@@ -43,9 +43,8 @@ def load_host(spec: HostSpec) -> Host:
         model = _load_model(spec, device)
         # nothing is padded, and some models look at every input whether it is: a GPU would be waited for
         model.config.pad_token_id = None
-        expected: dict[str | None, Tensor] = {
-            None: _plain_logprobs(model, spec)
-        }  # before adapters or a host change the model
+        expected: dict[str | None, Tensor] = {}
+        expected[None] = _plain_logprobs(model, spec)  # before adapters or a host change the model
         adapters = None
         if spec.adapters:
             wrapped = _add_adapters(model, spec)
