@@ -127,9 +127,10 @@ def step_on(game: ScaledGame, walk: Walk, *, enough: float, care: float = _CARES
     unseen_B = _length(newton_BU) <= _LARGEST_UNSEEN * walk.reached
     onto_BU = walk.trial + torch.where(unseen_B[:, None], newton_BU, 0.0)
     point_BU = torch.where((accepted_B | arrived_B)[:, None], onto_BU, walk.point)
-    walk = walk._replace(tangent=torch.where(accepted_B[:, None], tangent_BU, walk.tangent), stride=stride_B)
+    walk = _changed(walk, tangent=torch.where(accepted_B[:, None], tangent_BU, walk.tangent), stride=stride_B)
     fresh = _choose(crossed_B, _between(walk), _ahead(point_BU, walk.tangent, stride_B))
-    walk = walk._replace(
+    walk = _changed(
+        walk,
         running=walk.running & ~arrived_B & (stride_B > _SHORTEST_STRIDE),
         num_steps=walk.num_steps + walk.running,
         arrived=walk.arrived | arrived_B,
@@ -177,7 +178,8 @@ def _set_trial(walk: Walk, fresh: _Trial, corrected_B: Tensor, newton_BU: Tensor
     beside_BU = walk.trial + torch.where(corner_B, 2.0 * walk.reached, 0.0)[:, None] * tangent_BU
     landing_B = torch.where(corrected_B, walk.landing, fresh.landing)
     along_BU = torch.where(landing_B[:, None], _last_axis(walk.trial), walk.tangent)
-    return walk._replace(
+    return _changed(
+        walk,
         trial=torch.where(corrected_B1, beside_BU + correction_BU, fresh.at),
         aimed=torch.where(corrected_B1, torch.where(corner_B1, beside_BU, walk.aimed), fresh.at),
         reached=torch.where(corrected_B, torch.where(corner_B, 4.0 * walk.reached, walk.reached), fresh.reached),
@@ -185,6 +187,11 @@ def _set_trial(walk: Walk, fresh: _Trial, corrected_B: Tensor, newton_BU: Tensor
         landing=landing_B,
         corrections=torch.where(corrected_B, walk.corrections + 1, 0),
     )
+
+
+def _changed(walk: Walk, **parts: Tensor) -> Walk:
+    """What `_replace` does, which torch 2.11 cannot compile."""
+    return Walk(*[parts.get(name, part) for name, part in zip(Walk._fields, walk, strict=True)])
 
 
 def _ahead(point_BU: Tensor, tangent_BU: Tensor, stride_B: Tensor) -> _Trial:

@@ -66,13 +66,17 @@ class BlindNewton:
     def solve(self, game: Game) -> Solution:
         """Return the equilibrium of each row, that of `ThresholdNewton`."""
         tol = default_tolerance(game) if self.tol is None else self.tol
-        parts = (_begin, _step_blindly, _end)
+        is_straight = game.num_principals <= ALWAYS_UNIQUE
+        parts: tuple[Callable[..., Any], ...] = (_begin, _straight_on if is_straight else _walk_on, _end)
         begin, step, end = map(_compiled, parts) if self.compiles else parts
         whole, measures, scaled, state = begin(game)
         if game.num_principals:
             for _ in range(self.num_steps):
                 state = step(scaled, state, tol)
-        return end(whole, measures, state, tol).of(game)
+        thresholds_BJ = state.point if is_straight else state.point[:, :-1]
+        is_under_way_B = state.running if is_straight else ~state.arrived
+        solution: Solution = end(whole, measures, thresholds_BJ, state.num_steps, is_under_way_B, tol)
+        return solution.of(game)
 
 
 @cache
@@ -89,20 +93,20 @@ def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight | Walk]:
     return whole, measures, scaled, set_out(scaled)
 
 
-def _step_blindly(game: ScaledGame, state: _Straight | Walk, tol: float) -> _Straight | Walk:
-    if isinstance(state, _Straight):
-        return _step(game, state, enough=tol / 2)
-    return step_on(game, state, enough=_nearly(tol / 2))
+def _straight_on(game: ScaledGame, state: _Straight, tol: float) -> _Straight:
+    return _step(game, state, enough=tol / 2)
 
 
-def _end(whole: Game, measures: Measures, state: _Straight | Walk, tol: float) -> Solution:
-    if isinstance(state, _Straight):
-        thresholds_BJ, is_under_way_B = state.point, state.running
-    else:
-        thresholds_BJ, is_under_way_B = state.point[:, :-1], ~state.arrived
+def _walk_on(game: ScaledGame, walk: Walk, tol: float) -> Walk:
+    return step_on(game, walk, enough=_nearly(tol / 2))
+
+
+def _end(
+    whole: Game, measures: Measures, thresholds_BJ: Tensor, num_steps_B: Tensor, is_under_way_B: Tensor, tol: float
+) -> Solution:
     draft = Draft(whole, measures)
     draft.write(thresholds_BJ)
-    solution = draft.solution(state.num_steps, tol)
+    solution = draft.solution(num_steps_B, tol)
     if not whole.num_principals:
         return solution
     # close enough is not enough: with more steps the row would go on, to other last bits
