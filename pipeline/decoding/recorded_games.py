@@ -100,11 +100,9 @@ class RecordedGames:
         if set(rules) != {RuleName.EQUILIBRIUM}:
             return False
         count = num_candidates(decoding)
-        if (
-            count is None or count > FLOAT64_CANDIDATES
-        ):  # a path over so many takes more than pooling them and looking
-            return 0 < len(principals) <= ALWAYS_UNIQUE
-        return 0 < len(principals) <= MOST_PRINCIPALS
+        is_whole = count is None or count > FLOAT64_CANDIDATES
+        # a path over so many takes more than pooling them and looking
+        return 0 < len(principals) <= (ALWAYS_UNIQUE if is_whole else MOST_PRINCIPALS)
 
     @torch.inference_mode()
     def begin(self, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]) -> None:
@@ -115,8 +113,7 @@ class RecordedGames:
             rows[slot] = [uniform, each.agent_temperature, *each.weights]
         self._inputs.copy_(to_device(rows, self._host.device, torch.float64), non_blocking=True)
         # from here on the logits may change
-        with of_many_shapes():
-            self._games = self._recorder.run("games", self._read_logits)
+        self._games = self._recorder.run("games", self._read_logits)
         self._launch()
         self._asked = _Asked(slots, terms, uniforms)
 
@@ -147,8 +144,7 @@ class RecordedGames:
 
     def _launch(self) -> None:
         """Play with as many steps as the present recording has, and begin to read the outcome."""
-        with of_many_shapes():
-            numbers_SC = self._recorder.run(self._ladder[self._rung], self._play)
+        numbers_SC = self._recorder.run(self._ladder[self._rung], self._play)
         newest_S = self._host.newest_S
         newest_S.copy_(torch.where(self._inputs[:, 0] < 0, newest_S, numbers_SC[:, 0].long()))
         if not self._on_gpu:
@@ -160,10 +156,12 @@ class RecordedGames:
         event.record()
         self._answer = on_host, event
 
+    @of_many_shapes()
     def _read_logits(self) -> _Games:
         host = self._host
         return self._read_games(host.slot_logits, host.vocab_size, self._roles, self._decoding, self._principals)
 
+    @of_many_shapes()
     def _play(self) -> Tensor:
         """Solve and draw with the steps of the present recording; asks the device nothing."""
         assert self._games is not None
