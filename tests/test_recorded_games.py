@@ -104,7 +104,7 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
     monkeypatch.setattr(PlayingHost, "_settle", watched)
     found, _ = records(tiny, records_games=True, **options)
     assert_same(expected, found)
-    if ladder != (1, 2, 60):  # which is at its end with the first token, right or wrong
+    if principals is PAIR or ladder != (1, 2, 60):  # four may draw another token before the ladder's end
         assert bool(sum(again)) == (ladder == (1, 2, 3))
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from pipeline.models.branches import Branch, Reading, RowCache, reading
 from pipeline.models.memory import MOST_SLOTS
 from pipeline.models.messages import Admission, HostRole, RewardSpec
+from pipeline.models.static_steps import MIN_ROWS
 
-MIN_TOKENS = 4  # matrix kernels of a CPU treat fewer differently
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
 PADDING = 64  # tokens of one row that nobody reads
 
@@ -202,7 +202,7 @@ class RewardHost:
         if self._has_one_shape:
             missing = -num_tokens % PASS_TOKENS
         elif self._strict:
-            missing = max(0, MIN_TOKENS - num_tokens)
+            missing = max(0, MIN_ROWS - num_tokens)
         longest = min(PADDING, self._context_length or PADDING)
         return [Reading(RowCache(), 0, [0] * min(longest, missing - at)) for at in range(0, missing, longest)]
 
