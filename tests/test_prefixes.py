@@ -9,7 +9,7 @@ from decoding_setup import ask, config_of, decode, engine_of
 from pipeline.decoding import groups
 from pipeline.decoding.engine import decode_rows
 from pipeline.models import host as hosts
-from pipeline.models import messages
+from pipeline.models import messages, reward_host
 from pipeline.models.prefixes import Prefixes, Prompt
 
 PAIR = {
@@ -27,6 +27,11 @@ def computed(config, rows, **counts):
     return records, engine.calls.hosts["base"].host.work().num_tokens, engine
 
 
+def share_nothing(monkeypatch):
+    monkeypatch.setattr(Prefixes, "find", lambda self, prompt, *, preferred: (preferred, 0))
+    monkeypatch.setattr("pipeline.models.drafts.Draft.begin", lambda self, row, prompt: (row, 0))
+
+
 def test_samples_of_one_prompt_compute_it_once(tiny):
     sections = {"cluster": {"slots": 8}}
     row = ask("one", "tell me a long story about the sea " * 4)
@@ -42,8 +47,7 @@ def test_samples_of_one_prompt_compute_it_once(tiny):
 def test_prompts_share_what_their_system_message_gives(tiny, monkeypatch):
     config = config_of(tiny(), PAIR, decoding={**DECODING, "n": 1}, cluster={"slots": 2})
     shared, tokens_shared, engine = computed(config, ROWS)
-    monkeypatch.setattr(Prefixes, "find", lambda self, prompt, *, preferred: (preferred, 0))
-    monkeypatch.setattr("pipeline.models.drafts.Draft.begin", lambda self, row, prompt: (row, 0))
+    share_nothing(monkeypatch)
     plain, tokens_plain, _ = computed(config, ROWS)
     assert shared == plain
     encoded = engine._prompter.encode(ROWS[0].messages)
@@ -62,9 +66,69 @@ def test_sharing_and_long_prompts_in_parts_change_no_answer(tiny, monkeypatch, s
     rows = [ask(f"r{at}", "long " * (4 * at % 17) + "x" * at) for at in range(7)]
     decoding = {**DECODING, "n": 2, "reproducibility": reproducibility, "temperature": 0.0}
     records = decode(config_of(tiny("mistral"), PAIR, decoding=decoding, cluster={"slots": slots}), rows)
-    monkeypatch.setattr(Prefixes, "find", lambda self, prompt, *, preferred: (preferred, 0))
-    monkeypatch.setattr("pipeline.models.drafts.Draft.begin", lambda self, row, prompt: (row, 0))
+    share_nothing(monkeypatch)
     alone = decode(config_of(tiny("mistral"), PAIR, decoding=decoding, cluster={"slots": 1}), rows)
+    if reproducibility == "strict":
+        assert records == alone
+    assert {key: record.response for key, record in records.items()} == {
+        key: record.response for key, record in alone.items()
+    }
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_a_reward_model_reads_a_prompt_once_for_all_answers_and_roles(tiny, judge, monkeypatch, slots):
+    folder = str(judge("llama", num_labels=2))
+    judges = {
+        "one": {"kind": "reward_model", "model": folder, "label": 0},
+        "two": {"kind": "reward_model", "model": folder, "label": 1},
+    }
+    rows = [ask(f"r{at}", "long " * (3 * at % 7) + "x" * (at + 1)) for at in range(4)]
+    config = config_of(tiny(), judges, decoding={**DECODING, "n": 3}, cluster={"slots": slots})
+
+    def decoded():
+        engine, _ = engine_of(config)
+        records = {(r.row_id, r.sample): r for r in decode_rows(engine, rows, num_samples=3)}
+        host = engine.calls.hosts["one"].host._host
+        assert len(host._prefixes._held) <= 2 * slots  # what rows held that are gone is let go
+        return records, host.num_tokens, engine
+
+    shared, num_tokens, engine = decoded()
+    share_nothing(monkeypatch)
+    plain, num_plain, _ = decoded()
+    assert shared == plain
+    spared = 0  # of a prompt: all but the last token for 3 samples and 2 roles; of a head: for all but the first row
+    for at, row in enumerate(rows):
+        encoded = engine._prompter.encode(row.messages)
+        head, length = engine._prompter.heads(row.messages, encoded)["one"], len(encoded["one"])
+        assert 0 < head < length - 1
+        spared += 5 * (length - 1) + (head if at else 0)
+    assert num_plain - num_tokens == spared
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("kind", "reproducibility"), [("mistral", "strict"), ("mistral", "relaxed"), ("llama", "strict")]
+)
+def test_a_reward_model_reads_long_prompts_in_parts_to_the_same_answers(
+    tiny, judge, monkeypatch, kind, slots, reproducibility
+):
+    for module in (messages, hosts, reward_host):
+        monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(groups, "PROMPT_TOKENS_A_STEP", 40)
+    longest = []
+    read = reward_host.RewardHost._read
+    monkeypatch.setattr(
+        reward_host.RewardHost,
+        "_read",
+        lambda self, readings: longest.append(max(len(each.trunk) for each in readings)) or read(self, readings),
+    )
+    judges = {"judge": {"kind": "reward_model", "model": str(judge(kind)), "candidates": 4}}
+    rows = [ask(f"r{at}", "long " * (4 * at % 17) + "x" * at) for at in range(7)]
+    decoding = {**DECODING, "n": 2, "reproducibility": reproducibility, "temperature": 0.0}
+    records = decode(config_of(tiny(), judges, decoding=decoding, cluster={"slots": slots}), rows)
+    assert max(longest) == 16
+    share_nothing(monkeypatch)
+    alone = decode(config_of(tiny(), judges, decoding=decoding, cluster={"slots": 1}), rows)
     if reproducibility == "strict":
         assert records == alone
     assert {key: record.response for key, record in records.items()} == {

@@ -16,8 +16,8 @@ from pipeline.errors import ConfigurationError, StateLost
 from pipeline.models.branches import RowCache
 from pipeline.models.messages import Admission, Candidates, Position, Step
 from pipeline.models.positions import PositionedHost
-from pipeline.models.reward_host import lay_out
 from pipeline.models.reward_loading import load_any_host
+from pipeline.models.reward_rows import lay_out
 
 ROWS = [ask(f"r{at}", text) for at, text in enumerate(["why?", "tell me a story", "hi", "and then what is it?"])]
 DECODING = {"max_new_tokens": 7, "candidates": 20, "agent_temperature": 0.7, "seed": 3, "trace": "tokens"}

@@ -181,7 +181,8 @@ def test_a_step_is_one_pass_and_principals_on_the_same_weights_share_it(tiny, ju
     records = list(decode_rows(engine, ROWS))
     assert [(plan.name, plan.serves) for plan in assembly.lineup.hosts[1:]] == [("one", ("one", "two"))]
     num_steps = max(record.num_tokens for record in records)
-    assert engine.calls.hosts["one"].host._host.num_forwards == 1 + num_steps  # the prompts are one more
+    # and two for prompts: what they begin with in common is read first, then copied
+    assert engine.calls.hosts["one"].host._host.num_forwards == 2 + num_steps
     assert all(0 not in record.rewards.values() for record in records)
 
 

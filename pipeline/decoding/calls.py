@@ -149,7 +149,7 @@ class HostCalls:
         prompts = self._prompts_for(plan.name, running)
         is_last = part + 1 == running.num_parts
         if plan.scorings:
-            return Admission(slot, prompts, part=part, is_last=is_last, answer=running.tokens)
+            return Admission(slot, prompts, running.heads, part, is_last, running.tokens)
         prompts = {role: [*prompt, *running.tokens] for role, prompt in prompts.items()}
         return Admission(slot, prompts, running.heads, part, is_last)
 

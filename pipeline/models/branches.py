@@ -25,13 +25,19 @@ ATTENTION = "cage_branches"
 CAPACITY_STEP = 256
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RowCache:
     """Keys and values of one row, [G, C, D] a layer, and the tokens that they are of."""
 
     tokens: list[int] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+
+    def take_over(self, other: RowCache, count: int) -> None:
+        """Hold the first `count` tokens of another row."""
+        for layer, (keys_GCD, values_GCD) in enumerate(zip(other.keys, other.values, strict=True)):
+            self.write(layer, 0, keys_GCD[:, :count], values_GCD[:, :count])
+        self.tokens = other.tokens[:count]
 
     def write(self, layer: int, start: int, keys_GTD: Tensor, values_GTD: Tensor) -> tuple[Tensor, Tensor]:
         """Put a reading's keys and values behind the first `start`; return all, [G, start + T, D]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from pipeline.models.prefixes import Key, Prompt
 from pipeline.models.segments import Copied, Segment
@@ -39,9 +38,8 @@ class Draft:
         return found
 
     def compute(self, row: int, prompt: Prompt, start: int, stop: int) -> None:
-        """Compute tokens [start, stop) of a prompt, its head apart: where a segment ends depends on the prompt."""
-        cuts = [start, *([prompt.head] if start < prompt.head < stop else []), stop]
-        self.segments += [Segment(row, *cut) for cut in pairwise(cuts)]
+        """Compute tokens [start, stop) of a prompt."""
+        self.segments += [Segment(row, *cut) for cut in prompt.segments(start, stop)]
         self.tokens += prompt.tokens[start:stop]
         self.positions += range(start, stop)
 

@@ -90,7 +90,7 @@ class Host:
         adapters = [role.adapter for role in self._roles for _ in range(num_slots)]
         self._passes.lay_out(self._cache, [*adapters, None])
         self._lengths = [0] * num_rows + [1]
-        self._prefixes = Prefixes()
+        self._prefixes: Prefixes[int] = Prefixes()
         # of rows that are being filled: the tokens they have, and the row with the same prompt that is a step ahead
         self._filled: dict[int, int] = {}
         self._following: dict[int, tuple[int, int]] = {}

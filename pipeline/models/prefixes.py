@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Generic, NamedTuple, TypeVar
+
+Row = TypeVar("Row", bound=Hashable)
 
 
 class Key(NamedTuple):
@@ -36,26 +39,30 @@ class Prompt:
         whole = Key(self.adapter, self.head, self.tokens[:-1])
         return (whole, Key(self.adapter, 0, self.tokens[: self.head])) if self.head else (whole,)
 
+    def segments(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Tokens [start, stop), its head apart: bits depend on where a segment ends, and so on the prompt alone."""
+        return list(pairwise([start, *([self.head] if start < self.head < stop else []), stop]))
 
-class Prefixes:
-    """The prompts held by cache rows."""
+
+class Prefixes(Generic[Row]):
+    """The prompts held by cache rows, whatever names them."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Prompt] = {}
-        self._rows: dict[Key, dict[int, None]] = {}
+        self._held: dict[Row, Prompt] = {}
+        self._rows: dict[Key, dict[Row, None]] = {}
 
     def clear(self) -> None:
         self._held.clear()
         self._rows.clear()
 
-    def put(self, row: int, prompt: Prompt) -> None:
+    def put(self, row: Row, prompt: Prompt) -> None:
         """Note that the row holds the prompt."""
         self.drop(row)
         self._held[row] = prompt
         for key in prompt.keys:
             self._rows.setdefault(key, {})[row] = None
 
-    def drop(self, row: int) -> None:
+    def drop(self, row: Row) -> None:
         """Forget what the row holds: it is about to be overwritten."""
         prompt = self._held.pop(row, None)
         for key in prompt.keys if prompt is not None else ():
@@ -64,7 +71,7 @@ class Prefixes:
             if not rows:
                 del self._rows[key]
 
-    def find(self, prompt: Prompt, *, preferred: int) -> tuple[int, int]:
+    def find(self, prompt: Prompt, *, preferred: Row) -> tuple[Row, int]:
         """A row that holds the longest part of the prompt that is held, and that part's length; (preferred, 0)
         where there is none. `preferred` is taken where several hold as much."""
         for key in prompt.keys:

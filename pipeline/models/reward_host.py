@@ -3,9 +3,10 @@
 It keeps the keys and values of every row's prefix; candidates are branches of it, read with the newest tokens in one
 pass and scored each at its own last token. A score is the model's output for a role's label.
 
-A step is one pass, and another one where prompts of new rows are to be read. Every row attends to its own keys alone,
-so that on a CPU its bits do not depend on its company as long as a pass has a few tokens. On a GPU matrix kernels
-depend on the number of tokens, and strict passes have the same number, whoever reads.
+A step is one pass, and others where prompts of new rows are to be read: all of them but their last tokens, in parts
+of bounded length. What another row holds of a prompt is copied. Every row attends to its own keys alone, so that on a
+CPU its bits do not depend on its company as long as a pass has a few tokens. On a GPU matrix kernels depend on the
+number of tokens, and strict passes have the same number, whoever reads.
 
 B rows of a call, R roles of the host, N candidates, T tokens, L labels.
 """
@@ -13,53 +14,21 @@ B rows of a call, R roles of the host, N candidates, T tokens, L labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.models.branches import Branch, Reading, RowCache, reading
+from pipeline.models.branches import Reading, RowCache, reading
 from pipeline.models.memory import MOST_SLOTS
-from pipeline.models.messages import Admission, HostRole, RewardSpec
+from pipeline.models.messages import CHUNK, Admission, HostRole, RewardSpec
+from pipeline.models.prefixes import Key, Prefixes, Prompt
+from pipeline.models.reward_rows import Question, RewardRow, lay_out
 from pipeline.models.static_steps import MIN_ROWS
 
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
 PADDING = 64  # tokens of one row that nobody reads
-
-
-@dataclass(slots=True)
-class _Row:
-    """A row of one role: its prompt, the base's tokens after it, and what was read of both.
-
-    `score` is that of the newest token in the cache; `told` the last answer, so that a repeated call gets the same.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    label: int
-    cache: RowCache = field(default_factory=RowCache)
-    score: Tensor | None = None
-    told: tuple[list[int], Tensor] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A row, candidates, and a reading with the place of each candidate's last token; None: it is the prefix."""
-
-    row: _Row
-    ids: list[int]
-    reading: Reading
-    places: Sequence[int | None]
-
-    def settle(self, scores_TL: Tensor) -> None:
-        """Keep the prefix's score and tell what each candidate adds to it."""
-        row, scores_T = self.row, scores_TL[:, self.row.label]
-        if self.reading.trunk:
-            row.score = scores_T[len(self.reading.trunk) - 1]
-        assert row.score is not None
-        after = [row.score if place is None else scores_T[place] for place in self.places]
-        row.told = (self.ids, torch.stack(after) - row.score if after else scores_T[:0])
 
 
 class RewardHost:
@@ -93,7 +62,7 @@ class RewardHost:
         self._context_length = context_length
         self._strict = strict
         self._device: torch.device = next(backbone.parameters()).device
-        self.num_forwards = 0
+        self.num_forwards = self.num_tokens = 0
         self.resize(num_slots)
 
     @property
@@ -106,20 +75,27 @@ class RewardHost:
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
-        self._rows: list[list[_Row]] = [[] for _ in range(num_slots)]
+        self._rows: list[list[RewardRow]] = [[] for _ in range(num_slots)]
+        self._prefixes: Prefixes[RowCache] = Prefixes()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Read the prompts of new rows; note a token more of the running ones, to be read with its candidates."""
-        filled = [each for each in admissions if each.is_last]  # a long prompt is read at once, with its last part
-        for admission in filled:
-            self._rows[admission.slot] = [
-                _Row([*admission.prompts[role.name]], [*admission.answer], label)
-                for role, label in zip(self._roles, self._spec.labels, strict=True)
-            ]
-        self._ask([(row, []) for admission in filled for row in self._rows[admission.slot]])
+        """Read parts of new rows' prompts; note a token more of the running ones, to be read with its candidates."""
+        replaced = [row for each in admissions if each.part == 0 for row in self._rows[each.slot]]
+        for admission in admissions:
+            if admission.part == 0:
+                self._rows[admission.slot] = self._begin(admission)
+        parts = [(row, (each.part + 1) * CHUNK) for each in admissions for row in self._rows[each.slot]]
+        try:
+            while parts:
+                parts = self._fill(parts)
+        except BaseException:
+            self._prefixes.clear()  # any row may be half-written
+            raise
+        for row in replaced:  # until now what they hold could be copied
+            self._prefixes.drop(row.cache)
         for slot, token in zip(slots, tokens, strict=True):
             for row in self._rows[slot]:
                 row.answer.append(token)
@@ -148,31 +124,72 @@ class RewardHost:
             rewards.append(scores_TL[:, label][torch.tensor(places, device=self._device)].diff())
         return torch.stack(rewards)
 
-    def _ask(self, wanted: Sequence[tuple[_Row, list[int]]]) -> None:
-        """Let every row tell what its candidates add; without candidates, read its prefix."""
+    def _begin(self, admission: Admission) -> list[RewardRow]:
+        """A row for each role, which has read nothing yet."""
+        return [
+            RewardRow(
+                Prompt.of(None, admission.prompts[role.name], admission.heads.get(role.name, 0)),
+                list(admission.answer),
+                label,
+            )
+            for role, label in zip(self._roles, self._spec.labels, strict=True)
+        ]
+
+    def _fill(self, parts: Sequence[tuple[RewardRow, int]]) -> list[tuple[RewardRow, int]]:
+        """Let rows hold their prompts up to so many tokens; those that wait for what others read now."""
+        begun: set[Key] = set()
+        later, filled, readings = [], [], []
+        for row, limit in parts:
+            stop = min(limit, len(row.prompt.tokens) - 1)
+            piece = Prompt.of(None, row.prompt.tokens[: stop + 1], row.prompt.head)
+            found = [self._prefixes.find(prompt, preferred=row.cache) for prompt in (row.prompt, piece)]
+            source, held = max(found, key=itemgetter(1))
+            start = max(held, len(row.cache.tokens))
+            if any(key in begun and len(key.tokens) > start for key in piece.keys):
+                later.append((row, limit))
+                continue
+            if start > len(row.cache.tokens):
+                row.cache.take_over(source, start)
+            if start < stop:
+                begun.update(piece.keys)
+                readings += [
+                    Reading(row.cache, first, piece.tokens[first:last]) for first, last in piece.segments(start, stop)
+                ]
+            filled.append((row.cache, piece))
+        self._read_all(readings)
+        for cache, piece in filled:
+            self._prefixes.put(cache, piece)
+        return later
+
+    def _ask(self, wanted: Sequence[tuple[RewardRow, list[int]]]) -> None:
+        """Let every row tell what its candidates add."""
         questions = []
         for row, ids in wanted:
-            prefix, *followers = self._sequences(row.prompt, [row.answer, *([*row.answer, token] for token in ids)])
+            answers = [row.answer, *([*row.answer, token] for token in ids)]
+            prefix, *followers = self._sequences(row.prompt.tokens, answers)
             if self._fits([prefix, *followers]):
-                questions.append(_Question(row, ids, *lay_out(row.cache, prefix, followers)))
+                questions.append(Question(row, ids, *lay_out(row.cache, prefix, followers)))
             else:
                 row.told = (ids, torch.full((len(ids),), torch.nan, device=self._device))
-        for part in self._passes(questions):
-            for question, scores_TL in zip(part, self._read([each.reading for each in part]), strict=True):
-                question.settle(scores_TL)
+        for question, scores_TL in zip(questions, self._read_all([each.reading for each in questions]), strict=True):
+            question.settle(scores_TL)
 
-    def _passes(self, questions: Sequence[_Question]) -> list[list[_Question]]:
-        """Questions that are read at once: all, or as many as a pass has tokens."""
+    def _read_all(self, readings: Sequence[Reading]) -> list[Tensor]:
+        """Scores [T, L] of every token of each reading. A row may have two, the second behind the first."""
+        return [scores_TL for part in self._passes(readings) for scores_TL in self._read(part)]
+
+    def _passes(self, readings: Sequence[Reading]) -> list[list[Reading]]:
+        """What is read at once: all, or as much as a pass has tokens."""
         if not self._has_one_shape:
-            return [[*questions]] if questions else []
-        parts: list[list[_Question]] = []
+            return [[*readings]] if readings else []
+        parts: list[list[Reading]] = []
         room = 0
-        for question in questions:
-            count = len(question.reading.tokens)
+        for each in readings:
+            count = len(each.tokens)
             if count > room:
                 parts.append([])
                 room = -(-count // PASS_TOKENS) * PASS_TOKENS
-            parts[-1].append(question)
+            parts[-1].append(each)
             # what fills more than a pass is alone, so that its shape is its own
             room = room - count if count <= PASS_TOKENS else 0
         return parts
@@ -187,6 +204,7 @@ class RewardHost:
         if not sum(counts):
             return [torch.zeros(0, max(self._spec.labels) + 1, device=self._device) for _ in readings]
         self.num_forwards += 1
+        self.num_tokens += sum(counts)
         padded = [*readings, *self._padding(sum(counts))]
         ids = torch.tensor([[token for each in padded for token in each.tokens]], device=self._device)
         positions = torch.tensor([[at for each in padded for at in each.positions]], device=self._device)
@@ -214,37 +232,3 @@ class RewardHost:
 
     def _fits(self, sequences: Sequence[Sequence[int]]) -> bool:
         return self._context_length is None or max(map(len, sequences)) <= self._context_length
-
-
-def lay_out(
-    cache: RowCache, prefix: Sequence[int], followers: Sequence[Sequence[int]]
-) -> tuple[Reading, list[int | None]]:
-    """Read the prefix as trunk, from where the cache ends, and what follows as branches where it leaves the prefix.
-
-    The places are those of each follower's last token in the reading; None for the prefix that was read before.
-    """
-    kept = num_shared(cache.tokens, prefix)
-    if kept == len(prefix) < len(cache.tokens):
-        kept -= 1  # the score of the prefix's own last token is not known
-    branches: list[Branch] = []
-    places: list[int | None] = []
-    count = len(prefix) - kept
-    for follower in followers:
-        fork = num_shared(prefix, follower)
-        if fork == len(follower):
-            if fork > kept or fork == len(prefix):
-                places.append(fork - kept - 1 if fork > kept else None)
-                continue
-            fork -= 1
-        branches.append(Branch(fork, follower[fork:]))
-        count += len(follower) - fork
-        places.append(count - 1)
-    return Reading(cache, kept, prefix[kept:], branches), places
-
-
-def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that two sequences begin with alike."""
-    shorter = min(len(first), len(second))
-    if first[:shorter] == second[:shorter]:
-        return shorter
-    return next(at for at, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
