@@ -8,6 +8,7 @@ from decoding_setup import ask, config_of, decode, engine_of
 
 from pipeline.errors import ConfigurationError
 from pipeline.models import memory
+from pipeline.models.memory import Room, slots_that_fit
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
@@ -27,17 +28,32 @@ def test_slots_are_what_memory_holds(tiny, monkeypatch, slots_worth, expected):
     assert engine.num_slots == expected
 
 
-def test_the_host_with_the_least_room_decides_and_answers_do_not_change(tiny, monkeypatch):
-    large = {"arm": {"kind": "arm", "model": str(tiny("gpt2")), "reference": "none", "weight": 0.1}}
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 30_000_000)
-    auto = config_of(tiny("llama"), {**PAIR, **large}, decoding=DECODING, cluster={"slots": "auto"})
+def test_hosts_share_the_memory_of_their_machine_and_answers_do_not_change(tiny, judge, monkeypatch):
+    others = {
+        "arm": {"kind": "arm", "model": str(tiny("gpt2")), "reference": "none", "weight": 0.1},
+        "judge": {"kind": "reward_model", "model": str(judge()), "weight": 0.1},
+    }
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 40_000_000)
+    auto = config_of(tiny("llama"), {**PAIR, **others}, decoding=DECODING, cluster={"slots": "auto"})
     engine, _ = engine_of(auto)
     alone, _ = engine_of(config_of(tiny("llama"), PAIR, decoding=DECODING, cluster={"slots": "auto"}))
-    fits = [client.host.fitting_slots(1030) for client in engine.calls.hosts.values()]
-    assert engine.num_slots == min(fits)
-    assert alone.num_slots == fits[0]
-    fixed = config_of(tiny("llama"), {**PAIR, **large}, decoding=DECODING, cluster={"slots": 2})
+    rooms = [client.host.room(1030) for client in engine.calls.hosts.values()]
+    assert engine.num_slots == 20_000_000 // sum(room.slot_bytes for room in rooms)
+    assert 1 < engine.num_slots < alone.num_slots == 20_000_000 // rooms[0].slot_bytes
+    # a reward model keeps no logits, and its rows' buffers double: two layers, two heads of 16, keys and values
+    assert rooms[-1].slot_bytes == 2 * 1030 * (2 * 2 * 16 * 4 * 2)
+    fixed = config_of(tiny("llama"), {**PAIR, **others}, decoding=DECODING, cluster={"slots": 2})
     assert decode(auto, ROWS) == decode(fixed, ROWS)
+
+
+def test_the_device_with_the_least_room_decides():
+    gib = 2**30
+    base, principal = Room("gpu 0", "cuda", gib, 40 * gib), Room("gpu 0", "cuda", gib // 2, 41 * gib)
+    assert slots_that_fit([base]) == 34
+    assert slots_that_fit([base, principal]) == 22
+    assert slots_that_fit([base, principal, Room("gpu 1", "cuda", gib, 12 * gib)]) == 10
+    assert slots_that_fit([base, principal, Room("here", "cpu", 0, gib)]) == 22
+    assert slots_that_fit([Room("gpu 0", "cuda", gib, gib // 2)]) == 1
 
 
 def test_free_memory_is_below_what_the_machine_has():

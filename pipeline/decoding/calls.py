@@ -25,17 +25,18 @@ from pipeline.decoding.lineup import HostPlan, Lineup
 from pipeline.decoding.prompts import Prompter
 from pipeline.decoding.reward_replies import ScoredAnswer, ask_rewards, spread_rewards
 from pipeline.decoding.running import RunningRow, TokenOutcome
+from pipeline.models.memory import slots_that_fit
 from pipeline.models.messages import Admission, Candidates, Position, Step
 
 LONG_PROMPT = 1024  # tokens of a prompt for which a slot has memory, where the model's context is as long
 
 
 def agree_on_slots(config: Config, hosts: Hosts) -> int:
-    """The slots of a replica: the configured number, or what the host with the least room holds; all are told."""
+    """The slots of a replica: the configured number, or what there is memory for everywhere; all hosts are told."""
     if config.cluster.slots != "auto":
         return config.cluster.slots
     row_tokens = LONG_PROMPT + config.decoding.max_new_tokens
-    num_slots: int = min(host.submit("fitting_slots", row_tokens).result() for host in hosts.values())
+    num_slots = slots_that_fit([host.submit("room", row_tokens).result() for host in hosts.values()])
     for host in hosts.values():
         host.submit("resize", num_slots).result()
     return num_slots

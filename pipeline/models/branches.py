@@ -33,6 +33,10 @@ class RowCache:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
+    def bytes_per_token(self) -> int:
+        """Bytes that a token takes, over all layers; 0 before the first pass."""
+        return sum(each.element_size() * each.shape[0] * each.shape[2] for each in (*self.keys, *self.values))
+
     def take_over(self, other: RowCache, count: int) -> None:
         """Hold the first `count` tokens of another row."""
         for layer, (keys_GCD, values_GCD) in enumerate(zip(other.keys, other.values, strict=True)):

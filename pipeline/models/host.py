@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.models.adapters import TokenAdapters
 from pipeline.models.drafts import Draft
-from pipeline.models.memory import slots_that_fit
+from pipeline.models.memory import Room
 from pipeline.models.messages import CHUNK, Admission, Candidates, HostRole
 from pipeline.models.passes import Passes
 from pipeline.models.prefixes import Prefixes, Prompt
@@ -67,11 +67,11 @@ class Host:
         )
         self._lay_out(num_slots)
 
-    def fitting_slots(self, row_tokens: int) -> int:
-        """How many rows of `row_tokens` tokens there is memory for, beside the weights and with room for a pass."""
+    def room(self, row_tokens: int) -> Room:
+        """What a slot takes with rows of `row_tokens` tokens, passes included, and what is free."""
         logits_bytes = LOGITS_COPIES * self._vocab_size * torch.float32.itemsize
         slot_bytes = len(self._roles) * (row_tokens * self._bytes_per_token + logits_bytes)
-        return slots_that_fit(slot_bytes, self._passes.device)
+        return Room.on(self._passes.device, slot_bytes)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

@@ -1,8 +1,12 @@
-"""How many rows a device has memory for."""
+"""How many rows devices have memory for."""
 
 from __future__ import annotations
 
 import os
+import platform
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,10 +16,37 @@ MOST_SLOTS = {"cpu": 32, "cuda": 256}
 SHARE = {"cpu": 0.5, "cuda": 0.85}  # of what is free: a machine's memory may be for other processes too
 
 
-def slots_that_fit(slot_bytes: int, device: torch.device) -> int:
-    """Slots of `slot_bytes` bytes that fit into what is free now; at least 1."""
-    free = SHARE[device.type] * free_bytes(device)
-    return max(1, min(MOST_SLOTS[device.type], int(free // max(slot_bytes, 1))))
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a slot of one host takes, and what is free where it is. `place` names the memory among all machines'."""
+
+    place: str
+    device_type: str
+    slot_bytes: int
+    free_bytes: int
+
+    @classmethod
+    def on(cls, device: torch.device, slot_bytes: int) -> Room:
+        """What is there now."""
+        is_gpu = device.type == "cuda"
+        place = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else platform.node()
+        return cls(place, device.type, slot_bytes, free_bytes(device))
+
+
+def slots_that_fit(rooms: Iterable[Room]) -> int:
+    """Slots for which there is memory everywhere, for all the hosts that share it; at least 1."""
+    by_place: dict[str, list[Room]] = defaultdict(list)
+    for room in rooms:
+        by_place[room.place].append(room)
+    return max(1, min(map(_fitting, by_place.values())))
+
+
+def _fitting(rooms: Sequence[Room]) -> int:
+    """Slots that one memory holds."""
+    device_type = rooms[0].device_type
+    free = SHARE[device_type] * min(room.free_bytes for room in rooms)
+    needed = sum(room.slot_bytes for room in rooms)
+    return min(MOST_SLOTS[device_type], int(free // max(needed, 1)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import HostOutOfMemory, StateLost
 from pipeline.models.host import Host
+from pipeline.models.memory import Room
 from pipeline.models.messages import Candidates, Position, Rewards, Step
 from pipeline.models.reward_host import RewardHost
 from pipeline.models.transfers import on_device
@@ -94,9 +95,9 @@ class PositionedHost:
         with self._all_or_nothing():
             return self._host.score(prompts, continuation)
 
-    def fitting_slots(self, row_tokens: int) -> int:
-        """How many rows of so many tokens the host has memory for."""
-        return self._host.fitting_slots(row_tokens)
+    def room(self, row_tokens: int) -> Room:
+        """What a slot takes with rows of so many tokens, and what is free."""
+        return self._host.room(row_tokens)
 
     def resize(self, num_slots: int) -> None:
         """Forget every row and make room for another number of them."""

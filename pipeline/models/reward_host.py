@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from pipeline.models.branches import Reading, RowCache, reading
-from pipeline.models.memory import MOST_SLOTS
+from pipeline.models.memory import Room
 from pipeline.models.messages import CHUNK, Admission, HostRole, RewardSpec
 from pipeline.models.prefixes import Key, Prefixes, Prompt
 from pipeline.models.reward_rows import Question, RewardRow, lay_out
 from pipeline.models.static_steps import MIN_ROWS
 
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
+SPARE = 2  # a row's buffers double as it grows
 PADDING = 64  # tokens of one row that nobody reads
 
 
@@ -42,6 +43,7 @@ class RewardHost:
         num_slots: rows at once.
         context_length: longest sequence that the model reads; what is longer is scored NaN.
         strict: pad passes, so that no row's bits depend on its company.
+        bytes_per_token: what one token of one row takes in the cache.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class RewardHost:
         num_slots: int,
         context_length: int | None = None,
         strict: bool = True,
+        bytes_per_token: int = 0,
     ) -> None:
         self._backbone = backbone
         self._head = head
@@ -61,6 +64,7 @@ class RewardHost:
         self._spec = spec
         self._context_length = context_length
         self._strict = strict
+        self._bytes_per_token = bytes_per_token
         self._device: torch.device = next(backbone.parameters()).device
         self.num_forwards = self.num_tokens = 0
         self.resize(num_slots)
@@ -69,9 +73,15 @@ class RewardHost:
     def device(self) -> torch.device:
         return self._device
 
-    def fitting_slots(self, row_tokens: int) -> int:
-        """It keeps no buffers, so that it sets no limit of its own."""
-        return MOST_SLOTS[self._device.type]
+    def room(self, row_tokens: int) -> Room:
+        """What a slot takes with rows of `row_tokens` tokens, and what is free."""
+        slot_bytes = len(self._roles) * row_tokens * self._bytes_per_token
+        return Room.on(self._device, SPARE * slot_bytes)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes; 0 before the first pass."""
+        return max((row.cache.bytes_per_token() for rows in self._rows for row in rows), default=0)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

@@ -45,7 +45,7 @@ def load_reward_host(spec: HostSpec, reward: RewardSpec) -> RewardHost:
             for ids in (probe[:3], probe)
         ]
     backbone, head = model.base_model, head.float()  # differences of scores need more digits than a half type has
-    _check(backbone, head, plain, probe.tolist(), spec, model)
+    probed = _checked(backbone, head, plain, probe.tolist(), spec, model)
     return RewardHost(
         backbone,
         head,
@@ -54,6 +54,7 @@ def load_reward_host(spec: HostSpec, reward: RewardSpec) -> RewardHost:
         num_slots=spec.num_slots,
         context_length=context_length(model.config),
         strict=spec.strict,
+        bytes_per_token=probed.cache_bytes_per_token,
     )
 
 
@@ -80,26 +81,28 @@ def _probe_tokens(model: Any) -> Tensor:
     return torch.tensor(ids, device=next(model.parameters()).device)
 
 
-def _check(backbone: Any, head: Any, plain: list[Tensor], ids: list[int], spec: HostSpec, model: Any) -> None:
+def _checked(backbone: Any, head: Any, plain: list[Tensor], ids: list[int], spec: HostSpec, model: Any) -> RewardHost:
     """Read two tokens, note a third, fork a fourth; compare with plain passes over three and over four."""
-    role = HostRole("probe")
     tolerance = PROBE_TOLERANCE.get(model.dtype, 0.3) * (1 + max(score_L.abs().max().item() for score_L in plain))
     model.set_attn_implementation(ATTENTION)
-    for label, expected in enumerate((plain[1] - plain[0]).tolist()):
-        host = RewardHost(backbone, head, [role], RewardSpec((label,)), num_slots=1)
-        try:
-            host.advance([Admission(0, {role.name: ids[:2]})], [], [])
-            host.advance([], [0], [ids[2]])
-            difference = abs(host.rewards_at([0], torch.tensor([[ids[3]]])).item() - expected)
-        except Exception as error:
-            raise _refused(spec, model, reason_of(error)) from error
-        if not difference <= tolerance:
-            raise _refused(
-                spec,
-                model,
-                f"its scores in branches differ from those of a plain forward pass by {difference:.2g}; only models "
-                f"that read from left to right can be scored so",
-            )
+    labels = tuple(range(len(plain[0])))
+    roles = [HostRole(f"label {label}") for label in labels]
+    host = RewardHost(backbone, head, roles, RewardSpec(labels), num_slots=1)
+    try:
+        host.advance([Admission(0, {role.name: ids[:2] for role in roles})], [], [])
+        host.advance([], [0], [ids[2]])
+        found_L = host.rewards_at([0], torch.tensor([[ids[3]]]))[0, :, 0]
+    except Exception as error:
+        raise _refused(spec, model, reason_of(error)) from error
+    difference = (found_L - (plain[1] - plain[0])).abs().max().item()
+    if not difference <= tolerance:
+        raise _refused(
+            spec,
+            model,
+            f"its scores in branches differ from those of a plain forward pass by {difference:.2g}; only models "
+            f"that read from left to right can be scored so",
+        )
+    return host
 
 
 def _refused(spec: HostSpec, model: Any, reason: str) -> ConfigurationError:
