@@ -1,11 +1,17 @@
-"""The kernel for running rows beside a plain softmax, wherever it runs."""
+"""The kernel for running rows: beside a plain softmax, wherever it runs, and compiled for GPUs that need not be there:
+`python tests/kernel_setup.py CAPABILITY FOLDER`."""
 
 from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.models.row_attention import attend_rows
+from pipeline.models.row_attention import LAUNCH, attend_rows, constants
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 LENGTHS, ROWS = (1, 2, 64, 65, 129, 256), (5, 0, 2, 6, 1, 3)
@@ -41,3 +47,33 @@ def check_kernel(
         torch.testing.assert_close(out[at].double(), expected, atol=tolerance, rtol=tolerance)
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
+
+
+def compile_for(capability: int, folder: Path) -> None:
+    """Print a line for each kernel: its type, and the bytes of shared memory and of stack that it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pipeline.models.row_kernel import attend_one_row
+
+    for dtype in ("bf16", "fp16", "fp32"):
+        for width, num_shared in ((64, 3), (128, 4)):
+            chosen = constants(width, num_shared)
+            types = dict.fromkeys(("query", "key", "value", "keys", "values", "out"), f"*{dtype}")
+            types |= {"rows": "*i64", "positions": "*i64", "scale": "fp32"} | dict.fromkeys(chosen, "constexpr")
+            signature = {name: types.get(name, "i32") for name in attend_one_row.arg_names}
+            source = ASTSource(attend_one_row, signature, constexprs=chosen)
+            kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(LAUNCH))
+            binary = folder / "kernel.cubin"
+            binary.write_bytes(kernel.asm["cubin"])
+            reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage = subprocess.run(
+                [reader, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+            )
+            [stack] = re.findall(r"STACK:(\d+)", usage.stdout)
+            print(dtype, kernel.metadata.shared, stack)
+
+
+if __name__ == "__main__":
+    compile_for(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import kernel_setup
 import pytest
 import torch
 from kernel_setup import check_kernel
@@ -22,6 +27,26 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernel_writes_and_attends_as_a_plain_softmax_does(dtype, num_heads, num_kv_heads, width, window):
     check_kernel("cpu", dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, width=width, window=window)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_it_compiles_for_gpus_and_spills_no_register_of_half_types(capability, tmp_path):
+    """In a process of its own: where Triton interprets it compiles nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(
+        [sys.executable, kernel_setup.__file__, str(capability), str(tmp_path)],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert len(lines) == 6, found.stdout
+    for line in lines:
+        dtype, shared_bytes, stack_bytes = line.split()
+        assert int(shared_bytes) < 99 * 1024  # what the smallest of these GPUs have
+        assert dtype == "fp32" or int(stack_bytes) == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])

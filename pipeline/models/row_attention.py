@@ -22,7 +22,9 @@ from torch import Tensor
 
 from pipeline.models.transfers import on_device
 
-BLOCK = 32  # keys at once; with the warps and stages below the fastest of 27 on an H100, whatever the lengths
+# keys at once, and how a program runs: the fastest of 27 on an H100, whatever the lengths
+BLOCK = 32
+LAUNCH = {"num_warps": 2, "num_stages": 2}
 OLDEST = (8, 0)  # compute capability
 _SMALLEST_DOT = 16  # rows of a matrix product
 
@@ -72,17 +74,25 @@ def attend_rows(
     assert query_HRD.stride(2) == key_GRD.stride(2) == value_GRD.stride(2) == out_RHD.stride(2) == 1
     num_heads, num_rows, width = query_HRD.shape
     num_kv_heads = keys.shape[1]
-    num_shared = num_heads // num_kv_heads
     with on_device(query_HRD.device):
         _kernel()[num_rows, num_kv_heads](
             query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD,
             (width**-0.5 if scale is None else scale) * math.log2(math.e), window or 0,
             *query_HRD.stride()[:2], *key_GRD.stride()[:2], *value_GRD.stride()[:2],
             *keys.stride()[:2], *out_RHD.stride()[:2],
-            WIDTH=width, PADDED_WIDTH=1 << (width - 1).bit_length(),
-            SHARED=num_shared, PADDED_SHARED=max(_SMALLEST_DOT, 1 << (num_shared - 1).bit_length()),
-            BLOCK=BLOCK, num_warps=2, num_stages=2,
+            **constants(width, num_heads // num_kv_heads), **LAUNCH,
         )  # fmt: skip
+
+
+def constants(width: int, num_shared: int) -> dict[str, int]:
+    """What the kernel is compiled for: a head width, and how many query heads share a key-value head."""
+    return {
+        "WIDTH": width,
+        "PADDED_WIDTH": 1 << (width - 1).bit_length(),
+        "SHARED": num_shared,
+        "PADDED_SHARED": max(_SMALLEST_DOT, 1 << (num_shared - 1).bit_length()),
+        "BLOCK": BLOCK,
+    }
 
 
 @cache
