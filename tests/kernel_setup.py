@@ -1,5 +1,7 @@
-"""The kernel for running rows: beside a plain softmax, wherever it runs, and compiled for GPUs that need not be there:
-`python tests/kernel_setup.py CAPABILITY FOLDER`."""
+"""The kernel for running rows: beside a plain softmax, wherever it runs; compiled for GPUs that need not be there.
+
+The second is `python tests/kernel_setup.py CAPABILITY FOLDER`.
+"""
 
 from __future__ import annotations
 
