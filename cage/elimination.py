@@ -20,7 +20,7 @@ def solve_small(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
     if right_BJR.shape[1] == 2:
         return _solve_two(matrix_BJJ, right_BJR)
     if torch.compiler.is_compiling():
-        return eliminate_by_masks(matrix_BJJ, right_BJR)
+        return eliminate_by_entries(matrix_BJJ, right_BJR)
     return eliminate(matrix_BJJ, right_BJR)
 
 
@@ -60,22 +60,32 @@ def eliminate(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
     return augmented[:, :, num_unknowns:], sign_B
 
 
-def eliminate_by_masks(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
-    """Do the same to the same bits with nothing gathered or scattered: a compiler makes one kernel of it."""
-    num_unknowns = right_BJR.shape[1]
-    augmented = torch.cat([matrix_BJJ, right_BJR], -1)
-    order_J = torch.arange(num_unknowns, device=augmented.device)
-    pivots, are_swapped = [], []
-    for k in range(num_unknowns):
-        place_B1 = augmented[:, k:, k].abs().argmax(1, keepdim=True) + k
-        is_pivot_BJ1 = (order_J == place_B1)[..., None]
-        pivot_row = torch.where(is_pivot_BJ1, augmented, 0.0).sum(1)
-        augmented = torch.where(is_pivot_BJ1, augmented[:, k, None], augmented)
-        pivots.append(pivot_row[:, k])
-        are_swapped.append(place_B1[:, 0] > k)
-        pivot_row = (pivot_row / pivot_row[:, k, None])[:, None]
-        augmented = torch.addcmul(augmented, augmented[:, :, k, None], pivot_row, value=-1.0)
-        augmented = torch.where((order_J == k)[:, None], pivot_row, augmented)
-    num_swaps_B = torch.stack(are_swapped, 1).sum(1)
-    sign_B = torch.stack(pivots, 1).sign().prod(1) * (1 - 2 * (num_swaps_B % 2))
-    return augmented[:, :, num_unknowns:], sign_B
+def eliminate_by_entries(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same to the same bits, entry by entry [B]: a compiler makes one kernel of it, which no axis divides."""
+    rows = [list(row_BC.unbind(1)) for row_BC in torch.cat([matrix_BJJ, right_BJR], -1).unbind(1)]
+    sign_B = torch.ones_like(rows[0][0])
+    for k, row in enumerate(rows):
+        largest_B, place_B = row[k].abs(), torch.full_like(row[k], k)
+        for at in range(k + 1, len(rows)):
+            size_B = rows[at][k].abs()
+            is_larger_B = (size_B > largest_B) | (size_B.isnan() & ~largest_B.isnan())
+            largest_B, place_B = torch.where(is_larger_B, size_B, largest_B), torch.where(is_larger_B, at, place_B)
+        for at in range(k + 1, len(rows)):
+            _swap_where(place_B == at, row, rows[at], start=k)
+        sign_B = sign_B * row[k].sign() * torch.where(place_B > k, -1.0, 1.0)
+        row[k + 1 :] = [entry_B / row[k] for entry_B in row[k + 1 :]]
+        for at, other in enumerate(rows):
+            if at != k:
+                other[k + 1 :] = [
+                    torch.addcmul(entry_B, other[k], pivot_B, value=-1.0)
+                    for entry_B, pivot_B in zip(other[k + 1 :], row[k + 1 :], strict=True)
+                ]
+    return torch.stack([torch.stack(row[len(rows) :], -1) for row in rows], 1), sign_B
+
+
+def _swap_where(is_swapped_B: Tensor, one: list[Tensor], other: list[Tensor], *, start: int) -> None:
+    for at in range(start, len(one)):
+        one[at], other[at] = (
+            torch.where(is_swapped_B, other[at], one[at]),
+            torch.where(is_swapped_B, one[at], other[at]),
+        )

@@ -29,6 +29,12 @@ _LONGEST_STEP = 10.0  # agent temperatures; further the residuals have changed s
 _TURNING_BACK = 0.7  # of the last step
 _QUADRATIC = 0.3  # times the root of what is aimed at; the answer is checked anyway
 
+# options of torch's compiler, inductor
+_Fusion = tuple[tuple[str, int], ...]
+_FUSED: _Fusion = (("unroll_reductions_threshold", 1),)  # a sum over principals stays beside what it is for
+_COMPUTED_AGAIN: _Fusion = (("realize_opcount_threshold", 60), ("realize_reads_threshold", 8))  # rather than kept
+_FEW = 4  # principals; for more the compiler takes half a minute and finds nothing
+
 
 @dataclass(frozen=True, slots=True)
 class ThresholdNewton:
@@ -68,7 +74,7 @@ class BlindNewton:
         tol = default_tolerance(game) if self.tol is None else self.tol
         is_straight = game.num_principals <= ALWAYS_UNIQUE
         parts: tuple[Callable[..., Any], ...] = (_begin, _straight_on if is_straight else _walk_on, _end)
-        begin, step, end = map(_compiled, parts) if self.compiles else parts
+        begin, step, end = (_compiled(part, _fusion(game)) for part in parts) if self.compiles else parts
         whole, measures, scaled, state = begin(game)
         if game.num_principals:
             for _ in range(self.num_steps):
@@ -80,8 +86,15 @@ class BlindNewton:
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+def _compiled(function: Callable[..., Any], fusion: _Fusion) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, options=dict(fusion))
+
+
+def _fusion(game: Game) -> _Fusion:
+    """For a walk: starting a kernel takes longer than what it computes, so that there should be few of them."""
+    if game.num_principals <= ALWAYS_UNIQUE:
+        return ()
+    return _FUSED if game.num_principals > _FEW else _FUSED + _COMPUTED_AGAIN
 
 
 def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight | Walk]:

@@ -11,7 +11,7 @@ from decoding_setup import NOWHERE, ask, config_of
 
 import cage
 from cage import newton
-from cage.elimination import eliminate, eliminate_by_masks
+from cage.elimination import eliminate, eliminate_by_entries
 from pipeline.config import RuleName
 from pipeline.decoding import recorded_games
 from pipeline.decoding.assembly import assemble
@@ -243,9 +243,9 @@ def test_blind_newton_finds_the_same_equilibrium(num_principals, dtype):
 
 @pytest.mark.parametrize("num_principals", [2, 3, 6])
 def test_blind_newton_compiles_as_a_whole(num_principals, monkeypatch):
-    """Traced without a break, and with the system of equations solved by masks."""
-    compiled = functools.cache(partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager"))
-    monkeypatch.setattr(newton, "_compiled", compiled)
+    """Traced without a break, and with the system of equations solved entry by entry."""
+    traced = partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(newton, "_compiled", functools.cache(lambda function, fusion: traced(function)))
     torch.manual_seed(5)
     game = cage.Game(
         torch.randn(20, 50, dtype=torch.float64) * 2, torch.randn(20, num_principals, 50, dtype=torch.float64), 0.2
@@ -285,12 +285,12 @@ def test_blind_newton_masks_what_cannot_be_drawn_and_reports_what_is_not_finite(
 
 
 @pytest.mark.parametrize("num_unknowns", [3, 4, 8])
-def test_elimination_by_masks_gives_the_bits_of_elimination(num_unknowns):
+def test_elimination_by_entries_gives_the_bits_of_elimination(num_unknowns):
     torch.manual_seed(6)
     matrix = torch.randn(60, num_unknowns, num_unknowns, dtype=torch.float64)
     matrix[0, 1] = matrix[0, 0]  # singular
     matrix[1, 0, 0] = 0.0
     matrix[2, 1, 1] = torch.nan
     right = torch.randn(60, num_unknowns, 2, dtype=torch.float64)
-    for one, other in zip(eliminate(matrix, right), eliminate_by_masks(matrix, right), strict=True):
+    for one, other in zip(eliminate(matrix, right), eliminate_by_entries(matrix, right), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
