@@ -247,7 +247,7 @@ class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray address; null starts a local cluster")
     replicas: int = Field(1, ge=1, le=4096)
     slots: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
-        16, description="rows decoded at once per replica; auto: as many as every host's memory holds"
+        16, description="rows decoded at once per replica; auto: as many as there is memory for"
     )
     coordinator_cpus: float = Field(0.5, ge=0)
     start_timeout_s: float = Field(600.0, gt=0, description="wait for resources and models")

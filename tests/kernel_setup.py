@@ -65,7 +65,10 @@ def compile_for(capability: int, folder: Path) -> None:
             types = dict.fromkeys(("query", "key", "value", "keys", "values", "out"), f"*{dtype}")
             types |= {"rows": "*i64", "positions": "*i64", "scale": "fp32"} | dict.fromkeys(chosen, "constexpr")
             signature = {name: types.get(name, "i32") for name in attend_one_row.arg_names}
-            source = ASTSource(attend_one_row, signature, constexprs=chosen)
+            # buffers and steps of such widths are multiples of 16 numbers, and loaded as vectors
+            aligned = [at for at, name in enumerate(signature) if name.endswith("step") or signature[name][0] == "*"]
+            attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
+            source = ASTSource(attend_one_row, signature, constexprs=chosen, attrs=attributes)
             kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(LAUNCH))
             binary = folder / "kernel.cubin"
             binary.write_bytes(kernel.asm["cubin"])

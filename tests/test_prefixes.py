@@ -3,6 +3,8 @@ take several steps. None of it changes a bit."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from decoding_setup import ask, config_of, decode, engine_of
 
@@ -123,7 +125,13 @@ def test_a_reward_model_reads_long_prompts_in_parts_to_the_same_answers(
         lambda self, readings: longest.append(max(len(each.trunk) for each in readings)) or read(self, readings),
     )
     judges = {"judge": {"kind": "reward_model", "model": str(judge(kind)), "candidates": 4}}
-    rows = [ask(f"r{at}", "long " * (4 * at % 17) + "x" * at) for at in range(7)]
+    systems = [None, "be brief " * 5, "be brief " * 5, "be kind"]  # what they begin with takes several parts, too
+    rows = [
+        replace(row, messages=({"role": "system", "content": system}, *row.messages)) if system else row
+        for row, system in zip(
+            [ask(f"r{at}", "long " * (4 * at % 17) + "x" * at) for at in range(8)], systems * 2, strict=True
+        )
+    ]
     decoding = {**DECODING, "n": 2, "reproducibility": reproducibility, "temperature": 0.0}
     records = decode(config_of(tiny(), judges, decoding=decoding, cluster={"slots": slots}), rows)
     assert max(longest) == 16

@@ -258,6 +258,15 @@ def test_blind_newton_compiles_as_a_whole(num_principals, monkeypatch):
     torch.testing.assert_close(traced.policy, plain.policy, atol=1e-9, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, when it is imported
+@pytest.mark.parametrize("num_principals", [2, 3, 6])
+def test_the_compiler_knows_the_options_it_is_given(num_principals):
+    game = cage.Game(torch.zeros(1, 2), torch.zeros(1, num_principals, 2), 1.0)
+    options = dict(newton._fusion(game))
+    assert bool(options) == (num_principals > 2)
+    torch.compile(torch.sin, options=options)  # refused at once if not
+
+
 @pytest.mark.parametrize("num_principals", [2, 4])
 @pytest.mark.parametrize("agent_temperature", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("num_steps", [6, 9, 12, 20])
@@ -289,6 +298,8 @@ def test_elimination_by_entries_gives_the_bits_of_elimination(num_unknowns):
     torch.manual_seed(6)
     matrix = torch.randn(60, num_unknowns, num_unknowns, dtype=torch.float64)
     matrix[0, 1] = matrix[0, 0]  # singular
+    matrix[3, 0, 0], matrix[3, 1, 0] = 9.0, -9.0  # as large, of another sign
+    matrix[4, :, 1] = 0.0
     matrix[1, 0, 0] = 0.0
     matrix[2, 1, 1] = torch.nan
     right = torch.randn(60, num_unknowns, 2, dtype=torch.float64)

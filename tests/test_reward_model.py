@@ -143,8 +143,11 @@ def test_a_strict_row_has_the_same_bits_in_any_company(tiny, judge, kind, pairs,
     assert decode(other, [ROWS[2], ROWS[0], ROWS[1], *ROWS[3:]]) == expected
 
 
-def test_passes_of_one_shape_give_the_same_bits_in_any_company(tiny, judge, monkeypatch):
-    """As strict passes are on a GPU; a row with more tokens than a pass is alone."""
+@pytest.mark.parametrize("options", [{}, {"pairs": True, "candidates": 1}])
+def test_passes_of_one_shape_give_the_same_bits_in_any_company(tiny, judge, monkeypatch, options):
+    """As strict passes are on a GPU; a row with more tokens than a pass is alone, and some have nothing to read."""
+    fields = dict(options)
+    pairs = fields.pop("pairs", False)
     shapes = []
 
     def watched(readings):
@@ -154,8 +157,8 @@ def test_passes_of_one_shape_give_the_same_bits_in_any_company(tiny, judge, monk
     monkeypatch.setattr(reward_host, "reading", watched)
     monkeypatch.setattr(reward_host, "PASS_TOKENS", 32)
     monkeypatch.setattr(reward_host.RewardHost, "_has_one_shape", True)
-    principals = {"judge": {"kind": "reward_model", "model": str(judge())}}
-    rows = [*ROWS, ask("long", "tell me more " * 5)]
+    principals = {"judge": {"kind": "reward_model", "model": str(judge(pairs=pairs)), **fields}}
+    rows = [*ROWS, ask("long", "tell me more " * (10 if pairs else 5))]
     configs = [
         config_of(tiny("llama"), principals, decoding=DECODING, cluster={"slots": slots}) for slots in (5, 1, 3)
     ]

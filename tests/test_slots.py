@@ -1,4 +1,4 @@
-"""`slots: auto`: as many rows at once as every host's memory holds."""
+"""`slots: auto`: as many rows at once as there is memory for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = [ask(f"r{at}", "tell me " * (at % 3) + "x" * (at + 1)) for at in range(9)
 def test_slots_are_what_memory_holds(tiny, monkeypatch, slots_worth, expected):
     config = config_of(tiny("llama"), PAIR, decoding=DECODING, cluster={"slots": "auto"})
     # two layers of two key-value heads of 16 float32, keys and values; 261 logits in 4 copies; three roles
-    row_bytes = 3 * ((1024 + 6) * (2 * 2 * 16 * 4 * 2) + 4 * 261 * 4)
+    row_bytes = 3 * (1536 * (2 * 2 * 16 * 4 * 2) + 4 * 261 * 4)  # a row of 1,024 + 6 tokens has room for 1,536
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(slots_worth * row_bytes / memory.SHARE["cpu"]))
     engine, _ = engine_of(config)
     assert engine.num_slots == expected
@@ -40,8 +40,8 @@ def test_hosts_share_the_memory_of_their_machine_and_answers_do_not_change(tiny,
     rooms = [client.host.room(1030) for client in engine.calls.hosts.values()]
     assert engine.num_slots == 20_000_000 // sum(room.slot_bytes for room in rooms)
     assert 1 < engine.num_slots < alone.num_slots == 20_000_000 // rooms[0].slot_bytes
-    # a reward model keeps no logits, and its rows' buffers double: two layers, two heads of 16, keys and values
-    assert rooms[-1].slot_bytes == 2 * 1030 * (2 * 2 * 16 * 4 * 2)
+    # a reward model keeps no logits: two layers, two heads of 16, keys and values
+    assert rooms[-1].slot_bytes == 1536 * (2 * 2 * 16 * 4 * 2)
     fixed = config_of(tiny("llama"), {**PAIR, **others}, decoding=DECODING, cluster={"slots": 2})
     assert decode(auto, ROWS) == decode(fixed, ROWS)
 
@@ -54,6 +54,13 @@ def test_the_device_with_the_least_room_decides():
     assert slots_that_fit([base, principal, Room("gpu 1", "cuda", gib, 12 * gib)]) == 10
     assert slots_that_fit([base, principal, Room("here", "cpu", 0, gib)]) == 22
     assert slots_that_fit([Room("gpu 0", "cuda", gib, gib // 2)]) == 1
+
+
+def test_a_rows_buffers_are_at_most_half_as_long_again_as_the_row():
+    assert [memory.capacity_for(num) for num in (0, 1, 256, 257, 513, 769, 1025, 1537, 2049)] == [
+        256, 256, 256, 512, 768, 1024, 1536, 2048, 3072
+    ]  # fmt: skip
+    assert all(num <= memory.capacity_for(num) < 1.5 * num + 256 for num in range(1, 20_000))
 
 
 def test_free_memory_is_below_what_the_machine_has():

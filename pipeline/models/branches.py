@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from pipeline.models.memory import capacity_for
+
 ATTENTION = "cage_branches"
-CAPACITY_STEP = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -57,8 +58,7 @@ def _written(buffers: list[Tensor], layer: int, start: int, stop: int, new_GTD: 
         buffers.append(new_GTD.new_empty(new_GTD.shape[0], 0, new_GTD.shape[2]))
     buffer = buffers[layer]
     if stop > buffer.shape[1]:
-        capacity = max(2 * buffer.shape[1], -(-stop // CAPACITY_STEP) * CAPACITY_STEP)
-        grown = new_GTD.new_empty(buffer.shape[0], capacity, buffer.shape[2])
+        grown = new_GTD.new_empty(buffer.shape[0], capacity_for(stop), buffer.shape[2])
         grown[:, :start] = buffer[:, :start]
         buffer = buffers[layer] = grown
     buffer[:, start:stop] = new_GTD

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.models.adapters import TokenAdapters
 from pipeline.models.drafts import Draft
-from pipeline.models.memory import Room
+from pipeline.models.memory import Room, capacity_for
 from pipeline.models.messages import CHUNK, Admission, Candidates, HostRole
 from pipeline.models.passes import Passes
 from pipeline.models.prefixes import Prefixes, Prompt
@@ -70,7 +70,7 @@ class Host:
     def room(self, row_tokens: int) -> Room:
         """What a slot takes with rows of `row_tokens` tokens, passes included, and what is free."""
         logits_bytes = LOGITS_COPIES * self._vocab_size * torch.float32.itemsize
-        slot_bytes = len(self._roles) * (row_tokens * self._bytes_per_token + logits_bytes)
+        slot_bytes = len(self._roles) * (capacity_for(row_tokens) * self._bytes_per_token + logits_bytes)
         return Room.on(self._passes.device, slot_bytes)
 
     def resize(self, num_slots: int) -> None:

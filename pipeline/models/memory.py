@@ -1,4 +1,4 @@
-"""How many rows devices have memory for."""
+"""How many rows devices have memory for, and how long their buffers are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ import torch
 
 # More rows than this gain little speed: a CPU is busy with fewer, on a GPU the cache is read longer than the weights.
 MOST_SLOTS = {"cpu": 32, "cuda": 256}
+CAPACITY_STEP = 256  # tokens
 SHARE = {"cpu": 0.5, "cuda": 0.85}  # of what is free: a machine's memory may be for other processes too
+
+
+def capacity_for(num_tokens: int) -> int:
+    """Tokens that the buffers of a row with so many have room for: 256, 512, 768, 1,024, 1,536, 2,048 and so on."""
+    num_blocks = max(1, -(-num_tokens // CAPACITY_STEP))
+    power = 1 << (num_blocks - 1).bit_length()
+    between = power * 3 // 4
+    return CAPACITY_STEP * (between if num_blocks <= between else power)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +38,7 @@ class Room:
     def on(cls, device: torch.device, slot_bytes: int) -> Room:
         """What is there now."""
         is_gpu = device.type == "cuda"
-        place = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else platform.node()
+        place = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else _machine()
         return cls(place, device.type, slot_bytes, free_bytes(device))
 
 
@@ -47,6 +56,14 @@ def _fitting(rooms: Sequence[Room]) -> int:
     free = SHARE[device_type] * min(room.free_bytes for room in rooms)
     needed = sum(room.slot_bytes for room in rooms)
     return min(MOST_SLOTS[device_type], int(free // max(needed, 1)))
+
+
+def _machine() -> str:
+    """The machine, whatever the container."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # no Linux
+        return platform.node()
 
 
 def free_bytes(device: torch.device) -> int:

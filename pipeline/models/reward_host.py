@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from pipeline.models.branches import Reading, RowCache, reading
-from pipeline.models.memory import Room
+from pipeline.models.memory import Room, capacity_for
 from pipeline.models.messages import CHUNK, Admission, HostRole, RewardSpec
 from pipeline.models.prefixes import Key, Prefixes, Prompt
 from pipeline.models.reward_rows import Question, RewardRow, lay_out
 from pipeline.models.static_steps import MIN_ROWS
 
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
-SPARE = 2  # a row's buffers double as it grows
 PADDING = 64  # tokens of one row that nobody reads
 
 
@@ -75,8 +74,7 @@ class RewardHost:
 
     def room(self, row_tokens: int) -> Room:
         """What a slot takes with rows of `row_tokens` tokens, and what is free."""
-        slot_bytes = len(self._roles) * row_tokens * self._bytes_per_token
-        return Room.on(self._device, SPARE * slot_bytes)
+        return Room.on(self._device, len(self._roles) * capacity_for(row_tokens) * self._bytes_per_token)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -93,19 +91,14 @@ class RewardHost:
     @torch.inference_mode()
     def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Read parts of new rows' prompts; note a token more of the running ones, to be read with its candidates."""
-        replaced = [row for each in admissions if each.part == 0 for row in self._rows[each.slot]]
-        for admission in admissions:
-            if admission.part == 0:
-                self._rows[admission.slot] = self._begin(admission)
+        replaced = self._replace([each for each in admissions if each.part == 0])
         parts = [(row, (each.part + 1) * CHUNK) for each in admissions for row in self._rows[each.slot]]
         try:
             while parts:
                 parts = self._fill(parts)
-        except BaseException:
-            self._prefixes.clear()  # any row may be half-written
-            raise
-        for row in replaced:  # until now what they hold could be copied
-            self._prefixes.drop(row.cache)
+        finally:
+            for cache in replaced:
+                self._prefixes.drop(cache)
         for slot, token in zip(slots, tokens, strict=True):
             for row in self._rows[slot]:
                 row.answer.append(token)
@@ -134,12 +127,30 @@ class RewardHost:
             rewards.append(scores_TL[:, label][torch.tensor(places, device=self._device)].diff())
         return torch.stack(rewards)
 
+    def _replace(self, admissions: Sequence[Admission]) -> list[RowCache]:
+        """Give slots new rows; the caches of rows that are gone, as far as a new row begins like one of them."""
+        gone = [row.cache for each in admissions for row in self._rows[each.slot]]
+        for each in admissions:
+            self._rows[each.slot] = self._begin(each)
+        rows = [row for each in admissions for row in self._rows[each.slot]]
+        wanted = {self._prefixes.find(row.prompt, preferred=row.cache)[0] for row in rows}
+        for cache in gone:
+            if cache not in wanted:
+                self._prefixes.drop(cache)
+        return [cache for cache in gone if cache in wanted]
+
     def _begin(self, admission: Admission) -> list[RewardRow]:
-        """A row for each role, which has read nothing yet."""
+        """A row for each role, which has read nothing yet. What it kept is read like its prompt, if in own tokens."""
+        is_own = self._spec.retokeniser is None
+        kept = list(admission.answer)
         return [
             RewardRow(
-                Prompt.of(None, admission.prompts[role.name], admission.heads.get(role.name, 0)),
-                list(admission.answer),
+                Prompt.of(
+                    None,
+                    [*admission.prompts[role.name], *(kept if is_own else [])],
+                    admission.heads.get(role.name, 0),
+                ),
+                [] if is_own else list(kept),
                 label,
             )
             for role, label in zip(self._roles, self._spec.labels, strict=True)
@@ -196,7 +207,7 @@ class RewardHost:
         room = 0
         for each in readings:
             count = len(each.tokens)
-            if count > room:
+            if not parts or count > room:
                 parts.append([])
                 room = -(-count // PASS_TOKENS) * PASS_TOKENS
             parts[-1].append(each)

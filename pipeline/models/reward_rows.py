@@ -19,7 +19,8 @@ from pipeline.models.prefixes import Prompt
 class RewardRow:
     """A row of one role: its prompt, the base's tokens after it, and what was read of both.
 
-    `score` is that of the newest token in the cache; `told` the last answer, so that a repeated call gets the same.
+    Tokens that it kept when it was admitted again may be at the prompt's end. `score` is that of the newest token in
+    the cache; `told` the last answer, so that a repeated call gets the same.
     """
 
     prompt: Prompt

@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from pipeline.models import row_attention
+from pipeline.models.memory import CAPACITY_STEP, capacity_for
 from pipeline.models.plain_attention import attend_batch, attend_each_row, attend_segment
 from pipeline.models.prompt_attention import Prompts
 from pipeline.models.segments import Copied, Segment
 from pipeline.models.transfers import to_device
 
 ATTENTION = "cage_slots"
-CAPACITY_STEP = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,7 @@ class SlotCache:
 
 
 def _with_capacity(buffer: Tensor, num_tokens: int) -> Tensor:
-    capacity = max(2 * buffer.shape[2], -(-num_tokens // CAPACITY_STEP) * CAPACITY_STEP)
-    grown = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
+    grown = buffer.new_zeros(*buffer.shape[:2], capacity_for(num_tokens), buffer.shape[3])
     grown[:, :, : buffer.shape[2]] = buffer
     return grown
 
