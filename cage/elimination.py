@@ -61,7 +61,7 @@ def eliminate(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eliminate_by_entries(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
-    """Do the same to the same bits, entry by entry [B]: a compiler makes one kernel of it, which no axis divides."""
+    """Do the same to the same bits, entry by entry [B]: a compiler finds no axis along which to part it."""
     rows = [list(row_BC.unbind(1)) for row_BC in torch.cat([matrix_BJJ, right_BJR], -1).unbind(1)]
     sign_B = torch.ones_like(rows[0][0])
     for k, row in enumerate(rows):

@@ -33,7 +33,7 @@ _QUADRATIC = 0.3  # times the root of what is aimed at; the answer is checked an
 _Fusion = tuple[tuple[str, int], ...]
 _FUSED: _Fusion = (("unroll_reductions_threshold", 1),)  # a sum over principals stays beside what it is for
 _COMPUTED_AGAIN: _Fusion = (("realize_opcount_threshold", 60), ("realize_reads_threshold", 8))  # rather than kept
-_FEW = 4  # principals; for more the compiler takes half a minute and finds nothing
+_FEW = 4  # principals; for more the compiler takes half a minute to spare a kernel
 
 
 @dataclass(frozen=True, slots=True)

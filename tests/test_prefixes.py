@@ -87,24 +87,20 @@ def test_a_reward_model_reads_a_prompt_once_for_all_answers_and_roles(tiny, judg
     rows = [ask(f"r{at}", "long " * (3 * at % 7) + "x" * (at + 1)) for at in range(4)]
     config = config_of(tiny(), judges, decoding={**DECODING, "n": 3}, cluster={"slots": slots})
 
-    def decoded():
-        engine, _ = engine_of(config)
-        records = {(r.row_id, r.sample): r for r in decode_rows(engine, rows, num_samples=3)}
-        host = engine.calls.hosts["one"].host._host
-        assert len(host._prefixes._held) <= 2 * slots  # what rows held that are gone is let go
-        return records, host.num_tokens, engine
-
-    shared, num_tokens, engine = decoded()
+    shared, _, engine = computed(config, rows, num_samples=3)
     share_nothing(monkeypatch)
-    plain, num_plain, _ = decoded()
+    plain, _, other = computed(config, rows, num_samples=3)
     assert shared == plain
+    host, lone = (each.calls.hosts["one"].host._host for each in (engine, other))
+    for each in (host, lone):
+        assert len(each._prefixes._held) <= 2 * slots  # what rows held that are gone is let go
     spared = 0  # of a prompt: all but the last token for 3 samples and 2 roles; of a head: for all but the first row
     for at, row in enumerate(rows):
         encoded = engine._prompter.encode(row.messages)
         head, length = engine._prompter.heads(row.messages, encoded)["one"], len(encoded["one"])
         assert 0 < head < length - 1
         spared += 5 * (length - 1) + (head if at else 0)
-    assert num_plain - num_tokens == spared
+    assert lone.num_tokens - host.num_tokens == spared
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from pipeline.models import row_attention
-from pipeline.models.memory import CAPACITY_STEP, capacity_for
+from pipeline.models.memory import capacity_for
 from pipeline.models.plain_attention import attend_batch, attend_each_row, attend_segment
 from pipeline.models.prompt_attention import Prompts
 from pipeline.models.segments import Copied, Segment
@@ -104,7 +104,9 @@ class SlotCache:
         """The buffers of a layer, with room for rows of so many tokens; its first pass makes them."""
         if layer == len(self.keys):
             for buffers, states in ((self.keys, key_GTD), (self.values, value_GTD)):
-                buffers.append(states.new_zeros(self.num_rows, states.shape[0], CAPACITY_STEP, states.shape[2]))
+                buffers.append(
+                    states.new_zeros(self.num_rows, states.shape[0], capacity_for(num_tokens), states.shape[2])
+                )
             self.num_moves += 1
         self._reserve(layer, num_tokens)
         return self.keys[layer], self.values[layer]
