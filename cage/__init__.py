@@ -3,12 +3,12 @@
 from cage import rules
 from cage.certificate import deviation_gain
 from cage.game import Game
-from cage.newton import BlindNewton, ThresholdNewton
+from cage.newton import FixedStepNewton, ThresholdNewton
 from cage.solution import Solution, Status
 from cage.sweeps import GaussSeidel, Jacobi
 
 __all__ = [
-    "BlindNewton",
+    "FixedStepNewton",
     "Game",
     "GaussSeidel",
     "Jacobi",

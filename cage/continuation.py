@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from cage.elimination import solve_small
+from cage.normalization import NormalizedGame
 from cage.response import lone_thresholds, respond
 from cage.rows import iterate
-from cage.scaled import ScaledGame
 
 # how close to the curve a point must be to go on from it, and the most steps; rows that stall walk with more care
 _CARES = ((3e-2, 1000), (1e-3, 1000), (1e-5, 4000), (1e-7, 4000))
@@ -34,7 +34,7 @@ _CORNER_STRIDE, _CORNER_COSINE = 0.05, 0.2
 _SHORTEST_STRIDE = 1e-12
 
 
-def follow_path(game: ScaledGame, *, enough: float, max_steps: int) -> tuple[Tensor, Tensor]:
+def follow_path(game: NormalizedGame, *, enough: float, max_steps: int) -> tuple[Tensor, Tensor]:
     """Return thresholds [B, J] at the first arrival at s = 1, and evaluations [B].
 
     Arrived is a row one Newton step after residuals of at most enough; rows that did not arrive hold their last
@@ -82,12 +82,12 @@ class _Trial(NamedTuple):
     landing: Tensor
 
 
-def _follow(game: ScaledGame, enough: float, max_steps: int, care: float) -> tuple[Tensor, Tensor, Tensor]:
+def _follow(game: NormalizedGame, enough: float, max_steps: int, care: float) -> tuple[Tensor, Tensor, Tensor]:
     walk = iterate(partial(step_on, enough=enough, care=care), game, set_out(game), max_steps=max_steps)
     return walk.point[:, :-1], walk.num_steps, walk.arrived
 
 
-def set_out(game: ScaledGame) -> Walk:
+def set_out(game: NormalizedGame) -> Walk:
     """Start where the first principal is about to pay, or at s = 1 if nobody does."""
     spread_BJ = 1.0 - lone_thresholds(game)
     log_factor_B = spread_BJ.amax(1).clamp_min(1.0).log().neg()
@@ -112,7 +112,7 @@ def set_out(game: ScaledGame) -> Walk:
     )
 
 
-def step_on(game: ScaledGame, walk: Walk, *, enough: float, care: float = _CARES[0][0]) -> Walk:
+def step_on(game: NormalizedGame, walk: Walk, *, enough: float, care: float = _CARES[0][0]) -> Walk:
     """Look at the trial: accept it and stride on, correct it, or come back and try a shorter stride."""
     residual_B, newton_BU, tangent_BU = _look(game, walk.trial)
     near_B = _length(walk.trial - walk.aimed) <= _LARGEST_DETOUR * walk.reached + _DETOUR_ALLOWANCE
@@ -139,13 +139,13 @@ def step_on(game: ScaledGame, walk: Walk, *, enough: float, care: float = _CARES
     return _set_trial(walk, fresh, corrected_B, newton_BU, tangent_BU)
 
 
-def _look(game: ScaledGame, at_BU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _look(game: NormalizedGame, at_BU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the residual [B], a step onto the curve at fixed s, and the unit tangent of the curve's level set.
 
     The tangent points to larger s where the Jacobian has a positive determinant and to smaller s where it has a
     negative one: the sense in which a path that starts at "nobody pays" runs through every one of its pieces.
     """
-    grown = ScaledGame(game.log_base, game.values * at_BU[:, -1].exp()[:, None, None])
+    grown = NormalizedGame(game.log_base, game.values * at_BU[:, -1].exp()[:, None, None])
     response = respond(grown, at_BU[:, :-1], with_drift=True)
     assert response.drift is not None
     right_BJ2 = torch.stack([response.log_residual, response.drift], -1)

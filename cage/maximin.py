@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cage.elimination import solve_small
+from cage.normalization import NormalizedGame
 from cage.rows import iterate
-from cage.scaled import ScaledGame
 
 _BARRIER_DECREASE = 0.1
 _CENTRED = 0.1  # Newton decrement, relative to the barrier, from which the barrier may decrease
@@ -43,7 +43,9 @@ class _Interior(NamedTuple):
     offset: Tensor
 
 
-def find_shares(game: ScaledGame, offset_BJ: Tensor, *, tol: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def find_shares(
+    game: NormalizedGame, offset_BJ: Tensor, *, tol: float, max_steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the shares l [B, J], their gap to optimality [B] and the number of evaluations [B].
 
     offset [B, J] is each principal's best value in agent temperatures, which scaling took away. A principal whose
@@ -70,7 +72,7 @@ def find_shares(game: ScaledGame, offset_BJ: Tensor, *, tol: float, max_steps: i
     return state.shares, state.gap, state.num_steps
 
 
-def tilted(game: ScaledGame, shares_BJ: Tensor) -> Tensor:
+def tilted(game: NormalizedGame, shares_BJ: Tensor) -> Tensor:
     """Return log pi0 + sum_j l_j v_j / tau up to a constant, [B, K]."""
     logits_BK = game.log_base
     for j in range(shares_BJ.shape[1]):
@@ -78,7 +80,7 @@ def tilted(game: ScaledGame, shares_BJ: Tensor) -> Tensor:
     return logits_BK
 
 
-def _step(game: ScaledGame, state: _Interior, *, tol: float) -> _Interior:
+def _step(game: NormalizedGame, state: _Interior, *, tol: float) -> _Interior:
     """Look a length along the direction: go there unless the barrier problem rises again, else try half as far."""
     started_B = state.barrier > 0.0
     trial_BJ = state.shares + (state.length * started_B)[:, None] * state.direction
@@ -108,7 +110,7 @@ def _step(game: ScaledGame, state: _Interior, *, tol: float) -> _Interior:
     )
 
 
-def _moments(game: ScaledGame, shares_BJ: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(game: NormalizedGame, shares_BJ: Tensor) -> tuple[Tensor, Tensor]:
     """Return E_pi[v_j] [B, J] and Cov_pi(v_j, v_k) [B, J, J] under the tilted policy, in agent temperatures."""
     policy_BK = torch.softmax(tilted(game, shares_BJ), -1)[:, None]
     mean_BJ = (policy_BK * game.values).sum(-1)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from cage.continuation import Walk, follow_path, set_out, step_on
+from cage.direct import solve_directly, widened
 from cage.game import Game
+from cage.normalization import Measures, NormalizedGame, measure, scale
 from cage.pooling import pays_off, solve_pooled
 from cage.response import newton, nobody_pays
 from cage.rows import iterate
-from cage.scaled import Measures, ScaledGame, measure, scale
 from cage.solution import Draft, Solution, Status, default_tolerance
-from cage.whole import solve_whole, widened
 
 ALWAYS_UNIQUE = 2  # so many principals have one equilibrium, whatever their values
 _DIRECT_STEPS = 32
@@ -53,11 +53,11 @@ class ThresholdNewton:
         find = partial(find_thresholds, aim=tol / 2, max_steps=self.max_steps)
         if pays_off(game):
             return solve_pooled(game, measure(game), find, tol=tol, max_steps=self.max_steps)
-        return solve_whole(game, find, tol=tol, finish=find, max_steps=self.max_steps)
+        return solve_directly(game, find, tol=tol, finish=find, max_steps=self.max_steps)
 
 
 @dataclass(frozen=True, slots=True)
-class BlindNewton:
+class FixedStepNewton:
     """The same without ever looking at a number, so that a CUDA graph can hold it.
 
     Every row takes num_steps evaluations; one that needs more, or more care along the path, has status MAX_STEPS,
@@ -97,7 +97,7 @@ def _fusion(game: Game) -> _Fusion:
     return _FUSED if game.num_principals > _FEW else _FUSED + _COMPUTED_AGAIN
 
 
-def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight | Walk]:
+def _begin(game: Game) -> tuple[Game, Measures, NormalizedGame, _Straight | Walk]:
     whole = widened(game)
     measures = measure(whole, looks=False)
     scaled = scale(whole, measures)
@@ -106,11 +106,11 @@ def _begin(game: Game) -> tuple[Game, Measures, ScaledGame, _Straight | Walk]:
     return whole, measures, scaled, set_out(scaled)
 
 
-def _straight_on(game: ScaledGame, state: _Straight, tol: float) -> _Straight:
+def _straight_on(game: NormalizedGame, state: _Straight, tol: float) -> _Straight:
     return _step(game, state, enough=tol / 2)
 
 
-def _walk_on(game: ScaledGame, walk: Walk, tol: float) -> Walk:
+def _walk_on(game: NormalizedGame, walk: Walk, tol: float) -> Walk:
     return step_on(game, walk, enough=_nearly(tol / 2))
 
 
@@ -128,7 +128,7 @@ def _end(
 
 
 def find_thresholds(
-    game: ScaledGame, near_BJ: Tensor | None = None, *, aim: float, max_steps: int
+    game: NormalizedGame, near_BJ: Tensor | None = None, *, aim: float, max_steps: int
 ) -> tuple[Tensor, Tensor]:
     """Return scaled thresholds [B, J], where possible with residuals of at most aim, and evaluations [B].
 
@@ -165,16 +165,16 @@ class _Straight(NamedTuple):
     floor: Tensor
 
 
-def _go_straight(game: ScaledGame, start_BJ: Tensor, enough: float, max_steps: int) -> _Straight:
+def _go_straight(game: NormalizedGame, start_BJ: Tensor, enough: float, max_steps: int) -> _Straight:
     return iterate(partial(_step, enough=enough), game, _set_out(game, start_BJ), max_steps=max_steps)
 
 
-def _set_out(game: ScaledGame, start_BJ: Tensor) -> _Straight:
+def _set_out(game: NormalizedGame, start_BJ: Tensor) -> _Straight:
     num_steps_B = _no_steps(game)
     return _Straight(num_steps_B == 0, num_steps_B, start_BJ, torch.zeros_like(start_BJ), game.values.amin(-1))
 
 
-def _step(game: ScaledGame, state: _Straight, *, enough: float) -> _Straight:
+def _step(game: NormalizedGame, state: _Straight, *, enough: float) -> _Straight:
     """Take a Newton step; one that turns back goes less far than the last, which ends the cycles across corners.
 
     The row ends one step after its residuals are small enough.
@@ -190,7 +190,7 @@ def _step(game: ScaledGame, state: _Straight, *, enough: float) -> _Straight:
     return _Straight(still, num_steps_B + running, next_BJ, next_BJ - point_BJ, floor_BJ)
 
 
-def _follow(game: ScaledGame, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
+def _follow(game: NormalizedGame, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
     """Follow the path in float64, where its turns are told from rounding."""
     thresholds_BJ, num_steps_B = follow_path(game.to(torch.float64), enough=_nearly(aim), max_steps=max_steps)
     return thresholds_BJ.to(game.values.dtype), num_steps_B
@@ -201,5 +201,5 @@ def _nearly(aim: float) -> float:
     return _QUADRATIC * math.sqrt(aim)
 
 
-def _no_steps(game: ScaledGame) -> Tensor:
+def _no_steps(game: NormalizedGame) -> Tensor:
     return torch.zeros(game.values.shape[0], dtype=torch.int32, device=game.values.device)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cage.game import Game
+from cage.normalization import Measures, NormalizedGame, excess, log_base, row_blocks, scale
 from cage.response import newton_step, offers, pays, respond
-from cage.scaled import Measures, ScaledGame, excess, log_base, row_blocks, scale
 from cage.solution import Draft, Solution
 
 _SMALLEST_VOCABULARY = 4096
@@ -34,7 +34,7 @@ _KEPT_TOKENS = (128, 128, 128, 1024, 1024, 1024)  # by round
 class Find(Protocol):
     """Find scaled thresholds [B, J] of a scaled game, and the evaluations it took [B]; `near_BJ` is a start."""
 
-    def __call__(self, game: ScaledGame, near_BJ: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, game: NormalizedGame, near_BJ: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 def pays_off(game: Game) -> bool:
@@ -70,7 +70,7 @@ def solve_pooled(game: Game, measures: Measures, find: Find, *, tol: float, max_
     return draft.solution(num_steps_B, tol)
 
 
-def _correct(draft: Draft, pooled: ScaledGame, rows: Tensor, tol: float) -> Tensor:
+def _correct(draft: Draft, pooled: NormalizedGame, rows: Tensor, tol: float) -> Tensor:
     """Take Newton steps with the residuals of all tokens and the pools' Jacobian; return how many, [R].
 
     The few tokens that changed sides since they were pooled hardly move the Jacobian, and this spares pooling anew.
@@ -103,7 +103,7 @@ def pool(
     rows: Tensor | None = None,
     num_kept: int,
     kept_RM: Tensor | None = None,
-) -> tuple[ScaledGame, Tensor]:
+) -> tuple[NormalizedGame, Tensor]:
     """Return the pooled games of some rows, or all, and which tokens they keep [R, m].
 
     Near these scaled thresholds, until a token that was not kept changes sides, a pooled game has exactly the
@@ -115,7 +115,7 @@ def pool(
         kept_block = None if kept_RM is None else kept_RM[block]
         parts.append(_pool_block(game, measures, chosen, thresholds_RJ[block], num_kept, kept_block))
     base_RK, values_RJK, kept_RM = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return ScaledGame(torch.log_softmax(base_RK, 1), values_RJK), kept_RM
+    return NormalizedGame(torch.log_softmax(base_RK, 1), values_RJK), kept_RM
 
 
 def _pool_block(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cage.elimination import solve_small
-from cage.scaled import ScaledGame
+from cage.normalization import NormalizedGame
 
 _NUMBERS_AT_ONCE = 2**17
 
@@ -27,7 +27,7 @@ class Response(NamedTuple):
     drift: Tensor | None
 
 
-def respond(game: ScaledGame, thresholds_BJ: Tensor, *, with_drift: bool = False) -> Response:
+def respond(game: NormalizedGame, thresholds_BJ: Tensor, *, with_drift: bool = False) -> Response:
     """Evaluate the game at scaled thresholds (docs/mathematics.md, "The system and its Jacobian")."""
     excess_BJK = game.values - thresholds_BJ[..., None]
     paid_BJK = excess_BJK.clamp_min(0.0)
@@ -42,7 +42,7 @@ def respond(game: ScaledGame, thresholds_BJ: Tensor, *, with_drift: bool = False
     return Response(expected_BJ.log(), jacobian_BJJ, drift_BJ)
 
 
-def newton(game: ScaledGame, thresholds_BJ: Tensor) -> tuple[Tensor, Tensor]:
+def newton(game: NormalizedGame, thresholds_BJ: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-residuals [B, J] and the Newton step for the thresholds [B, J].
 
     For one or two principals with few and fused operations: over some tens of tokens calling them is what costs.
@@ -78,12 +78,12 @@ def newton_step(response: Response) -> Tensor:
     return step_BJR[..., 0].neg().nan_to_num_(0.0, 0.0, 0.0)
 
 
-def lone_thresholds(game: ScaledGame) -> Tensor:
+def lone_thresholds(game: NormalizedGame) -> Tensor:
     """Return E_pi0[v_j] + tau in scaled units [B, J]: where principals stand while nobody pays."""
     return (game.log_base.exp()[:, None] * game.values).sum(-1) + 1.0
 
 
-def nobody_pays(game: ScaledGame) -> Tensor:
+def nobody_pays(game: NormalizedGame) -> Tensor:
     """Return thresholds [B, J] at which nobody pays and nobody would be better off with a higher one."""
     return lone_thresholds(game).clamp_min(0.0)
 
@@ -124,7 +124,7 @@ def _crossed(burden_BJK: Tensor, pays_BJK: Tensor) -> Tensor:
     return torch.stack([(burden_BJK * pays_BJK[:, k, None]).sum(-1) for k in range(num_principals)], 2)
 
 
-def _drift(game: ScaledGame, policy_BK: Tensor, burden: Tensor, pays: Tensor, expected_BJ: Tensor) -> Tensor:
+def _drift(game: NormalizedGame, policy_BK: Tensor, burden: Tensor, pays: Tensor, expected_BJ: Tensor) -> Tensor:
     paid_values_BJK = game.values * pays
     total_BK = paid_values_BJK[:, 0]
     for j in range(1, pays.shape[1]):

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cage.scaled import ScaledGame
+from cage.normalization import NormalizedGame
 
 State = TypeVar("State", bound=NamedTuple)
 
@@ -20,7 +20,9 @@ _STEPS_A_CHECK_ELSEWHERE = 8
 _NUMBERS_WORTH_DROPPING = 2**11  # carrying fewer along costs less than dropping them
 
 
-def iterate(step: Callable[[ScaledGame, State], State], game: ScaledGame, state: State, *, max_steps: int) -> State:
+def iterate(
+    step: Callable[[NormalizedGame, State], State], game: NormalizedGame, state: State, *, max_steps: int
+) -> State:
     """Apply step until no row is running; rows that are done are dropped at the next check.
 
     So few of them that carrying them along is cheaper than dropping them wait for more.

@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cage.direct import in_batches
 from cage.game import Game
 from cage.maximin import find_shares, tilted
 from cage.newton import ThresholdNewton
-from cage.scaled import LOWEST_VALUE, Measures, excess, log_base, measure, scale
+from cage.normalization import LOWEST_VALUE, Measures, excess, log_base, measure, scale
 from cage.solution import Solution, Status
-from cage.whole import in_batches
 
 _ALL = slice(None)
 

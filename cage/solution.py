@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cage.game import Game
-from cage.scaled import Measures, excess, log_base, row_blocks
+from cage.normalization import Measures, excess, log_base, row_blocks
 
 _NUMBERS = ("log_policy", "thresholds", "utilities", "residual")
 

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cage.direct import solve_directly
 from cage.game import Game
+from cage.normalization import NormalizedGame
 from cage.response import nobody_pays, respond
 from cage.rows import iterate
-from cage.scaled import ScaledGame
 from cage.solution import Solution, default_tolerance
-from cage.whole import solve_whole
 
-Sweep = Callable[[ScaledGame, Tensor], Tensor]
+Sweep = Callable[[NormalizedGame, Tensor], Tensor]
 
 _RESPONSE_STEPS = 200
 
@@ -49,7 +49,7 @@ class GaussSeidel:
         return _solve(game, _gauss_seidel_sweep, self.tol, self.max_steps)
 
 
-def best_response(game: ScaledGame, thresholds_BJ: Tensor, principal: int) -> Tensor:
+def best_response(game: NormalizedGame, thresholds_BJ: Tensor, principal: int) -> Tensor:
     """Return principal's scaled threshold [B] that is optimal against the others' offers.
 
     Newton on the logarithm of E_pi[max(c - v, 0)], which increases in c, inside a bracket that only shrinks.
@@ -90,11 +90,11 @@ def _response_residual(log_offer_BV: Tensor, values_BV: Tensor, point_B: Tensor)
     return slack_B.log(), below_B / slack_B + (policy_BV * (excess_BV > 0.0)).sum(-1)
 
 
-def _jacobi_sweep(game: ScaledGame, thresholds_BJ: Tensor) -> Tensor:
+def _jacobi_sweep(game: NormalizedGame, thresholds_BJ: Tensor) -> Tensor:
     return torch.stack([best_response(game, thresholds_BJ, j) for j in range(thresholds_BJ.shape[1])], 1)
 
 
-def _gauss_seidel_sweep(game: ScaledGame, thresholds_BJ: Tensor) -> Tensor:
+def _gauss_seidel_sweep(game: NormalizedGame, thresholds_BJ: Tensor) -> Tensor:
     thresholds_BJ = thresholds_BJ.clone()
     for j in range(thresholds_BJ.shape[1]):
         thresholds_BJ[:, j] = best_response(game, thresholds_BJ, j)
@@ -103,10 +103,10 @@ def _gauss_seidel_sweep(game: ScaledGame, thresholds_BJ: Tensor) -> Tensor:
 
 def _solve(game: Game, sweep: Sweep, tol: float | None, max_steps: int) -> Solution:
     tol = default_tolerance(game) if tol is None else tol
-    return solve_whole(game, partial(_settle, sweep=sweep, aim=tol / 2, max_steps=max_steps), tol=tol)
+    return solve_directly(game, partial(_settle, sweep=sweep, aim=tol / 2, max_steps=max_steps), tol=tol)
 
 
-def _settle(game: ScaledGame, *, sweep: Sweep, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
+def _settle(game: NormalizedGame, *, sweep: Sweep, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
     state = _Sweeping(
         running=game.log_base[:, 0] < torch.inf,
         num_sweeps=torch.zeros_like(game.log_base[:, 0], dtype=torch.int32),
@@ -117,7 +117,7 @@ def _settle(game: ScaledGame, *, sweep: Sweep, aim: float, max_steps: int) -> tu
     return state.thresholds, state.num_sweeps
 
 
-def _step(game: ScaledGame, state: _Sweeping, *, sweep: Sweep, aim: float) -> _Sweeping:
+def _step(game: NormalizedGame, state: _Sweeping, *, sweep: Sweep, aim: float) -> _Sweeping:
     swept_BJ = torch.where(state.running[:, None], sweep(game, state.thresholds), state.thresholds)
     residual_B = respond(game, swept_BJ).log_residual.abs().amax(1)
     return _Sweeping(state.running & ~(residual_B <= aim), state.num_sweeps + state.running, swept_BJ)

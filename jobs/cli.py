@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.bench_cli import bench
+from jobs.bench.cli import bench
 from pipeline.errors import CageError, ExitCode, Interrupted
 
 app = typer.Typer(
@@ -78,7 +78,7 @@ def relabel(
 
     The same command continues a run that was interrupted and does nothing when the run is complete.
     """
-    from jobs.relabel import run_relabel
+    from jobs.commands.relabel import run_relabel
 
     flags = {
         "input.limit": limit,
@@ -106,7 +106,7 @@ def evaluate(
 
     The same command continues an evaluation that was interrupted; other judges score the same answers again.
     """
-    from jobs.evaluate import run_evaluate
+    from jobs.commands.evaluate import run_evaluate
 
     flags = {"input.limit": limit, "decoding.seed": seed, "base.model": model}
     run_evaluate(config, _merge(overrides, flags), print_config=print_config, is_new_run=new_run, is_verbose=verbose)
@@ -131,7 +131,7 @@ def synthesize(
     The data set is in RUN/dataset, with a card. The same command continues; with other settings of `synthesis` it
     makes the data set again out of the same answers.
     """
-    from jobs.synthesize import run_synthesize
+    from jobs.commands.synthesize import run_synthesize
 
     flags = {"input.limit": limit, "decoding.seed": seed, "base.model": model}
     run_synthesize(
@@ -150,7 +150,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, m
 
     Rows, shards, principals, hosts and their roles, placement and memory; no weights are loaded.
     """
-    from jobs.plan import run_plan
+    from jobs.commands.plan import run_plan
 
     run_plan(config, _merge(overrides, {"input.limit": limit, "base.model": model}))
 
@@ -162,7 +162,7 @@ def retry(run: RunPath, overrides: Overrides = None, verbose: Verbose = False) -
     They become a run of their own in RUN-retry, by the same settings and overrides such as cluster.slots=2; RUN stays
     as it is. Rows that could not be read are left out: mend the input for those.
     """
-    from jobs.retry import run_retry
+    from jobs.commands.retry import run_retry
 
     run_retry(run, overrides or [], is_verbose=verbose)
 
@@ -170,7 +170,7 @@ def retry(run: RunPath, overrides: Overrides = None, verbose: Verbose = False) -
 @app.command()
 def status(run: RunPath) -> None:
     """Show how far a run is."""
-    from jobs.status import run_status
+    from jobs.commands.status import run_status
 
     run_status(run)
 
@@ -178,7 +178,7 @@ def status(run: RunPath) -> None:
 @app.command()
 def inspect(run: RunPath, row_id: Annotated[str, typer.Argument(metavar="ROW_ID", help="The row's id.")]) -> None:
     """Show one row of a run and who paid for it."""
-    from jobs.inspect import run_inspect
+    from jobs.commands.inspect import run_inspect
 
     run_inspect(run, row_id)
 
@@ -194,7 +194,7 @@ def report(
 
     The page is one HTML file that opens without a network. It is made from the run's files alone, at any time.
     """
-    from jobs.report import run_report
+    from jobs.commands.report import run_report
 
     run_report(run, output)
 
@@ -208,7 +208,7 @@ def fetch_do_not_answer(
     target: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("data/public/do_not_answer.jsonl"),
 ) -> None:
     """939 prompts that a responsible model declines (Do-Not-Answer, Apache-2.0)."""
-    from jobs.fetch import run_fetch_do_not_answer
+    from jobs.commands.fetch import run_fetch_do_not_answer
 
     run_fetch_do_not_answer(target)
 

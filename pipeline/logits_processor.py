@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import cage
-from pipeline.config import ArmPrincipal, Config, RewardModelPrincipal, RuleName
-from pipeline.config_files import parse_config
-from pipeline.decoding.games import FLOAT64_CANDIDATES, token_rewards
-from pipeline.decoding.lineup import BASE, build_lineup
-from pipeline.decoding.prompts import Prompter
+from pipeline.config.files import parse_config
+from pipeline.config.sections import ArmPrincipal, Config, RewardModelPrincipal, RuleName
+from pipeline.engine.prompts import Prompter
 from pipeline.errors import CageError, ConfigurationError
-from pipeline.models.role_passes import RolePasses, pad_left
-from pipeline.models.tokenizers import context_length, text_config
+from pipeline.hub.tokenizers import context_length, text_config
 from pipeline.records import Message
+from pipeline.runtime.topology import BASE, build_topology
+from pipeline.sampling.games import FLOAT64_CANDIDATES, token_rewards
+from pipeline.worker.padded_passes import RolePasses, pad_left
 
 Conversation = str | Sequence[Message]
 
@@ -78,7 +78,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             {"rule": rule, "agent_temperature": agent_temperature, "candidates": candidates, "min_p": min_p},
         )
         self._decoding = config.decoding
-        self._lineup = build_lineup(config)
+        self._lineup = build_topology(config)
         models = {plan.name: named.models[plan.model.model] for plan in self._lineup.hosts}
         self._pad_id = tokenizer.pad_token_id or 0
         self._device = next(model.parameters()).device

@@ -36,7 +36,7 @@ from chaos_drivers import (
 )
 from ray_victims import ray_nodes
 
-from pipeline.config import Config
+from pipeline.config.sections import Config
 
 Disturbance = Callable[[Config, Path, random.Random, Path], Tally]
 

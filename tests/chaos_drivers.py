@@ -20,12 +20,12 @@ import torch
 from faults import AllOf, KillAt, Slow
 from ray_victims import MARKS, RayNodes, find, kill_one
 
-import pipeline.decoding.local  # noqa: F401  (here, so that no forked driver has to)
-from pipeline.config import Config
-from pipeline.config_files import parse_config
+import pipeline.runtime.local  # noqa: F401  (here, so that no forked driver has to)
+from pipeline.config.files import parse_config
+from pipeline.config.sections import Config
 from pipeline.errors import CageError
 from pipeline.points import Point, Watcher, unwatched
-from pipeline.relabel import relabel
+from pipeline.stages.relabel import relabel
 
 FORK = multiprocessing.get_context("fork")  # a driver then starts in milliseconds instead of the imports' seconds
 NUM_ROWS = 14

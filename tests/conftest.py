@@ -16,6 +16,9 @@ import hypothesis
 import pytest
 import torch
 
+from pipeline.worker.cpu_kernels import choose_reproducible_kernels
+
+choose_reproducible_kernels()
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; settled when triton is imported
@@ -63,7 +66,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def cache_folder() -> Path:
     """Where the embedded model is kept, as for a user."""
-    from pipeline.models.embedded import default_cache_folder
+    from pipeline.hub.embedded import default_cache_folder
 
     return default_cache_folder(os.environ)
 

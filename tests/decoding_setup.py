@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.config_files import parse_config
-from pipeline.decoding.assembly import Assembly, assemble
-from pipeline.decoding.engine import Engine, decode_rows
-from pipeline.decoding.local import local_engine
+from pipeline.config.files import parse_config
+from pipeline.config.sections import Config
+from pipeline.engine.engine import Engine, decode_rows
 from pipeline.records import Record, Row
+from pipeline.runtime.assembly import Assembly, assemble
+from pipeline.runtime.local import local_engine
 
 NOWHERE = Path("/nonexistent-cache")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.models.row_attention import LAUNCH, attend_rows, constants
+from pipeline.attention.rows import LAUNCH, attend_rows, constants
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 LENGTHS, ROWS = (1, 2, 64, 65, 129, 256), (5, 0, 2, 6, 1, 3)
@@ -57,7 +57,7 @@ def compile_for(capability: int, folder: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pipeline.models.row_kernel import attend_one_row
+    from pipeline.attention.row_kernel import attend_one_row
 
     for dtype in ("bf16", "fp16", "fp32"):
         for width, num_shared in ((64, 3), (128, 4)):

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
-from pipeline.config_files import parse_config
+from pipeline.config.files import parse_config
+from pipeline.config.sections import Config
 from pipeline.records import FinishReason, Record, Row
 from pipeline.storage.plan import Plan, make_plan
 

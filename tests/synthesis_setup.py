@@ -13,8 +13,8 @@ from storage_setup import MODELS, PRINCIPALS, make_config, write_jsonl
 
 from pipeline.evaluation.panel import call_panel
 from pipeline.evaluation.scores import SCORES, Scores
-from pipeline.judging import judge
 from pipeline.records import FinishReason, Record
+from pipeline.stages.judge import judge
 from pipeline.storage.plan import make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.stores import open_store

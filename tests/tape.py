@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.models.recordings import WARM_RUNS
+from pipeline.worker.cuda_graphs import WARM_RUNS
 
 REFUSED = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique"}
 
@@ -39,7 +39,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecording:
-    """In the place of a `Recording`."""
+    """In the place of a `CapturedGraph`."""
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         for _ in range(WARM_RUNS):

@@ -13,12 +13,12 @@ from adapter_setup import make_lora
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from pipeline.errors import ConfigurationError
-from pipeline.models.compiling import CompiledLayers
-from pipeline.models.host import Host
-from pipeline.models.joined import join_projections
-from pipeline.models.loading import load_host
-from pipeline.models.messages import Admission, HostRole, HostSpec
-from pipeline.models.sources import resolve_adapter, resolve_model
+from pipeline.hub.sources import resolve_adapter, resolve_model
+from pipeline.protocol.messages import Admission, HostRole, HostSpec
+from pipeline.worker.compiled_layers import CompiledLayers
+from pipeline.worker.joined_projections import join_projections
+from pipeline.worker.language_model_runner import Host
+from pipeline.worker.loading import load_host
 
 LINEARS = {
     "llama": ("q_proj", "v_proj", "o_proj", "up_proj"),

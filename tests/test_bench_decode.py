@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jobs.bench_decode import run_bench_decode
+from jobs.bench.decode import run_bench_decode
 from pipeline.errors import ConfigurationError
 
 OPTIONS = {

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import cage
 from cage.examples import random_games
-from jobs.bench_cli import bench
-from jobs.bench_solver import solve_as_published, sweep_cells
+from jobs.bench.cli import bench
+from jobs.bench.solver import solve_as_published, sweep_cells
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ def test_a_rule_s_decision_does_not_depend_on_the_batch(name, num_principals, nu
 def test_a_batch_that_is_solved_in_parts_has_the_answers_of_its_rows(monkeypatch):
     game = mixed_games(9, 2, 50, torch.float64)
     whole = cage.solve(game)
-    monkeypatch.setitem(cage.whole._NUMBERS_A_BATCH, "cpu", 7 * 2 * 50)
-    monkeypatch.setitem(cage.scaled._NUMBERS_A_BLOCK, "cpu", 3 * 50)
+    monkeypatch.setitem(cage.direct._NUMBERS_A_BATCH, "cpu", 7 * 2 * 50)
+    monkeypatch.setitem(cage.normalization._NUMBERS_A_BLOCK, "cpu", 3 * 50)
     parts = cage.solve(game)
     for part in PARTS:
         assert torch.equal(getattr(parts, part), getattr(whole, part)), part

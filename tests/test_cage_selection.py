@@ -7,8 +7,8 @@ import cage
 from cage.continuation import follow_path
 from cage.examples import random_games
 from cage.newton import find_thresholds
+from cage.normalization import measure, scale
 from cage.response import respond
-from cage.scaled import measure, scale
 
 
 def free_riders(x):

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cage
 from cage.examples import kinds, random_games
 from cage.newton import find_thresholds
+from cage.normalization import measure, scale
 from cage.response import newton, respond
-from cage.scaled import measure, scale
 from cage.solution import Draft
 
 SCALES = (0.1, 3.0, 100.0)
@@ -211,6 +211,6 @@ def test_a_step_reads_nothing_back_from_the_device(num_principals):
         interior = maximin._Interior(ones < 1, ones.int(), start, ones, ones, start, ones, ones, start, start)
         for _ in range(3):
             interior = maximin._step(scaled, interior, tol=1e-9)
-        cage.BlindNewton(4).solve(game)
+        cage.FixedStepNewton(4).solve(game)
     with pytest.raises(AssertionError, match="in a step"), NoReadingBack():
         bool(ones.any())

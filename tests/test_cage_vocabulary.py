@@ -6,11 +6,11 @@ import torch
 import cage
 from cage.examples import random_games
 from cage.newton import find_thresholds
+from cage.normalization import measure, scale
 from cage.pooling import _BANDS, _heaviest, _sum_by_distance, _sum_by_side, pool
 from cage.response import respond
-from cage.scaled import measure, scale
 from cage.solution import Draft
-from jobs.bench_memory import measure_memory
+from jobs.bench.memory import measure_memory
 
 
 def dense(game):

@@ -48,7 +48,7 @@ def test_a_run_is_planned_made_described_and_inspected(config):
         assert words in planned.stdout
     assert not run.exists()
 
-    made = cage("-c", str(path), module=("-m", "jobs.relabel"))
+    made = cage("-c", str(path), module=("-m", "jobs.commands.relabel"))
     assert made.returncode == 0, made.stderr
     assert "5 aligned, 0 rejected" in made.stdout
     assert "5/5 rows  3/3 shards" in made.stderr

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Config
-from pipeline.config_files import dump_config, load_config, parse_config
+from pipeline.config.files import dump_config, load_config, parse_config
+from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
 
 GOOD = {

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.job_files import load_job
-from pipeline.config import Config, RuleName, Transport
-from pipeline.decoding.lineup import build_lineup
+from jobs.commands.job_files import load_job
+from pipeline.config.sections import Config, RuleName, Transport
+from pipeline.config.variants import lay_out
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.judge_config import PrincipalJudge, RewardModelJudge
-from pipeline.variants import lay_out
+from pipeline.runtime.topology import build_topology
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("**/*.yaml"))
@@ -27,7 +27,7 @@ every_config = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem
 
 
 def num_gpus_of_a_replica(config: Config) -> float:
-    hosts = build_lineup(config).hosts
+    hosts = build_topology(config).hosts
     return sum(host.model.resources.num_gpus or 0 for host in hosts if host.model.device.startswith("cuda"))
 
 
@@ -49,9 +49,9 @@ def test_a_configuration_loads_and_says_what_it_is_for(file: Path) -> None:
 @every_config
 def test_a_configuration_lays_out_hosts_and_names_every_principal(file: Path) -> None:
     config = load_job(file)
-    lineup = build_lineup(config)
-    assert [principal.name for principal in lineup.principals] == list(config.principals)
-    assert set(lineup.roles) >= {principal.tuned for principal in lineup.principals}
+    topology = build_topology(config)
+    assert [principal.name for principal in topology.principals] == list(config.principals)
+    assert set(topology.roles) >= {principal.tuned for principal in topology.principals}
 
 
 @every_config
@@ -62,17 +62,17 @@ def test_a_configuration_asks_for_the_gpus_that_it_names(file: Path) -> None:
 
 
 def test_prompted_principals_share_the_bases_host() -> None:
-    assert len(build_lineup(load_job(FOLDER / "quickstart.yaml")).hosts) == 1
+    assert len(build_topology(load_job(FOLDER / "quickstart.yaml")).hosts) == 1
 
 
 def test_adapters_on_the_base_share_its_host() -> None:
-    [host] = build_lineup(load_job(FOLDER / "lora_adapters.yaml")).hosts
+    [host] = build_topology(load_job(FOLDER / "lora_adapters.yaml")).hosts
     assert len(host.adapters) == 3
 
 
 def test_reward_models_of_their_own_have_hosts_of_their_own() -> None:
-    assert len(build_lineup(load_job(FOLDER / "weak_to_strong.yaml")).hosts) == 3
-    assert len(build_lineup(load_job(FOLDER / "tuned_pair.yaml")).hosts) == 3
+    assert len(build_topology(load_job(FOLDER / "weak_to_strong.yaml")).hosts) == 3
+    assert len(build_topology(load_job(FOLDER / "tuned_pair.yaml")).hosts) == 3
 
 
 def test_one_configuration_needs_no_ray() -> None:

@@ -9,8 +9,8 @@ import torch
 from decoding_setup import ask, config_of, decode, engine_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.decoding.draws import Uniforms
-from pipeline.decoding.engine import decode_rows
+from pipeline.engine.engine import decode_rows
+from pipeline.sampling.draws import Uniforms
 
 ROWS = [ask(f"r{at}", "tell me " * at + "something?") for at in range(7)]
 ZERO = {
@@ -49,7 +49,7 @@ def test_weights_of_zero_give_the_greedy_tokens_of_generate(tiny, kind, rule):
 
 @pytest.mark.slow
 def test_the_embedded_model_greedy_equals_generate(cache_folder):
-    from pipeline.models.embedded import prepare_embedded
+    from pipeline.hub.embedded import prepare_embedded
 
     folder = prepare_embedded(cache_folder)
     rows = [ask("a", "Why is the sky blue?"), ask("b", "Name three fruits."), ask("c", "Hi!")]

@@ -9,7 +9,7 @@ import torch
 from decoding_setup import ask, config_of, decode, engine_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.decoding.engine import decode_rows
+from pipeline.engine.engine import decode_rows
 from pipeline.errors import HostError
 from pipeline.records import FinishReason, Row
 
@@ -33,7 +33,7 @@ class ScriptedHost:
         self.at = {}
 
     def submit(self, method, *args, **kwargs):
-        from pipeline.decoding.hosts import Answer
+        from pipeline.protocol.clients import Answer
 
         return Answer(getattr(self, method)(*args, **kwargs))
 
@@ -45,14 +45,14 @@ class ScriptedHost:
             self.at[slot] += 1
 
     def propose(self, at, slots, *, num_candidates, min_p):
-        from pipeline.models.messages import Candidates
+        from pipeline.protocol.messages import Candidates
 
         ids = torch.tensor([[self.script[self.at[slot]], 7] for slot in slots])
         logprobs = torch.tensor([[0.0, -1e4]] * len(slots))
         return Candidates(ids, logprobs, torch.ones(len(slots)), logprobs[:, None].expand(-1, self.num_roles, -1))
 
-    def advance_and_play(self, at, step, slots, terms, uniforms):
-        from pipeline.decoding.games import play
+    def advance_and_sample(self, at, step, slots, terms, uniforms):
+        from pipeline.sampling.games import play
 
         self.advance(at, step)
         proposal = self.propose(at, slots, num_candidates=2, min_p=0.0)
@@ -68,7 +68,7 @@ def say(tiny, answer, **decoding):
     folder = tiny()
     engine, assembly = engine_of(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 2}))
     script = forced(folder, answer)
-    engine.calls.hosts = {"base": ScriptedHost(script, len(assembly.lineup.roles), 261, assembly.config.decoding)}
+    engine.calls.hosts = {"base": ScriptedHost(script, len(assembly.topology.roles), 261, assembly.config.decoding)}
     (record,) = decode_rows(engine, [ask("a", "hello")])
     return record
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import ConfigurationError
-from pipeline.models import embedded
-from pipeline.models.conversion import KNOWN_ANSWER, ROUND_TRIPS, check_conversion
-from pipeline.models.embedded import default_cache_folder, embedded_path, prepare_embedded
+from pipeline.hub import embedded
+from pipeline.hub.conversion import KNOWN_ANSWER, ROUND_TRIPS, check_conversion
+from pipeline.hub.embedded import default_cache_folder, embedded_path, prepare_embedded
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from pipeline.models.embedded import prepare_embedded
+from pipeline.hub.embedded import prepare_embedded
 print(prepare_embedded(Path(sys.argv[1]), progress=lambda line: print(line, file=sys.stderr)))
 """
 

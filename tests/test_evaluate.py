@@ -12,15 +12,15 @@ import yaml
 from storage_setup import tree_bytes
 from test_reward_models import save_reward_model
 
-from jobs.evaluate import describe_evaluation, run_evaluate
-from jobs.plan import run_plan
-from jobs.retry import retry_config
-from pipeline.config_files import parse_as
+from jobs.commands.evaluate import describe_evaluation, run_evaluate
+from jobs.commands.plan import run_plan
+from jobs.commands.retry import retry_config
+from pipeline.config.files import parse_as
 from pipeline.errors import CageError, ConfigurationError
-from pipeline.evaluate import evaluate
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.panel import call_panel
 from pipeline.evaluation.scores import Scores
+from pipeline.stages.evaluate import evaluate
 
 JUDGES = {
     "words": {"kind": "length"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config_files import parse_as
+from pipeline.config.files import parse_as
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.config import EvaluateConfig
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.config import RuleName
+from pipeline.config.sections import RuleName
+from pipeline.config.variants import Variant
 from pipeline.evaluation import summary
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.equal_kl import weighted_scores
@@ -30,7 +31,6 @@ from pipeline.evaluation.metrics import (
     weighted_means,
 )
 from pipeline.evaluation.reading import reading
-from pipeline.variants import Variant
 
 EQ, LINEAR, BASE = RuleName.EQUILIBRIUM, RuleName.LINEAR, RuleName.BASE
 POINTS = np.array([(1, 2), (2, 1), (1.5, 1.5), (0.5, 0.5)], dtype=float)

@@ -14,7 +14,7 @@ from test_adapters import logprobs_after
 from test_recorded_games import FOUR
 from test_strict import PAIR, ROWS, host_of, logits_after
 
-from pipeline.decoding.engine import decode_rows
+from pipeline.engine.engine import decode_rows
 
 pytestmark = pytest.mark.gpu
 

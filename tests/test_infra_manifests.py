@@ -15,9 +15,9 @@ import pytest
 import typer
 import yaml
 
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.decoding.lineup import build_lineup
+from pipeline.config.files import load_config
+from pipeline.config.sections import Config
+from pipeline.runtime.topology import build_topology
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -144,7 +144,7 @@ def check_command(words: list[str]) -> Config:
 
 def gpus_needed(config: Config) -> tuple[float, float]:
     """GPUs of one replica and of all."""
-    of_one = sum(host.model.resources.num_gpus or 0 for host in build_lineup(config).hosts)
+    of_one = sum(host.model.resources.num_gpus or 0 for host in build_topology(config).hosts)
     return of_one, of_one * config.cluster.replicas
 
 

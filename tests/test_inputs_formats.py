@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from storage_setup import write_jsonl
 
-from pipeline.config import InputConfig
+from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
 from pipeline.storage import tabular

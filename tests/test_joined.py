@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.models.joined import join_projections
+from pipeline.worker.joined_projections import join_projections
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ from decoding_setup import config_of
 from pipeline.cluster import board as board_module
 from pipeline.cluster.board import ProgressBoard
 from pipeline.cluster.host_actors import bundle_of
-from pipeline.counts import Counts
-from pipeline.decoding.lineup import build_lineup
+from pipeline.monitoring.counts import Counts
+from pipeline.runtime.topology import build_topology
 
 
 def bundles(base, arm, *, has_gpus):
     principals = {"arm": {"kind": "arm", "model": {"model": "small", **arm}, "reference": "none"}}
     config = config_of("unused", principals)
     config = config.model_copy(update={"base": config.base.model_validate({"model": "large", **base})})
-    return [bundle_of(plan, has_gpus=has_gpus) for plan in build_lineup(config).hosts]
+    return [bundle_of(plan, has_gpus=has_gpus) for plan in build_topology(config).hosts]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from decoding_setup import ask, config_of, decode, engine_of
 
-from pipeline.decoding import groups
-from pipeline.decoding.engine import decode_rows
-from pipeline.models import host as hosts
-from pipeline.models import messages, reward_host
-from pipeline.models.prefixes import Prefixes, Prompt
+from pipeline.attention.prefixes import Prefixes, Prompt
+from pipeline.engine import scheduler
+from pipeline.engine.engine import decode_rows
+from pipeline.protocol import messages
+from pipeline.worker import language_model_runner as hosts
+from pipeline.worker import reward_model_runner
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind to everyone you meet", "weight": 0.7},
@@ -31,7 +32,7 @@ def computed(config, rows, **counts):
 
 def share_nothing(monkeypatch):
     monkeypatch.setattr(Prefixes, "find", lambda self, prompt, *, preferred: (preferred, 0))
-    monkeypatch.setattr("pipeline.models.drafts.Draft.begin", lambda self, row, prompt: (row, 0))
+    monkeypatch.setattr("pipeline.worker.forward_batch.Draft.begin", lambda self, row, prompt: (row, 0))
 
 
 def test_samples_of_one_prompt_compute_it_once(tiny):
@@ -64,7 +65,7 @@ def test_prompts_share_what_their_system_message_gives(tiny, monkeypatch):
 def test_sharing_and_long_prompts_in_parts_change_no_answer(tiny, monkeypatch, slots, reproducibility):
     monkeypatch.setattr(messages, "CHUNK", 16)
     monkeypatch.setattr(hosts, "CHUNK", 16)
-    monkeypatch.setattr(groups, "PROMPT_TOKENS_A_STEP", 40)
+    monkeypatch.setattr(scheduler, "PROMPT_TOKENS_A_STEP", 40)
     rows = [ask(f"r{at}", "long " * (4 * at % 17) + "x" * at) for at in range(7)]
     decoding = {**DECODING, "n": 2, "reproducibility": reproducibility, "temperature": 0.0}
     records = decode(config_of(tiny("mistral"), PAIR, decoding=decoding, cluster={"slots": slots}), rows)
@@ -110,13 +111,13 @@ def test_a_reward_model_reads_a_prompt_once_for_all_answers_and_roles(tiny, judg
 def test_a_reward_model_reads_long_prompts_in_parts_to_the_same_answers(
     tiny, judge, monkeypatch, kind, slots, reproducibility
 ):
-    for module in (messages, hosts, reward_host):
+    for module in (messages, hosts, reward_model_runner):
         monkeypatch.setattr(module, "CHUNK", 16)
-    monkeypatch.setattr(groups, "PROMPT_TOKENS_A_STEP", 40)
+    monkeypatch.setattr(scheduler, "PROMPT_TOKENS_A_STEP", 40)
     longest = []
-    read = reward_host.RewardHost._read
+    read = reward_model_runner.RewardModelRunner._read
     monkeypatch.setattr(
-        reward_host.RewardHost,
+        reward_model_runner.RewardModelRunner,
         "_read",
         lambda self, readings: longest.append(max(len(each.trunk) for each in readings)) or read(self, readings),
     )

@@ -11,9 +11,9 @@ from adapter_setup import make_lora
 from decoding_setup import NOWHERE, ask, config_of, decode, engine_of
 from transformers import AutoModelForCausalLM
 
-from pipeline.decoding.assembly import assemble
-from pipeline.decoding.engine import decode_rows
+from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError
+from pipeline.runtime.assembly import assemble
 
 DECODING = {"max_new_tokens": 10, "trace": "tokens", "agent_temperature": 0.5}
 
@@ -49,10 +49,10 @@ def test_prompted_principals_of_the_base_ride_in_its_forward_pass(tiny):
         "kind": {"kind": "prompted", "principle": "be kind"},
         "brief": {"kind": "prompted", "principle": "be brief"},
     }
-    lineup = assemble(config_of(tiny(), principals), NOWHERE).lineup
-    (host,) = lineup.hosts
+    topology = assemble(config_of(tiny(), principals), NOWHERE).topology
+    (host,) = topology.hosts
     assert [role.name for role in host.roles] == ["base", "kind", "brief"]
-    assert [player.reference for player in lineup.principals] == ["base", "base"]
+    assert [player.reference for player in topology.principals] == ["base", "base"]
 
 
 def test_models_given_twice_share_a_host_and_other_weights_do_not(tiny):
@@ -63,20 +63,20 @@ def test_models_given_twice_share_a_host_and_other_weights_do_not(tiny):
         "raw": {"kind": "arm", "model": small, "reference": "none"},
         "asked": {"kind": "prompted", "principle": "be kind", "model": small},
     }
-    lineup = assemble(config_of(tiny("llama", seed=0), principals), NOWHERE).lineup
-    assert [(host.name, [role.name for role in host.roles]) for host in lineup.hosts] == [
+    topology = assemble(config_of(tiny("llama", seed=0), principals), NOWHERE).topology
+    assert [(host.name, [role.name for role in host.roles]) for host in topology.hosts] == [
         ("base", ["base"]),
         ("one", ["one", "asked"]),
         ("one.reference", ["one.reference"]),
     ]
-    by_name = {player.name: (player.tuned, player.reference) for player in lineup.principals}
+    by_name = {player.name: (player.tuned, player.reference) for player in topology.principals}
     assert by_name == {
         "one": ("one", "one.reference"),
         "two": ("one.reference", "one"),
         "raw": ("one", None),
         "asked": ("asked", "one"),
     }
-    assert lineup.hosts[1].serves == ("one", "two", "raw", "asked")
+    assert topology.hosts[1].serves == ("one", "two", "raw", "asked")
 
 
 def test_rewards_of_separate_models_equal_plain_passes(tiny):
@@ -111,7 +111,7 @@ def test_adapters_are_rows_of_the_base_and_equal_models_of_their_own(tiny, adapt
     }
     config = config_of(base, principals, decoding=DECODING, cluster={"slots": 3})
     engine, assembly = engine_of(config)
-    (plan,) = assembly.lineup.hosts
+    (plan,) = assembly.topology.hosts
     assert [(role.name, role.adapter) for role in plan.roles] == [
         ("base", None), ("first", "adapter0"), ("second", "adapter1"),
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_small_arm_with_an_adapter_steers_a_larger_base(tiny, adapter):
     principals = {"arm": {"kind": "arm", "model": str(tiny("llama")), "adapter": str(adapter("q_proj", seed=3))}}
     config = config_of(tiny("gpt2", seed=4), principals, decoding=DECODING)
     _, assembly = engine_of(config)
-    assert [(host.name, [role.name for role in host.roles]) for host in assembly.lineup.hosts] == [
+    assert [(host.name, [role.name for role in host.roles]) for host in assembly.topology.hosts] == [
         ("base", ["base"]),
         ("arm", ["arm", "arm.reference"]),
     ]
@@ -166,8 +166,8 @@ def test_several_hosts_give_the_same_record_in_one_group_or_two(tiny):
     config = config_of(tiny("llama"), principals, decoding=DECODING, cluster={"slots": 6})
     one = decode(config, rows)
     engine, assembly = engine_of(config)
-    from pipeline.decoding.engine import Engine
+    from pipeline.engine.engine import Engine
 
-    parts = (assembly.lineup, engine.calls.hosts, assembly.prompter, config.decoding, assembly.variants)
+    parts = (assembly.topology, engine.calls.hosts, assembly.prompter, config.decoding, assembly.variants)
     two = Engine(*parts, num_slots=6, num_groups=2)
     assert {record.row_id: record for record in decode_rows(two, rows)} == one

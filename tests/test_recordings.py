@@ -10,8 +10,8 @@ from tape import TapeRecording
 from test_recorded_games import FOUR, assert_same, records
 from test_strict import host_of, logits_after
 
-from pipeline.models import recordings
-from pipeline.models.recordings import Recorder
+from pipeline.worker import cuda_graphs
+from pipeline.worker.cuda_graphs import GraphPool
 
 CPU = torch.device("cpu")
 PROMPTS = [[3, 9, 4], list(range(250)), [7] * 30, [5, 6], [8] * 12]
@@ -22,15 +22,15 @@ PLACES = ({0: 2, 1: 0, 2: 3}, {1: 1}, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4})
 def recorders(monkeypatch):
     """Every recorder that is made records on tape; the recorders."""
     made = []
-    begin = Recorder.__init__
+    begin = GraphPool.__init__
 
     def recording(self, device, what):
         begin(self, device, what)
         self._records = True
         made.append(self)
 
-    monkeypatch.setattr(Recorder, "__init__", recording)
-    monkeypatch.setattr(recordings, "Recording", TapeRecording)
+    monkeypatch.setattr(GraphPool, "__init__", recording)
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", TapeRecording)
     return made
 
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from decoding_setup import NOWHERE, ask, config_of
 
-from pipeline.config import RuleName
-from pipeline.decoding.assembly import assemble
-from pipeline.decoding.engine import Engine
-from pipeline.decoding.hosts import Answer, LocalHost
-from pipeline.decoding.playing import PlayingHost
-from pipeline.decoding.running import Terms
+from pipeline.config.sections import RuleName
+from pipeline.engine.engine import Engine
+from pipeline.engine.row_state import Terms
 from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
-from pipeline.models.loading import load_host
-from pipeline.models.messages import DRAWN, Admission, Position, Step
-from pipeline.models.positions import PositionedHost
+from pipeline.protocol.clients import Answer, LocalHost
+from pipeline.protocol.messages import DRAWN, Admission, Position, Step
+from pipeline.runtime.assembly import assemble
+from pipeline.worker.hosts import PositionedHost
+from pipeline.worker.loading import load_host
+from pipeline.worker.sampling_host import SamplingHost
 
 ROWS = [ask(f"r{at}", "x" * (3 * at % 7 + 1), response="fine" if at % 2 else None) for at in range(5)]
 PRINCIPALS = {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7}}
@@ -65,15 +65,15 @@ class Replica:
             "max_failures": max_failures,
         }
         self.assembly = assemble(self.config, NOWHERE)
-        self.plans = {plan.name: plan for plan in self.assembly.lineup.hosts}
+        self.plans = {plan.name: plan for plan in self.assembly.topology.hosts}
         self.loaded = {spec.name: load_host(spec) for spec in self.assembly.hosts}
 
     def hosts(self, before):
         for host in self.loaded.values():
             host.resize(self.options["num_slots"])
-        principals = self.assembly.lineup.principals
+        principals = self.assembly.topology.principals
         checked = {
-            name: PlayingHost(host, self.plans[name].roles, self.config.decoding, principals)
+            name: SamplingHost(host, self.plans[name].roles, self.config.decoding, principals)
             for name, host in self.loaded.items()
         }
         return {name: Unreliable(LocalHost(host, self.plans[name]), before) for name, host in checked.items()}
@@ -83,7 +83,7 @@ class Replica:
         hosts = self.hosts(before)
         assembly = self.assembly
         engine = Engine(
-            assembly.lineup, hosts, assembly.prompter, self.config.decoding, assembly.variants, **self.options
+            assembly.topology, hosts, assembly.prompter, self.config.decoding, assembly.variants, **self.options
         )
         records, waiting = {}, list(rows)
         while waiting or not engine.is_idle:
@@ -275,15 +275,15 @@ def test_a_repeated_step_of_a_lone_host_draws_the_same_token_and_goes_on_from_it
     prompts = {role.name: [1, 2, 3] for role in replica.plans["base"].roles}
     terms = [Terms(RuleName.EQUILIBRIUM, 0.5, (0.7,))]
     at = Position(0, 77, 0)
-    host.advance_and_play(at, Step([Admission(0, prompts)]), [0], terms, [0.3])
-    later = [host.advance_and_play(at.after, Step((), [0], [DRAWN]), [0], terms, [0.6]) for _ in range(3)]
+    host.advance_and_sample(at, Step([Admission(0, prompts)]), [0], terms, [0.3])
+    later = [host.advance_and_sample(at.after, Step((), [0], [DRAWN]), [0], terms, [0.6]) for _ in range(3)]
     assert later[0] == later[1] == later[2]
-    other = host.advance_and_play(Position(1, 77, 0), Step([Admission(1, prompts)]), [1], terms, [0.3])
+    other = host.advance_and_sample(Position(1, 77, 0), Step([Admission(1, prompts)]), [1], terms, [0.3])
     [token] = [outcome.token_id for outcome in other]
-    assert host.advance_and_play(Position(1, 77, 1), Step((), [1], [token]), [1], terms, [0.6]) == later[0]
+    assert host.advance_and_sample(Position(1, 77, 1), Step((), [1], [token]), [1], terms, [0.6]) == later[0]
     host.resize(2)
     with pytest.raises(StateLost):
-        host.advance_and_play(at.after.after, Step((), [0], [DRAWN]), [0], terms, [0.6])
+        host.advance_and_sample(at.after.after, Step((), [0], [DRAWN]), [0], terms, [0.6])
 
 
 @pytest.mark.parametrize("wrong", [Position(0, 77, 0), Position(0, 77, 2), Position(0, 78, 1), Position(1, 77, 1)])

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from pipeline.config_files import parse_config
+from pipeline.config.files import parse_config
 from pipeline.errors import ConfigurationError, ErrorBudgetExceeded, RunMismatch
-from pipeline.relabel import relabel
+from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
 
 PRINCIPALS = {

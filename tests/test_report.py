@@ -15,7 +15,7 @@ from report_setup import ATTACK, GRID, HOSTILE, add_evaluation, make_run, metric
 from storage_setup import PRINCIPALS, s3_server
 from test_cli import cage
 
-from jobs.report import run_report
+from jobs.commands.report import run_report
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.reporting.columns import data_files, read_batches
 from pipeline.reporting.comparison import table_of

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_relabel import job, run_job, write_prompts
 
-from jobs.retry import retry_config
+from jobs.commands.retry import retry_config
 from pipeline.errors import ConfigurationError
 from pipeline.storage.run import Run
 

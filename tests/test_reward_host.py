@@ -11,15 +11,16 @@ from decoding_setup import NOWHERE, ask, config_of, decode, engine_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from pipeline.decoding.assembly import assemble
+from pipeline.attention.branches import RowCache
 from pipeline.errors import ConfigurationError, StateLost
-from pipeline.models import host as hosts
-from pipeline.models import messages, reward_host
-from pipeline.models.branches import RowCache
-from pipeline.models.messages import Admission, Candidates, Position, Step
-from pipeline.models.positions import PositionedHost
-from pipeline.models.reward_loading import load_any_host
-from pipeline.models.reward_rows import lay_out
+from pipeline.protocol import messages
+from pipeline.protocol.messages import Admission, Candidates, Position, Step
+from pipeline.runtime.assembly import assemble
+from pipeline.worker import language_model_runner as hosts
+from pipeline.worker import reward_model_runner
+from pipeline.worker.hosts import PositionedHost
+from pipeline.worker.reward_loading import load_any_host
+from pipeline.worker.reward_rows import lay_out
 
 ROWS = [ask(f"r{at}", text) for at, text in enumerate(["why?", "tell me a story", "hi", "and then what is it?"])]
 DECODING = {"max_new_tokens": 7, "candidates": 20, "agent_temperature": 0.7, "seed": 3, "trace": "tokens"}
@@ -107,7 +108,7 @@ def test_a_repeated_call_gets_the_same_bits_and_another_position_is_lost(tiny, j
 
 @pytest.mark.parametrize(("pairs", "reproducibility"), [(True, "strict"), (True, "relaxed"), (False, "relaxed")])
 def test_a_lost_state_changes_no_token(tiny, judge, monkeypatch, pairs, reproducibility):
-    for module in (messages, hosts, reward_host):
+    for module in (messages, hosts, reward_model_runner):
         monkeypatch.setattr(module, "CHUNK", 8)  # so that rows come back in parts
     principals = {"judge": {"kind": "reward_model", "model": str(judge(pairs=pairs))}}
     decoding = {**DECODING, "max_new_tokens": 6, "reproducibility": reproducibility}

@@ -13,12 +13,12 @@ from transformers import (
 )
 
 import cage
-from jobs.plan import describe_plan
-from pipeline.decoding.draws import Uniforms
-from pipeline.decoding.engine import decode_rows
-from pipeline.models import reward_host
-from pipeline.models.branches import reading
-from pipeline.relabel import prepare
+from jobs.commands.plan import describe_plan
+from pipeline.attention.branches import reading
+from pipeline.engine.engine import decode_rows
+from pipeline.sampling.draws import Uniforms
+from pipeline.stages.relabel import prepare
+from pipeline.worker import reward_model_runner
 
 ROWS = [ask(f"r{at}", text) for at, text in enumerate(["why?", "tell me a story", "hi", "and then what is it?"])]
 DECODING = {"max_new_tokens": 7, "candidates": 20, "agent_temperature": 0.7, "seed": 3, "trace": "tokens"}
@@ -154,9 +154,9 @@ def test_passes_of_one_shape_give_the_same_bits_in_any_company(tiny, judge, monk
         shapes.append(sum(len(each.tokens) for each in readings))
         return reading(readings)
 
-    monkeypatch.setattr(reward_host, "reading", watched)
-    monkeypatch.setattr(reward_host, "PASS_TOKENS", 32)
-    monkeypatch.setattr(reward_host.RewardHost, "_has_one_shape", True)
+    monkeypatch.setattr(reward_model_runner, "reading", watched)
+    monkeypatch.setattr(reward_model_runner, "PASS_TOKENS", 32)
+    monkeypatch.setattr(reward_model_runner.RewardModelRunner, "_has_one_shape", True)
     principals = {"judge": {"kind": "reward_model", "model": str(judge(pairs=pairs)), **fields}}
     rows = [*ROWS, ask("long", "tell me more " * (10 if pairs else 5))]
     configs = [
@@ -167,7 +167,7 @@ def test_passes_of_one_shape_give_the_same_bits_in_any_company(tiny, judge, monk
     assert {shape % 32 for shape in shapes} == {0}
     assert 32 in shapes
     assert max(shapes) > 64
-    monkeypatch.setattr(reward_host.RewardHost, "_has_one_shape", False)
+    monkeypatch.setattr(reward_model_runner.RewardModelRunner, "_has_one_shape", False)
     for row_id, record in decode(configs[0], rows).items():
         assert record.response == expected[row_id].response
 
@@ -182,7 +182,7 @@ def test_a_step_is_one_pass_and_principals_on_the_same_weights_share_it(tiny, ju
     decoding = {**DECODING, "reproducibility": reproducibility}
     engine, assembly = engine_of(config_of(tiny("llama"), principals, decoding=decoding, cluster={"slots": 4}))
     records = list(decode_rows(engine, ROWS))
-    assert [(plan.name, plan.serves) for plan in assembly.lineup.hosts[1:]] == [("one", ("one", "two"))]
+    assert [(plan.name, plan.serves) for plan in assembly.topology.hosts[1:]] == [("one", ("one", "two"))]
     num_steps = max(record.num_tokens for record in records)
     # and two for prompts: what they begin with in common is read first, then copied
     assert engine.calls.hosts["one"].host._host.num_forwards == 2 + num_steps

@@ -12,7 +12,7 @@ import torch
 from kernel_setup import check_kernel
 from test_strict import host_of, logits_after
 
-from pipeline.models import row_attention
+from pipeline.attention import rows as row_attention
 
 pytest.importorskip("triton", reason="triton is not installed; see `make kernels`")
 pytestmark = pytest.mark.skipif(

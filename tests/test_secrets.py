@@ -9,7 +9,7 @@ import pytest
 from test_cli import cage
 from test_relabel import job, write_prompts
 
-from pipeline.config_files import dump_config
+from pipeline.config.files import dump_config
 
 SECRET = "planted-7f3a9c51e2"
 

@@ -7,8 +7,8 @@ import torch
 from decoding_setup import ask, config_of, decode, engine_of
 
 from pipeline.errors import ConfigurationError
-from pipeline.models import memory
-from pipeline.models.memory import Room, slots_that_fit
+from pipeline.worker import memory
+from pipeline.worker.memory import Room, slots_that_fit
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},

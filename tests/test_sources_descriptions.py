@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from pipeline.errors import ConfigurationError
-from pipeline.models.descriptions import describe_model
-from pipeline.models.sources import ModelSource, resolve_model
+from pipeline.hub.descriptions import describe_model
+from pipeline.hub.sources import ModelSource, resolve_model
 
 Tiny = Callable[..., Path]
 KINDS = ["llama", "gpt2", "qwen2", "qwen3", "neox"]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from sources_setup import make_adapter
 
 from pipeline.errors import ConfigurationError
-from pipeline.models.sources import AdapterSource, Location, fetch_weights, resolve_adapter, resolve_model
-from pipeline.models.weight_files import LocalTree, Span, find_model_files, take_inventory
+from pipeline.hub.sources import AdapterSource, Location, fetch_weights, resolve_adapter, resolve_model
+from pipeline.hub.weight_files import LocalTree, Span, find_model_files, take_inventory
 
 Tiny = Callable[..., Path]
 

@@ -15,7 +15,7 @@ import pytest
 from sources_setup import COMMIT, hub_server, make_adapter
 
 from pipeline.errors import ConfigurationError
-from pipeline.models.sources import resolve_model
+from pipeline.hub.sources import resolve_model
 
 Tiny = Callable[..., Path]
 
@@ -23,7 +23,7 @@ PROGRAM = """
 import dataclasses, json, sys
 from pathlib import Path
 from pipeline.errors import ConfigurationError
-from pipeline.models.sources import fetch_weights, resolve_adapter, resolve_model
+from pipeline.hub.sources import fetch_weights, resolve_adapter, resolve_model
 
 def names_in(folder):
     return sorted(path.name for path in Path(folder).iterdir())

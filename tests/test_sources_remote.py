@@ -14,10 +14,10 @@ import storage_setup
 from sources_setup import make_adapter
 
 from pipeline.errors import ConfigurationError
-from pipeline.models.descriptions import describe_model
-from pipeline.models.remote import fetch, list_remote
-from pipeline.models.sources import Location, fetch_weights, resolve_adapter, resolve_model
-from pipeline.models.tokenizers import load_tokenizer
+from pipeline.hub.descriptions import describe_model
+from pipeline.hub.remote import fetch, list_remote
+from pipeline.hub.sources import Location, fetch_weights, resolve_adapter, resolve_model
+from pipeline.hub.tokenizers import load_tokenizer
 
 Tiny = Callable[..., Path]
 

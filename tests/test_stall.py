@@ -12,9 +12,9 @@ from faults import Hang
 from test_relabel import job, parts, run_job, write_prompts
 
 from pipeline.errors import ExitCode, RunStalled
+from pipeline.monitoring.stall import ended_when_stalled
+from pipeline.monitoring.waits import waiting_for, waits
 from pipeline.points import Point
-from pipeline.stall import ended_when_stalled
-from pipeline.waits import waiting_for, waits
 
 
 def test_progress_of_any_kind_keeps_a_block_going():

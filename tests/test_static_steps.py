@@ -11,17 +11,18 @@ from decoding_setup import NOWHERE, ask, config_of
 from test_recorded_games import assert_same
 from test_strict import ROLES, host_of, logits_after
 
-from pipeline.decoding.assembly import assemble
-from pipeline.decoding.engine import Engine, decode_rows
-from pipeline.decoding.hosts import LocalHost
-from pipeline.decoding.playing import PlayingHost
-from pipeline.models import recordings, row_attention
-from pipeline.models.compiling import CompiledLayers
-from pipeline.models.drafts import Draft
-from pipeline.models.host import Host
-from pipeline.models.loading import load_host
-from pipeline.models.recordings import Recorder
-from pipeline.models.segments import Copied, Segment
+from pipeline.attention import rows as row_attention
+from pipeline.attention.segments import Copied, Segment
+from pipeline.engine.engine import Engine, decode_rows
+from pipeline.protocol.clients import LocalHost
+from pipeline.runtime.assembly import assemble
+from pipeline.worker import cuda_graphs
+from pipeline.worker.compiled_layers import CompiledLayers
+from pipeline.worker.cuda_graphs import GraphPool
+from pipeline.worker.forward_batch import Draft
+from pipeline.worker.language_model_runner import Host
+from pipeline.worker.loading import load_host
+from pipeline.worker.sampling_host import SamplingHost
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind to everybody who asks", "weight": 0.7},
@@ -35,13 +36,13 @@ def decoded(tiny, kind, rows, *, is_static, num_samples=3):
     decoding = {"max_new_tokens": 12, "trace": "tokens", "agent_temperature": 0.3, "temperature": 1.2}
     config = config_of(tiny(kind), PAIR, decoding=decoding, cluster={"slots": 4})
     assembly = assemble(config, NOWHERE)
-    (plan,) = assembly.lineup.hosts
+    (plan,) = assembly.topology.hosts
     host = load_host(assembly.hosts[0])
     if is_static:
         host = Host(host._passes._model, plan.roles, num_slots=4, vocab_size=261, strict=True, has_static_steps=True)
-    playing = PlayingHost(host, plan.roles, config.decoding, assembly.lineup.principals, records_games=is_static)
+    playing = SamplingHost(host, plan.roles, config.decoding, assembly.topology.principals, records_games=is_static)
     engine = Engine(
-        assembly.lineup, {"base": LocalHost(playing, plan)}, assembly.prompter, config.decoding, assembly.variants,
+        assembly.topology, {"base": LocalHost(playing, plan)}, assembly.prompter, config.decoding, assembly.variants,
         num_slots=4, runs_ahead=is_static,
     )  # fmt: skip
     records = {f"{each.row_id}/{each.sample}": each for each in decode_rows(engine, rows, num_samples=num_samples)}
@@ -50,9 +51,9 @@ def decoded(tiny, kind, rows, *, is_static, num_samples=3):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_samples_and_principles_that_share_prompts_are_answered_as_in_packed_passes(tiny, kind, monkeypatch):
-    monkeypatch.setattr("pipeline.models.passes.PROMPT_SHAPE", 64)
-    monkeypatch.setattr("pipeline.models.passes.MOST_SEGMENTS", 3)
-    monkeypatch.setattr("pipeline.models.static_steps.MOST_SEGMENTS", 3)
+    monkeypatch.setattr("pipeline.worker.forward_passes.PROMPT_SHAPE", 64)
+    monkeypatch.setattr("pipeline.worker.forward_passes.MOST_SEGMENTS", 3)
+    monkeypatch.setattr("pipeline.worker.captured_passes.MOST_SEGMENTS", 3)
     rows = [ask(f"r{at}", "tell me " * (at % 3 * 4) + "x" * (at + 1)) for at in range(5)]
     rows.append(ask("again", rows[1].messages[0]["content"]))
     expected, packed = decoded(tiny, kind, rows, is_static=False)
@@ -101,8 +102,8 @@ def test_what_cannot_be_recorded_is_told_once_and_computed(monkeypatch):
     def refuse(function, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(recordings, "Recording", refuse)
-    recorder = Recorder(CPU, "passes")
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", refuse)
+    recorder = GraphPool(CPU, "passes")
     recorder._records = True  # as on a GPU
     with pytest.warns(RuntimeWarning, match="passes are not recorded as CUDA graphs: operation not permitted"):
         assert recorder.run("one", lambda: 1) == 1
@@ -114,8 +115,8 @@ def test_a_recording_without_memory_is_no_reason_to_go_on_without(monkeypatch):
     def refuse(function, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(recordings, "Recording", refuse)
-    recorder = Recorder(CPU, "passes")
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", refuse)
+    recorder = GraphPool(CPU, "passes")
     recorder._records = True
     with pytest.raises(torch.OutOfMemoryError):
         recorder.run("one", lambda: 1)

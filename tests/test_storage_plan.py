@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from storage_setup import MODELS, make_config, small_plan, write_jsonl
 
-from pipeline.config_files import parse_config
+from pipeline.config.files import parse_config
 from pipeline.errors import ConfigurationError, RunMismatch
 from pipeline.storage.plan import Plan, explain_mismatch, make_plan
 from pipeline.storage.run import Run

@@ -20,7 +20,7 @@ from test_cli import cage
 from test_relabel import job, parts, run_job, write_prompts
 from werkzeug.serving import make_server
 
-from pipeline.config_files import dump_config
+from pipeline.config.files import dump_config
 from pipeline.errors import ExitCode, StorageError
 from pipeline.storage import retries
 from pipeline.storage.run import Run

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from storage_setup import MODELS, answer, make_config, s3_server, small_plan, tree_bytes, write_jsonl
 
-from pipeline.config import InputConfig
+from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError, RunMismatch
 from pipeline.storage.inputs import open_input
 from pipeline.storage.plan import Plan, make_plan

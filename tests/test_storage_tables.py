@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from storage_setup import PRINCIPALS, answer
 
-from pipeline.config import Trace
+from pipeline.config.sections import Trace
 from pipeline.records import Record, Row, TokenTrace
 from pipeline.storage.tables import output_schema, to_table, write_table_bytes
 

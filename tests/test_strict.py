@@ -10,11 +10,11 @@ import pytest
 import torch
 from decoding_setup import ask, config_of, decode
 
-from pipeline.models.host import Host
-from pipeline.models.loading import load_host
-from pipeline.models.messages import Admission, HostRole, HostSpec
-from pipeline.models.plain_attention import attend_batch
-from pipeline.models.sources import resolve_model
+from pipeline.attention.plain import attend_batch
+from pipeline.hub.sources import resolve_model
+from pipeline.protocol.messages import Admission, HostRole, HostSpec
+from pipeline.worker.language_model_runner import Host
+from pipeline.worker.loading import load_host
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
@@ -79,7 +79,7 @@ def test_passes_of_fixed_shapes_give_the_logits_of_exact_ones(tiny, kind):
 
 def test_prompts_in_passes_of_one_shape_give_the_same_bits_in_any_company(tiny, monkeypatch):
     """As strict passes are on a GPU: a prompt is cut where it alone says, and packed with others."""
-    monkeypatch.setattr("pipeline.models.passes.PROMPT_SHAPE", 32)
+    monkeypatch.setattr("pipeline.worker.forward_passes.PROMPT_SHAPE", 32)
     generator = random.Random(2)
     prompts = [[generator.randrange(256) for _ in range(length)] for length in (3, 90, 32, 33, 17, 64, 2, 200)]
     host = host_of(tiny(), strict=True, num_slots=8, has_static_steps=True)
@@ -100,7 +100,7 @@ def test_relaxed_logits_are_close_to_strict_ones(tiny, monkeypatch, kind):
     prompts = [[3, 9, 4], list(range(40)), [7] * 30]
     strict = logits_after(host_of(tiny(kind), strict=True, num_slots=4), places, prompts, num_steps=8)
     relaxed = logits_after(host_of(tiny(kind), strict=False, num_slots=4), places, prompts, num_steps=8)
-    monkeypatch.setattr("pipeline.models.slots.attend_each_row", attend_batch)
+    monkeypatch.setattr("pipeline.attention.slots.attend_each_row", attend_batch)
     at_once = logits_after(host_of(tiny(kind), strict=False, num_slots=4), places, prompts, num_steps=8)
     for row in places:
         torch.testing.assert_close(strict[row], relaxed[row], atol=1e-4, rtol=0)

@@ -16,13 +16,13 @@ from test_cli import cage
 from test_reward_models import save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs.retry import retry_config
-from jobs.synthesize import run_synthesize
-from pipeline.config_files import dump_config, load_as, parse_as
+from jobs.commands.retry import retry_config
+from jobs.commands.synthesize import run_synthesize
+from pipeline.config.files import dump_config, load_as, parse_as
 from pipeline.errors import ConfigurationError
-from pipeline.relabel import relabel
+from pipeline.stages.relabel import relabel
+from pipeline.stages.synthesize import synthesize
 from pipeline.synthesis.settings import SynthesizeConfig
-from pipeline.synthesize import synthesize
 
 PRINCIPALS = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},

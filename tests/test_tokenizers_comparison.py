@@ -13,8 +13,8 @@ import tiny_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigurationError
-from pipeline.models.sources import ModelSource, resolve_model
-from pipeline.models.tokenizers import compare_tokenizers, context_length, load_tokenizer, stop_token_ids
+from pipeline.hub.sources import ModelSource, resolve_model
+from pipeline.hub.tokenizers import compare_tokenizers, context_length, load_tokenizer, stop_token_ids
 
 Tiny = Callable[..., Path]
 NUM_TINY = 261  # five special tokens and 256 bytes

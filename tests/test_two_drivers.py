@@ -8,9 +8,9 @@ from pathlib import Path
 
 from test_relabel import job, parts, run_job, write_prompts
 
-from pipeline.config import Config
+from pipeline.config.sections import Config
 from pipeline.points import Point
-from pipeline.relabel import relabel
+from pipeline.stages.relabel import relabel
 
 
 @dataclass

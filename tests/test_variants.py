@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from decoding_setup import ask, config_of, decode, engine_of
 
-from pipeline.config import RuleName
-from pipeline.config_files import parse_config
-from pipeline.decoding.engine import decode_rows
+from pipeline.config.files import parse_config
+from pipeline.config.sections import RuleName
+from pipeline.config.variants import lay_out
+from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError
-from pipeline.relabel import relabel
+from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
-from pipeline.variants import lay_out
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},

@@ -16,8 +16,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.counts import Counts
 from pipeline.errors import CageError
+from pipeline.monitoring.counts import Counts
 
 ANSWER_S = 60.0
 SILENT_S = 10.0

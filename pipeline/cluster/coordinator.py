@@ -17,16 +17,16 @@ import torch
 
 from pipeline.cluster.board import ask
 from pipeline.cluster.host_actors import HostGroup, HostLaunch
-from pipeline.counts import Counts
-from pipeline.decoding.assembly import Assembly
-from pipeline.decoding.calls import agree_on_slots
-from pipeline.decoding.engine import Engine
-from pipeline.decoding.hosts import Hosts
-from pipeline.decoding.shards import ShardDecoder, ShardOutcome, ShardOutput
+from pipeline.engine.calls import agree_on_slots
+from pipeline.engine.engine import Engine
+from pipeline.engine.shards import ShardDecoder, ShardOutcome, ShardOutput
 from pipeline.errors import CageError, HostError
+from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.waits import waiting_for
+from pipeline.protocol.clients import Hosts
+from pipeline.runtime.assembly import Assembly
 from pipeline.storage.run import Run
 from pipeline.storage.watched import watched
-from pipeline.waits import waiting_for
 
 MIN_SLOTS_FOR_GROUPS = 8  # below, half a batch costs a host nearly as much as a whole one
 
@@ -139,7 +139,7 @@ class Coordinator:
         config = self._assembly.config
         num_slots = agree_on_slots(config, hosts)
         engine = Engine(
-            self._assembly.lineup,
+            self._assembly.topology,
             hosts,
             self._assembly.prompter,
             config.decoding,

@@ -14,12 +14,12 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.serialization import register_serializer
 
-from pipeline.config import ClusterConfig
-from pipeline.decoding.hosts import HostClient, Pending, Reply, describe_failure
-from pipeline.decoding.lineup import HostPlan
+from pipeline.config.sections import ClusterConfig
 from pipeline.errors import CageError, ConfigurationError, HostError
+from pipeline.monitoring.waits import waiting_for
 from pipeline.points import Watcher, unwatched
-from pipeline.waits import waiting_for
+from pipeline.protocol.clients import HostClient, Pending, Reply, describe_failure
+from pipeline.runtime.topology import HostPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ class HostActor:
 
     def load(self) -> None:
         """Load the weights. Not in `__init__`: an error there loses its class on the way."""
-        from pipeline.decoding.playing import load_playing_host  # heavy, and this process alone needs it
+        from pipeline.worker.sampling_host import load_playing_host  # heavy, and this process alone needs it
 
         send_tensors_as_arrays()
         self._host = load_playing_host(ray.get(self._assembly[0]), self._index, self._watch)

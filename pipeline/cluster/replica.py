@@ -12,12 +12,12 @@ import ray
 
 from pipeline.cluster.board import ask
 from pipeline.cluster.host_actors import HostGroup, HostLaunch
-from pipeline.counts import Counts
 from pipeline.errors import CageError, HostError
-from pipeline.waits import waiting_for, waits
+from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.waits import waiting_for, waits
 
 if TYPE_CHECKING:
-    from pipeline.decoding.shards import ShardOutcome
+    from pipeline.engine.shards import ShardOutcome
 
 STARTS_PER_ATTEMPT = 10
 REPORT_S = 1.0
@@ -66,7 +66,7 @@ class Replica:
         }
 
     def _decode(self, index: int) -> ShardOutcome:
-        from pipeline.decoding.shards import ShardOutcome
+        from pipeline.engine.shards import ShardOutcome
 
         try:
             attempt: int = ask(self._board.begin.remote(index))

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 import ray
 
 from pipeline.cluster.session import joined
-from pipeline.config import Config, Resources
+from pipeline.config.sections import Config, Resources
 from pipeline.errors import CageError
 from pipeline.evaluation.judge_config import RewardModelJudge
 from pipeline.evaluation.judges import Judge

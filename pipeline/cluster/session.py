@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import ray
 
-from pipeline.config import ClusterConfig
+from pipeline.config.sections import ClusterConfig
 from pipeline.errors import CageError, ConfigurationError
 
 

@@ -18,11 +18,11 @@ from pipeline.cluster.board import start_board
 from pipeline.cluster.host_actors import HostLaunch, bundle_of, placed
 from pipeline.cluster.replica import Replica
 from pipeline.cluster.session import joined
-from pipeline.counts import Counts
-from pipeline.decoding.assembly import Assembly
-from pipeline.decoding.shards import ShardOutcome
+from pipeline.engine.shards import ShardOutcome
 from pipeline.errors import CageError, ConfigurationError
+from pipeline.monitoring.counts import Counts
 from pipeline.points import Watcher, unwatched
+from pipeline.runtime.assembly import Assembly
 
 MAX_SHARDS_IN_FLIGHT = 64
 BOARD_S = 10.0
@@ -63,7 +63,7 @@ class ShardStream:
         _be_quiet(is_verbose=self._is_verbose)
         in_flight = min(MAX_SHARDS_IN_FLIGHT, 1 + math.ceil(config.cluster.first_slots / self._rows_per_shard()))
         num_replicas = min(config.cluster.replicas, len(shards))
-        plans = self._assembly.lineup.hosts
+        plans = self._assembly.topology.hosts
         with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as places:
             launch = HostLaunch(
                 (ray.put(self._assembly),), plans, config.cluster, places, self._has_gpus, self._watch
@@ -108,7 +108,7 @@ def cluster(assembly: Assembly, *, is_verbose: bool) -> Iterator[None]:
 
 def _cpus_needed(assembly: Assembly) -> float:
     config = assembly.config.cluster
-    per_replica = config.coordinator_cpus + sum(plan.model.resources.num_cpus for plan in assembly.lineup.hosts)
+    per_replica = config.coordinator_cpus + sum(plan.model.resources.num_cpus for plan in assembly.topology.hosts)
     return config.replicas * per_replica
 
 
@@ -116,7 +116,7 @@ def _check_capacity(assembly: Assembly) -> None:
     """Refuse a replica that no machine of the cluster could hold, unless the cluster can grow."""
     resources = ray.cluster_resources()
     has_gpus = resources.get("GPU", 0) > 0
-    bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in assembly.lineup.hosts]
+    bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in assembly.topology.hosts]
     for kind in ("CPU", "GPU"):
         needed = sum(bundle.get(kind, 0.0) for bundle in bundles)
         if needed > resources.get(kind, 0.0) and assembly.config.cluster.address is None:

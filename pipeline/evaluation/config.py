@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Config, Section
+from pipeline.config.sections import Config, Section
 from pipeline.evaluation.judge_config import AnyJudge, PrincipalJudge
 
 JUDGE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config import RuleName
+from pipeline.config.sections import RuleName
 from pipeline.evaluation.landscape import Landscape
 from pipeline.evaluation.metrics import Floats, interpolate_at
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from pipeline.config import ModelConfig, Section, model_from_name
+from pipeline.config.sections import ModelConfig, Section, model_from_name
 
 Sign = Literal["higher", "lower"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config import RuleName
+from pipeline.config.sections import RuleName
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.metrics import (

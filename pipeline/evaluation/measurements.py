@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import RuleName
+from pipeline.config.sections import RuleName
+from pipeline.config.variants import Variant
 from pipeline.errors import CageError
 from pipeline.evaluation.metrics import Floats
 from pipeline.evaluation.scores import NUMBERS
 from pipeline.storage.commits import CommitRecord
-from pipeline.variants import Variant
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.config import RuleName
+from pipeline.config.sections import RuleName
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.equal_kl import sweeps
 from pipeline.evaluation.judge_config import AnyJudge, PrincipalJudge

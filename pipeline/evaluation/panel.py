@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Section
+from pipeline.config.sections import Section
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judge_config import AnyJudge, ProfanityJudge, RewardModelJudge, SentimentJudge
 from pipeline.evaluation.judges import Judge, text_judge
 from pipeline.evaluation.reward_models import check_reward_model, load_reward_model
-from pipeline.models.sources import ModelSource, resolve_model
+from pipeline.hub.sources import ModelSource, resolve_model
 
 PACKAGES: dict[type[Section], str] = {SentimentJudge: "vaderSentiment", ProfanityJudge: "better-profanity"}
 PLACEMENT = ("model", "revision", "resources", "device")  # the identity stands for the first two

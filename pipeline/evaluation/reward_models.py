@@ -18,10 +18,10 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judge_config import RewardModelJudge
 from pipeline.evaluation.judges import Answer, factor_of
-from pipeline.models.descriptions import load_model_config
-from pipeline.models.loading import pick_device, pick_dtype
-from pipeline.models.sources import ModelSource, fetch_weights
-from pipeline.models.tokenizers import context_length, load_tokenizer, reason_of
+from pipeline.hub.descriptions import load_model_config
+from pipeline.hub.sources import ModelSource, fetch_weights
+from pipeline.hub.tokenizers import context_length, load_tokenizer, reason_of
+from pipeline.worker.loading import pick_device, pick_dtype
 
 
 def check_reward_model(name: str, config: RewardModelJudge, source: ModelSource) -> None:

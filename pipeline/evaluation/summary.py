@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import RuleName
+from pipeline.config.sections import RuleName
 from pipeline.evaluation.equal_kl import objectives_at, sweeps
 from pipeline.evaluation.landscape import Landscape
 from pipeline.evaluation.metrics import Floats, gaps, is_monotone, spearman, weighted_means

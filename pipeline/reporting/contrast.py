@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import RuleName
+from pipeline.config.sections import RuleName
 from pipeline.reporting.columns import Batch
 
 RULE, AGAINST = str(RuleName.EQUILIBRIUM), str(RuleName.LINEAR)

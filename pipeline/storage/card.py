@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.counts import Recoveries
+from pipeline.monitoring.counts import Recoveries
 from pipeline.storage.commits import CommitRecord
 from pipeline.storage.plan import Plan
 from pipeline.storage.tables import output_schema

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config.sections import Config
 from pipeline.errors import RunMismatch
 from pipeline.storage.input_files import InputFile
 from pipeline.storage.quoting import quote

@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import InputConfig
+from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
 from pipeline.storage import jsonl, tabular

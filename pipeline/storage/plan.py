@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config import Config, Trace
+from pipeline.config.sections import Config, Trace
+from pipeline.config.variants import Variant, lay_out
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
 from pipeline.storage.fingerprint import explain_mismatch, refuse_mismatch, take_fingerprint
@@ -17,7 +18,6 @@ from pipeline.storage.inputs import InputSource, open_input
 from pipeline.storage.quoting import quote
 from pipeline.storage.rows import Columns
 from pipeline.storage.stores import open_store
-from pipeline.variants import Variant, lay_out
 
 __all__ = ["Plan", "Shard", "explain_mismatch", "make_plan", "refuse_mismatch"]
 

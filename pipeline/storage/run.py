@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.counts import Recoveries
 from pipeline.errors import CageError, ConfigurationError
+from pipeline.monitoring.counts import Recoveries
 from pipeline.records import Record
 from pipeline.storage.card import render_card, render_manifest
 from pipeline.storage.commits import CommitRecord, add_reasons, order_records

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Reproducibility
-from pipeline.counts import Recoveries
+from pipeline.config.sections import Reproducibility
 from pipeline.errors import NondeterminismError, StorageError
+from pipeline.monitoring.counts import Recoveries
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, count_reasons, count_tokens, differing_rows, sha256
 from pipeline.storage.plan import Plan, Shard

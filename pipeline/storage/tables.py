@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Trace
+from pipeline.config.sections import Trace
 from pipeline.records import Message, Record
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])

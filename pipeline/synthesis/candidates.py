@@ -10,12 +10,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.config.variants import Variant
 from pipeline.errors import CageError
 from pipeline.records import Message
 from pipeline.storage.run import Run
 from pipeline.storage.shard_files import told_as_damage
 from pipeline.synthesis.settings import REWARD, REWARD_PER_TOKEN
-from pipeline.variants import Variant
 
 BATCH_ROWS = 1024
 COLUMNS = (

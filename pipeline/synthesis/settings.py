@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config import Config, Section, as_list
+from pipeline.config.sections import Config, Section, as_list
+from pipeline.config.variants import lay_out
 from pipeline.evaluation.config import JUDGE_NAME, KEY_COLUMNS
 from pipeline.evaluation.judge_config import AnyJudge, PrincipalJudge
-from pipeline.variants import lay_out
 
 REWARD, REWARD_PER_TOKEN = "reward", "reward_per_token"
 NO_JUDGE = (REWARD, REWARD_PER_TOKEN, *KEY_COLUMNS)

@@ -1,0 +1,1 @@
+"""Benchmarks: every comparison in one run, side by side."""

@@ -1,0 +1,1 @@
+"""The commands of `cage`, one file each."""

@@ -1,0 +1,95 @@
+"""`cage evaluate`; also `python -m jobs.commands.evaluate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.commands.text import indented, number, printable, shown_path, table
+from pipeline.config.files import dump_config, load_as
+from pipeline.evaluation.config import EvaluateConfig
+
+if TYPE_CHECKING:
+    from pipeline.stages.evaluate import Evaluation
+
+
+def run_evaluate(
+    config_file: Path, overrides: list[str], *, print_config: bool, is_new_run: bool = False, is_verbose: bool
+) -> None:
+    """Read the configuration, run the evaluation to its end, and say what it found."""
+    config = load_as(EvaluateConfig, config_file, overrides)
+    if print_config:
+        sys.stdout.write(dump_config(config))
+        return
+    from pipeline.hub.embedded import default_cache_folder
+    from pipeline.reporting.page import REPORT, write_report
+    from pipeline.stages.evaluate import evaluate
+
+    cache_folder = default_cache_folder(os.environ)
+    # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
+    with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
+        evaluation = evaluate(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=is_new_run)
+    if not evaluation.was_run:
+        print("nothing to do: the evaluation is complete")
+    if evaluation.was_run or not evaluation.run.store.names(REPORT):
+        write_report(evaluation.run)
+    print(describe_evaluation(evaluation))
+
+
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """A table by rule, the reference point, what it comes to, and where the files are."""
+    metrics = evaluation.metrics
+    path = shown_path(evaluation.run.store.path)
+    reference = ", ".join(f"{printable(name)} {value:.4g}" for name, value in metrics["reference_point"].items())
+    lines = [
+        f"{metrics['num_prompts']:,} prompts, {metrics['num_answers']:,} answers, "
+        f"{number(metrics['tokens_per_second'], 1)} tokens/s",
+        "",
+        _rules(metrics),
+        f"reference point of the hypervolume: {reference}",
+        "",
+        *(indented(sentence) for sentence in metrics["reading"]),
+        "",
+        *(indented(note) for note in metrics["notes"]),
+        "",
+        f"  answers   {path}/part-*.parquet",
+        f"  scores    {path}/scores/part-*.parquet",
+        f"  metrics   {path}/metrics.json",
+        f"  report    {path}/report.html",
+    ]
+    return "\n".join(lines)
+
+
+def _rules(metrics: dict[str, Any]) -> str:
+    head = ["rule, temperature", "hypervolume", "interval", "MIP", "interval", "worst", "KL", "tokens"]
+    entries = [(entry["rule"], entry) for entry in metrics["by_temperature"]]
+    entries += [(rule, entry) for rule, entry in metrics["rules"].items()]
+    rows = []
+    for rule, entry in sorted(entries, key=lambda each: list(metrics["rules"]).index(each[0])):
+        temperature = entry.get("agent_temperature")
+        rows.append(
+            [
+                f"{rule} {'all' if temperature is None else f'{temperature:g}'}",
+                number(entry["hypervolume"], 4),
+                _interval(entry["hypervolume_interval"], 4),
+                number(entry["mip"]),
+                _interval(entry["mip_interval"]),
+                number(entry["worst_principal"]),
+                number(entry["kl_per_token"]),
+                number(entry["num_tokens"], 1),
+            ]
+        )
+    return table(head, rows)
+
+
+def _interval(interval: list[float] | None, digits: int = 3) -> str:
+    return "-" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    sys.argv.insert(1, "evaluate")
+    main()

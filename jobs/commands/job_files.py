@@ -1,0 +1,25 @@
+"""Which job a configuration file is for, by the section that only this job has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from pipeline.config.files import load_as
+from pipeline.config.sections import Config
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.synthesis.settings import SynthesizeConfig
+
+KIND_BY_SECTION: dict[str, type[Config]] = {"evaluation": EvaluateConfig, "synthesis": SynthesizeConfig}
+
+
+def load_job(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a configuration of any job. Raises ConfigurationError."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        tree = None  # told by load_as
+    sections = tree if isinstance(tree, dict) else {}
+    kind = next((kind for section, kind in KIND_BY_SECTION.items() if section in sections), Config)
+    return load_as(kind, path, overrides)

@@ -1,0 +1,163 @@
+"""`cage plan`: what `relabel` would run, without loading any weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jobs.commands.job_files import load_job
+from jobs.commands.text import printable, size, table
+from pipeline.config.sections import Config, ModelConfig, Transport
+from pipeline.config.variants import lay_out
+from pipeline.hub.descriptions import ModelDescription, describe_model
+from pipeline.hub.embedded import default_cache_folder
+from pipeline.protocol.messages import HostSpec
+from pipeline.runtime.assembly import Assembly
+from pipeline.runtime.topology import HostPlan, Scoring
+from pipeline.stages.relabel import Prepared, prepare
+
+
+def run_plan(config_file: Path, overrides: list[str]) -> None:
+    config = load_job(config_file, overrides)
+    print(describe_plan(config, prepare(config, default_cache_folder(os.environ))))
+
+
+def describe_plan(config: Config, prepared: Prepared) -> str:
+    """Rows and shards, who plays, which hosts with which roles, what one replica takes."""
+    plan, assembly = prepared.plan, prepared.assembly
+    decoding, cluster = config.decoding, config.cluster
+    files, answers = len(plan.files), len(plan.variants) * plan.num_samples
+    lines = [
+        f"input     {printable(config.input.path)}: {plan.num_rows:,} rows in {files:,} file{'s' * (files != 1)}",
+        f"output    {printable(config.output.path)}: {len(plan.shards):,} shards "
+        f"of at most {plan.rows_per_shard:,} rows" + (f", {answers:,} answers a row" if answers > 1 else ""),
+        _rule(config)
+        + (f"top {decoding.candidates} of the base" if decoding.candidates != "all" else "full vocabulary")
+        + f", at most {decoding.max_new_tokens:,} tokens a row, {decoding.reproducibility}",
+        "",
+        _principals(config, assembly),
+        *_on_text(assembly),
+        "",
+        _hosts(assembly),
+        "",
+        _placement(assembly),
+        f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
+        + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots each"),
+        f"digest    {plan.digest}",
+    ]
+    return "\n".join(lines)
+
+
+def _rule(config: Config) -> str:
+    """What decides: one rule, or the grid of variants."""
+    variants = lay_out(config)
+    if len(variants) == 1:
+        return f"rule      {variants[0].rule}, agent temperature {variants[0].agent_temperature:g}, "
+    rules = dict.fromkeys(str(variant.rule) for variant in variants)
+    temperatures = dict.fromkeys(f"{variant.agent_temperature:g}" for variant in variants)
+    vectors = {repr(variant.weights) for variant in variants}
+    return (
+        f"grid      {len(variants):,} variants of rules {', '.join(rules)}, agent temperatures "
+        f"{', '.join(temperatures)} and {len(vectors):,} weight vector{'s' * (len(vectors) != 1)}; "
+    )
+
+
+def _where(config: Config) -> str:
+    if config.cluster.transport is Transport.LOCAL:
+        return "this process, no Ray"
+    return config.cluster.address or "a local Ray cluster"
+
+
+def _principals(config: Config, assembly: Assembly) -> str:
+    scorings = {
+        role.name: scoring
+        for plan in assembly.topology.hosts
+        for role, scoring in zip(plan.roles, plan.scorings, strict=bool(plan.scorings))
+    }
+    rows = [
+        [
+            player.name,
+            config.principals[player.name].kind,
+            f"{player.weight:g}",
+            _score(scorings[player.tuned]) if player.tuned in scorings else _reward(player.tuned, player.reference),
+        ]
+        for player in assembly.topology.principals
+    ]
+    return table(["principal", "kind", "weight", "token reward q"], rows) if rows else "no principals: the base alone"
+
+
+def _reward(tuned: str, reference: str | None) -> str:
+    return f"log p[{tuned}]" + (f" - log p[{reference}]" if reference else "")
+
+
+def _score(scoring: Scoring) -> str:
+    gain = "RM(prefix + a) - RM(prefix)"
+    scaled = gain if scoring.factor == 1 else f"{scoring.factor:g} ({gain})"
+    pace = "token" if scoring.interval == 1 else f"{scoring.interval} tokens"
+    return f"{scaled}, top {scoring.candidates}, every {pace}"
+
+
+def _on_text(assembly: Assembly) -> list[str]:
+    """A line for each reward model whose tokens are not the base's: that it reads text, and what that costs."""
+    return [
+        f"{', '.join(plan.serves)} is scored on text, its tokens are not the base's: "
+        f"{1 + max(scoring.candidates for scoring in plan.scorings)} texts a row and scored step are tokenised anew, "
+        f"and branches may have several tokens"
+        for plan, spec in zip(assembly.topology.hosts, assembly.hosts, strict=True)
+        if spec.reward is not None and spec.reward.retokeniser is not None
+    ]
+
+
+def _hosts(assembly: Assembly) -> str:
+    rows = [
+        [
+            plan.name,
+            printable(plan.model.model),
+            f"{describe_model(spec.source).num_parameters / 1e6:,.0f} M",
+            ", ".join(role.name + (f" ({role.adapter})" if role.adapter else "") for role in plan.roles),
+        ]
+        for plan, spec in zip(assembly.topology.hosts, assembly.hosts, strict=True)
+    ]
+    return table(["host", "model", "parameters", "roles, in one forward pass a step"], rows)
+
+
+def _placement(assembly: Assembly) -> str:
+    rows = [
+        _placement_row(plan, spec, assembly.config)
+        for plan, spec in zip(assembly.topology.hosts, assembly.hosts, strict=True)
+    ]
+    return table(
+        ["host", "device", "CPUs", "GPUs", "dtype", "weights", "KV cache a token", "KV cache at the limit"], rows
+    )
+
+
+def _placement_row(plan: HostPlan, spec: HostSpec, config: Config) -> list[str]:
+    description = describe_model(spec.source)
+    dtype = _dtype(plan.model)
+    cache_rows = len(plan.roles) * config.cluster.first_slots
+    per_token = description.kv_bytes_per_token(dtype) * cache_rows
+    gpus = plan.model.resources.num_gpus
+    return [
+        plan.name,
+        plan.model.device,
+        f"{plan.model.resources.num_cpus:g}",
+        "auto" if gpus is None else f"{gpus:g}",
+        dtype + (" (auto)" if plan.model.dtype == "auto" else ""),
+        size(description.weight_bytes(dtype)),
+        f"{size(per_token)} ({cache_rows} rows)",
+        size(per_token * _limit_tokens(description, config)),
+    ]
+
+
+def _dtype(model: ModelConfig) -> str:
+    """The dtype that "auto" becomes; on a machine that plans for others, bfloat16 where a GPU is asked for."""
+    if model.dtype != "auto":
+        return model.dtype
+    wants_gpu = model.device.startswith("cuda") or bool(model.resources.num_gpus)
+    return "bfloat16" if wants_gpu else "float32"
+
+
+def _limit_tokens(description: ModelDescription, config: Config) -> int:
+    """Tokens of the longest row that is certain to fit: its answer, and a prompt of up to 1,024 tokens."""
+    longest = config.decoding.max_new_tokens + 1024
+    return min(longest, description.context_length or longest)

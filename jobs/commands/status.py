@@ -1,0 +1,51 @@
+"""`cage status`: how far a run is, from its files alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pyarrow.parquet as pq
+
+from jobs.commands.text import printable, shown_path
+from pipeline.storage.run import Run
+
+SHOWN_REASONS = 10
+
+
+def run_status(path: str) -> None:
+    print(describe_status(Run.open(path)))
+
+
+def describe_status(run: Run) -> str:
+    """A few lines: state, counts, reasons of rejection, where the files are and how to read them."""
+    status = run.status()
+    path = shown_path(status.path)
+    lines = [
+        f"{path}: {'complete' if status.is_complete else 'not complete; the same command continues it'}",
+        f"  shards    {status.shards_done:,} of {status.num_shards:,}",
+        f"  answers   {status.rows_aligned:,} aligned, {status.rows_rejected:,} rejected, of {status.num_rows:,}",
+        f"  tokens    {status.tokens:,}",
+    ]
+    if status.last_commit_at is not None:
+        lines.append(f"  last      {datetime.fromtimestamp(status.last_commit_at, UTC):%Y-%m-%d %H:%M:%S} UTC")
+    repeats = f"attempts of shards lost {status.attempts_lost:,}" if status.attempts_lost else ""
+    if overcome := ", ".join(filter(None, [status.recoveries.told(), repeats])):
+        lines.append(f"  overcome  {overcome}")
+    for reason, count in sorted(status.errors.items(), key=lambda item: -item[1])[:SHOWN_REASONS]:
+        lines.append(f"  rejected  {count:,} x {printable(reason)}")
+    if status.rows_rejected:
+        lines.append(f"  rejected rows are in {path}/_rejected")
+    if status.rows_aligned:
+        lines.append(f"  look      cage inspect {path} {printable(_some_row_id(run))}")
+        lines.append(f'  load      datasets.load_dataset("parquet", data_files="{path}/part-*.parquet")')
+    return "\n".join(lines)
+
+
+def _some_row_id(run: Run) -> str:
+    """The first aligned row that is committed."""
+    for record in run.committed().values():
+        for name in record.sha256_by_file:
+            if name.startswith("part-") and record.rows:
+                with run.store.open(name) as file:
+                    return str(pq.read_table(file, columns=["row_id"])["row_id"][0].as_py())
+    return "ROW_ID"

@@ -1,0 +1,1 @@
+"""Slot cache, prefix reuse, and attention over them."""

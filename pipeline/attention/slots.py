@@ -1,0 +1,283 @@
+"""The slot cache: keys and values of many running rows, each at its own positions, and attention over them.
+
+A cache row belongs to one (slot, role). A forward pass takes any tokens of any rows, packed one after another: parts
+of new prompts, then one token of each running row. Each key is written at its row's own position and a row attends
+over its own length: nothing is padded to the left, nothing is shared.
+
+R running rows of a pass, T packed tokens, H query heads, G key-value heads, D head width, L capacity of a cache row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from pipeline.attention import rows as row_attention
+from pipeline.attention.plain import attend_batch, attend_each_row, attend_segment
+from pipeline.attention.prompt_segments import Prompts
+from pipeline.attention.segments import Copied, Segment
+from pipeline.attention.transfers import to_device
+from pipeline.worker.memory import capacity_for
+
+ATTENTION = "cage_slots"
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPass:
+    """One forward pass: the tokens of the segments, then one token a running row.
+
+    `follows` are copied once they are written. `rows` are the running rows' places in the cache (`rows_R` as a
+    tensor), `lengths` their tokens after the pass and `last_R` the position of the newest. `per_row` attends row by
+    row over exact lengths, so that no row's bits depend on its company; otherwise one masked call serves the rows.
+    Without a cache there are only segments from the start. A pass of a fixed shape over new prompts has `prompts`
+    instead of segments.
+    """
+
+    cache: SlotCache | None
+    segments: Sequence[Segment]
+    follows: Sequence[Copied]
+    rows: Sequence[int]
+    lengths: Sequence[int]
+    rows_R: Tensor
+    last_R: Tensor
+    per_row: bool
+    prompts: Prompts | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row after the pass."""
+        return max([*self.lengths, *(part.stop for part in self.segments)], default=0)
+
+    def token_rows(self, device: torch.device) -> Tensor:
+        """The cache row of every token, [T]."""
+        if self.prompts is not None:
+            return self.prompts.rows
+        if not self.segments:
+            return self.rows_R
+        rows = [part.row for part in self.segments for _ in range(part.start, part.stop)]
+        return torch.cat([to_device(rows, device, torch.long), self.rows_R])
+
+
+@dataclass(slots=True)
+class _Running:
+    """The pass that is under way, and how many layers have attended in it."""
+
+    slot_pass: SlotPass
+    num_layers: int = 0
+
+
+_active: ContextVar[_Running] = ContextVar("cage_slot_pass")
+
+
+@contextmanager
+def running(slot_pass: SlotPass) -> Iterator[None]:
+    """Make `slot_pass` the one that the model's attention serves."""
+    token = _active.set(_Running(slot_pass))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+class SlotCache:
+    """Keys and values by layer, each [rows, G, L, D]; L grows as rows get longer."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.num_moves = 0  # how often a buffer was made or made anew
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for; 0 before the first pass."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def hold(self, layer: int, key_GTD: Tensor, value_GTD: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The buffers of a layer, with room for rows of so many tokens; its first pass makes them."""
+        if layer == len(self.keys):
+            for buffers, states in ((self.keys, key_GTD), (self.values, value_GTD)):
+                buffers.append(
+                    states.new_zeros(self.num_rows, states.shape[0], capacity_for(num_tokens), states.shape[2])
+                )
+            self.num_moves += 1
+        self._reserve(layer, num_tokens)
+        return self.keys[layer], self.values[layer]
+
+    def reserve(self, num_tokens: int) -> None:
+        """Have room for rows of so many tokens in every layer."""
+        for layer in range(len(self.keys)):
+            self._reserve(layer, num_tokens)
+
+    def _reserve(self, layer: int, num_tokens: int) -> None:
+        if num_tokens > self.keys[layer].shape[2]:
+            self.keys[layer] = _with_capacity(self.keys[layer], num_tokens)
+            self.values[layer] = _with_capacity(self.values[layer], num_tokens)
+            self.num_moves += 1
+
+    def copy(self, copied: Copied) -> None:
+        """Copy between rows at once, in every layer."""
+        for buffer in (*self.keys, *self.values):
+            _copy(buffer, copied)
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes, over all layers; 0 before the first pass."""
+        buffers = [*self.keys, *self.values]
+        return sum(buffer.element_size() * buffer.shape[1] * buffer.shape[3] for buffer in buffers)
+
+
+def _with_capacity(buffer: Tensor, num_tokens: int) -> Tensor:
+    grown = buffer.new_zeros(*buffer.shape[:2], capacity_for(num_tokens), buffer.shape[3])
+    grown[:, :, : buffer.shape[2]] = buffer
+    return grown
+
+
+def _copy(buffer: Tensor, copied: Copied) -> None:
+    part = slice(copied.start, copied.stop)
+    buffer[copied.row, :, part] = buffer[copied.source, :, part]
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, over packed tokens: query [1, H, T, D] to output [1, T, H, D]. Keys and
+    values are kept in the running pass's cache."""
+    if softcap is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention with a logit softcap or attention sinks is not supported")
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.cage.attend(query, key, value, scaling, sliding_window)
+        return out, None
+    return _attend(query, key, value, scaling, sliding_window), None
+
+
+# One operation that a compiler does not look into: what it needs to know of the pass is no tensor. It does not name
+# its layer, so that one compilation serves all layers; they come in order.
+torch.library.define(
+    "cage::attend", "(Tensor query, Tensor key, Tensor value, float? scaling, int? window) -> Tensor"
+)
+
+
+@torch.library.register_fake("cage::attend")  # type: ignore[untyped-decorator]
+def _(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    under_way = _active.get()
+    slot_pass, layer = under_way.slot_pass, under_way.num_layers
+    under_way.num_layers += 1
+    query_HTD, key_GTD, value_GTD = query[0], key[0], value[0]
+    num_heads, num_tokens, _ = query_HTD.shape
+    out_THD = query.new_empty(num_tokens, num_heads, value.shape[-1])
+    num_new = num_tokens - len(slot_pass.lengths)
+    keys = values = None
+    if slot_pass.cache is not None:
+        keys, values = slot_pass.cache.hold(layer, key_GTD, value_GTD, slot_pass.longest)
+    if (prompts := slot_pass.prompts) is not None:
+        assert keys is not None
+        assert values is not None
+        prompts.write(keys, key_GTD)
+        prompts.write(values, value_GTD)
+        prompts.attend(query_HTD, keys, values, out_THD, scale=scaling, window=window)
+    elif num_new:
+        if keys is not None and values is not None:
+            _write(keys, key_GTD, slot_pass)
+            _write(values, value_GTD, slot_pass)
+            _take_over(keys, values, slot_pass.follows)
+        _attend_segments(query_HTD, key_GTD, value_GTD, keys, values, slot_pass, out_THD, scaling, window)
+    if slot_pass.lengths:
+        assert keys is not None
+        assert values is not None
+        _attend_rows(
+            query_HTD[:, num_new:], key_GTD[:, num_new:], value_GTD[:, num_new:], keys, values, slot_pass,
+            out_THD[num_new:], scaling, window,
+        )  # fmt: skip
+    return out_THD[None]
+
+
+torch.library.impl("cage::attend", ["CPU", "CUDA"], _attend)
+
+
+def _write(buffer: Tensor, states_GTD: Tensor, slot_pass: SlotPass) -> None:
+    """Put what segments say at their rows' positions."""
+    at = 0
+    for part in slot_pass.segments:
+        count = part.stop - part.start
+        buffer[part.row, :, part.start : part.stop] = states_GTD[:, at : at + count]
+        at += count
+
+
+def _take_over(keys: Tensor, values: Tensor, follows: Sequence[Copied]) -> None:
+    """Copy what rows take over from others that were written just now."""
+    for copied in follows:
+        _copy(keys, copied)
+        _copy(values, copied)
+
+
+def _attend_segments(
+    query_HTD: Tensor,
+    key_GTD: Tensor,
+    value_GTD: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    slot_pass: SlotPass,
+    out_THD: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> None:
+    """One call a segment."""
+    at = 0
+    for part in slot_pass.segments:
+        here = slice(at, at + part.stop - part.start)
+        if part.start == 0:
+            seen = key_GTD[:, here], value_GTD[:, here]
+        else:
+            assert keys is not None
+            assert values is not None
+            seen = keys[part.row, :, : part.stop], values[part.row, :, : part.stop]
+        out_THD[here] = attend_segment(query_HTD[:, here], *seen, scaling, window).transpose(0, 1)
+        at = here.stop
+
+
+def _attend_rows(
+    query_HRD: Tensor,
+    key_GRD: Tensor,
+    value_GRD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot_pass: SlotPass,
+    out_RHD: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> None:
+    """Write and attend for one token a running row."""
+    rows_R, last_R = slot_pass.rows_R, slot_pass.last_R
+    if row_attention.serves(keys, values):
+        row_attention.attend_rows(
+            query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD, scale=scaling, window=window
+        )
+        return
+    keys[rows_R, :, last_R] = key_GRD.transpose(0, 1)
+    values[rows_R, :, last_R] = value_GRD.transpose(0, 1)
+    attend_rows = attend_each_row if slot_pass.per_row else attend_batch
+    query_RH1D = query_HRD.transpose(0, 1)[:, :, None]
+    out_RHD[:] = attend_rows(query_RH1D, keys, values, slot_pass, scaling, window)[:, :, 0]
+
+
+AttentionInterface.register(ATTENTION, attend)

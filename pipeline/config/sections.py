@@ -1,0 +1,328 @@
+"""The sections of a configuration: frozen, typed, with every default of the project.
+
+`pipeline.config.files` makes them out of YAML and dotted overrides, once, at the edge.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+EMBEDDED_MODEL = "smollm2-135m"
+PRINCIPAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+FIRST_AUTO_SLOTS = 8
+
+
+class RuleName(StrEnum):
+    EQUILIBRIUM = "equilibrium"
+    LINEAR = "linear"
+    MIXTURE = "mixture"
+    MAXIMIN = "maximin"
+    BASE = "base"
+
+
+class Reproducibility(StrEnum):
+    STRICT = "strict"
+    RELAXED = "relaxed"
+
+
+class Trace(StrEnum):
+    NONE = "none"
+    SUMMARY = "summary"
+    TOKENS = "tokens"
+
+
+class Transport(StrEnum):
+    RAY = "ray"
+    LOCAL = "local"
+
+
+def shortened(value: Any) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Section(BaseModel):
+    """A frozen section that knows all its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class InputConfig(Section):
+    """Where the prompts are: Parquet, JSONL, OpenAI batch JSONL, a folder of them, or a `datasets` name."""
+
+    path: str = Field(min_length=1, description="file, folder, s3:// or gs:// address, or a datasets name")
+    prompt: str | None = Field(None, description="column with the prompt text")
+    messages: str | None = Field(None, description="column with OpenAI messages")
+    id: str | None = Field(None, description="column with a unique row id")
+    weights: str | None = Field(None, description="column with {principal: weight} for the row")
+    response: str | None = Field(None, description="column with an existing answer to compare with")
+    limit: int | None = Field(None, ge=1, description="first rows only")
+    split: str = Field("train", description="split, when path is a datasets name")
+    subset: str | None = Field(None, description="configuration name, when path is a datasets name")
+
+    @model_validator(mode="after")
+    def _one_prompt_source(self) -> InputConfig:
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("name either prompt or messages, not both")
+        return self
+
+
+class OutputConfig(Section):
+    path: str = Field(min_length=1, description="the run directory, local or s3://")
+    rows_per_shard: int = Field(256, ge=1, le=1_000_000, description="rows in one output file, the unit of commit")
+
+
+class Resources(Section):
+    """What Ray reserves for one host. `num_gpus: null` means one GPU where the device is a GPU."""
+
+    num_cpus: float = Field(1, ge=0)
+    num_gpus: float | None = Field(None, ge=0)
+
+
+class ModelConfig(Section):
+    """One set of weights."""
+
+    model: str = Field(min_length=1, description=f"folder, hub id, s3:// folder, or {EMBEDDED_MODEL}")
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    resources: Resources = Resources()
+
+
+class BaseConfig(ModelConfig):
+    """The agent: the base LLM."""
+
+    chat_template: str | None = Field(None, description="Jinja chat template instead of the tokenizer's own")
+
+
+class ReferenceConfig(ModelConfig):
+    """The reference model of a reward."""
+
+
+def model_from_name(value: Any) -> Any:
+    """Accept a bare model name where a model section is expected."""
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _reference_from_name(value: Any) -> Any:
+    return value if value in ("backbone", "none") else model_from_name(value)
+
+
+class PrincipalConfig(Section):
+    """What every principal has: its weight and its own prompt template."""
+
+    weight: float = Field(1.0, ge=0)
+    template: str | None = Field(
+        None, description="Jinja chat template for this principal's prompt (messages, principle in scope)"
+    )
+
+
+class PromptedPrincipal(PrincipalConfig):
+    """q(a) = log pi(a | principle, x) - log pi(a | x), by the base's weights or by `model`."""
+
+    kind: Literal["prompted"]
+    principle: str = Field(min_length=1, description="what the principal asks for, given as a system message")
+    model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
+
+
+class ArmPrincipal(PrincipalConfig):
+    """q(a) = log pi_arm(a | x) - log pi_ref(a | x): an autoregressive reward model.
+
+    `model` is a causal LM; or `adapter` a PEFT LoRA adapter on `model` (the base when not given). The reference is
+    another model, "backbone" (the adapter's model without the adapter) or "none".
+    """
+
+    kind: Literal["arm"]
+    model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
+    adapter: str | None = None
+    reference: Annotated[
+        ReferenceConfig | Literal["backbone", "none"] | None, BeforeValidator(_reference_from_name)
+    ] = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ArmPrincipal:
+        if self.model is None and self.adapter is None:
+            raise ValueError("kind arm needs a model, an adapter, or both")
+        if self.reference == "backbone" and self.adapter is None:
+            raise ValueError("reference: backbone needs an adapter; give a reference model or none")
+        if self.reference is None and self.adapter is None:
+            raise ValueError("kind arm without an adapter needs a reference: a model or none")
+        return self
+
+
+class TunedPairPrincipal(PrincipalConfig):
+    """q(a) = log pi_model(a | x) - log pi_reference(a | x): for example a DPO policy and its reference."""
+
+    kind: Literal["tuned_pair"]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
+    reference: Annotated[ReferenceConfig, BeforeValidator(model_from_name)]
+
+
+class RewardModelPrincipal(PrincipalConfig):
+    """q(a) = sign x scale x (RM(prefix + a) - RM(prefix)): a sequence classifier that reads from left to right.
+
+    It scores the base's likeliest candidates; the others count as the worst of those. Between scored steps it is
+    indifferent.
+    """
+
+    kind: Literal["reward_model"]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
+    candidates: int = Field(10, ge=1, le=4096, description="of the base's likeliest, how many it scores")
+    interval: int = Field(1, ge=1, description="tokens from one scored step to the next")
+    scale: float = Field(1.0, gt=0, description="nats that one point of its score is worth")
+    sign: Literal[1, -1] = Field(1, description="-1 where a lower score is better")
+    label: int | None = Field(None, ge=0, description="which of its outputs counts, where it has several")
+
+
+Principal = Annotated[
+    PromptedPrincipal | ArmPrincipal | TunedPairPrincipal | RewardModelPrincipal, Field(discriminator="kind")
+]
+
+
+def as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class DecodingConfig(Section):
+    """How a row is decoded. Every field changes results and is part of the fingerprint."""
+
+    rule: RuleName = RuleName.EQUILIBRIUM
+    agent_temperature: float = Field(0.1, gt=0, description="tau, in nats of weighted reward")
+    candidates: Annotated[int, Field(ge=1)] | Literal["all"] = Field(50, description="top-k of the base, or all")
+    min_p: float = Field(0.0, ge=0, lt=1, description="drop candidates below min_p times the most likely one")
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0, description="of the final draw; 0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)] = ()
+    n: int = Field(1, ge=1, le=1024, description="samples per prompt")
+    seed: int = Field(0, ge=0, lt=2**63)
+    reproducibility: Reproducibility = Reproducibility.STRICT
+    trace: Trace = Trace.SUMMARY
+
+
+class SimplexConfig(Section):
+    """Every weight vector whose entries are multiples of `step` and sum to 1."""
+
+    step: float = Field(gt=0, le=1, description="such as 0.25; 1 must be a multiple of it")
+
+    @model_validator(mode="after")
+    def _divides_one(self) -> SimplexConfig:
+        if abs(1 / self.step - round(1 / self.step)) > 1e-6:
+            raise ValueError(f"1 must be a multiple of step; got {self.step:g}")
+        return self
+
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class GridConfig(Section):
+    """Ways to answer every prompt: each rule at each agent temperature with each weight vector.
+
+    What is left empty is taken from `decoding` and `principals`. All of it is part of the fingerprint.
+    """
+
+    weights: tuple[dict[str, Weight], ...] | SimplexConfig = Field(
+        (), description="weight vectors {principal: weight}, or {step: 0.25} for a grid on the simplex"
+    )
+    rules: tuple[RuleName, ...] = ()
+    agent_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.weights or self.rules or self.agent_temperatures)
+
+
+class ClusterConfig(Section):
+    """Where it runs. Nothing here changes results."""
+
+    transport: Transport = Transport.RAY
+    address: str | None = Field(None, description="Ray address; null starts a local cluster")
+    replicas: int = Field(1, ge=1, le=4096)
+    slots: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        16, description="rows decoded at once per replica; auto: as many as there is memory for"
+    )
+    coordinator_cpus: float = Field(0.5, ge=0)
+    start_timeout_s: float = Field(600.0, gt=0, description="wait for resources and models")
+    step_timeout_s: float = Field(300.0, gt=0, description="wait for one answer of a host")
+    stall_timeout_s: float = Field(
+        3600.0, gt=0, description="end a run in which no row is finished and no token drawn for so long"
+    )
+
+    @property
+    def first_slots(self) -> int:
+        """Slots that a host has when it starts; with `auto` it is asked then how many fit."""
+        return FIRST_AUTO_SLOTS if self.slots == "auto" else self.slots
+
+
+def _budget(value: Any) -> Any:
+    if isinstance(value, str):
+        share = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*%", value)
+        if share is not None and float(share[1]) <= 100:
+            return value
+        if re.fullmatch(r"[0-9]{1,18}", value):
+            return int(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 10**18 and value % 1 == 0:
+        return int(value)
+    raise ValueError(f'budget is a number of rows, such as 10, or a share, such as "5%"; got {shortened(value)}')
+
+
+class ErrorsConfig(Section):
+    budget: Annotated[int | str, BeforeValidator(_budget)] = Field("5%", description="rejected rows allowed")
+    max_attempts: int = Field(3, ge=1, le=100, description="attempts of one shard")
+    max_host_failures: int = Field(
+        20, ge=0, description="hosts that may fail, one after another, while no row is finished in between"
+    )
+
+    def allowed(self, num_rows: int) -> int:
+        """Number of rejected rows allowed among `num_rows`."""
+        if isinstance(self.budget, int):
+            return self.budget
+        return int(num_rows * float(self.budget.rstrip("% ")) / 100)
+
+
+class Config(Section):
+    """One run."""
+
+    input: InputConfig
+    output: OutputConfig
+    base: Annotated[BaseConfig, BeforeValidator(model_from_name)] = BaseConfig(model=EMBEDDED_MODEL)
+    principals: dict[str, Principal] = Field(default_factory=dict)
+    decoding: DecodingConfig = DecodingConfig()
+    grid: GridConfig = GridConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    errors: ErrorsConfig = ErrorsConfig()
+
+    @model_validator(mode="after")
+    def _principal_names(self) -> Config:
+        for name in self.principals:
+            if not PRINCIPAL_NAME.fullmatch(name):
+                raise ValueError(
+                    f"a principal's name has letters, digits, _ and -, and starts with a letter; got {name!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> Config:
+        if isinstance(self.grid.weights, SimplexConfig):
+            if not self.principals:
+                raise ValueError("grid.weights needs principals to weigh, and there are none")
+        else:
+            for index, vector in enumerate(self.grid.weights):
+                if set(vector) != set(self.principals):
+                    known, given = (", ".join(names) or "none" for names in (self.principals, vector))
+                    raise ValueError(f"grid.weights[{index}] must name every principal once ({known}); got {given}")
+        if self.grid.weights and self.input.weights is not None:
+            raise ValueError("give either input.weights or grid.weights, not both")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: principal.weight for name, principal in self.principals.items()}

@@ -1,1 +1,0 @@
-"""Decoding: rows in, records out; free of Ray."""

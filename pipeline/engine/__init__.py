@@ -1,0 +1,1 @@
+"""The coordinator's side: rows in, records out, whatever runs the hosts."""

@@ -1,0 +1,278 @@
+"""The decoding loop: rows in, records out, whatever runs the hosts.
+
+A step of a group: collect the drawn tokens, end rows, refill the slots that became free, send what is new to all
+hosts. Two groups alternate, so that hosts compute one group while the other's games are played; a lone host, which
+plays by itself, is sent the next step before the tokens of the last are there.
+
+Rows own their tokens and draws, so whatever a host loses costs time and never a result: the rows under way are taken
+back into the queue and begin again. Nothing of a step is applied before all of its answers are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress, product
+
+import cage
+from pipeline.config.sections import DecodingConfig, Reproducibility, Trace
+from pipeline.config.variants import Variant
+from pipeline.engine.calls import HostCalls
+from pipeline.engine.prompts import Prompter
+from pipeline.engine.recovery import MAX_LOSSES_IN_A_ROW
+from pipeline.engine.row_state import RunningRow, Terms, TokenOutcome
+from pipeline.engine.scheduler import Call, Group, Slots
+from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
+from pipeline.monitoring.counts import Recoveries
+from pipeline.protocol.clients import Hosts
+from pipeline.records import Record, Row
+from pipeline.runtime.topology import Topology
+from pipeline.sampling.draws import Uniforms
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A row's prompts by role, and how much of each is shared."""
+
+    row: Row | None = None
+    prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Decodes many rows at once over the hosts of one replica.
+
+    Args:
+        topology: roles and principals.
+        hosts: clients by host name.
+        prompter: token ids of prompts and text of answers.
+        decoding: candidates, temperature of the draw, limits.
+        variants: the ways to answer a row.
+        num_slots: rows at once; as many as every host has.
+        num_groups: groups that alternate; 2 hides the coordinator's work behind the hosts'.
+        runs_ahead: whether a step is sent before the tokens of the last one are there, which hides the coordinator's
+            work behind a lone host's, that draws the tokens itself; a row that ends is noticed a step later.
+        max_failures: hosts that may fail in a row, no row being finished in between.
+        loaded_slots: slots of a host that was just started, where it is another number.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        hosts: Hosts,
+        prompter: Prompter,
+        decoding: DecodingConfig,
+        variants: Sequence[Variant],
+        *,
+        num_slots: int,
+        num_groups: int = 1,
+        runs_ahead: bool = False,
+        max_failures: int = 20,
+        loaded_slots: int | None = None,
+    ) -> None:
+        self._lineup = topology
+        self._calls = HostCalls(topology, hosts, prompter, decoding)
+        self._prompter = prompter
+        self._decoding = decoding
+        self._variants = variants
+        self._names = tuple(principal.name for principal in topology.principals)
+        is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
+        self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
+        self._not_finite = "the rewards or the base's logits are not finite"
+        if any(plan.scorings for plan in topology.hosts):
+            self._not_finite += ", or the text is longer than the context of a reward model"
+        assert not runs_ahead or len(topology.hosts) == 1, "tokens are drawn here where hosts are several"
+        self._num_ahead = int(runs_ahead)
+        self._loaded_slots = loaded_slots or num_slots
+        self._max_failures = max_failures
+        self._failures_in_a_row = self._losses_in_a_row = 0
+        self._ended: list[Record] = []
+        self._newest = _Encoded()
+        self.num_steps = self.num_row_steps = 0
+        self.recoveries = Recoveries()
+
+    @property
+    def calls(self) -> HostCalls:
+        """The calls to the hosts, with the seconds that they took."""
+        return self._calls
+
+    @property
+    def num_slots(self) -> int:
+        """Rows at once."""
+        return self._slots.num_slots
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a free slot waits for a row."""
+        return self._slots.has_room
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows without a slot, or whose prompts are not computed yet."""
+        return self._slots.num_waiting
+
+    @property
+    def is_idle(self) -> bool:
+        return self._slots.is_empty and not self._ended
+
+    def admit(self, row: Row, variant: int = 0, sample: int = 0) -> None:
+        """Queue one answer to a row; a row that cannot be decoded comes out of the next step as rejected."""
+        running = self._begin(row, variant, sample)
+        try:
+            self._encode(running)
+        except RowError as error:
+            self._ended.append(running.rejected(str(error)))
+        else:
+            self._slots.queue.append(running)
+
+    def step(self) -> list[Record]:
+        """Advance one group by one token; the records of the rows that ended.
+
+        Raises:
+            HostError: a host is of no use any more; nothing is lost, and `recover` goes on with others.
+        """
+        group = self._slots.next_group()
+        lacks_memory = False
+        try:
+            if len(group.calls) > self._num_ahead:
+                self._ended += self._complete(group)
+            if call := self._launch(group):
+                group.calls.append(call)
+            elif group.calls:  # there is nothing to send before more is known
+                self._ended += self._complete(group)
+        except StateLost as error:
+            self._rebuild(group, error)
+        except HostOutOfMemory:
+            lacks_memory = True
+        if lacks_memory:  # not while the error holds on to what has to be let go
+            self._halve()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def recover(self, hosts: Hosts, error: HostError) -> None:
+        """Go on with other hosts after a failure: the rows under way begin again; one that fails again and again,
+        alone at last, is rejected. Raises CageError after `max_failures` without a finished row."""
+        self._calls.hosts = hosts
+        self.recoveries += Recoveries(hosts_failed=1)
+        self._failures_in_a_row += 1
+        self._losses_in_a_row = 0
+        culprit = self._slots.isolation.host_failed(self._slots.take_back())
+        if culprit is not None:
+            self._refuse(culprit, f"its host failed whenever it was decoded, alone at last: {error}")
+        if self._failures_in_a_row > self._max_failures:
+            raise CageError(f"{self._failures_in_a_row} hosts failed and no row was finished in between; {error}")
+        if self._slots.num_slots != self._loaded_slots:
+            self._calls.resize(self._slots.num_slots)
+
+    def _rebuild(self, group: Group, error: StateLost) -> None:
+        self._losses_in_a_row += 1
+        if self._losses_in_a_row > MAX_LOSSES_IN_A_ROW:
+            raise error
+        self.recoveries += Recoveries(states_lost=1)
+        self._slots.take_back([group])
+
+    def _halve(self) -> None:
+        """Go on with half the rows at once; a row that does not fit alone is rejected."""
+        self.recoveries += Recoveries(memory_halved=1)
+        was_alone = self._slots.num_slots == 1
+        rows = self._slots.halve()
+        if was_alone:
+            for row in rows:
+                self._refuse(row, "its host has no memory for it even when it is decoded alone")
+        self._calls.resize(self._slots.num_slots)
+
+    def _refuse(self, running: RunningRow, reason: str) -> None:
+        """Reject a row that waits to begin again."""
+        self._slots.queue.remove(running)
+        self._ended.append(running.rejected(reason))
+
+    def _begin(self, row: Row, variant: int, sample: int) -> RunningRow:
+        way = self._variants[variant]
+        weights = way.weights or {**self._lineup.weights, **(row.weights or {})}
+        return RunningRow(
+            row=row,
+            sample=sample,
+            variant=variant,
+            principal_names=self._names,
+            terms=Terms(way.rule, way.agent_temperature, tuple(float(weights[name]) for name in self._names)),
+            # the variants of a prompt share its draws: what differs between them is the rule's doing
+            uniforms=Uniforms(self._decoding.seed, row.row_id, sample),
+        )
+
+    def _encode(self, running: RunningRow) -> None:
+        """Give the row its prompts. Raises RowError where it cannot be read."""
+        if running.row.error is not None:
+            raise RowError(running.row.error)
+        if running.row is not self._newest.row:  # answers to one row come one after another and share its prompts
+            prompts = self._prompter.encode(running.row.messages)
+            self._newest = _Encoded(running.row, prompts, self._prompter.heads(running.row.messages, prompts))
+        running.prompts, running.heads = self._newest.prompts, self._newest.heads
+        room = self._prompter.room(running.prompts)
+        limit = self._decoding.max_new_tokens
+        running.max_tokens = min(each for each in (limit, room, running.row.max_new_tokens) if each is not None)
+
+    def _launch(self, group: Group) -> Call | None:
+        """Fill free slots from the queue and send the hosts what is new."""
+        self._slots.fill(group)
+        num_rows = len(group.stepping) + len(group.parts)
+        if not num_rows:
+            return None
+        at, group.next = group.next, group.next.after
+        call = self._calls.advance(at, group)
+        for running in call.rows:
+            running.num_coming += 1
+        for running in group.end_step():
+            self._calls.score_original(running)
+        self.num_steps += 1
+        self.num_row_steps += num_rows
+        return call
+
+    def _complete(self, group: Group) -> list[Record]:
+        """Collect the tokens of the oldest call; free the slots of the rows that ended."""
+        call = group.calls.popleft()
+        outcomes = self._calls.outcomes(call)
+        going_on = [group.running.get(slot) is row for slot, row in zip(call.slots, call.rows, strict=True)]
+        self.num_row_steps -= going_on.count(False)  # they ended with the token before this one
+        rows = list(compress(zip(call.slots, call.rows, outcomes, strict=True), going_on))
+        for _, running, _ in rows:
+            self._calls.collect_original(running)
+        records = []
+        for slot, running, outcome in rows:
+            if record := self._apply(running, outcome):
+                records.append(record)
+                self._slots.isolation.finished(running)
+                self._failures_in_a_row = self._losses_in_a_row = 0
+                del group.running[slot]
+                group.free.append(slot)
+        group.free.sort()
+        return records
+
+    def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
+        """Give the row its token; its record if that ended it."""
+        if outcome.status == cage.Status.NOT_FINITE:
+            return running.rejected(f"token {len(running.tokens)}: {self._not_finite}")
+        running.append(outcome)
+        finished = running.finish(self._prompter, self._decoding.stop)
+        if finished is None:
+            return None
+        return running.record(
+            *finished,
+            self._prompter,
+            with_summary=self._decoding.trace is not Trace.NONE,
+            with_tokens=self._decoding.trace is Trace.TOKENS,
+        )
+
+
+def decode_rows(
+    engine: Engine, rows: Iterable[Row], *, num_variants: int = 1, num_samples: int = 1
+) -> Iterator[Record]:
+    """Decode every answer to every row; records come as they end. Rows are drawn from `rows` as slots free up."""
+    waiting = ((row, *answer) for row in rows for answer in product(range(num_variants), range(num_samples)))
+    exhausted = False
+    while not (exhausted and engine.is_idle):
+        while engine.has_room and not exhausted:
+            job = next(waiting, None)
+            exhausted = job is None
+            if job is not None:
+                engine.admit(*job)
+        yield from engine.step()

@@ -1,0 +1,136 @@
+"""From a row's messages to the token ids that each role reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import RowError
+from pipeline.records import Message
+from pipeline.runtime.topology import BASE, Role, Topology
+
+HEADS_KEPT = 4096
+
+
+class Prompter:
+    """Renders and encodes prompts, one way per role.
+
+    Args:
+        topology: the roles.
+        tokenizers: by host name; all hold the same vocabulary.
+        context_lengths: by host name, in tokens; None where the model states none.
+        stop_ids: token ids that end an answer.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        tokenizers: Mapping[str, Any],
+        context_lengths: Mapping[str, int | None],
+        stop_ids: frozenset[int],
+    ) -> None:
+        self._roles = topology.roles
+        self._tokenizers = tokenizers
+        self._context_lengths = context_lengths
+        self._base = tokenizers[BASE]
+        self._heads: dict[tuple[str, str | None], list[int]] = {}
+        self.stop_ids = stop_ids
+
+    def encode(self, messages: Sequence[Message]) -> dict[str, list[int]]:
+        """Token ids of the prompt by role name. Raises RowError where a prompt cannot be read by a role."""
+        prompts = {name: self._encode_role(role, messages) for name, role in self._roles.items()}
+        for name, ids in prompts.items():
+            limit = self._context_lengths[self._roles[name].host]
+            if not ids:
+                raise RowError(f"the prompt has no tokens for {name}")
+            if limit is not None and len(ids) >= limit:
+                raise RowError(
+                    f"the prompt has {len(ids)} tokens for {name}, whose context holds {limit} with the answer"
+                )
+        return prompts
+
+    def heads(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """By role, how many first tokens the prompt has in common with every other prompt of its system message."""
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        return {name: _num_common(self._head(self._roles[name], system), ids) for name, ids in prompts.items()}
+
+    def _head(self, role: Role, system: str | None) -> list[int]:
+        """What two short prompts with this system message begin with."""
+        key = (role.name, system)
+        if key not in self._heads:
+            before = [] if system is None else [{"role": "system", "content": system}]
+            try:
+                first, second = (
+                    self._encode_role(role, [*before, {"role": "user", "content": text}]) for text in ("a", "1")
+                )
+            except RowError:
+                first = second = []
+            if len(self._heads) >= HEADS_KEPT:
+                self._heads.clear()
+            self._heads[key] = first[: _num_common(first, second)]
+        return self._heads[key]
+
+    def room(self, prompts: Mapping[str, Sequence[int]]) -> int | None:
+        """Tokens that fit after the prompt in every role's context; None: no limit."""
+        rooms = [
+            limit - len(ids)
+            for name, ids in prompts.items()
+            if (limit := self._context_lengths[self._roles[name].host]) is not None
+        ]
+        return min(rooms, default=None)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an existing answer, ended like a finished one."""
+        ids = list(self._base(text, add_special_tokens=False)["input_ids"])
+        end = self._base.eos_token_id
+        return [*ids, end] if end is not None else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of an answer without special tokens."""
+        return str(self._base.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special ones by name."""
+        return str(self._base.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _encode_role(self, role: Role, messages: Sequence[Message]) -> list[int]:
+        tokenizer = self._tokenizers[role.host]
+        template = role.chat_template or tokenizer.chat_template or self._base.chat_template
+        if template is None:
+            return list(tokenizer(_plain_text(messages, role.principle))["input_ids"])
+        if role.principle is not None and "principle" not in template:
+            messages = _with_principle(messages, role.principle)
+        try:
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+                principle=role.principle or "",
+            )
+        except Exception as error:  # Jinja runs the template's own code: any error is the row's
+            raise RowError(f"the chat template of {role.name} refused the messages: {error}") from error
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that two sequences begin with in common."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _with_principle(messages: Sequence[Message], principle: str) -> list[Message]:
+    """Put the principle into the system message, after what stands there."""
+    if messages and messages[0]["role"] == "system":
+        system = {"role": "system", "content": f"{messages[0]['content']}\n\n{principle}"}
+        return [system, *messages[1:]]
+    return [{"role": "system", "content": principle}, *messages]
+
+
+def _plain_text(messages: Sequence[Message], principle: str | None) -> str:
+    """The prompt of a model without a chat template: its text as it stands."""
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        raise RowError("a conversation needs a chat template, and the model has none: set base.chat_template")
+    text = str(messages[0]["content"])
+    return text if principle is None else f"{principle}\n\n{text}"

@@ -1,0 +1,222 @@
+"""One row while it is decoded: its tokens, its sums, and the record that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cage import Status
+from pipeline.config.sections import RuleName
+from pipeline.engine.prompts import Prompter
+from pipeline.protocol.clients import Reply
+from pipeline.protocol.messages import CHUNK, DRAWN, num_parts
+from pipeline.records import FinishReason, Record, Row, TokenTrace
+from pipeline.sampling.draws import Uniforms
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutcome:
+    """What one step gave one row. Numbers in nats, by principal where plural; `num_steps` is the solver's count."""
+
+    token_id: int
+    rewards: Sequence[float]
+    payments: Sequence[float] | None
+    thresholds: Sequence[float] | None
+    base_logprob: float
+    logprob: float
+    kl: float
+    covered_mass: float
+    residual: float
+    status: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """By what a row's games are decided; `weights` by principal, in their order."""
+
+    rule: RuleName
+    agent_temperature: float
+    weights: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class RunningRow:
+    """A row in a slot. `originals` are the scores of an existing answer on their way, by host.
+
+    `num_coming` tokens were asked for and are not there yet.
+    """
+
+    row: Row
+    sample: int
+    variant: int
+    principal_names: tuple[str, ...]
+    terms: Terms
+    uniforms: Uniforms
+    prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
+    max_tokens: int = 0
+    num_coming: int = 0
+    originals: dict[str, Reply] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    outcomes: list[TokenOutcome] = field(default_factory=list)
+    original_rewards: list[float] | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.row.row_id, self.variant, self.sample
+
+    @property
+    def uniform(self) -> float:
+        """The draw of the next token to ask for."""
+        return self.uniforms.at(len(self.tokens) + self.num_coming)
+
+    @property
+    def newest_token(self) -> int:
+        """What the next step begins with; DRAWN while the host alone knows it."""
+        return DRAWN if self.num_coming else self.tokens[-1]
+
+    @property
+    def is_at_its_end(self) -> bool:
+        """Whether the tokens that are coming are the last that there may be."""
+        return len(self.tokens) + self.num_coming >= self.max_tokens
+
+    @property
+    def num_parts(self) -> int:
+        """Steps that it takes to compute the prompts, the tokens that the row kept included."""
+        return num_parts(max(map(len, self.prompts.values())) + len(self.tokens))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of one part of the prompts, over all roles."""
+        return sum(min(len(prompt) + len(self.tokens), CHUNK) for prompt in self.prompts.values())
+
+    def restart(self, *, keeps_tokens: bool) -> None:
+        """Prepare to be admitted again. Draws are keyed by the step, so the same tokens come again."""
+        self.originals.clear()
+        self.num_coming = 0
+        if not keeps_tokens:
+            self.tokens.clear()
+            self.outcomes.clear()
+
+    def append(self, outcome: TokenOutcome) -> None:
+        self.num_coming -= 1
+        self.tokens.append(outcome.token_id)
+        self.outcomes.append(outcome)
+
+    def finish(self, prompter: Prompter, stop: Sequence[str]) -> tuple[FinishReason, str] | None:
+        """The finish reason and the text, if the newest token ends the row."""
+        if self.tokens[-1] in prompter.stop_ids:
+            return FinishReason.STOP, prompter.decode(self.tokens[:-1])
+        cut = self._text_before_stop(prompter, stop)
+        if cut is not None:
+            return FinishReason.STOP, cut
+        if len(self.tokens) >= self.max_tokens:
+            return FinishReason.LENGTH, prompter.decode(self.tokens)
+        return None
+
+    def _text_before_stop(self, prompter: Prompter, stop: Sequence[str]) -> str | None:
+        if not stop:
+            return None
+        # a token is at least one byte, so a stop string that the newest token ends lies within this window
+        window = max(len(text.encode()) for text in stop) + 8
+        tail = prompter.decode(self.tokens[-window:])
+        if not any(text in tail for text in stop):
+            return None
+        whole = prompter.decode(self.tokens)
+        found = [at for text in stop if (at := whole.find(text)) >= 0]
+        return whole[: min(found)] if found else None
+
+    def record(
+        self,
+        reason: FinishReason,
+        text: str,
+        prompter: Prompter,
+        *,
+        with_summary: bool,
+        with_tokens: bool,
+    ) -> Record:
+        """The output row."""
+        count = len(self.outcomes)
+        record = replace(
+            self._blank(),
+            response=text,
+            finish_reason=reason,
+            num_tokens=count,
+            rewards=self._by_name(_sums([outcome.rewards for outcome in self.outcomes])),
+            payments=self._payments(),
+            num_unsolved=sum(outcome.status != Status.CONVERGED for outcome in self.outcomes),
+            tokens=tuple(self._trace(outcome, prompter) for outcome in self.outcomes) if with_tokens else (),
+        )
+        if with_summary:
+            record = replace(
+                record,
+                kl_per_token=sum(outcome.kl for outcome in self.outcomes) / count,
+                covered_mass=sum(outcome.covered_mass for outcome in self.outcomes) / count,
+                max_residual=max(outcome.residual for outcome in self.outcomes),
+                solver_steps=sum(outcome.num_steps for outcome in self.outcomes) / count,
+            )
+        return self._with_original(record)
+
+    def _with_original(self, record: Record) -> Record:
+        """Add the existing answer's rewards and say which of the two has the higher weighted reward."""
+        original_rewards = self.original_rewards
+        if original_rewards is None:
+            return record
+        total = sum(w * float(r or 0.0) for w, r in zip(self.terms.weights, record.rewards.values(), strict=True))
+        original_total = sum(w * r for w, r in zip(self.terms.weights, original_rewards, strict=True))
+        is_better = total >= original_total
+        original = self.row.response
+        return replace(
+            record,
+            original_response=original,
+            original_rewards=self._by_name(original_rewards),
+            chosen=record.response if is_better else original,
+            rejected=original if is_better else record.response,
+        )
+
+    def rejected(self, reason: str) -> Record:
+        """The output row of one that cannot be aligned."""
+        return replace(self._blank(), error=reason, original_response=self.row.response)
+
+    def _blank(self) -> Record:
+        """The output row as far as it is known without an answer."""
+        return Record(
+            row_id=self.row.row_id,
+            sample=self.sample,
+            variant=self.variant,
+            rule=str(self.terms.rule),
+            agent_temperature=self.terms.agent_temperature,
+            prompt=self.row.messages,
+            response=None,
+            finish_reason=FinishReason.ERROR,
+            num_tokens=0,
+            weights=dict(zip(self.principal_names, self.terms.weights, strict=True)),
+            rewards=dict.fromkeys(self.principal_names),
+            payments=dict.fromkeys(self.principal_names),
+        )
+
+    def _payments(self) -> dict[str, float | None]:
+        paid = [outcome.payments for outcome in self.outcomes if outcome.payments is not None]
+        if len(paid) < len(self.outcomes):
+            return dict.fromkeys(self.principal_names)
+        return self._by_name(_sums(paid))
+
+    def _trace(self, outcome: TokenOutcome, prompter: Prompter) -> TokenTrace:
+        return TokenTrace(
+            token_id=outcome.token_id,
+            text=prompter.token_text(outcome.token_id),
+            base_logprob=outcome.base_logprob,
+            logprob=outcome.logprob,
+            payments=self._by_name(outcome.payments),
+            thresholds=self._by_name(outcome.thresholds),
+        )
+
+    def _by_name(self, numbers: Sequence[float] | None) -> dict[str, float | None]:
+        if numbers is None:
+            return dict.fromkeys(self.principal_names)
+        return dict(zip(self.principal_names, numbers, strict=True))
+
+
+def _sums(numbers_TJ: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*numbers_TJ, strict=True)]

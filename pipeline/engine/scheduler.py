@@ -1,0 +1,167 @@
+"""Slots in groups: which rows wait, which run where, which call is under way, at which position."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.engine.recovery import PoisonRowIsolation
+from pipeline.engine.row_state import RunningRow
+from pipeline.protocol.clients import Reply
+from pipeline.protocol.messages import Position
+
+PROMPT_TOKENS_A_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
+
+
+@dataclass(slots=True)
+class Call:
+    """What is under way for a group: the slots in the order of the batch, their rows, and the hosts' replies.
+
+    `answer` is the tokens, or the base's candidates; there is none where no row runs yet: long prompts take several
+    steps. `values` are the other hosts' at the candidates.
+    """
+
+    at: Position
+    slots: list[int]
+    rows: list[RunningRow]
+    advanced: list[Reply]
+    answer: Reply | None
+    values: list[Reply]
+
+
+@dataclass(slots=True)
+class Group:
+    """Slots that step together. `next` is the position that the next call brings the hosts to.
+
+    `parts` is the next part of the prompt of each slot that is still being filled.
+    """
+
+    next: Position
+    free: list[int]
+    running: dict[int, RunningRow] = field(default_factory=dict)
+    parts: dict[int, int] = field(default_factory=dict)
+    calls: deque[Call] = field(default_factory=deque)
+
+    @property
+    def stepping(self) -> list[int]:
+        """The slots whose rows append a token in the next step; one whose last token is coming does not."""
+        return [
+            slot for slot in sorted(self.running) if slot not in self.parts and not self.running[slot].is_at_its_end
+        ]
+
+    @property
+    def drawing(self) -> list[int]:
+        """The slots that get a token in the next step: those that step, and those whose prompt ends with it."""
+        filled = [slot for slot in self.parts if not self.is_filling_after(slot)]
+        return sorted([*self.stepping, *filled])
+
+    def is_filling_after(self, slot: int) -> bool:
+        """Whether the slot's prompt needs more steps than the present one."""
+        return slot in self.parts and self.parts[slot] + 1 < self.running[slot].num_parts
+
+    def end_step(self) -> list[RunningRow]:
+        """Go on to the next part of every prompt; the rows whose first part this was."""
+        begun = [self.running[slot] for slot, part in self.parts.items() if part == 0]
+        self.parts = {slot: part + 1 for slot, part in self.parts.items() if self.is_filling_after(slot)}
+        return begun
+
+    def take_back(self, *, keeps_tokens: bool) -> list[RunningRow]:
+        """Empty the group and begin an epoch: the rows that were under way, ready to be admitted again."""
+        rows = [self.running[slot] for slot in sorted(self.running)]
+        for row in rows:
+            row.restart(keeps_tokens=keeps_tokens)
+        self.free = sorted([*self.free, *self.running])
+        self.running.clear()
+        self.parts.clear()
+        self.calls.clear()
+        self.next = _first_position(self.next.group)
+        return rows
+
+
+class Slots:
+    """All slots of an engine, in groups that take turns, and the rows that wait for one.
+
+    Args:
+        num_slots: rows at once.
+        num_groups: groups that alternate.
+        keeps_tokens: whether a row that is taken back keeps its tokens (relaxed) or begins from its start.
+    """
+
+    def __init__(self, num_slots: int, num_groups: int, *, keeps_tokens: bool) -> None:
+        self.num_slots = num_slots
+        self.queue: deque[RunningRow] = deque()
+        self.isolation = PoisonRowIsolation()
+        self._num_groups = num_groups
+        self._keeps_tokens = keeps_tokens
+        self._groups = self._deal()
+        self._turn = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a row is needed: for each free slot one, and some more, so that a slot that is freed in a step is
+        filled in the same."""
+        spare = (self.num_slots + 1) // 2
+        return len(self.queue) < self.isolation.limit(self.num_slots) - self._num_running + spare
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.queue and not self._num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows in the queue, and rows that are being filled."""
+        return len(self.queue) + sum(len(group.parts) for group in self._groups)
+
+    def next_group(self) -> Group:
+        """The group whose turn it is."""
+        self._turn += 1
+        return self._groups[self._turn % len(self._groups)]
+
+    def fill(self, group: Group) -> None:
+        """Give waiting rows the group's free slots, as many as a step's share of prompt tokens allows.
+
+        One row is always let in. Answers to one prompt share its tokens, which count once.
+        """
+        limit = self.isolation.limit(self.num_slots)
+        filling = [group.running[slot] for slot in group.parts]
+        num_tokens = sum(running.num_prompt_tokens for running in filling)
+        while group.free and self.queue and self._num_running < limit:
+            running = self.queue[0]
+            if not filling or running.prompts is not filling[-1].prompts:
+                num_tokens += running.num_prompt_tokens
+            if filling and num_tokens > PROMPT_TOKENS_A_STEP:
+                break
+            filling.append(self.queue.popleft())
+            slot = group.free.pop(0)
+            group.running[slot] = running
+            group.parts[slot] = 0
+
+    def take_back(self, groups: Sequence[Group] | None = None) -> list[RunningRow]:
+        """Put the rows under way (in these groups, or in all) back at the head of the queue, to begin again."""
+        rows = []
+        for group in self._groups if groups is None else groups:
+            rows += group.take_back(keeps_tokens=self._keeps_tokens)
+        self.queue.extendleft(reversed(rows))
+        return rows
+
+    def halve(self) -> list[RunningRow]:
+        """Have half as many slots from now on; the rows that were taken back."""
+        rows = self.take_back()
+        self.num_slots = max(1, self.num_slots // 2)
+        self._groups = self._deal()
+        return rows
+
+    @property
+    def _num_running(self) -> int:
+        return sum(len(group.running) for group in self._groups)
+
+    def _deal(self) -> list[Group]:
+        num_groups = min(self._num_groups, self.num_slots)
+        return [Group(_first_position(at), list(range(at, self.num_slots, num_groups))) for at in range(num_groups)]
+
+
+def _first_position(group: int) -> Position:
+    """An epoch that no host has seen; results do not depend on it."""
+    return Position(group, secrets.randbits(48), 0)

@@ -1,0 +1,134 @@
+"""Shards through one engine: slots refill across shard borders, a shard is done when all its rows are."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from pipeline.engine.engine import Engine
+from pipeline.errors import CageError, HostError
+from pipeline.monitoring.counts import Counts, Recoveries
+from pipeline.monitoring.waits import waiting_for
+from pipeline.protocol.clients import Hosts
+from pipeline.records import Record, Row
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOutcome:
+    """What came of a shard: committed, now or already before, or the error that ended its attempts.
+
+    `rows` are the aligned answers and `rejected` the others, as they are committed.
+    """
+
+    index: int
+    error: CageError | None = None
+    rows: int = 0
+    rejected: int = 0
+    was_committed: bool = False
+
+
+@dataclass(slots=True)
+class ShardOutput:
+    """A shard's records in the order in which they ended; `seconds` from its first row to its last.
+
+    `row_ids` are the shard's rows in input order, `recoveries` what was overcome since another shard was done.
+    """
+
+    index: int
+    row_ids: list[str] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+    recoveries: Recoveries = field(default_factory=Recoveries)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A shard under way. `num_waiting` counts admitted rows without a record."""
+
+    output: ShardOutput
+    jobs: Iterator[tuple[Row, int, int]]
+    started_s: float
+    num_waiting: int = 0
+    is_read: bool = False
+
+
+class ShardDecoder:
+    """Decodes shards, as many at once as it takes to keep the slots full.
+
+    Args:
+        engine: the decoder; it must be idle.
+        num_variants, num_samples: the answers to a row are one a variant and sample.
+    """
+
+    def __init__(self, engine: Engine, *, num_variants: int = 1, num_samples: int = 1) -> None:
+        self._engine = engine
+        self._answers = list(product(range(num_variants), range(num_samples)))
+        self._unread: deque[_Open] = deque()
+        self._open: dict[str, _Open] = {}
+        self._finished: list[ShardOutput] = []
+        self._counts = Counts()
+        self._told = Recoveries()
+
+    @property
+    def counts(self) -> Counts:
+        return replace(self._counts, steps=self._engine.num_steps, recoveries=self._engine.recoveries)
+
+    @property
+    def wants_shard(self) -> bool:
+        """Whether another shard is needed to keep the slots full."""
+        return not self._unread
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._unread and not self._open and not self._finished and self._engine.is_idle
+
+    def add(self, index: int, rows: Iterable[Row]) -> None:
+        """Queue a shard. Row ids must differ from those of all shards under way."""
+        jobs = ((row, *answer) for row in rows for answer in self._answers)
+        self._unread.append(_Open(ShardOutput(index), jobs, time.monotonic()))
+
+    def step(self) -> list[ShardOutput]:
+        """Advance the engine by one step; the shards that are done. Raises HostError, after which see `recover`."""
+        self._refill()
+        for record in self._engine.step():
+            shard = self._open[record.row_id]
+            shard.output.records.append(record)
+            shard.num_waiting -= 1
+            self._counts += Counts(1, int(record.is_rejected), record.num_tokens)
+            if shard.is_read and shard.num_waiting == 0:
+                self._close(shard)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def recover(self, hosts: Hosts, error: HostError) -> None:
+        """Go on with other hosts; what is decoded is kept. Raises CageError when hosts fail again and again."""
+        self._engine.recover(hosts, error)
+
+    def _refill(self) -> None:
+        """Admit rows while there is room; a shard without rows is done at once."""
+        while self._unread and self._engine.has_room:
+            shard = self._unread[0]
+            with waiting_for(f"a row of shard {shard.output.index} of the input"):
+                job = next(shard.jobs, None)
+            if job is not None:
+                row, *answer = job
+                if tuple(answer) == self._answers[0]:
+                    self._open[row.row_id] = shard
+                    shard.output.row_ids.append(row.row_id)
+                shard.num_waiting += 1
+                self._engine.admit(row, *answer)
+                continue
+            self._unread.popleft()
+            shard.is_read = True
+            if shard.num_waiting == 0:
+                self._close(shard)
+
+    def _close(self, shard: _Open) -> None:
+        self._open = {row_id: other for row_id, other in self._open.items() if other is not shard}
+        shard.output.seconds = time.monotonic() - shard.started_s
+        shard.output.recoveries = self._engine.recoveries - self._told
+        self._told = self._engine.recoveries
+        self._finished.append(shard.output)

@@ -1,0 +1,1 @@
+"""Where models come from: found, fetched, converted and described before any weights are loaded."""

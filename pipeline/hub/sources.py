@@ -1,0 +1,244 @@
+"""From the name of a model in a configuration to its files, found and checked before any weights are loaded."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from pipeline.config.sections import EMBEDDED_MODEL
+from pipeline.errors import ConfigurationError
+from pipeline.hub import embedded
+from pipeline.hub.huggingface import fetch_hub_adapter, fetch_hub_model, resolve_on_hub
+from pipeline.hub.remote import fetch, list_remote
+from pipeline.hub.weight_files import (
+    ADAPTER_CONFIG,
+    FileTree,
+    Inventory,
+    LocalTree,
+    ModelFiles,
+    find_adapter_files,
+    find_model_files,
+    read_json,
+    take_inventory,
+)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+# what an adapter's configuration may say that products of low rank, token by token, cannot do
+MORE_THAN_LORA = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "velora_config", "monteclora_config", "target_parameters", "trainable_token_indices", "layer_replication",
+)  # fmt: skip
+# ways to begin that change the weights of the model itself, for all of its roles
+CHANGES_THE_MODEL = ("pissa", "olora", "loftq", "corda", "lora_ga")
+Progress = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    """Show no progress."""
+
+
+class Location(StrEnum):
+    EMBEDDED = "embedded"
+    FOLDER = "folder"
+    HUB = "hub"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that exists. Picklable.
+
+    Attributes:
+        name: as the configuration names it.
+        location: where that is.
+        path: folder on the resolving machine with configuration and tokenizer; with the weights too where the
+            location is EMBEDDED or FOLDER. `fetch_weights` gives the whole folder on any machine.
+        revision: the commit on the hub; None elsewhere.
+        identity: fingerprint of the content.
+        num_parameters_by_dtype: as stored, by safetensors' dtype names.
+    """
+
+    name: str
+    location: Location
+    path: str
+    revision: str | None
+    identity: str
+    num_parameters_by_dtype: Mapping[str, int] = field(hash=False)
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """A PEFT LoRA adapter that exists. `backbone` is the model that it says it was trained on."""
+
+    name: str
+    location: Location
+    path: str
+    revision: str | None
+    identity: str
+    num_parameters_by_dtype: Mapping[str, int] = field(hash=False)
+    rank: int
+    backbone: str | None
+
+
+Source = ModelSource | AdapterSource
+
+
+def resolve_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    cache_folder: Path,
+    trust_remote_code: bool = False,
+    progress: Progress = _silent,
+) -> ModelSource:
+    """Find a model: `smollm2-135m`, a folder, an s3:// or gs:// folder, or a hub id such as org/name.
+
+    Of a model elsewhere only configuration, tokenizer and the weights' headers are fetched.
+
+    Raises:
+        ConfigurationError: there is no such model, or it cannot be used, and why.
+    """
+    location = _locate(name, revision)
+    if location is Location.HUB:
+        folder, commit, counts = resolve_on_hub(name, revision, with_code=trust_remote_code)
+        identity = f"hub:{name}@{commit}"
+        return ModelSource(name, location, str(folder), commit, identity, counts, trust_remote_code)
+    if location is Location.REMOTE:
+        tree = list_remote(name)
+        files = find_model_files(tree, with_code=trust_remote_code)
+        inventory = take_inventory(tree, files)
+        folder = fetch(tree, files.small, tree.cache_folder(cache_folder, files.names), progress=progress)
+    else:
+        folder = _folder_here(name, location, cache_folder, progress)
+        inventory = _inventory_here(folder, adapter=False, with_code=trust_remote_code)
+    identity = embedded.IDENTITY if location is Location.EMBEDDED else inventory.identity
+    counts = inventory.num_parameters_by_dtype
+    return ModelSource(name, location, str(folder), None, identity, counts, trust_remote_code)
+
+
+def resolve_adapter(
+    name: str, *, revision: str | None = None, cache_folder: Path, progress: Progress = _silent
+) -> AdapterSource:
+    """Find a PEFT LoRA adapter: a folder, an s3:// or gs:// folder, or a hub id. It is small and fetched whole.
+
+    Raises:
+        ConfigurationError: there is none, or it is of another kind than LoRA, or more.
+    """
+    location = _locate(name, revision)
+    commit = None
+    if location is Location.EMBEDDED:
+        raise ConfigurationError(f"{name} is a model, not an adapter")
+    if location is Location.HUB:
+        folder, commit = fetch_hub_adapter(name, revision)
+    elif location is Location.REMOTE:
+        folder = _fetch_whole(name, cache_folder, progress, adapter=True)
+    else:
+        folder = _folder_here(name, location, cache_folder, progress)
+    inventory = _inventory_here(folder, adapter=True)
+    config = read_json(LocalTree(folder), ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ConfigurationError(f"adapter {name} has peft_type {config.get('peft_type')}; only LORA is served")
+    more = [key for key in MORE_THAN_LORA if config.get(key)]
+    if config.get("bias", "none") != "none":
+        more.append(f"bias: {config['bias']}")
+    if str(begin := config.get("init_lora_weights")).lower().startswith(CHANGES_THE_MODEL):
+        more.append(f"init_lora_weights: {begin}")
+    if more:
+        raise ConfigurationError(
+            f"adapter {name} has {', '.join(more)}, which is not mixed with others in a pass; merge it into its "
+            "model (peft's merge_and_unload) and name that as a model"
+        )
+    return AdapterSource(
+        name=name,
+        location=location,
+        path=str(folder),
+        revision=commit,
+        identity=f"hub:{name}@{commit}" if commit else inventory.identity,
+        num_parameters_by_dtype=inventory.num_parameters_by_dtype,
+        rank=int(config.get("r", 0)),
+        backbone=config.get("base_model_name_or_path"),
+    )
+
+
+def fetch_weights(source: Source, *, cache_folder: Path, progress: Progress = _silent) -> Path:
+    """The folder with all of the model on this machine, fetched where it is missing: what `from_pretrained` reads.
+
+    Raises:
+        ConfigurationError: it cannot be had here, or is not the content that was resolved.
+    """
+    is_adapter = isinstance(source, AdapterSource)
+    with_code = isinstance(source, ModelSource) and source.trust_remote_code
+    if source.location is Location.HUB:  # a commit cannot change
+        if is_adapter:
+            return fetch_hub_adapter(source.name, source.revision)[0]
+        return fetch_hub_model(source.name, source.revision, with_code=with_code)
+    if source.location is Location.REMOTE:
+        folder = _fetch_whole(source.name, cache_folder, progress, adapter=is_adapter, with_code=with_code)
+    else:
+        folder = _folder_here(source.name, source.location, cache_folder, progress)
+    if source.location is not Location.EMBEDDED:
+        identity = _inventory_here(folder, adapter=is_adapter, with_code=with_code).identity
+        if identity != source.identity:
+            raise ConfigurationError(
+                f"{source.name} on machine {platform.node()} is not what was planned with ({identity} instead of "
+                f"{source.identity}): it changed meanwhile, or the machines hold different copies"
+            )
+    return folder
+
+
+def _locate(name: str, revision: str | None) -> Location:
+    """Where a name points, by its form; a folder that exists comes before a hub id."""
+    scheme, separator, _ = name.partition("://")
+    if name == EMBEDDED_MODEL:
+        location = Location.EMBEDDED
+    elif separator and scheme != "file":
+        location = Location.REMOTE
+    elif separator or Path(name).expanduser().is_dir() or not HUB_ID.fullmatch(name):
+        location = Location.FOLDER
+    elif difflib.get_close_matches(name.lower(), [EMBEDDED_MODEL], cutoff=0.8):
+        raise ConfigurationError(f"no model {name}; the embedded one is called {EMBEDDED_MODEL}")
+    else:
+        location = Location.HUB
+    if revision is not None and location is not Location.HUB:
+        raise ConfigurationError(f"revision {revision}: {name} is not a hub id, only those have revisions")
+    return location
+
+
+def _folder_here(name: str, location: Location, cache_folder: Path, progress: Progress) -> Path:
+    if location is Location.EMBEDDED:
+        return embedded.prepare_embedded(cache_folder, progress=progress)
+    folder = Path(name.removeprefix("file://")).expanduser().absolute()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ConfigurationError(f"{name} is a file; a model is a folder with config.json and safetensors")
+    siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, siblings, n=1)
+    hint = f"; did you mean {folder.parent / close[0]}?" if close else ""
+    raise ConfigurationError(
+        f"no model folder {folder} on machine {platform.node()}{hint} (a folder must be on every machine of the run; "
+        f"s3:// addresses and hub ids are fetched by each)"
+    )
+
+
+def _fetch_whole(
+    name: str, cache_folder: Path, progress: Progress, *, adapter: bool, with_code: bool = False
+) -> Path:
+    tree = list_remote(name)
+    files = _find_files(tree, adapter=adapter, with_code=with_code)
+    return fetch(tree, files.names, tree.cache_folder(cache_folder, files.names), progress=progress)
+
+
+def _inventory_here(folder: Path, *, adapter: bool, with_code: bool = False) -> Inventory:
+    tree = LocalTree(folder)
+    return take_inventory(tree, _find_files(tree, adapter=adapter, with_code=with_code))
+
+
+def _find_files(tree: FileTree, *, adapter: bool, with_code: bool) -> ModelFiles:
+    return find_adapter_files(tree) if adapter else find_model_files(tree, with_code=with_code)

@@ -1,1 +1,0 @@
-"""Models: where they come from, how rows share one set of weights."""

@@ -1,0 +1,1 @@
+"""The kinds of principals, one file each."""

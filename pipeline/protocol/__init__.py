@@ -1,0 +1,1 @@
+"""What the coordinator and the hosts say to each other."""

@@ -1,0 +1,1 @@
+"""One step of decoding: propose, value, solve, draw. The same code for every caller."""

@@ -1,0 +1,1 @@
+"""What each job does, in a screen each: relabel, judge, evaluate, synthesize."""

@@ -1,0 +1,139 @@
+"""The evaluation: decode a grid, judge the answers, compare the rules. Each stage continues where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.evaluation import summary
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.equal_kl import weighted_scores
+from pipeline.evaluation.landscape import survey
+from pipeline.evaluation.measurements import measure, tokens_per_second
+from pipeline.evaluation.metrics import check_hypervolume
+from pipeline.evaluation.notes import notes, overlaps
+from pipeline.evaluation.panel import Panel, call_panel
+from pipeline.evaluation.reading import reading
+from pipeline.evaluation.scores import Scores
+from pipeline.stages.judge import judge
+from pipeline.stages.relabel import relabel
+from pipeline.storage.run import Run
+
+METRICS = "metrics.json"
+VERSION = 1  # raise it when metrics.json is made in another way
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A finished evaluation: its run, metrics.json as a tree, and whether there was anything to do."""
+
+    run: Run
+    metrics: dict[str, Any]
+    was_run: bool
+
+
+def evaluate(
+    config: EvaluateConfig,
+    cache_folder: Path,
+    out: TextIO,
+    *,
+    is_verbose: bool = False,
+    may_begin_beside: bool = False,
+) -> Evaluation:
+    """Start or continue an evaluation and bring it to its end; `may_begin_beside` as in `relabel`.
+
+    Raises:
+        RunMismatch: `output.path` holds a run that answers otherwise.
+        ConfigurationError: a judge or a model cannot be used; nothing was decoded.
+        CageError: decoding or judging failed for good; what is done is kept.
+    """
+    check_hypervolume()
+    panel = call_panel(
+        config.evaluation.judges, cache_folder, progress=lambda line: print(line, file=out, flush=True)
+    )
+    run, was_decoded = relabel(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside)
+    scores = Scores(run, panel)
+    num_scored = judge(scores, config, out, is_verbose=is_verbose)
+    digest = _digest(run, panel, config)
+    known = _stored(run)
+    if not (was_decoded or num_scored) and known is not None and known.get("digest") == digest:
+        return Evaluation(run, known, was_run=False)
+    metrics = {"digest": digest, **compute_metrics(run, scores, config)}
+    run.store.put(METRICS, json.dumps(metrics, ensure_ascii=False, allow_nan=False, indent=1).encode() + b"\n")
+    return Evaluation(run, metrics, was_run=True)
+
+
+def compute_metrics(run: Run, scores: Scores, config: EvaluateConfig) -> dict[str, Any]:
+    """The comparison of everything that the run answered, as plain values."""
+    variants = [replace(each, weights=each.weights or config.weights) for each in run.plan.variants]
+    data = measure(
+        scores.tables(),
+        variants,
+        judges=list(config.evaluation.judges),
+        needed=list(config.objectives.values()),
+        num_samples=run.plan.num_samples,
+    )
+    land = survey(data, config.objectives, config.evaluation.reference_point, config.evaluation.bootstrap)
+    at_equal_kl = weighted_scores(land)
+    differences = summary.differences(land, at_equal_kl)
+    records = run.committed().values()
+    return {
+        "run": run.plan.digest,
+        "objectives": list(land.objectives),
+        "reference_point": dict(zip(land.objectives, map(float, land.reference_M), strict=True)),
+        "normalised_from": {
+            name: [float(low), float(high)]
+            for name, low, high in zip(land.objectives, land.low_M, land.high_M, strict=True)
+        },
+        "judges": _describe_judges(config, scores.panel, run),
+        "bootstrap": config.evaluation.bootstrap.model_dump(mode="json"),
+        "num_prompts": len(data.row_ids),
+        "num_prompts_left_out": data.num_left_out,
+        "num_answers": data.num_answers,
+        "num_rejected": sum(record.rejected for record in records),
+        "tokens_per_second": tokens_per_second(records),
+        "reading": reading(differences, land.confidence),
+        "notes": notes(config, scores.panel, run.plan.models, land),
+        "rules": summary.by_rule(land, at_equal_kl),
+        "by_temperature": summary.by_temperature(land),
+        "differences": differences,
+        "equal_kl": summary.equal_kl(land),
+        "control": summary.control(land),
+        "win_rates": summary.win_rates(land),
+        "points": summary.points(land),
+    }
+
+
+def _describe_judges(config: EvaluateConfig, panel: Panel, run: Run) -> dict[str, Any]:
+    """The judges' settings, whom each measures, and why one that does is not independent."""
+    why = {judge: reason for _, judge, reason in overlaps(config, panel, run.plan.models)}
+    return {
+        name: {
+            **judge.model_dump(mode="json"),
+            "measures": [principal for principal, judge_of in config.objectives.items() if judge_of == name],
+            "not_independent": why.get(name),
+            "identity": panel.sources[name].identity if name in panel.sources else None,
+        }
+        for name, judge in config.evaluation.judges.items()
+    }
+
+
+def _digest(run: Run, panel: Panel, config: EvaluateConfig) -> str:
+    """Of everything that decides metrics.json."""
+    settings = config.evaluation.model_dump(mode="json", exclude={"judges"})
+    text = json.dumps([VERSION, run.plan.digest, panel.digest, settings, config.objectives], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stored(run: Run) -> dict[str, Any] | None:
+    data = run.store.read(METRICS)
+    if data is None:
+        return None
+    try:
+        tree = json.loads(data)
+    except ValueError:
+        return None
+    return tree if isinstance(tree, dict) else None

@@ -1,0 +1,39 @@
+"""Judge what a run answered: the stage that evaluations and data sets share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TextIO
+
+from pipeline.config.sections import Config, Transport
+from pipeline.evaluation.scores import Scores
+
+
+def judge(scores: Scores, config: Config, out: TextIO, *, is_verbose: bool = False) -> int:
+    """Score the answers that are not scored yet, and say how far it is; the number of shards that were.
+
+    Models judge on actors where the run is on Ray, and in this process otherwise.
+
+    Raises:
+        CageError: a judge failed for good; scores that are written are kept.
+    """
+    num_scored = 0
+    for _ in _score(scores, config, is_verbose=is_verbose):
+        num_scored += 1
+        print(f"judged {num_scored:,} shards of {len(scores.run.plan.shards):,}", file=out, flush=True)
+    return num_scored
+
+
+def _score(scores: Scores, config: Config, *, is_verbose: bool) -> Iterator[None]:
+    pending = scores.pending()
+    if not pending:
+        return
+    if scores.panel.has_models and config.cluster.transport is Transport.RAY:
+        from pipeline.cluster.scoring import score_shards  # ray takes seconds to import
+
+        yield from score_shards(scores, pending, config, is_verbose=is_verbose)
+        return
+    judges = scores.panel.seat()
+    for record in pending:
+        scores.score(record, judges)
+        yield

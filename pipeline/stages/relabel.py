@@ -1,0 +1,169 @@
+"""The main job: prompts in, aligned answers out, resumable at every shard."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from pipeline.config.sections import Config, Reproducibility, Transport
+from pipeline.engine.shards import ShardOutcome
+from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, RunMismatch, StorageError
+from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.progress import ProgressLine
+from pipeline.monitoring.stall import ended_when_stalled
+from pipeline.points import Watcher, unwatched
+from pipeline.runtime.assembly import Assembly, assemble
+from pipeline.storage.plan import Plan, make_plan
+from pipeline.storage.run import PLAN, Run
+from pipeline.storage.stores import open_store
+from pipeline.storage.watched import watched
+
+MAX_BESIDE = 100
+
+
+class Stream(Protocol):
+    """Something that decodes and commits shards."""
+
+    def counts(self) -> Counts: ...
+
+    def waits(self) -> Sequence[str]: ...
+
+    def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run before it starts: models found, input read, shards fixed; nothing loaded or written."""
+
+    assembly: Assembly
+    plan: Plan
+
+
+def prepare(config: Config, cache_folder: Path, progress: Callable[[str], None] = lambda line: None) -> Prepared:
+    """Find models, compare tokenizers, read the input's metadata and plan the shards. Raises ConfigurationError."""
+    assembly = assemble(config, cache_folder, progress=progress)
+    versions = {}
+    if config.decoding.reproducibility is Reproducibility.STRICT:
+        versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return Prepared(assembly, make_plan(config, assembly.identities, versions=versions))
+
+
+def relabel(
+    config: Config,
+    cache_folder: Path,
+    out: TextIO,
+    *,
+    is_verbose: bool = False,
+    may_begin_beside: bool = False,
+    watch: Watcher = unwatched,
+) -> tuple[Run, bool]:
+    """Start or continue a run and bring it to its end; the run, and whether there was anything to do.
+
+    Where `output.path` holds a run of other settings, this one `may_begin_beside` it, in PATH-2, PATH-3 and so on.
+    `watch` is called at the named points of the run, in whichever process reaches them.
+
+    Raises:
+        RunMismatch: `output.path` holds a run of other settings.
+        ConfigurationError: nothing was decoded.
+        ErrorBudgetExceeded: more rows were rejected than `errors.budget` allows.
+        CageError: a shard failed for good; everything committed is kept.
+    """
+    prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
+    run, is_new = _open_run(prepared.plan, config.output.path, may_begin_beside=may_begin_beside)
+    run = watched(run, watch)
+    if run.is_complete:
+        return run, False
+    committed = run.committed()
+    todo = [shard.index for shard in run.plan.shards if shard.index not in committed]
+    if not is_new:  # another driver may be at work: begin elsewhere than it did
+        start = random.randrange(len(todo) or 1)
+        todo = todo[start:] + todo[:start]
+    budget = _Budget(config, run, sum(commit.rejected for commit in committed.values()))
+    line = ProgressLine(
+        out,
+        num_rows=run.plan.num_answers,
+        num_shards=len(run.plan.shards),
+        rows_before=sum(commit.rows + commit.rejected for commit in committed.values()),
+        shards_before=len(committed),
+    )
+    if todo:
+        streaming = _stream(prepared.assembly, run, is_verbose=is_verbose, watch=watch)
+        with streaming as stream, line.running(stream.counts), _ended_when_stalled(config, stream, line):
+            _decode(stream, todo, line, budget)
+    run.finish()
+    return run, True
+
+
+def _open_run(plan: Plan, path: str, *, may_begin_beside: bool) -> tuple[Run, bool]:
+    """The run of the plan at `path`, or at the first place beside it that is free or its own; whether it is new."""
+    for number in range(1, MAX_BESIDE + 1):
+        place = path if number == 1 else f"{path.rstrip('/')}-{number}"
+        store = open_store(place)
+        is_new = store.read(PLAN) is None
+        config = {**plan.config, "output": {**plan.config["output"], "path": place}}
+        try:
+            return Run.create_or_resume(store, replace(plan, config=config)), is_new
+        except RunMismatch:
+            if not may_begin_beside:
+                raise
+    raise ConfigurationError(f"{path} and {MAX_BESIDE - 1} places beside it hold runs of other settings")
+
+
+def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Budget) -> None:
+    """Decode shards until none is left. A shard that failed for good does not keep others from being committed."""
+    failures: list[CageError] = []
+    with closing(stream.decode(todo)) as outcomes:
+        for outcome in outcomes:
+            if isinstance(outcome.error, (StorageError, ConfigurationError)):  # the others would fail as well
+                raise outcome.error
+            if outcome.error is not None:
+                failures.append(outcome.error)
+                continue
+            line.shard_done(num_rows_found=outcome.rows + outcome.rejected if outcome.was_committed else 0)
+            budget.add(outcome.rejected)
+    if failures:
+        raise failures[0]
+
+
+def _ended_when_stalled(config: Config, stream: Stream, line: ProgressLine) -> AbstractContextManager[None]:
+    def progress() -> tuple[int, int, int]:
+        counts = stream.counts()
+        return counts.rows, counts.steps, line.shards_done
+
+    return ended_when_stalled(config.cluster.stall_timeout_s, progress, stream.waits)
+
+
+@contextmanager
+def _stream(assembly: Assembly, run: Run, *, is_verbose: bool, watch: Watcher) -> Iterator[Stream]:
+    if assembly.config.cluster.transport is Transport.LOCAL:
+        from pipeline.runtime.local import LocalStream  # models take seconds to import, as does ray
+
+        yield LocalStream(assembly, run, watch=watch)
+        return
+    from pipeline.cluster.stream import ShardStream, cluster
+
+    with cluster(assembly, is_verbose=is_verbose):
+        yield ShardStream(assembly, run.store.path, is_verbose=is_verbose, watch=watch)
+
+
+class _Budget:
+    """Counts rejected answers of the whole run against `errors.budget`."""
+
+    def __init__(self, config: Config, run: Run, num_before: int) -> None:
+        self._num_rejected = num_before
+        self._allowed = config.errors.allowed(run.plan.num_answers)
+
+    def add(self, num_rejected: int) -> None:
+        """Count the rejected answers of a committed shard. Raises ErrorBudgetExceeded."""
+        self._num_rejected += num_rejected
+        if self._num_rejected > self._allowed:
+            raise ErrorBudgetExceeded(
+                f"{self._num_rejected} answers were rejected and errors.budget allows {self._allowed}; "
+                "what is done is kept. Read the reasons with `cage status`, mend the input or raise errors.budget, "
+                "and run the same command"
+            )

@@ -1,0 +1,1 @@
+"""The host's side: one model on one device."""

@@ -1,0 +1,110 @@
+"""Passes of two fixed shapes: on a GPU each is recorded once as a CUDA graph, then replayed at once.
+
+A pass is hundreds of kernels, and starting them one by one takes longer than they run. A replay starts them together;
+nothing in it waits for the host. One shape is that of all cache rows, whoever runs: a step costs what reading the
+weights costs. The other is for tokens of new prompts. The same kernels compute every row, in any company.
+
+R rows, T tokens of prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.attention.prompt_segments import Prompts, serves
+from pipeline.attention.segments import Segment
+from pipeline.attention.slots import SlotCache, SlotPass
+from pipeline.attention.transfers import to_device
+from pipeline.worker.cuda_graphs import GraphPool
+from pipeline.worker.forward_batch import PromptPass
+
+MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
+MOST_SEGMENTS = 32  # of a pass over prompts
+
+# token ids and positions [1, T], and n, to the last logits [n, V]
+Forward = Callable[[SlotPass, Tensor, Tensor, int], Tensor]
+
+
+class StaticSteps:
+    """Runs passes over running rows, and over prompts.
+
+    Args:
+        forward: the model over packed tokens.
+        plain: the same, for a pass of another shape.
+        cache: where keys and values are; passes are recorded anew when its buffers move.
+        num_prompt_tokens: T.
+        spare_row: a cache row that nobody reads, for what is missing to a full batch.
+        device: where all of it is.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        plain: Forward,
+        cache: SlotCache,
+        *,
+        num_prompt_tokens: int,
+        spare_row: int,
+        device: torch.device,
+    ) -> None:
+        self._forward = forward
+        self._plain = plain
+        self._cache = cache
+        self._spare_row = spare_row
+        self._device = device
+        self._num_rows = max(MIN_ROWS, cache.num_rows - 1)
+        # tokens, positions and cache rows
+        self._inputs = torch.zeros(3, self._num_rows, dtype=torch.long, device=device)
+        self._prompt_ids = torch.zeros(num_prompt_tokens, dtype=torch.long, device=device)
+        self._prompts = Prompts(num_prompt_tokens, MOST_SEGMENTS, spare_row=spare_row, device=device)
+        self._moves = -1
+        self.recorder = GraphPool(device, "passes")
+
+    def run_rows(self, tokens_R: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The cache rows [rows] and the logits [rows, V] of these rows' newest tokens; lengths count those."""
+        self._reserve(max(lengths))
+        padding = self._num_rows - len(rows)
+        columns = [[*(length - 1 for length in lengths), *([0] * padding)], [*rows, *([self._spare_row] * padding)]]
+        self._inputs[1:].copy_(to_device(columns, self._device, torch.long), non_blocking=True)
+        self._inputs[0, : len(rows)] = tokens_R
+        return self._inputs[2, : len(rows)], self.recorder.run("rows", self._pass_rows)[: len(rows)]
+
+    def run_prompts(self, part: PromptPass) -> None:
+        """Compute parts of prompts; nobody asks for their logits."""
+        self._reserve(max(segment.stop for segment in part.segments))
+        missing = len(self._prompt_ids) - len(part.tokens)
+        self._prompt_ids.copy_(
+            to_device([*part.tokens, *([0] * missing)], self._device, torch.long), non_blocking=True
+        )
+        self._prompts.load(part.segments)
+        if all(map(serves, self._cache.keys, self._cache.values)):
+            self.recorder.run("prompts", self._pass_prompts)
+        else:  # the parts are computed one by one, which differs every time
+            self._pass_prompts()
+
+    def _reserve(self, num_tokens: int) -> None:
+        if not self._cache.keys:  # a pass makes the buffers
+            nothing_R = torch.empty(0, dtype=torch.long, device=self._device)
+            first = SlotPass(
+                self._cache, [Segment(self._spare_row, 0, 1)], (), (), (), nothing_R, nothing_R, per_row=True
+            )
+            self._plain(first, self._prompt_ids[None, :1], self._prompt_ids[None, :1], 1)
+        self._cache.reserve(num_tokens)
+        if self._moves != self._cache.num_moves:
+            self._moves = self._cache.num_moves
+            self.recorder.clear()
+
+    def _pass_rows(self) -> Tensor:
+        """Compute from the inputs. It writes the same keys to the same places: it may run any number of times."""
+        tokens_R, last_R, rows_R = self._inputs
+        lengths = (self._cache.capacity,) * self._num_rows
+        slot_pass = SlotPass(self._cache, (), (), (), lengths, rows_R, last_R, per_row=False)
+        return self._forward(slot_pass, tokens_R[None], last_R[None], self._num_rows)
+
+    def _pass_prompts(self) -> Tensor:
+        nothing_R = self._prompt_ids[:0]
+        slot_pass = SlotPass(self._cache, (), (), (), (), nothing_R, nothing_R, per_row=True, prompts=self._prompts)
+        return self._forward(slot_pass, self._prompt_ids[None], self._prompts.positions[None], 1)

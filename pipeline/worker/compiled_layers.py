@@ -1,0 +1,51 @@
+"""A model's layers, compiled for a GPU: norms, rotations and activations of a layer become a few kernels, and
+projections of the same input one matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo
+from transformers.modeling_layers import GradientCheckpointingLayer  # what every decoder layer is derived from
+
+from pipeline.worker.joined_projections import join_projections
+
+RECOMPILATIONS = 64  # shapes and kinds of layers, over all models of a process
+
+
+@contextmanager
+def of_many_shapes() -> Iterator[None]:
+    """Let a function be compiled for that many shapes. Beyond the limit it is computed as it is, without a word:
+    slower, and to other bits."""
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+        yield
+
+
+class CompiledLayers:
+    """The layers of a model, compiled for each shape; one compilation serves all layers, as they are alike.
+
+    Args:
+        model: a transformers model; its projections are joined.
+    """
+
+    def __init__(self, model: Any) -> None:
+        join_projections(model)
+        self._layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        self._forwards: list[Callable[..., Any]] = []
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Compute with compiled layers."""
+        if not self._forwards:
+            self._forwards = [torch.compile(layer.forward, dynamic=False) for layer in self._layers]
+        try:
+            for layer, forward in zip(self._layers, self._forwards, strict=True):
+                layer.forward = forward
+            with of_many_shapes():
+                yield
+        finally:
+            for layer in self._layers:
+                layer.__dict__.pop("forward", None)

@@ -1,0 +1,177 @@
+"""Forward passes of one model over packed tokens: what is drafted, and texts as they stand.
+
+T packed tokens, R running rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.attention.rows import can_build_for
+from pipeline.attention.segments import Segment
+from pipeline.attention.slots import SlotCache, SlotPass, running
+from pipeline.attention.transfers import to_device
+from pipeline.protocol.messages import DRAWN
+from pipeline.worker.adapters import TokenAdapters
+from pipeline.worker.captured_passes import MIN_ROWS, MOST_SEGMENTS, StaticSteps
+from pipeline.worker.compiled_layers import CompiledLayers
+from pipeline.worker.forward_batch import Draft
+from pipeline.worker.stopwatch import Stopwatch
+
+PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
+
+
+class Passes:
+    """Runs a model.
+
+    On a CPU prompts ride with the running rows. On a GPU passes have two shapes, recorded and replayed, with compiled
+    layers: one for all running rows, and one for prompts, which take passes of their own. There kernels depend on the
+    shape of a pass, and a row's bits on the kernels.
+
+    Args:
+        model: a causal LM in eval mode with the slot attention.
+        vocab_size: logits beyond it are cut.
+        adapters: of the model, where it has some.
+        strict: no row's bits depend on its company.
+        has_static_steps: whether passes have fixed shapes; None: on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        vocab_size: int,
+        adapters: TokenAdapters | None = None,
+        strict: bool,
+        has_static_steps: bool | None = None,
+    ) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+        self._adapters = adapters
+        self._strict = strict
+        self.device: torch.device = next(model.parameters()).device
+        self._has_static_steps = can_build_for(self.device) if has_static_steps is None else has_static_steps
+        self._compiled = CompiledLayers(model) if self._has_static_steps and self.device.type == "cuda" else None
+        self._static_steps: StaticSteps | None = None
+        self._cache: SlotCache | None = None
+        self._spare_row = 0
+        # the number of each cache row's adapter
+        self._adapters_of_rows = torch.zeros(1, dtype=torch.long)
+        self._watch = Stopwatch(self.device)
+        self.num_forwards = self.num_tokens = 0
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds that passes took, on the device."""
+        return self._watch.seconds
+
+    def lay_out(self, cache: SlotCache, adapters: Sequence[str | None]) -> None:
+        """Compute into this cache from now on; each row of it has its adapter, and nobody reads the last one."""
+        self._cache, self._spare_row = cache, cache.num_rows - 1
+        if self._adapters is not None:
+            numbers = [self._adapters.number(name) for name in adapters]
+            self._adapters_of_rows = torch.tensor(numbers, device=self.device)
+        if self._has_static_steps:
+            self._static_steps = StaticSteps(
+                self._compute_compiled,
+                self._compute,
+                cache,
+                num_prompt_tokens=PROMPT_SHAPE,
+                spare_row=self._spare_row,
+                device=self.device,
+            )
+
+    def let_go(self) -> None:
+        """Hold no cache any more, so that its memory can be used."""
+        self._cache = self._static_steps = None
+
+    def run(self, draft: Draft, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The cache rows [R] that ran and their newest logits [R, V]; None where nothing was to be computed.
+
+        `newest_S` has the tokens that were drawn on the device, by slot, for rows whose token is DRAWN.
+        """
+        if not draft.tokens and not draft.rows:
+            return None
+        if self._static_steps is not None:
+            return self._run_static(self._static_steps, draft, newest_S)
+        if self._strict:
+            draft.pad(MIN_ROWS, row=self._spare_row)
+        rows_R = to_device(draft.rows, self.device, torch.long)
+        last_R = to_device(draft.lengths, self.device, torch.long) - 1
+        # on a CPU a call a row costs less than the copies that a batch of rows needs
+        per_row = self._strict or self.device.type == "cpu"
+        slot_pass = SlotPass(
+            self._cache, draft.segments, draft.follows, draft.rows, draft.lengths, rows_R, last_R, per_row
+        )
+        ids_T = torch.cat([to_device(draft.tokens, self.device, torch.long), self._last_tokens(draft, newest_S)])
+        positions = [*draft.positions, *(length - 1 for length in draft.lengths)]
+        positions_T = to_device(positions, self.device, torch.long)
+        with self._counting(len(ids_T)):
+            # one that nobody reads where no row runs yet
+            logits_RV = self._compute(slot_pass, ids_T[None], positions_T[None], max(len(draft.rows), 1))
+        return rows_R, logits_RV[: len(draft.rows)]
+
+    def _run_static(self, steps: StaticSteps, draft: Draft, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
+        assert self._cache is not None
+        for part in draft.prompt_passes(PROMPT_SHAPE, MOST_SEGMENTS):
+            for copied in part.copies:
+                self._cache.copy(copied)
+            if part.segments:
+                with self._counting(len(part.tokens)):
+                    steps.run_prompts(part)
+        if not draft.rows:
+            return None
+        with self._counting(len(draft.rows)):
+            return steps.run_rows(self._last_tokens(draft, newest_S), draft.rows, draft.lengths)
+
+    def score(self, tokens: Sequence[int], adapter: str | None, keep: int) -> Tensor:
+        """The logits [keep, V] of the last tokens of a text, which leaves nothing behind."""
+        nothing_R = torch.empty(0, dtype=torch.long, device=self.device)
+        segments = [Segment(-1, 0, len(tokens))]
+        slot_pass = SlotPass(None, segments, (), (), (), nothing_R, nothing_R, per_row=self._strict)
+        ids_T = torch.tensor(tokens, device=self.device)
+        positions_T = torch.arange(len(tokens), device=self.device)
+        number = 0 if self._adapters is None else self._adapters.number(adapter)
+        with self._counting(len(tokens)):
+            return self._compute(slot_pass, ids_T[None], positions_T[None], keep, torch.full_like(ids_T, number))
+
+    def _compute_compiled(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
+        with nullcontext() if self._compiled is None else self._compiled.in_use():
+            return self._compute(slot_pass, ids, positions, keep)
+
+    def _last_tokens(self, draft: Draft, newest_S: Tensor) -> Tensor:
+        """The newest tokens [R] of running rows, those among them that were drawn on the device."""
+        given_R = to_device(draft.last_tokens, self.device, torch.long)
+        if DRAWN not in draft.last_tokens:
+            return given_R
+        return torch.where(given_R == DRAWN, newest_S[to_device(draft.last_slots, self.device, torch.long)], given_R)
+
+    def _compute(
+        self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int, adapters_T: Tensor | None = None
+    ) -> Tensor:
+        """The logits [keep, V] of the last of the tokens [1, T], whose adapters are their rows' unless given."""
+        if self._adapters is not None:
+            if adapters_T is None:
+                adapters_T = self._adapters_of_rows[slot_pass.token_rows(self.device)]
+            self._adapters.of_tokens = adapters_T
+        with running(slot_pass):
+            output = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,  # the attention keeps keys and values itself
+                logits_to_keep=keep,
+            )
+        logits: Tensor = output.logits[0, :, : self._vocab_size]
+        return logits.float()
+
+    @contextmanager
+    def _counting(self, num_tokens: int) -> Iterator[None]:
+        with self._watch.running():
+            yield
+        self.num_forwards += 1
+        self.num_tokens += num_tokens

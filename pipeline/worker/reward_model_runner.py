@@ -1,0 +1,255 @@
+"""A reward host: one sequence reward model, which scores what the base might say next.
+
+It keeps the keys and values of every row's prefix; candidates are branches of it, read with the newest tokens in one
+pass and scored each at its own last token. A score is the model's output for a role's label.
+
+A step is one pass, and others where prompts of new rows are to be read: all of them but their last tokens, in parts
+of bounded length. What another row holds of a prompt is copied. Every row attends to its own keys alone, so that on a
+CPU its bits do not depend on its company as long as a pass has a few tokens. On a GPU matrix kernels depend on the
+number of tokens, and strict passes have the same number, whoever reads.
+
+B rows of a call, R roles of the host, N candidates, T tokens, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.attention.branches import Reading, RowCache, reading
+from pipeline.attention.prefixes import Key, Prefixes, Prompt
+from pipeline.protocol.messages import CHUNK, Admission, HostRole, RewardSpec
+from pipeline.worker.captured_passes import MIN_ROWS
+from pipeline.worker.memory import Room, capacity_for
+from pipeline.worker.reward_rows import Question, RewardRow, lay_out
+
+PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
+PADDING = 64  # tokens of one row that nobody reads
+
+
+class RewardModelRunner:
+    """Runs one sequence classifier for `num_slots` rows and several roles.
+
+    Args:
+        backbone: the classifier without its head, in eval mode, with the attention of branches.
+        head: from hidden states to scores, in float32.
+        roles: what it serves.
+        spec: each role's label, and how to read the base's tokens where the vocabularies differ.
+        num_slots: rows at once.
+        context_length: longest sequence that the model reads; what is longer is scored NaN.
+        strict: pad passes, so that no row's bits depend on its company.
+        bytes_per_token: what one token of one row takes in the cache.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        head: Any,
+        roles: Sequence[HostRole],
+        spec: RewardSpec,
+        *,
+        num_slots: int,
+        context_length: int | None = None,
+        strict: bool = True,
+        bytes_per_token: int = 0,
+    ) -> None:
+        self._backbone = backbone
+        self._head = head
+        self._roles = tuple(roles)
+        self._spec = spec
+        self._context_length = context_length
+        self._strict = strict
+        self._bytes_per_token = bytes_per_token
+        self._device: torch.device = next(backbone.parameters()).device
+        self.num_forwards = self.num_tokens = 0
+        self.resize(num_slots)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def room(self, row_tokens: int) -> Room:
+        """What a slot takes with rows of `row_tokens` tokens, and what is free."""
+        return Room.on(self._device, len(self._roles) * capacity_for(row_tokens) * self._bytes_per_token)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes; 0 before the first pass."""
+        return max((row.cache.bytes_per_token() for rows in self._rows for row in rows), default=0)
+
+    def resize(self, num_slots: int) -> None:
+        """Forget all rows and hold `num_slots` at once from now on."""
+        self._rows: list[list[RewardRow]] = [[] for _ in range(num_slots)]
+        self._prefixes: Prefixes[RowCache] = Prefixes()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Read parts of new rows' prompts; note a token more of the running ones, to be read with its candidates."""
+        replaced = self._replace([each for each in admissions if each.part == 0])
+        parts = [(row, (each.part + 1) * CHUNK) for each in admissions for row in self._rows[each.slot]]
+        try:
+            while parts:
+                parts = self._fill(parts)
+        finally:
+            for cache in replaced:
+                self._prefixes.drop(cache)
+        for slot, token in zip(slots, tokens, strict=True):
+            for row in self._rows[slot]:
+                row.answer.append(token)
+                row.told = None
+
+    @torch.inference_mode()
+    def rewards_at(self, slots: Sequence[int], ids_BN: Tensor) -> Tensor:
+        """What each candidate adds to its row's score: score(prefix + a) - score(prefix), [B, R, N]."""
+        wanted = [(row, ids) for slot, ids in zip(slots, ids_BN.tolist(), strict=True) for row in self._rows[slot]]
+        self._ask([(row, ids) for row, ids in wanted if row.told is None or row.told[0] != ids])
+        told = [row.told[1] for row, _ in wanted if row.told is not None]
+        return torch.stack(told).view(len(slots), len(self._roles), -1)
+
+    @torch.inference_mode()
+    def score(self, prompts: Mapping[str, Sequence[int]], continuation: Sequence[int]) -> Tensor:
+        """Teacher forcing: what each token of an answer adds to each role's score, [R, T], in one pass a role."""
+        answers = [continuation[:count] for count in range(len(continuation) + 1)]
+        rewards = []
+        for role, label in zip(self._roles, self._spec.labels, strict=True):
+            sequences = self._sequences(prompts[role.name], answers)
+            if not self._fits(sequences):
+                rewards.append(torch.full((len(continuation),), torch.nan, device=self._device))
+                continue
+            whole, places = lay_out(RowCache(), sequences[-1], sequences)
+            [scores_TL] = self._read([whole])
+            rewards.append(scores_TL[:, label][torch.tensor(places, device=self._device)].diff())
+        return torch.stack(rewards)
+
+    def _replace(self, admissions: Sequence[Admission]) -> list[RowCache]:
+        """Give slots new rows; the caches of rows that are gone, as far as a new row begins like one of them."""
+        gone = [row.cache for each in admissions for row in self._rows[each.slot]]
+        for each in admissions:
+            self._rows[each.slot] = self._begin(each)
+        rows = [row for each in admissions for row in self._rows[each.slot]]
+        wanted = {self._prefixes.find(row.prompt, preferred=row.cache)[0] for row in rows}
+        for cache in gone:
+            if cache not in wanted:
+                self._prefixes.drop(cache)
+        return [cache for cache in gone if cache in wanted]
+
+    def _begin(self, admission: Admission) -> list[RewardRow]:
+        """A row for each role, which has read nothing yet. What it kept is read like its prompt, if in own tokens."""
+        is_own = self._spec.retokeniser is None
+        kept = list(admission.answer)
+        return [
+            RewardRow(
+                Prompt.of(
+                    None,
+                    [*admission.prompts[role.name], *(kept if is_own else [])],
+                    admission.heads.get(role.name, 0),
+                ),
+                [] if is_own else list(kept),
+                label,
+            )
+            for role, label in zip(self._roles, self._spec.labels, strict=True)
+        ]
+
+    def _fill(self, parts: Sequence[tuple[RewardRow, int]]) -> list[tuple[RewardRow, int]]:
+        """Let rows hold their prompts up to so many tokens; those that wait for what others read now."""
+        begun: set[Key] = set()
+        later, filled, readings = [], [], []
+        for row, limit in parts:
+            stop = min(limit, len(row.prompt.tokens) - 1)
+            piece = Prompt.of(None, row.prompt.tokens[: stop + 1], row.prompt.head)
+            found = [self._prefixes.find(prompt, preferred=row.cache) for prompt in (row.prompt, piece)]
+            source, held = max(found, key=itemgetter(1))
+            start = max(held, len(row.cache.tokens))
+            if any(key in begun and len(key.tokens) > start for key in piece.keys):
+                later.append((row, limit))
+                continue
+            if start > len(row.cache.tokens):
+                row.cache.take_over(source, start)
+            if start < stop:
+                begun.update(piece.keys)
+                readings += [
+                    Reading(row.cache, first, piece.tokens[first:last]) for first, last in piece.segments(start, stop)
+                ]
+            filled.append((row.cache, piece))
+        self._read_all(readings)
+        for cache, piece in filled:
+            self._prefixes.put(cache, piece)
+        return later
+
+    def _ask(self, wanted: Sequence[tuple[RewardRow, list[int]]]) -> None:
+        """Let every row tell what its candidates add."""
+        questions = []
+        for row, ids in wanted:
+            answers = [row.answer, *([*row.answer, token] for token in ids)]
+            prefix, *followers = self._sequences(row.prompt.tokens, answers)
+            if self._fits([prefix, *followers]):
+                questions.append(Question(row, ids, *lay_out(row.cache, prefix, followers)))
+            else:
+                row.told = (ids, torch.full((len(ids),), torch.nan, device=self._device))
+        for question, scores_TL in zip(questions, self._read_all([each.reading for each in questions]), strict=True):
+            question.settle(scores_TL)
+
+    def _read_all(self, readings: Sequence[Reading]) -> list[Tensor]:
+        """Scores [T, L] of every token of each reading. A row may have two, the second behind the first."""
+        return [scores_TL for part in self._passes(readings) for scores_TL in self._read(part)]
+
+    def _passes(self, readings: Sequence[Reading]) -> list[list[Reading]]:
+        """What is read at once: all, or as much as a pass has tokens."""
+        if not self._has_one_shape:
+            return [[*readings]] if readings else []
+        parts: list[list[Reading]] = []
+        room = 0
+        for each in readings:
+            count = len(each.tokens)
+            if not parts or count > room:
+                parts.append([])
+                room = -(-count // PASS_TOKENS) * PASS_TOKENS
+            parts[-1].append(each)
+            # what fills more than a pass is alone, so that its shape is its own
+            room = room - count if count <= PASS_TOKENS else 0
+        return parts
+
+    @property
+    def _has_one_shape(self) -> bool:
+        return self._strict and self._device.type != "cpu"
+
+    def _read(self, readings: Sequence[Reading]) -> Sequence[Tensor]:
+        """Scores [T, L] of every token of each reading, in one forward pass."""
+        counts = [len(each.tokens) for each in readings]
+        if not sum(counts):
+            return [torch.zeros(0, max(self._spec.labels) + 1, device=self._device) for _ in readings]
+        self.num_forwards += 1
+        self.num_tokens += sum(counts)
+        padded = [*readings, *self._padding(sum(counts))]
+        ids = torch.tensor([[token for each in padded for token in each.tokens]], device=self._device)
+        positions = torch.tensor([[at for each in padded for at in each.positions]], device=self._device)
+        with reading(padded):
+            output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
+        states = torch.split(output.last_hidden_state[0, : sum(counts)].float(), counts)
+        # one by one: the bits of a product with one column depend on how many rows it has
+        return [self._head(states_TH) for states_TH in states]
+
+    def _padding(self, num_tokens: int) -> list[Reading]:
+        """Rows that nobody reads, for what a strict pass of so many tokens lacks."""
+        missing = 0
+        if self._has_one_shape:
+            missing = -num_tokens % PASS_TOKENS
+        elif self._strict:
+            missing = max(0, MIN_ROWS - num_tokens)
+        longest = min(PADDING, self._context_length or PADDING)
+        return [Reading(RowCache(), 0, [0] * min(longest, missing - at)) for at in range(0, missing, longest)]
+
+    def _sequences(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What the model reads for each answer, in its own tokens."""
+        if self._spec.retokeniser is not None:
+            answers = self._spec.retokeniser.encode(answers)
+        return [[*prompt, *answer] for answer in answers]
+
+    def _fits(self, sequences: Sequence[Sequence[int]]) -> bool:
+        return self._context_length is None or max(map(len, sequences)) <= self._context_length
