@@ -24,7 +24,7 @@ from typing import TextIO
 
 import pyarrow.parquet as pq
 import torch
-from chaos_drivers import (
+from support.chaos_drivers import (
     FORK,
     NUM_ROWS,
     RayDisturbance,
@@ -34,7 +34,7 @@ from chaos_drivers import (
     make_job,
     make_model,
 )
-from ray_victims import ray_nodes
+from support.ray_victims import ray_nodes
 
 from pipeline.config.sections import Config
 

@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make (once) a random tiny model: tiny("llama", seed=1) is its folder."""
-    import tiny_models
+    from support import tiny_models
 
     made: dict[tuple[str, int, int], Path] = {}
 
@@ -48,7 +48,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make (once) a random reward model: judge("llama", seed=5) is its folder; `pairs` gives it tokens of its own."""
-    import tiny_models
+    from support import tiny_models
 
     made: dict[tuple[object, ...], Path] = {}
 

@@ -7,9 +7,9 @@ import random
 from functools import partial
 
 import pytest
-import tiny_models
 import torch
-from adapter_setup import make_lora
+from support import tiny_models
+from support.lora import make_lora
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from pipeline.errors import ConfigurationError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding_setup import ask, config_of, decode, engine_of
+from support.decoding import ask, config_of, decode, engine_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.engine.engine import decode_rows

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding_setup import ask, config_of, decode, engine_of
+from support.decoding import ask, config_of, decode, engine_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.engine.engine import decode_rows
@@ -123,7 +123,7 @@ def test_a_row_that_could_not_be_read_comes_out_with_its_reason(tiny):
 
 
 def test_a_conversation_without_a_chat_template_is_refused_by_name_of_the_remedy(tiny, tmp_path):
-    import tiny_models
+    from support import tiny_models
 
     folder = tiny_models.make_model(tmp_path, tokenizer=tiny_models.make_tokenizer(chat_template=None))
     rows = [

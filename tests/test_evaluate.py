@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from storage_setup import tree_bytes
+from support.storage import tree_bytes
 from test_reward_models import save_reward_model
 
 from jobs.commands.evaluate import describe_evaluation, run_evaluate

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from adapter_setup import make_lora
-from decoding_setup import config_of, decode, engine_of
-from kernel_setup import check_kernel
+from support.decoding import config_of, decode, engine_of
+from support.kernels import check_kernel
+from support.lora import make_lora
 from test_adapters import host_of as adapters_host_of
 from test_adapters import logprobs_after
 from test_recorded_games import FOUR

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from storage_setup import write_jsonl
+from support.storage import write_jsonl
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding_setup import ask, config_of, decode
+from support.decoding import ask, config_of, decode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 from pipeline.errors import CageError, ConfigurationError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from decoding_setup import config_of
+from support.decoding import config_of
 
 from pipeline.cluster import board as board_module
 from pipeline.cluster.board import ProgressBoard

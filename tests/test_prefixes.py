@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from decoding_setup import ask, config_of, decode, engine_of
+from support.decoding import ask, config_of, decode, engine_of
 
 from pipeline.attention.prefixes import Prefixes, Prompt
 from pipeline.engine import scheduler

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from adapter_setup import make_lora
-from decoding_setup import NOWHERE, ask, config_of, decode, engine_of
+from support import tiny_models
+from support.decoding import NOWHERE, ask, config_of, decode, engine_of
+from support.lora import make_lora
 from transformers import AutoModelForCausalLM
 
 from pipeline.engine.engine import decode_rows

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 
-import faults
 import pyarrow.parquet as pq
 import pytest
 import ray
-from faults import DiskFull, KillAlways, KillAt, KillSibling, Poison
+from support import failpoints
+from support.failpoints import DiskFull, KillAlways, KillAt, KillSibling, Poison
 from test_relabel import job, parts, run_job, write_prompts
 from transformers import AutoTokenizer
 
@@ -25,7 +25,7 @@ from pipeline.stages.relabel import prepare
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
-ray.cloudpickle.register_pickle_by_value(faults)  # workers cannot import the tests
+ray.cloudpickle.register_pickle_by_value(failpoints)  # workers cannot import the tests
 
 
 def on_ray(**cluster):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import ray
-from decoding_setup import NOWHERE, config_of
+from support.decoding import NOWHERE, config_of
 from test_recorded_games import PAIR, ROWS, records
 
 from jobs.bench.coordination import measure

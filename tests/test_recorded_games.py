@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from decoding_setup import NOWHERE, ask, config_of
+from support.decoding import NOWHERE, ask, config_of
 
 import cage
 from cage import newton

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import test_adapters
 import torch
-from adapter_setup import make_lora
-from tape import TapeRecording
+from support.lora import make_lora
+from support.tape import TapeRecording
 from test_recorded_games import FOUR, assert_same, records
 from test_strict import host_of, logits_after
 

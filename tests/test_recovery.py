@@ -6,7 +6,7 @@ import string
 
 import pytest
 import torch
-from decoding_setup import NOWHERE, ask, config_of
+from support.decoding import NOWHERE, ask, config_of
 
 from pipeline.config.sections import RuleName
 from pipeline.engine.engine import Engine

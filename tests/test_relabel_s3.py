@@ -6,7 +6,7 @@ import json
 
 import fsspec
 import pytest
-from storage_setup import s3_server
+from support.storage import s3_server
 from test_relabel import job, parts, run_job, write_prompts
 
 from pipeline.storage.run import Run

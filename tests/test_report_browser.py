@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from report_setup import ATTACK, GRID, add_evaluation, make_run
+from support.reports import ATTACK, GRID, add_evaluation, make_run
 
 from pipeline.reporting.page import write_report
 

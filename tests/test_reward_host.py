@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-import tiny_models
 import torch
-from decoding_setup import NOWHERE, ask, config_of, decode, engine_of
 from safetensors.torch import load_file, save_file
+from support import tiny_models
+from support.decoding import NOWHERE, ask, config_of, decode, engine_of
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from pipeline.attention.branches import RowCache

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from pydantic import TypeAdapter
+from support import tiny_models
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from pipeline.errors import ConfigurationError

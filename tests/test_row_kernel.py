@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 
-import kernel_setup
 import pytest
 import torch
-from kernel_setup import check_kernel
+from support import kernels
+from support.kernels import check_kernel
 from test_strict import host_of, logits_after
 
 from pipeline.attention import rows as row_attention
@@ -34,7 +34,7 @@ def test_it_compiles_for_gpus_and_spills_no_register_of_half_types(capability, t
     """In a process of its own: where Triton interprets it compiles nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(
-        [sys.executable, kernel_setup.__file__, str(capability), str(tmp_path)],
+        [sys.executable, kernels.__file__, str(capability), str(tmp_path)],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

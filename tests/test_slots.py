@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_setup import ask, config_of, decode, engine_of
+from support.decoding import ask, config_of, decode, engine_of
 
 from pipeline.errors import ConfigurationError
 from pipeline.worker import memory

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from sources_setup import make_adapter
+from support.model_sources import make_adapter
 
 from pipeline.errors import ConfigurationError
 from pipeline.hub.sources import AdapterSource, Location, fetch_weights, resolve_adapter, resolve_model

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sources_setup import COMMIT, hub_server, make_adapter
+from support.model_sources import COMMIT, hub_server, make_adapter
 
 from pipeline.errors import ConfigurationError
 from pipeline.hub.sources import resolve_model

@@ -10,8 +10,8 @@ from typing import Any
 
 import fsspec
 import pytest
-import storage_setup
-from sources_setup import make_adapter
+from support import storage
+from support.model_sources import make_adapter
 
 from pipeline.errors import ConfigurationError
 from pipeline.hub.descriptions import describe_model
@@ -130,7 +130,7 @@ def test_pickled_weights_are_never_fetched(address: str, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_models_and_adapters_come_from_s3(tiny: Tiny, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter")
-    with storage_setup.s3_server():
+    with storage.s3_server():
         store = fsspec.filesystem("s3")
         store.mkdir("models")
         store.put(f"{tiny('gpt2')}/", "models/gpt2/", recursive=True)

@@ -6,9 +6,9 @@ import signal
 import threading
 import time
 
-import faults
 import pytest
-from faults import Hang
+from support import failpoints
+from support.failpoints import Hang
 from test_relabel import job, parts, run_job, write_prompts
 
 from pipeline.errors import ExitCode, RunStalled
@@ -75,7 +75,7 @@ def test_a_run_that_stands_still_is_ended_and_goes_on_later(tiny, tmp_path, poin
 def test_a_run_over_ray_that_stands_still_says_who_waits_for_whom(ray_cluster, tiny, tmp_path, cluster, awaited):
     import ray
 
-    ray.cloudpickle.register_pickle_by_value(faults)
+    ray.cloudpickle.register_pickle_by_value(failpoints)
     prompts = write_prompts(tmp_path / "prompts.jsonl", 4)
     config = job(prompts, tmp_path / "run", tiny(), cluster={"transport": "ray", **cluster})
     with pytest.raises(RunStalled, match=awaited):

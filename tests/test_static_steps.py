@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from decoding_setup import NOWHERE, ask, config_of
+from support.decoding import NOWHERE, ask, config_of
 from test_recorded_games import assert_same
 from test_strict import ROLES, host_of, logits_after
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from storage_setup import MODELS, make_config, small_plan, write_jsonl
+from support.storage import MODELS, make_config, small_plan, write_jsonl
 
 from pipeline.config.files import parse_config
 from pipeline.errors import ConfigurationError, RunMismatch

@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from storage_setup import answer, small_plan, tree_bytes
+from support.storage import answer, small_plan, tree_bytes
 
 from pipeline.errors import NondeterminismError
 from pipeline.storage.plan import Plan

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from faults import DiskFull
 from moto.server import DomainDispatcherApplication, create_backend_app
-from storage_setup import AWS, answer, small_plan
+from support.failpoints import DiskFull
+from support.storage import AWS, answer, small_plan
 from test_cli import cage
 from test_relabel import job, parts, run_job, write_prompts
 from werkzeug.serving import make_server

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from storage_setup import answer, make_config, small_plan, tree_bytes, write_jsonl
+from support.storage import answer, make_config, small_plan, tree_bytes, write_jsonl
 
 from pipeline.errors import CageError, ConfigurationError, NondeterminismError, StorageError
 from pipeline.records import Record

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from storage_setup import MODELS, answer, make_config, s3_server, small_plan, tree_bytes, write_jsonl
+from support.storage import MODELS, answer, make_config, s3_server, small_plan, tree_bytes, write_jsonl
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError, RunMismatch

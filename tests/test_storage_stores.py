@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 import s3fs
-import storage_setup
 from fsspec.implementations.memory import MemoryFileSystem
+from support import storage
 
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.storage.local_store import ABANDONED_AFTER_S
@@ -30,7 +30,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    with storage_setup.s3_server():
+    with storage.s3_server():
         s3fs.S3FileSystem().mkdir("s3://stores")
         yield "stores"
 
@@ -308,7 +308,7 @@ def failing_server(num_failures: int) -> Iterator[list[str]]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, pytest.MonkeyPatch.context() as patch:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_MAX_ATTEMPTS": "2"}
-        for name, value in {**storage_setup.AWS, **endpoint}.items():
+        for name, value in {**storage.AWS, **endpoint}.items():
             patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
         try:
@@ -344,7 +344,7 @@ def test_a_missing_bucket_is_a_storage_error(bucket: str) -> None:
 
 def test_a_store_that_does_not_answer_is_a_storage_error_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens on the port: the client's own bounded retries end in one line."""
-    for name, value in storage_setup.AWS.items():
+    for name, value in storage.AWS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from storage_setup import PRINCIPALS, answer
+from support.storage import PRINCIPALS, answer
 
 from pipeline.config.sections import Trace
 from pipeline.records import Record, Row, TokenTrace

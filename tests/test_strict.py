@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from decoding_setup import ask, config_of, decode
+from support.decoding import ask, config_of, decode
 
 from pipeline.attention.plain import attend_batch
 from pipeline.hub.sources import resolve_model

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import load_dataset, load_from_disk
-from storage_setup import tree_bytes
+from support.storage import tree_bytes
 from test_cli import cage
 from test_reward_models import save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer

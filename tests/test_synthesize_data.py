@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import load_dataset, load_from_disk
-from storage_setup import s3_server, tree_bytes
-from synthesis_setup import dataset_of, finished_run, key_of, rows_of
+from support.storage import s3_server, tree_bytes
+from support.synthesis import dataset_of, finished_run, key_of, rows_of
 
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.records import FinishReason

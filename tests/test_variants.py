@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from decoding_setup import ask, config_of, decode, engine_of
+from support.decoding import ask, config_of, decode, engine_of
 
 from pipeline.config.files import parse_config
 from pipeline.config.sections import RuleName

@@ -2,9 +2,9 @@
 
 A strict run promises that a row's numbers are the same alone and in any batch. Matrix kernels do not give that by
 themselves: Intel's MKL chooses another kernel, and with it another order of additions, by the number of rows (on
-processors with AVX-512 below 16 rows). MKL's own remedy is its strict reproducible mode, which costs 3 to 9 percent of
-a product and must be chosen before MKL's first call in the process. On other processors MKL's kernels differ below
-four rows only, and passes are padded to that.
+processors with AVX-512 below 16 rows). MKL's own remedy is its strict reproducible mode, which costs 3 to 9 percent
+of a product and must be chosen before MKL's first call in the process. On other processors MKL's kernels differ only
+below four rows, and passes are padded to that.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from decoding_setup import NOWHERE
-from storage_setup import MODELS, PRINCIPALS, make_config, write_jsonl
 
 from pipeline.evaluation.panel import call_panel
 from pipeline.evaluation.scores import SCORES, Scores
@@ -21,6 +19,8 @@ from pipeline.storage.stores import open_store
 from pipeline.synthesis.candidates import read_candidates
 from pipeline.synthesis.dataset import Dataset, make_dataset
 from pipeline.synthesis.settings import SynthesisConfig
+from support.decoding import NOWHERE
+from support.storage import MODELS, PRINCIPALS, make_config, write_jsonl
 
 Answers = Mapping[str, Sequence[str | Mapping[str, Any]]]  # by row id; a text alone, or fields of a record
 

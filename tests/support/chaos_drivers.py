@@ -15,10 +15,7 @@ from dataclasses import dataclass, field, fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import faults
 import torch
-from faults import AllOf, KillAt, Slow
-from ray_victims import MARKS, RayNodes, find, kill_one
 
 import pipeline.runtime.local  # noqa: F401  (here, so that no forked driver has to)
 from pipeline.config.files import parse_config
@@ -26,6 +23,9 @@ from pipeline.config.sections import Config
 from pipeline.errors import CageError
 from pipeline.points import Point, Watcher, unwatched
 from pipeline.stages.relabel import relabel
+from support import failpoints
+from support.failpoints import AllOf, KillAt, Slow
+from support.ray_victims import MARKS, RayNodes, find, kill_one
 
 FORK = multiprocessing.get_context("fork")  # a driver then starts in milliseconds instead of the imports' seconds
 NUM_ROWS = 14
@@ -87,7 +87,7 @@ def make_job(folder: Path, run: Path, *, transport: str = "local", address: str 
 
 
 def make_model(folder: Path) -> None:
-    import tiny_models
+    from support import tiny_models
 
     tiny_models.make_model(folder / "model")
 
@@ -98,7 +98,7 @@ def drive(config: Config, folder: Path, watch: Watcher = unwatched) -> None:
     if config.cluster.transport == "ray":
         import ray
 
-        ray.cloudpickle.register_pickle_by_value(faults)  # workers cannot import the tests
+        ray.cloudpickle.register_pickle_by_value(failpoints)  # workers cannot import the tests
     try:
         relabel(config, folder / "cache", io.StringIO(), watch=watch)
     except CageError as error:

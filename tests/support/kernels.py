@@ -1,6 +1,6 @@
 """The kernel for running rows: beside a plain softmax, wherever it runs; compiled for GPUs that need not be there.
 
-The second is `python tests/kernel_setup.py CAPABILITY FOLDER`.
+The second is `python tests/kernels.py CAPABILITY FOLDER`.
 """
 
 from __future__ import annotations

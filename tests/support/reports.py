@@ -11,12 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from storage_setup import MODELS, PRINCIPALS, answer, make_config, write_jsonl
 
 from pipeline.records import Record, Row, TokenTrace
 from pipeline.storage.plan import make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.stores import open_store
+from support.storage import MODELS, PRINCIPALS, answer, make_config, write_jsonl
 
 HOSTILE = (
     "<script>window.hacked=1</script>",
