@@ -1,79 +1,91 @@
-"""Another try, a bounded number of times, for what may pass: a full disk, a store that throttles or fails, a
+"""Bounded retries of storage calls whose failure may be temporary: a full disk, a store that throttles or fails, a
 credential that is being renewed.
 
-The clients of object stores try again by themselves for a second or a few; this is the patience beyond them.
+The clients of object stores retry by themselves for a few seconds at most. These retries come on top of theirs.
 """
 
 from __future__ import annotations
 
 import errno
-import random
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_chain, wait_random
+
 from pipeline.errors import CageError, StorageError
 from pipeline.storage.quoting import one_line
 
-WAITS_S = (0.5, 2.0, 8.0)  # each times 0.5 to 1.5, so that many writers do not come back together
-GIVE_UP_S = 120.0  # no further try after so long
+WAITS_S = (0.5, 2.0, 8.0)  # between the tries: one more try than waits
+GIVE_UP_S = 120.0  # no further try after so long: a single call may itself take minutes to fail
 
-PASSING_ERRNOS = {
+TEMPORARY_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EIO,
-    errno.EREMOTEIO,  # a server's error 500, as s3fs tells it
-    errno.EBUSY,  # throttling, as s3fs tells it
+    errno.EREMOTEIO,  # s3fs raises it for a server's error 500
+    errno.EBUSY,  # s3fs raises it for throttling
     errno.EAGAIN,
     errno.ESTALE,
     errno.ETIMEDOUT,
     errno.ECONNRESET,
     errno.ECONNREFUSED,
 }
-PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
-PASSING_WORDS = ("expired", "timeout", "timed out", "slowdown", "slow down", "throttl", "could not connect")
+TEMPORARY_STATUS = {408, 409, 429, 500, 502, 503, 504}
+TEMPORARY_WORDS = ("expired", "timeout", "timed out", "slowdown", "slow down", "throttl", "could not connect")
 
 T = TypeVar("T")
 
 
 def retried(action: str, attempt: Callable[[], T]) -> T:
-    """The answer of `attempt`, which is called again after a failure that may pass.
+    """Call `attempt` and return its result; call it again after a failure that `may_pass`.
 
-    `action` completes "cannot ...". That there is such a file, or none, is told as it is.
+    Args:
+        action: what `attempt` does, for the message; it completes "cannot ...".
+        attempt: has to be safe to repeat. FileNotFoundError, FileExistsError and errors of this program are
+            answers, not failures: they are raised as they are, and never retried.
 
     Raises:
-        StorageError: one line with the last failure, and how often it was tried.
+        StorageError: one line with the last failure, and how often `attempt` was called.
     """
     started_s = time.monotonic()
-    waits_s = iter(WAITS_S)
-    for number in range(1, len(WAITS_S) + 2):
-        try:
-            return attempt()
-        except (FileNotFoundError, FileExistsError, CageError):
-            raise
-        except Exception as error:  # the object stores' clients share no base class
-            waited_s = time.monotonic() - started_s
-            wait_s = next(waits_s, None)
-            if wait_s is None or waited_s > GIVE_UP_S or not may_pass(error):
-                tried = f" (tried {number} times in {waited_s:.0f} s)" if number > 1 else ""
-                raise StorageError(f"cannot {action}: {one_line(error)}{tried}") from error
-        time.sleep(wait_s * random.uniform(0.5, 1.5))
-    raise AssertionError("unreachable")
+    retrying = Retrying(
+        stop=stop_after_attempt(len(WAITS_S) + 1) | stop_after_delay(GIVE_UP_S),
+        # The jitter keeps many writers that failed together from coming back together.
+        wait=wait_chain(*(wait_random(0.5 * wait_s, 1.5 * wait_s) for wait_s in WAITS_S)),
+        retry=retry_if_exception(_is_worth_another_try),
+        reraise=True,
+    )
+    try:
+        return retrying(attempt)
+    except (FileNotFoundError, FileExistsError, CageError):
+        raise
+    except Exception as error:  # the object stores' clients share no base class
+        num_tries = retrying.statistics["attempt_number"]
+        tried = f" (tried {num_tries} times in {time.monotonic() - started_s:.0f} s)" if num_tries > 1 else ""
+        raise StorageError(f"cannot {action}: {one_line(error)}{tried}") from error
+
+
+def _is_worth_another_try(error: BaseException) -> bool:
+    is_failure = isinstance(error, Exception) and not isinstance(
+        error, (FileNotFoundError, FileExistsError, CageError)
+    )
+    return is_failure and may_pass(error)
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later."""
+    """Whether the same call may succeed a little later, by the error and by what caused it."""
     return any(
         isinstance(each, TimeoutError)
-        or getattr(each, "errno", None) in PASSING_ERRNOS
-        or http_status(each) in PASSING_STATUS
-        or any(word in str(each).lower() for word in PASSING_WORDS)
+        or getattr(each, "errno", None) in TEMPORARY_ERRNOS
+        or http_status(each) in TEMPORARY_STATUS
+        or any(word in str(each).lower() for word in TEMPORARY_WORDS)
         for each in _causes(error)
     )
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status that an object store's client put into its error, if any."""
+    """The HTTP status in the error of an object store's client, if there is one."""
     if isinstance(code := getattr(error, "code", None), int):  # gcsfs
         return code
     response = getattr(error, "response", None)  # botocore
