@@ -18,7 +18,7 @@ from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.records import Row
 from pipeline.storage import jsonl
-from pipeline.storage.input_files import told_as_input_error
+from pipeline.storage.input_files import as_input_error
 from pipeline.storage.inputs import open_input
 
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -464,5 +464,5 @@ def test_any_table_is_rows_or_one_line(
     ("fault", "kind"), [(TimeoutError("read timed out"), StorageError), (OSError("gone"), ConfigurationError)]
 )
 def test_a_fault_that_may_pass_is_the_storages_and_not_the_inputs(fault, kind):
-    with pytest.raises(kind, match=r"x\.jsonl cannot be read: "), told_as_input_error("x.jsonl"):
+    with pytest.raises(kind, match=r"x\.jsonl cannot be read: "), as_input_error("x.jsonl"):
         raise fault

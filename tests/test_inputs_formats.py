@@ -19,7 +19,7 @@ from pipeline.records import Row
 from pipeline.storage import tabular
 from pipeline.storage.input_files import Format, InputFile
 from pipeline.storage.inputs import InputSource, open_input
-from pipeline.storage.rows import Columns
+from pipeline.storage.rows import InputColumns
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 RECORDS: list[dict[str, Any]] = [
@@ -65,7 +65,7 @@ def test_every_named_column_is_read(data: Path) -> None:
 def test_messages_are_preferred_to_a_prompt_and_read_as_they_are(data: Path) -> None:
     rows = list(opened(data))
     assert all(row.messages == tuple(CHAT) for row in rows)
-    assert opened(data).columns == Columns(messages="messages")
+    assert opened(data).columns == InputColumns(messages="messages")
 
 
 def test_rows_without_an_id_are_named_by_file_and_position(tmp_path: Path) -> None:
@@ -226,14 +226,14 @@ def test_a_data_set_is_read_like_its_files(tmp_path: Path) -> None:
     folder = tmp_path / "owner"
     folder.mkdir()
     write_jsonl(folder / "data.jsonl", [{**record, "w": {"a": 1.0}} for record in RECORDS])
-    columns = Columns(prompt="prompt", id="key", weights="w", response="old")
+    columns = InputColumns(prompt="prompt", id="key", weights="w", response="old")
     file = InputFile(str(folder), "owner:train", Format.DATASET, columns, 10, "", split="train")
     source = InputSource((file,), principal_names=("a",))
     assert [row.row_id for row in source.read_rows(0, 3, 6)] == ["k3", "k4", "k5"]
     assert list(source)[9] == Row("k9", ({"role": "user", "content": "question 9"},), {"a": 1.0}, "answer 9")
     first = tabular.dataset_identity(file)
     assert first == tabular.dataset_identity(file)
-    other = InputFile(str(folder), "owner:train", Format.DATASET, Columns(prompt="old"), 10, "", split="train")
+    other = InputFile(str(folder), "owner:train", Format.DATASET, InputColumns(prompt="old"), 10, "", split="train")
     assert tabular.dataset_identity(other) != first
 
 

@@ -29,7 +29,7 @@ def describe_status(run: Run) -> str:
     if status.last_commit_at is not None:
         lines.append(f"  last      {datetime.fromtimestamp(status.last_commit_at, UTC):%Y-%m-%d %H:%M:%S} UTC")
     repeats = f"attempts of shards lost {status.attempts_lost:,}" if status.attempts_lost else ""
-    if overcome := ", ".join(filter(None, [status.recoveries.told(), repeats])):
+    if overcome := ", ".join(filter(None, [status.recoveries.describe(), repeats])):
         lines.append(f"  overcome  {overcome}")
     for reason, count in sorted(status.errors.items(), key=lambda item: -item[1])[:SHOWN_REASONS]:
         lines.append(f"  rejected  {count:,} x {printable(reason)}")

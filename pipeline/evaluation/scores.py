@@ -19,7 +19,7 @@ from pipeline.evaluation.judges import Answer, Judge
 from pipeline.evaluation.panel import Panel
 from pipeline.storage.commits import CommitRecord
 from pipeline.storage.run import Run
-from pipeline.storage.shard_files import told_as_damage
+from pipeline.storage.shard_files import as_damaged_file
 from pipeline.storage.tables import write_table_bytes
 
 SCORES = "scores/"
@@ -68,14 +68,14 @@ class Scores:
     def _is_of(self, record: CommitRecord) -> bool:
         """Whether the score file was made by this panel of the answers that stand."""
         url = self.run.store.url(self._name(record))
-        with told_as_damage(url), self.run.store.open(self._name(record)) as handle:
+        with as_damaged_file(url), self.run.store.open(self._name(record)) as handle:
             metadata = pq.read_schema(handle).metadata or {}
         expected = {JUDGES_KEY: self.panel.digest, ANSWERS_KEY: record.sha256_by_file[_part_of(record)]}
         return all(metadata.get(key.encode(), b"").decode() == value for key, value in expected.items())
 
     def _read(self, name: str, columns: tuple[str, ...] | None) -> pa.Table:
         with (
-            told_as_damage(self.run.store.url(name)),
+            as_damaged_file(self.run.store.url(name)),
             self.run.store.open(name) as handle,
             pq.ParquetFile(handle) as file,
         ):

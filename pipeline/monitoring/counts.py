@@ -27,8 +27,8 @@ class Recoveries:
             self.memory_halved - other.memory_halved,
         )
 
-    def told(self) -> str:
-        """What there was, for people; empty when there was nothing."""
+    def describe(self) -> str:
+        """The counts that are not 0, as text for people; empty when all are 0."""
         parts = {
             "hosts replaced": self.hosts_failed,
             "states rebuilt": self.states_lost,

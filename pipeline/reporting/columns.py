@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.reporting.scores import ScoreFile
 from pipeline.storage.run import Run
-from pipeline.storage.shard_files import told_as_damage
+from pipeline.storage.shard_files import as_damaged_file
 
 ROWS_PER_BATCH = 32_768
 PLAIN = (
@@ -60,7 +60,7 @@ def data_files(run: Run) -> list[str]:
 def read_batches(run: Run, file: str, *, rule: str, judges: Sequence[str] = ()) -> Iterator[Batch]:
     """Yield a data file's numbers. `rule` is that of rows that carry none; `judges` are columns of its score file."""
     scores = ScoreFile.beside(run, file, judges)
-    with told_as_damage(run.store.url(file)), run.store.open(file) as handle, pq.ParquetFile(handle) as parquet:
+    with as_damaged_file(run.store.url(file)), run.store.open(file) as handle, pq.ParquetFile(handle) as parquet:
         present = parquet.schema_arrow.names
         wanted = [name for name in ("row_id", "sample", "variant", "rule", *PLAIN, *BY_PRINCIPAL) if name in present]
         start = 0

@@ -13,7 +13,7 @@ from pipeline.reporting.tally import Place
 from pipeline.reporting.text import clipped, visible
 from pipeline.reporting.tokens import describe_token
 from pipeline.storage.run import Run
-from pipeline.storage.shard_files import REJECTED, told_as_damage
+from pipeline.storage.shard_files import REJECTED, as_damaged_file
 
 SHOWN_TOKENS = 400
 PROMPT_LIMIT, ANSWER_LIMIT = 1_500, 4_000
@@ -41,7 +41,7 @@ def fetch_rows(run: Run, places: Iterable[Place], judges: Sequence[str] = ()) ->
 
 
 def _rows_of(run: Run, file: str, indices: set[int]) -> Iterable[tuple[int, Row]]:
-    with told_as_damage(run.store.url(file)), run.store.open(file) as handle, pq.ParquetFile(handle) as parquet:
+    with as_damaged_file(run.store.url(file)), run.store.open(file) as handle, pq.ParquetFile(handle) as parquet:
         start = 0
         for piece in parquet.iter_batches(batch_size=ROWS_PER_READ):
             for index in sorted(indices):
@@ -96,7 +96,7 @@ def fetch_rejected(run: Run) -> list[dict[str, str]]:
 
 
 def _rejected_of(run: Run, name: str, limit: int) -> list[dict[str, str]]:
-    with told_as_damage(run.store.url(name)), run.store.open(name) as handle, pq.ParquetFile(handle) as parquet:
+    with as_damaged_file(run.store.url(name)), run.store.open(name) as handle, pq.ParquetFile(handle) as parquet:
         piece = next(parquet.iter_batches(batch_size=limit, columns=["row_id", "error"]), None)
         rows = [] if piece is None else piece.to_pylist()
     return [{"row_id": visible(row["row_id"]), "reason": clipped(visible(row["error"]), 500)} for row in rows]

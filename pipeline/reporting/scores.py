@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.storage.run import Run
-from pipeline.storage.shard_files import told_as_damage
+from pipeline.storage.shard_files import as_damaged_file
 
 SCORES = "scores/"
 KEYS = ("row_id", "variant", "sample")
@@ -31,7 +31,7 @@ class ScoreFile:
         if not judges:
             return cls({}, {})
         name = f"{SCORES}{file}"
-        with told_as_damage(run.store.url(name)), run.store.open(name) as handle:
+        with as_damaged_file(run.store.url(name)), run.store.open(name) as handle:
             table = pq.read_table(handle)
         keys = zip(*(_column(table, key) for key in KEYS), strict=True)
         scores = {
@@ -59,7 +59,7 @@ def find_judges(run: Run, files: Sequence[str]) -> tuple[str, ...]:
     if not files or not {f"{SCORES}{file}" for file in files} <= stored:
         return ()
     name = f"{SCORES}{files[0]}"
-    with told_as_damage(run.store.url(name)), run.store.open(name) as handle:
+    with as_damaged_file(run.store.url(name)), run.store.open(name) as handle:
         schema = pq.read_schema(handle)
     return tuple(field.name for field in schema if pa.types.is_floating(field.type))
 

@@ -46,7 +46,7 @@ def file_system(scheme: str) -> Any:
 
 
 @contextlib.contextmanager
-def told_as_storage_error(action: str) -> Iterator[None]:
+def as_storage_error(action: str) -> Iterator[None]:
     """Turn what a client library raises into one line; FileNotFoundError and FileExistsError pass."""
     try:
         yield

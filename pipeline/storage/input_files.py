@@ -15,10 +15,10 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 from pipeline.errors import ConfigurationError, StorageError
-from pipeline.storage.addresses import file_system, split_address, told_as_storage_error
+from pipeline.storage.addresses import as_storage_error, file_system, split_address
 from pipeline.storage.quoting import one_line, quote
 from pipeline.storage.retries import may_pass
-from pipeline.storage.rows import Columns
+from pipeline.storage.rows import InputColumns
 
 FORMAT_BY_SUFFIX = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -44,7 +44,7 @@ class InputFile:
     path: str
     name: str
     format: Format
-    columns: Columns
+    columns: InputColumns
     num_rows: int
     identity: str
     marks: tuple[tuple[int, int], ...] = ()
@@ -92,7 +92,7 @@ def find_files(path: str) -> list[FoundFile] | None:
 def open_bytes(path: str) -> BinaryIO:
     """Open a local file or an object for reading at any position. Raises StorageError."""
     scheme, address = split_address(path)
-    with told_as_storage_error(f"read {path}"):
+    with as_storage_error(f"read {path}"):
         try:
             if scheme is None:
                 return Path(address).open("rb", buffering=READ_AHEAD_BYTES // 4)
@@ -103,7 +103,7 @@ def open_bytes(path: str) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def told_as_input_error(name: str) -> Iterator[None]:
+def as_input_error(name: str) -> Iterator[None]:
     """Turn a fault of reading an input file into one line that names the file; one that may pass is the storage's."""
     try:
         yield
@@ -156,7 +156,7 @@ def _list_local(path: Path) -> tuple[bool, list[Entry]] | None:
 
 def _list_objects(scheme: str, address: str) -> tuple[bool, list[Entry]] | None:
     files = file_system(scheme)
-    with told_as_storage_error(f"list {scheme}://{address}"):
+    with as_storage_error(f"list {scheme}://{address}"):
         try:
             info = files.info(address)
             is_file = info["type"] == "file"

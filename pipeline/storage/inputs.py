@@ -17,7 +17,7 @@ from pipeline.records import Row
 from pipeline.storage import jsonl, tabular
 from pipeline.storage.input_files import Format, FoundFile, InputFile, find_files, is_dataset_name
 from pipeline.storage.quoting import quote
-from pipeline.storage.rows import Columns
+from pipeline.storage.rows import InputColumns
 
 DEFAULT_STRIDE = 1024
 SHOWN = 5  # ids or places named in a message
@@ -42,7 +42,7 @@ class InputSource:
         return sum(file.num_rows for file in self.files)
 
     @property
-    def columns(self) -> Columns:
+    def columns(self) -> InputColumns:
         """The columns that the first file is read by."""
         return self.files[0].columns
 
@@ -162,14 +162,14 @@ def _open_dataset(config: InputConfig, column_names: dict[str, None]) -> InputFi
     return replace(file, identity=tabular.dataset_identity(file))
 
 
-def _check_schema(schema: pa.Schema, config: InputConfig, name: str, column_names: dict[str, None]) -> Columns:
+def _check_schema(schema: pa.Schema, config: InputConfig, name: str, column_names: dict[str, None]) -> InputColumns:
     columns = _resolve(config, tuple(schema.names), name)
     tabular.check_types(schema, columns, name)
     column_names.update(dict.fromkeys(schema.names))
     return columns
 
 
-def _resolve(config: InputConfig, names: Sequence[str], file: str) -> Columns:
+def _resolve(config: InputConfig, names: Sequence[str], file: str) -> InputColumns:
     """Choose the columns: those configured; else `messages` if there is such a column, else `prompt`."""
     prompt, messages = config.prompt, config.messages
     if prompt is None and messages is None:
@@ -180,7 +180,7 @@ def _resolve(config: InputConfig, names: Sequence[str], file: str) -> Columns:
         raise ConfigurationError(
             f"there is no column messages and no column prompt; name one with input.prompt or input.messages; {there}"
         )
-    columns = Columns(prompt, messages, config.id, config.weights, config.response)
+    columns = InputColumns(prompt, messages, config.id, config.weights, config.response)
     for key in ("prompt", "messages", "id", "weights", "response"):
         column = getattr(columns, key)
         if column is not None and column not in names:
@@ -188,10 +188,10 @@ def _resolve(config: InputConfig, names: Sequence[str], file: str) -> Columns:
     return columns
 
 
-def _unresolved(config: InputConfig) -> Columns:
-    """Columns for a file without one readable object: each of its rows is a row error anyway."""
+def _unresolved(config: InputConfig) -> InputColumns:
+    """The columns of a file without one readable object: each of its rows is a row error anyway."""
     prompt = config.prompt or (None if config.messages else "prompt")
-    return Columns(prompt, config.messages, config.id, config.weights, config.response)
+    return InputColumns(prompt, config.messages, config.id, config.weights, config.response)
 
 
 def _check_ids(files: list[InputFile]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.records import Row
-from pipeline.storage.input_files import Format, InputFile, open_bytes, told_as_input_error
+from pipeline.storage.input_files import Format, InputFile, as_input_error, open_bytes
 from pipeline.storage.rows import make_row, read_id
 
 LINE_LIMIT_BYTES = 64 * 2**20
@@ -39,7 +39,7 @@ def peek(path: str, name: str) -> tuple[Format, tuple[str, ...]]:
     """Tell batch requests from plain JSONL, and the keys of the first objects in order of appearance."""
     keys: dict[str, None] = {}
     format_, num_objects = Format.JSONL, 0
-    with told_as_input_error(name), open_bytes(path) as handle:
+    with as_input_error(name), open_bytes(path) as handle:
         for line in _lines(handle):
             try:
                 record = parse_line(line.data)
@@ -59,7 +59,7 @@ def scan(path: str, name: str, *, stride: int, limit: int | None) -> Scan:
     digest = hashlib.sha256()
     marks: list[tuple[int, int]] = []
     num_rows = 0
-    with told_as_input_error(name), open_bytes(path) as handle:
+    with as_input_error(name), open_bytes(path) as handle:
         for line in _lines(handle, digest=digest):
             if num_rows % stride == 0:
                 marks.append((line.offset, line.number - 1))
@@ -141,7 +141,7 @@ def _lines_from_mark(file: InputFile, start: int, stop: int, *, stride: int) -> 
     mark = start // stride if start else 0
     offset, line_number = file.marks[mark]
     skip, wanted = start - mark * stride, stop - start
-    with told_as_input_error(file.name), open_bytes(file.path) as handle:
+    with as_input_error(file.name), open_bytes(file.path) as handle:
         handle.seek(offset)
         for index, line in enumerate(_lines(handle, offset=offset, number=line_number)):
             if index >= skip:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StorageError
-from pipeline.storage.addresses import NAME, check_name, told_as_storage_error
+from pipeline.storage.addresses import NAME, as_storage_error, check_name
 from pipeline.storage.retries import retried
 
 ASIDE = ".aside"
@@ -46,7 +46,7 @@ class LocalStore:
         return {name: data for name, data in found if data is not None}
 
     def open(self, name: str) -> BinaryIO:
-        with told_as_storage_error(f"read {self.url(name)}"):
+        with as_storage_error(f"read {self.url(name)}"):
             try:
                 return self._file(name).open("rb")
             except FileNotFoundError:
@@ -81,11 +81,11 @@ class LocalStore:
             _sync_folder(file.parent)
 
     def remove(self, name: str) -> None:
-        with told_as_storage_error(f"remove {self.url(name)}"):
+        with as_storage_error(f"remove {self.url(name)}"):
             self._file(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        with told_as_storage_error(f"remove old files of {self.folder}"):
+        with as_storage_error(f"remove old files of {self.folder}"):
             for aside in self.folder.rglob(f".*{ASIDE}"):
                 # another driver may end its write between the listing and here
                 with contextlib.suppress(FileNotFoundError):
@@ -94,7 +94,7 @@ class LocalStore:
 
     def names(self, prefix: str = "") -> list[str]:
         start = self.folder / prefix.rpartition("/")[0]
-        with told_as_storage_error(f"list {start}"):
+        with as_storage_error(f"list {start}"):
             files = (Path(folder) / file for folder, _, files in os.walk(start) for file in files)
             names = (file.relative_to(self.folder).as_posix() for file in files)
             return sorted(name for name in names if name.startswith(prefix) and NAME.fullmatch(name))

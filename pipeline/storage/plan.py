@@ -16,7 +16,7 @@ from pipeline.storage.fingerprint import explain_mismatch, refuse_mismatch, take
 from pipeline.storage.input_files import Format, InputFile
 from pipeline.storage.inputs import InputSource, open_input
 from pipeline.storage.quoting import quote
-from pipeline.storage.rows import Columns
+from pipeline.storage.rows import InputColumns
 from pipeline.storage.stores import open_store
 
 __all__ = ["Plan", "Shard", "explain_mismatch", "make_plan", "refuse_mismatch"]
@@ -220,7 +220,7 @@ def _file_from_json(tree: Mapping[str, Any], marks: list[tuple[int, int]]) -> In
         path=tree["path"],
         name=tree["name"],
         format=format_,
-        columns=Columns(**tree["columns"]),
+        columns=InputColumns(**tree["columns"]),
         num_rows=tree["num_rows"],
         identity=tree["identity"],
         marks=tuple(marks) if has_marks else (),

@@ -17,7 +17,7 @@ UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "name", "audi
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class InputColumns:
     """The columns that are read, resolved. Exactly one of `prompt` and `messages` is set, except for batch files."""
 
     prompt: str | None = None
@@ -41,7 +41,7 @@ class Unreadable:
 
 
 def make_row(
-    record: Mapping[str, Any], columns: Columns, *, row_id: str, place: str, principal_names: Sequence[str]
+    record: Mapping[str, Any], columns: InputColumns, *, row_id: str, place: str, principal_names: Sequence[str]
 ) -> Row:
     """Build a row from a record's values by column name; `place` names it in an error ("line 17 of x.jsonl").
 
@@ -79,7 +79,7 @@ def _value(record: Mapping[str, Any], column: str | None) -> Any:
     return value
 
 
-def _read_messages(record: Mapping[str, Any], columns: Columns) -> tuple[Message, ...]:
+def _read_messages(record: Mapping[str, Any], columns: InputColumns) -> tuple[Message, ...]:
     column = columns.messages or columns.prompt
     assert column is not None
     if column not in record:

@@ -15,7 +15,7 @@ from pipeline.records import Record
 from pipeline.storage.card import render_card, render_manifest
 from pipeline.storage.commits import CommitRecord, add_reasons, order_records
 from pipeline.storage.plan import Plan, Shard, refuse_mismatch
-from pipeline.storage.shard_files import COMMITS, REJECTED, ShardWriter, told_as_damage
+from pipeline.storage.shard_files import COMMITS, REJECTED, ShardWriter, as_damaged_file
 from pipeline.storage.stores import ObjectStore, Store, open_store
 
 PLAN, MANIFEST, CARD, SUCCESS = "plan.json", "manifest.json", "README.md", "_SUCCESS"
@@ -192,7 +192,7 @@ class Run:
         return ShardWriter(self.store, self.plan)
 
     def _find_in(self, name: str, row_id: str) -> list[dict[str, Any]]:
-        with told_as_damage(self.store.url(name)), self.store.open(name) as handle, pq.ParquetFile(handle) as file:
+        with as_damaged_file(self.store.url(name)), self.store.open(name) as handle, pq.ParquetFile(handle) as file:
             if file.metadata.num_rows == 0 or not _may_hold(file.metadata, row_id):
                 return []
             ids = file.read(columns=["row_id"]).column("row_id").to_pylist()

@@ -166,13 +166,13 @@ def _nonzero(recoveries: Recoveries) -> dict[str, int]:
 
 
 def _read_table(data: bytes, source: str) -> pa.Table:
-    with told_as_damage(source), pq.ParquetFile(pa.BufferReader(data)) as file:
+    with as_damaged_file(source), pq.ParquetFile(pa.BufferReader(data)) as file:
         table: pa.Table = file.read()
         return table
 
 
 @contextlib.contextmanager
-def told_as_damage(source: str) -> Iterator[None]:
+def as_damaged_file(source: str) -> Iterator[None]:
     """Turn a fault of reading a stored Parquet file into a StorageError."""
     try:
         yield

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
-from pipeline.storage.input_files import Format, FoundFile, InputFile, open_bytes, told_as_input_error
+from pipeline.storage.input_files import Format, FoundFile, InputFile, as_input_error, open_bytes
 from pipeline.storage.quoting import one_line, quote
-from pipeline.storage.rows import Columns, Unreadable, make_row, read_id
+from pipeline.storage.rows import InputColumns, Unreadable, make_row, read_id
 
 BATCH_ROWS = 1024
 HASH_BLOCK_BYTES = 2**20
@@ -22,7 +22,7 @@ HASH_BLOCK_BYTES = 2**20
 
 def parquet_schema(path: str, name: str) -> tuple[pa.Schema, int]:
     """The schema and the number of rows of a Parquet file, from its footer."""
-    with told_as_input_error(name), open_bytes(path) as handle, pq.ParquetFile(handle) as file:
+    with as_input_error(name), open_bytes(path) as handle, pq.ParquetFile(handle) as file:
         return file.schema_arrow, file.metadata.num_rows
 
 
@@ -31,7 +31,7 @@ def parquet_identity(found: FoundFile) -> str:
     if found.tag is not None:
         return f"etag:{found.tag.strip(chr(34))}:{found.size}"
     digest = hashlib.sha256()
-    with told_as_input_error(found.name), open_bytes(found.path) as handle:
+    with as_input_error(found.name), open_bytes(found.path) as handle:
         while block := handle.read(HASH_BLOCK_BYTES):
             digest.update(block)
     return f"sha256:{digest.hexdigest()}"
@@ -67,7 +67,7 @@ def load_dataset(path: str, subset: str | None, split: str) -> Any:
     return dataset.with_format("arrow")
 
 
-def check_types(schema: pa.Schema, columns: Columns, name: str) -> None:
+def check_types(schema: pa.Schema, columns: InputColumns, name: str) -> None:
     """Refuse a column whose type can never hold what it is named for.
 
     Raises:
@@ -119,7 +119,7 @@ def read_ids(file: InputFile) -> Iterator[tuple[str | None, str]]:
 def _records(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
     number = start
     for batch in _batches(file, names, start, stop):
-        with told_as_input_error(file.name):
+        with as_input_error(file.name):
             columns = {name: _values(batch.column(batch.schema.get_field_index(name))) for name in names}
         for index in range(batch.num_rows):
             yield number, {name: values[index] for name, values in columns.items()}
@@ -146,7 +146,7 @@ def _scalar(value: Any) -> Any:
 
 
 def _batches(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    with told_as_input_error(file.name):
+    with as_input_error(file.name):
         if file.format is Format.DATASET:
             yield from _dataset_batches(file, names, start, stop)
         else:

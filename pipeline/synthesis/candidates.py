@@ -14,7 +14,7 @@ from pipeline.config.variants import Variant
 from pipeline.errors import CageError
 from pipeline.records import Message
 from pipeline.storage.run import Run
-from pipeline.storage.shard_files import told_as_damage
+from pipeline.storage.shard_files import as_damaged_file
 from pipeline.synthesis.settings import REWARD, REWARD_PER_TOKEN
 
 BATCH_ROWS = 1024
@@ -79,7 +79,7 @@ def read_candidates(run: Run, name: str, scores_folder: str | None = None) -> It
 
 
 def _rows(run: Run, name: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    with told_as_damage(run.store.url(name)), run.store.open(name) as handle, pq.ParquetFile(handle) as file:
+    with as_damaged_file(run.store.url(name)), run.store.open(name) as handle, pq.ParquetFile(handle) as file:
         found = file.schema_arrow.names
         for batch in file.iter_batches(BATCH_ROWS, columns=[each for each in columns or found if each in found]):
             yield from batch.to_pylist()
