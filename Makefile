@@ -5,6 +5,9 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Byte code is written, whatever the caller's shell says: without it every start of a command, a test's subprocess or
+# a Ray worker compiles thousands of modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 
 .PHONY: demo test check format browser kernels clean help
@@ -20,7 +23,7 @@ help:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
 demo: $(READY)
@@ -49,7 +52,7 @@ browser:
 # Without Triton the tests that interpret the kernel are skipped; on a machine with a GPU torch brings it.
 kernels: $(READY)
 	@$(BIN)/python -c "import triton" 2>/dev/null || \
-	  $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt triton || \
+	  $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt triton || \
 	  echo "Triton could not be installed: the tests that interpret the kernel are skipped"
 
 clean:

@@ -269,7 +269,3 @@ def _set_quiet_environment() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
-
-
-if __name__ == "__main__":
-    main()

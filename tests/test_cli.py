@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 
-def cage(*arguments: str, module: tuple[str, ...] = ("-m", "jobs.cli"), timeout: float = 180):
+def cage(*arguments: str, module: tuple[str, ...] = ("-m", "jobs"), timeout: float = 180):
     return subprocess.run(
         [sys.executable, *module, *arguments], capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False
     )
@@ -48,7 +48,7 @@ def test_a_run_is_planned_made_described_and_inspected(config):
         assert words in planned.stdout
     assert not run.exists()
 
-    made = cage("-c", str(path), module=("-m", "jobs.commands.relabel"))
+    made = cage("-c", str(path), module=("-m", "jobs.relabel"))
     assert made.returncode == 0, made.stderr
     assert "5 aligned, 0 rejected" in made.stdout
     assert "5/5 rows  3/3 shards" in made.stderr
@@ -120,7 +120,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(config, tmp_path, numb
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"id": f"r{at}", "prompt": "hi"}) + "\n" for at in range(400))
     )
-    command = [sys.executable, "-m", "jobs.cli", "relabel", "-c", str(path), "output.rows_per_shard=1"]
+    command = [sys.executable, "-m", "jobs", "relabel", "-c", str(path), "output.rows_per_shard=1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(run.glob("_commits/*.json")) and time.monotonic() < deadline:
@@ -135,6 +135,14 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(config, tmp_path, numb
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)
     assert finished.returncode == 0, finished.stderr
     assert len(list(run.glob("part-*.parquet"))) == 400
+
+
+@pytest.mark.parametrize("job", ["relabel", "evaluate", "synthesize"])
+def test_each_job_is_a_module_too(job):
+    shown = cage("--help", module=("-m", f"jobs.{job}"))
+    assert shown.returncode == 0
+    assert "Usage: python -m jobs" in shown.stdout
+    assert "--config" in shown.stdout
 
 
 def test_help_needs_no_heavy_import():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -254,3 +256,20 @@ def test_the_image_does_not_run_as_root() -> None:
     users = re.findall(r"^USER (\S+)$", text, flags=re.MULTILINE)
     assert users == ["1000"]
     assert text.index("USER 1000") < text.index("CMD")
+
+
+def test_make_installs_and_runs_with_byte_code(tmp_path: Path) -> None:
+    def run_make(*arguments: str) -> str:
+        """What make prints where the caller's shell forbids byte code."""
+        environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(
+            ["make", f"VENV={tmp_path / 'none'}", *arguments],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+
+    installs = [line for line in run_make("--dry-run", "demo").splitlines() if "uv pip install" in line]
+    assert installs
+    assert all("--compile-bytecode" in line for line in installs)
+    seen = run_make("--eval", 'shown: ; @echo "$${PYTHONDONTWRITEBYTECODE-unset}"', "shown")
+    assert seen.strip() == "unset"
+    assert "uv pip install --system --compile-bytecode" in (INFRA / "Dockerfile").read_text(encoding="utf-8")

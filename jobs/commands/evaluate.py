@@ -1,4 +1,4 @@
-"""`cage evaluate`; also `python -m jobs.commands.evaluate`."""
+"""`cage evaluate`: run an evaluation and print its comparison of rules."""
 
 from __future__ import annotations
 
@@ -86,10 +86,3 @@ def _rules(metrics: dict[str, Any]) -> str:
 
 def _interval(interval: list[float] | None, digits: int = 3) -> str:
     return "-" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    sys.argv.insert(1, "evaluate")
-    main()

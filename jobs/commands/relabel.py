@@ -1,4 +1,4 @@
-"""`cage relabel`; also `python -m jobs.commands.relabel`."""
+"""`cage relabel`: run the main job."""
 
 from __future__ import annotations
 
@@ -34,10 +34,3 @@ def run_config(config: Config, *, is_new_run: bool = False, is_verbose: bool) ->
     if not was_run:
         print("nothing to do: the run is complete")
     print(describe_status(run))
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    sys.argv.insert(1, "relabel")
-    main()

@@ -1,4 +1,4 @@
-"""`cage synthesize`; also `python -m jobs.commands.synthesize`."""
+"""`cage synthesize`: make training data and describe it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config.files import dump_config, load_as
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.synthesis.dataset import Dataset
 from pipeline.synthesis.settings import SynthesizeConfig
-from pipeline.synthesis.survey import SPLITS
+from pipeline.synthesis.statistics import SPLITS
 
 
 def run_synthesize(
@@ -85,10 +85,3 @@ def _loading(path: str, kind: str) -> str:
 
 def _count(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    sys.argv.insert(1, "synthesize")
-    main()
