@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format browser kernels clean help
+.PHONY: demo test check docs format browser kernels clean help
 
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
 	@echo "make test    run the tests (all but those that need a GPU)"
-	@echo "make check   formatter, linter, types, import contracts"
+	@echo "make check   formatter, linter, types, import contracts, documentation"
+	@echo "make docs    build the documentation into site/"
 	@echo "make format  format and fix what can be fixed"
 	@echo "make kernels install Triton (a gigabyte), whose interpreter runs the GPU's kernel on a CPU; for its tests"
 	@echo "make browser install Chromium where there is none, on Debian as root; for the tests of the report"
@@ -37,6 +38,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+# Strict: a link, a name of the API or a page that is not there is an error. Nothing is fetched.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -56,4 +62,4 @@ kernels: $(READY)
 	  echo "Triton could not be installed: the tests that interpret the kernel are skipped"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
