@@ -33,12 +33,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-check: $(READY)
+check: $(READY) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@$(MAKE) --no-print-directory docs
 
 # Strict: a link, a name of the API or a page that is not there is an error. Nothing is fetched.
 docs: $(READY)

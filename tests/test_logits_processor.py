@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from support.decoding import ask, config_of, decode
@@ -142,18 +139,6 @@ def test_what_cannot_be_steered_is_refused(tiny):
     processor = processor_of(short, small)
     with pytest.raises(CageError, match=r"context holds \d+ tokens"):
         generate(short, processor, processor.encode(["why?"]), max_new_tokens=40, min_new_tokens=40)
-
-
-def test_the_readme_steers_generate_as_it_says(tiny, capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("<!-- generate:start -->")[2].partition("<!-- generate:end -->")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    name = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
-    assert code.count(name) == 1
-    names: dict[str, object] = {}
-    exec(compile(code.replace(name, repr(str(tiny("llama", seed=3)))), "README.md", "exec"), names)
-    assert capsys.readouterr().out.strip()
-    assert isinstance(names["processor"], CageLogitsProcessor)
 
 
 def test_a_model_that_slots_refuse_is_sent_here_and_steered(tiny):
