@@ -1,10 +1,11 @@
-"""Addresses and names: what is local, what is an object store, and what may be a file of a run."""
+"""Addresses and names: what is local, what is in an object store, and what a stored file may be called."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigurationError, StorageError
@@ -33,11 +34,21 @@ def split_address(path: str) -> tuple[str | None, str]:
     return OBJECT_SCHEMES[scheme], rest
 
 
+def normal_address(path: str) -> str:
+    """The one form of an address: two addresses of the same place are equal in it (links are not followed).
+
+    Raises:
+        ConfigurationError: as `split_address`.
+    """
+    scheme, rest = split_address(path)
+    return str(Path(rest).absolute()) if scheme is None else f"{scheme}://{rest}"
+
+
 def file_system(scheme: str) -> Any:
     """The fsspec file system of an object store; credentials and endpoint come from the client's own sources."""
-    import fsspec
+    import fsspec  # here: a run in a local folder does not need it
 
-    options: dict[str, Any] = {"use_listings_cache": False}
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to the same folder
     try:
         return fsspec.filesystem(scheme, **options)
     except ImportError as error:
@@ -47,7 +58,10 @@ def file_system(scheme: str) -> Any:
 
 @contextlib.contextmanager
 def as_storage_error(action: str) -> Iterator[None]:
-    """Turn what a client library raises into one line; FileNotFoundError and FileExistsError pass."""
+    """Raise what a client library raises as a StorageError of one line, "cannot " and `action`.
+
+    FileNotFoundError, FileExistsError and errors that are already of one line pass as they are.
+    """
     try:
         yield
     except (FileNotFoundError, FileExistsError, StorageError, ConfigurationError):

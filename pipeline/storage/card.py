@@ -1,4 +1,4 @@
-"""What is told about a finished run: the manifest for programs, the data set card for people."""
+"""Descriptions of a finished run: the manifest for programs, the data set card for people."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ COLUMN_NOTES = {
     "weights": "weight of each principal",
     "rewards": "by principal: sum of the token reward q over the answer, in nats, before weights",
     "payments": "by principal: what it paid for the drawn tokens, in nats",
-    "kl_per_token": "divergence of the policy from the base, nats a token",
+    "kl_per_token": "divergence of the policy from the base, nats per token",
     "covered_mass": "mean probability of the base on the candidates",
     "max_residual": "largest certificate residual of the solved games",
     "num_unsolved": "tokens whose game was not solved to tolerance",
-    "solver_steps": "mean number of the solver's steps a token",
+    "solver_steps": "mean number of the solver's steps per token",
     "error": "null here; rejected rows have the reason",
     "original_response": "the input's answer",
     "original_rewards": "rewards of the input's answer",

@@ -12,7 +12,6 @@ from itertools import product
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.errors import CageError, StorageError
 from pipeline.records import Record
@@ -23,11 +22,26 @@ OTHER_REASONS = "other reasons"
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """What one committed shard holds, and how it came about.
+    """What one committed shard holds, and how it was computed.
 
-    `rows` and `rejected` count records (one a row and sample), `sha256_by_file` names the files that count,
-    `tokens` the tokens of the aligned records. `attempt`, `seconds`, `host`, `committed_at` (Unix time) and the
-    `recoveries` on the way (kind to count) are told here and nowhere else: no data file depends on them.
+    What differs from attempt to attempt (`committed_at`, `attempt`, `seconds`, `host`, `recoveries`) is stored here
+    and nowhere else, so that the data files of every attempt are the same bytes.
+
+    Args:
+        shard: the shard's index in the plan.
+        rows: the number of aligned records, one per row, variant and sample.
+        rejected: the number of records with an error.
+        tokens: the number of tokens of the aligned records.
+        sha256_by_file: the files that belong to the run; what else lies in the folder does not.
+        num_bytes: the size of these files together.
+        digest: of the plan that the shard was computed for.
+        committed_at: Unix time.
+        pyarrow: the version that wrote the files; another one may write other bytes for the same rows.
+        attempt: 1 for the first.
+        seconds: how long the attempt took.
+        host: where it ran.
+        errors: how often each reason for a rejection occurred.
+        recoveries: how often each kind of fault was recovered from, where it is not 0.
     """
 
     shard: int
@@ -65,14 +79,14 @@ def sha256(data: bytes) -> str:
 def order_records(
     records: Iterable[Record], row_ids: Sequence[str], *, num_variants: int = 1, num_samples: int, shard: int
 ) -> list[Record]:
-    """The records in the order of `row_ids`, then by variant and sample: each answer exactly once.
+    """Sort records in the order of `row_ids`, then by variant and sample; each answer is there exactly once.
 
-    Every row has one record a variant and sample; one that failed before its first answer may have a single
-    rejected one.
+    A row has one record per variant and sample. A row that failed before its first answer may have a single
+    rejected record instead.
 
     Raises:
-        CageError: a record is missing, twice, or of no row of the shard. It is a fault of the program, and would
-            lose or repeat a row.
+        CageError: a record is missing, is there twice, or is of no row of the shard. This is a bug of the program;
+            committing would lose or repeat a row.
     """
     wanted = set(product(range(num_variants), range(num_samples)))
     by_row: dict[str, dict[tuple[int, int], Record]] = {row_id: {} for row_id in row_ids}
@@ -93,7 +107,7 @@ def order_records(
 
 
 def count_reasons(reasons: Iterable[str | None]) -> dict[str, int]:
-    """Count errors by kind: numbers and quoted values are left out of a reason, rare kinds are put together."""
+    """Count errors by kind: a reason without its numbers and quoted values. Rare kinds are counted together."""
     counts = Counter(_kind(reason or "no reason given") for reason in reasons)
     kept = dict(counts.most_common(REASONS_KEPT))
     rest = sum(counts.values()) - sum(kept.values())
@@ -109,7 +123,7 @@ def add_reasons(all_counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def count_tokens(table: pa.Table) -> int:
-    return int(pc.sum(table.column("num_tokens")).as_py() or 0)
+    return int(sum(table.column("num_tokens").to_pylist()))
 
 
 def differing_rows(first: pa.Table, second: pa.Table) -> list[tuple[str, int, int]]:

@@ -14,7 +14,7 @@ from pipeline.storage.quoting import quote
 DISTRIBUTION = "cage-align"
 # These say where a model runs, not what it computes.
 PLACEMENT_KEYS = ("resources", "device")
-# The identity of a model, given by the caller, stands for these.
+# Where the caller gives the identity of a model, it replaces these.
 IDENTITY_KEYS = ("model", "revision", "adapter", "reference")
 
 
@@ -38,16 +38,16 @@ def take_fingerprint(
 
 
 def _flatten(place: str, value: Any, models: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """Dotted fields below `place`, without placement and without what an identity in `models` stands for."""
+    """Dotted fields below `place`, without placement and without what an identity in `models` replaces."""
     if not isinstance(value, dict):
         yield place, value
         return
     for key, child in value.items():
         where = f"{place}.{key}"
-        stands_for = (place in models and key in ("model", "revision")) or (
+        is_replaced = (place in models and key in ("model", "revision")) or (
             where in models and key in IDENTITY_KEYS and not isinstance(child, dict)
         )
-        if key not in PLACEMENT_KEYS and not stands_for:
+        if key not in PLACEMENT_KEYS and not is_replaced:
             yield from _flatten(where, child, models)
 
 

@@ -36,9 +36,16 @@ class Format(StrEnum):
 class InputFile:
     """One file of the input, or one split of a data set.
 
-    `path` opens it (absolute, or a URL, or the data set's name), `name` is what row ids and messages call it.
-    `num_rows` counts the rows that are used; `identity` changes when their content does. `marks` has, for JSONL,
-    (byte offset, lines before) of rows 0, stride, 2 stride, ...
+    Args:
+        path: opens it: an absolute path, a URL, or the data set's name.
+        name: what row ids and messages call it.
+        format: how it is read.
+        columns: which columns are read.
+        num_rows: how many rows are used, from the first one.
+        identity: changes when the content of these rows does.
+        marks: for JSONL, (byte offset, lines before) of rows 0, stride, 2 * stride, ..., where reading can begin.
+        subset: of a data set.
+        split: of a data set.
     """
 
     path: str
@@ -54,7 +61,15 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file before it is read. `tag` is the object store's content tag, None for a local file."""
+    """A file that was listed and not read yet.
+
+    Args:
+        path: opens it.
+        name: its last part.
+        format: by its suffix.
+        size: in bytes.
+        tag: the object store's tag of its content; None for a local file.
+    """
 
     path: str
     name: str
@@ -104,7 +119,12 @@ def open_bytes(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def as_input_error(name: str) -> Iterator[None]:
-    """Turn a fault of reading an input file into one line that names the file; one that may pass is the storage's."""
+    """Raise a failure to read an input file as one line that names the file.
+
+    Raises:
+        StorageError: the failure may be temporary (`may_pass`), so the input itself may be good.
+        ConfigurationError: the input is not usable.
+    """
     try:
         yield
     except ConfigurationError:

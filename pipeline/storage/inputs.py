@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.config.sections import InputConfig
@@ -17,18 +14,24 @@ from pipeline.records import Row
 from pipeline.storage import jsonl, tabular
 from pipeline.storage.input_files import Format, FoundFile, InputFile, find_files, is_dataset_name
 from pipeline.storage.quoting import quote
+from pipeline.storage.row_ids import check_ids
 from pipeline.storage.rows import InputColumns
 
 DEFAULT_STRIDE = 1024
-SHOWN = 5  # ids or places named in a message
 
 
 @dataclass(frozen=True, slots=True)
 class InputSource:
-    """Rows by file and position. Plain data: it travels to the processes that read.
+    """Rows by file and position. Plain data: it can be sent to the processes that read.
 
     A row id is the id column's value, a batch request's `custom_id`, or else "file name:row", where the row is the
     1-based line of a JSONL file and the 0-based row of a Parquet file or data set.
+
+    Args:
+        files: in order of name.
+        stride: the distance of the `marks` of JSONL files, in rows.
+        principal_names: the names that a column of weights may use.
+        column_names: every column that the files have, used or not; empty for an input that comes from a plan.
     """
 
     files: tuple[InputFile, ...]
@@ -49,9 +52,11 @@ class InputSource:
     def read_rows(self, file_index: int, start: int, stop: int) -> Iterator[Row]:
         """Yield rows [start, stop) of one file; blank JSONL lines are not rows. A bad row has `error` set.
 
-        Reads the row groups that hold them, or from the last mark at or before `start`.
+        Of a Parquet file only the row groups with these rows are read; a JSONL file is read from the last mark at or
+        before `start`.
 
         Raises:
+            ValueError: the file has no such rows.
             ConfigurationError: the file is gone, damaged or shorter than planned.
         """
         file = self.files[file_index]
@@ -69,9 +74,12 @@ class InputSource:
 def open_input(
     config: InputConfig, principal_names: Sequence[str] = (), *, stride: int = DEFAULT_STRIDE
 ) -> InputSource:
-    """Find and check the input, without reading its rows more than counting, hashing and ids need.
+    """Find and check the input. Its rows are read only as far as counting, hashing and ids need.
 
-    `stride` is the distance of the positions in JSONL from which reading can start: rows per shard.
+    Args:
+        config: where the input is, and which columns it has.
+        principal_names: the names that a column of weights may use.
+        stride: the distance in rows of the places in a JSONL file where reading can begin: rows per shard.
 
     Raises:
         ConfigurationError: no such input, missing column, wrong column type, no rows, a missing or repeated id.
@@ -87,7 +95,7 @@ def open_input(
     files = [file for file in files if file.num_rows]
     if not files:
         raise ConfigurationError(f"input.path: {config.path} holds no rows")
-    _check_ids(files)
+    check_ids(files)
     return InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names))
 
 
@@ -170,7 +178,7 @@ def _check_schema(schema: pa.Schema, config: InputConfig, name: str, column_name
 
 
 def _resolve(config: InputConfig, names: Sequence[str], file: str) -> InputColumns:
-    """Choose the columns: those configured; else `messages` if there is such a column, else `prompt`."""
+    """Choose the columns: the configured ones; else `messages` if there is such a column, else `prompt`."""
     prompt, messages = config.prompt, config.messages
     if prompt is None and messages is None:
         messages = "messages" if "messages" in names else None
@@ -192,42 +200,3 @@ def _unresolved(config: InputConfig) -> InputColumns:
     """The columns of a file without one readable object: each of its rows is a row error anyway."""
     prompt = config.prompt or (None if config.messages else "prompt")
     return InputColumns(prompt, config.messages, config.id, config.weights, config.response)
-
-
-def _check_ids(files: list[InputFile]) -> None:
-    """Refuse missing and repeated ids, by 8 bytes a row and an exact second look at those that may repeat."""
-    if all(file.columns.id is None for file in files):
-        return  # file name and row number
-    hashes, missing, num_missing = array("q"), [], 0
-    for row_id, place in chain.from_iterable(_read_ids(file) for file in files):
-        if row_id is None:
-            num_missing += 1
-            missing += [place] if num_missing <= SHOWN else []
-        else:
-            hashes.append(hash(row_id))
-    if num_missing:
-        more = ", ..." if num_missing > len(missing) else ""
-        raise ConfigurationError(
-            f"{num_missing} rows have no usable id (text or a whole number): {', '.join(missing)}{more}"
-        )
-    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
-    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if suspects:
-        every_id = chain.from_iterable(_read_ids(file) for file in files)
-        counts = Counter(row_id for row_id, _ in every_id if hash(row_id) in suspects)
-        _refuse_repeated({str(row_id): count for row_id, count in counts.items() if count > 1})
-
-
-def _refuse_repeated(count_by_id: dict[str, int]) -> None:
-    if not count_by_id:
-        return
-    shown = ", ".join(f"{quote(row_id)} ({count} times)" for row_id, count in list(count_by_id.items())[:SHOWN])
-    more = ", ..." if len(count_by_id) > SHOWN else ""
-    raise ConfigurationError(f"row ids must be unique; {len(count_by_id)} repeat: {shown}{more}")
-
-
-def _read_ids(file: InputFile) -> Iterator[tuple[str | None, str]]:
-    if file.columns.id is None:
-        return ((f"{file.name}:{row}", "") for row in range(file.num_rows))
-    read = tabular.read_ids if file.format in (Format.PARQUET, Format.DATASET) else jsonl.read_ids
-    return read(file)

@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What one pass over a file tells."""
+    """What one pass over a file finds: see the fields of `InputFile` with the same names."""
 
     num_rows: int
     identity: str
@@ -36,7 +36,7 @@ class Scan:
 
 
 def peek(path: str, name: str) -> tuple[Format, tuple[str, ...]]:
-    """Tell batch requests from plain JSONL, and the keys of the first objects in order of appearance."""
+    """Distinguish batch requests from plain JSONL; collect the keys of the first objects in order of appearance."""
     keys: dict[str, None] = {}
     format_, num_objects = Format.JSONL, 0
     with as_input_error(name), open_bytes(path) as handle:

@@ -16,13 +16,20 @@ from pipeline.errors import StorageError
 from pipeline.storage.addresses import NAME, as_storage_error, check_name
 from pipeline.storage.retries import retried
 
-ASIDE = ".aside"
-ABANDONED_AFTER_S = 600.0
+TEMPORARY_SUFFIX = ".aside"
+ABANDONED_AFTER_S = 600.0  # no write takes so long: an older temporary file has lost its writer
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStore:
-    """A folder. Files are written aside, synced and then linked or renamed into place."""
+    """A local or network folder (see `Store` for what the methods promise).
+
+    A file is first written under a hidden temporary name, synced, and then linked or renamed to its own name, so that
+    a reader never sees half of it. `create` needs hard links and raises StorageError on a file system without them.
+
+    Args:
+        folder: an absolute path. It is made at the first write.
+    """
 
     folder: Path
 
@@ -57,9 +64,11 @@ class LocalStore:
         return retried(f"write {file}", lambda: self._create_once(file, data))
 
     def _create_once(self, file: Path, data: bytes) -> bool:
-        with self._aside(file, data) as aside:
+        with self._temporary(file, data) as temporary:
             try:
-                os.link(aside, file)  # unlike a rename, a link never replaces
+                # A rename would replace the file of another writer. A link fails if the name exists, in one step:
+                # exactly one of several writers wins.
+                os.link(temporary, file)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -68,7 +77,7 @@ class LocalStore:
                         f"cannot write {file}: its file system has no hard links, which commits need"
                     ) from None
                 raise
-            _sync_folder(file.parent)
+            _sync_folder(file.parent)  # before True: the caller goes on to write what refers to this file
             return True
 
     def put(self, name: str, data: bytes) -> None:
@@ -76,8 +85,8 @@ class LocalStore:
         retried(f"write {file}", lambda: self._put_once(file, data))
 
     def _put_once(self, file: Path, data: bytes) -> None:
-        with self._aside(file, data) as aside:
-            aside.replace(file)
+        with self._temporary(file, data) as temporary:
+            temporary.replace(file)
             _sync_folder(file.parent)
 
     def remove(self, name: str) -> None:
@@ -86,11 +95,11 @@ class LocalStore:
 
     def sweep(self) -> None:
         with as_storage_error(f"remove old files of {self.folder}"):
-            for aside in self.folder.rglob(f".*{ASIDE}"):
+            for temporary in self.folder.rglob(f".*{TEMPORARY_SUFFIX}"):
                 # another driver may end its write between the listing and here
                 with contextlib.suppress(FileNotFoundError):
-                    if time.time() - aside.stat().st_mtime > ABANDONED_AFTER_S:
-                        aside.unlink()
+                    if time.time() - temporary.stat().st_mtime > ABANDONED_AFTER_S:
+                        temporary.unlink()
 
     def names(self, prefix: str = "") -> list[str]:
         start = self.folder / prefix.rpartition("/")[0]
@@ -106,19 +115,24 @@ class LocalStore:
         return self.folder / check_name(name)
 
     @contextlib.contextmanager
-    def _aside(self, file: Path, data: bytes) -> Iterator[Path]:
-        """Hold `data`, synced, in a hidden file beside `file`."""
+    def _temporary(self, file: Path, data: bytes) -> Iterator[Path]:
+        """Yield a hidden file beside `file` that holds `data`; remove it at the end.
+
+        The data is synced before the file gets its name. In the other order a power cut could leave the name with
+        no or half the data, and a commit record would vouch for it. The file lies in the same folder because links
+        and renames do not cross file systems.
+        """
         if not file.parent.is_dir():
             _make_folder(file.parent)
-        aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}{ASIDE}")
+        temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
         try:
-            with aside.open("xb") as handle:
+            with temporary.open("xb") as handle:
                 handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())
-            yield aside
+            yield temporary
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _make_folder(folder: Path) -> None:
@@ -130,7 +144,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new or renamed entry of `folder` survive a power cut."""
+    """Make a new or renamed entry of `folder` survive a power cut: syncing a file does not sync its name."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

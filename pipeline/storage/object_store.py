@@ -11,14 +11,22 @@ from pipeline.errors import StorageError
 from pipeline.storage.addresses import NAME, check_name, file_system
 from pipeline.storage.retries import http_status, retried
 
-ONE_PUT_BYTES = 2 * 2**30  # below twice this an object is written by one request
+# Below twice this size an object is written by one request, which also checks the condition of `create`. In parts it
+# would take several, and a killed writer would leave parts behind.
+ONE_PUT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectStore:
-    """A prefix in a bucket. An object appears whole, by one PUT; nothing is ever renamed.
+    """A prefix in a bucket (see `Store` for what the methods promise).
 
-    `root` is "bucket/folder". The client is made where it is used, so that a store travels to other processes.
+    An object appears whole, by one PUT request, and is never renamed: a rename is a copy there. `create` is a PUT on
+    the condition that there is no such object (If-None-Match). The client is made where it is used, so that a store
+    can be sent to other processes.
+
+    Args:
+        scheme: of fsspec, "s3" or "gs".
+        root: "bucket/folder".
     """
 
     scheme: str
@@ -42,7 +50,7 @@ class ObjectStore:
         return {name_by_key[key.strip("/")]: data for key, data in found.items()}
 
     def _cat(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """The bytes of those objects that exist."""
+        """Return the bytes of those objects that exist. One that is missing must not cost the others."""
         found = self._files.cat(keys, on_error="return")
         for answer in found.values():
             if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):

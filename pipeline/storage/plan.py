@@ -12,12 +12,12 @@ from pipeline.config.sections import Config, Trace
 from pipeline.config.variants import Variant, lay_out
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
+from pipeline.storage.addresses import normal_address
 from pipeline.storage.fingerprint import explain_mismatch, refuse_mismatch, take_fingerprint
 from pipeline.storage.input_files import Format, InputFile
 from pipeline.storage.inputs import InputSource, open_input
 from pipeline.storage.quoting import quote
 from pipeline.storage.rows import InputColumns
-from pipeline.storage.stores import open_store
 
 __all__ = ["Plan", "Shard", "explain_mismatch", "make_plan", "refuse_mismatch"]
 
@@ -28,7 +28,13 @@ PLAN_VERSION = 2
 class Shard:
     """Rows [start, stop) of one input file: the unit of work and of commit.
 
-    `offset` is the byte and `line` the number of lines before the first row, for JSONL; both 0 otherwise.
+    Args:
+        index: the shard's number in the plan, from 0; its files are named by it.
+        file: the index of the input file.
+        start: the first row, counted in the rows of the file that are used.
+        stop: the row after the last one.
+        offset: the byte at which the first row begins, for JSONL; 0 otherwise.
+        line: the number of lines before the first row, for JSONL; 0 otherwise.
     """
 
     index: int
@@ -45,10 +51,24 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run is. Two plans with the same digest give the same output files.
+    """What a run computes, fixed before it begins. Two plans with the same digest give the same output files.
 
-    `fingerprint` maps dotted fields to plain values; `models` maps places ("base") to identities; `config` is the
-    whole configuration as plain values, of which parts (cluster, errors, paths) are not in the fingerprint.
+    A plan is plain data: it is stored as plan.json and sent to the processes that compute.
+
+    Args:
+        fingerprint: everything that changes results, as dotted fields with plain values.
+        files: the input, file by file.
+        shards: every row of the input once, in order.
+        principal_names: in the order of the columns and of the game.
+        num_samples: answers per row and variant.
+        variants: the ways in which each row is answered: one, or those of the grid.
+        rows_per_shard: every shard of a file but its last one has so many rows.
+        trace: whether the output has a column with the single tokens.
+        has_response: whether the input has answers to compare with, for which the output has columns.
+        models: the identity of each model by its place in the configuration ("base").
+        config: the whole configuration as plain values. Parts of it (cluster, errors, paths) are not in the
+            fingerprint, because they do not change results.
+        version: of the format of plan.json.
     """
 
     fingerprint: Mapping[str, Any]
@@ -66,6 +86,7 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
+        """Input rows, over all files."""
         return sum(file.num_rows for file in self.files)
 
     @property
@@ -75,6 +96,7 @@ class Plan:
 
     @property
     def num_answers(self) -> int:
+        """Records of the whole run: one per row, variant and sample."""
         return self.num_rows * len(self.variants) * self.num_samples
 
     @property
@@ -88,7 +110,11 @@ class Plan:
         return InputSource(self.files, self.rows_per_shard, self.principal_names)
 
     def read_shard(self, shard: Shard | int) -> Iterator[Row]:
-        """Yield the rows of one shard in input order."""
+        """Yield the rows of one shard, given itself or by its index, in input order.
+
+        Raises:
+            ConfigurationError: the input is gone, damaged or shorter than when the run was planned.
+        """
         shard = self.shards[shard] if isinstance(shard, int) else shard
         return self.open_input().read_rows(shard.file, shard.start, shard.stop)
 
@@ -157,20 +183,21 @@ class Plan:
 def make_plan(
     config: Config, models: Mapping[str, str] | None = None, *, versions: Mapping[str, str] | None = None
 ) -> Plan:
-    """Read the input's metadata once and fix shards and fingerprint.
+    """Read the input once, as far as counting, hashing and ids need, and fix shards and fingerprint.
 
     Args:
-        config: the run.
+        config: of the run.
         models: identity by place: "base", "principals.kind.model", "principals.kind.adapter",
-            "principals.kind.reference". An identity stands in the fingerprint for the configured name and revision,
-            so that a moved model folder is the same model; include whatever else decides numbers (resolved dtype).
-        versions: further versions to hold a run to, by name ("torch").
+            "principals.kind.reference". In the fingerprint an identity replaces the configured name and revision,
+            so that a model folder that was moved is still the same model. It should include whatever else changes
+            numbers, such as the dtype that "auto" became.
+        versions: versions of libraries that must not change within the run, by name ("torch").
 
     Raises:
         ConfigurationError: the input cannot be used, or the run directory is the input folder.
     """
     models = dict(models or {})
-    if open_store_path(config.output.path) == open_store_path(config.input.path):
+    if normal_address(config.output.path) == normal_address(config.input.path):
         raise ConfigurationError("output.path and input.path must differ")
     source = open_input(config.input, tuple(config.principals), stride=config.output.rows_per_shard)
     return Plan(
@@ -186,16 +213,6 @@ def make_plan(
         models=models,
         config=config.model_dump(mode="json"),
     )
-
-
-def open_store_path(path: str) -> str:
-    """The normal form of a directory's address. Raises ConfigurationError for an unknown scheme."""
-    try:
-        return open_store(path).path
-    except ConfigurationError as error:
-        if "is a file" in str(error):
-            return path
-        raise
 
 
 def _cut(files: Sequence[InputFile], rows_per_shard: int) -> Iterator[Shard]:

@@ -1,4 +1,4 @@
-"""One input record becomes one `Row`. Whatever is wrong with it is told in the row, never raised."""
+"""One input record becomes one `Row`. Whatever is wrong with it is reported in the row, never raised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "name", "audi
 
 @dataclass(frozen=True, slots=True)
 class InputColumns:
-    """The columns that are read, resolved. Exactly one of `prompt` and `messages` is set, except for batch files."""
+    """The names of the input columns that are read; None for what is not read.
+
+    Args:
+        prompt: one text, which becomes a user message. Exactly one of `prompt` and `messages` is set.
+        messages: a conversation.
+        id: the row id; None names rows by file and position.
+        weights: weights by principal, which replace the configured ones for the row.
+        response: an answer to compare with.
+    """
 
     prompt: str | None = None
     messages: str | None = None

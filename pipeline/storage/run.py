@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.monitoring.counts import Recoveries
 from pipeline.records import Record
+from pipeline.storage.addresses import split_address
 from pipeline.storage.card import render_card, render_manifest
-from pipeline.storage.commits import CommitRecord, add_reasons, order_records
+from pipeline.storage.commits import CommitRecord, order_records
 from pipeline.storage.plan import Plan, Shard, refuse_mismatch
-from pipeline.storage.shard_files import COMMITS, REJECTED, ShardWriter, as_damaged_file
-from pipeline.storage.stores import ObjectStore, Store, open_store
+from pipeline.storage.row_lookup import find_row
+from pipeline.storage.run_status import RunStatus, sum_up
+from pipeline.storage.shard_files import COMMITS, REJECTED, ShardWriter
+from pipeline.storage.stores import Store, open_store
 
 PLAN, MANIFEST, CARD, SUCCESS = "plan.json", "manifest.json", "README.md", "_SUCCESS"
 COMMIT_NAME = re.compile(re.escape(COMMITS) + r"part-(\d+)\.json")
 
 
 @dataclass(frozen=True, slots=True)
-class RunStatus:
-    """How far a run is. Rows are records: one an input row, variant and sample."""
-
-    path: str
-    digest: str
-    num_shards: int
-    num_rows: int
-    shards_done: int
-    rows_aligned: int
-    rows_rejected: int
-    tokens: int
-    seconds: float
-    errors: Mapping[str, int]
-    recoveries: Recoveries
-    attempts_lost: int
-    last_commit_at: float | None
-    is_complete: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Run:
-    """A run directory and its plan. Plain data: it travels to the processes that commit."""
+    """A run directory and its plan.
+
+    Any number of processes may work on one run at the same time, and each may be killed at any time: a shard counts
+    exactly if its commit record exists, records are only ever created, and whoever computes a shard again arrives at
+    the same files. A run is plain data and can be sent to the processes that commit.
+
+    Args:
+        store: the directory.
+        plan: as stored in its plan.json. Use `create_or_resume` or `open`, which see to that.
+    """
 
     store: Store
     plan: Plan
@@ -52,6 +42,11 @@ class Run:
     @classmethod
     def create_or_resume(cls, store: Store, plan: Plan) -> Run:
         """Write the plan of a new run, or check that the stored one has the same fingerprint.
+
+        Args:
+            store: the directory, empty or with a run.
+            plan: what is to be computed. Where only its other parts differ from the stored plan (the input was
+                moved, the cluster is another one), it replaces it.
 
         Raises:
             RunMismatch: the directory holds a run with another fingerprint; the message says how it differs.
@@ -63,24 +58,38 @@ class Run:
             if store.create(PLAN, plan.to_json()):
                 _check_exclusive(store, plan)
                 return cls(store, plan)
+            # another driver was faster: its plan is checked like that of any earlier run
         stored = _read_plan(store)
         refuse_mismatch(store.path, stored.fingerprint, plan.fingerprint)
-        if stored != plan:  # the same run, but its input has moved or it runs elsewhere
+        if stored != plan:
             store.put(PLAN, plan.to_json())
         return cls(store, plan)
 
     @classmethod
-    def open(cls, path: str) -> Run:
-        """Open an existing run from its files alone. Raises ConfigurationError when there is none."""
+    def open(cls, path: str, *, open_store: Callable[[str], Store] = open_store) -> Run:
+        """Open an existing run. Only plan.json is read; neither the input nor the models have to be there.
+
+        Args:
+            path: the run directory, local or in an object store.
+            open_store: makes the store from the path, for callers that wrap it.
+
+        Raises:
+            ConfigurationError: there is no run, or its plan is damaged or of another version.
+        """
         store = open_store(path)
         return cls(store, _read_plan(store))
 
     @property
     def is_complete(self) -> bool:
+        """Whether `finish` has come to its end, by whichever process; reads the store."""
         return self.store.read(SUCCESS) is not None
 
     def committed(self) -> dict[int, CommitRecord]:
-        """The commit records by shard, by one listing and the reading of the records at once."""
+        """The commit records by shard. Costs one listing and the reading of every record.
+
+        Raises:
+            StorageError: a record is damaged, or of another run.
+        """
         names = [name for name in self.store.names(COMMITS) if COMMIT_NAME.fullmatch(name)]
         found = self.store.read_many(names)
         records = [self._writer.read_record(name, data) for name, data in found.items()]
@@ -93,7 +102,7 @@ class Run:
         return None if data is None else writer.read_record(name, data)
 
     def pending(self) -> list[Shard]:
-        """The shards that are not committed, in order; by one listing, no record is read."""
+        """The shards that are not committed, in order. Costs one listing; no record is read."""
         found = (COMMIT_NAME.fullmatch(name) for name in self.store.names(COMMITS))
         done = {int(name[1]) for name in found if name is not None}
         return [shard for shard in self.plan.shards if shard.index not in done]
@@ -109,14 +118,25 @@ class Run:
         row_ids: Sequence[str] | None = None,
         recoveries: Recoveries | None = None,
     ) -> CommitRecord:
-        """Write a finished shard and commit it; committing it again changes nothing.
+        """Write a finished shard and commit it.
 
-        `records` come in any order; they are written in the order of `row_ids` (read from the input when None),
-        then by variant and sample. Records with an error go to the rejected file.
+        Committing a shard again changes nothing and returns the record of the first commit. It is also safe after a
+        process was killed in here, and while another one commits the same shard.
+
+        Args:
+            shard: the shard or its index.
+            records: one per row, variant and sample, in any order. Those with an error go to the rejected file.
+            attempt: the number of this attempt at the shard, from 1.
+            seconds: how long it took.
+            host: where it ran.
+            row_ids: the shard's row ids in the order of the input, which is the order of the files; None reads them
+                from the input.
+            recoveries: from faults on the way.
 
         Raises:
-            CageError: a row of the shard is missing or twice.
-            NondeterminismError: the shard exists with other values for the same row (strict reproducibility).
+            CageError: a row of the shard is missing, or is there twice.
+            NondeterminismError: the shard is already there with other values for the same row, and the run is
+                strictly reproducible.
             StorageError: the directory cannot be written.
         """
         shard = self.plan.shards[shard] if isinstance(shard, int) else shard
@@ -134,10 +154,13 @@ class Run:
         )
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Write manifest, data set card and, last, `_SUCCESS`. `extra` is put into the manifest.
+        """Write manifest, data set card and, last, `_SUCCESS`; finishing again writes the same.
+
+        Args:
+            extra: further values for the manifest, under "extra".
 
         Raises:
-            CageError: shards are missing.
+            CageError: shards are not committed, or files of committed ones are missing.
         """
         records = self.committed()
         names = {name for record in records.values() for name in record.sha256_by_file}
@@ -148,41 +171,24 @@ class Run:
                 f"{self.store.path} is not complete: {missing} shards and {len(names - stored)} files missing"
             )
         for name in stored - names:
-            if name.startswith(REJECTED):  # of an attempt that did not stand
+            if name.startswith(REJECTED):  # of an attempt that was not the one committed
                 self.store.remove(name)
         self.store.sweep()
         status = self.status(records)
         self.store.put(MANIFEST, render_manifest(self.plan, records, status.errors, status.recoveries, extra or {}))
         self.store.put(CARD, render_card(self.plan, records, status.errors))
+        # Last: whoever sees this file finds all the others.
         self.store.put(SUCCESS, f"{self.plan.digest}\n".encode())
 
     def status(self, records: Mapping[int, CommitRecord] | None = None) -> RunStatus:
-        """Sum up the commit records (those given, or those in the directory)."""
-        done = list((self.committed() if records is None else records).values())
-        return RunStatus(
-            path=self.store.path,
-            digest=self.plan.digest,
-            num_shards=len(self.plan.shards),
-            num_rows=self.plan.num_answers,
-            shards_done=len(done),
-            rows_aligned=sum(record.rows for record in done),
-            rows_rejected=sum(record.rejected for record in done),
-            tokens=sum(record.tokens for record in done),
-            seconds=sum(record.seconds for record in done),
-            errors=add_reasons(record.errors for record in done),
-            recoveries=sum((Recoveries(**record.recoveries) for record in done), Recoveries()),
-            attempts_lost=sum(record.attempt - 1 for record in done),
-            last_commit_at=max((record.committed_at for record in done), default=None),
-            is_complete=self.is_complete,
-        )
+        """Sum up the commit records: those given, or those in the directory when None."""
+        found = self.committed() if records is None else records
+        return sum_up(self.store.path, self.plan, found.values(), is_complete=self.is_complete)
 
     def find(self, row_id: str) -> list[dict[str, Any]]:
-        """The stored records of a row, every sample, aligned or rejected; empty when it is not (yet) there.
-
-        Looks at each file's statistics, then at its row ids, and reads the other columns of one file only.
-        """
+        """The stored records of a row, by variant and sample, aligned or rejected; empty when there is none yet."""
         for record in self.committed().values():
-            rows = [row for name in record.sha256_by_file for row in self._find_in(name, row_id)]
+            rows = [row for name in record.sha256_by_file for row in find_row(self.store, name, row_id)]
             if rows:
                 return sorted(rows, key=lambda row: (row.get("variant", 0), row["sample"]))
         return []
@@ -190,14 +196,6 @@ class Run:
     @property
     def _writer(self) -> ShardWriter:
         return ShardWriter(self.store, self.plan)
-
-    def _find_in(self, name: str, row_id: str) -> list[dict[str, Any]]:
-        with as_damaged_file(self.store.url(name)), self.store.open(name) as handle, pq.ParquetFile(handle) as file:
-            if file.metadata.num_rows == 0 or not _may_hold(file.metadata, row_id):
-                return []
-            ids = file.read(columns=["row_id"]).column("row_id").to_pylist()
-            wanted = [index for index, found in enumerate(ids) if found == row_id]
-            return list(file.read().take(wanted).to_pylist()) if wanted else []
 
 
 def _read_plan(store: Store) -> Plan:
@@ -208,15 +206,10 @@ def _read_plan(store: Store) -> Plan:
 
 
 def _check_exclusive(store: Store, plan: Plan) -> None:
-    """Some S3-compatible stores ignore If-None-Match; two writers could then both win."""
-    if isinstance(store, ObjectStore) and store.create(PLAN, plan.to_json()):
+    """Refuse a store that lets a second writer win: some S3-compatible ones ignore If-None-Match.
+
+    The plan was just created, so creating it again must fail.
+    """
+    is_object_store = split_address(store.path)[0] is not None
+    if is_object_store and store.create(PLAN, plan.to_json()):
         raise ConfigurationError(f"{store.path} is in a store without create-only writes (If-None-Match)")
-
-
-def _may_hold(metadata: pq.FileMetaData, row_id: str) -> bool:
-    """Whether a file's statistics allow that it holds the row; row_id is its first column."""
-    for group in range(metadata.num_row_groups):
-        statistics = metadata.row_group(group).column(0).statistics
-        if statistics is None or not statistics.has_min_max or statistics.min <= row_id <= statistics.max:
-            return True
-    return False

@@ -1,8 +1,13 @@
 """The files of one shard, and the order in which they are written.
 
-The data file is created first and never replaced: the first one stands. It names, in its footer, the file with its
-rejected rows, which was written before it. The commit record is made from what stands, so that every writer of a
-shard arrives at the same record.
+1. The file with the rejected rows, if there are any. Its name contains its hash, so that attempts which reject other
+   rows do not collide.
+2. The data file. It is created and never replaced, so the first attempt to get here decides the shard. Its footer
+   names the file of step 1: whoever sees the data file finds the rejected rows that belong to it.
+3. The commit record. It is made from the data file that is stored, not from the records in memory, so that every
+   attempt at a shard arrives at the same record.
+
+A process that is killed between two steps leaves files that the next attempt takes over or `Run.finish` removes.
 """
 
 from __future__ import annotations
@@ -31,7 +36,12 @@ REJECTED_KEY = "cage.rejected"  # in a data file's footer: the name of the file 
 
 @dataclass(frozen=True, slots=True)
 class ShardWriter:
-    """Writes and commits shards of one run."""
+    """Writes and commits the shards of one run.
+
+    Args:
+        store: the run directory.
+        plan: of the run; it decides names, columns and whether attempts must agree.
+    """
 
     store: Store
     plan: Plan
@@ -46,16 +56,24 @@ class ShardWriter:
         host: str,
         recoveries: Recoveries,
     ) -> CommitRecord:
-        """Write the ordered records of a shard and commit it; see `Run.commit`."""
+        """Write the records of a shard, which `order_records` has ordered, and commit it; see `Run.commit`.
+
+        Returns the record that is stored: this attempt's or, where another one was faster, that one's.
+        """
         schema = self._schema
         rejected = to_table([record for record in ordered if record.is_rejected], schema)
         aligned = to_table([record for record in ordered if not record.is_rejected], schema)
         rejected_name = self._write_rejected(shard, rejected)
         data = write_table_bytes(aligned, metadata={REJECTED_KEY: rejected_name})
-        standing = self._write_first(shard, data, aligned)
-        record = self._record(shard, standing)
-        told = replace(record, attempt=attempt, seconds=round(seconds, 3), host=host, recoveries=_nonzero(recoveries))
-        return self._create_record(told)
+        stored = self._write_first(shard, data, aligned)
+        record = replace(
+            self._record(shard, stored),
+            attempt=attempt,
+            seconds=round(seconds, 3),
+            host=host,
+            recoveries=_nonzero(recoveries),
+        )
+        return self._create_record(record)
 
     @property
     def _schema(self) -> pa.Schema:
@@ -70,7 +88,11 @@ class ShardWriter:
         )
 
     def read_record(self, name: str, data: bytes) -> CommitRecord:
-        """Read a stored commit record. Raises StorageError when it is none, or another run's."""
+        """Read a stored commit record.
+
+        Raises:
+            StorageError: it is not a commit record, or belongs to another run.
+        """
         url = self.store.url(name)
         record = CommitRecord.from_json(data, source=url)
         if record.digest != self.plan.digest or not 0 <= record.shard < len(self.plan.shards):
@@ -95,20 +117,24 @@ class ShardWriter:
         return name
 
     def _write_first(self, shard: Shard, data: bytes, aligned: pa.Table) -> bytes:
-        """Create the data file, or take the one that stands already; return the bytes that stand."""
+        """Create the data file, or take over the one that is already stored; return the stored bytes."""
         name = f"{self._part(shard.index)}.parquet"
         if self.store.create(name, data):
             return data
-        standing = self.store.read(name)
-        if standing is None:
+        stored = self.store.read(name)
+        if stored is None:
             raise StorageError(f"{self.store.url(name)} disappeared while it was being committed")
-        if standing != data:
-            self._compare(name, standing, aligned)
-        return standing
+        if stored != data:
+            self._compare(name, stored, aligned)
+        return stored
 
-    def _compare(self, name: str, standing: bytes, aligned: pa.Table) -> None:
-        """Accept another attempt's file. Rows may have been rejected in one attempt only; values must agree."""
-        found = _read_table(standing, self.store.url(name))
+    def _compare(self, name: str, stored: bytes, aligned: pa.Table) -> None:
+        """Check whether the file of another attempt can be taken over.
+
+        A row may have been rejected in one of the attempts only, for instance because a host died. Where both have
+        the row, its values must be equal, or the run is not as reproducible as it claims.
+        """
+        found = _read_table(stored, self.store.url(name))
         if (found.schema.metadata or {}).get(b"cage.fingerprint", b"").decode() != self.plan.digest:
             raise StorageError(f"{self.store.url(name)} belongs to another run; remove it to go on")
         if self.plan.fingerprint["decoding.reproducibility"] != Reproducibility.STRICT:
@@ -122,7 +148,7 @@ class ShardWriter:
             )
 
     def _record(self, shard: Shard, data: bytes) -> CommitRecord:
-        """The record of what stands."""
+        """The commit record of the stored data file and the rejected rows that it names."""
         name = f"{self._part(shard.index)}.parquet"
         aligned = _read_table(data, self.store.url(name))
         files = {name: data}
@@ -173,7 +199,7 @@ def _read_table(data: bytes, source: str) -> pa.Table:
 
 @contextlib.contextmanager
 def as_damaged_file(source: str) -> Iterator[None]:
-    """Turn a fault of reading a stored Parquet file into a StorageError."""
+    """Raise a failure to read a stored Parquet file as a StorageError that names `source`."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:

@@ -68,7 +68,7 @@ def output_schema(
 
 
 def to_table(records: Sequence[Record], schema: pa.Schema) -> pa.Table:
-    """A table with one row a record, in the order given; columns that `schema` lacks are dropped."""
+    """A table with one row per record, in the order given; columns that `schema` lacks are dropped."""
     rows = [_row(record) for record in records]
     return pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
 
@@ -96,7 +96,7 @@ def _variant_fields() -> list[pa.Field]:
 
 
 def _by_principal(principal_names: Sequence[str], metadata: Mapping[str, str]) -> pa.StructType:
-    """A struct of one double a principal; each field carries the identities of that principal's models."""
+    """A struct with one double per principal; each field carries the identities of that principal's models."""
     fields = []
     for name in principal_names:
         place = f"cage.models.principals.{name}."

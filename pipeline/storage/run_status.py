@@ -1,0 +1,68 @@
+"""How far a run is, summed up from its commit records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pipeline.monitoring.counts import Recoveries
+from pipeline.storage.commits import CommitRecord, add_reasons
+from pipeline.storage.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """How far a run is. Rows are records here: one per input row, variant and sample.
+
+    Args:
+        path: of the run directory.
+        digest: of the plan's fingerprint.
+        num_shards: in the plan.
+        num_rows: in the plan.
+        shards_done: committed ones.
+        rows_aligned: committed without an error.
+        rows_rejected: committed with an error.
+        tokens: of the aligned rows.
+        seconds: summed over the committed shards, which may have been computed side by side.
+        errors: how often each reason for a rejection occurred, most frequent first.
+        recoveries: from faults, on the way to the committed shards.
+        attempts_lost: attempts at shards before the one that was committed.
+        last_commit_at: Unix time; None before the first commit.
+        is_complete: whether manifest and `_SUCCESS` are written, too.
+    """
+
+    path: str
+    digest: str
+    num_shards: int
+    num_rows: int
+    shards_done: int
+    rows_aligned: int
+    rows_rejected: int
+    tokens: int
+    seconds: float
+    errors: Mapping[str, int]
+    recoveries: Recoveries
+    attempts_lost: int
+    last_commit_at: float | None
+    is_complete: bool
+
+
+def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complete: bool) -> RunStatus:
+    """Sum up the commit records of the run at `path`."""
+    done = list(records)
+    return RunStatus(
+        path=path,
+        digest=plan.digest,
+        num_shards=len(plan.shards),
+        num_rows=plan.num_answers,
+        shards_done=len(done),
+        rows_aligned=sum(record.rows for record in done),
+        rows_rejected=sum(record.rejected for record in done),
+        tokens=sum(record.tokens for record in done),
+        seconds=sum(record.seconds for record in done),
+        errors=add_reasons(record.errors for record in done),
+        recoveries=sum((Recoveries(**record.recoveries) for record in done), Recoveries()),
+        attempts_lost=sum(record.attempt - 1 for record in done),
+        last_commit_at=max((record.committed_at for record in done), default=None),
+        is_complete=is_complete,
+    )
