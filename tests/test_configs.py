@@ -13,7 +13,6 @@ from jobs.commands.job_files import load_job
 from pipeline.config.sections import Config, RuleName, Transport
 from pipeline.config.variants import lay_out
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.judge_config import PrincipalJudge, RewardModelJudge
 from pipeline.runtime.topology import build_topology
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -83,7 +82,7 @@ def test_the_evaluation_is_judged_by_what_no_principal_is_told_to_raise() -> Non
     config = load_job(FOLDER / "evaluate.yaml")
     assert isinstance(config, EvaluateConfig)
     judges = [config.evaluation.judges[name] for name in config.objectives.values()]
-    assert not any(isinstance(judge, PrincipalJudge | RewardModelJudge) for judge in judges)
+    assert all(judge.measured_principal is judge.required_model is None for judge in judges)
     assert list(config.objectives) == list(config.principals)
     assert set(config.grid.rules) == set(RuleName)
     assert len([variant for variant in lay_out(config) if variant.rule is RuleName.LINEAR]) == 10

@@ -18,7 +18,7 @@ from jobs.commands.retry import retry_config
 from pipeline.config.files import parse_as
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.panel import call_panel
+from pipeline.evaluation.panel import resolve_panel
 from pipeline.evaluation.scores import Scores
 from pipeline.stages.evaluate import evaluate
 
@@ -235,7 +235,7 @@ def test_a_judge_that_cannot_be_loaded_on_an_actor_says_why(job, tmp_path):
     folder = save_reward_model(tmp_path / "rm")
     judges = {"rm": {"kind": "reward_model", "model": str(folder)}}
     tree = {**tree, "evaluation": {"judges": judges, "objectives": {"kind": "rm"}}}
-    panel = call_panel(parse_as(EvaluateConfig, tree).evaluation.judges, tmp_path)
+    panel = resolve_panel(parse_as(EvaluateConfig, tree).evaluation.judges, tmp_path)
     (folder / "model.safetensors").unlink()
     [record, *_] = done.run.committed().values()
     error = ShardScorer(Scores(done.run, panel)).score(record)

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.config.sections import RuleName
+from cage.rule_names import RuleName
 from pipeline.config.variants import Variant
 from pipeline.evaluation import summary
+from pipeline.evaluation.bootstrap import resample
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.equal_kl import weighted_scores
-from pipeline.evaluation.landscape import survey
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.metrics import (
     default_reference,
@@ -103,7 +103,7 @@ def test_a_prompt_without_a_score_does_not_count():
     assert math.isnan(means[1, 0])
 
 
-def land_of(variants, scores_by_judge, kl, reference=None, judges=None, samples=200):
+def resampled(variants, scores_by_judge, kl, reference=None, judges=None):
     shape = np.shape(kl)
     numbers = {name: np.ones(shape) for name in ("num_tokens", "covered_mass", "max_residual", "num_unsolved")}
     data = Measurements(
@@ -115,7 +115,7 @@ def land_of(variants, scores_by_judge, kl, reference=None, judges=None, samples=
         num_answers=shape[0] * shape[1],
     )
     judges = judges or {name: name for name in scores_by_judge}
-    return survey(data, judges, reference, BootstrapConfig(samples=samples))
+    return resample(data, judges, reference, BootstrapConfig(samples=200))
 
 
 def two_rules():
@@ -125,7 +125,7 @@ def two_rules():
     a = [[1, 3], [0, 0], [4, 4], [1, 1], [0, 2]]
     b = [[0, 0], [4, 4], [1, 1], [3, 5], [2, 2]]
     kl = [[1, 1], [2, 2], [0.5, 0.5], [1, 1], [0, 0]]
-    return land_of([*variants, Variant(BASE, 0.1, vectors[0])], {"a": a, "b": b}, kl)
+    return resampled([*variants, Variant(BASE, 0.1, vectors[0])], {"a": a, "b": b}, kl)
 
 
 def test_rules_by_hand():
@@ -164,10 +164,10 @@ def test_control_by_hand():
 def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():
     prompts = np.random.default_rng(0).normal(0, 5, 12)
     variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
-    land = land_of(variants, {"a": [prompts + 0.1, prompts]}, np.ones((2, 12)))
-    [point, _] = summary.points(land)
+    samples = resampled(variants, {"a": [prompts + 0.1, prompts]}, np.ones((2, 12)))
+    [point, _] = summary.points(samples)
     assert point["intervals"]["a"][0] < prompts.mean() < point["intervals"]["a"][1]
-    [mip] = [row for row in summary.differences(land, {}) if row["metric"] == "mip"]
+    [mip] = [row for row in summary.differences(samples, {}) if row["metric"] == "mip"]
     assert mip["interval"] == pytest.approx([mip["difference"]] * 2)
     assert reading([mip], 0.95) == [
         "By mean inner product, equilibrium is better than linear (+1.000, +1.000 to +1.000) (95% intervals)."
@@ -180,19 +180,21 @@ def test_rules_on_one_curve_are_equal_at_equal_kl_however_far_they_go():
     variants.append(Variant(BASE, 0.3, {"a": 1.0}))
     kl_V = np.array([*kl[EQ], *kl[LINEAR], 0.0])
     noise = np.random.default_rng(1).normal(0, 1, 9)
-    land = land_of(variants, {"a": 2 * kl_V[:, None] + noise}, np.repeat(kl_V[:, None], 9, axis=1))
+    samples = resampled(variants, {"a": 2 * kl_V[:, None] + noise}, np.repeat(kl_V[:, None], 9, axis=1))
     differences = {
-        row["metric"]: row for row in summary.differences(land, weighted_scores(land)) if row["against"] == "linear"
+        row["metric"]: row
+        for row in summary.differences(samples, weighted_scores(samples))
+        if row["against"] == "linear"
     }
     assert differences["mip"]["difference"] < -0.1
     assert differences["equal_kl"]["difference"] == pytest.approx(0, abs=1e-9)
-    rows = summary.equal_kl(land)
+    rows = summary.equal_kl(samples)
     assert sorted({row["kl_per_token"] for row in rows}) == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert all(row["objectives"]["a"] == pytest.approx(2 * row["kl_per_token"] + noise.mean()) for row in rows)
 
 
 def test_the_reference_point_can_be_given():
     variants = [Variant(EQ, 0.1, {"a": 1.0})]
-    land = land_of(variants, {"a": [[1.0, 3.0]]}, np.ones((1, 2)), reference={"a": -1.0})
-    assert summary.by_rule(land, {})["equilibrium"]["hypervolume"] == 3
-    assert summary.by_rule(land, {})["equilibrium"]["mip"] == 0  # nothing varies
+    samples = resampled(variants, {"a": [[1.0, 3.0]]}, np.ones((1, 2)), reference={"a": -1.0})
+    assert summary.by_rule(samples, {})["equilibrium"]["hypervolume"] == 3
+    assert summary.by_rule(samples, {})["equilibrium"]["mip"] == 0  # nothing varies

@@ -7,18 +7,21 @@ import math
 import pytest
 from pydantic import TypeAdapter
 
-from pipeline.evaluation.judge_config import AnyJudge
-from pipeline.evaluation.judges import Answer, text_judge, words
+from pipeline.evaluation.judges.interface import JudgeContext, JudgedAnswer
+from pipeline.evaluation.judges.table import AnyJudge
+from pipeline.evaluation.judges.words import words
 
 JUDGES = TypeAdapter(AnyJudge)
 
 
 def judge(**section):
-    return text_judge(JUDGES.validate_python(section))
+    return JUDGES.validate_python(section).load(JudgeContext("tested"))
 
 
 def score(text: str, *, num_tokens: int = 7, rewards=None, **section) -> float:
-    [found] = judge(**section).score([Answer([{"role": "user", "content": "?"}], text, num_tokens, rewards or {})])
+    [found] = judge(**section).score(
+        [JudgedAnswer([{"role": "user", "content": "?"}], text, num_tokens, rewards or {})]
+    )
     return found
 
 
@@ -67,5 +70,5 @@ def test_a_principal_judges_by_its_own_reward():
 
 def test_scores_come_in_the_order_of_the_answers():
     texts = ["a", "a b c", "", "a b"]
-    assert judge(kind="length").score([Answer([], text) for text in texts]) == [1, 3, 0, 2]
+    assert judge(kind="length").score([JudgedAnswer([], text) for text in texts]) == [1, 3, 0, 2]
     assert [len(words(text)) for text in texts] == [1, 3, 0, 2]

@@ -12,14 +12,14 @@ from support import tiny_models
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from pipeline.errors import ConfigurationError
-from pipeline.evaluation.judge_config import AnyJudge
-from pipeline.evaluation.judges import Answer
-from pipeline.evaluation.panel import call_panel
+from pipeline.evaluation.judges.interface import JudgedAnswer
+from pipeline.evaluation.judges.table import AnyJudge
+from pipeline.evaluation.panel import resolve_panel
 
 JUDGES = TypeAdapter(AnyJudge)
 QUESTION = ({"role": "user", "content": "Is it so?"},)
 TEXTS = ["Yes.", "It is, and for a great many reasons.", "", "No!", "Perhaps, perhaps not."]
-ANSWERS = [Answer(QUESTION, text) for text in TEXTS]
+ANSWERS = [JudgedAnswer(QUESTION, text) for text in TEXTS]
 
 
 def save_reward_model(folder: Path, kind: str = "llama", *, num_labels: int = 1, context: int = 128) -> Path:
@@ -42,7 +42,7 @@ def save_reward_model(folder: Path, kind: str = "llama", *, num_labels: int = 1,
 
 def judge(folder: Path, **section):
     config = JUDGES.validate_python({"kind": "reward_model", "model": str(folder), **section})
-    return call_panel({"rm": config}, folder / "cache").seat()["rm"]
+    return resolve_panel({"rm": config}, folder / "cache").load()["rm"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
@@ -86,7 +86,7 @@ def test_sign_scale_and_label_are_declared(tmp_path):
 
 def test_what_cannot_be_scored_has_no_score_and_costs_its_neighbours_nothing(tmp_path):
     folder = save_reward_model(tmp_path, context=64)
-    long = Answer(QUESTION, "x" * 100)
+    long = JudgedAnswer(QUESTION, "x" * 100)
     found = judge(folder).score([ANSWERS[0], long, ANSWERS[1]])
     assert math.isnan(found[1])
     assert [found[0], found[2]] == pytest.approx(judge(folder).score(ANSWERS[:2]), abs=1e-6)
@@ -99,7 +99,7 @@ def test_scores_belong_to_the_weights_and_not_to_their_place(tmp_path):
     for name, section in (("a", {}), ("b", {"batch_size": 1}), ("c", {"sign": "lower"})):
         folder = save_reward_model(tmp_path / name)
         config = JUDGES.validate_python({"kind": "reward_model", "model": str(folder), **section})
-        digests.add(call_panel({"rm": config}, tmp_path).digest)
+        digests.add(resolve_panel({"rm": config}, tmp_path).digest)
     assert len(digests) == 2
 
 

@@ -7,11 +7,11 @@ from collections.abc import Generator, Sequence
 import ray
 
 from pipeline.cluster.session import joined
-from pipeline.config.sections import Config, Resources
+from pipeline.config.sections import Config
 from pipeline.errors import CageError
-from pipeline.evaluation.judge_config import RewardModelJudge
-from pipeline.evaluation.judges import Judge
+from pipeline.evaluation.judges.interface import Judge
 from pipeline.evaluation.scores import Scores
+from pipeline.sections import Resources
 from pipeline.storage.commits import CommitRecord
 
 
@@ -22,7 +22,7 @@ class ShardScorer:
         self._scores = scores
         self._judges: dict[str, Judge] | CageError
         try:
-            self._judges = scores.panel.seat()
+            self._judges = scores.panel.load()
         except CageError as error:  # raised in a constructor, it would lose its class on the way
             self._judges = error
 
@@ -74,7 +74,7 @@ def score_shards(
 
 def _resources(scores: Scores) -> Resources:
     """What one actor reserves: the sum over its models; one that may use a GPU and names no number has one."""
-    models = [judge.model for judge in scores.panel.configs.values() if isinstance(judge, RewardModelJudge)]
+    models = scores.panel.required_models
     gpus = [
         model.resources.num_gpus if model.resources.num_gpus is not None else float(model.device != "cpu")
         for model in models

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from pydantic import Field, model_validator
 
-from pipeline.config.sections import Config, Section
-from pipeline.evaluation.judge_config import AnyJudge, PrincipalJudge
+from pipeline.config.sections import Config
+from pipeline.evaluation.judges.table import AnyJudge
+from pipeline.sections import Section
 
 JUDGE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 KEY_COLUMNS = ("row_id", "variant", "sample")
@@ -58,10 +59,10 @@ class EvaluateConfig(Config):
                     f"a judge's name has letters, digits, _ and -, starts with a letter and is none of "
                     f"{', '.join(KEY_COLUMNS)}; got {name!r}"
                 )
-            if isinstance(judge, PrincipalJudge) and judge.principal not in self.principals:
+            if judge.measured_principal not in (None, *self.principals):
                 raise ValueError(
                     f"evaluation.judges.{name}.principal must be one of {_listed(self.principals)}; "
-                    f"got {judge.principal!r}"
+                    f"got {judge.measured_principal!r}"
                 )
         return self
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config.sections import RuleName
-from pipeline.evaluation.landscape import Landscape
+from cage.rule_names import RuleName
+from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.metrics import Floats, interpolate_at
 
 SHARES_L = np.array([0.25, 0.5, 0.75, 1.0])
@@ -37,14 +37,14 @@ class Sweep:
         return low + SHARES_L * (high - low) if high - low > LEAST_KL else None
 
 
-def sweeps(land: Landscape) -> list[Sweep]:
+def sweeps(samples: BootstrapSamples) -> list[Sweep]:
     """One for each weight vector that every rule, the base aside, was run with."""
-    variants = land.data.variants
-    rules = [rule for rule in land.data.rules if rule is not RuleName.BASE]
-    base = next(iter(land.data.indices(RuleName.BASE)), None)
+    variants = samples.data.variants
+    rules = [rule for rule in samples.data.rules if rule is not RuleName.BASE]
+    base = next(iter(samples.data.indices(RuleName.BASE)), None)
     found: dict[tuple[tuple[str, float], ...], dict[RuleName, list[int]]] = {}
     for at, variant in enumerate(variants):
-        if variant.rule is not RuleName.BASE and np.isfinite(land.weights_VM[at]).all():
+        if variant.rule is not RuleName.BASE and np.isfinite(samples.weights_VM[at]).all():
             by_rule = found.setdefault(tuple((variant.weights or {}).items()), {})
             by_rule.setdefault(variant.rule, []).append(at)
     return [
@@ -54,34 +54,36 @@ def sweeps(land: Landscape) -> list[Sweep]:
     ]
 
 
-def objectives_at(land: Landscape, sweep: Sweep, rule: RuleName, sample: int = 0) -> tuple[Floats, Floats] | None:
+def objectives_at(
+    samples: BootstrapSamples, sweep: Sweep, rule: RuleName, sample: int = 0
+) -> tuple[Floats, Floats] | None:
     """The levels and the objectives there, [L] and [L, M], of one bootstrap sample (0: the data itself)."""
-    levels_L = sweep.levels(land.kl_SV[sample])
+    levels_L = sweep.levels(samples.kl_SV[sample])
     if levels_L is None:
         return None
     curve = sweep.curve(rule)
-    return levels_L, interpolate_at(levels_L, land.kl_SV[sample, curve], land.means_SVM[sample, curve])
+    return levels_L, interpolate_at(levels_L, samples.kl_SV[sample, curve], samples.means_SVM[sample, curve])
 
 
-def weighted_scores(land: Landscape) -> dict[RuleName, Floats]:
+def weighted_scores(samples: BootstrapSamples) -> dict[RuleName, Floats]:
     """By rule the mean over weight vectors and levels of w . r, [S]; NaN where no level is common to all rules.
 
     Empty where there are no two rules to compare.
     """
-    all_sweeps = sweeps(land)
-    rules = [rule for rule in land.data.rules if all_sweeps and rule is not RuleName.BASE]
-    scores: dict[RuleName, Floats] = {rule: np.full(len(land.means_SVM), np.nan) for rule in rules}
-    for sample in range(len(land.means_SVM)):
+    all_sweeps = sweeps(samples)
+    rules = [rule for rule in samples.data.rules if all_sweeps and rule is not RuleName.BASE]
+    scores: dict[RuleName, Floats] = {rule: np.full(len(samples.means_SVM), np.nan) for rule in rules}
+    for sample in range(len(samples.means_SVM)):
         for rule in rules:
-            found = [_weighted_score(land, sweep, rule, sample) for sweep in all_sweeps]
+            found = [_weighted_score(samples, sweep, rule, sample) for sweep in all_sweeps]
             known = [score for score in found if score is not None]
             if known:
                 scores[rule][sample] = np.mean(known)
     return scores
 
 
-def _weighted_score(land: Landscape, sweep: Sweep, rule: RuleName, sample: int) -> float | None:
-    reached = objectives_at(land, sweep, rule, sample)
+def _weighted_score(samples: BootstrapSamples, sweep: Sweep, rule: RuleName, sample: int) -> float | None:
+    reached = objectives_at(samples, sweep, rule, sample)
     if reached is None:
         return None
-    return float((land.normalised(reached[1]) @ land.weights_VM[sweep.by_rule[rule][0]]).mean())
+    return float((samples.normalised(reached[1]) @ samples.weights_VM[sweep.by_rule[rule][0]]).mean())

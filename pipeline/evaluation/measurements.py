@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.sections import RuleName
+from cage.rule_names import RuleName
 from pipeline.config.variants import Variant
 from pipeline.errors import CageError
 from pipeline.evaluation.metrics import Floats

@@ -1,6 +1,16 @@
 """Metrics of points in the space of objectives; a higher score is always better.
 
-N points, M objectives, W weight vectors.
+To add a metric of a rule:
+
+1. Write the function here: points [N, M] in, a number out, without any knowledge of runs.
+2. Add a method to `BootstrapSamples` in `bootstrap.py` that evaluates it in every bootstrap sample: variants in, [S]
+   out.
+3. Add its name and the method to `rule_metrics` in `summary.py`. metrics.json then has it for each rule, each agent
+   temperature and as a paired difference of two rules, each with an interval.
+4. For a sentence in the terminal and the report, and for the title of a chart, add the name to `METRICS` in
+   `reading.py` and in `pipeline/reporting/comparison.py`.
+
+S bootstrap samples, P prompts, N points, M objectives, L levels.
 """
 
 from __future__ import annotations
@@ -26,22 +36,26 @@ def check_hypervolume() -> None:
 
 
 def hypervolume(points_NM: Floats, reference_M: Floats) -> float:
-    """The volume that the points dominate above the reference point, by moocore."""
+    """The volume of the space that the points dominate above the reference point, by moocore."""
     import moocore
 
+    # a point below the reference in any objective spans no volume; moocore minimises, hence the signs
     better_NM = points_NM[(points_NM > reference_M).all(1)]
     return float(moocore.hypervolume(-better_NM, ref=-reference_M)) if len(better_NM) else 0.0
 
 
 def default_reference(points_NM: Floats) -> Floats:
-    """Of each objective the lowest value, less a tenth of its range."""
+    """Of each objective the lowest value less a tenth of its range.
+
+    The margin lets the worst point count as well: at the reference point itself it would span no volume.
+    """
     low_M, high_M = points_NM.min(0), points_NM.max(0)
     reference_M: Floats = low_M - MARGIN * (high_M - low_M)
     return reference_M
 
 
 def front(points_NM: Floats) -> Floats:
-    """The points that no other dominates, each once, in the order of the first objective."""
+    """The Pareto front: the points that no other dominates, each once, in the order of the first objective."""
     unique = np.unique(points_NM, axis=0)
     beaten = [((unique >= point).all(1) & (unique > point).any(1)).any() for point in unique]
     kept: Floats = unique[~np.array(beaten, dtype=bool)]
@@ -49,7 +63,7 @@ def front(points_NM: Floats) -> Floats:
 
 
 def gaps(points_NM: Floats) -> Floats | None:
-    """By objective the mean squared step between neighbouring points; None for a single point.
+    """By objective the mean squared step between neighbouring values; None for a single point.
 
     Their sum over a front is its sparsity (Xu et al. 2020, "Prediction-Guided Multi-Objective Reinforcement
     Learning"): less is denser control.
@@ -78,13 +92,14 @@ def spearman(first_N: Floats, second_N: Floats) -> float | None:
 
 def is_monotone(weights_N: Floats, values_N: Floats) -> bool | None:
     """Whether the value, averaged over equal weights, never falls as the weight rises; None for a single weight."""
+    # 1e-12 is below any difference of scores and above the rounding of a mean
     levels = np.unique(weights_N)
     means = [values_N[weights_N == level].mean() for level in levels]
     return bool((np.diff(means) >= -1e-12).all()) if len(levels) > 1 else None
 
 
 def interpolate_at(x_L: Floats, x_N: Floats, y_NM: Floats) -> Floats:
-    """The values of M curves through the same x_N (in any order) at x_L, straight between neighbours."""
+    """The values at x_L of M curves through the points x_N (in any order), interpolated linearly: [L, M]."""
     order = np.argsort(x_N, kind="stable")
     columns = [np.interp(x_L, x_N[order], y_NM[order, at]) for at in range(y_NM.shape[1])]
     values_LM: Floats = np.stack(columns, axis=1)
@@ -92,7 +107,11 @@ def interpolate_at(x_L: Floats, x_N: Floats, y_NM: Floats) -> Floats:
 
 
 def resample_counts(num_prompts: int, num_samples: int, seed: int) -> Floats:
-    """How often each prompt counts, [1 + num_samples, prompts]: once each first, then bootstrap samples."""
+    """How often each prompt counts, [1 + num_samples, P]: once each in the first row, then the bootstrap samples.
+
+    Drawing P prompts with replacement is one multinomial draw of counts. All statistics of a sample use its row of
+    counts, and so the same prompts.
+    """
     draws = np.random.default_rng(seed).multinomial(
         num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_samples
     )
@@ -100,7 +119,7 @@ def resample_counts(num_prompts: int, num_samples: int, seed: int) -> Floats:
 
 
 def weighted_means(values_NP: Floats, counts_SP: Floats) -> Floats:
-    """Means over prompts by count, [S, N]; a prompt without a value (NaN) does not count."""
+    """Means over prompts weighted by their counts, [S, N]; a prompt without a value (NaN) does not count."""
     known_NP = np.isfinite(values_NP)
     total_SN = counts_SP @ np.where(known_NP, values_NP, 0.0).T
     number_SN = counts_SP @ known_NP.T.astype(np.float64)

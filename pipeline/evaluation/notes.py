@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.config.sections import RuleName
+from cage.rule_names import RuleName
+from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.equal_kl import sweeps
-from pipeline.evaluation.judge_config import AnyJudge, PrincipalJudge
-from pipeline.evaluation.landscape import Landscape
+from pipeline.evaluation.judges.interface import JudgeConfig
 from pipeline.evaluation.panel import Panel
 
 
-def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], land: Landscape) -> list[str]:
+def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], samples: BootstrapSamples) -> list[str]:
     """Sentences for the report and the terminal. `models` are the identities of the run's models, by place."""
     found = [
-        f"Every mean is over the same {len(land.data.row_ids):,} prompts; intervals are bootstrap intervals over "
-        f"prompts ({land.confidence:.0%}, {config.evaluation.bootstrap.samples:,} samples), differences "
+        f"Every mean is over the same {len(samples.data.row_ids):,} prompts; intervals are bootstrap intervals over "
+        f"prompts ({samples.confidence:.0%}, {config.evaluation.bootstrap.samples:,} samples), differences "
         "are paired and not adjusted for their number.",
         "Reference point of the hypervolume: "
         + ("given" if config.evaluation.reference_point else "the lowest mean of everything compared, less a tenth")
@@ -31,11 +31,11 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], land:
         f"The judge {judge} of {principal} is no independent judge: {why}."
         for principal, judge, why in overlaps(config, panel, models)
     ]
-    if land.data.num_left_out:
+    if samples.data.num_left_out:
         found.append(
-            f"{land.data.num_left_out:,} prompts are left out: some rule has no answer or no score for them."
+            f"{samples.data.num_left_out:,} prompts are left out: some rule has no answer or no score for them."
         )
-    if len([rule for rule in land.data.rules if rule is not RuleName.BASE]) > 1 and not _has_equal_kl(land):
+    if len([rule for rule in samples.data.rules if rule is not RuleName.BASE]) > 1 and not _has_equal_kl(samples):
         found.append("No KL is reached by all rules with the same weights, so there is no comparison at equal KL.")
     return found
 
@@ -55,12 +55,13 @@ def overlaps(config: EvaluateConfig, panel: Panel, models: Mapping[str, str]) ->
     return found
 
 
-def _not_independent(judge: AnyJudge, principal: str) -> str:
-    if not isinstance(judge, PrincipalJudge):
+def _not_independent(judge: JudgeConfig, principal: str) -> str:
+    measured = judge.measured_principal
+    if measured is None:
         return ""
-    whose = "its own reward" if judge.principal == principal else f"the reward of the principal {judge.principal}"
+    whose = "its own reward" if measured == principal else f"the reward of the principal {measured}"
     return f"it is {whose}, which the rules are told to raise"
 
 
-def _has_equal_kl(land: Landscape) -> bool:
-    return any(sweep.levels(land.kl_SV[0]) is not None for sweep in sweeps(land))
+def _has_equal_kl(samples: BootstrapSamples) -> bool:
+    return any(sweep.levels(samples.kl_SV[0]) is not None for sweep in sweeps(samples))

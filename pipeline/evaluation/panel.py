@@ -1,4 +1,4 @@
-"""The panel: all judges of an evaluation, found and named before anything is decoded, seated where they score."""
+"""The panel: all judges of an evaluation, checked before anything is decoded and loaded where they score."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pipeline.config.sections import Section
-from pipeline.errors import ConfigurationError
-from pipeline.evaluation.judge_config import AnyJudge, ProfanityJudge, RewardModelJudge, SentimentJudge
-from pipeline.evaluation.judges import Judge, text_judge
-from pipeline.evaluation.reward_models import check_reward_model, load_reward_model
-from pipeline.hub.sources import ModelSource, resolve_model
+from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext
+from pipeline.sections import ModelConfig
 
-PACKAGES: dict[type[Section], str] = {SentimentJudge: "vaderSentiment", ProfanityJudge: "better-profanity"}
-PLACEMENT = ("model", "revision", "resources", "device")  # the identity stands for the first two
+if TYPE_CHECKING:
+    from pipeline.hub.sources import ModelSource
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """The judges by name. Picklable; `seat` loads them in the process that scores.
+    """The judges by name. Picklable: each process that scores calls `load`.
 
-    `digest` names everything that decides a score.
+    Args:
+        configs: the section of each judge.
+        sources: the resolved models of those judges that are models.
+        cache_folder: where downloaded weights are kept.
+        digest: names everything that decides a score; scores of another digest are made again.
     """
 
-    configs: Mapping[str, AnyJudge]
+    configs: Mapping[str, JudgeConfig]
     sources: Mapping[str, ModelSource]
     cache_folder: Path
     digest: str
@@ -37,54 +36,45 @@ class Panel:
     def has_models(self) -> bool:
         return bool(self.sources)
 
-    def seat(self) -> dict[str, Judge]:
-        """The judges, models loaded. Raises ConfigurationError where one cannot be."""
-        return {name: self._load(name) for name in self.configs}
+    @property
+    def required_models(self) -> list[ModelConfig]:
+        """The models that `load` puts into memory, for the resources to reserve."""
+        models = [config.required_model for config in self.configs.values()]
+        return [model for model in models if model is not None]
 
-    def _load(self, name: str) -> Judge:
-        config = self.configs[name]
-        if isinstance(config, RewardModelJudge):
-            return load_reward_model(name, config, self.sources[name], self.cache_folder)
-        return text_judge(config)
+    def load(self) -> dict[str, Judge]:
+        """All judges with their models loaded. Raises ConfigurationError where one cannot be."""
+        return {
+            name: config.load(JudgeContext(name, self.cache_folder, self.sources.get(name)))
+            for name, config in self.configs.items()
+        }
 
 
-def call_panel(
-    configs: Mapping[str, AnyJudge], cache_folder: Path, *, progress: Callable[[str], None] = lambda line: None
+def resolve_panel(
+    configs: Mapping[str, JudgeConfig], cache_folder: Path, *, progress: Callable[[str], None] = lambda line: None
 ) -> Panel:
     """Find the models and packages of all judges; no weights are loaded.
 
     Raises:
         ConfigurationError: a model is missing or gives no scores, or a package is not installed.
     """
-    sources = {}
+    sources: dict[str, ModelSource] = {}
     for name, config in configs.items():
-        if isinstance(config, RewardModelJudge):
-            sources[name] = resolve_model(
-                config.model.model,
-                revision=config.model.revision,
-                cache_folder=cache_folder,
-                trust_remote_code=config.model.trust_remote_code,
-                progress=progress,
-            )
-            check_reward_model(name, config, sources[name])
-    described = {name: _describe(config, sources.get(name)) for name, config in configs.items()}
-    text = json.dumps(described, sort_keys=True, allow_nan=False)
+        if config.required_model is not None:
+            sources[name] = _resolve(config.required_model, cache_folder, progress)
+        config.check(JudgeContext(name, cache_folder, sources.get(name)))
+    identities = {name: config.identity(sources.get(name)) for name, config in configs.items()}
+    text = json.dumps(identities, sort_keys=True, allow_nan=False)
     return Panel(dict(configs), sources, cache_folder, hashlib.sha256(text.encode()).hexdigest())
 
 
-def _describe(config: AnyJudge, source: ModelSource | None) -> dict[str, Any]:
-    """What decides a judge's scores, as plain values."""
-    described = config.model_dump(mode="json")
-    if source is not None:
-        described["identity"] = source.identity
-        for key in PLACEMENT:
-            described["model"].pop(key)
-        described.pop("batch_size")
-    if (package := PACKAGES.get(type(config))) is not None:
-        try:
-            described["version"] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise ConfigurationError(
-                f"the {config.kind} judge needs the package {package}: install cage-align with the extra `evaluate`"
-            ) from None
-    return described
+def _resolve(model: ModelConfig, cache_folder: Path, progress: Callable[[str], None]) -> ModelSource:
+    from pipeline.hub.sources import resolve_model  # imports transformers: seconds, and most judges have no model
+
+    return resolve_model(
+        model.model,
+        revision=model.revision,
+        cache_folder=cache_folder,
+        trust_remote_code=model.trust_remote_code,
+        progress=progress,
+    )

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CageError
-from pipeline.evaluation.judges import Answer, Judge
+from pipeline.evaluation.judges.interface import Judge, JudgedAnswer
 from pipeline.evaluation.panel import Panel
 from pipeline.storage.commits import CommitRecord
 from pipeline.storage.run import Run
@@ -86,7 +86,7 @@ class Scores:
 def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> pa.Table:
     """A table of scores, a row an answer and a column a judge; null where a judge has none."""
     rows = [
-        Answer(row["prompt"], row["response"], row["num_tokens"], row.get("rewards") or {})
+        JudgedAnswer(row["prompt"], row["response"], row["num_tokens"], row.get("rewards") or {})
         for row in answers.to_pylist()
     ]
     variants = answers["variant"] if "variant" in answers.column_names else pa.array([0] * len(rows), pa.int32())

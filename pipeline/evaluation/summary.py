@@ -1,30 +1,39 @@
-"""metrics.json: the landscape in numbers, for programs, the report and the reader."""
+"""The tables of metrics.json, as plain values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from pipeline.config.sections import RuleName
+from cage.rule_names import RuleName
+from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.equal_kl import objectives_at, sweeps
-from pipeline.evaluation.landscape import Landscape
 from pipeline.evaluation.metrics import Floats, gaps, is_monotone, spearman, weighted_means
 
 Json = dict[str, Any]
-TIE = 1e-9
+TIE = 1e-9  # scores that differ by less are equal up to rounding
 
 
-def points(land: Landscape) -> list[Json]:
-    """One a variant: objectives and every judge's mean with intervals, and what the run recorded."""
-    data = land.data
-    scores = {name: weighted_means(score_VP, land.counts_SP) for name, score_VP in data.scores_by_judge.items()}
-    numbers = {name: weighted_means(number_VP, land.counts_SP) for name, number_VP in data.numbers.items()}
+def rule_metrics(samples: BootstrapSamples) -> dict[str, Callable[[list[int]], Floats]]:
+    """The metrics of a set of variants by name, each [S]; metrics.json has them for each rule and each difference."""
+    return {
+        "hypervolume": samples.hypervolumes,
+        "mip": samples.mean_inner_products,
+        "worst_principal": samples.worst_principals,
+    }
+
+
+def points(samples: BootstrapSamples) -> list[Json]:
+    """One entry per variant: the means of objectives and judges with intervals, and what the run recorded."""
+    data = samples.data
+    scores = {name: weighted_means(score_VP, samples.counts_SP) for name, score_VP in data.scores_by_judge.items()}
+    numbers = {name: weighted_means(number_VP, samples.counts_SP) for name, number_VP in data.numbers.items()}
     found = []
     for at, variant in enumerate(data.variants):
-        objectives = dict(zip(land.objectives, land.means_SVM[:, at].T, strict=True))
+        objectives = dict(zip(samples.objectives, samples.means_SVM[:, at].T, strict=True))
         found.append(
             {
                 "rule": str(variant.rule),
@@ -33,113 +42,114 @@ def points(land: Landscape) -> list[Json]:
                 "variant": at,
                 "n": len(data.row_ids),
                 "objectives": {name: number(means_S[0]) for name, means_S in objectives.items()},
-                "intervals": {name: land.interval(means_S) for name, means_S in objectives.items()},
+                "intervals": {name: samples.interval(means_S) for name, means_S in objectives.items()},
                 "scores": {name: number(means_SV[0, at]) for name, means_SV in scores.items()},
-                "score_intervals": {name: land.interval(means_SV[:, at]) for name, means_SV in scores.items()},
-                "worst_principal": number(land.worst_principals([at])[0]),
-                "weighted": number(land.mean_inner_products([at])[0]),
+                "score_intervals": {name: samples.interval(means_SV[:, at]) for name, means_SV in scores.items()},
+                "worst_principal": number(samples.worst_principals([at])[0]),
+                "weighted": number(samples.mean_inner_products([at])[0]),
                 **{name: number(means_SV[0, at]) for name, means_SV in numbers.items()},
             }
         )
     return found
 
 
-def by_rule(land: Landscape, equal_kl_scores: Mapping[RuleName, Floats]) -> dict[str, Json]:
+def by_rule(samples: BootstrapSamples, equal_kl_scores: Mapping[RuleName, Floats]) -> dict[str, Json]:
     """Each rule over all of its agent temperatures and weights, and at equal KL (see `weighted_scores`)."""
     found = {}
-    for rule in land.data.rules:
-        entry = _measures(land, land.data.indices(rule))
+    for rule in samples.data.rules:
+        entry = _measures(samples, samples.data.indices(rule))
         if (scores_S := equal_kl_scores.get(rule)) is not None:
-            entry["equal_kl"], entry["equal_kl_interval"] = number(scores_S[0]), land.interval(scores_S)
+            entry["equal_kl"], entry["equal_kl_interval"] = number(scores_S[0]), samples.interval(scores_S)
         found[str(rule)] = entry
     return found
 
 
-def by_temperature(land: Landscape) -> list[Json]:
+def by_temperature(samples: BootstrapSamples) -> list[Json]:
     """Each rule at each of its agent temperatures."""
     return [
         {
             "rule": str(rule),
             "agent_temperature": temperature,
-            **_measures(land, land.data.indices(rule, temperature)),
+            **_measures(samples, samples.data.indices(rule, temperature)),
         }
-        for rule in land.data.rules
-        for temperature in temperatures_of(land, rule)
+        for rule in samples.data.rules
+        for temperature in temperatures_of(samples, rule)
     ]
 
 
-def pairs_of(land: Landscape) -> Iterator[tuple[RuleName, RuleName]]:
+def pairs_of(samples: BootstrapSamples) -> Iterator[tuple[RuleName, RuleName]]:
     """Every two rules once, the equilibrium first."""
-    return combinations(sorted(land.data.rules, key=lambda rule: rule is not RuleName.EQUILIBRIUM), 2)
+    return combinations(sorted(samples.data.rules, key=lambda rule: rule is not RuleName.EQUILIBRIUM), 2)
 
 
-def temperatures_of(land: Landscape, rule: RuleName) -> list[float]:
-    return list(dict.fromkeys(each.agent_temperature for each in land.data.variants if each.rule is rule))
+def temperatures_of(samples: BootstrapSamples, rule: RuleName) -> list[float]:
+    return list(dict.fromkeys(each.agent_temperature for each in samples.data.variants if each.rule is rule))
 
 
-def _measures(land: Landscape, variants: list[int]) -> Json:
+def _measures(samples: BootstrapSamples, variants: list[int]) -> Json:
     entry: Json = {"num_points": len(variants)}
-    for name, samples_S in {
-        "hypervolume": land.hypervolumes(variants),
-        "mip": land.mean_inner_products(variants),
-        "worst_principal": land.worst_principals(variants),
-        "kl_per_token": land.kl_SV[:, variants].mean(1),
-    }.items():
-        entry[name], entry[f"{name}_interval"] = number(samples_S[0]), land.interval(samples_S)
-    entry["num_tokens"] = number(land.data.numbers["num_tokens"][variants].mean())
-    entry["sparsity"] = number(land.sparsity(variants))
+    measured = {name: measure(variants) for name, measure in rule_metrics(samples).items()}
+    measured["kl_per_token"] = samples.kl_SV[:, variants].mean(1)
+    for name, value_S in measured.items():
+        entry[name], entry[f"{name}_interval"] = number(value_S[0]), samples.interval(value_S)
+    entry["num_tokens"] = number(samples.data.numbers["num_tokens"][variants].mean())
+    entry["sparsity"] = number(samples.sparsity(variants))
     return entry
 
 
-def differences(land: Landscape, equal_kl_scores: Mapping[RuleName, Floats]) -> list[Json]:
-    """Each rule less the others, with intervals of the same bootstrap samples: paired by prompt.
+def differences(samples: BootstrapSamples, equal_kl_scores: Mapping[RuleName, Floats]) -> list[Json]:
+    """Each rule minus each other one, with intervals that are paired by prompt (see `bootstrap`).
 
-    At each agent temperature that both have, over all of them, and at equal KL.
+    At each agent temperature that both have, over all temperatures, and at equal KL.
     """
     found = []
-    for rule, against in pairs_of(land):
-        common = [each for each in temperatures_of(land, rule) if each in temperatures_of(land, against)]
+    for rule, against in pairs_of(samples):
+        common = [each for each in temperatures_of(samples, rule) if each in temperatures_of(samples, against)]
         if RuleName.BASE in (rule, against):
-            common = temperatures_of(land, against if rule is RuleName.BASE else rule)
+            common = temperatures_of(samples, against if rule is RuleName.BASE else rule)
         for temperature in [*common, *([None] if len(common) > 1 else [])]:
-            ours, theirs = (land.data.indices(each, temperature) for each in (rule, against))
-            for metric, measure in (
-                ("hypervolume", land.hypervolumes),
-                ("mip", land.mean_inner_products),
-                ("worst_principal", land.worst_principals),
-            ):
-                samples_S = measure(ours) - measure(theirs)
-                found.append(_difference(land, rule, against, metric, temperature, samples_S))
+            ours, theirs = (samples.data.indices(each, temperature) for each in (rule, against))
+            for metric, measure in rule_metrics(samples).items():
+                # the same prompts on both sides of each sample: the difference is paired
+                difference_S = measure(ours) - measure(theirs)
+                found.append(_difference(samples, rule, against, metric, temperature, difference_S))
         if rule in equal_kl_scores and against in equal_kl_scores:
-            samples_S = equal_kl_scores[rule] - equal_kl_scores[against]
-            found.append(_difference(land, rule, against, "equal_kl", None, samples_S))
+            difference_S = equal_kl_scores[rule] - equal_kl_scores[against]
+            found.append(_difference(samples, rule, against, "equal_kl", None, difference_S))
     return found
 
 
 def _difference(
-    land: Landscape, rule: RuleName, against: RuleName, metric: str, temperature: float | None, samples_S: Floats
+    samples: BootstrapSamples,
+    rule: RuleName,
+    against: RuleName,
+    metric: str,
+    temperature: float | None,
+    difference_S: Floats,
 ) -> Json:
     return {
         "rule": str(rule),
         "against": str(against),
         "metric": metric,
         "agent_temperature": temperature,
-        "difference": number(samples_S[0]),
-        "interval": land.interval(samples_S),
+        "difference": number(difference_S[0]),
+        "interval": samples.interval(difference_S),
     }
 
 
-def control(land: Landscape) -> list[Json]:
+def control(samples: BootstrapSamples) -> list[Json]:
     """Whether raising a principal's weight raises its objective, by rule and agent temperature."""
     found = []
-    for rule in land.data.rules:
+    for rule in samples.data.rules:
         if rule is RuleName.BASE:
             continue
-        for temperature in temperatures_of(land, rule):
-            variants = [at for at in land.data.indices(rule, temperature) if np.isfinite(land.weights_VM[at]).all()]
-            gaps_M = gaps(land.normalised(land.means_SVM[0, variants])) if variants else None
-            for index, name in enumerate(land.objectives):
-                weights, values = land.weights_VM[variants, index], land.means_SVM[0, variants, index]
+        for temperature in temperatures_of(samples, rule):
+            variants = [
+                at for at in samples.data.indices(rule, temperature) if np.isfinite(samples.weights_VM[at]).all()
+            ]
+            gaps_M = gaps(samples.normalised(samples.means_SVM[0, variants])) if variants else None
+            for index, name in enumerate(samples.objectives):
+                weights, values = samples.weights_VM[variants, index], samples.means_SVM[0, variants, index]
                 found.append(
                     {
                         "rule": str(rule),
@@ -154,47 +164,47 @@ def control(land: Landscape) -> list[Json]:
     return found
 
 
-def equal_kl(land: Landscape) -> list[Json]:
+def equal_kl(samples: BootstrapSamples) -> list[Json]:
     """Objectives at KL levels that all rules reach, by weight vector."""
     found = []
-    for sweep in sweeps(land):
+    for sweep in sweeps(samples):
         for rule in sweep.by_rule:
-            reached = objectives_at(land, sweep, rule)
+            reached = objectives_at(samples, sweep, rule)
             if reached is None:
                 continue
-            vector_M = land.weights_VM[sweep.by_rule[rule][0]]
+            vector_M = samples.weights_VM[sweep.by_rule[rule][0]]
             for level, values_M in zip(*reached, strict=True):
                 found.append(
                     {
                         "rule": str(rule),
                         "weights": sweep.weights,
                         "kl_per_token": number(level),
-                        "objectives": dict(zip(land.objectives, map(number, values_M), strict=True)),
-                        "weighted": number(land.normalised(values_M) @ vector_M),
+                        "objectives": dict(zip(samples.objectives, map(number, values_M), strict=True)),
+                        "weighted": number(samples.normalised(values_M) @ vector_M),
                     }
                 )
     return found
 
 
-def win_rates(land: Landscape) -> list[Json]:
+def win_rates(samples: BootstrapSamples) -> list[Json]:
     """By pair of rules and objective: prompts won, tied and lost at equal agent temperature and weights.
 
-    The base has neither and meets every variant of the other rule.
+    The base has neither, so it is compared with every variant of the other rule.
     """
     found = []
-    variants = land.data.variants
-    for rule, against in pairs_of(land):
+    variants = samples.data.variants
+    for rule, against in pairs_of(samples):
         pairs: dict[float, list[tuple[int, int]]] = {}
-        for ours in land.data.indices(rule):
-            for theirs in land.data.indices(against):
+        for ours in samples.data.indices(rule):
+            for theirs in samples.data.indices(against):
                 left, right = variants[ours], variants[theirs]
                 same = (left.agent_temperature, left.weights) == (right.agent_temperature, right.weights)
                 if same or RuleName.BASE in (rule, against):
                     temperature = (right if rule is RuleName.BASE else left).agent_temperature
                     pairs.setdefault(temperature, []).append((ours, theirs))
         for temperature, matched in pairs.items():
-            for name, judge in land.judges.items():
-                scores_VP = land.data.scores_by_judge[judge]
+            for name, judge in samples.judges.items():
+                scores_VP = samples.data.scores_by_judge[judge]
                 lead = np.concatenate([scores_VP[ours] - scores_VP[theirs] for ours, theirs in matched])
                 found.append(
                     {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.reporting.metrics import SHOWN_LINES, Interval, Metrics, Point, as_interval, as_number
+from pipeline.reporting.metrics import SHOWN_LINES, Interval, Metrics, VariantMetrics, as_interval, as_number
 from pipeline.reporting.text import decimal, plain, visible
 
 MAX_DIGITS = 3
@@ -118,7 +118,7 @@ def _digits(value: float) -> int:
     return len(f"{value:.{MAX_DIGITS}f}".rstrip("0").partition(".")[2])
 
 
-def _point_data(point: Point) -> dict[str, Any]:
+def _point_data(point: VariantMetrics) -> dict[str, Any]:
     values = {**point.scores, **point.objectives}
     return {
         "rule": point.rule,
@@ -143,7 +143,7 @@ def _difference_data(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _point_row(point: Point, metrics: Metrics) -> dict[str, Any]:
+def _point_row(point: VariantMetrics, metrics: Metrics) -> dict[str, Any]:
     nothing = Interval(None)
     values = [point.objectives.get(name, nothing) for name in metrics.objectives]
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.sections import RuleName
+from cage.rule_names import RuleName
 from pipeline.reporting.columns import Batch
 
 RULE, AGAINST = str(RuleName.EQUILIBRIUM), str(RuleName.LINEAR)

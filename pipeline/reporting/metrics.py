@@ -25,7 +25,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class VariantMetrics:
     """One rule at one agent temperature and one weight vector."""
 
     rule: str
@@ -46,7 +46,7 @@ class Metrics:
     objectives: tuple[str, ...]
     judge_names: tuple[str, ...]
     reference_point: Mapping[str, float]
-    points: tuple[Point, ...]
+    points: tuple[VariantMetrics, ...]
     rules: Mapping[str, Mapping[str, Any]]
     control: tuple[Mapping[str, Any], ...]
     win_rates: tuple[Mapping[str, Any], ...]
@@ -100,9 +100,9 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def _point(tree: Mapping[str, Any]) -> Point:
+def _point(tree: Mapping[str, Any]) -> VariantMetrics:
     count = as_number(tree.get("n"))
-    return Point(
+    return VariantMetrics(
         rule=str(tree.get("rule", "")),
         agent_temperature=as_number(tree.get("agent_temperature")),
         weights=_numbers(tree.get("weights")),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.sections import RuleName
+from cage.rule_names import RuleName
 from pipeline.reporting.columns import Batch
 from pipeline.reporting.contrast import contrast
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.evaluation import summary
+from pipeline.evaluation.bootstrap import resample
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.equal_kl import weighted_scores
-from pipeline.evaluation.landscape import survey
 from pipeline.evaluation.measurements import measure, tokens_per_second
 from pipeline.evaluation.metrics import check_hypervolume
 from pipeline.evaluation.notes import notes, overlaps
-from pipeline.evaluation.panel import Panel, call_panel
+from pipeline.evaluation.panel import Panel, resolve_panel
 from pipeline.evaluation.reading import reading
 from pipeline.evaluation.scores import Scores
 from pipeline.stages.judge import judge
@@ -51,7 +51,7 @@ def evaluate(
         CageError: decoding or judging failed for good; what is done is kept.
     """
     check_hypervolume()
-    panel = call_panel(
+    panel = resolve_panel(
         config.evaluation.judges, cache_folder, progress=lambda line: print(line, file=out, flush=True)
     )
     run, was_decoded = relabel(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside)
@@ -76,17 +76,17 @@ def compute_metrics(run: Run, scores: Scores, config: EvaluateConfig) -> dict[st
         needed=list(config.objectives.values()),
         num_samples=run.plan.num_samples,
     )
-    land = survey(data, config.objectives, config.evaluation.reference_point, config.evaluation.bootstrap)
-    at_equal_kl = weighted_scores(land)
-    differences = summary.differences(land, at_equal_kl)
+    samples = resample(data, config.objectives, config.evaluation.reference_point, config.evaluation.bootstrap)
+    at_equal_kl = weighted_scores(samples)
+    differences = summary.differences(samples, at_equal_kl)
     records = run.committed().values()
     return {
         "run": run.plan.digest,
-        "objectives": list(land.objectives),
-        "reference_point": dict(zip(land.objectives, map(float, land.reference_M), strict=True)),
+        "objectives": list(samples.objectives),
+        "reference_point": dict(zip(samples.objectives, map(float, samples.reference_M), strict=True)),
         "normalised_from": {
             name: [float(low), float(high)]
-            for name, low, high in zip(land.objectives, land.low_M, land.high_M, strict=True)
+            for name, low, high in zip(samples.objectives, samples.low_M, samples.high_M, strict=True)
         },
         "judges": _describe_judges(config, scores.panel, run),
         "bootstrap": config.evaluation.bootstrap.model_dump(mode="json"),
@@ -95,15 +95,15 @@ def compute_metrics(run: Run, scores: Scores, config: EvaluateConfig) -> dict[st
         "num_answers": data.num_answers,
         "num_rejected": sum(record.rejected for record in records),
         "tokens_per_second": tokens_per_second(records),
-        "reading": reading(differences, land.confidence),
-        "notes": notes(config, scores.panel, run.plan.models, land),
-        "rules": summary.by_rule(land, at_equal_kl),
-        "by_temperature": summary.by_temperature(land),
+        "reading": reading(differences, samples.confidence),
+        "notes": notes(config, scores.panel, run.plan.models, samples),
+        "rules": summary.by_rule(samples, at_equal_kl),
+        "by_temperature": summary.by_temperature(samples),
         "differences": differences,
-        "equal_kl": summary.equal_kl(land),
-        "control": summary.control(land),
-        "win_rates": summary.win_rates(land),
-        "points": summary.points(land),
+        "equal_kl": summary.equal_kl(samples),
+        "control": summary.control(samples),
+        "win_rates": summary.win_rates(samples),
+        "points": summary.points(samples),
     }
 
 

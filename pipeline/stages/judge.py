@@ -33,7 +33,7 @@ def _score(scores: Scores, config: Config, *, is_verbose: bool) -> Iterator[None
 
         yield from score_shards(scores, pending, config, is_verbose=is_verbose)
         return
-    judges = scores.panel.seat()
+    judges = scores.panel.load()
     for record in pending:
         scores.score(record, judges)
         yield

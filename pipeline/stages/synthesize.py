@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.errors import ConfigurationError
-from pipeline.evaluation.panel import call_panel
+from pipeline.evaluation.panel import resolve_panel
 from pipeline.evaluation.scores import SCORES, Scores
 from pipeline.points import Watcher, unwatched
 from pipeline.runtime.topology import adapters_of, models_of
 from pipeline.stages.judge import judge
 from pipeline.stages.relabel import relabel
 from pipeline.synthesis.candidates import read_candidates
-from pipeline.synthesis.dataset import Dataset, Judges, make_dataset
+from pipeline.synthesis.dataset import Dataset, JudgeIdentities, make_dataset
 from pipeline.synthesis.duplicates import check_installed
 from pipeline.synthesis.settings import SynthesizeConfig
 
@@ -44,7 +44,7 @@ def synthesize(
     _check_licences(config)
     if settings.filters.duplicates.near is not None:
         check_installed()
-    panel = call_panel(settings.judges, cache_folder, progress=tell)
+    panel = resolve_panel(settings.judges, cache_folder, progress=tell)
     run, was_decoded = relabel(
         config.job, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside, watch=watch
     )
@@ -53,7 +53,7 @@ def synthesize(
         run,
         settings,
         lambda name: read_candidates(run, name, SCORES if settings.judges else None),
-        judges=Judges(panel.digest, {name: source.identity for name, source in panel.sources.items()}),
+        judges=JudgeIdentities(panel.digest, {name: source.identity for name, source in panel.sources.items()}),
         progress=tell,
     )
     return dataset, was_decoded or num_judged > 0

@@ -11,7 +11,7 @@ import yaml
 from pipeline.storage.card import escape_markdown
 from pipeline.storage.plan import Plan
 from pipeline.synthesis.settings import DataKind
-from pipeline.synthesis.survey import SPLITS, Histogram, Survey
+from pipeline.synthesis.statistics import SPLITS, DatasetStatistics, Histogram
 from pipeline.synthesis.tables import COLUMN_NOTES
 
 UNKNOWN = "unknown"
@@ -23,23 +23,25 @@ TITLES = {
 }
 
 
-def render_card(plan: Plan, survey: Survey, manifest: Mapping[str, Any], *, judge_models: Mapping[str, str]) -> bytes:
+def render_card(
+    plan: Plan, statistics: DatasetStatistics, manifest: Mapping[str, Any], *, judge_models: Mapping[str, str]
+) -> bytes:
     """README.md of the data set. Values from outside are escaped."""
     files = [file["name"] for file in manifest["files"]]
-    kinds = [kind for kind in survey.settings.write if survey.num_rows(kind)]
+    kinds = [kind for kind in statistics.settings.write if statistics.num_rows(kind)]
     sections = [
         f"---\n{yaml.safe_dump(_front(kinds, files), sort_keys=False)}---\n",
         "# Training data aligned at decoding time",
         "Answers of a language model that several objectives steered while it wrote: at every token their payments "
         "reached an equilibrium (or followed a simpler rule, see below), and what is good enough was kept.",
-        "## What is in it\n\n" + _contents(survey) + "\n\n" + _split_note(survey),
+        "## What is in it\n\n" + _contents(statistics) + "\n\n" + _split_note(statistics),
         "## How to load it\n\n" + _loading(kinds),
         "## Where it comes from\n\n" + _provenance(plan, judge_models),
-        "## Licences\n\n" + _licences(plan, survey.settings.licences),
-        "## What was dropped\n\n" + _dropped(survey, manifest["answers_rejected_by_the_run"]),
-        "## Scores\n\n" + _scores(survey.histograms()),
+        "## Licences\n\n" + _licences(plan, statistics.settings.licences),
+        "## What was dropped\n\n" + _dropped(statistics, manifest["answers_rejected_by_the_run"]),
+        "## Scores\n\n" + _scores(statistics.histograms()),
         "## Columns\n\n" + markdown_table(("column", "what"), COLUMN_NOTES.items()),
-        "## Settings\n\n" + markdown_table(("setting", "value"), _settings(plan, survey)),
+        "## Settings\n\n" + markdown_table(("setting", "value"), _settings(plan, statistics)),
         f"The run's fingerprint is `{plan.digest}`, the data set's `{manifest['digest']}`; every file's SHA-256 is "
         "in `manifest.json`.",
     ]
@@ -69,16 +71,16 @@ def _front(kinds: Sequence[DataKind], files: Sequence[str]) -> dict[str, Any]:
     return {"configs": configs, "tags": ["alignment", "common-agency", "synthetic", "trl"]}
 
 
-def _contents(survey: Survey) -> str:
+def _contents(statistics: DatasetStatistics) -> str:
     rows = [
-        (str(kind), TITLES[kind], *(f"{survey.rows[kind, split]:,}" for split in SPLITS))
-        for kind in survey.settings.write
+        (str(kind), TITLES[kind], *(f"{statistics.rows[kind, split]:,}" for split in SPLITS))
+        for kind in statistics.settings.write
     ]
     return markdown_table(("configuration", "what", *SPLITS), rows)
 
 
-def _split_note(survey: Survey) -> str:
-    counts = " and ".join(f"{survey.num_prompts[split]:,} for {split}" for split in SPLITS)
+def _split_note(statistics: DatasetStatistics) -> str:
+    counts = " and ".join(f"{statistics.num_prompts[split]:,} for {split}" for split in SPLITS)
     return (
         f"Split by prompt: a hash of the prompt's text decides, so that no prompt is in both splits ({counts}). "
         "A pair is made of two answers to one prompt under the same weights; never across weights, since what is "
@@ -135,14 +137,14 @@ def _licences(plan: Plan, licences: Mapping[str, str]) -> str:
     return markdown_table(("of", "name or identity", "licence"), rows) + "\n\n" + note
 
 
-def _dropped(survey: Survey, num_rejected: int) -> str:
+def _dropped(statistics: DatasetStatistics, num_rejected: int) -> str:
     parts = [
-        f"{survey.num_answers:,} answers were looked at. Of each kind of data every one of them is used or was "
+        f"{statistics.num_answers:,} answers were looked at. Of each kind of data every one of them is used or was "
         "dropped for one reason, the first that applied; each dropped answer is in `dropped-*.parquet`. "
         f"{num_rejected:,} more were rejected when they were decoded."
     ]
-    for kind in survey.settings.write:
-        counts = [("used", survey.used[kind]), *survey.dropped[kind].most_common()]
+    for kind in statistics.settings.write:
+        counts = [("used", statistics.used[kind]), *statistics.dropped[kind].most_common()]
         rows = [(what, f"{count:,}") for what, count in counts]
         parts.append(markdown_table((str(kind), "answers"), rows))
     return "\n\n".join(parts)
@@ -167,8 +169,8 @@ def _bars(counts: Sequence[int]) -> str:
     return "".join(BARS[(count * (len(BARS) - 1) + most - 1) // most] if count else "·" for count in counts)
 
 
-def _settings(plan: Plan, survey: Survey) -> Iterator[tuple[str, str]]:
+def _settings(plan: Plan, statistics: DatasetStatistics) -> Iterator[tuple[str, str]]:
     """How the answers were decoded, and what was made of them."""
     decoding = {name: value for name, value in plan.fingerprint.items() if name.startswith("decoding.")}
-    for name, value in {**decoding, **survey.settings.fields()}.items():
+    for name, value in {**decoding, **statistics.settings.fields()}.items():
         yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -26,8 +26,8 @@ from pipeline.synthesis.card import render_card
 from pipeline.synthesis.files import FOLDER, DataFile, SplitFiles
 from pipeline.synthesis.selection import Selection, Selector
 from pipeline.synthesis.settings import DataKind, SynthesisConfig
-from pipeline.synthesis.survey import SPLITS, TRAIN, VALIDATION, Survey
-from pipeline.synthesis.tables import Columns, dropped_row, pair_row, sft_row
+from pipeline.synthesis.statistics import SPLITS, TRAIN, VALIDATION, DatasetStatistics
+from pipeline.synthesis.tables import DatasetSchemas, dropped_row, pair_row, sft_row
 
 MANIFEST, CARD = f"{FOLDER}manifest.json", f"{FOLDER}README.md"
 DATA_NAME = re.compile(r"((sft|preferences)/(train|validation)|dropped)-\d+-of-\d+\.parquet")
@@ -37,14 +37,14 @@ ReadCandidates = Callable[[str], Iterator[Candidate]]
 
 
 @dataclass(frozen=True, slots=True)
-class Judges:
+class JudgeIdentities:
     """What made the scores: `digest` names all that decides them, `identities` those judges that are models."""
 
     digest: str
     identities: Mapping[str, str]
 
 
-NO_JUDGES = Judges("", {})
+NO_JUDGES = JudgeIdentities("", {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def make_dataset(
     settings: SynthesisConfig,
     read: ReadCandidates,
     *,
-    judges: Judges = NO_JUDGES,
+    judges: JudgeIdentities = NO_JUDGES,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """Make the data set of a complete run, unless it is there. One of other settings is replaced.
@@ -80,22 +80,22 @@ def make_dataset(
         if not difference and wanted <= set(run.store.names(FOLDER)):
             return Dataset(run, standing, was_made=False)
         progress(f"making {run.store.path}/dataset again: " + (difference.replace("\n", "; ") or "files are missing"))
-    survey = Survey(settings)
+    statistics = DatasetStatistics(settings)
     for selection in _selections(run, settings, read):
-        survey.add(selection)
-    _refuse_empty(survey)
+        statistics.add(selection)
+    _refuse_empty(statistics)
     run.store.remove(MANIFEST)
     digest = _digest(source)
-    files = _write_files(run, survey, _selections(run, settings, read), digest)
+    files = _write_files(run, statistics, _selections(run, settings, read), digest)
     manifest: dict[str, Any] = {
         "digest": digest,
         "source": source,
         "answers_rejected_by_the_run": run.status().rows_rejected,
-        **survey.to_json(),
+        **statistics.to_json(),
         "files": [asdict(file) for file in files],
     }
     _remove_others(run.store, files)
-    run.store.put(CARD, render_card(run.plan, survey, manifest, judge_models=judges.identities))
+    run.store.put(CARD, render_card(run.plan, statistics, manifest, judge_models=judges.identities))
     data = json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1).encode() + b"\n"
     run.store.put(MANIFEST, data)
     return Dataset(run, json.loads(data), was_made=True)
@@ -114,7 +114,7 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
     return manifest
 
 
-def _source(run: Run, settings: SynthesisConfig, judges: Judges) -> dict[str, Any]:
+def _source(run: Run, settings: SynthesisConfig, judges: JudgeIdentities) -> dict[str, Any]:
     """Everything that decides the data set's bytes, as dotted fields: the answers, the settings, the program."""
     answers = hashlib.sha256()
     for record in run.committed().values():
@@ -143,36 +143,38 @@ def _selections(run: Run, settings: SynthesisConfig, read: ReadCandidates) -> It
         yield from (selector.select(answers) for answers in by_prompt(read(name)))
 
 
-def _refuse_empty(survey: Survey) -> None:
-    kinds = survey.settings.write
-    if any(survey.num_rows(kind) for kind in kinds):
+def _refuse_empty(statistics: DatasetStatistics) -> None:
+    kinds = statistics.settings.write
+    if any(statistics.num_rows(kind) for kind in kinds):
         return
-    reasons = survey.dropped[kinds[0]].most_common(5)
+    reasons = statistics.dropped[kinds[0]].most_common(5)
     told = ", ".join(f"{count:,} by {reason}" for reason, count in reasons) or "the run has none"
     raise ConfigurationError(
-        f"none of {survey.num_answers:,} answers is left for the data set: {told}; relax synthesis.filters or "
+        f"none of {statistics.num_answers:,} answers is left for the data set: {told}; relax synthesis.filters or "
         "synthesis.pairs (the answers stay, and the same command then makes the data set of them)"
     )
 
 
-def _write_files(run: Run, survey: Survey, selections: Iterator[Selection], digest: str) -> list[DataFile]:
-    settings, models = survey.settings, run.plan.models
+def _write_files(
+    run: Run, statistics: DatasetStatistics, selections: Iterator[Selection], digest: str
+) -> list[DataFile]:
+    settings, models = statistics.settings, run.plan.models
     metadata = {"cage.dataset": digest, **{f"cage.models.{place}": models[place] for place in models}}
-    columns = Columns(run.plan.principal_names, tuple(settings.judges), metadata)
+    schemas = DatasetSchemas(run.plan.principal_names, tuple(settings.judges), metadata)
     splits = {
         (kind, split): SplitFiles(
             run.store,
             f"{kind}/{split}",
-            columns.schema(kind),
-            num_rows=survey.rows[kind, split],
+            schemas.schema(kind),
+            num_rows=statistics.rows[kind, split],
             rows_per_file=settings.rows_per_file,
         )
         for kind in settings.write
         for split in SPLITS
     }
-    num_dropped = sum(sum(counts.values()) for counts in survey.dropped.values())
+    num_dropped = sum(sum(counts.values()) for counts in statistics.dropped.values())
     dropped = SplitFiles(
-        run.store, "dropped", columns.schema(None), num_rows=num_dropped, rows_per_file=settings.rows_per_file
+        run.store, "dropped", schemas.schema(None), num_rows=num_dropped, rows_per_file=settings.rows_per_file
     )
     for selection in selections:
         split = VALIDATION if selection.is_validation else TRAIN

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline.evaluation.judges import repetition
+from pipeline.evaluation.judges.words import repetition
 from pipeline.synthesis.candidates import Candidate, as_number
 from pipeline.synthesis.settings import FiltersConfig, SynthesisConfig
 

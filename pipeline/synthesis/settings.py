@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.sections import Config, Section, as_list
+from pipeline.config.sections import Config, as_list
 from pipeline.config.variants import lay_out
 from pipeline.evaluation.config import JUDGE_NAME, KEY_COLUMNS
-from pipeline.evaluation.judge_config import AnyJudge, PrincipalJudge
+from pipeline.evaluation.judges.table import AnyJudge
+from pipeline.sections import Section
 
 REWARD, REWARD_PER_TOKEN = "reward", "reward_per_token"
 NO_JUDGE = (REWARD, REWARD_PER_TOKEN, *KEY_COLUMNS)
@@ -147,8 +148,8 @@ class SynthesizeConfig(Config):
             for name in getattr(synthesis.filters, key):
                 _check_known(f"synthesis.filters.{key}.{name}", name, self.principals)
         for name, judge in synthesis.judges.items():
-            if isinstance(judge, PrincipalJudge):
-                _check_known(f"synthesis.judges.{name}.principal", judge.principal, self.principals)
+            if judge.measured_principal is not None:
+                _check_known(f"synthesis.judges.{name}.principal", judge.measured_principal, self.principals)
         return self
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ ANSWER_COLUMNS = ("variant", "sample", "rule", "agent_temperature", "rewards", "
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class DatasetSchemas:
     """The schemas of one data set. Parquet has no empty struct: without principals or judges theirs are left out."""
 
     principals: Sequence[str]

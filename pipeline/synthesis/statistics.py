@@ -48,7 +48,7 @@ class Histogram:
 
 
 @dataclass(slots=True)
-class Survey:
+class DatasetStatistics:
     """Counts over all prompts. `rows` are those of the files, by kind and split.
 
     `dropped` counts answers by kind and reason, `used` those in a kind of data: together they are all answers.

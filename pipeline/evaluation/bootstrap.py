@@ -1,4 +1,8 @@
-"""The landscape: the means of everything compared, with bootstrap samples of all of them at once.
+"""Means of every variant and objective, with a paired bootstrap over prompts.
+
+All variants are resampled with the same draws of prompts, and a difference of two variants is taken within each
+bootstrap sample. How hard a prompt is then cancels out: a rule that is a little better on every prompt has a narrow
+interval, however much the prompts differ.
 
 S samples, of which the first is the data itself; V variants, M objectives, P prompts, W weight vectors.
 """
@@ -10,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config.sections import RuleName
+from cage.rule_names import RuleName
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.metrics import (
@@ -26,12 +30,22 @@ from pipeline.evaluation.metrics import (
 
 
 @dataclass(frozen=True, slots=True)
-class Landscape:
-    """Every variant's mean of every objective, and what to measure it by.
+class BootstrapSamples:
+    """Every variant's mean of every objective in every bootstrap sample, and the scales to compare them on.
 
-    `judges` names the judge of each objective, in order; an objective has its principal's name. `low_M` and `high_M`
-    bound the means of everything compared, by which an objective is normalised; `weights_VM` sum to 1 over the
-    objectives (NaN where all are 0).
+    Methods that return [S] hold the estimate first and then one value per bootstrap sample. Subtract two of them
+    sample by sample for a paired difference, and pass the result to `interval`.
+
+    Args:
+        data: what was measured.
+        judges: by objective the judge that measures it, in order; an objective has its principal's name.
+        means_SVM: mean scores over prompts.
+        kl_SV: mean KL to the base per token.
+        counts_SP: how often each prompt counts in each sample.
+        weights_VM: weights of the principals, which sum to 1 over the objectives; NaN where all are 0.
+        low_M, high_M: lowest and highest mean of each objective over all variants, for `normalised`.
+        reference_M: the reference point of the hypervolume.
+        confidence: of the intervals, such as 0.95.
     """
 
     data: Measurements
@@ -46,7 +60,12 @@ class Landscape:
     confidence: float
 
     def normalised(self, values: Floats) -> Floats:
-        """Values [..., M] from 0, the lowest mean of everything compared, to 1, the highest."""
+        """Values [..., M] scaled so that the lowest mean of all variants is 0 and the highest is 1.
+
+        Judges have different units, so scores of several objectives are scaled before they are added or compared.
+        The bounds come from the data and are the same in every sample: a bound that moved with the sample would add
+        its own noise to every difference. An objective that does not vary is 0.
+        """
         range_M = self.high_M - self.low_M
         scaled: Floats = np.where(range_M > 0, (values - self.low_M) / np.where(range_M > 0, range_M, 1.0), 0.0)
         return scaled
@@ -56,13 +75,17 @@ class Landscape:
         return tuple(self.judges)
 
     def weight_vectors(self) -> Floats:
-        """The different weight vectors, [W, M], without those of zeros alone."""
+        """The different weight vectors, [W, M], without all-zero ones."""
         known = self.weights_VM[np.isfinite(self.weights_VM).all(1)]
         vectors: Floats = np.unique(known, axis=0) if len(known) else known
         return vectors
 
     def mean_inner_products(self, variants: Iterable[int]) -> Floats:
-        """The mean of w . r over the variants, [S]; the base is held to every weight vector."""
+        """The mean of w . r over the variants, [S], where r are normalised objectives.
+
+        The base does not depend on weights, so its one point is averaged over all weight vectors: it then answers the
+        same question as a rule that was run with each of them.
+        """
         found = []
         for at in variants:
             normal_SM = self.normalised(self.means_SVM[:, at])
@@ -73,34 +96,42 @@ class Landscape:
         return np.mean(found, axis=0) if found else np.full(len(self.means_SVM), np.nan)
 
     def worst_principals(self, variants: Iterable[int]) -> Floats:
-        """The mean over the variants of the least normalised objective, [S]."""
+        """The mean over the variants of the lowest normalised objective, [S]."""
         worst_SV = self.normalised(self.means_SVM[:, list(variants)]).min(2)
         mean_S: Floats = worst_SV.mean(1)
         return mean_S
 
     def hypervolumes(self, variants: Iterable[int]) -> Floats:
-        """The hypervolume of the variants' points, [S]."""
+        """The hypervolume of the variants' points above the reference point, [S]."""
         chosen_SVM = self.means_SVM[:, list(variants)]
         return np.array([hypervolume(points_VM, self.reference_M) for points_VM in chosen_SVM])
 
     def sparsity(self, variants: Iterable[int]) -> float | None:
-        """Of the front of normalised points; None for a front of one."""
+        """The sparsity of the normalised points' Pareto front (see `metrics.gaps`); None for a single point."""
         gaps_M = gaps(front(self.normalised(self.means_SVM[0, list(variants)])))
         return None if gaps_M is None else float(gaps_M.sum())
 
     def interval(self, samples_S: Floats) -> list[float] | None:
-        """The bootstrap interval of a statistic whose first sample is the estimate."""
+        """The bootstrap interval of a statistic [S] whose first value is the estimate; None without samples."""
+        # a sample may lack a value: resampled curves need not share a range of KL
         known = samples_S[1:][np.isfinite(samples_S[1:])]
         return list(interval(known, self.confidence)) if len(known) else None
 
 
-def survey(
+def resample(
     data: Measurements,
     judge_by_objective: Mapping[str, str],
     reference: Mapping[str, float] | None,
     bootstrap: BootstrapConfig,
-) -> Landscape:
-    """Resample the prompts and average. `reference` None: see `metrics.default_reference`."""
+) -> BootstrapSamples:
+    """Resample the prompts and average.
+
+    Args:
+        data: scores and numbers by variant and prompt.
+        judge_by_objective: which judge measures which objective, in order.
+        reference: the reference point by objective; None for `metrics.default_reference` of all variants' means.
+        bootstrap: number of samples, confidence and seed.
+    """
     counts_SP = resample_counts(len(data.row_ids), bootstrap.samples, bootstrap.seed)
     scores = [data.scores_by_judge[judge] for judge in judge_by_objective.values()]
     means_SVM = np.stack([weighted_means(score_VP, counts_SP) for score_VP in scores], axis=2)
@@ -108,9 +139,9 @@ def survey(
     weights_VM = np.array(
         [[(variant.weights or {}).get(name, 0.0) for name in judge_by_objective] for variant in data.variants]
     )
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # all weights 0 give NaN, which leaves the variant out of weighted means
         weights_VM = weights_VM / weights_VM.sum(1, keepdims=True)
-    return Landscape(
+    return BootstrapSamples(
         data=data,
         judges=judge_by_objective,
         means_SVM=means_SVM,

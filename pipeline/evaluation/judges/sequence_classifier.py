@@ -1,6 +1,6 @@
-"""Reward models: sequence-classification models that score a conversation with its answer.
+"""Score conversations with a sequence-classification model of transformers.
 
-B texts of a batch, T tokens, L outputs of the model.
+B texts of a batch, T tokens, D the width of the hidden states, L outputs of the model.
 """
 
 from __future__ import annotations
@@ -16,53 +16,48 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import ConfigurationError
-from pipeline.evaluation.judge_config import RewardModelJudge
-from pipeline.evaluation.judges import Answer, factor_of
-from pipeline.hub.descriptions import load_model_config
+from pipeline.evaluation.judges.interface import JudgedAnswer
 from pipeline.hub.sources import ModelSource, fetch_weights
 from pipeline.hub.tokenizers import context_length, load_tokenizer, reason_of
+from pipeline.sections import ModelConfig
 from pipeline.worker.loading import pick_device, pick_dtype
 
 
-def check_reward_model(name: str, config: RewardModelJudge, source: ModelSource) -> None:
-    """Refuse a model without scores by its configuration. Raises ConfigurationError."""
-    model_config = load_model_config(source)
-    architectures = [str(each) for each in model_config.architectures or []]
-    if not any(each.endswith(("ForSequenceClassification", "RewardModel")) for each in architectures):
-        raise ConfigurationError(
-            f"judge {name}: {source.name} is {', '.join(architectures) or 'of no stated architecture'}; "
-            "a reward model is a sequence-classification model"
-        )
-    if config.label >= model_config.num_labels:
-        raise ConfigurationError(
-            f"judge {name}: label must be below {model_config.num_labels}, the number of outputs of {source.name}; "
-            f"got {config.label}"
-        )
-
-
 @dataclass(frozen=True, slots=True)
-class RewardModel:
-    """A reward model on a device.
+class SequenceClassifier:
+    """A reward model on its device, with its tokenizer.
 
-    The score is pooled by the attention mask, at each text's last token: where the padding token is also the one
-    that ends a text, as often, pooling by token id would read the token before.
+    Scores are pooled by the attention mask, at each text's last token. transformers pools by token id instead: where
+    the padding token also ends a text, as it often does, that reads the token before the last.
+
+    Args:
+        model: a sequence-classification model in evaluation mode.
+        tokenizer: its tokenizer.
+        label: which of the model's outputs is the score.
+        factor: what the output is multiplied by.
+        chat_template: Jinja template instead of the tokenizer's own.
+        batch_size: most texts per forward pass; a text's score does not depend on it, up to rounding.
+        max_tokens: longest text in tokens; None for no limit.
     """
 
     model: Any
     tokenizer: Any
-    config: RewardModelJudge
+    label: int
+    factor: float
+    chat_template: str | None
+    batch_size: int
     max_tokens: int | None
 
-    def score(self, answers: Sequence[Answer]) -> list[float]:
-        """A score each; NaN for a text that is longer than the model's context, or that its template refuses."""
+    def score(self, answers: Sequence[JudgedAnswer]) -> list[float]:
+        """One score per answer; NaN for a text that is longer than `max_tokens`, or that the template refuses."""
         encoded = [self._encode(answer) for answer in answers]
         scores = [math.nan] * len(answers)
         todo = [at for at, ids in enumerate(encoded) if ids and len(ids) <= (self.max_tokens or math.inf)]
-        todo.sort(key=lambda at: len(encoded[at]))  # texts of like length share a batch: little padding
-        for start in range(0, len(todo), self.config.batch_size):
-            batch = todo[start : start + self.config.batch_size]
+        todo.sort(key=lambda at: len(encoded[at]))  # texts of similar length share a batch, which saves padding
+        for start in range(0, len(todo), self.batch_size):
+            batch = todo[start : start + self.batch_size]
             for at, found in zip(batch, self._score_batch([encoded[at] for at in batch]), strict=True):
-                scores[at] = found * factor_of(self.config)
+                scores[at] = found * self.factor
         return scores
 
     @torch.inference_mode()
@@ -73,11 +68,11 @@ class RewardModel:
         ids_BT = torch.tensor([[*ids, *[fill] * (longest - len(ids))] for ids in encoded], device=device)
         mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded], device=device)
         logits_BL = self._logits(ids_BT, mask_BT)
-        return [float(value) for value in logits_BL[:, self.config.label].float()]
+        return [float(value) for value in logits_BL[:, self.label].float()]
 
     def _logits(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         head = getattr(self.model, "score", None)
-        if head is None:  # an encoder: it pools its first token, whatever the padding
+        if head is None:  # an encoder: it pools its first token, so padding on the right does not matter
             logits_BL: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
             return logits_BL
         body = getattr(self.model, self.model.base_model_prefix)
@@ -86,9 +81,9 @@ class RewardModel:
         pooled_BL: Tensor = head(states_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
         return pooled_BL
 
-    def _encode(self, answer: Answer) -> list[int]:
+    def _encode(self, answer: JudgedAnswer) -> list[int]:
         """Token ids of conversation and answer: by the chat template, or else as a pair of plain texts."""
-        template = self.config.chat_template or self.tokenizer.chat_template
+        template = self.chat_template or self.tokenizer.chat_template
         if template is None:
             prompt = "\n\n".join(str(message["content"]) for message in answer.prompt)
             return list(self.tokenizer(prompt, answer.text)["input_ids"])
@@ -100,17 +95,36 @@ class RewardModel:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def load_reward_model(name: str, config: RewardModelJudge, source: ModelSource, cache_folder: Path) -> RewardModel:
-    """Load the weights onto the judge's device.
+def load_classifier(
+    name: str,
+    source: ModelSource,
+    cache_folder: Path,
+    *,
+    model: ModelConfig,
+    label: int,
+    factor: float,
+    chat_template: str | None,
+    batch_size: int,
+    max_tokens: int | None,
+) -> SequenceClassifier:
+    """Load the weights onto the device that `model` asks for.
+
+    Args:
+        name: the judge's name, for error messages.
+        source: the resolved model.
+        cache_folder: where downloaded weights are kept.
+        model: device and dtype.
+        label, factor, chat_template, batch_size: see `SequenceClassifier`.
+        max_tokens: longest text; the model's context is a limit as well.
 
     Raises:
-        ConfigurationError: it cannot be loaded, or has no trained head.
+        ConfigurationError: the model cannot be loaded, or has no trained head.
     """
-    device = pick_device(config.model.device)
+    device = pick_device(model.device)
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        classifier, found = AutoModelForSequenceClassification.from_pretrained(
             fetch_weights(source, cache_folder=cache_folder),
-            dtype=pick_dtype(config.model.dtype, device),
+            dtype=pick_dtype(model.dtype, device),
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -118,8 +132,16 @@ def load_reward_model(name: str, config: RewardModelJudge, source: ModelSource, 
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigurationError(f"judge {name}: {source.name} cannot be loaded: {reason_of(error)}") from error
     if found["missing_keys"]:
+        # transformers would fill the missing head with random numbers, and every score would be noise
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise ConfigurationError(f"judge {name}: {source.name} has no weights for {missing}; it is no reward model")
-    tokenizer = load_tokenizer(source)
-    limits = [limit for limit in (config.max_tokens, context_length(model.config)) if limit is not None]
-    return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, config, min(limits, default=None))
+    limits = [limit for limit in (max_tokens, context_length(classifier.config)) if limit is not None]
+    return SequenceClassifier(
+        classifier.to(device).eval().requires_grad_(False),
+        load_tokenizer(source),
+        label=label,
+        factor=factor,
+        chat_template=chat_template,
+        batch_size=batch_size,
+        max_tokens=min(limits, default=None),
+    )
