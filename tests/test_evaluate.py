@@ -182,6 +182,22 @@ def test_a_run_without_a_grid_is_measured_too(tiny, tmp_path):
     assert "reference point" in describe_evaluation(done)
 
 
+def test_a_python_function_measures_an_objective(tiny, tmp_path):
+    def characters(answers):
+        return [len(answer.text) for answer in answers]
+
+    evaluation = {**EVALUATION, "judges": {**JUDGES, "characters": characters}}
+    evaluation["objectives"] = {"brief": "characters", "kind": "own"}
+    config = parse_as(EvaluateConfig, tree_of(tiny, tmp_path, evaluation))
+    metrics = evaluate(config, tmp_path / "cache", io.StringIO()).metrics
+    answers = pq.read_table(sorted((tmp_path / "run").glob("part-*.parquet"))).to_pylist()
+    [base] = [point for point in metrics["points"] if point["rule"] == "base"]
+    lengths = [len(answer["response"]) for answer in answers if answer["rule"] == "base"]
+    assert base["objectives"]["brief"] == pytest.approx(sum(lengths) / len(lengths))
+    assert metrics["judges"]["characters"]["function"].endswith(".characters")
+    assert not evaluate(config, tmp_path / "cache", io.StringIO()).was_run
+
+
 def test_nothing_to_compare_is_told(tiny, tmp_path):
     (tree := tree_of(tiny, tmp_path))["errors"] = {"budget": "100%"}
     (tmp_path / "prompts.jsonl").write_text('{"id": "bad", "prompt": null}\n')

@@ -1,15 +1,19 @@
-"""Judges that need no model: known values, and that a higher score is always better."""
+"""Judges that need no model: known values, that a higher score is always better, and functions as judges."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from pipeline.errors import CageError, ConfigurationError
+from pipeline.evaluation.judges.function import FunctionJudge
 from pipeline.evaluation.judges.interface import JudgeContext, JudgedAnswer
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.judges.words import words
+from pipeline.evaluation.panel import resolve_panel
 
 JUDGES = TypeAdapter(AnyJudge)
 
@@ -72,3 +76,57 @@ def test_scores_come_in_the_order_of_the_answers():
     texts = ["a", "a b c", "", "a b"]
     assert judge(kind="length").score([JudgedAnswer([], text) for text in texts]) == [1, 3, 0, 2]
     assert [len(words(text)) for text in texts] == [1, 3, 0, 2]
+
+
+def questions(answers):
+    return [answer.text.count("?") for answer in answers]
+
+
+def digest_of(section) -> str:
+    return resolve_panel({"own": JUDGES.validate_python(section)}, Path()).digest
+
+
+def test_a_function_is_a_judge():
+    answers = [JudgedAnswer([], text) for text in ("What? Who?", "No.", "Why?")]
+    assert JUDGES.validate_python(questions).load(JudgeContext("own")).score(answers) == [2, 0, 1]
+    turned = FunctionJudge(function=questions, sign="lower", scale=10)
+    assert JUDGES.validate_python(turned).load(JudgeContext("own")).score(answers) == [-20, 0, -10]
+    assert turned.model_dump(mode="json")["function"].endswith("test_judges:questions")
+
+
+def test_a_function_judges_again_when_its_text_or_its_version_changes():
+    def count(answers):
+        return [0.0 for _ in answers]
+
+    first = digest_of(FunctionJudge(function=count))
+    assert digest_of(count) == first
+    assert digest_of(FunctionJudge(function=count, version="2")) != first
+
+    def count(answers):  # noqa: F811
+        return [1.0 for _ in answers]
+
+    assert digest_of(count) != first
+
+
+def test_a_function_without_source_text_needs_a_version():
+    with pytest.raises(ConfigurationError, match=r"builtins:len has no source text.*give FunctionJudge a version"):
+        digest_of(len)
+    assert digest_of(FunctionJudge(function=len, version="1")) != digest_of(FunctionJudge(function=len, version="2"))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda answers: [1.0], "judge own must return one score per answer: 2; got 1"),
+        (lambda answers: ["many"] * len(answers), "judge own failed: ValueError: could not convert"),
+        (lambda answers: [1 / 0], "judge own failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_function_must_return_one_number_per_answer(function, message):
+    with pytest.raises(CageError, match=message):
+        JUDGES.validate_python(function).load(JudgeContext("own")).score([JudgedAnswer([], "x")] * 2)
+
+
+def test_a_file_cannot_name_a_function():
+    with pytest.raises(ValidationError, match="must be a Python function"):
+        JUDGES.validate_python({"kind": "function", "function": "os:system"})
