@@ -166,30 +166,31 @@ def test_another_fingerprint_is_refused_with_the_difference_and_a_hint(tmp_path:
     Run.create_or_resume(store, small_plan(tmp_path))
     with pytest.raises(RunMismatch) as refused:
         Run.create_or_resume(store, small_plan(tmp_path, decoding={"seed": 5}))
-    told = str(refused.value).splitlines()
-    assert told[0] == f"{tmp_path / 'run'} holds a run with other settings (stored -> given):"
-    assert told[1:-1] == ["decoding.seed: 0 -> 5"]
-    assert "another output.path" in told[-1]
+    lines = str(refused.value).splitlines()
+    assert lines[0] == f"{tmp_path / 'run'} holds a run with other settings (stored -> given):"
+    assert lines[1:-1] == ["decoding.seed: 0 -> 5"]
+    assert "another output.path" in lines[-1]
 
 
 @given(data=st.binary(max_size=60), at=st.floats(0, 1))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_plan_is_told_in_one_line(tmp_path: Path, data: bytes, at: float) -> None:
+def test_a_damaged_plan_is_reported_in_one_line(tmp_path: Path, data: bytes, at: float) -> None:
     good = small_plan(tmp_path).to_json()
     position = int(at * len(good))
     for damaged in (data, good[:position], good[:position] + data + good[position:]):
-        try:
-            plan = Plan.from_json(damaged, source="x/plan.json")
-        except ConfigurationError as refused:
-            told = str(refused)
-        else:
-            told = "x/plan.json"
-            assert plan.digest == json.loads(good)["digest"]
-        assert told.startswith("x/plan.json")
-        assert told.isprintable()
+        outcome = digest_or_message(damaged, source="x/plan.json")
+        is_one_line = outcome.startswith("x/plan.json") and outcome.isprintable()
+        assert is_one_line or outcome == json.loads(good)["digest"]
 
 
-def test_a_plan_of_another_version_is_told(tmp_path: Path) -> None:
+def digest_or_message(data: bytes, *, source: str) -> str:
+    try:
+        return Plan.from_json(data, source=source).digest
+    except ConfigurationError as refused:
+        return str(refused)
+
+
+def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
     tree = {**json.loads(small_plan(tmp_path).to_json()), "version": 99}
     with pytest.raises(ConfigurationError, match="has version 99; this program reads version 2"):
         Plan.from_json(json.dumps(tree).encode())

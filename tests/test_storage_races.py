@@ -83,8 +83,8 @@ def test_drivers_with_other_answers_are_an_alarm_for_all_but_one(tmp_path: Path)
     store = open_store(str(tmp_path / "run"))
     first, second = Run.create_or_resume(store, plan), Run.create_or_resume(store, plan)
     rows = list(plan.read_shard(0))
-    standing = first.commit(0, [answer(row, text="first") for row in rows])
+    kept = first.commit(0, [answer(row, text="first") for row in rows])
     with pytest.raises(NondeterminismError):
         second.commit(0, [answer(row, text="second") for row in rows])
-    assert second.committed() == {0: standing}
+    assert second.committed() == {0: kept}
     assert {row["response"] for name in rows for row in second.find(name.row_id)} == {"first"}

@@ -1,4 +1,4 @@
-"""What may pass is tried again within bounds; what may not, and what does not pass, is told at once and in a line."""
+"""A failure that may be temporary is retried within bounds; any other or lasting one is reported in one line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,10 +97,10 @@ def test_errors_of_s3_that_stay_end_in_one_line_and_the_run_goes_on_later(
     faulty_s3.errors, faulty_s3.is_broken = [error], True
     with pytest.raises(
         StorageError, match=r"cannot write s3://runs/.*/part-00000.*\(tried 4 times in \d+ s\)"
-    ) as told:
+    ) as failure:
         run.commit(0, [answer(row) for row in run.plan.read_shard(0)])
-    assert told.value.exit_code == ExitCode.FAILED
-    assert str(told.value).isprintable()
+    assert failure.value.exit_code == ExitCode.FAILED
+    assert str(failure.value).isprintable()
     assert faulty_s3.num_refused <= 80
     faulty_s3.errors = []
     run.commit(0, [answer(row) for row in run.plan.read_shard(0)], attempt=2)
@@ -121,7 +122,7 @@ def test_a_refusal_that_cannot_pass_is_not_tried_again(faulty_s3: FaultyS3, tmp_
 
 def test_waits_are_bounded_and_not_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(retries.time, "sleep", waited.append)
+    monkeypatch.setattr("time.sleep", waited.append)
 
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -135,8 +136,41 @@ def test_waits_are_bounded_and_not_in_step(monkeypatch: pytest.MonkeyPatch) -> N
     assert max(waited) <= 1.5 * max(retries.WAITS_S)
 
 
+def test_after_the_time_limit_there_is_no_further_try(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "GIVE_UP_S", 0.05)
+    num_tries = 0
+
+    def fail_slowly() -> None:
+        nonlocal num_tries
+        num_tries += 1
+        time.sleep(0.04)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(StorageError, match=r"cannot read x: .*Input/output error \(tried 2 times in 0 s\)$"):
+        retries.retried("read x", fail_slowly)
+    assert num_tries == 2
+
+
+@pytest.mark.parametrize(
+    "answer", [FileNotFoundError("timed out"), FileExistsError("expired"), StorageError("timeout")]
+)
+def test_an_error_that_is_an_answer_is_raised_as_it_is_after_one_try(answer: Exception) -> None:
+    """Their texts would count as temporary failures."""
+    num_tries = 0
+
+    def answer_with_error() -> None:
+        nonlocal num_tries
+        num_tries += 1
+        raise answer
+
+    with pytest.raises(type(answer)) as raised:
+        retries.retried("read x", answer_with_error)
+    assert raised.value is answer
+    assert num_tries == 1
+
+
 @pytest.mark.parametrize("num_failures", [2, 10**6])
-def test_a_full_disk_is_waited_for_and_then_told(
+def test_a_full_disk_is_waited_for_and_then_reported(
     impatient: None, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int
 ) -> None:
     prompts = write_prompts(tmp_path / "prompts.jsonl", 7)
@@ -148,7 +182,7 @@ def test_a_full_disk_is_waited_for_and_then_told(
         if num_failures > 3:
             with pytest.raises(StorageError, match=r"cannot write .*part-00000.*No space left on device \(tried 4"):
                 run_job(config, tmp_path, watch=full)
-            assert not list((tmp_path / "run").rglob(".*aside"))
+            assert not list((tmp_path / "run").rglob(".*.tmp"))
             os.fsync = plain
             run_job(config, tmp_path)
         else:

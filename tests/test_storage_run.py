@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +174,7 @@ def test_other_values_for_the_same_row_are_an_alarm(tmp_path: Path) -> None:
     assert tree_bytes(tmp_path / "run") == before
 
 
-def test_in_relaxed_mode_the_first_one_stands(tmp_path: Path) -> None:
+def test_in_relaxed_mode_the_first_file_is_kept(tmp_path: Path) -> None:
     run = new_run(tmp_path, decoding={"reproducibility": "relaxed"})
     first = run.commit(0, records_of(run.plan, 0))
     assert run.commit(0, records_of(run.plan, 0, text="other")) == first
@@ -223,6 +225,43 @@ def test_a_run_is_opened_from_its_files_alone(tmp_path: Path) -> None:
     assert status.tokens == sum(record.tokens for record in run.committed().values()) > 0
 
 
+def test_a_run_is_opened_by_the_store_that_the_caller_supplies(tmp_path: Path) -> None:
+    run = finished(new_run(tmp_path))
+    opened: list[str] = []
+
+    def open_dying(path: str) -> Any:
+        opened.append(path)
+        return DyingStore(open_store(path), dies_at=1, is_after=False)
+
+    path = str(tmp_path / "run")
+    again = Run.open(path, open_store=open_dying)
+    assert opened == [path]
+    assert again.plan == run.plan
+    with pytest.raises(Killed):
+        again.finish()
+
+
+OPEN = """
+import sys
+from pipeline.config.sections import InputConfig
+from pipeline.storage.inputs import open_input
+from pipeline.storage.run import Run
+run = Run.open(sys.argv[1])
+assert run.status().is_complete and run.find("prompts.jsonl:3")
+assert len(list(open_input(InputConfig(path=sys.argv[2])))) == 7
+assert len(list(open_input(InputConfig(path=sys.argv[1], messages="prompt")))) == 7
+print([name for name in sys.argv[3:] if name in sys.modules])
+"""
+
+
+def test_a_run_and_its_input_are_read_without_slow_imports(tmp_path: Path) -> None:
+    """Each of them takes longer to load than all that is needed to show the state of a run."""
+    finished(new_run(tmp_path))
+    slow = ["torch", "transformers", "datasets", "ray", "fsspec", "pandas", "pyarrow.compute"]
+    command = [sys.executable, "-c", OPEN, str(tmp_path / "run"), str(tmp_path / "prompts.jsonl"), *slow]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_a_finished_run_is_an_input_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
     run = mixed_run(tmp_path)
     run.commit(0, records_of(run.plan, 0))
@@ -235,7 +274,7 @@ def test_a_finished_run_is_an_input_and_an_unfinished_one_is_not(tmp_path: Path)
     assert all(row.error is None for row in rows)
 
 
-def test_no_run_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"there is no run in .*: it has no plan\.json"):
         Run.open(str(tmp_path / "nothing"))
 
@@ -263,7 +302,7 @@ def test_an_unfinished_run_cannot_be_finished(tmp_path: Path) -> None:
     assert run.is_complete
 
 
-def test_a_damaged_or_foreign_record_is_told(tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_record_is_reported(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     record = run.commit(0, records_of(run.plan, 0))
     stored = tmp_path / "run" / "_commits" / "part-00000.json"
@@ -287,7 +326,7 @@ def test_a_name_in_a_record_or_footer_cannot_leave_the_directory(tmp_path: Path)
         run.find("prompts.jsonl:1")
 
 
-def test_damaged_data_of_another_attempt_is_told(tmp_path: Path) -> None:
+def test_damaged_data_of_another_attempt_is_reported(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     (tmp_path / "run" / "part-00000-of-00003.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(StorageError, match=r"part-00000-of-00003\.parquet cannot be read"):
@@ -343,9 +382,8 @@ def test_the_card_escapes_what_comes_from_outside(tmp_path: Path) -> None:
     assert "\x1b" not in card
     assert "\n# Heading" not in body
     assert "[a](" not in body
-    for line in body.splitlines():
-        if line.startswith("| principals.brief.principle"):
-            assert line.replace("\\|", "").count("|") == 3
+    (line,) = [line for line in body.splitlines() if line.startswith("| principals.brief.principle")]
+    assert line.replace("\\|", "").count("|") == 3
 
 
 def test_the_manifest_names_every_file_with_its_hash(tmp_path: Path) -> None:

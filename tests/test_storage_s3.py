@@ -105,7 +105,7 @@ def test_the_middle_of_a_large_object_is_read_without_its_beginning(s3: Any, fol
         ("s3://runs/empty", "no Parquet or JSONL file in the folder s3://runs/empty"),
     ],
 )
-def test_a_missing_input_on_s3_is_told(s3: Any, path: str, why: str) -> None:
+def test_a_missing_input_on_s3_is_reported(s3: Any, path: str, why: str) -> None:
     s3.pipe_file("s3://runs/empty/readme.txt", b"x")
     with pytest.raises(ConfigurationError, match=why):
         open_input(InputConfig(path=path))
