@@ -7,7 +7,6 @@ import errno
 import os
 import random
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,18 +136,17 @@ def test_waits_are_bounded_and_not_in_step(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_after_the_time_limit_there_is_no_further_try(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "GIVE_UP_S", 0.05)
+    monkeypatch.setattr(retries, "GIVE_UP_S", 0.0)  # over when the first try ends
     num_tries = 0
 
-    def fail_slowly() -> None:
+    def fail() -> None:
         nonlocal num_tries
         num_tries += 1
-        time.sleep(0.04)
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(StorageError, match=r"cannot read x: .*Input/output error \(tried 2 times in 0 s\)$"):
-        retries.retried("read x", fail_slowly)
-    assert num_tries == 2
+    with pytest.raises(StorageError, match=r"cannot read x: .*Input/output error$"):
+        retries.retried("read x", fail)
+    assert num_tries == 1
 
 
 @pytest.mark.parametrize(
