@@ -1,4 +1,6 @@
-"""Solve many small linear systems with bits that do not depend on the batch.
+"""Solve many small linear systems, with bits that do not depend on the batch.
+
+Everything is elementwise: a batched LAPACK or matmul kernel may round a row differently in another batch.
 
 Shapes: B rows, J unknowns, R right-hand sides.
 """
@@ -12,7 +14,6 @@ from torch import Tensor
 def solve_small(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
     """Return x [B, J, R] with matrix x = right, and the sign [B] of the determinant.
 
-    Elementwise on purpose: a batched LAPACK or matmul kernel may round a row differently in another batch.
     A singular matrix gives values that are not finite, never an exception.
     """
     if right_BJR.shape[1] == 1:
@@ -25,7 +26,7 @@ def solve_small(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_two(matrix_B22: Tensor, right_B2R: Tensor) -> tuple[Tensor, Tensor]:
-    """Cramer's rule."""
+    """Solve by Cramer's rule."""
     adjugate_B22 = torch.stack(
         [
             torch.stack([matrix_B22[:, 1, 1], -matrix_B22[:, 0, 1]], -1),
@@ -41,7 +42,7 @@ def _solve_two(matrix_B22: Tensor, right_B2R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eliminate(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss-Jordan elimination with partial pivoting."""
+    """Solve by Gauss-Jordan elimination with partial pivoting, a column of all systems at a time."""
     num_unknowns = right_BJR.shape[1]
     augmented = torch.cat([matrix_BJJ, right_BJR], -1)
     pivots, places = [], []
@@ -61,7 +62,10 @@ def eliminate(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eliminate_by_entries(matrix_BJJ: Tensor, right_BJR: Tensor) -> tuple[Tensor, Tensor]:
-    """Do the same to the same bits, entry by entry [B]: a compiler finds no axis along which to part it."""
+    """Return the same bits as `eliminate`, computed with one tensor [B] per entry of the system.
+
+    For torch.compile: with no axis but the batch, the whole elimination fuses into one kernel.
+    """
     rows = [list(row_BC.unbind(1)) for row_BC in torch.cat([matrix_BJJ, right_BJR], -1).unbind(1)]
     sign_B = torch.ones_like(rows[0][0])
     for k, row in enumerate(rows):

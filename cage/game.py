@@ -19,12 +19,17 @@ _TYPES = (torch.float32, torch.float64)
 class Game:
     """A batch of games: a base policy, every principal's value of every token, and the agent's temperature.
 
-    base_logprobs [B, V] need not be normalised; `-inf` marks a token that cannot be drawn, and its values are
-    ignored. values [B, J, V] and agent_temperature (a float or [B]) share one unit. float32 and float64 are kept,
-    half types become float32.
+    base_logprobs: the base policy in logarithms, [B, V]. Need not be normalised; `-inf` marks a token that cannot be
+        drawn, and its values are ignored.
+    values: what each token is worth to each principal, preference weights included, [B, J, V]. In any unit; a
+        constant added to a principal's values changes no equilibrium.
+    agent_temperature: what moving away from the base policy costs the agent, in the unit of the values; a positive
+        float, or a tensor with one entry per row, [B].
 
-    Raises ValueError for shapes, types, devices or temperatures that do not fit together. The numbers inside the
-    tensors are never a reason to raise: a row that is not finite is reported by its status.
+    float32 and float64 are kept, float16 and bfloat16 become float32.
+
+    Raises ValueError for shapes, types, devices or temperatures that do not fit together. The numbers in
+    base_logprobs and values are never a reason to raise: the status of a row says if they are not finite.
     """
 
     base_logprobs: Tensor
@@ -32,8 +37,8 @@ class Game:
     agent_temperature: float | Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "base_logprobs", _widened("base_logprobs", self.base_logprobs))
-        object.__setattr__(self, "values", _widened("values", self.values))
+        object.__setattr__(self, "base_logprobs", _checked_type("base_logprobs", self.base_logprobs))
+        object.__setattr__(self, "values", _checked_type("values", self.values))
         _check_shapes(self.base_logprobs, self.values)
         _check_temperature(self.agent_temperature, self.base_logprobs)
 
@@ -51,13 +56,13 @@ class Game:
 
     @property
     def row_temperatures(self) -> Tensor:
-        """Return the agent temperature of every row, in the type and on the device of the values."""
+        """The agent temperature of every row [B], in the type and on the device of the values."""
         if isinstance(self.agent_temperature, Tensor):
             return self.agent_temperature.to(self.values).expand(self.num_rows)
         return self.values.new_full((self.num_rows,), self.agent_temperature)
 
 
-def _widened(name: str, tensor: Tensor) -> Tensor:
+def _checked_type(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype in _HALF_TYPES:
@@ -91,7 +96,7 @@ def _check_temperature(temperature: float | Tensor, base: Tensor) -> None:
         return
     if temperature.dim() > 1 or (temperature.dim() == 1 and temperature.shape[0] != base.shape[0]):
         raise ValueError(
-            f"agent_temperature must be a number or one a row [{base.shape[0]}]; got {tuple(temperature.shape)}"
+            f"agent_temperature must be a number or one per row [{base.shape[0]}]; got {tuple(temperature.shape)}"
         )
     if temperature.device != base.device:
         raise ValueError(

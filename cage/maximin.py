@@ -1,7 +1,9 @@
-"""The robust rule's inner problem: the mix of principals that makes their joint tilt weakest.
+"""The inner problem of the maximin rule: the shares of the principals that minimise the log-partition.
 
 min over shares l of A(l) = log sum_a pi0(a) exp(sum_j l_j v_j(a) / tau), convex with gradient E_pi[v_j] / tau.
-By duality its policy maximises min_j E_pi[v_j] - tau KL(pi || pi0).
+By duality its policy maximises min_j E_pi[v_j] - tau KL(pi || pi0). A minimum may lie on the boundary of the simplex,
+where Newton's model does not hold; so a logarithmic barrier keeps the shares inside and is lowered step by step (an
+interior-point method).
 
 Shapes: B rows, J principals, K tokens.
 """
@@ -18,17 +20,24 @@ from cage.elimination import solve_small
 from cage.normalization import NormalizedGame
 from cage.rows import iterate
 
-_BARRIER_DECREASE = 0.1
-_CENTRED = 0.1  # Newton decrement, relative to the barrier, from which the barrier may decrease
-_TO_THE_BOUNDARY = 0.95
-_SLOPE_NOISE = 1e-16
-_SHORTEST_LENGTH = 2.0**-40
+_BARRIER_DECREASE = 0.1  # factor of the barrier when the shares are near its centre
+_CENTRED = 0.1  # squared Newton decrement, relative to the barrier, below which the shares are near its centre
+_TO_THE_BOUNDARY = 0.95  # of the distance to the boundary is the most that one step goes, so no share becomes 0
+_SLOPE_NOISE = 1e-16  # float64's rounding: a smaller rise is none
+_SHORTEST_LENGTH = 2.0**-40  # a step this short is accepted: only rounding can still reject it
 
 
-class _Interior(NamedTuple):
+class Interior(NamedTuple):
     """A point inside the simplex, and a Newton direction of the barrier problem from it.
 
-    gap: l . grad - min_j grad_j >= A(l) - A(best), in agent temperatures; slope: the direction's derivative.
+    running [B], num_steps [B]: as `iterate` wants them.
+    shares [B, J]: the point l.
+    gap [B]: l . grad A - min_j dA/dl_j, which is at least A(l) - A(best), in agent temperatures.
+    barrier [B]: weight of the barrier; negative before the first evaluation.
+    direction [B, J]: where to go next; length [B]: how far, as a share of the direction.
+    slope [B]: derivative of the barrier problem along the direction, at the point.
+    present [B, J]: 1 for principals whose values are not constant, else 0.
+    offset [B, J]: each principal's best value in agent temperatures.
     """
 
     running: Tensor
@@ -48,15 +57,24 @@ def find_shares(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the shares l [B, J], their gap to optimality [B] and the number of evaluations [B].
 
-    offset [B, J] is each principal's best value in agent temperatures, which scaling took away. A principal whose
-    values are constant is absent: its share is 0. A barrier method: Newton with exact second derivatives, the
-    barrier lowered until the gap is at most tol.
+    offset_BJ: each principal's best value in agent temperatures, which the normalization removed. Equilibria do not
+        depend on it; the worst-off principal does.
+    tol: largest gap, in agent temperatures, at which a row ends.
+    max_steps: most evaluations of one row.
+
+    A principal whose values are constant takes no part: its share is 0.
     """
+    state = iterate(partial(advance, tol=tol), game, start(game, offset_BJ), max_steps=max_steps)
+    return state.shares, state.gap, state.num_steps
+
+
+def start(game: NormalizedGame, offset_BJ: Tensor) -> Interior:
+    """Return the state at equal shares of all principals whose values are not constant."""
     present_BJ = (game.values.amin(-1) < 0.0).to(game.values.dtype)
     num_present_B = present_BJ.sum(1)
     shares_BJ = present_BJ / num_present_B.clamp_min(1.0)[:, None]
     zeros_B = torch.zeros_like(num_present_B)
-    state = _Interior(
+    return Interior(
         running=num_present_B > 1.0,
         num_steps=zeros_B.to(torch.int32),
         shares=shares_BJ,
@@ -68,8 +86,6 @@ def find_shares(
         present=present_BJ,
         offset=offset_BJ,
     )
-    state = iterate(partial(_step, tol=tol), game, state, max_steps=max_steps)
-    return state.shares, state.gap, state.num_steps
 
 
 def tilted(game: NormalizedGame, shares_BJ: Tensor) -> Tensor:
@@ -80,8 +96,11 @@ def tilted(game: NormalizedGame, shares_BJ: Tensor) -> Tensor:
     return logits_BK
 
 
-def _step(game: NormalizedGame, state: _Interior, *, tol: float) -> _Interior:
-    """Look a length along the direction: go there unless the barrier problem rises again, else try half as far."""
+def advance(game: NormalizedGame, state: Interior, *, tol: float) -> Interior:
+    """Evaluate a trial along the direction, and accept it unless the barrier problem rises there.
+
+    A rejected trial halves the length. Near the centre of a barrier, the next direction aims at that of a lower one.
+    """
     started_B = state.barrier > 0.0
     trial_BJ = state.shares + (state.length * started_B)[:, None] * state.direction
     gradient_BJ, hessian_BJJ = _moments(game, trial_BJ)
@@ -93,7 +112,7 @@ def _step(game: NormalizedGame, state: _Interior, *, tol: float) -> _Interior:
     fine_B = state.running & (~started_B | falls_B)
     # near the centre of one barrier, aim for that of a lower one
     _, decrement_B = _newton(gradient_BJ, hessian_BJJ, trial_BJ, barrier_B, state.present)
-    lowest_B = tol / (4.0 * state.present.sum(1))  # where the gap is a quarter of tol; lower only costs digits
+    lowest_B = tol / (4.0 * state.present.sum(1))  # where the gap is a quarter of tol; lower only loses digits
     decreased_B = torch.maximum(barrier_B * _BARRIER_DECREASE, lowest_B)
     lower_B = torch.where(decrement_B <= _CENTRED * barrier_B, decreased_B, barrier_B)
     direction_BJ, decrement_B = _newton(gradient_BJ, hessian_BJJ, trial_BJ, lower_B, state.present)
@@ -126,7 +145,10 @@ def _gap(gradient_BJ: Tensor, shares_BJ: Tensor, present_BJ: Tensor) -> Tensor:
 
 
 def _centred(gradient_BJ: Tensor, present_BJ: Tensor) -> Tensor:
-    """Take the mean away: what all shares have in common moves nothing, but would drown the rest in rounding."""
+    """Subtract the mean over principals.
+
+    Shares sum to 1, so a common constant changes nothing; but a large one would leave no digits for the differences.
+    """
     mean_B = (gradient_BJ * present_BJ).sum(1) / present_BJ.sum(1)
     return (gradient_BJ - mean_B[:, None]) * present_BJ
 
@@ -138,7 +160,10 @@ def _inverse(shares_BJ: Tensor, present_BJ: Tensor) -> Tensor:
 def _newton(
     gradient_BJ: Tensor, hessian_BJJ: Tensor, shares_BJ: Tensor, barrier_B: Tensor, present_BJ: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the Newton direction of A(l) - barrier sum_j log l_j within the simplex, and its squared decrement."""
+    """Return the Newton direction of A(l) - barrier sum_j log l_j [B, J], and its squared decrement [B].
+
+    A last row and column of the system, with its multiplier, keep the sum of the shares at 1.
+    """
     inverse_BJ = _inverse(shares_BJ, present_BJ)
     downhill_BJ = present_BJ * (barrier_B[:, None] * inverse_BJ - gradient_BJ)
     both_BJJ = present_BJ[:, :, None] * present_BJ[:, None]
@@ -155,5 +180,5 @@ def _newton(
 
 def _longest(shares_BJ: Tensor, direction_BJ: Tensor) -> Tensor:
     """Return the longest step, at most 1, that stays inside the simplex."""
-    room_BJ = torch.where(direction_BJ < 0.0, -_TO_THE_BOUNDARY * shares_BJ / direction_BJ, torch.inf)
-    return room_BJ.amin(1).clamp_max(1.0)
+    limit_BJ = torch.where(direction_BJ < 0.0, -_TO_THE_BOUNDARY * shares_BJ / direction_BJ, torch.inf)
+    return limit_BJ.amin(1).clamp_max(1.0)

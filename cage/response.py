@@ -1,4 +1,7 @@
-"""How the agent and the principals' log-residuals respond to thresholds, with derivatives.
+"""How the agent's policy and the principals' log-residuals respond to thresholds, with derivatives.
+
+Sums over principals and small linear systems are written out in elementwise operations: a batched matmul may round a
+row differently in another batch.
 
 Shapes: B rows, J principals, K tokens.
 """
@@ -13,13 +16,15 @@ from torch import Tensor
 from cage.elimination import solve_small
 from cage.normalization import NormalizedGame
 
-_NUMBERS_AT_ONCE = 2**17
+_ELEMENTS_AT_ONCE = 2**17  # of a temporary; a larger one leaves a CPU's cache
 
 
 class Response(NamedTuple):
-    """log_residual [B, J] is g_j = log E_pi[max(c_j - v_j, 0)], zero at an equilibrium; jacobian is dg_j/dc_k.
+    """The log-residuals of a game at some thresholds, and their derivatives.
 
-    drift [B, J] is dg_j/d(log s) when all values are multiplied by s; None unless asked for.
+    log_residual: g_j = log E_pi[max(c_j - v_j, 0)], 0 at an equilibrium, [B, J].
+    jacobian: dg_j/dc_k, [B, J, J].
+    drift: dg_j/d(log s) when all values are multiplied by s, [B, J]; None unless asked for.
     """
 
     log_residual: Tensor
@@ -28,7 +33,7 @@ class Response(NamedTuple):
 
 
 def respond(game: NormalizedGame, thresholds_BJ: Tensor, *, with_drift: bool = False) -> Response:
-    """Evaluate the game at scaled thresholds (docs/mathematics.md, "The system and its Jacobian")."""
+    """Evaluate the game at scaled thresholds [B, J] (docs/mathematics.md, "The system and its Jacobian")."""
     excess_BJK = game.values - thresholds_BJ[..., None]
     paid_BJK = excess_BJK.clamp_min(0.0)
     policy_BK = torch.softmax(offers(game.log_base, paid_BJK), -1)[:, None]
@@ -45,8 +50,9 @@ def respond(game: NormalizedGame, thresholds_BJ: Tensor, *, with_drift: bool = F
 def newton(game: NormalizedGame, thresholds_BJ: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-residuals [B, J] and the Newton step for the thresholds [B, J].
 
-    For one or two principals with few and fused operations: over some tens of tokens calling them is what costs.
-    Where a threshold is so low that all is paid for, or the Jacobian is singular, the step may not be finite.
+    One and two principals have a short form with few operations: over some tens of tokens the time goes into calling
+    operations. The step may not be finite where a threshold is so low that every token is paid for, or where the
+    Jacobian is singular.
     """
     num_principals = thresholds_BJ.shape[1]
     if num_principals > 2:
@@ -68,7 +74,7 @@ def offers(log_base_BK: Tensor, paid_BJK: Tensor) -> Tensor:
 
 
 def pays(excess: Tensor) -> Tensor:
-    """Return 1 where the excess is positive, else 0, in its own type: far cheaper on a CPU than by way of bool."""
+    """Return 1 where the excess is positive, else 0, in its own type; converting from bool is slow on a CPU."""
     return torch.gt(excess, 0.0, out=torch.empty_like(excess))
 
 
@@ -78,14 +84,14 @@ def newton_step(response: Response) -> Tensor:
     return step_BJR[..., 0].neg().nan_to_num_(0.0, 0.0, 0.0)
 
 
-def lone_thresholds(game: NormalizedGame) -> Tensor:
-    """Return E_pi0[v_j] + tau in scaled units [B, J]: where principals stand while nobody pays."""
+def no_offer_thresholds(game: NormalizedGame) -> Tensor:
+    """Return the scaled E_pi0[v_j] + tau [B, J]: each principal's threshold while nobody pays."""
     return (game.log_base.exp()[:, None] * game.values).sum(-1) + 1.0
 
 
 def nobody_pays(game: NormalizedGame) -> Tensor:
-    """Return thresholds [B, J] at which nobody pays and nobody would be better off with a higher one."""
-    return lone_thresholds(game).clamp_min(0.0)
+    """Return the start of Newton [B, J]: the smallest thresholds at which nobody pays and no residual is negative."""
+    return no_offer_thresholds(game).clamp_min(0.0)
 
 
 def _step_of_one(excess_B1K: Tensor, paid_B1K: Tensor, policy_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +102,10 @@ def _step_of_one(excess_B1K: Tensor, paid_B1K: Tensor, policy_BK: Tensor) -> tup
 
 
 def _step_of_two(excess_B2K: Tensor, paid_B2K: Tensor, policy_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Cramer's rule, each equation multiplied by its E_pi[max(c_j - v_j, 0)]; `other` is of the other principal."""
+    """Solve by Cramer's rule, each equation multiplied by its E_pi[max(c_j - v_j, 0)], which saves the divisions.
+
+    `other` means: of the other principal.
+    """
     burden_B2K = paid_B2K - excess_B2K
     others_pay_B2K = pays(excess_B2K.flip(1))
     parts_B6K = torch.cat([burden_B2K, others_pay_B2K, burden_B2K * others_pay_B2K], 1)
@@ -117,14 +126,15 @@ def _own_slope(expected_BJ: Tensor, share_BJ: Tensor) -> Tensor:
 
 
 def _crossed(burden_BJK: Tensor, pays_BJK: Tensor) -> Tensor:
-    """Return sum_a pi(a) s_j(a) 1[k pays for a], [B, J, J]; in parts where all at once would be large."""
+    """Return sum_a pi(a) s_j(a) 1[k pays for a], [B, J, J]; one k at a time where one temporary would be large."""
     num_principals = pays_BJK.shape[1]
-    if burden_BJK.numel() * num_principals <= _NUMBERS_AT_ONCE:
+    if burden_BJK.numel() * num_principals <= _ELEMENTS_AT_ONCE:
         return (burden_BJK[:, :, None] * pays_BJK[:, None]).sum(-1)
     return torch.stack([(burden_BJK * pays_BJK[:, k, None]).sum(-1) for k in range(num_principals)], 2)
 
 
 def _drift(game: NormalizedGame, policy_BK: Tensor, burden: Tensor, pays: Tensor, expected_BJ: Tensor) -> Tensor:
+    """Return dg_j/d(log s) at s = 1, [B, J]."""
     paid_values_BJK = game.values * pays
     total_BK = paid_values_BJK[:, 0]
     for j in range(1, pays.shape[1]):

@@ -1,4 +1,4 @@
-"""Drive a batched iteration in which every row ends by itself.
+"""Drive a batched iteration in which every row ends independently.
 
 Shapes: B rows.
 """
@@ -15,30 +15,32 @@ from cage.normalization import NormalizedGame
 
 State = TypeVar("State", bound=NamedTuple)
 
-_STEPS_A_CHECK = {"cpu": 1}  # asking a GPU whether rows are done makes the host wait for it
-_STEPS_A_CHECK_ELSEWHERE = 8
-_NUMBERS_WORTH_DROPPING = 2**11  # carrying fewer along costs less than dropping them
+STEPS_PER_CHECK = {"cpu": 1}  # reading from a GPU whether rows are done makes the host wait for it
+_STEPS_PER_CHECK_ELSEWHERE = 8
+_ELEMENTS_WORTH_DROPPING = 2**11  # rows that are done and together smaller than this cost less to keep than to drop
 
 
 def iterate(
     step: Callable[[NormalizedGame, State], State], game: NormalizedGame, state: State, *, max_steps: int
 ) -> State:
-    """Apply step until no row is running; rows that are done are dropped at the next check.
+    """Apply step until no row is running, and return the final state of all rows.
 
-    So few of them that carrying them along is cheaper than dropping them wait for more.
+    step: returns the next state. It must leave rows that are not running as they are and use no other row to compute
+        a row; then a row's result does not depend on the batch composition.
+    state: a NamedTuple of tensors with one entry per row, whose first field is the bool [B] `running`.
+    max_steps: most calls of step; rows may still be running afterwards.
 
-    The first field of the state is the bool [B] `running`; every field has one entry a row. A step must leave
-    rows that are not running as they are, and treat every row by itself: then a row's result does not depend on
-    its company.
+    Rows that are done are dropped from the batch at the next check, or later if there are so few that copying the
+    others would take longer than computing them in vain.
     """
     result = list(state)
-    steps_a_check = _STEPS_A_CHECK.get(game.values.device.type, _STEPS_A_CHECK_ELSEWHERE)
+    steps_per_check = STEPS_PER_CHECK.get(game.values.device.type, _STEPS_PER_CHECK_ELSEWHERE)
     order_B = torch.arange(game.values.shape[0], device=game.values.device)
     for count in range(max_steps):
-        if count % steps_a_check == 0:
+        if count % steps_per_check == 0:
             running = state[0].nonzero()[:, 0]
             num_done = order_B.shape[0] - running.shape[0]
-            if num_done and (running.shape[0] == 0 or num_done * game.values[0].numel() >= _NUMBERS_WORTH_DROPPING):
+            if num_done and (running.shape[0] == 0 or num_done * game.values[0].numel() >= _ELEMENTS_WORTH_DROPPING):
                 _put(result, order_B, state)
                 game, order_B = game.rows(running), order_B[running]
                 state = _rows(state, running)

@@ -1,6 +1,16 @@
-"""Ways to turn a base policy and values into one policy, behind one signature.
+"""Rules: ways to turn a base policy and the principals' values into one policy, behind one signature.
 
-Every rule takes the same game; a decoder can switch between them. Shapes: B rows, J principals, V tokens.
+Every rule takes the same game, so a decoder can switch between them, row by row.
+
+To add a rule, change two files:
+
+1. here, write a function (or a frozen dataclass with options and `__call__`) that satisfies `Rule`, and enter it in
+   `by_name`. Work on rows independently, never raise for the numbers in a game, and report each row's `Status`;
+2. in `cage/rule_names.py`, add a member to `RuleName` with its facts.
+
+The configuration, the grid, the decoder and the reports take it from there. A test compares the two files.
+
+Shapes: B rows, J principals, V tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +28,7 @@ from cage.game import Game
 from cage.maximin import find_shares, tilted
 from cage.newton import ThresholdNewton
 from cage.normalization import LOWEST_VALUE, Measures, excess, log_base, measure, scale
+from cage.rule_names import RuleName
 from cage.solution import Solution, Status
 
 _ALL = slice(None)
@@ -25,7 +36,14 @@ _ALL = slice(None)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """A rule's policy and how it was reached; thresholds only where the rule is the equilibrium."""
+    """A policy per row, and how it was found.
+
+    log_policy: the policy in logarithms, [B, V]; NaN for rows that are not finite.
+    thresholds: as in `Solution`, [B, J]; None for rules under which nobody pays.
+    residual: distance from the rule's exact answer, [B]; 0 for rules in closed form.
+    status: `Status` values, [B].
+    num_steps: evaluations of each row's game, [B].
+    """
 
     log_policy: Tensor
     thresholds: Tensor | None
@@ -35,19 +53,23 @@ class Decision:
 
 
 class Rule(Protocol):
-    """Decide a policy for every row; weights [B, J] are the preference weights, needed by `mixture` alone."""
+    """Decide one policy per row.
+
+    game: base policies, values and agent temperatures.
+    weights: preference weights [B, J], which the values already contain; only `mixture` needs them.
+    """
 
     def __call__(self, game: Game, weights: Tensor | None = None) -> Decision: ...
 
 
 class Method(Protocol):
-    """Solve games for their equilibrium."""
+    """A method that finds equilibria: `ThresholdNewton`, `FixedStepNewton`, `Jacobi` or `GaussSeidel`."""
 
     def solve(self, game: Game) -> Solution: ...
 
 
 def base(game: Game, weights: Tensor | None = None) -> Decision:
-    """Leave the base policy as it is."""
+    """Keep the base policy as it is."""
     finite_B = torch.isfinite(torch.logsumexp(game.base_logprobs, -1))
     return _closed_form(game.base_logprobs, finite_B)
 
@@ -64,8 +86,10 @@ def linear(game: Game, weights: Tensor | None = None) -> Decision:
 def mixture(game: Game, weights: Tensor | None = None) -> Decision:
     """Mix each principal's own tilted policy: sum_j w_j softmax(log pi0 + q_j / tau), with q_j = v_j / w_j.
 
-    weights [B, J] are normalised to sum 1; a zero weight takes no part. Raises ValueError where they are missing,
-    misshapen, negative or not finite.
+    weights: preference weights [B, J], normalised to sum to 1. A principal with weight 0 takes no part; if all
+        weights of a row are 0, it keeps its base policy.
+
+    Raises ValueError for weights that are missing, negative, not finite or of another shape.
     """
     measures = measure(game)
     weights_BJ = _checked_weights(game, weights)
@@ -73,6 +97,7 @@ def mixture(game: Game, weights: Tensor | None = None) -> Decision:
     mix_BV = torch.full_like(base_BV, -torch.inf)
     for tilt_BV, weight_B in zip(_tilts(game, measures), weights_BJ.unbind(1), strict=True):
         weight_B1 = weight_B[:, None]
+        # of a principal with weight 0 (0 / 0) only log(0) = -inf counts, so the NaN may become any number
         tilt_BV = (tilt_BV / weight_B1).clamp_min_(LOWEST_VALUE).nan_to_num_(0.0)
         mix_BV = torch.logaddexp(mix_BV, torch.log_softmax(base_BV + tilt_BV, -1) + weight_B1.log())
     nobody_B1 = (weights_BJ == 0.0).all(1, keepdim=True)
@@ -83,7 +108,11 @@ def mixture(game: Game, weights: Tensor | None = None) -> Decision:
 class Maximin:
     """Tilt to the worst-off principal: softmax(log pi0 + sum_j l_j v_j / tau), l minimising the log-partition.
 
-    tol: the gap to optimality, in agent temperatures, that counts as converged.
+    By duality this policy maximises min_j E_pi[v_j] - tau KL(pi || pi0). Unlike an equilibrium it depends on
+    constants added to the values (docs/mathematics.md, section 9).
+
+    tol: largest gap to optimality, in agent temperatures, that counts as converged.
+    max_steps: most evaluations of one row. A row that needs more has status MAX_STEPS and its latest answer.
     """
 
     tol: float = 1e-9
@@ -109,7 +138,10 @@ class Maximin:
 
 @dataclass(frozen=True, slots=True)
 class Equilibrium:
-    """Let the principals bid: the equilibrium of the common-agency game."""
+    """Let the principals pay for tokens: the equilibrium of the common-agency game.
+
+    method: how to find it.
+    """
 
     method: Method = field(default_factory=ThresholdNewton)
 
@@ -121,7 +153,7 @@ class Equilibrium:
 
 
 def _tilts(game: Game, measures: Measures) -> Iterator[Tensor]:
-    """Return (v_j - max v_j) / tau [B, V] of one principal after another."""
+    """Yield (v_j - max v_j) / tau [B, V] of one principal after another; the constant drops out of a softmax."""
     at_best_B1 = torch.zeros_like(measures.temperature)[:, None]
     for j in range(game.num_principals):
         tilt_B1V = excess(game, measures, _ALL, at_best_B1, slice(j, j + 1))
@@ -139,7 +171,7 @@ def _checked_weights(game: Game, weights: Tensor | None) -> Tensor:
 
 
 def _closed_form(logits_BV: Tensor, finite_B: Tensor) -> Decision:
-    """Normalise; rows that are not finite hold NaN."""
+    """Return the decision of a rule without iterations: logits normalised; rows that are not finite hold NaN."""
     blank_B = torch.where(finite_B, 0.0, torch.nan).to(logits_BV)
     return Decision(
         log_policy=torch.log_softmax(logits_BV, -1) + blank_B[:, None],
@@ -153,5 +185,11 @@ def _closed_form(logits_BV: Tensor, finite_B: Tensor) -> Decision:
 maximin = Maximin()
 equilibrium = Equilibrium()
 by_name: Mapping[str, Rule] = MappingProxyType(
-    {"base": base, "linear": linear, "mixture": mixture, "maximin": maximin, "equilibrium": equilibrium}
+    {
+        RuleName.EQUILIBRIUM: equilibrium,
+        RuleName.LINEAR: linear,
+        RuleName.MIXTURE: mixture,
+        RuleName.MAXIMIN: maximin,
+        RuleName.BASE: base,
+    }
 )

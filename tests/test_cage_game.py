@@ -1,4 +1,4 @@
-"""What a game accepts, and what it says where it does not."""
+"""What a game accepts, and the message for what it refuses."""
 
 import pickle
 
@@ -27,7 +27,7 @@ VALUES = torch.zeros(3, 2, 5)
         (BASE, VALUES, -1.0, r"agent_temperature must be positive and finite; got -1.0"),
         (BASE, VALUES, float("nan"), r"agent_temperature must be positive and finite; got nan"),
         (BASE, VALUES, torch.tensor([1.0, -2.0, 1.0]), r"agent_temperature must be positive and finite; got -2.0"),
-        (BASE, VALUES, torch.ones(2), r"a number or one a row \[3\]; got \(2,\)"),
+        (BASE, VALUES, torch.ones(2), r"a number or one per row \[3\]; got \(2,\)"),
     ],
 )
 def test_a_game_that_does_not_fit_names_what_it_got(base, values, temperature, message):
@@ -73,7 +73,7 @@ def test_a_batch_without_rows_has_a_solution_without_rows():
             assert solution.thresholds.shape == (0, num_principals)
 
 
-def test_one_temperature_a_row_is_that_row_s():
+def test_one_temperature_per_row_is_that_row_s():
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     values = 3 * torch.randn(3, 2, 6, generator=generator, dtype=torch.float64)
@@ -106,6 +106,15 @@ def test_the_core_imports_torch_and_the_standard_library_only():
         "pipeline",
         "jobs",
     )
-    code = f"import cage, cage.examples, sys; print([name for name in {heavy} if name in sys.modules])"
+    code = (
+        "import cage, cage.examples, sys; [getattr(cage, name) for name in cage.__all__]; "
+        f"print('torch' in sys.modules, [name for name in {heavy} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "True []"
+
+
+def test_public_names_are_listed_and_a_wrong_one_is_an_attribute_error():
+    assert set(cage.__all__) <= set(dir(cage))
+    with pytest.raises(AttributeError, match="module 'cage' has no attribute 'Equilibrium'"):
+        _ = cage.Equilibrium

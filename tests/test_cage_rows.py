@@ -1,11 +1,14 @@
-"""A row's answer is the same to the bit in whatever batch it is solved (one thread, on a CPU)."""
+"""A row's answer has the same bits in every batch that it is solved in (one thread, on a CPU)."""
 
 import pytest
 import torch
 
 import cage
-from cage import rules
+from cage import RuleName, rules
+from cage.direct import ELEMENTS_PER_BATCH
 from cage.examples import random_games
+from cage.normalization import ELEMENTS_PER_BLOCK
+from cage.rows import STEPS_PER_CHECK
 
 MIX = (("arm-like", 3.0), ("plain", 30.0), ("masked", 1.0), ("ties", 0.1))
 PARTS = ("log_policy", "thresholds", "utilities", "residual", "status", "num_steps")
@@ -39,53 +42,53 @@ def mixed_games(num_rows, num_principals, num_tokens, dtype):
 @pytest.mark.parametrize(("num_principals", "num_tokens"), SHAPES)
 def test_a_row_s_bits_do_not_depend_on_its_batch(num_principals, num_tokens, dtype):
     game = mixed_games(3 if num_tokens > 1000 else 9, num_principals, num_tokens, dtype)
-    whole = cage.solve(game)
+    together = cage.solve(game)
     num_rows = game.num_rows
     generator = torch.Generator().manual_seed(7)
     for size in (1, 2, 3, 5, 8, num_rows - 1, num_rows):
         rows = torch.randperm(num_rows, generator=generator)[:size]
         some = cage.solve(taken(game, rows))
         for part in PARTS:
-            assert torch.equal(getattr(some, part), getattr(whole, part)[rows]), (part, size)
+            assert torch.equal(getattr(some, part), getattr(together, part)[rows]), (part, size)
 
 
-@pytest.mark.parametrize("name", rules.by_name)
+@pytest.mark.parametrize("name", RuleName)
 @pytest.mark.parametrize(("num_principals", "num_tokens"), [(2, 50), (3, 50), (2, 5000)])
 def test_a_rule_s_decision_does_not_depend_on_the_batch(name, num_principals, num_tokens):
     game = mixed_games(3, num_principals, num_tokens, torch.float64)
     weights = torch.rand(game.num_rows, num_principals, generator=torch.Generator().manual_seed(0))
-    whole = rules.by_name[name](game, weights)
+    together = rules.by_name[name](game, weights)
     for size in (1, 2, 5):
         rows = torch.randperm(game.num_rows, generator=torch.Generator().manual_seed(size))[:size]
         some = rules.by_name[name](taken(game, rows), weights[rows])
-        assert torch.equal(some.log_policy, whole.log_policy[rows])
-        assert torch.equal(some.residual, whole.residual[rows])
+        assert torch.equal(some.log_policy, together.log_policy[rows])
+        assert torch.equal(some.residual, together.residual[rows])
 
 
 def test_a_batch_that_is_solved_in_parts_has_the_answers_of_its_rows(monkeypatch):
     game = mixed_games(9, 2, 50, torch.float64)
-    whole = cage.solve(game)
-    monkeypatch.setitem(cage.direct._NUMBERS_A_BATCH, "cpu", 7 * 2 * 50)
-    monkeypatch.setitem(cage.normalization._NUMBERS_A_BLOCK, "cpu", 3 * 50)
+    together = cage.solve(game)
+    monkeypatch.setitem(ELEMENTS_PER_BATCH, "cpu", 7 * 2 * 50)
+    monkeypatch.setitem(ELEMENTS_PER_BLOCK, "cpu", 3 * 50)
     parts = cage.solve(game)
     for part in PARTS:
-        assert torch.equal(getattr(parts, part), getattr(whole, part)), part
+        assert torch.equal(getattr(parts, part), getattr(together, part)), part
 
 
 @pytest.mark.parametrize("method", [cage.Jacobi(max_steps=20), cage.GaussSeidel(max_steps=20)])
 def test_sweeps_do_not_depend_on_the_batch_either(method):
     game = mixed_games(5, 3, 20, torch.float64)
-    whole = method.solve(game)
+    together = method.solve(game)
     for row in range(game.num_rows):
         alone = method.solve(taken(game, torch.tensor([row])))
-        assert torch.equal(alone.thresholds[0], whole.thresholds[row])
+        assert torch.equal(alone.thresholds[0], together.thresholds[row])
 
 
 def test_checking_for_finished_rows_more_rarely_changes_nothing(monkeypatch):
     """As on a GPU, where rows that are done wait for the next check."""
     game = mixed_games(5, 3, 20, torch.float64)
     often = cage.solve(game)
-    monkeypatch.setitem(cage.rows._STEPS_A_CHECK, "cpu", 8)
+    monkeypatch.setitem(STEPS_PER_CHECK, "cpu", 8)
     rarely = cage.solve(game)
     for part in PARTS:
         assert torch.equal(getattr(often, part), getattr(rarely, part)), part

@@ -1,10 +1,13 @@
 """The rules behind one signature, each against its formula or an optimiser of its own."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import cage
-from cage import rules
+from cage import RuleName, rules
 from cage.examples import random_games
 
 
@@ -19,7 +22,39 @@ def some_weights(game):
     return weights.double() + 0.1
 
 
-@pytest.mark.parametrize("name", rules.by_name)
+def test_every_rule_name_has_a_function_and_every_function_a_name():
+    assert set(rules.by_name) == set(RuleName)
+    assert all(rule.summary for rule in RuleName)
+
+
+def test_rule_names_are_read_without_torch():
+    code = "import sys; from cage.rule_names import RuleName; print(len(RuleName), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(RuleName)), "False"]
+
+
+@pytest.mark.parametrize("name", RuleName)
+def test_a_rule_uses_principals_exactly_if_they_change_its_answers(name):
+    game, rule = small_games(), rules.by_name[name]
+    weights, other_weights = some_weights(game), some_weights(game).flip(1)
+    decision = rule(game, weights)
+    other_values = rule(cage.Game(game.base_logprobs, 2 * game.values, 1.0), weights)
+    other_temperature = rule(cage.Game(game.base_logprobs, game.values, 0.3), weights)
+    changes = [not torch.equal(each.log_policy, decision.log_policy) for each in (other_values, other_temperature)]
+    assert changes == [name.uses_principals] * 2
+    if not name.uses_principals:
+        assert torch.equal(rule(game, other_weights).log_policy, decision.log_policy)
+
+
+@pytest.mark.parametrize("name", [name for name in RuleName if name.has_fixed_step_solver])
+def test_a_rule_with_a_fixed_step_solver_has_the_same_answers_by_it(name):
+    game = small_games()
+    fixed = cage.FixedStepNewton(num_steps=40).solve(game)
+    assert (fixed.status == cage.Status.CONVERGED).all()
+    assert torch.allclose(fixed.log_policy, rules.by_name[name](game).log_policy, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", RuleName)
 @pytest.mark.parametrize("num_principals", [0, 1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_rule_takes_the_same_call_and_gives_a_policy(name, num_principals, dtype):
@@ -32,10 +67,10 @@ def test_every_rule_takes_the_same_call_and_gives_a_policy(name, num_principals,
     assert (decision.log_policy[game.base_logprobs == -torch.inf] == -torch.inf).all()
     assert decision.status.tolist() == [cage.Status.CONVERGED] * 8
     assert decision.residual.shape == decision.num_steps.shape == (8,)
-    assert (decision.thresholds is None) == (name != "equilibrium")
+    assert (decision.thresholds is not None) == name.pays
 
 
-@pytest.mark.parametrize("name", rules.by_name)
+@pytest.mark.parametrize("name", RuleName)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_every_rule_reports_a_row_that_is_not_finite(name, bad):
     game = small_games()
@@ -47,7 +82,7 @@ def test_every_rule_reports_a_row_that_is_not_finite(name, bad):
     assert not torch.isnan(decision.log_policy[[0, 1, 2, 4]]).any()
 
 
-@pytest.mark.parametrize("name", ["linear", "mixture", "equilibrium", "maximin"])
+@pytest.mark.parametrize("name", [name for name in RuleName if name.uses_principals])
 def test_a_bad_value_matters_to_every_rule_that_reads_values(name):
     game = small_games()
     values = game.values.clone()
@@ -153,7 +188,7 @@ def test_too_few_steps_of_maximin_are_reported():
     assert (decision.status == cage.Status.MAX_STEPS).any()
 
 
-def test_equilibrium_is_the_default_method_unless_told_otherwise():
+def test_equilibrium_takes_the_default_method_or_the_given_one():
     game = small_games(3)
     assert torch.equal(rules.equilibrium(game).log_policy, cage.solve(game).log_policy)
     swept = rules.Equilibrium(method=cage.GaussSeidel())(game)

@@ -73,6 +73,7 @@ def test_one_or_two_principals_have_one_equilibrium(kind, value_scale):
     for method in (cage.Jacobi(), cage.GaussSeidel()):
         swept = method.solve(game)
         settled = swept.status == cage.Status.CONVERGED
+        assert settled.any()
         assert torch.allclose(swept.thresholds[settled], solution.thresholds[settled], atol=1e-6)
 
 
@@ -120,10 +121,10 @@ def test_the_jacobian_is_the_derivative_of_the_residuals():
 
 
 def careful_path(game, num_points=400):
-    """Follow the path in small steps of the temperature, by Newton alone; says where it never turned back."""
+    """Follow the path in small steps of the temperature, by Newton alone; return also where it never turned back."""
     scaled, measures = scale(game, measure(game)), measure(game)
-    spread = (1 - measures.lone_thresholds).amax(1).clamp(min=1)
-    at = 1 - (1 - measures.lone_thresholds) / spread[:, None]
+    spread = (1 - measures.no_offer_thresholds).amax(1).clamp(min=1)
+    at = 1 - (1 - measures.no_offer_thresholds) / spread[:, None]
     smooth = torch.ones_like(spread, dtype=torch.bool)
     for i in range(1, num_points + 1):
         grown = type(scaled)(scaled.log_base, scaled.values * (spread ** (i / num_points - 1))[:, None, None])
@@ -153,7 +154,7 @@ def test_where_the_path_turns_back_it_is_followed_round():
     _, smooth = careful_path(game, num_points=80)
     turned = (~smooth).nonzero()[:, 0]
     assert turned.shape[0] > 0
-    found, _ = follow_path(scaled.rows(turned), enough=1e-6, max_steps=4000)
+    found, _ = follow_path(scaled.rows(turned), residual_tol=1e-6, max_steps=4000)
     response = respond(scaled.rows(turned), found)
     assert response.log_residual.abs().max() < 1e-9
     assert (torch.linalg.det(response.jacobian) > 0).all()

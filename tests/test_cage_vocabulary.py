@@ -1,4 +1,4 @@
-"""The whole vocabulary at once: tokens on the same side of every threshold are pooled, and nothing is lost by it."""
+"""Full vocabularies: tokens on the same side of every threshold are pooled, and the answers stay the same."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ import cage
 from cage.examples import random_games
 from cage.newton import find_thresholds
 from cage.normalization import measure, scale
-from cage.pooling import _BANDS, _heaviest, _sum_by_distance, _sum_by_side, pool
+from cage.pooling import BANDS, heaviest, pool, sum_by_distance, sum_by_side
 from cage.response import respond
-from cage.solution import Draft
+from cage.solution import SolutionBuilder
 from jobs.bench.memory import measure_memory
 
 
@@ -17,26 +17,26 @@ def dense(game):
     """Solve with every token kept, whatever the size."""
     measures = measure(game)
     thresholds, num_steps = find_thresholds(scale(game, measures), aim=1e-11, max_steps=2000)
-    draft = Draft(game, measures)
-    draft.write(thresholds)
-    return draft.solution(num_steps, 1e-9)
+    builder = SolutionBuilder(game, measures)
+    builder.set_thresholds(thresholds)
+    return builder.build(num_steps, 1e-9)
 
 
 @pytest.mark.parametrize("num_principals", [1, 2, 3, 5])
 @pytest.mark.parametrize("num_kept", [8, 64])
-def test_a_pooled_game_has_the_residuals_of_the_whole_one(num_principals, num_kept):
+def test_a_pooled_game_has_the_residuals_of_the_full_one(num_principals, num_kept):
     """Exactly at the thresholds where it was pooled, and around them until a pooled token changes sides."""
     game = random_games("arm-like", num_rows=6, num_principals=num_principals, num_tokens=300, value_scale=1.0)
     measures = measure(game)
-    whole = scale(game, measures)
-    at = whole.values.quantile(0.4, -1)
+    full = scale(game, measures)
+    at = full.values.quantile(0.4, -1)
     pooled, kept = pool(game, measures, at, num_kept=num_kept)
-    assert pooled.values.shape == (6, num_principals, num_kept + _BANDS[num_principals] ** num_principals)
+    assert pooled.values.shape == (6, num_principals, num_kept + BANDS[num_principals] ** num_principals)
     assert kept.shape == (6, num_kept)
-    distance = (whole.values - at[..., None]).abs().amin(-1)
+    distance = (full.values - at[..., None]).abs().amin(-1)
     for share in (0.0, 0.9, -0.9):
         near = at + share * distance
-        expected, found = respond(whole, near), respond(pooled, near)
+        expected, found = respond(full, near), respond(pooled, near)
         assert torch.allclose(found.log_residual, expected.log_residual, atol=1e-9)
         assert torch.allclose(found.jacobian, expected.jacobian, atol=1e-9)
 
@@ -49,9 +49,9 @@ def test_pools_by_distance_refine_pools_by_side(num_principals):
     excess = 5 * torch.randn(3, num_principals, 500, generator=generator, dtype=torch.float64)
     excess[..., :20] = 0.0
     excess[..., 20:30] *= 1e30
-    fine_mass, fine_sums = _sum_by_distance(weights, excess, torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64))
-    mass, sums = _sum_by_side(weights, excess)
-    half = _BANDS[num_principals] // 2
+    fine_mass, fine_sums = sum_by_distance(weights, excess, torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64))
+    mass, sums = sum_by_side(weights, excess)
+    half = BANDS[num_principals] // 2
     for j in range(num_principals):
         outer = (3, -1, 2, half, (2 * half) ** (num_principals - 1 - j))
         pays = torch.arange(2**num_principals) >> j & 1 == 1
@@ -68,7 +68,7 @@ def test_the_heaviest_tokens_are_found(num_tokens):
     logits = torch.randn(4, num_tokens, generator=torch.Generator().manual_seed(num_tokens))
     logits[2] = -torch.inf
     logits[2, num_tokens // 2 :] = 1.0
-    found = _heaviest(logits, 16)
+    found = heaviest(logits, 16)
     assert all(len(set(row)) == 16 for row in found.tolist())
     assert torch.equal(logits.gather(1, found).sort(1).values, logits.topk(16).values.sort(1).values)
 

@@ -1,0 +1,71 @@
+"""The names of the rules, and the facts about each that callers need before any game exists.
+
+Importable without torch: checking a configuration, planning a run and writing a report need no tensors.
+The functions are in `cage.rules`, which also says how to add a rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    summary: str
+    pays: bool = False
+    uses_principals: bool = True
+    has_fixed_step_solver: bool = False
+
+
+class RuleName(StrEnum):
+    """Name a rule and carry the facts about it.
+
+    Code elsewhere asks for a fact (`rule.pays`) instead of comparing names, so that a new rule works everywhere.
+    """
+
+    _facts: _Facts
+
+    def __new__(cls, name: str, facts: _Facts | None = None) -> RuleName:
+        # members always have facts; type checkers think that looking up RuleName("base") comes here as well
+        assert facts is not None, f"rule {name} must have facts"
+        rule = str.__new__(cls, name)
+        rule._value_ = name
+        rule._facts = facts
+        return rule
+
+    EQUILIBRIUM = (
+        "equilibrium",
+        _Facts(
+            summary="principals pay for tokens until none gains by changing its offers",
+            pays=True,
+            has_fixed_step_solver=True,
+        ),
+    )
+    LINEAR = "linear", _Facts(summary="tilt the base policy by the weighted sum of all rewards")
+    MIXTURE = "mixture", _Facts(summary="average one tilted policy per principal, by weight")
+    MAXIMIN = "maximin", _Facts(summary="tilt the base policy towards the principal that is worst off")
+    BASE = "base", _Facts(summary="keep the base policy as it is", uses_principals=False)
+
+    @property
+    def summary(self) -> str:
+        """Say in one line what the rule does."""
+        return self._facts.summary
+
+    @property
+    def pays(self) -> bool:
+        """Whether principals pay for tokens: then decisions have thresholds, and tokens have payments."""
+        return self._facts.pays
+
+    @property
+    def uses_principals(self) -> bool:
+        """Whether values, weights and agent temperature change the rule's answers."""
+        return self._facts.uses_principals
+
+    @property
+    def has_fixed_step_solver(self) -> bool:
+        """Whether a solver exists that takes a fixed number of steps and reads nothing back from the device.
+
+        Only such a solver can be captured in a CUDA graph.
+        """
+        return self._facts.has_fixed_step_solver
