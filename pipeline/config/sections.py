@@ -11,19 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from cage.rule_names import RuleName
+
 EMBEDDED_MODEL = "smollm2-135m"
 PRINCIPAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
 FIRST_AUTO_SLOTS = 8
-
-
-class RuleName(StrEnum):
-    EQUILIBRIUM = "equilibrium"
-    LINEAR = "linear"
-    MIXTURE = "mixture"
-    MAXIMIN = "maximin"
-    BASE = "base"
 
 
 class Reproducibility(StrEnum):

@@ -1,4 +1,4 @@
-"""Variants: the ways in which a run answers every prompt, laid out from the configuration's grid.
+"""Variants: the combinations of rule, agent temperature and weights with which a run answers every prompt.
 
 A run without a grid has one variant, which takes its weights from the row or from the principals.
 """
@@ -9,18 +9,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.sections import Config, RuleName, SimplexConfig
+from cage.rule_names import RuleName
+from pipeline.config.sections import Config, SimplexConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to answer a prompt. `weights` None: the row's own, or the principals'."""
+    """One way to answer a prompt.
+
+    rule: how the base policy and the principals' values become one policy.
+    agent_temperature: what moving away from the base policy costs, in the unit of the values.
+    weights: the weight of each principal by name; None takes the row's own weights, or those of the configuration.
+    """
 
     rule: RuleName
     agent_temperature: float
     weights: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads back, as stored in a run's plan."""
         weights = None if self.weights is None else dict(self.weights)
         return {"rule": str(self.rule), "agent_temperature": self.agent_temperature, "weights": weights}
 
@@ -30,19 +37,19 @@ class Variant:
 
 
 def lay_out(config: Config) -> tuple[Variant, ...]:
-    """Every variant, each once, in the order rule, agent temperature, weights.
+    """Return every variant once, in the order rule, agent temperature, weights.
 
-    Under the rule `base` nobody is listened to: neither temperature nor weights change its answers, so it has one
-    variant, with the first of each.
+    Neither temperature nor weights change the answers of a rule that does not use principals (`base`), so it has
+    one variant, with the first of each.
     """
     rules = config.grid.rules or (config.decoding.rule,)
     temperatures = config.grid.agent_temperatures or (config.decoding.agent_temperature,)
     vectors = tuple(_weight_vectors(config))
     variants: list[Variant] = []
     for rule in dict.fromkeys(rules):
-        is_base = rule is RuleName.BASE
-        for temperature in dict.fromkeys(temperatures[:1] if is_base else temperatures):
-            for vector in vectors[:1] if is_base else vectors:
+        num_used = None if rule.uses_principals else 1
+        for temperature in dict.fromkeys(temperatures[:num_used]):
+            for vector in vectors[:num_used]:
                 variant = Variant(rule, temperature, vector)
                 if variant not in variants:
                     variants.append(variant)
@@ -64,7 +71,7 @@ def _weight_vectors(config: Config) -> Iterator[Mapping[str, float] | None]:
 
 
 def _compositions(total: int, num_parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write `total` as an ordered sum of `num_parts` whole numbers, the first part falling."""
+    """Yield all ways to write `total` as an ordered sum of `num_parts` integers >= 0, the first part decreasing."""
     if num_parts == 1:
         yield (total,)
         return
