@@ -20,7 +20,7 @@ def bench_solver(
     """Games per second, iterations and distance from the equilibrium, by method."""
     from jobs.bench.solver import run_bench_solver
 
-    run_bench_solver(quick=quick, games_a_cell=sweep, threads=threads, json_file=json_file)
+    run_bench_solver(quick=quick, games_per_cell=sweep, threads=threads, json_file=json_file)
 
 
 @bench.command("decode")

@@ -10,14 +10,17 @@ from torch.profiler import ProfilerActivity, profile
 
 import cage
 
-WHOLE_SHAPE = (64, 4, 151_936)
+FULL_VOCABULARY_SHAPE = (64, 4, 151_936)
 
 
-def measure_memory(shape: tuple[int, int, int] = WHOLE_SHAPE) -> dict[str, Any]:
+def measure_memory(shape: tuple[int, int, int] = FULL_VOCABULARY_SHAPE) -> dict[str, Any]:
     """Return the most memory that tensors hold at once during one solve in float32, beside that of the input.
 
-    Input are base_logprobs [B, V] and values [B, J, V]; the policy [B, V] that is returned counts. Counted are the
-    allocator's own records: what the kernel says of a process's peak may be off by a hundred megabytes.
+    shape: rows, principals, tokens.
+
+    The input is base_logprobs [B, V] and values [B, J, V]. The peak counts the policy [B, V] that is returned. It
+    comes from the allocator's own events: the peak that the kernel reports for a process may be off by a hundred
+    megabytes.
     """
     num_rows, num_principals, num_tokens = shape
     generator = torch.Generator().manual_seed(0)

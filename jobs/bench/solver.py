@@ -1,6 +1,6 @@
-"""Measure the equilibrium solver: speed beside the published numerics, full vocabularies, and how much it solves.
+"""Measure the equilibrium solver: its speed beside the published solver's, over full vocabularies, and its failures.
 
-A benchmark, no test: it says what was measured on this machine.
+A benchmark, not a test: the numbers are those of the machine it runs on.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -33,27 +33,27 @@ METHODS: dict[str, Any] = {
 }
 SHAPES = ((1, 2, 50), (32, 2, 50), (256, 2, 50), (2048, 2, 50), (32, 1, 50), (32, 4, 50), (32, 8, 50), (32, 2, 1000))
 DECODING_SHAPE = (16, 2, 49_152)  # SmolLM2's vocabulary, beside a decode step of as many rows
-# what doubles from line to line: rows, then tokens, then principals
+# rows double from line to line, then tokens, then principals
 GROWING_SHAPES = (
     *((rows, 2, 49_152) for rows in (4, 8, 16, 32, 64)),
     *((16, 2, tokens) for tokens in (12_288, 24_576, 98_304, 151_936)),
     *((16, principals, 49_152) for principals in (1, 4, 8)),
 )
-SWEPT_ROWS = 32  # the sweeping methods are timed up to this many rows; their slowest row decides, and it is slow
+SWEPT_ROWS = 32  # most rows for the sweeping methods: a batch takes as long as its slowest row, hundreds of sweeps
 SCALES = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the values, in agent temperatures
 BENCH_SCALE, FULL_SCALES, GROWING_SCALE = 3.0, (1.0, 3.0), 1.0
 PUBLISHED_SWEEPS, PUBLISHED_ITERATIONS = 5, 8
 
 
-def run_bench_solver(*, quick: bool, games_a_cell: int, threads: int, json_file: Path | None) -> None:
+def run_bench_solver(*, quick: bool, games_per_cell: int, threads: int, json_file: Path | None) -> None:
     """Measure games per second, iterations and distance from the equilibrium of every method."""
-    measured = run(quick=quick, games_a_cell=games_a_cell, threads=threads)
+    measured = run(quick=quick, games_per_cell=games_per_cell, threads=threads)
     print_table(measured)
     if json_file is not None:
         json_file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
-def run(*, quick: bool = False, games_a_cell: int = 0, threads: int = 1) -> dict[str, Any]:
+def run(*, quick: bool = False, games_per_cell: int = 0, threads: int = 1) -> dict[str, Any]:
     """Return all measurements, ready for JSON."""
     torch.set_num_threads(threads)
     repetitions = 1 if quick else 10
@@ -81,7 +81,7 @@ def run(*, quick: bool = False, games_a_cell: int = 0, threads: int = 1) -> dict
         "decode_step_ms": None if quick else measure_decode_step(num_rows=DECODING_SHAPE[0]),
         "decode_shape": _shape_row(DECODING_SHAPE),
         "memory": None if quick else measure_memory(),
-        "sweep": sweep_cells(games_a_cell) if games_a_cell else [],
+        "sweep": sweep_cells(games_per_cell) if games_per_cell else [],
     }
 
 
@@ -89,11 +89,11 @@ def measure_speed(name: str, shape: tuple[int, int, int], repetitions: int, publ
     """Time one method on one shape of arm-like games in float64."""
     game = _games("arm-like", shape, torch.float64)
     seconds, solution = _timed(lambda: METHODS[name].solve(game), repetitions)
-    games_a_second = shape[0] / seconds
+    games_per_second = shape[0] / seconds
     return _shape_row(shape) | {
         "method": name,
-        "games_a_second": games_a_second,
-        "times_published": games_a_second / published["games_a_second"],
+        "games_per_second": games_per_second,
+        "times_published": games_per_second / published["games_per_second"],
         "median_steps": solution.num_steps.double().median().item(),
         "most_steps": solution.num_steps.max().item(),
         "worst_residual": solution.residual.max().item(),
@@ -102,13 +102,13 @@ def measure_speed(name: str, shape: tuple[int, int, int], repetitions: int, publ
 
 
 def measure_full_vocabulary(shape: tuple[int, int, int], scale: float, repetitions: int) -> Row:
-    """Time the default method over a whole vocabulary in float32."""
+    """Time the default method over a full vocabulary in float32."""
     game = _games("arm-like", shape, torch.float32, scale)
     seconds, solution = _timed(lambda: cage.solve(game), repetitions)
     return _shape_row(shape) | {
         "value_scale": scale,
         "ms": seconds * 1e3,
-        "ns_a_number": seconds * 1e9 / math.prod(shape),
+        "ns_per_number": seconds * 1e9 / math.prod(shape),
         "median_steps": solution.num_steps.double().median().item(),
         "worst_residual": solution.residual.max().item(),
         "converged": (solution.status == cage.Status.CONVERGED).double().mean().item(),
@@ -132,24 +132,31 @@ def measure_decode_step(num_rows: int, context: int = 128, repetitions: int = 5)
 
 
 def measure_published(num_games: int) -> Row:
-    """Time the published numerics one game after another, and say how far from the equilibrium they end."""
+    """Time the published solver one game after another, and measure how far from the equilibrium it ends."""
     game = _games("arm-like", (num_games, 2, 50), torch.float64)
     timed = [_timed(partial(solve_as_published, game, row), 2) for row in range(num_games)]
     seconds = sum(game_seconds for game_seconds, _ in timed)
     offers = torch.stack([offer for _, offer in timed])
     policy = torch.softmax(game.base_logprobs + offers.sum(1), -1)
-    gain = cage.deviation_gain(game, SimpleNamespace(incentives=offers))  # type: ignore[arg-type]
+    gain = cage.deviation_gain(game, PublishedAnswer(offers))
     distance = 0.5 * (policy - cage.solve(game).policy).abs().sum(1)
     exact_gain = cage.deviation_gain(game, cage.solve(game))
     return _shape_row((num_games, 2, 50)) | {
-        "games_a_second": num_games / seconds,
-        "ms_a_game": seconds / num_games * 1e3,
+        "games_per_second": num_games / seconds,
+        "ms_per_game": seconds / num_games * 1e3,
         "median_total_variation": distance.median().item(),
         "worst_total_variation": distance.max().item(),
         "median_deviation_gain": gain.amax(1).median().item(),
         "worst_deviation_gain": gain.max().item(),
         "worst_deviation_gain_of_newton": exact_gain.max().item(),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedAnswer:
+    """The offers [B, J, V] that the published solver ends with; it has no thresholds."""
+
+    incentives: torch.Tensor
 
 
 def solve_as_published(game: cage.Game, row: int) -> torch.Tensor:
@@ -180,11 +187,11 @@ def solve_as_published(game: cage.Game, row: int) -> torch.Tensor:
     return torch.from_numpy(offers)
 
 
-def sweep_cells(games_a_cell: int, shapes: tuple[tuple[int, int], ...] | None = None) -> list[Row]:
-    """Solve games of every kind and value scale, games_a_cell for each number of principals, tokens and type."""
+def sweep_cells(games_per_cell: int, shapes: tuple[tuple[int, int], ...] | None = None) -> list[Row]:
+    """Solve games of every kind and value scale, games_per_cell for each number of principals, tokens and type."""
     shapes = shapes or tuple((j, v) for v in (2, 50, 1000) for j in range(1, 9))
     types = ((torch.float64, 1e-9), (torch.float32, 1e-4))
-    return [_sweep_cell(games_a_cell, *shape, dtype, tol) for shape in shapes for dtype, tol in types]
+    return [_sweep_cell(games_per_cell, *shape, dtype, tol) for shape in shapes for dtype, tol in types]
 
 
 def _sweep_cell(num_games: int, num_principals: int, num_tokens: int, dtype: torch.dtype, tol: float) -> Row:
@@ -219,9 +226,9 @@ def _games(
 
 
 def _timed(call: Callable[[], T], repetitions: int) -> tuple[float, T]:
-    """Return the fastest of some calls in seconds, as timeit does, and what the last returned.
+    """Return the seconds of the fastest of some calls, and the result of the last.
 
-    What else runs on the machine only ever makes a call slower.
+    The fastest, as timeit reports it: other processes on the machine can only make a call slower.
     """
     times = []
     for _ in range(max(2, repetitions)):

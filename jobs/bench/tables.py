@@ -1,4 +1,4 @@
-"""Print what `cage bench solver` measured, for a person."""
+"""Print the measurements of `cage bench solver` as tables."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Row = dict[str, Any]
 
 HEADINGS = {
     "principals": "J",
-    "games_a_second": "games/s",
+    "games_per_second": "games/s",
     "times_published": "x published",
     "median_steps": "steps",
-    "ms_a_game": "ms/game",
-    "ns_a_number": "ns/number",
+    "ms_per_game": "ms/game",
+    "ns_per_number": "ns/number",
     "peak_of_input": "peak / input",
     "median_total_variation": "TV to equilibrium",
     "worst_total_variation": "worst TV",
@@ -26,14 +26,14 @@ HEADINGS = {
 
 
 def print_table(measured: dict[str, Any]) -> None:
-    """Print measurements for a person."""
+    """Print all measurements, one table per kind."""
     console = Console()
-    console.width = max(console.width, 118)  # a table that wraps its numbers cannot be read, or parsed
+    console.width = max(console.width, 118)  # narrower tables wrap their numbers
     _print_rows(
-        console, "The published numerics (L-BFGS-B Jacobi, one core, one game after another)", [measured["published"]]
+        console, "The published solver (L-BFGS-B Jacobi, one core, one game after another)", [measured["published"]]
     )
     _print_rows(console, f"Arm-like games in float64, {measured['threads']} thread(s)", measured["speeds"])
-    _print_rows(console, "Whole vocabularies in float32", measured["full_vocabulary"])
+    _print_rows(console, "Full vocabularies in float32", measured["full_vocabulary"])
     if measured["decode_step_ms"] is not None:
         console.print(
             _beside_decoding(measured["full_vocabulary"], measured["decode_shape"], measured["decode_step_ms"])
@@ -45,7 +45,7 @@ def print_table(measured: dict[str, Any]) -> None:
 
 
 def _beside_decoding(full: list[Row], shape: Row, step_ms: float) -> str:
-    """Return what a decode step takes, and the solves beside it as shares of it."""
+    """Return a line with the time of a decode step, and the solves of its shape as shares of that time."""
     solves = [row for row in full if all(row[name] == size for name, size in shape.items())]
     shares = ", ".join(f"{row['ms'] / step_ms:.0%} at value scale {row['value_scale']:g}" for row in solves)
     step = f"One decode step of SmolLM2-135M's shape, {shape['rows']} rows: {step_ms:.0f} ms"
