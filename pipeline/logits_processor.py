@@ -18,21 +18,25 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import cage
+from cage.rule_names import RuleName
 from pipeline.config.files import parse_config
-from pipeline.config.sections import ArmPrincipal, Config, RewardModelPrincipal, RuleName
-from pipeline.engine.prompts import Prompter
+from pipeline.config.sections import Config
+from pipeline.engine.prompts import ChatPrompter
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.hub.tokenizers import context_length, text_config
+from pipeline.protocol.messages import Terms
+from pipeline.protocol.topology import BASE
 from pipeline.records import Message
-from pipeline.runtime.topology import BASE, build_topology
-from pipeline.sampling.games import FLOAT64_CANDIDATES, token_rewards
+from pipeline.runtime.topology import build_topology
+from pipeline.sampling.games import as_game, solve, token_rewards
+from pipeline.sampling.proposals import propose_from
 from pipeline.worker.padded_passes import RolePasses, pad_left
 
 Conversation = str | Sequence[Message]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Step:
+class SteeredStep:
     """One step of all rows. Log-probabilities, rewards and payments in nats; payments under the equilibrium only."""
 
     ids_BK: Tensor
@@ -70,29 +74,31 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         agent_temperature: float = 0.1,
         candidates: int | Literal["all"] = 50,
         min_p: float = 0.0,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: Callable[[SteeredStep], None] | None = None,
     ) -> None:
         named = _NamedModels(model)
         config = _config(
             named.replace(principals),
             {"rule": rule, "agent_temperature": agent_temperature, "candidates": candidates, "min_p": min_p},
         )
-        self._decoding = config.decoding
-        self._lineup = build_topology(config)
-        models = {plan.name: named.models[plan.model.model] for plan in self._lineup.hosts}
+        self._options = config.decoding.sampling
+        self._topology = build_topology(config)
+        weights = tuple(self._topology.weights.values())
+        self._terms = Terms(config.decoding.rule, config.decoding.agent_temperature, weights)
+        models = {plan.name: named.models[plan.model.model] for plan in self._topology.hosts}
         self._pad_id = tokenizer.pad_token_id or 0
         self._device = next(model.parameters()).device
         sizes = [text_config(each.config).vocab_size for each in models.values()]
         self._vocab_size = min([len(tokenizer), *sizes])
-        self._prompter = Prompter(
-            self._lineup,
+        self._prompter = ChatPrompter(
+            self._topology,
             dict.fromkeys(models, tokenizer),
             {name: context_length(each.config) for name, each in models.items()},
             frozenset(),
         )
         self._passes = [
             RolePasses(models[plan.name], names, vocab_size=self._vocab_size, pad_id=self._pad_id)
-            for plan in self._lineup.hosts
+            for plan in self._topology.hosts
             if (names := [role.name for role in plan.roles if role.name != BASE])
         ]
         self._on_step = on_step
@@ -113,7 +119,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         messages = [
             ({"role": "user", "content": each},) if isinstance(each, str) else tuple(each) for each in conversations
         ]
-        self._prompts = [self._prompter.encode(each) for each in messages]
+        self._prompts = [self._prompter.encode(each, self._topology.weights) for each in messages]
         ids_BT, mask_BT = pad_left([prompts[BASE] for prompts in self._prompts], self._pad_id, self._device)
         self._prompt_BT, self._seen_BT = ids_BT, None
         return {"input_ids": ids_BT, "attention_mask": mask_BT}
@@ -122,7 +128,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The policy's log-probabilities [B, V] of the next token; -inf for what is no candidate."""
         self._follow(input_ids)
-        step = self._play(scores)
+        step = self._solve(scores)
         if self._on_step is not None:
             self._on_step(step)
         steered_BV = torch.full_like(scores, -torch.inf)
@@ -137,8 +143,10 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             self._begin(ids_BT)
         elif seen_BT is not None and ids_BT.shape[1] == seen_BT.shape[1] + 1 and torch.equal(ids_BT[:, :-1], seen_BT):
             num_new = ids_BT.shape[1] - self._prompt_BT.shape[1]
-            if num_new > self._room:
-                raise CageError(f"a principal's context holds {self._room} tokens after its prompt; got {num_new}")
+            if num_new > self._context_left:
+                raise CageError(
+                    f"a principal's context holds {self._context_left} tokens after its prompt; got {num_new}"
+                )
             for passes in self._passes:
                 passes.append(ids_BT[:, -1])
         else:
@@ -155,42 +163,41 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         if rest or not torch.equal(self._prompt_BT.to(ids_BT.device).repeat_interleave(num_each, 0), ids_BT):
             raise ConfigurationError("generate runs other prompts than the last encode(conversations) returned")
         prompts = [prompt for prompt in self._prompts for _ in range(num_each)]
-        rooms = [room for prompt in self._prompts if (room := self._prompter.room(prompt)) is not None]
-        self._room = min(rooms, default=2**62)
+        left = [left for prompt in self._prompts if (left := self._prompter.context_left(prompt)) is not None]
+        self._context_left = min(left, default=2**62)
         for passes in self._passes:
             passes.start(prompts)
 
-    def _play(self, scores: Tensor) -> Step:
+    def _solve(self, scores: Tensor) -> SteeredStep:
         """Solve every row's game over the base's candidates."""
-        logprobs_BV = scores[:, : self._vocab_size].float().log_softmax(-1)
-        count = self._decoding.candidates
-        num_candidates = self._vocab_size if count == "all" else min(count, self._vocab_size)
-        own_BK, ids_BK = logprobs_BV.topk(num_candidates, dim=-1)
-        logprobs = {BASE: own_BK}
+        options = self._options
+        count = min(options.num_candidates or self._vocab_size, self._vocab_size)
+        logits_B1V = scores[:, None, : self._vocab_size].float()
+        proposal = propose_from(logits_B1V, self._vocab_size, num_candidates=count, min_p=options.min_p)
+        own_BK = proposal.role_logprobs_BRK[:, 0]
+        ids_BK = proposal.ids_BK
+        if ids_BK is None:
+            ids_BK = torch.arange(count, device=scores.device).expand(len(scores), -1)
+        outputs = {BASE: own_BK}
         for passes in self._passes:
-            logprobs |= {name: own.to(scores.device) for name, own in passes.logprobs_at(ids_BK).items()}
-        base_BK = own_BK
-        if self._decoding.min_p > 0:
-            floor_B1 = own_BK[:, :1] + torch.tensor(self._decoding.min_p).log().to(own_BK)
-            base_BK = own_BK.masked_fill(own_BK < floor_B1, -torch.inf)
-        dtype = torch.float64 if num_candidates <= FLOAT64_CANDIDATES else torch.float32
-        rewards_BJK = own_BK.new_zeros(len(own_BK), len(self._lineup.principals), num_candidates, dtype=dtype)
-        for index, reward_BK in enumerate(token_rewards(self._lineup.principals, logprobs)):
-            # what another processor forbids has no reward
-            rewards_BJK[:, index] = torch.where(own_BK > -torch.inf, reward_BK, 0.0)
-        return self._decide(ids_BK, base_BK.to(dtype).log_softmax(-1), rewards_BJK)
+            outputs |= {name: own.to(scores.device) for name, own in passes.logprobs_at(ids_BK).items()}
+        # what another processor forbids has no reward
+        is_allowed_BK = own_BK > -torch.inf
+        rewards = [
+            torch.where(is_allowed_BK, reward_BK, 0.0)
+            for reward_BK in token_rewards(self._topology.principals, outputs)
+        ]
+        return self._decide(ids_BK, *as_game(proposal, rewards))
 
-    def _decide(self, ids_BK: Tensor, base_BK: Tensor, rewards_BJK: Tensor) -> Step:
-        weights_BJ = torch.tensor([[*self._lineup.weights.values()]]).to(rewards_BJK).expand(len(ids_BK), -1)
-        values_BJK = weights_BJ[..., None] * rewards_BJK
-        game = cage.Game(base_BK, values_BJK, self._decoding.agent_temperature)
-        decision = cage.rules.by_name[self._decoding.rule.value](game, weights_BJ)
+    def _decide(self, ids_BK: Tensor, base_BK: Tensor, rewards_BJK: Tensor) -> SteeredStep:
+        solved = solve(base_BK, rewards_BJK, [self._terms] * len(ids_BK))
+        decision = solved.decision
         if bool((decision.status == cage.Status.NOT_FINITE).any()):
             raise CageError("the principals' rewards or the base's scores are not finite")
         payments_BJK = None
         if decision.thresholds is not None:
-            payments_BJK = (values_BJK - decision.thresholds[..., None]).clamp(min=0)
-        return Step(ids_BK, base_BK, decision.log_policy, rewards_BJK, payments_BJK)
+            payments_BJK = (solved.game.values - decision.thresholds[..., None]).clamp(min=0)
+        return SteeredStep(ids_BK, base_BK, decision.log_policy, rewards_BJK, payments_BJK)
 
 
 class _NamedModels:
@@ -229,8 +236,10 @@ def _config(principals: Mapping[str, Mapping[str, Any]], decoding: Mapping[str, 
         }
     )
     for name, principal in config.principals.items():
-        if isinstance(principal, ArmPrincipal) and principal.adapter is not None:
+        if principal.adapters:
             raise ConfigurationError(f"principals.{name}.adapter: load it and give it as model, with a reference")
-        if isinstance(principal, RewardModelPrincipal):
-            raise ConfigurationError(f"principals.{name}.kind: a reward_model cannot be used here; use cage relabel")
+        if any(request.scoring is not None for request in principal.roles().values()):
+            raise ConfigurationError(
+                f"principals.{name}.kind: a {principal.kind} cannot be used here; use cage relabel"
+            )
     return config

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from jobs.commands.job_files import load_job
 from jobs.commands.text import printable, size, table
-from pipeline.config.sections import Config, ModelConfig, Transport
+from pipeline.config.sections import Config, Transport
 from pipeline.config.variants import lay_out
 from pipeline.hub.descriptions import ModelDescription, describe_model
 from pipeline.hub.embedded import default_cache_folder
-from pipeline.protocol.messages import HostSpec
+from pipeline.principals.section import TUNED
+from pipeline.protocol.specs import HostSpec
+from pipeline.protocol.topology import HostPlan, PrincipalPlan, Scoring
 from pipeline.runtime.assembly import Assembly
-from pipeline.runtime.topology import HostPlan, Scoring
+from pipeline.sections import ModelConfig
 from pipeline.stages.relabel import Prepared, prepare
 
 
@@ -69,25 +71,19 @@ def _where(config: Config) -> str:
 
 
 def _principals(config: Config, assembly: Assembly) -> str:
-    scorings = {
-        role.name: scoring
-        for plan in assembly.topology.hosts
-        for role, scoring in zip(plan.roles, plan.scorings, strict=bool(plan.scorings))
-    }
+    scorings = {role.name: role.scoring for plan in assembly.topology.hosts for role in plan.roles}
     rows = [
-        [
-            player.name,
-            config.principals[player.name].kind,
-            f"{player.weight:g}",
-            _score(scorings[player.tuned]) if player.tuned in scorings else _reward(player.tuned, player.reference),
-        ]
-        for player in assembly.topology.principals
+        [each.name, each.kind, f"{each.weight:g}", _reward(each, scorings[each.roles[TUNED]])]
+        for each in assembly.topology.principals
     ]
     return table(["principal", "kind", "weight", "token reward q"], rows) if rows else "no principals: the base alone"
 
 
-def _reward(tuned: str, reference: str | None) -> str:
-    return f"log p[{tuned}]" + (f" - log p[{reference}]" if reference else "")
+def _reward(principal: PrincipalPlan, scoring: Scoring | None) -> str:
+    """How a principal's q comes about."""
+    if scoring is not None:
+        return _score(scoring)
+    return " - ".join(f"log p[{role}]" for role in principal.roles.values())
 
 
 def _score(scoring: Scoring) -> str:
@@ -101,8 +97,8 @@ def _on_text(assembly: Assembly) -> list[str]:
     """A line for each reward model whose tokens are not the base's: that it reads text, and what that costs."""
     return [
         f"{', '.join(plan.serves)} is scored on text, its tokens are not the base's: "
-        f"{1 + max(scoring.candidates for scoring in plan.scorings)} texts a row and scored step are tokenised anew, "
-        f"and branches may have several tokens"
+        f"{1 + max(role.scoring.candidates for role in plan.roles if role.scoring)} texts per row and scored step "
+        f"are tokenised anew, and branches may have several tokens"
         for plan, spec in zip(assembly.topology.hosts, assembly.hosts, strict=True)
         if spec.reward is not None and spec.reward.retokeniser is not None
     ]

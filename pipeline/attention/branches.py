@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from pipeline.worker.memory import capacity_for
+from pipeline.attention.capacity import capacity_for
 
 ATTENTION = "cage_branches"
 

@@ -5,14 +5,11 @@ R running rows of a pass, T packed tokens, H query heads, G key-value heads, D h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-if TYPE_CHECKING:
-    from pipeline.attention.slots import SlotPass
+from pipeline.attention.segments import RunningRows
 
 
 def attend_segment(query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
@@ -33,7 +30,7 @@ def attend_each_row(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    slot_pass: SlotPass,
+    running: RunningRows,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
@@ -46,7 +43,7 @@ def attend_each_row(
     queries = query.reshape(num_rows, 1, num_kv_heads, num_heads // num_kv_heads, width).unbind(0)
     key_rows, value_rows = keys[:, None].unbind(0), values[:, None].unbind(0)
     out = []
-    for query_row, row, length in zip(queries, slot_pass.rows, slot_pass.lengths, strict=True):
+    for query_row, row, length in zip(queries, running.rows, running.lengths, strict=True):
         start = 0 if window is None else max(0, length - window)
         out.append(
             scaled_dot_product_attention(
@@ -63,13 +60,13 @@ def attend_batch(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    slot_pass: SlotPass,
+    running: RunningRows,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
     """One masked call over the longest live length."""
-    longest = max(slot_pass.lengths)
-    lengths_R1 = slot_pass.last_R[:, None] + 1
+    longest = max(running.lengths)
+    lengths_R1 = running.last_R[:, None] + 1
     at_L = torch.arange(longest, device=query.device)[None, :]
     mask_RL = at_L < lengths_R1
     if window is not None:
@@ -78,8 +75,8 @@ def attend_batch(
     num_kv_heads = keys.shape[1]
     out = scaled_dot_product_attention(
         query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, width),
-        keys[:, :, :longest].index_select(0, slot_pass.rows_R),
-        values[:, :, :longest].index_select(0, slot_pass.rows_R),
+        keys[:, :, :longest].index_select(0, running.rows_R),
+        values[:, :, :longest].index_select(0, running.rows_R),
         attn_mask=mask_RL[:, None, None, :],
         scale=scaling,
     )

@@ -11,37 +11,56 @@ Row = TypeVar("Row", bound=Hashable)
 
 
 class Key(NamedTuple):
-    """A prompt, or the head of one (`head` 0), by which rows are found. Equal keys have equal bits in the cache."""
+    """A prompt, or the shared prefix of one (`shared` 0), by which rows are found.
+
+    Equal keys have equal bits in the cache: `weights` are those of a role whose output depends on them.
+    """
 
     adapter: str | None
-    head: int
+    shared: int
     tokens: tuple[int, ...]
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids for one role. `head` counts those that other prompts of the role may begin with as well.
+    """Token ids for one role.
 
     The last token is not part of what is held: it is computed with the row's first step.
+
+    Args:
+        adapter: of the role.
+        tokens: the prompt.
+        shared: how many first tokens other prompts of the role may begin with as well.
+        weights: the row's preference weights, where the role's output depends on them.
     """
 
     adapter: str | None
     tokens: tuple[int, ...]
-    head: int
+    shared: int
+    weights: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, adapter: str | None, tokens: Sequence[int], head: int) -> Prompt:
-        return cls(adapter, tuple(tokens), min(head, len(tokens) - 1))
+    def of(
+        cls, adapter: str | None, tokens: Sequence[int], shared: int, *, weights: tuple[float, ...] = ()
+    ) -> Prompt:
+        """A prompt whose shared prefix leaves at least one token over."""
+        return cls(adapter, tuple(tokens), min(shared, len(tokens) - 1), weights)
 
     @property
     def keys(self) -> tuple[Key, ...]:
         """What it can be found by, the longest first."""
-        whole = Key(self.adapter, self.head, self.tokens[:-1])
-        return (whole, Key(self.adapter, 0, self.tokens[: self.head])) if self.head else (whole,)
+        whole = Key(self.adapter, self.shared, self.tokens[:-1], self.weights)
+        if not self.shared:
+            return (whole,)
+        return whole, Key(self.adapter, 0, self.tokens[: self.shared], self.weights)
 
     def segments(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Tokens [start, stop), its head apart: bits depend on where a segment ends, and so on the prompt alone."""
-        return list(pairwise([start, *([self.head] if start < self.head < stop else []), stop]))
+        """Tokens [start, stop), cut where the shared prefix ends.
+
+        A segment's bits depend on where it ends: cut so, they depend on the prompt alone, not on what is shared now.
+        """
+        return list(pairwise([start, *([self.shared] if start < self.shared < stop else []), stop]))
 
 
 class Prefixes(Generic[Row]):

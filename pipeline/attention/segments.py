@@ -1,8 +1,12 @@
-"""Parts of cache rows that a pass computes or copies."""
+"""Parts of cache rows that a pass computes or copies, and the rows that run in it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +26,26 @@ class Copied:
     row: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRows:
+    """The rows of a pass that append one token each.
+
+    Args:
+        rows: their places in the cache.
+        lengths: their tokens after the pass.
+        rows_R: `rows` as a tensor.
+        last_R: the position of each newest token.
+    """
+
+    rows: Sequence[int]
+    lengths: Sequence[int]
+    rows_R: Tensor
+    last_R: Tensor
+
+    @classmethod
+    def none(cls, device: torch.device) -> RunningRows:
+        """No row runs: a pass over prompts alone."""
+        nothing_R = torch.empty(0, dtype=torch.long, device=device)
+        return cls((), (), nothing_R, nothing_R)

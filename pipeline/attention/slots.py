@@ -20,66 +20,66 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from pipeline.attention import rows as row_attention
+from pipeline.attention.capacity import capacity_for
 from pipeline.attention.plain import attend_batch, attend_each_row, attend_segment
 from pipeline.attention.prompt_segments import Prompts
-from pipeline.attention.segments import Copied, Segment
+from pipeline.attention.segments import Copied, RunningRows, Segment
 from pipeline.attention.transfers import to_device
-from pipeline.worker.memory import capacity_for
 
 ATTENTION = "cage_slots"
 
 
 @dataclass(frozen=True, slots=True)
 class SlotPass:
-    """One forward pass: the tokens of the segments, then one token a running row.
+    """One forward pass: the tokens of the segments, then one token of each running row.
 
-    `follows` are copied once they are written. `rows` are the running rows' places in the cache (`rows_R` as a
-    tensor), `lengths` their tokens after the pass and `last_R` the position of the newest. `per_row` attends row by
-    row over exact lengths, so that no row's bits depend on its company; otherwise one masked call serves the rows.
-    Without a cache there are only segments from the start. A pass of a fixed shape over new prompts has `prompts`
-    instead of segments.
+    Args:
+        cache: where keys and values are kept; without one there are only segments from the start of a text.
+        segments: parts of prompts, in the order of their tokens.
+        prefix_copies: parts that rows copy from others once they are written.
+        running: the rows that append a token.
+        per_row: attend row by row over exact lengths, so that no row's bits depend on the batch composition;
+            otherwise one masked call serves all running rows.
+        prompts: instead of segments, in a pass of a fixed shape over new prompts.
     """
 
     cache: SlotCache | None
     segments: Sequence[Segment]
-    follows: Sequence[Copied]
-    rows: Sequence[int]
-    lengths: Sequence[int]
-    rows_R: Tensor
-    last_R: Tensor
+    prefix_copies: Sequence[Copied]
+    running: RunningRows
     per_row: bool
     prompts: Prompts | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of its longest row after the pass."""
-        return max([*self.lengths, *(part.stop for part in self.segments)], default=0)
+        return max([*self.running.lengths, *(part.stop for part in self.segments)], default=0)
 
     def token_rows(self, device: torch.device) -> Tensor:
         """The cache row of every token, [T]."""
         if self.prompts is not None:
             return self.prompts.rows
         if not self.segments:
-            return self.rows_R
+            return self.running.rows_R
         rows = [part.row for part in self.segments for _ in range(part.start, part.stop)]
-        return torch.cat([to_device(rows, device, torch.long), self.rows_R])
+        return torch.cat([to_device(rows, device, torch.long), self.running.rows_R])
 
 
 @dataclass(slots=True)
-class _Running:
+class _PassUnderWay:
     """The pass that is under way, and how many layers have attended in it."""
 
     slot_pass: SlotPass
     num_layers: int = 0
 
 
-_active: ContextVar[_Running] = ContextVar("cage_slot_pass")
+_active: ContextVar[_PassUnderWay] = ContextVar("cage_slot_pass")
 
 
 @contextmanager
-def running(slot_pass: SlotPass) -> Iterator[None]:
+def serving(slot_pass: SlotPass) -> Iterator[None]:
     """Make `slot_pass` the one that the model's attention serves."""
-    token = _active.set(_Running(slot_pass))
+    token = _active.set(_PassUnderWay(slot_pass))
     try:
         yield
     finally:
@@ -185,7 +185,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
     query_HTD, key_GTD, value_GTD = query[0], key[0], value[0]
     num_heads, num_tokens, _ = query_HTD.shape
     out_THD = query.new_empty(num_tokens, num_heads, value.shape[-1])
-    num_new = num_tokens - len(slot_pass.lengths)
+    num_new = num_tokens - len(slot_pass.running.lengths)
     keys = values = None
     if slot_pass.cache is not None:
         keys, values = slot_pass.cache.hold(layer, key_GTD, value_GTD, slot_pass.longest)
@@ -199,9 +199,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
         if keys is not None and values is not None:
             _write(keys, key_GTD, slot_pass)
             _write(values, value_GTD, slot_pass)
-            _take_over(keys, values, slot_pass.follows)
+            _copy_prefixes(keys, values, slot_pass.prefix_copies)
         _attend_segments(query_HTD, key_GTD, value_GTD, keys, values, slot_pass, out_THD, scaling, window)
-    if slot_pass.lengths:
+    if slot_pass.running.lengths:
         assert keys is not None
         assert values is not None
         _attend_rows(
@@ -223,9 +223,9 @@ def _write(buffer: Tensor, states_GTD: Tensor, slot_pass: SlotPass) -> None:
         at += count
 
 
-def _take_over(keys: Tensor, values: Tensor, follows: Sequence[Copied]) -> None:
-    """Copy what rows take over from others that were written just now."""
-    for copied in follows:
+def _copy_prefixes(keys: Tensor, values: Tensor, copies: Sequence[Copied]) -> None:
+    """Copy prefixes from rows that were written just now."""
+    for copied in copies:
         _copy(keys, copied)
         _copy(values, copied)
 
@@ -267,7 +267,8 @@ def _attend_rows(
     window: int | None,
 ) -> None:
     """Write and attend for one token a running row."""
-    rows_R, last_R = slot_pass.rows_R, slot_pass.last_R
+    running = slot_pass.running
+    rows_R, last_R = running.rows_R, running.last_R
     if row_attention.serves(keys, values):
         row_attention.attend_rows(
             query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD, scale=scaling, window=window
@@ -277,7 +278,7 @@ def _attend_rows(
     values[rows_R, :, last_R] = value_GRD.transpose(0, 1)
     attend_rows = attend_each_row if slot_pass.per_row else attend_batch
     query_RH1D = query_HRD.transpose(0, 1)[:, :, None]
-    out_RHD[:] = attend_rows(query_RH1D, keys, values, slot_pass, scaling, window)[:, :, 0]
+    out_RHD[:] = attend_rows(query_RH1D, keys, values, running, scaling, window)[:, :, 0]
 
 
 AttentionInterface.register(ATTENTION, attend)

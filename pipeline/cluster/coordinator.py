@@ -12,23 +12,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import torch
 
 from pipeline.cluster.board import ask
 from pipeline.cluster.host_actors import HostGroup, HostLaunch
-from pipeline.engine.calls import agree_on_slots
-from pipeline.engine.engine import Engine
 from pipeline.engine.shards import ShardDecoder, ShardOutcome, ShardOutput
 from pipeline.errors import CageError, HostError
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.waits import waiting_for
-from pipeline.protocol.clients import Hosts
+from pipeline.protocol.hosts import Hosts
 from pipeline.runtime.assembly import Assembly
+from pipeline.runtime.engines import make_decoder
 from pipeline.storage.run import Run
-from pipeline.storage.watched import watched
-
-MIN_SLOTS_FOR_GROUPS = 8  # below, half a batch costs a host nearly as much as a whole one
 
 
 @dataclass(slots=True)
@@ -44,6 +39,7 @@ class Coordinator:
     """Runs the decoder over a replica's hosts. `decode_and_commit` may be called from many threads.
 
     Args:
+        assembly: the replica.
         launch, replica: how hosts are started, and in which place.
         hosts: those already starting, or why they cannot.
         run_path: the run directory.
@@ -54,6 +50,7 @@ class Coordinator:
 
     def __init__(
         self,
+        assembly: Assembly,
         launch: HostLaunch,
         replica: int,
         hosts: HostGroup | CageError,
@@ -67,8 +64,8 @@ class Coordinator:
         self._launch = launch
         self._replica = replica
         self._hosts: HostGroup | CageError | None = hosts
-        self._assembly: Assembly = ray.get(launch.assembly[0])
-        self._run = watched(Run.open(run_path), launch.watch)
+        self._assembly = assembly
+        self._run = Run.open(run_path, open_store=launch.wiring.open_store)
         self._board = board
         self._max_attempts = max_attempts
         self._name = name
@@ -135,26 +132,9 @@ class Coordinator:
             self._hosts.stop()
         self._hosts = None
 
-    def _make_decoder(self, hosts: Hosts) -> ShardDecoder:
-        config = self._assembly.config
-        num_slots = agree_on_slots(config, hosts)
-        engine = Engine(
-            self._assembly.topology,
-            hosts,
-            self._assembly.prompter,
-            config.decoding,
-            self._assembly.variants,
-            num_slots=num_slots,
-            num_groups=groups_of(len(hosts), num_slots),
-            runs_ahead=len(hosts) == 1,
-            max_failures=config.errors.max_host_failures,
-            loaded_slots=config.cluster.first_slots,
-        )
-        return ShardDecoder(engine, num_variants=len(self._assembly.variants), num_samples=config.decoding.n)
-
     def _decode(self, hosts: Hosts) -> None:
         """The decoder's loop, for ever. Raises CageError with `_jobs` holding what was under way."""
-        self._decoder = decoder = self._make_decoder(hosts)
+        self._decoder = decoder = make_decoder(self._assembly, hosts)
         for job in self._jobs.values():
             decoder.add(job.index, self._run.plan.read_shard(job.index))
         while True:
@@ -193,8 +173,3 @@ class Coordinator:
     def _fail_all(self, error: CageError) -> None:
         for job in list(self._jobs.values()):
             self._jobs.pop(job.index).done.set_exception(error)
-
-
-def groups_of(num_hosts: int, num_slots: int) -> int:
-    """Groups that alternate. A lone host has one: it is sent steps ahead."""
-    return 2 if num_hosts > 1 and num_slots >= MIN_SLOTS_FOR_GROUPS else 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -17,21 +17,25 @@ from ray.util.serialization import register_serializer
 from pipeline.config.sections import ClusterConfig
 from pipeline.errors import CageError, ConfigurationError, HostError
 from pipeline.monitoring.waits import waiting_for
-from pipeline.points import Watcher, unwatched
-from pipeline.protocol.clients import HostClient, Pending, Reply, describe_failure
-from pipeline.runtime.topology import HostPlan
+from pipeline.protocol.failures import describe_failure
+from pipeline.protocol.hosts import Hosts, Proposes, Reply, Samples, Scores
+from pipeline.protocol.messages import Candidates, HostWork, MemoryBudget, Position, Step, Terms, TokenOutcome
+from pipeline.protocol.specs import HostSpec
+from pipeline.protocol.topology import HostPlan
+from pipeline.runtime.wiring import DIRECT, Wiring, WrapHost
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+T = TypeVar("T")
 
-KEPT_ANSWERS = 16  # an engine waits for two at most; what it has no use for any more is not collected
+KEPT_OUTCOMES = 16  # an engine waits for two at most; what it has no use for any more is not collected
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Stands for an answer that a host's device still computes."""
+    """Stands for outcomes that a host's device still computes."""
 
     number: int
 
@@ -39,103 +43,209 @@ class Ticket:
 class HostActor:
     """Holds one host in its own process and on its own device.
 
-    Where its device goes on by itself, a call ends as soon as it has begun, and its answer is collected by a call of
-    its own: behind the next step's, so that the device has work while the answer is on its way.
+    Where its device goes on by itself, `advance_and_sample` ends as soon as it has begun, and its outcomes are
+    collected by a call of its own: behind the next step's, so that the device has work while they are on their way.
+
+    Args:
+        specs: a reference to the specs of all hosts, in a tuple so that Ray does not replace it by its value.
+        index: which of them this is.
+        wrap_host: put around the host.
     """
 
-    def __init__(self, assembly: tuple[Any], index: int, watch: Watcher) -> None:
-        self._assembly = assembly
+    def __init__(self, specs: tuple[Any], index: int, wrap_host: WrapHost) -> None:
+        self._specs = specs
         self._index = index
-        self._watch = watch
-        self._host: Any = None
-        self._answers: dict[int, Pending] = {}
+        self._wrap_host = wrap_host
+        self._scoring: Scores | None = None
+        self._proposing: Proposes | None = None
+        self._sampling: Samples | None = None
+        self._outcomes: dict[int, Reply[list[TokenOutcome]]] = {}
         self._num_tickets = 0
 
     def load(self) -> None:
         """Load the weights. Not in `__init__`: an error there loses its class on the way."""
-        from pipeline.worker.sampling_host import load_playing_host  # heavy, and this process alone needs it
+        from pipeline.worker.start import (  # heavy, for this process alone
+            start_proposing,
+            start_sampling,
+            start_scoring,
+        )
 
         send_tensors_as_arrays()
-        self._host = load_playing_host(ray.get(self._assembly[0]), self._index, self._watch)
+        spec: HostSpec = ray.get(self._specs[0])[self._index]
+        if spec.games is not None:
+            self.serve_sampling(start_sampling(spec, spec.games))
+        elif self._index == 0:
+            self._scoring = self._proposing = self._wrap_host(start_proposing(spec))
+        else:
+            self._scoring = self._wrap_host(start_scoring(spec))
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run one method of the host; tensors of the answer arrive on the CPU."""
-        if self._host is None:
-            raise HostError("this process has no weights")
-        answer = getattr(self._host, method)(*args, **kwargs)
-        if not isinstance(answer, Pending):
-            return answer
+    def serve_sampling(self, host: Samples) -> None:
+        """Answer by this host."""
+        self._scoring = self._proposing = self._sampling = self._wrap_host(host)
+
+    def advance(self, at: Position, step: Step) -> None:
+        _present(self._scoring).advance(at, step)
+
+    def values_at(
+        self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Candidates | None
+    ) -> Tensor:
+        return _present(self._scoring).values_at(at, slots, num_tokens, proposal)
+
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+        return _present(self._scoring).score(prompts, answer)
+
+    def memory_budget(self, row_tokens: int) -> MemoryBudget:
+        return _present(self._scoring).memory_budget(row_tokens)
+
+    def resize(self, num_slots: int) -> None:
+        _present(self._scoring).resize(num_slots)
+
+    def advance_and_propose(
+        self, at: Position, step: Step, slots: Sequence[int], *, num_candidates: int | None, min_p: float
+    ) -> Candidates:
+        return _present(self._proposing).advance_and_propose(
+            at, step, slots, num_candidates=num_candidates, min_p=min_p
+        )
+
+    def advance_and_sample(
+        self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> list[TokenOutcome] | Ticket:
+        """The outcomes, or a ticket for them."""
+        reply = _present(self._sampling).advance_and_sample(at, step, slots, terms, uniforms)
+        if reply.is_ready:
+            return reply.result()
         ticket = Ticket(self._num_tickets)
         self._num_tickets += 1
-        self._answers[ticket.number] = answer
-        self._answers.pop(ticket.number - KEPT_ANSWERS, None)
+        self._outcomes[ticket.number] = reply
+        self._outcomes.pop(ticket.number - KEPT_OUTCOMES, None)
         return ticket
 
-    def collect(self, ticket: Ticket) -> Any:
-        """Wait for the answer of a call; once."""
-        return self._answers.pop(ticket.number).wait()
+    def collect(self, ticket: Ticket) -> list[TokenOutcome]:
+        """Wait for the outcomes that a ticket stands for; once."""
+        return self._outcomes.pop(ticket.number).result()
+
+    def work(self) -> HostWork:
+        return _present(self._sampling).work()
+
+
+def _present(host: T | None) -> T:
+    if host is None:
+        raise HostError("this process has no weights")
+    return host
 
 
 class RayHost:
-    """A host in an actor. Calls run in the order of submission; one waits for the replies among its arguments."""
+    """The client of a host in an actor: `ScoringClient`, and `ProposingClient` or `SamplingClient` by its host.
+
+    Calls run in the order of submission; one waits for the replies among its arguments.
+
+    Args:
+        actor: handle of a `HostActor`.
+        plan: names the host in messages.
+        timeout_s: for one answer.
+    """
 
     def __init__(self, actor: Any, plan: HostPlan, timeout_s: float) -> None:
         self.actor = actor
         self._plan = plan
         self._timeout_s = timeout_s
 
-    def submit(self, method: str, *args: Any, **kwargs: Any) -> Reply:
-        values = [each.reference if isinstance(each, RayReply) else each for each in args]
-        return RayReply(
-            self.actor, self.actor.call.remote(method, *values, **kwargs), self._plan, method, self._timeout_s
+    def load(self) -> Reply[None]:
+        """Ask the actor to load its weights."""
+        return self._reply("load", self.actor.load.remote())
+
+    def advance(self, at: Position, step: Step) -> Reply[None]:
+        return self._reply("advance", self.actor.advance.remote(at, step))
+
+    def values_at(
+        self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Reply[Candidates] | None
+    ) -> Reply[Tensor]:
+        # the handle in place of the value: Ray fetches it before the call, from whichever host makes it
+        given = None if proposal is None else proposal.handle
+        return self._reply("values_at", self.actor.values_at.remote(at, slots, num_tokens, given))
+
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Reply[Tensor]:
+        return self._reply("score", self.actor.score.remote(prompts, answer))
+
+    def memory_budget(self, row_tokens: int) -> Reply[MemoryBudget]:
+        return self._reply("memory_budget", self.actor.memory_budget.remote(row_tokens))
+
+    def resize(self, num_slots: int) -> Reply[None]:
+        return self._reply("resize", self.actor.resize.remote(num_slots))
+
+    def advance_and_propose(
+        self, at: Position, step: Step, slots: Sequence[int], *, num_candidates: int | None, min_p: float
+    ) -> Reply[Candidates]:
+        return self._reply(
+            "advance_and_propose",
+            self.actor.advance_and_propose.remote(at, step, slots, num_candidates=num_candidates, min_p=min_p),
         )
 
+    def advance_and_sample(
+        self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> Reply[list[TokenOutcome]]:
+        reference = self.actor.advance_and_sample.remote(at, step, slots, terms, uniforms)
+        return Reply(lambda: self._collect(reference))
 
-class RayReply:
-    """An answer that a host owes. A reply among the arguments of a call must not be one that is collected."""
+    def work(self) -> Reply[HostWork]:
+        return self._reply("work", self.actor.work.remote())
 
-    def __init__(self, actor: Any, reference: Any, plan: HostPlan, method: str, timeout_s: float) -> None:
-        self.reference = reference
-        self._actor = actor
-        self._plan = plan
-        self._method = method
-        self._timeout_s = timeout_s
+    def _collect(self, reference: Any) -> list[TokenOutcome]:
+        """The outcomes, which may take a second call, within the time of one answer."""
+        until_s = time.monotonic() + self._timeout_s
+        outcomes = self._get("advance_and_sample", reference, self._timeout_s)
+        if isinstance(outcomes, Ticket):
+            left_s = max(0.0, until_s - time.monotonic())
+            outcomes = self._get("advance_and_sample", self.actor.collect.remote(outcomes), left_s)
+        return list(outcomes)
 
-    def result(self) -> Any:
+    def _reply(self, message: str, reference: Any) -> Reply[Any]:
+        return Reply(lambda: self._get(message, reference, self._timeout_s), handle=reference)
+
+    def _get(self, message: str, reference: Any, timeout_s: float) -> Any:
+        """Wait for an answer. Raises HostError, which names the host, or what makes the run end."""
         try:
-            with waiting_for(f"an answer of host {self._plan.name} to {self._method}"):
-                until_s = time.monotonic() + self._timeout_s
-                answer = ray.get(self.reference, timeout=self._timeout_s)
-                if isinstance(answer, Ticket):
-                    left_s = max(0.0, until_s - time.monotonic())
-                    answer = ray.get(self._actor.collect.remote(answer), timeout=left_s)
-                return answer
+            with waiting_for(f"an answer of host {self._plan.name} to {message}"):
+                return ray.get(reference, timeout=timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, ConfigurationError):
                 raise error.cause from None
-            raise describe_failure(self._plan, self._method, error.cause) from None
+            raise describe_failure(self._plan, message, error.cause) from None
         except GetTimeoutError:
             waited = HostError(f"no answer within {self._timeout_s:g} s")
-            raise describe_failure(self._plan, self._method, waited) from None
+            raise describe_failure(self._plan, message, waited) from None
         except RayError as error:
-            raise describe_failure(self._plan, self._method, error) from None
+            raise describe_failure(self._plan, message, error) from None
+
+
+def hosts_of(clients: Sequence[RayHost]) -> Hosts:
+    """The hosts of a replica, the base's first; they compute at the same time as the coordinator."""
+    base, *others = clients
+    if not others:
+        return Hosts.lone(base, runs_ahead=True)
+    return Hosts(base, tuple(others), is_concurrent=True)
 
 
 @dataclass(frozen=True, slots=True)
 class HostLaunch:
     """What it takes to place the hosts of a replica; light, so that they start before the coordinator's imports.
 
-    `assembly` is a reference to the assembly, in a tuple so that Ray does not replace it by its value. `places` are
-    one placement group a replica; they belong to the driver, since Ray keeps a group whose creator can restart.
-    `watch` is called at the points of a step.
+    Args:
+        specs: a reference to the specs of all hosts, in a tuple so that Ray does not replace it by its value.
+        plans: of the hosts.
+        cluster: time limits.
+        places: one placement group per replica. They belong to the driver: Ray keeps a group whose creator can
+            restart.
+        has_gpus: whether the cluster has GPUs.
+        wiring: how stores are opened and what hosts are wrapped in.
     """
 
-    assembly: tuple[Any]
+    specs: tuple[Any]
     plans: tuple[HostPlan, ...]
     cluster: ClusterConfig
     places: tuple[PlacementGroup, ...]
     has_gpus: bool
-    watch: Watcher = unwatched
+    wiring: Wiring = DIRECT
 
 
 class HostGroup:
@@ -156,13 +266,10 @@ class HostGroup:
                 f"the cluster did not provide {_sum_text(bundles)} for a replica within {timeout_s:g} s"
             )
         self._actors = [self._start_actor(index, bundle) for index, bundle in enumerate(bundles)]
-        self._loads = [
-            RayReply(actor, actor.load.remote(), plan, "load", timeout_s)
-            for actor, plan in zip(self._actors, launch.plans, strict=True)
-        ]
+        self._loads = [RayHost(actor, plan, timeout_s).load() for actor, plan in self._planned()]
 
-    def wait(self) -> dict[str, HostClient]:
-        """Wait until every host has its weights; clients by host name. Stops all if one fails, and raises."""
+    def wait(self) -> Hosts:
+        """Wait until every host has its weights; their clients. Stops all if one fails, and raises."""
         try:
             for load in self._loads:
                 load.result()
@@ -170,15 +277,15 @@ class HostGroup:
             self.stop()
             raise
         timeout_s = self._launch.cluster.step_timeout_s
-        return {
-            plan.name: RayHost(actor, plan, timeout_s)
-            for actor, plan in zip(self._actors, self._launch.plans, strict=True)
-        }
+        return hosts_of([RayHost(actor, plan, timeout_s) for actor, plan in self._planned()])
 
     def stop(self) -> None:
         """End the actors."""
         for actor in self._actors:
             ray.kill(actor)
+
+    def _planned(self) -> list[tuple[Any, HostPlan]]:
+        return list(zip(self._actors, self._launch.plans, strict=True))
 
     def _start_actor(self, index: int, bundle: dict[str, float]) -> Any:
         return (
@@ -189,13 +296,13 @@ class HostGroup:
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=index),
             )
-            .remote(self._launch.assembly, index, self._launch.watch)
+            .remote(self._launch.specs, index, self._launch.wiring.wrap_host)
         )
 
 
 @contextmanager
 def placed(plans: Sequence[HostPlan], *, num_replicas: int, has_gpus: bool) -> Iterator[tuple[PlacementGroup, ...]]:
-    """A placement group for the hosts of each replica, removed at the end; they may still be waiting for room."""
+    """A placement group for the hosts of each replica, removed at the end; some may still be pending."""
     bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in plans]
     groups = tuple(placement_group(bundles, strategy="PACK") for _ in range(num_replicas))
     try:

@@ -27,13 +27,16 @@ class Replica:
     """One coordinator with its hosts. Ray Data calls it from several threads, a shard each.
 
     Args:
+        assembly: a reference to the assembly, in a tuple so that Ray does not replace it by its value.
         launch: the hosts.
         run_path: the run directory; its plan says what a shard is.
         board: where progress is reported and attempts are counted, an actor handle.
         max_attempts: of one shard.
     """
 
-    def __init__(self, launch: HostLaunch, run_path: str, board: Any, max_attempts: int) -> None:
+    def __init__(
+        self, assembly: tuple[Any], launch: HostLaunch, run_path: str, board: Any, max_attempts: int
+    ) -> None:
         self._board = board
         self._max_attempts = max_attempts
         context = ray.get_runtime_context()
@@ -48,7 +51,7 @@ class Replica:
             from pipeline.cluster.coordinator import Coordinator  # seconds of imports, while the hosts load
 
             self._coordinator = Coordinator(
-                launch, replica, first_hosts, run_path, board, max_attempts, name=self._name
+                ray.get(assembly[0]), launch, replica, first_hosts, run_path, board, max_attempts, name=self._name
             )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:

@@ -21,8 +21,8 @@ from pipeline.cluster.session import joined
 from pipeline.engine.shards import ShardOutcome
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.monitoring.counts import Counts
-from pipeline.points import Watcher, unwatched
 from pipeline.runtime.assembly import Assembly
+from pipeline.runtime.wiring import DIRECT, Wiring
 
 MAX_SHARDS_IN_FLIGHT = 64
 BOARD_S = 10.0
@@ -32,10 +32,10 @@ class ShardStream:
     """Decodes shards on the replicas of a Ray cluster. Use inside `cluster`."""
 
     def __init__(
-        self, assembly: Assembly, run_path: str, *, is_verbose: bool = False, watch: Watcher = unwatched
+        self, assembly: Assembly, run_path: str, *, is_verbose: bool = False, wiring: Wiring = DIRECT
     ) -> None:
         self._is_verbose = is_verbose
-        self._watch = watch
+        self._wiring = wiring
         self._assembly = assembly
         self._run_path = run_path
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -66,13 +66,14 @@ class ShardStream:
         plans = self._assembly.topology.hosts
         with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as places:
             launch = HostLaunch(
-                (ray.put(self._assembly),), plans, config.cluster, places, self._has_gpus, self._watch
+                (ray.put(self._assembly.hosts),), plans, config.cluster, places, self._has_gpus, self._wiring
             )
+            assembly = (ray.put(self._assembly),)
             stream = ray.data.from_items(
                 [{"shard": index} for index in shards], override_num_blocks=len(shards)
             ).map_batches(
                 Replica,
-                fn_constructor_args=(launch, self._run_path, self._board, config.errors.max_attempts),
+                fn_constructor_args=(assembly, launch, self._run_path, self._board, config.errors.max_attempts),
                 batch_size=1,
                 compute=ActorPoolStrategy(
                     size=num_replicas,

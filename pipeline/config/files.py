@@ -14,8 +14,9 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.sections import Config, shortened
+from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
+from pipeline.sections import shortened
 
 C = TypeVar("C", bound=Config)
 UNION_TAG = re.compile(

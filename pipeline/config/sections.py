@@ -9,11 +9,13 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cage.rule_names import RuleName
+from pipeline.principals.kinds import Principal
+from pipeline.protocol.specs import SamplingOptions
+from pipeline.sections import EMBEDDED_MODEL, BaseConfig, Section, model_from_name, shortened
 
-EMBEDDED_MODEL = "smollm2-135m"
 PRINCIPAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
@@ -34,18 +36,6 @@ class Trace(StrEnum):
 class Transport(StrEnum):
     RAY = "ray"
     LOCAL = "local"
-
-
-def shortened(value: Any) -> str:
-    """A value as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-class Section(BaseModel):
-    """A frozen section that knows all its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class InputConfig(Section):
@@ -73,114 +63,6 @@ class OutputConfig(Section):
     rows_per_shard: int = Field(256, ge=1, le=1_000_000, description="rows in one output file, the unit of commit")
 
 
-class Resources(Section):
-    """What Ray reserves for one host. `num_gpus: null` means one GPU where the device is a GPU."""
-
-    num_cpus: float = Field(1, ge=0)
-    num_gpus: float | None = Field(None, ge=0)
-
-
-class ModelConfig(Section):
-    """One set of weights."""
-
-    model: str = Field(min_length=1, description=f"folder, hub id, s3:// folder, or {EMBEDDED_MODEL}")
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    trust_remote_code: bool = False
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    resources: Resources = Resources()
-
-
-class BaseConfig(ModelConfig):
-    """The agent: the base LLM."""
-
-    chat_template: str | None = Field(None, description="Jinja chat template instead of the tokenizer's own")
-
-
-class ReferenceConfig(ModelConfig):
-    """The reference model of a reward."""
-
-
-def model_from_name(value: Any) -> Any:
-    """Accept a bare model name where a model section is expected."""
-    return {"model": value} if isinstance(value, str) else value
-
-
-def _reference_from_name(value: Any) -> Any:
-    return value if value in ("backbone", "none") else model_from_name(value)
-
-
-class PrincipalConfig(Section):
-    """What every principal has: its weight and its own prompt template."""
-
-    weight: float = Field(1.0, ge=0)
-    template: str | None = Field(
-        None, description="Jinja chat template for this principal's prompt (messages, principle in scope)"
-    )
-
-
-class PromptedPrincipal(PrincipalConfig):
-    """q(a) = log pi(a | principle, x) - log pi(a | x), by the base's weights or by `model`."""
-
-    kind: Literal["prompted"]
-    principle: str = Field(min_length=1, description="what the principal asks for, given as a system message")
-    model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
-
-
-class ArmPrincipal(PrincipalConfig):
-    """q(a) = log pi_arm(a | x) - log pi_ref(a | x): an autoregressive reward model.
-
-    `model` is a causal LM; or `adapter` a PEFT LoRA adapter on `model` (the base when not given). The reference is
-    another model, "backbone" (the adapter's model without the adapter) or "none".
-    """
-
-    kind: Literal["arm"]
-    model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
-    adapter: str | None = None
-    reference: Annotated[
-        ReferenceConfig | Literal["backbone", "none"] | None, BeforeValidator(_reference_from_name)
-    ] = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> ArmPrincipal:
-        if self.model is None and self.adapter is None:
-            raise ValueError("kind arm needs a model, an adapter, or both")
-        if self.reference == "backbone" and self.adapter is None:
-            raise ValueError("reference: backbone needs an adapter; give a reference model or none")
-        if self.reference is None and self.adapter is None:
-            raise ValueError("kind arm without an adapter needs a reference: a model or none")
-        return self
-
-
-class TunedPairPrincipal(PrincipalConfig):
-    """q(a) = log pi_model(a | x) - log pi_reference(a | x): for example a DPO policy and its reference."""
-
-    kind: Literal["tuned_pair"]
-    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
-    reference: Annotated[ReferenceConfig, BeforeValidator(model_from_name)]
-
-
-class RewardModelPrincipal(PrincipalConfig):
-    """q(a) = sign x scale x (RM(prefix + a) - RM(prefix)): a sequence classifier that reads from left to right.
-
-    It scores the base's likeliest candidates; the others count as the worst of those. Between scored steps it is
-    indifferent.
-    """
-
-    kind: Literal["reward_model"]
-    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
-    candidates: int = Field(10, ge=1, le=4096, description="of the base's likeliest, how many it scores")
-    interval: int = Field(1, ge=1, description="tokens from one scored step to the next")
-    scale: float = Field(1.0, gt=0, description="nats that one point of its score is worth")
-    sign: Literal[1, -1] = Field(1, description="-1 where a lower score is better")
-    label: int | None = Field(None, ge=0, description="which of its outputs counts, where it has several")
-
-
-Principal = Annotated[
-    PromptedPrincipal | ArmPrincipal | TunedPairPrincipal | RewardModelPrincipal, Field(discriminator="kind")
-]
-
-
 def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -200,6 +82,12 @@ class DecodingConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     reproducibility: Reproducibility = Reproducibility.STRICT
     trace: Trace = Trace.SUMMARY
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How candidates are chosen and tokens drawn."""
+        count = None if self.candidates == "all" else self.candidates
+        return SamplingOptions(count, self.min_p, self.temperature, self.top_p)
 
 
 class SimplexConfig(Section):

@@ -1,8 +1,9 @@
 """What an engine says to its hosts, and what becomes of their answers.
 
-With one host, which then holds every role, a step is one call: it advances its rows and plays. With several, the
-base's host proposes candidates, the others give their values at them, and the games are played here. All calls are
-sent at once, the proposal as a reply that is yet to come: were the values asked for when it is there, they would wait
+With one host, which then holds every role, a step is one message: it advances its rows and samples. With several, the
+base's host proposes candidates, the others give their values at them, and the games are solved here. All messages of
+a
+step are sent at once, with the proposal as a reply that is yet to come: sent when it is there, the others would wait
 behind the next group's forward pass, and nothing would be left to hide the games behind.
 
 B rows, K candidates, T tokens of an answer.
@@ -12,165 +13,168 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from torch import Tensor
-
-from pipeline.config.sections import Config, DecodingConfig
 from pipeline.engine.prompts import Prompter
-from pipeline.engine.row_state import RunningRow, TokenOutcome
+from pipeline.engine.row_state import RunningRow
 from pipeline.engine.scheduler import Call, Group
-from pipeline.protocol.clients import Hosts, Reply
-from pipeline.protocol.messages import Admission, Candidates, Position, Step
-from pipeline.runtime.topology import HostPlan, Topology
-from pipeline.sampling.games import by_role, num_candidates, play, token_rewards
-from pipeline.worker.memory import slots_that_fit
-from pipeline.worker.reward_values import ScoredAnswer, ask_rewards, spread_rewards
+from pipeline.protocol.hosts import Hosts, Reply, SamplingClient
+from pipeline.protocol.messages import Admission, Candidates, Position, Step, Terms, TokenOutcome
+from pipeline.protocol.specs import SamplingOptions
+from pipeline.protocol.topology import HostPlan, Topology
+from pipeline.sampling.games import by_role, solve_and_sample, token_rewards
 
-LONG_PROMPT = 1024  # tokens of a prompt for which a slot has memory, where the model's context is as long
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-def agree_on_slots(config: Config, hosts: Hosts) -> int:
-    """The slots of a replica: the configured number, or what there is memory for everywhere; all hosts are told."""
-    if config.cluster.slots != "auto":
-        return config.cluster.slots
-    row_tokens = LONG_PROMPT + config.decoding.max_new_tokens
-    num_slots = slots_that_fit([host.submit("room", row_tokens).result() for host in hosts.values()])
-    for host in hosts.values():
-        host.submit("resize", num_slots).result()
-    return num_slots
+T = TypeVar("T")
 
 
 class HostCalls:
-    """The calls of one engine. `hosts` may be replaced.
+    """The messages of one engine.
 
-    `solve_s` and `wait_s` are the seconds in which games were played here and in which answers were waited for.
+    Args:
+        topology: roles and hosts.
+        hosts: their clients; may be replaced after a failure.
+        prompter: encodes existing answers.
+        options: candidates and draws.
+
+    Attributes:
+        solve_s: seconds in which games were solved here.
+        wait_s: seconds in which answers were waited for.
     """
 
-    def __init__(self, topology: Topology, hosts: Hosts, prompter: Prompter, decoding: DecodingConfig) -> None:
+    def __init__(self, topology: Topology, hosts: Hosts, prompter: Prompter, options: SamplingOptions) -> None:
         self.hosts = hosts
         self.solve_s = self.wait_s = 0.0
-        self._lineup = topology
+        self._topology = topology
         self._prompter = prompter
-        self._decoding = decoding
+        self._options = options
 
     def advance(self, at: Position, group: Group) -> Call:
-        """Send every host parts of new prompts and the newest tokens, and ask for the next ones."""
+        """Send every host parts of new prompts and the newest tokens, and ask for the next tokens."""
         slots = group.drawing
         rows = [group.running[slot] for slot in slots]
-        base, *others = self._lineup.hosts
-        if not slots:
-            advanced = [self._submit_step(plan, "advance", at, group) for plan in self._lineup.hosts]
-            return Call(at, slots, rows, advanced, None, [])
-        if not others:
-            terms, uniforms = [row.terms for row in rows], [row.uniform for row in rows]
-            answer = self._submit_step(base, "advance_and_sample", at, group, slots, terms, uniforms)
-            return Call(at, slots, rows, [], answer, [])
-        num, min_p = num_candidates(self._decoding), self._decoding.min_p
-        answer = self._submit_step(base, "advance_and_propose", at, group, slots, num_candidates=num, min_p=min_p)
-        advanced = [self._submit_step(plan, "advance", at, group) for plan in others]
-        return Call(at, slots, rows, advanced, answer, self._ask_values(at, rows, slots, answer))
+        if not slots:  # long prompts take several steps
+            return Call(at, slots, rows, self._advance(at, group, first=0), Reply.of([]))
+        terms, uniforms = [row.terms for row in rows], [row.uniform for row in rows]
+        if (sampler := self.hosts.sampler) is not None:
+            return Call(at, slots, rows, [], self._sample(sampler, at, group, slots, terms, uniforms))
+        base, *others = self._topology.hosts
+        proposal = self.hosts.base.advance_and_propose(
+            at,
+            self._step(base, group),
+            slots,
+            num_candidates=self._options.num_candidates,
+            min_p=self._options.min_p,
+        )
+        advanced = self._advance(at, group, first=1)
+        num_tokens = [len(row.tokens) for row in rows]
+        values = [
+            client.values_at(at, slots, num_tokens, proposal if self._needs_proposal(plan) else None)
+            for plan, client in zip(others, self.hosts.others, strict=True)
+        ]
+        return Call(at, slots, rows, advanced, Reply(partial(self._solve, proposal, values, terms, uniforms)))
 
     def outcomes(self, call: Call) -> list[TokenOutcome]:
         """What the step gave each row; waits for the hosts. Raises HostError."""
         for reply in call.advanced:
             self._wait(reply)
-        if call.answer is None:
-            return []
-        answer = self._wait(call.answer)
-        if self._is_alone:
-            outcomes: list[TokenOutcome] = answer
-            return outcomes
-        rewards = self._gather_rewards(call, answer)
-        started_s = time.perf_counter()
-        uniforms = [row.uniforms.at(len(row.tokens)) for row in call.rows]
-        terms = [row.terms for row in call.rows]
-        outcomes = play(self._decoding, answer, rewards, terms, uniforms).outcomes(terms)
-        self.solve_s += time.perf_counter() - started_s
-        return outcomes
+        return self._wait(call.outcomes) if self.hosts.sampler is not None else call.outcomes.result()
 
     def score_original(self, running: RunningRow) -> None:
         """Ask for the rewards of an existing answer; they are collected with the row's next token."""
-        if running.row.response is None or not self._lineup.principals or running.original_rewards is not None:
+        if running.row.response is None or not self._topology.principals or running.original_rewards is not None:
             return
-        answer = self._prompter.encode_answer(running.row.response)[: self._prompter.room(running.prompts)]
-        for plan in self._lineup.hosts:
-            prompts = self._prompts_for(plan.name, running)
-            reply = self.hosts[plan.name].submit("score", prompts, answer)
-            running.originals[plan.name] = ScoredAnswer(reply, plan.scorings) if plan.scorings else reply
+        answer = self._prompter.encode_answer(running.row.response)[: self._prompter.context_left(running.prompts)]
+        for plan, client in zip(self._topology.hosts, self.hosts.all, strict=True):
+            running.original_scores[plan.name] = client.score(self._prompts_for(plan.name, running), answer)
 
     def collect_original(self, running: RunningRow) -> None:
         """Wait for the rewards of an existing answer, if they were asked for."""
-        if not running.originals:
+        if not running.original_scores:
             return
-        logprobs_T: dict[str, Tensor] = {}
-        for plan in self._lineup.hosts:
-            scores = self._wait(running.originals[plan.name])
-            logprobs_T |= dict(zip((role.name for role in plan.roles), scores, strict=True))
-        running.originals.clear()
-        rewards = [float(reward_T.sum()) for reward_T in token_rewards(self._lineup.principals, logprobs_T)]
+        outputs_T: dict[str, Tensor] = {}
+        for plan in self._topology.hosts:
+            scores_RT = self._wait(running.original_scores[plan.name])
+            outputs_T |= dict(zip((role.name for role in plan.roles), scores_RT, strict=True))
+        running.original_scores.clear()
+        rewards = [float(reward_T.sum()) for reward_T in token_rewards(self._topology.principals, outputs_T)]
         # an answer that is too long for a reward model cannot be compared
         running.original_rewards = rewards if all(map(math.isfinite, rewards)) else None
 
     def resize(self, num_slots: int) -> None:
         """Have every host forget its rows and hold another number of them."""
-        for reply in [host.submit("resize", num_slots) for host in self.hosts.values()]:
+        for reply in [client.resize(num_slots) for client in self.hosts.all]:
             reply.result()
 
-    @property
-    def _is_alone(self) -> bool:
-        return len(self._lineup.hosts) == 1
+    def _advance(self, at: Position, group: Group, *, first: int) -> list[Reply[None]]:
+        """Ask the hosts from the `first` on to advance and nothing else."""
+        pairs = list(zip(self._topology.hosts, self.hosts.all, strict=True))[first:]
+        return [client.advance(at, self._step(plan, group)) for plan, client in pairs]
 
-    def _submit_step(
-        self, plan: HostPlan, method: str, at: Position, group: Group, *args: Any, **kwargs: Any
-    ) -> Reply:
-        """Call a method that begins a step, with what is new."""
+    def _sample(
+        self,
+        sampler: SamplingClient,
+        at: Position,
+        group: Group,
+        slots: Sequence[int],
+        terms: Sequence[Terms],
+        uniforms: Sequence[float],
+    ) -> Reply[list[TokenOutcome]]:
+        return sampler.advance_and_sample(at, self._step(self._topology.hosts[0], group), slots, terms, uniforms)
+
+    def _solve(
+        self,
+        proposal: Reply[Candidates],
+        values: Sequence[Reply[Tensor]],
+        terms: Sequence[Terms],
+        uniforms: Sequence[float],
+    ) -> list[TokenOutcome]:
+        """Wait for candidates and values, then solve the games and draw."""
+        candidates = self._wait(proposal)
+        base, *others = self._topology.hosts
+        outputs_BK = by_role(base.roles, candidates.role_logprobs_BRK)
+        for plan, reply in zip(others, values, strict=True):
+            values_BRK = self._wait(reply).to(candidates.base_logprobs_BK.device)
+            outputs_BK |= by_role(plan.roles, values_BRK)
+        rewards = token_rewards(self._topology.principals, outputs_BK)
+        started_s = time.perf_counter()
+        outcomes = solve_and_sample(self._options, candidates, rewards, terms, uniforms).outcomes(terms)
+        self.solve_s += time.perf_counter() - started_s
+        return outcomes
+
+    def _needs_proposal(self, plan: HostPlan) -> bool:
+        """Whether a host must be sent the candidates: whole vocabularies need not travel to language models."""
+        return self._options.num_candidates is not None or plan.is_reward_model
+
+    def _step(self, plan: HostPlan, group: Group) -> Step:
+        """What is new for a host."""
         stepping = group.stepping
         tokens = [group.running[slot].newest_token for slot in stepping]
         admissions = [self._admission(plan, slot, group.running[slot], part) for slot, part in group.parts.items()]
-        step = Step(admissions, stepping, tokens)
-        return self.hosts[plan.name].submit(method, at, step, *args, **kwargs)
-
-    def _ask_values(
-        self, at: Position, rows: Sequence[RunningRow], slots: Sequence[int], proposal: Reply
-    ) -> list[Reply]:
-        """Ask the hosts beside the base's for their values at the candidates of a proposal on its way."""
-        num_tokens = [len(row.tokens) for row in rows]
-        candidates = None if num_candidates(self._decoding) is None else proposal
-        return [
-            ask_rewards(self.hosts[plan.name], plan.scorings, at, slots, num_tokens, proposal)
-            if plan.scorings
-            else self.hosts[plan.name].submit("logprobs_at", at, slots, candidates)
-            for plan in self._lineup.hosts[1:]
-        ]
+        return Step(admissions, stepping, tokens)
 
     def _admission(self, plan: HostPlan, slot: int, running: RunningRow, part: int) -> Admission:
         """A part of the row's prompts, with the tokens that it kept if it is admitted again."""
-        prompts = self._prompts_for(plan.name, running)
-        is_last = part + 1 == running.num_parts
-        if plan.scorings:
-            return Admission(slot, prompts, running.heads, part, is_last, running.tokens)
-        prompts = {role: [*prompt, *running.tokens] for role, prompt in prompts.items()}
-        return Admission(slot, prompts, running.heads, part, is_last)
+        return Admission(
+            slot,
+            self._prompts_for(plan.name, running),
+            running.shared_prefixes,
+            part,
+            is_last=part + 1 == running.num_parts,
+            # a copy: the row draws more while the message is under way
+            answer=tuple(running.tokens),
+            weights=running.terms.weights,
+        )
 
-    def _prompts_for(self, host: str, running: RunningRow) -> dict[str, Sequence[int]]:
-        return {name: running.prompts[name] for name, role in self._lineup.roles.items() if role.host == host}
+    def _prompts_for(self, host: str, running: RunningRow) -> Mapping[str, Sequence[int]]:
+        return {name: running.prompts[name] for name, role in self._topology.roles.items() if role.host == host}
 
-    def _gather_rewards(self, call: Call, proposal: Candidates) -> list[Tensor]:
-        """Every principal's q [B, K] in nats at the candidates, from all hosts at once."""
-        base, *others = self._lineup.hosts
-        num_tokens = [len(row.tokens) for row in call.rows]
-        logprobs_BK = by_role(base.roles, proposal.role_logprobs_BRK)
-        for plan, reply in zip(others, call.values, strict=True):
-            values = self._wait(reply)
-            if plan.scorings:
-                values = spread_rewards(values, plan.scorings, num_tokens, proposal)
-            logprobs_BK |= by_role(plan.roles, values.to(proposal.base_logprobs_BK.device))
-        return token_rewards(self._lineup.principals, logprobs_BK)
-
-    def _wait(self, reply: Reply) -> Any:
+    def _wait(self, reply: Reply[T]) -> T:
         started_s = time.perf_counter()
-        answer = reply.result()
+        value = reply.result()
         self.wait_s += time.perf_counter() - started_s
-        return answer
+        return value

@@ -1,11 +1,11 @@
 """The decoding loop: rows in, records out, whatever runs the hosts.
 
 A step of a group: collect the drawn tokens, end rows, refill the slots that became free, send what is new to all
-hosts. Two groups alternate, so that hosts compute one group while the other's games are played; a lone host, which
-plays by itself, is sent the next step before the tokens of the last are there.
+hosts. Two groups alternate, so that hosts compute one group while the other's games are solved; a lone host, which
+samples by itself, is sent the next step before the tokens of the last one are there.
 
-Rows own their tokens and draws, so whatever a host loses costs time and never a result: the rows under way are taken
-back into the queue and begin again. Nothing of a step is applied before all of its answers are there.
+Rows own their tokens and draws, so whatever a host loses costs time and never a result: the running rows go back into
+the queue and begin again. Nothing of a step is applied before all of its answers are there.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from pipeline.config.variants import Variant
 from pipeline.engine.calls import HostCalls
 from pipeline.engine.prompts import Prompter
 from pipeline.engine.recovery import MAX_LOSSES_IN_A_ROW
-from pipeline.engine.row_state import RunningRow, Terms, TokenOutcome
+from pipeline.engine.row_state import RunningRow
 from pipeline.engine.scheduler import Call, Group, Slots
 from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
 from pipeline.monitoring.counts import Recoveries
-from pipeline.protocol.clients import Hosts
+from pipeline.protocol.hosts import Hosts
+from pipeline.protocol.messages import Terms, TokenOutcome
+from pipeline.protocol.topology import Topology
 from pipeline.records import Record, Row
-from pipeline.runtime.topology import Topology
 from pipeline.sampling.draws import Uniforms
 
 
@@ -36,7 +37,8 @@ class _Encoded:
 
     row: Row | None = None
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    heads: Mapping[str, int] = field(default_factory=dict)
+    shared_prefixes: Mapping[str, int] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
 
 
 class Engine:
@@ -44,15 +46,13 @@ class Engine:
 
     Args:
         topology: roles and principals.
-        hosts: clients by host name.
+        hosts: their clients.
         prompter: token ids of prompts and text of answers.
         decoding: candidates, temperature of the draw, limits.
         variants: the ways to answer a row.
         num_slots: rows at once; as many as every host has.
         num_groups: groups that alternate; 2 hides the coordinator's work behind the hosts'.
-        runs_ahead: whether a step is sent before the tokens of the last one are there, which hides the coordinator's
-            work behind a lone host's, that draws the tokens itself; a row that ends is noticed a step later.
-        max_failures: hosts that may fail in a row, no row being finished in between.
+        max_failures: hosts that may fail in a row, while no row is finished in between.
         loaded_slots: slots of a host that was just started, where it is another number.
     """
 
@@ -66,12 +66,11 @@ class Engine:
         *,
         num_slots: int,
         num_groups: int = 1,
-        runs_ahead: bool = False,
         max_failures: int = 20,
         loaded_slots: int | None = None,
     ) -> None:
-        self._lineup = topology
-        self._calls = HostCalls(topology, hosts, prompter, decoding)
+        self._topology = topology
+        self._calls = HostCalls(topology, hosts, prompter, decoding.sampling)
         self._prompter = prompter
         self._decoding = decoding
         self._variants = variants
@@ -79,10 +78,9 @@ class Engine:
         is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
         self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
         self._not_finite = "the rewards or the base's logits are not finite"
-        if any(plan.scorings for plan in topology.hosts):
+        if any(plan.is_reward_model for plan in topology.hosts):
             self._not_finite += ", or the text is longer than the context of a reward model"
-        assert not runs_ahead or len(topology.hosts) == 1, "tokens are drawn here where hosts are several"
-        self._num_ahead = int(runs_ahead)
+        self._num_ahead = int(hosts.runs_ahead)
         self._loaded_slots = loaded_slots or num_slots
         self._max_failures = max_failures
         self._failures_in_a_row = self._losses_in_a_row = 0
@@ -102,9 +100,9 @@ class Engine:
         return self._slots.num_slots
 
     @property
-    def has_room(self) -> bool:
+    def wants_row(self) -> bool:
         """Whether a free slot waits for a row."""
-        return self._slots.has_room
+        return self._slots.wants_row
 
     @property
     def num_waiting(self) -> int:
@@ -150,15 +148,15 @@ class Engine:
         return ended
 
     def recover(self, hosts: Hosts, error: HostError) -> None:
-        """Go on with other hosts after a failure: the rows under way begin again; one that fails again and again,
+        """Go on with other hosts after a failure: the running rows begin again; one whose host fails again and again,
         alone at last, is rejected. Raises CageError after `max_failures` without a finished row."""
         self._calls.hosts = hosts
         self.recoveries += Recoveries(hosts_failed=1)
         self._failures_in_a_row += 1
         self._losses_in_a_row = 0
-        culprit = self._slots.isolation.host_failed(self._slots.take_back())
-        if culprit is not None:
-            self._refuse(culprit, f"its host failed whenever it was decoded, alone at last: {error}")
+        poison = self._slots.isolation.host_failed(self._slots.take_back())
+        if poison is not None:
+            self._reject(poison, f"its host failed whenever it was decoded, alone at last: {error}")
         if self._failures_in_a_row > self._max_failures:
             raise CageError(f"{self._failures_in_a_row} hosts failed and no row was finished in between; {error}")
         if self._slots.num_slots != self._loaded_slots:
@@ -178,17 +176,17 @@ class Engine:
         rows = self._slots.halve()
         if was_alone:
             for row in rows:
-                self._refuse(row, "its host has no memory for it even when it is decoded alone")
+                self._reject(row, "its host has no memory for it even when it is decoded alone")
         self._calls.resize(self._slots.num_slots)
 
-    def _refuse(self, running: RunningRow, reason: str) -> None:
+    def _reject(self, running: RunningRow, reason: str) -> None:
         """Reject a row that waits to begin again."""
         self._slots.queue.remove(running)
         self._ended.append(running.rejected(reason))
 
     def _begin(self, row: Row, variant: int, sample: int) -> RunningRow:
         way = self._variants[variant]
-        weights = way.weights or {**self._lineup.weights, **(row.weights or {})}
+        weights = way.weights or {**self._topology.weights, **(row.weights or {})}
         return RunningRow(
             row=row,
             sample=sample,
@@ -203,13 +201,16 @@ class Engine:
         """Give the row its prompts. Raises RowError where it cannot be read."""
         if running.row.error is not None:
             raise RowError(running.row.error)
-        if running.row is not self._newest.row:  # answers to one row come one after another and share its prompts
-            prompts = self._prompter.encode(running.row.messages)
-            self._newest = _Encoded(running.row, prompts, self._prompter.heads(running.row.messages, prompts))
-        running.prompts, running.heads = self._newest.prompts, self._newest.heads
-        room = self._prompter.room(running.prompts)
+        # answers to one row come one after another and share its prompts, unless those depend on their weights
+        weights = running.terms.weights if self._topology.takes_weights else ()
+        if running.row is not self._newest.row or weights != self._newest.weights:
+            messages = running.row.messages
+            prompts = self._prompter.encode(messages, dict(zip(self._names, running.terms.weights, strict=True)))
+            self._newest = _Encoded(running.row, prompts, self._prompter.shared_prefixes(messages, prompts), weights)
+        running.prompts, running.shared_prefixes = self._newest.prompts, self._newest.shared_prefixes
+        left = self._prompter.context_left(running.prompts)
         limit = self._decoding.max_new_tokens
-        running.max_tokens = min(each for each in (limit, room, running.row.max_new_tokens) if each is not None)
+        running.max_tokens = min(each for each in (limit, left, running.row.max_new_tokens) if each is not None)
 
     def _launch(self, group: Group) -> Call | None:
         """Fill free slots from the queue and send the hosts what is new."""
@@ -220,7 +221,7 @@ class Engine:
         at, group.next = group.next, group.next.after
         call = self._calls.advance(at, group)
         for running in call.rows:
-            running.num_coming += 1
+            running.num_pending += 1
         for running in group.end_step():
             self._calls.score_original(running)
         self.num_steps += 1
@@ -270,7 +271,7 @@ def decode_rows(
     waiting = ((row, *answer) for row in rows for answer in product(range(num_variants), range(num_samples)))
     exhausted = False
     while not (exhausted and engine.is_idle):
-        while engine.has_room and not exhausted:
+        while engine.wants_row and not exhausted:
             job = next(waiting, None)
             exhausted = job is None
             if job is not None:

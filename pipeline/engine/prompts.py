@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.errors import RowError
+from pipeline.protocol.topology import BASE, Role, Topology
 from pipeline.records import Message
-from pipeline.runtime.topology import BASE, Role, Topology
 
-HEADS_KEPT = 4096
+PREFIXES_KEPT = 4096
 
 
-class Prompter:
-    """Renders and encodes prompts, one way per role.
+class Prompter(Protocol):
+    """What the engine asks about prompts and answers. `ChatPrompter` is the one that reads conversations."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+
+    def encode(self, messages: Sequence[Message], weights: Mapping[str, float]) -> Mapping[str, Sequence[int]]:
+        """Token ids of the prompt by role name; `weights` are the row's, by principal.
+
+        Raises RowError where a role cannot read the prompt.
+        """
+
+    def shared_prefixes(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """By role, how many first tokens the prompt has in common with every other prompt of its system message."""
+
+    def context_left(self, prompts: Mapping[str, Sequence[int]]) -> int | None:
+        """Tokens that fit after the prompt in every role's context; None: no limit."""
+
+    def encode_answer(self, text: str) -> Sequence[int]:
+        """Token ids of an existing answer, ended like a finished one."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of an answer without special tokens."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special ones by name."""
+
+
+class ChatPrompter:
+    """Renders conversations by chat templates and encodes them, one way per role.
 
     Args:
         topology: the roles.
-        tokenizers: by host name; all hold the same vocabulary.
+        tokenizers: by host name; all hold the same vocabulary, but for those of reward models.
         context_lengths: by host name, in tokens; None where the model states none.
         stop_ids: token ids that end an answer.
     """
@@ -33,12 +62,21 @@ class Prompter:
         self._tokenizers = tokenizers
         self._context_lengths = context_lengths
         self._base = tokenizers[BASE]
-        self._heads: dict[tuple[str, str | None], list[int]] = {}
-        self.stop_ids = stop_ids
+        self._prefixes: dict[tuple[str, str | None], list[int]] = {}
+        self._stop_ids = stop_ids
 
-    def encode(self, messages: Sequence[Message]) -> dict[str, list[int]]:
-        """Token ids of the prompt by role name. Raises RowError where a prompt cannot be read by a role."""
-        prompts = {name: self._encode_role(role, messages) for name, role in self._roles.items()}
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        return self._stop_ids
+
+    def encode(self, messages: Sequence[Message], weights: Mapping[str, float]) -> dict[str, list[int]]:
+        """Token ids of the prompt by role name; `weights` are in scope of the templates of roles that take them.
+
+        Raises:
+            RowError: a template refuses the messages, or a prompt is empty or longer than its role's context.
+        """
+        prompts = {name: self._encode_role(role, messages, weights) for name, role in self._roles.items()}
         for name, ids in prompts.items():
             limit = self._context_lengths[self._roles[name].host]
             if not ids:
@@ -49,35 +87,41 @@ class Prompter:
                 )
         return prompts
 
-    def heads(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """By role, how many first tokens the prompt has in common with every other prompt of its system message."""
-        system = messages[0]["content"] if messages[0]["role"] == "system" else None
-        return {name: _num_common(self._head(self._roles[name], system), ids) for name, ids in prompts.items()}
+    def shared_prefixes(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """By role, how many first tokens the prompt has in common with every other prompt of its system message.
 
-    def _head(self, role: Role, system: str | None) -> list[int]:
+        None are shared by a role whose template reads the row's weights: other rows have others.
+        """
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        return {
+            name: 0 if self._roles[name].takes_weights else _num_common(self._prefix(self._roles[name], system), ids)
+            for name, ids in prompts.items()
+        }
+
+    def _prefix(self, role: Role, system: str | None) -> list[int]:
         """What two short prompts with this system message begin with."""
         key = (role.name, system)
-        if key not in self._heads:
+        if key not in self._prefixes:
             before = [] if system is None else [{"role": "system", "content": system}]
             try:
                 first, second = (
-                    self._encode_role(role, [*before, {"role": "user", "content": text}]) for text in ("a", "1")
+                    self._encode_role(role, [*before, {"role": "user", "content": text}], {}) for text in ("a", "1")
                 )
             except RowError:
                 first = second = []
-            if len(self._heads) >= HEADS_KEPT:
-                self._heads.clear()
-            self._heads[key] = first[: _num_common(first, second)]
-        return self._heads[key]
+            if len(self._prefixes) >= PREFIXES_KEPT:
+                self._prefixes.clear()
+            self._prefixes[key] = first[: _num_common(first, second)]
+        return self._prefixes[key]
 
-    def room(self, prompts: Mapping[str, Sequence[int]]) -> int | None:
+    def context_left(self, prompts: Mapping[str, Sequence[int]]) -> int | None:
         """Tokens that fit after the prompt in every role's context; None: no limit."""
-        rooms = [
+        left = [
             limit - len(ids)
             for name, ids in prompts.items()
             if (limit := self._context_lengths[self._roles[name].host]) is not None
         ]
-        return min(rooms, default=None)
+        return min(left, default=None)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an existing answer, ended like a finished one."""
@@ -93,7 +137,7 @@ class Prompter:
         """One token as text, special ones by name."""
         return str(self._base.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _encode_role(self, role: Role, messages: Sequence[Message]) -> list[int]:
+    def _encode_role(self, role: Role, messages: Sequence[Message], weights: Mapping[str, float]) -> list[int]:
         tokenizer = self._tokenizers[role.host]
         template = role.chat_template or tokenizer.chat_template or self._base.chat_template
         if template is None:
@@ -107,6 +151,7 @@ class Prompter:
                 tokenize=False,
                 add_generation_prompt=True,
                 principle=role.principle or "",
+                **({"weights": dict(weights)} if role.takes_weights else {}),
             )
         except Exception as error:  # Jinja runs the template's own code: any error is the row's
             raise RowError(f"the chat template of {role.name} refused the messages: {error}") from error

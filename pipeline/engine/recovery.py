@@ -1,4 +1,4 @@
-"""What the engine does about hosts that fail: finds the row that kills its host."""
+"""What the engine does about hosts that fail: it isolates the row that kills its host."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from pipeline.engine.row_state import RunningRow
 
-MAX_LOSSES_IN_A_ROW = 5  # states lost by hosts that live, no row being finished in between
+MAX_LOSSES_IN_A_ROW = 5  # states lost by hosts that live, while no row is finished in between
 
 
 class PoisonRowIsolation:
-    """Narrows down which row kills its host.
+    """Finds the row that kills its host, by bisection.
 
-    The rows that were under way when a host failed run again, half as many at once; a row that was there at two
-    failures, alone at the last, is convicted. A host lost for another reason costs only that its rows start again.
+    The rows that were running when a host failed run again, half as many at once. A row that was there at two
+    failures, and alone at the last one, is quarantined: it is rejected. A host that was lost for another reason costs
+    only that its rows start again.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,8 @@ class PoisonRowIsolation:
         return min(self._limit, num_slots) if self._failures else num_slots
 
     def host_failed(self, rows: Sequence[RunningRow]) -> RunningRow | None:
-        """Count a failure against the rows under way; the convicted one, if any. The others are then free."""
+        """Count a failure against the rows that were running; the one to quarantine, if any, which clears the
+        others."""
         for row in rows:
             self._failures[row.key] = self._failures.get(row.key, 0) + 1
         if len(rows) == 1 and self._failures[rows[0].key] > 1:
@@ -36,5 +38,5 @@ class PoisonRowIsolation:
         return None
 
     def finished(self, row: RunningRow) -> None:
-        """Clear a row that ended without harm."""
+        """Clear a row that ended well."""
         self._failures.pop(row.key, None)

@@ -4,47 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from cage import Status
-from pipeline.config.sections import RuleName
 from pipeline.engine.prompts import Prompter
-from pipeline.protocol.clients import Reply
-from pipeline.protocol.messages import CHUNK, DRAWN, num_parts
+from pipeline.protocol.hosts import Reply
+from pipeline.protocol.messages import CHUNK, DRAWN, Terms, TokenOutcome, num_parts
 from pipeline.records import FinishReason, Record, Row, TokenTrace
 from pipeline.sampling.draws import Uniforms
 
-
-@dataclass(frozen=True, slots=True)
-class TokenOutcome:
-    """What one step gave one row. Numbers in nats, by principal where plural; `num_steps` is the solver's count."""
-
-    token_id: int
-    rewards: Sequence[float]
-    payments: Sequence[float] | None
-    thresholds: Sequence[float] | None
-    base_logprob: float
-    logprob: float
-    kl: float
-    covered_mass: float
-    residual: float
-    status: int
-    num_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """By what a row's games are decided; `weights` by principal, in their order."""
-
-    rule: RuleName
-    agent_temperature: float
-    weights: tuple[float, ...]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True)
 class RunningRow:
-    """A row in a slot. `originals` are the scores of an existing answer on their way, by host.
+    """A row in a slot, or waiting for one.
 
-    `num_coming` tokens were asked for and are not there yet.
+    Args:
+        row: the input.
+        sample, variant: which of the row's answers this is.
+        principal_names: in the principals' order.
+        terms: what its games are decided by.
+        uniforms: its draws.
+        prompts: token ids by role.
+        shared_prefixes: by role, how many first tokens other prompts begin with as well.
+        max_tokens: the answer's limit.
+        num_pending: tokens that were asked for and are not there yet.
+        original_scores: the outputs for an existing answer, by host, while they are on their way.
+        tokens, outcomes: drawn so far.
+        original_rewards: of the existing answer, by principal, once they are known.
     """
 
     row: Row
@@ -54,10 +43,10 @@ class RunningRow:
     terms: Terms
     uniforms: Uniforms
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    heads: Mapping[str, int] = field(default_factory=dict)
+    shared_prefixes: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 0
-    num_coming: int = 0
-    originals: dict[str, Reply] = field(default_factory=dict)
+    num_pending: int = 0
+    original_scores: dict[str, Reply[Tensor]] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     outcomes: list[TokenOutcome] = field(default_factory=list)
     original_rewards: list[float] | None = None
@@ -69,17 +58,17 @@ class RunningRow:
     @property
     def uniform(self) -> float:
         """The draw of the next token to ask for."""
-        return self.uniforms.at(len(self.tokens) + self.num_coming)
+        return self.uniforms.at(len(self.tokens) + self.num_pending)
 
     @property
     def newest_token(self) -> int:
-        """What the next step begins with; DRAWN while the host alone knows it."""
-        return DRAWN if self.num_coming else self.tokens[-1]
+        """What the next step begins with; DRAWN while only the host knows it."""
+        return DRAWN if self.num_pending else self.tokens[-1]
 
     @property
     def is_at_its_end(self) -> bool:
-        """Whether the tokens that are coming are the last that there may be."""
-        return len(self.tokens) + self.num_coming >= self.max_tokens
+        """Whether the pending tokens are the last that there may be."""
+        return len(self.tokens) + self.num_pending >= self.max_tokens
 
     @property
     def num_parts(self) -> int:
@@ -93,14 +82,14 @@ class RunningRow:
 
     def restart(self, *, keeps_tokens: bool) -> None:
         """Prepare to be admitted again. Draws are keyed by the step, so the same tokens come again."""
-        self.originals.clear()
-        self.num_coming = 0
+        self.original_scores.clear()
+        self.num_pending = 0
         if not keeps_tokens:
             self.tokens.clear()
             self.outcomes.clear()
 
     def append(self, outcome: TokenOutcome) -> None:
-        self.num_coming -= 1
+        self.num_pending -= 1
         self.tokens.append(outcome.token_id)
         self.outcomes.append(outcome)
 

@@ -9,26 +9,29 @@ from dataclasses import dataclass, field
 
 from pipeline.engine.recovery import PoisonRowIsolation
 from pipeline.engine.row_state import RunningRow
-from pipeline.protocol.clients import Reply
-from pipeline.protocol.messages import Position
+from pipeline.protocol.hosts import Reply
+from pipeline.protocol.messages import Position, TokenOutcome
 
 PROMPT_TOKENS_A_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Call:
-    """What is under way for a group: the slots in the order of the batch, their rows, and the hosts' replies.
+    """What is under way for a group.
 
-    `answer` is the tokens, or the base's candidates; there is none where no row runs yet: long prompts take several
-    steps. `values` are the other hosts' at the candidates.
+    Args:
+        at: the position that it brings the hosts to.
+        slots: that get a token, in the order of the batch; none where only prompts are read.
+        rows: their rows.
+        advanced: the replies of hosts that were asked to advance and nothing else.
+        outcomes: what the step gives each row.
     """
 
     at: Position
     slots: list[int]
     rows: list[RunningRow]
-    advanced: list[Reply]
-    answer: Reply | None
-    values: list[Reply]
+    advanced: list[Reply[None]]
+    outcomes: Reply[list[TokenOutcome]]
 
 
 @dataclass(slots=True)
@@ -46,7 +49,7 @@ class Group:
 
     @property
     def stepping(self) -> list[int]:
-        """The slots whose rows append a token in the next step; one whose last token is coming does not."""
+        """The slots whose rows append a token in the next step; one whose last token is pending does not."""
         return [
             slot for slot in sorted(self.running) if slot not in self.parts and not self.running[slot].is_at_its_end
         ]
@@ -68,7 +71,7 @@ class Group:
         return begun
 
     def take_back(self, *, keeps_tokens: bool) -> list[RunningRow]:
-        """Empty the group and begin an epoch: the rows that were under way, ready to be admitted again."""
+        """Empty the group and begin an epoch: the rows that were running, ready to be admitted again."""
         rows = [self.running[slot] for slot in sorted(self.running)]
         for row in rows:
             row.restart(keeps_tokens=keeps_tokens)
@@ -99,9 +102,9 @@ class Slots:
         self._turn = 0
 
     @property
-    def has_room(self) -> bool:
-        """Whether a row is needed: for each free slot one, and some more, so that a slot that is freed in a step is
-        filled in the same."""
+    def wants_row(self) -> bool:
+        """Whether a row is needed: one for each free slot, and some more, so that a slot that is freed in a step is
+        filled in the same step."""
         spare = (self.num_slots + 1) // 2
         return len(self.queue) < self.isolation.limit(self.num_slots) - self._num_running + spare
 

@@ -12,7 +12,7 @@ from pipeline.engine.engine import Engine
 from pipeline.errors import CageError, HostError
 from pipeline.monitoring.counts import Counts, Recoveries
 from pipeline.monitoring.waits import waiting_for
-from pipeline.protocol.clients import Hosts
+from pipeline.protocol.hosts import Hosts
 from pipeline.records import Record, Row
 
 
@@ -45,7 +45,7 @@ class ShardOutput:
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenShard:
     """A shard under way. `num_waiting` counts admitted rows without a record."""
 
     output: ShardOutput
@@ -66,11 +66,11 @@ class ShardDecoder:
     def __init__(self, engine: Engine, *, num_variants: int = 1, num_samples: int = 1) -> None:
         self._engine = engine
         self._answers = list(product(range(num_variants), range(num_samples)))
-        self._unread: deque[_Open] = deque()
-        self._open: dict[str, _Open] = {}
+        self._unread: deque[_OpenShard] = deque()
+        self._open: dict[str, _OpenShard] = {}
         self._finished: list[ShardOutput] = []
         self._counts = Counts()
-        self._told = Recoveries()
+        self._reported = Recoveries()
 
     @property
     def counts(self) -> Counts:
@@ -88,7 +88,7 @@ class ShardDecoder:
     def add(self, index: int, rows: Iterable[Row]) -> None:
         """Queue a shard. Row ids must differ from those of all shards under way."""
         jobs = ((row, *answer) for row in rows for answer in self._answers)
-        self._unread.append(_Open(ShardOutput(index), jobs, time.monotonic()))
+        self._unread.append(_OpenShard(ShardOutput(index), jobs, time.monotonic()))
 
     def step(self) -> list[ShardOutput]:
         """Advance the engine by one step; the shards that are done. Raises HostError, after which see `recover`."""
@@ -109,7 +109,7 @@ class ShardDecoder:
 
     def _refill(self) -> None:
         """Admit rows while there is room; a shard without rows is done at once."""
-        while self._unread and self._engine.has_room:
+        while self._unread and self._engine.wants_row:
             shard = self._unread[0]
             with waiting_for(f"a row of shard {shard.output.index} of the input"):
                 job = next(shard.jobs, None)
@@ -126,9 +126,9 @@ class ShardDecoder:
             if shard.num_waiting == 0:
                 self._close(shard)
 
-    def _close(self, shard: _Open) -> None:
+    def _close(self, shard: _OpenShard) -> None:
         self._open = {row_id: other for row_id, other in self._open.items() if other is not shard}
         shard.output.seconds = time.monotonic() - shard.started_s
-        shard.output.recoveries = self._engine.recoveries - self._told
-        self._told = self._engine.recoveries
+        shard.output.recoveries = self._engine.recoveries - self._reported
+        self._reported = self._engine.recoveries
         self._finished.append(shard.output)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from pipeline.config.sections import EMBEDDED_MODEL
+from pipeline.sections import EMBEDDED_MODEL
 from pipeline.errors import ConfigurationError
 from pipeline.hub import embedded
 from pipeline.hub.huggingface import fetch_hub_adapter, fetch_hub_model, resolve_on_hub

@@ -1,56 +1,56 @@
-"""What a coordinator and its hosts say to each other. Imports nothing heavy: every process of a run reads it.
+"""What a coordinator and its hosts say to each other: frozen messages. Imports nothing heavy.
 
-B rows of a call, R roles of a host, K candidates, N those of them that are scored.
+B rows of a call, R roles of a host, K candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cage.rule_names import RuleName
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pipeline.hub.retokeniser import Retokeniser
-    from pipeline.hub.sources import AdapterSource, ModelSource
-
 
 DRAWN = -1  # stands for the token that the host itself drew for the slot
 CHUNK = 1024  # tokens of a prompt that are computed in one step; another number gives other last bits
 
 
 @dataclass(frozen=True, slots=True)
-class HostRole:
-    """One distribution that a host serves: the name by which the coordinator asks, and the LoRA adapter if any."""
-
-    name: str
-    adapter: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Admission:
-    """A part of a new row for `slot`: its prompt's token ids for each role of the host.
+    """A part of a new row: the tokens that its roles read before anything is drawn.
 
-    `heads` counts, by role, the first tokens that other prompts may share. Part n is tokens [n * CHUNK,
-    (n + 1) * CHUNK) of every prompt; with the last part the row begins to run. `answer` holds tokens that a row kept,
-    for a reward host; for others they are at the prompts' ends.
+    Part n is tokens [n * CHUNK, (n + 1) * CHUNK) of every prompt; with the last part the row begins to run.
+
+    Args:
+        slot: where the row will run.
+        prompts: token ids by role of the host.
+        shared_prefixes: by role, how many first tokens of the prompt other prompts may begin with as well.
+        part: which part this is.
+        is_last: whether it is the last one.
+        answer: tokens that the row had drawn before its host lost it, and keeps.
+        weights: the row's preference weights, for roles that take them.
     """
 
     slot: int
     prompts: Mapping[str, Sequence[int]]
-    heads: Mapping[str, int] = field(default_factory=dict)
+    shared_prefixes: Mapping[str, int] = field(default_factory=dict)
     part: int = 0
     is_last: bool = True
     answer: Sequence[int] = ()
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step brings to a host: parts of new rows' prompts, and the newest token of each running slot.
+    """What a step brings to a host.
 
-    A token may be DRAWN where the host plays.
+    Args:
+        admissions: parts of new rows' prompts.
+        slots: the running slots that append a token.
+        tokens: the newest token of each of them; DRAWN where the host itself drew it.
     """
 
     admissions: Sequence[Admission] = ()
@@ -116,46 +116,72 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True)
-class Rewards:
-    """What candidates add to a reward model's score: values [D, R, N] of the D rows that were asked for, and which of
-    a row's K candidates they belong to, [D, N]."""
+class Terms:
+    """What a row's games are decided by.
 
-    at_DN: Tensor
-    values_DRN: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class RewardSpec:
-    """How a sequence reward model scores: the index of each role's output in the order of the roles, and how it reads
-    the base's tokens where its own differ (None: they are the same)."""
-
-    labels: tuple[int, ...]
-    retokeniser: Retokeniser | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class HostSpec:
-    """All that a process needs to start a host, on any machine. Picklable.
-
-    `serves` names the principals (and "base") for error messages; weights that are not on the machine are fetched
-    into `cache_folder`. `reward` is set for a sequence reward model.
+    Args:
+        rule: which rule turns base and values into a policy.
+        agent_temperature: tau, in nats of weighted reward.
+        weights: the preference weight of each principal, in the principals' order.
     """
 
-    name: str
-    serves: tuple[str, ...]
-    source: ModelSource
-    dtype: str
-    device: str
-    roles: tuple[HostRole, ...]
-    num_slots: int
-    vocab_size: int
-    strict: bool
-    cache_folder: Path
-    adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
-    reward: RewardSpec | None = None
+    rule: RuleName
+    agent_temperature: float
+    weights: tuple[float, ...]
 
-    @property
-    def title(self) -> str:
-        """The model and whom it serves, for error messages."""
-        kind = "model" if self.reward is None else "reward model"
-        return f"{kind} {self.source.name} (for {', '.join(self.serves)})"
+
+@dataclass(frozen=True, slots=True)
+class TokenOutcome:
+    """What one step gave one row.
+
+    Args:
+        token_id: the drawn token.
+        rewards: q of the drawn token by principal, in nats.
+        payments: what each principal pays for it, in nats; None under a rule without payments.
+        thresholds: the value above which each principal pays; None likewise.
+        base_logprob, logprob: of the drawn token, under the base and under the policy that drew it.
+        kl: KL divergence of the policy to the base over the candidates, in nats.
+        covered_mass: the base's probability of all candidates.
+        residual: how far the game is from its equilibrium.
+        status: how the solve ended, a `cage.Status`.
+        num_steps: the solver's steps.
+    """
+
+    token_id: int
+    rewards: Sequence[float]
+    payments: Sequence[float] | None
+    thresholds: Sequence[float] | None
+    base_logprob: float
+    logprob: float
+    kl: float
+    covered_mass: float
+    residual: float
+    status: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """What a host did since it was loaded: passes, tokens that went through them, seconds in passes and in games."""
+
+    num_forwards: int
+    num_tokens: int
+    forward_s: float
+    solve_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """What one slot of a host takes, and what is free where the host is.
+
+    Args:
+        place: names the memory among those of all machines; hosts that share it have the same.
+        device_type: "cpu" or "cuda".
+        slot_bytes: bytes that one slot takes with rows of the asked length.
+        free_bytes: bytes that could be allocated there now.
+    """
+
+    place: str
+    device_type: str
+    slot_bytes: int
+    free_bytes: int

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config.sections import Config, Reproducibility
 from pipeline.config.variants import Variant, lay_out
-from pipeline.engine.prompts import Prompter
+from pipeline.engine.prompts import ChatPrompter, Prompter
 from pipeline.hub.descriptions import load_model_config
 from pipeline.hub.sources import ModelSource, resolve_adapter, resolve_model
 from pipeline.hub.tokenizers import (
@@ -22,16 +22,23 @@ from pipeline.hub.tokenizers import (
     stop_token_ids,
     text_config,
 )
-from pipeline.protocol.messages import HostSpec
+from pipeline.protocol.specs import GameSpec, HostSpec
+from pipeline.protocol.topology import BASE, Topology
 from pipeline.runtime.reward_specs import specify_reward
-from pipeline.runtime.topology import BASE, Topology, adapters_of, build_topology, models_of
+from pipeline.runtime.topology import adapters_of, build_topology, models_of
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A run's replica on paper. Picklable.
+    """Everything that a replica needs, without any weights. Picklable.
 
-    `hosts` are in the order of the topology's; `identities` name every model and adapter by content, by dotted place.
+    Args:
+        config: of the run.
+        topology: roles and hosts.
+        hosts: how to start each host, in the topology's order.
+        identities: every model and adapter by content, by its dotted place in the configuration.
+        prompter: encodes prompts and decodes answers.
+        variants: the ways to answer a row.
     """
 
     config: Config
@@ -68,11 +75,11 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
     tokenizers = _load_tokenizers(topology, sources)
     model_configs = {name: load_model_config(source) for name, source in sources.items()}
     stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], model_configs[BASE])
-    prompter = Prompter(
+    prompter = ChatPrompter(
         topology, tokenizers, {name: context_length(model) for name, model in model_configs.items()}, stop_ids
     )
     rewards = {
-        plan.name: specify_reward(plan, config, tokenizers, model_configs[plan.name], stop_ids)
+        plan.name: specify_reward(plan, topology, config, tokenizers, model_configs[plan.name], stop_ids)
         for plan in topology.hosts
     }
     sizes = [
@@ -82,6 +89,11 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
     ]
     vocab_size = min([len(tokenizers[BASE]), *sizes])
     adapter_of = {path: adapters[place] for place, path in adapters_of(config)}
+    variants = lay_out(config)
+    games = None
+    if len(topology.hosts) == 1:
+        rules = frozenset(variant.rule for variant in variants)
+        games = GameSpec(config.decoding.sampling, topology.principals, rules)
     hosts = tuple(
         HostSpec(
             name=plan.name,
@@ -96,18 +108,19 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
             cache_folder=cache_folder,
             adapters={name: adapter_of[path] for name, path in plan.adapters.items()},
             reward=rewards[plan.name],
+            games=games,
         )
         for plan in topology.hosts
     )
     identities = {place: model.identity for place, model in models.items()}
     identities |= {place: adapter.identity for place, adapter in adapters.items()}
-    return Assembly(config, topology, hosts, identities, prompter, lay_out(config))
+    return Assembly(config, topology, hosts, identities, prompter, variants)
 
 
 def _load_tokenizers(topology: Topology, sources: Mapping[str, ModelSource]) -> dict[str, Any]:
     """Every host's tokenizer, once each is known to hold the base's tokens; a reward model may have its own."""
     tokenizers = {plan.name: load_tokenizer(sources[plan.name]) for plan in topology.hosts}
     for plan in topology.hosts[1:]:
-        if not plan.scorings:
+        if not plan.is_reward_model:
             compare_tokenizers(tokenizers[BASE], tokenizers[plan.name], BASE, f"{plan.name} ({plan.model.model})")
     return tokenizers

@@ -1,4 +1,6 @@
-"""One step's games: from log-probabilities at the candidates to one drawn token a row.
+"""Value, solve, draw: from the outputs of all roles at the candidates to one drawn token per row.
+
+The same functions serve the coordinator, a lone host, a captured CUDA graph and the logits processor.
 
 B rows, J principals, R roles of a host, K candidates.
 """
@@ -14,49 +16,45 @@ import torch
 from torch import Tensor
 
 import cage
-from pipeline.config.sections import DecodingConfig, RuleName
-from pipeline.engine.row_state import Terms, TokenOutcome
-from pipeline.protocol.messages import Candidates, HostRole
-from pipeline.runtime.topology import PrincipalPlan
+from cage.rule_names import RuleName
+from pipeline.principals.kinds import KINDS
+from pipeline.protocol.messages import Candidates, Terms, TokenOutcome
+from pipeline.protocol.specs import SamplingOptions
+from pipeline.protocol.topology import HostRole, PrincipalPlan
 from pipeline.sampling.draws import draw
 
-FLOAT64_CANDIDATES = 1024  # games up to this size are solved in float64, larger ones in float32
+# Games up to this size are solved in float64: over some hundred tokens it costs little, and the tails of log-ratios
+# need the digits. Larger ones, whole vocabularies, are solved in float32.
+FLOAT64_CANDIDATES = 1024
 
 
-def num_candidates(decoding: DecodingConfig) -> int | None:
-    """How many of the base's tokens take part; None: all."""
-    return None if decoding.candidates == "all" else decoding.candidates
+def by_role(roles: Sequence[HostRole], outputs_BRK: Tensor) -> dict[str, Tensor]:
+    """The outputs [B, K] of each role by its name."""
+    return {role.name: outputs_BRK[:, index] for index, role in enumerate(roles)}
 
 
-def by_role(roles: Sequence[HostRole], logprobs_BRK: Tensor) -> dict[str, Tensor]:
-    """The log-probabilities [B, K] of each role by its name."""
-    return {role.name: logprobs_BRK[:, index] for index, role in enumerate(roles)}
-
-
-def token_rewards(principals: Sequence[PrincipalPlan], logprobs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Each principal's q in nats, in float64, from its roles' log-probabilities (of any one shape)."""
-    rewards = []
-    for principal in principals:
-        reward = logprobs[principal.tuned].double()
-        if principal.reference is not None:
-            reward = reward - logprobs[principal.reference].double()
-        rewards.append(reward)
-    return rewards
+def token_rewards(principals: Sequence[PrincipalPlan], outputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Value: each principal's q in nats, in float64, from the outputs of its roles (of any one shape)."""
+    return [
+        KINDS[principal.kind].rewards({part: outputs[role] for part, role in principal.roles.items()})
+        for principal in principals
+    ]
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
-    """What a step gave each row, where it was computed; `numbers_BC` holds it in columns.
+class SampledStep:
+    """What a step gave each row, where it was computed; one tensor, so that a GPU hands it over in one copy.
 
-    The columns: token id, base and final log-probability, KL, covered mass, residual, status, steps, then for every
-    principal its reward, its payment and its threshold. float64 holds each of them exactly.
+    Args:
+        numbers_BC: the columns token id, base and final log-probability, KL, covered mass, residual, status, steps;
+            then the rewards of all principals, their payments, their thresholds. float64 holds each of them exactly.
     """
 
     numbers_BC: Tensor
 
     STATUS: ClassVar[int] = 6
     NUM_STEPS: ClassVar[int] = 7
-    NUM_ALONE: ClassVar[int] = 8
+    NUM_COMMON: ClassVar[int] = 8  # columns before those by principal
 
     @property
     def token_ids(self) -> Tensor:
@@ -64,13 +62,13 @@ class Played:
         return self.numbers_BC[:, 0].long()
 
     def outcomes(self, terms: Sequence[Terms]) -> list[TokenOutcome]:
-        """The same for each row; waits for a GPU. Rules other than the equilibrium pay nothing."""
+        """The same row by row; waits for a GPU. Payments and thresholds are those of rules that pay."""
         outcomes = []
         for row, each in zip(self.numbers_BC.tolist(), terms, strict=True):
-            token, base, final, kl, covered, residual, status, num_steps = row[: self.NUM_ALONE]
-            by_principal = row[self.NUM_ALONE :]
+            token, base, final, kl, covered, residual, status, num_steps = row[: self.NUM_COMMON]
+            by_principal = row[self.NUM_COMMON :]
             count = len(by_principal) // 3
-            pays = each.rule is RuleName.EQUILIBRIUM
+            pays = each.rule.pays
             outcomes.append(
                 TokenOutcome(
                     token_id=int(token),
@@ -89,32 +87,43 @@ class Played:
         return outcomes
 
 
-def play(
-    decoding: DecodingConfig,
+@dataclass(frozen=True, slots=True)
+class SolvedStep:
+    """The games of a step and what their rules decided.
+
+    Args:
+        game: base and values over the candidates, in the type of the game.
+        rewards_BJK: q by principal, before weights.
+        decision: policy, thresholds and how the solve ended.
+    """
+
+    game: cage.Game
+    rewards_BJK: Tensor
+    decision: cage.rules.Decision
+
+
+def solve_and_sample(
+    options: SamplingOptions,
     proposal: Candidates,
     rewards: Sequence[Tensor],
     terms: Sequence[Terms],
     uniforms: Sequence[float],
-) -> Played:
-    """Solve every row's game over the candidates by the row's rule and draw its token.
+) -> SampledStep:
+    """Solve every row's game by the row's rule and draw its token.
 
-    `rewards` holds q [B, K] by principal, `terms` and `uniforms` one a row.
+    Args:
+        options: temperature and nucleus of the draw.
+        proposal: the base's candidates.
+        rewards: q [B, K] by principal.
+        terms, uniforms: by row.
     """
     if proposal.base_logprobs_BK.shape[1] <= FLOAT64_CANDIDATES:
         # a CPU is done with so few numbers before a GPU has begun with its many small steps
         proposal, rewards = proposal.cpu(), [reward.cpu() for reward in rewards]
-    device = proposal.base_logprobs_BK.device
-    rules = [each.rule for each in terms]
-    temperatures = [each.agent_temperature for each in terms]
-    is_shared = len(set(temperatures)) == 1
     base_BK, rewards_BJK = as_game(proposal, rewards)
-    as_numbers = partial(torch.tensor, dtype=base_BK.dtype, device=device)
-    weights_BJ = as_numbers([each.weights for each in terms]).view(len(terms), len(rewards))
-    values_BJK = weights_BJ[..., None] * rewards_BJK
-    game = cage.Game(base_BK, values_BJK, temperatures[0] if is_shared else as_numbers(temperatures))
-    decision = _decide(game, weights_BJ, rules)
-    uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=device)
-    return drawn(decoding, proposal, game, rewards_BJK, decision, uniforms_B)
+    solved = solve(base_BK, rewards_BJK, terms)
+    uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=base_BK.device)
+    return sample(options, proposal, solved, uniforms_B)
 
 
 def as_game(proposal: Candidates, rewards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -127,17 +136,22 @@ def as_game(proposal: Candidates, rewards: Sequence[Tensor]) -> tuple[Tensor, Te
     return base_BK, torch.stack([*rewards], 1).to(dtype)
 
 
-def drawn(
-    decoding: DecodingConfig,
-    proposal: Candidates,
-    game: cage.Game,
-    rewards_BJK: Tensor,
-    decision: cage.rules.Decision,
-    uniforms_B: Tensor,
-) -> Played:
+def solve(base_BK: Tensor, rewards_BJK: Tensor, terms: Sequence[Terms]) -> SolvedStep:
+    """Let every row's rule turn its base and its weighted rewards into a policy."""
+    as_numbers = partial(torch.tensor, dtype=base_BK.dtype, device=base_BK.device)
+    temperatures = [each.agent_temperature for each in terms]
+    is_shared = len(set(temperatures)) == 1
+    weights_BJ = as_numbers([each.weights for each in terms]).view(len(terms), rewards_BJK.shape[1])
+    values_BJK = weights_BJ[..., None] * rewards_BJK
+    game = cage.Game(base_BK, values_BJK, temperatures[0] if is_shared else as_numbers(temperatures))
+    return SolvedStep(game, rewards_BJK, _decide(game, weights_BJ, [each.rule for each in terms]))
+
+
+def sample(options: SamplingOptions, proposal: Candidates, solved: SolvedStep, uniforms_B: Tensor) -> SampledStep:
     """Draw a token of each row's policy, and say what it cost. Asks the device nothing."""
+    game, rewards_BJK, decision = solved.game, solved.rewards_BJK, solved.decision
     log_policy_BK, base_BK = decision.log_policy, game.base_logprobs
-    drawn_B1 = draw(log_policy_BK, uniforms_B, temperature=decoding.temperature, top_p=decoding.top_p)[:, None]
+    drawn_B1 = draw(log_policy_BK, uniforms_B, temperature=options.temperature, top_p=options.top_p)[:, None]
     at_BJ1 = drawn_B1[:, None].expand(-1, game.num_principals, 1)
     thresholds_BJ = decision.thresholds
     if thresholds_BJ is None:
@@ -157,13 +171,13 @@ def drawn(
         *paid_BJ.unbind(1),
         *thresholds_BJ.unbind(1),
     ]
-    return Played(torch.stack([column.double() for column in columns], 1))
+    return SampledStep(torch.stack([column.double() for column in columns], 1))
 
 
 def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> cage.rules.Decision:
     """Let every row's rule decide it; thresholds are NaN in the rows whose rule has none."""
     if len(set(rules)) == 1:
-        return cage.rules.by_name[rules[0].value](game, weights_BJ)
+        return cage.rules.by_name[rules[0]](game, weights_BJ)
     decision = cage.rules.Decision(
         log_policy=torch.empty_like(game.base_logprobs),
         thresholds=torch.full_like(weights_BJ, torch.nan),
@@ -172,8 +186,8 @@ def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> c
         num_steps=torch.empty_like(game.base_logprobs[:, 0], dtype=torch.int32),
     )
     for rule in dict.fromkeys(rules):
-        at_R = torch.tensor([row for row, other in enumerate(rules) if other is rule], device=weights_BJ.device)
-        part = cage.rules.by_name[rule.value](
+        at_R = torch.tensor([row for row, other in enumerate(rules) if other == rule], device=weights_BJ.device)
+        part = cage.rules.by_name[rule](
             cage.Game(game.base_logprobs[at_R], game.values[at_R], game.row_temperatures[at_R]), weights_BJ[at_R]
         )
         for name in ("log_policy", "thresholds", "residual", "status", "num_steps"):

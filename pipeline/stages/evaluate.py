@@ -1,4 +1,4 @@
-"""The evaluation: decode a grid, judge the answers, compare the rules. Each stage continues where it stopped."""
+"""The evaluation job: decode a grid, judge the answers, compare the rules. Each stage continues where it stopped."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
 
 METRICS = "metrics.json"
-VERSION = 1  # raise it when metrics.json is made in another way
+VERSION = 1  # raise it when the same scores give another metrics.json
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A finished evaluation: its run, metrics.json as a tree, and whether there was anything to do."""
+    """A finished evaluation.
+
+    Args:
+        run: its run.
+        metrics: what metrics.json holds.
+        was_run: whether anything was decoded, judged or computed; False where all of it was there.
+    """
 
     run: Run
     metrics: dict[str, Any]
@@ -43,12 +49,19 @@ def evaluate(
     is_verbose: bool = False,
     may_begin_beside: bool = False,
 ) -> Evaluation:
-    """Start or continue an evaluation and bring it to its end; `may_begin_beside` as in `relabel`.
+    """Start or continue an evaluation, and finish it.
+
+    Args:
+        config: the run, its judges and how they are compared.
+        cache_folder: where downloaded and converted weights are kept.
+        out: where progress is printed.
+        is_verbose: whether Ray's own log is shown.
+        may_begin_beside: as in `relabel`.
 
     Raises:
-        RunMismatch: `output.path` holds a run that answers otherwise.
+        RunMismatch: `output.path` holds a run with other settings.
         ConfigurationError: a judge or a model cannot be used; nothing was decoded.
-        CageError: decoding or judging failed for good; what is done is kept.
+        CageError: decoding or judging failed; what is done is kept.
     """
     check_hypervolume()
     panel = resolve_panel(
@@ -108,7 +121,7 @@ def compute_metrics(run: Run, scores: Scores, config: EvaluateConfig) -> dict[st
 
 
 def _describe_judges(config: EvaluateConfig, panel: Panel, run: Run) -> dict[str, Any]:
-    """The judges' settings, whom each measures, and why one that does is not independent."""
+    """Each judge's settings, the principals it measures, and why it is not independent where it is not."""
     why = {judge: reason for _, judge, reason in overlaps(config, panel, run.plan.models)}
     return {
         name: {
@@ -122,7 +135,7 @@ def _describe_judges(config: EvaluateConfig, panel: Panel, run: Run) -> dict[str
 
 
 def _digest(run: Run, panel: Panel, config: EvaluateConfig) -> str:
-    """Of everything that decides metrics.json."""
+    """A hash of everything that decides metrics.json."""
     settings = config.evaluation.model_dump(mode="json", exclude={"judges"})
     text = json.dumps([VERSION, run.plan.digest, panel.digest, settings, config.objectives], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

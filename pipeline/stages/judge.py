@@ -1,4 +1,4 @@
-"""Judge what a run answered: the stage that evaluations and data sets share."""
+"""The stage that scores a run's answers, shared by evaluations and data sets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from pipeline.evaluation.scores import Scores
 
 
 def judge(scores: Scores, config: Config, out: TextIO, *, is_verbose: bool = False) -> int:
-    """Score the answers that are not scored yet, and say how far it is; the number of shards that were.
+    """Score the answers that have no scores yet, and print progress; returns the number of shards scored.
 
-    Models judge on actors where the run is on Ray, and in this process otherwise.
+    Judges with models run on actors where the run is on Ray. All others run in this process.
+
+    Args:
+        scores: the run and its judges.
+        config: the run's configuration, for its transport and cluster.
+        out: where progress is printed.
+        is_verbose: whether Ray's own log is shown.
 
     Raises:
-        CageError: a judge failed for good; scores that are written are kept.
+        CageError: a judge failed; scores that are written are kept.
     """
     num_scored = 0
     for _ in _score(scores, config, is_verbose=is_verbose):
@@ -29,7 +35,7 @@ def _score(scores: Scores, config: Config, *, is_verbose: bool) -> Iterator[None
     if not pending:
         return
     if scores.panel.has_models and config.cluster.transport is Transport.RAY:
-        from pipeline.cluster.scoring import score_shards  # ray takes seconds to import
+        from pipeline.cluster.scoring import score_shards  # imports ray: seconds
 
         yield from score_shards(scores, pending, config, is_verbose=is_verbose)
         return

@@ -16,12 +16,11 @@ from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, 
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.progress import ProgressLine
 from pipeline.monitoring.stall import ended_when_stalled
-from pipeline.points import Watcher, unwatched
 from pipeline.runtime.assembly import Assembly, assemble
+from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import PLAN, Run
-from pipeline.storage.stores import open_store
-from pipeline.storage.watched import watched
+from pipeline.storage.stores import Store
 
 MAX_BESIDE = 100
 
@@ -60,12 +59,12 @@ def relabel(
     *,
     is_verbose: bool = False,
     may_begin_beside: bool = False,
-    watch: Watcher = unwatched,
+    wiring: Wiring = DIRECT,
 ) -> tuple[Run, bool]:
     """Start or continue a run and bring it to its end; the run, and whether there was anything to do.
 
     Where `output.path` holds a run of other settings, this one `may_begin_beside` it, in PATH-2, PATH-3 and so on.
-    `watch` is called at the named points of the run, in whichever process reaches them.
+    `wiring` says how stores are opened and hosts are started, in whichever process does so.
 
     Raises:
         RunMismatch: `output.path` holds a run of other settings.
@@ -74,8 +73,9 @@ def relabel(
         CageError: a shard failed for good; everything committed is kept.
     """
     prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
-    run, is_new = _open_run(prepared.plan, config.output.path, may_begin_beside=may_begin_beside)
-    run = watched(run, watch)
+    run, is_new = _open_run(
+        prepared.plan, config.output.path, may_begin_beside=may_begin_beside, open_store=wiring.open_store
+    )
     if run.is_complete:
         return run, False
     committed = run.committed()
@@ -92,14 +92,16 @@ def relabel(
         shards_before=len(committed),
     )
     if todo:
-        streaming = _stream(prepared.assembly, run, is_verbose=is_verbose, watch=watch)
+        streaming = _stream(prepared.assembly, run, is_verbose=is_verbose, wiring=wiring)
         with streaming as stream, line.running(stream.counts), _ended_when_stalled(config, stream, line):
             _decode(stream, todo, line, budget)
     run.finish()
     return run, True
 
 
-def _open_run(plan: Plan, path: str, *, may_begin_beside: bool) -> tuple[Run, bool]:
+def _open_run(
+    plan: Plan, path: str, *, may_begin_beside: bool, open_store: Callable[[str], Store]
+) -> tuple[Run, bool]:
     """The run of the plan at `path`, or at the first place beside it that is free or its own; whether it is new."""
     for number in range(1, MAX_BESIDE + 1):
         place = path if number == 1 else f"{path.rstrip('/')}-{number}"
@@ -139,16 +141,16 @@ def _ended_when_stalled(config: Config, stream: Stream, line: ProgressLine) -> A
 
 
 @contextmanager
-def _stream(assembly: Assembly, run: Run, *, is_verbose: bool, watch: Watcher) -> Iterator[Stream]:
+def _stream(assembly: Assembly, run: Run, *, is_verbose: bool, wiring: Wiring) -> Iterator[Stream]:
     if assembly.config.cluster.transport is Transport.LOCAL:
         from pipeline.runtime.local import LocalStream  # models take seconds to import, as does ray
 
-        yield LocalStream(assembly, run, watch=watch)
+        yield LocalStream(assembly, run, wiring=wiring)
         return
     from pipeline.cluster.stream import ShardStream, cluster
 
     with cluster(assembly, is_verbose=is_verbose):
-        yield ShardStream(assembly, run.store.path, is_verbose=is_verbose, watch=watch)
+        yield ShardStream(assembly, run.store.path, is_verbose=is_verbose, wiring=wiring)
 
 
 class _Budget:

@@ -1,8 +1,9 @@
-"""Passes of two fixed shapes: on a GPU each is recorded once as a CUDA graph, then replayed at once.
+"""Passes of two fixed shapes: on a GPU each is captured once as a CUDA graph, then replayed.
 
 A pass is hundreds of kernels, and starting them one by one takes longer than they run. A replay starts them together;
 nothing in it waits for the host. One shape is that of all cache rows, whoever runs: a step costs what reading the
-weights costs. The other is for tokens of new prompts. The same kernels compute every row, in any company.
+weights costs. The other is for tokens of new prompts. The same kernels compute every row, whatever the batch
+composition.
 
 R rows, T tokens of prompts, V vocabulary.
 """
@@ -15,26 +16,26 @@ import torch
 from torch import Tensor
 
 from pipeline.attention.prompt_segments import Prompts, serves
-from pipeline.attention.segments import Segment
+from pipeline.attention.segments import RunningRows, Segment
 from pipeline.attention.slots import SlotCache, SlotPass
 from pipeline.attention.transfers import to_device
 from pipeline.worker.cuda_graphs import GraphPool
 from pipeline.worker.forward_batch import PromptPass
 
-MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on its company
+MIN_ROWS = 4  # matrix kernels treat fewer rows differently: pad, or a row's bits depend on the batch composition
 MOST_SEGMENTS = 32  # of a pass over prompts
 
 # token ids and positions [1, T], and n, to the last logits [n, V]
 Forward = Callable[[SlotPass, Tensor, Tensor, int], Tensor]
 
 
-class StaticSteps:
+class CapturedPasses:
     """Runs passes over running rows, and over prompts.
 
     Args:
         forward: the model over packed tokens.
         plain: the same, for a pass of another shape.
-        cache: where keys and values are; passes are recorded anew when its buffers move.
+        cache: where keys and values are; passes are captured anew when its buffers move.
         num_prompt_tokens: T.
         spare_row: a cache row that nobody reads, for what is missing to a full batch.
         device: where all of it is.
@@ -61,7 +62,7 @@ class StaticSteps:
         self._prompt_ids = torch.zeros(num_prompt_tokens, dtype=torch.long, device=device)
         self._prompts = Prompts(num_prompt_tokens, MOST_SEGMENTS, spare_row=spare_row, device=device)
         self._moves = -1
-        self.recorder = GraphPool(device, "passes")
+        self.graphs = GraphPool(device, "passes")
 
     def run_rows(self, tokens_R: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The cache rows [rows] and the logits [rows, V] of these rows' newest tokens; lengths count those."""
@@ -70,7 +71,7 @@ class StaticSteps:
         columns = [[*(length - 1 for length in lengths), *([0] * padding)], [*rows, *([self._spare_row] * padding)]]
         self._inputs[1:].copy_(to_device(columns, self._device, torch.long), non_blocking=True)
         self._inputs[0, : len(rows)] = tokens_R
-        return self._inputs[2, : len(rows)], self.recorder.run("rows", self._pass_rows)[: len(rows)]
+        return self._inputs[2, : len(rows)], self.graphs.run("rows", self._pass_rows)[: len(rows)]
 
     def run_prompts(self, part: PromptPass) -> None:
         """Compute parts of prompts; nobody asks for their logits."""
@@ -81,30 +82,29 @@ class StaticSteps:
         )
         self._prompts.load(part.segments)
         if all(map(serves, self._cache.keys, self._cache.values)):
-            self.recorder.run("prompts", self._pass_prompts)
+            self.graphs.run("prompts", self._pass_prompts)
         else:  # the parts are computed one by one, which differs every time
             self._pass_prompts()
 
     def _reserve(self, num_tokens: int) -> None:
         if not self._cache.keys:  # a pass makes the buffers
-            nothing_R = torch.empty(0, dtype=torch.long, device=self._device)
             first = SlotPass(
-                self._cache, [Segment(self._spare_row, 0, 1)], (), (), (), nothing_R, nothing_R, per_row=True
+                self._cache, [Segment(self._spare_row, 0, 1)], (), RunningRows.none(self._device), per_row=True
             )
             self._plain(first, self._prompt_ids[None, :1], self._prompt_ids[None, :1], 1)
         self._cache.reserve(num_tokens)
         if self._moves != self._cache.num_moves:
             self._moves = self._cache.num_moves
-            self.recorder.clear()
+            self.graphs.clear()
 
     def _pass_rows(self) -> Tensor:
         """Compute from the inputs. It writes the same keys to the same places: it may run any number of times."""
         tokens_R, last_R, rows_R = self._inputs
         lengths = (self._cache.capacity,) * self._num_rows
-        slot_pass = SlotPass(self._cache, (), (), (), lengths, rows_R, last_R, per_row=False)
+        slot_pass = SlotPass(self._cache, (), (), RunningRows((), lengths, rows_R, last_R), per_row=False)
         return self._forward(slot_pass, tokens_R[None], last_R[None], self._num_rows)
 
     def _pass_prompts(self) -> Tensor:
-        nothing_R = self._prompt_ids[:0]
-        slot_pass = SlotPass(self._cache, (), (), (), (), nothing_R, nothing_R, per_row=True, prompts=self._prompts)
+        running = RunningRows.none(self._device)
+        slot_pass = SlotPass(self._cache, (), (), running, per_row=True, prompts=self._prompts)
         return self._forward(slot_pass, self._prompt_ids[None], self._prompts.positions[None], 1)

@@ -1,15 +1,16 @@
-"""Games and draws of all slots as one recording, for a GPU that holds every role: nothing in it waits for the host.
+"""Games and draws of all slots as captured CUDA graphs, for a GPU that holds every role.
 
-A recording takes a fixed number of the solver's steps. Whether that was enough is seen when the tokens are read,
-which may be while the next pass runs; if not, the same games are played by a recording with more steps, and what even
-the longest one leaves unsolved by the solver that looks. A row's bits do not depend on which recording solved it.
+Nothing in a graph waits for the host. So a graph takes a fixed number of solver steps, and whether they were enough
+is seen when the tokens are read, which may be while the next pass runs. If not, the same games are solved by a graph
+with more steps; what even the longest one leaves unsolved, by the solver that checks convergence. A row's bits do not
+depend on which of them solved it.
 
-S slots, J principals, R roles, K candidates, C columns of what is played.
+S slots, J principals, R roles, K candidates, C columns of a sampled step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,34 +19,34 @@ from torch import Tensor
 import cage
 from cage.newton import ALWAYS_UNIQUE
 from pipeline.attention.transfers import to_device
-from pipeline.config.sections import DecodingConfig, RuleName
-from pipeline.engine.row_state import Terms, TokenOutcome
-from pipeline.protocol.messages import Candidates, HostRole
-from pipeline.runtime.topology import PrincipalPlan
+from pipeline.protocol.messages import Candidates, Terms, TokenOutcome
+from pipeline.protocol.specs import GameSpec, SamplingOptions
+from pipeline.protocol.topology import HostRole, PrincipalPlan
 from pipeline.sampling.games import (
     FLOAT64_CANDIDATES,
-    Played,
+    SampledStep,
+    SolvedStep,
     as_game,
     by_role,
-    drawn,
-    num_candidates,
-    play,
+    sample,
+    solve_and_sample,
     token_rewards,
 )
+from pipeline.sampling.proposals import propose_from
 from pipeline.worker.compiled_layers import of_many_shapes
 from pipeline.worker.cuda_graphs import GraphPool
-from pipeline.worker.language_model_runner import Host, propose_from
+from pipeline.worker.language_model_runner import LanguageModelRunner
 
-# of the solver, by recording; three principals and more follow a path
+# solver steps of the graphs, shortest first; three principals and more follow a path
 NUM_STEPS = (12, 20, 40)
 NUM_STEPS_OF_PATHS = (16, 24, 32, 64, 128)
 MOST_PRINCIPALS = 8  # a step of the path solves a linear system, all of it unrolled
-CALM = 64  # played games after which a shorter recording is tried again, if it had been enough for all of them
+CALM = 64  # solved steps after which a shorter graph is tried again, if it had been enough for all of them
 
 
 @dataclass(frozen=True, slots=True)
 class _Games:
-    """The candidates of all slots, the base over them, and what they are worth: it takes no more to play again."""
+    """The candidates of all slots, the base over them, and their rewards: all that it takes to solve again."""
 
     proposal: Candidates
     base_SK: Tensor
@@ -60,60 +61,53 @@ class _Asked:
 
 
 class CapturedSampling:
-    """Plays the games of a host's slots. The drawn tokens are the host's `newest_S` at once.
+    """Solves and samples for the slots of a runner. The drawn tokens are the runner's `newest_S` at once.
 
     Args:
-        host: holds every role.
+        runner: holds every role.
         roles: its roles, the base's first.
-        decoding: candidates and draws.
-        principals: all of the run's.
+        games: candidates, draws and principals.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        roles: Sequence[HostRole],
-        decoding: DecodingConfig,
-        principals: Sequence[PrincipalPlan],
-    ) -> None:
-        self._host = host
+    def __init__(self, runner: LanguageModelRunner, roles: Sequence[HostRole], games: GameSpec) -> None:
+        self._runner = runner
         self._roles = roles
-        self._decoding = decoding
-        self._principals = principals
-        self._on_gpu = host.device.type == "cuda"
+        self._options = games.sampling
+        self._principals = games.principals
+        self._on_gpu = runner.device.type == "cuda"
         # by slot: uniform draw, agent temperature, weights; a draw below 0 is of a slot that nobody asks for
-        neutral = [[-1.0, 1.0, *([0.0] * len(principals))]] * host.num_slots
+        neutral = [[-1.0, 1.0, *([0.0] * len(games.principals))]] * runner.num_slots
         self._neutral = neutral
-        self._inputs = torch.tensor(neutral, dtype=torch.float64, device=host.device)
+        self._inputs = torch.tensor(neutral, dtype=torch.float64, device=runner.device)
         self._read_games = torch.compile(read_games, dynamic=False) if self._on_gpu else read_games
-        self._draw = torch.compile(drawn, dynamic=False) if self._on_gpu else drawn
-        self._recorder = GraphPool(host.device, "games")
+        self._sample = torch.compile(sample, dynamic=False) if self._on_gpu else sample
+        self._graphs = GraphPool(runner.device, "games")
         self._games: _Games | None = None
-        self._ladder = NUM_STEPS if len(principals) <= ALWAYS_UNIQUE else NUM_STEPS_OF_PATHS
+        self._ladder = NUM_STEPS if len(games.principals) <= ALWAYS_UNIQUE else NUM_STEPS_OF_PATHS
         self._rung = self._num_calm = 0
         self._asked: _Asked | None = None
         self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     @staticmethod
-    def serves(principals: Sequence[PrincipalPlan], rules: Collection[RuleName], decoding: DecodingConfig) -> bool:
-        """Whether a recording can play all games of a run: who plays a row's must not depend on its company."""
-        if set(rules) != {RuleName.EQUILIBRIUM}:
+    def serves(games: GameSpec) -> bool:
+        """Whether graphs can solve all games of a run: how a row is solved must not depend on the batch."""
+        if not all(rule.has_fixed_step_solver for rule in games.rules):
             return False
-        count = num_candidates(decoding)
+        count = games.sampling.num_candidates
         is_whole = count is None or count > FLOAT64_CANDIDATES
-        # a path over so many takes more than pooling them and looking
-        return 0 < len(principals) <= (ALWAYS_UNIQUE if is_whole else MOST_PRINCIPALS)
+        # a path over so many tokens takes longer than pooling them and checking convergence
+        return 0 < len(games.principals) <= (ALWAYS_UNIQUE if is_whole else MOST_PRINCIPALS)
 
     @torch.inference_mode()
     def begin(self, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]) -> None:
-        """Play for these slots at their newest logits. What was begun before has to be settled."""
+        """Solve and sample for these slots at their newest logits. What was begun before has to be settled."""
         assert self._asked is None
         rows = list(self._neutral)
         for slot, each, uniform in zip(slots, terms, uniforms, strict=True):
             rows[slot] = [uniform, each.agent_temperature, *each.weights]
-        self._inputs.copy_(to_device(rows, self._host.device, torch.float64), non_blocking=True)
+        self._inputs.copy_(to_device(rows, self._runner.device, torch.float64), non_blocking=True)
         # from here on the logits may change
-        self._games = self._recorder.run("games", self._read_logits)
+        self._games = self._graphs.run("games", self._read_logits)
         self._launch()
         self._asked = _Asked(slots, terms, uniforms)
 
@@ -130,22 +124,22 @@ class CapturedSampling:
             numbers_SC = self._wait()
         if unsolved := self._unsolved(numbers_SC, slots):
             numbers_SC = self._finish(numbers_SC, asked, unsolved)
-        self._step_down(int(numbers_SC[slots, Played.NUM_STEPS].max()))
+        self._step_down(int(numbers_SC[slots, SampledStep.NUM_STEPS].max()))
         is_other = bool((numbers_SC[slots, 0] != first[slots, 0]).any())
         if is_other:
-            self._host.newest_S[slots] = numbers_SC[slots, 0].long().to(self._host.device)
-        return Played(numbers_SC[slots]).outcomes(asked.terms), is_other
+            self._runner.newest_S[slots] = numbers_SC[slots, 0].long().to(self._runner.device)
+        return SampledStep(numbers_SC[slots]).outcomes(asked.terms), is_other
 
     def _step_down(self, num_steps: int) -> None:
-        """Take a shorter recording if it had been enough for a while: a token that it gets wrong costs a pass."""
+        """Take a shorter graph if it had been enough for a while: a token that it gets wrong costs a pass."""
         self._num_calm = self._num_calm + 1 if self._rung and num_steps <= self._ladder[self._rung - 1] else 0
         if self._num_calm == CALM:
             self._rung, self._num_calm = self._rung - 1, 0
 
     def _launch(self) -> None:
-        """Play with as many steps as the present recording has, and begin to read the outcome."""
-        numbers_SC = self._recorder.run(self._ladder[self._rung], self._play)
-        newest_S = self._host.newest_S
+        """Solve with as many steps as the present graph has, and begin to read the outcome."""
+        numbers_SC = self._graphs.run(self._ladder[self._rung], self._solve)
+        newest_S = self._runner.newest_S
         newest_S.copy_(torch.where(self._inputs[:, 0] < 0, newest_S, numbers_SC[:, 0].long()))
         if not self._on_gpu:
             self._answer = numbers_SC, None
@@ -158,12 +152,12 @@ class CapturedSampling:
 
     @of_many_shapes()
     def _read_logits(self) -> _Games:
-        host = self._host
-        return self._read_games(host.slot_logits, host.vocab_size, self._roles, self._decoding, self._principals)
+        runner = self._runner
+        return self._read_games(runner.slot_logits, runner.vocab_size, self._roles, self._options, self._principals)
 
     @of_many_shapes()
-    def _play(self) -> Tensor:
-        """Solve and draw with the steps of the present recording; asks the device nothing."""
+    def _solve(self) -> Tensor:
+        """Solve and draw with the steps of the present graph; asks the device nothing."""
         assert self._games is not None
         base_SK, rewards_SJK = self._games.base_SK, self._games.rewards_SJK
         numbers = self._inputs.to(base_SK.dtype)
@@ -180,9 +174,8 @@ class CapturedSampling:
             solution.num_steps,
         )
         game = cage.Game(base_SK, values_SJK, 1.0)
-        return self._draw(
-            self._decoding, self._games.proposal, game, rewards_SJK, decision, self._inputs[:, 0]
-        ).numbers_BC
+        solved = SolvedStep(game, rewards_SJK, decision)
+        return self._sample(self._options, self._games.proposal, solved, self._inputs[:, 0]).numbers_BC
 
     def _wait(self) -> Tensor:
         assert self._answer is not None
@@ -193,23 +186,23 @@ class CapturedSampling:
 
     def _unsolved(self, numbers_SC: Tensor, slots: Sequence[int]) -> list[int]:
         """Places among the slots whose game needs more steps."""
-        return (numbers_SC[slots, Played.STATUS] == cage.Status.MAX_STEPS).nonzero()[:, 0].tolist()
+        return (numbers_SC[slots, SampledStep.STATUS] == cage.Status.MAX_STEPS).nonzero()[:, 0].tolist()
 
     def _finish(self, numbers_SC: Tensor, asked: _Asked, places: Sequence[int]) -> Tensor:
-        """Play some rows once more, without limit; one by one, as a GPU's last bits depend on how many there are."""
+        """Solve some rows once more, without limit; one by one, as a GPU's last bits depend on how many there are."""
         assert self._games is not None
         numbers_SC = numbers_SC.clone()
         for place in places:
             at = [asked.slots[place]]
             rewards_1JK = self._games.rewards_SJK[at]
-            played = play(
-                self._decoding,
+            sampled = solve_and_sample(
+                self._options,
                 self._games.proposal.rows(at),
                 rewards_1JK.unbind(1),
                 [asked.terms[place]],
                 [asked.uniforms[place]],
             )
-            numbers_SC[at] = played.numbers_BC.cpu()
+            numbers_SC[at] = sampled.numbers_BC.cpu()
         return numbers_SC
 
 
@@ -217,10 +210,10 @@ def read_games(
     logits_SRV: Tensor,
     vocab_size: int,
     roles: Sequence[HostRole],
-    decoding: DecodingConfig,
+    options: SamplingOptions,
     principals: Sequence[PrincipalPlan],
 ) -> _Games:
     """The games of all slots; asks the device nothing."""
-    proposal = propose_from(logits_SRV, vocab_size, num_candidates=num_candidates(decoding), min_p=decoding.min_p)
+    proposal = propose_from(logits_SRV, vocab_size, num_candidates=options.num_candidates, min_p=options.min_p)
     rewards = token_rewards(principals, by_role(roles, proposal.role_logprobs_BRK))
     return _Games(proposal, *as_game(proposal, rewards))

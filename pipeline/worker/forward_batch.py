@@ -1,4 +1,4 @@
-"""What one forward pass of a host is going to compute, before it is: packed tokens, and where they belong."""
+"""What one forward pass of a host is going to compute: packed tokens, and where they belong."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipeline.attention.segments import Copied, Segment
 
 
 @dataclass(slots=True)
-class Draft:
+class ForwardBatch:
     """Parts of prompts (`segments`, with `tokens` and `positions`) and one token a running row (`rows`, `lengths`,
     `last_tokens`, and `last_slots` for tokens that the device alone knows).
 
-    `follows` are parts that a row copies from one that computes them in this very pass; `filled` the rows whose
+    `prefix_copies` are parts that a row copies from one that computes them in this very pass; `filled` the rows whose
     prompt is complete after it.
     """
 
@@ -25,7 +25,7 @@ class Draft:
     lengths: list[int] = field(default_factory=list)
     last_tokens: list[int] = field(default_factory=list)
     last_slots: list[int] = field(default_factory=list)
-    follows: list[Copied] = field(default_factory=list)
+    prefix_copies: list[Copied] = field(default_factory=list)
     filled: list[tuple[int, Prompt]] = field(default_factory=list)
     parts: dict[int, int] = field(default_factory=dict)
     begun: dict[Key, int] = field(default_factory=dict)
@@ -61,15 +61,15 @@ class Draft:
         Where a prompt is cut depends on the prompt alone. What a row copies from another is copied before the pass
         that reads it, which is a later one than the pass that computes it.
         """
-        follows = {copied.row: copied for copied in self.follows}
+        prefix_copies = {copied.row: copied for copied in self.prefix_copies}
         part = PromptPass()
         at = 0
         for segment in self.segments:
-            if segment.row in follows:
+            if segment.row in prefix_copies:
                 if part.segments:
                     yield part
                     part = PromptPass()
-                part.copies.append(follows.pop(segment.row))
+                part.copies.append(prefix_copies.pop(segment.row))
             for start in range(segment.start, segment.stop, num_tokens):
                 stop = min(start + num_tokens, segment.stop)
                 if len(part.tokens) + stop - start > num_tokens or len(part.segments) == most_segments:
@@ -80,8 +80,8 @@ class Draft:
                 at += stop - start
         if part.segments:
             yield part
-        if follows:
-            yield PromptPass(copies=list(follows.values()))
+        if prefix_copies:
+            yield PromptPass(copies=list(prefix_copies.values()))
 
 
 @dataclass(slots=True)

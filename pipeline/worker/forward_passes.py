@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from pipeline.attention.rows import can_build_for
-from pipeline.attention.segments import Segment
-from pipeline.attention.slots import SlotCache, SlotPass, running
+from pipeline.attention.segments import RunningRows, Segment
+from pipeline.attention.slots import SlotCache, SlotPass, serving
 from pipeline.attention.transfers import to_device
 from pipeline.protocol.messages import DRAWN
 from pipeline.worker.adapters import TokenAdapters
-from pipeline.worker.captured_passes import MIN_ROWS, MOST_SEGMENTS, StaticSteps
+from pipeline.worker.captured_passes import MIN_ROWS, MOST_SEGMENTS, CapturedPasses
 from pipeline.worker.compiled_layers import CompiledLayers
-from pipeline.worker.forward_batch import Draft
+from pipeline.worker.forward_batch import ForwardBatch
 from pipeline.worker.stopwatch import Stopwatch
 
 PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
@@ -29,7 +29,7 @@ PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
 class Passes:
     """Runs a model.
 
-    On a CPU prompts ride with the running rows. On a GPU passes have two shapes, recorded and replayed, with compiled
+    On a CPU prompts ride with the running rows. On a GPU passes have two shapes, captured and replayed, with compiled
     layers: one for all running rows, and one for prompts, which take passes of their own. There kernels depend on the
     shape of a pass, and a row's bits on the kernels.
 
@@ -37,8 +37,8 @@ class Passes:
         model: a causal LM in eval mode with the slot attention.
         vocab_size: logits beyond it are cut.
         adapters: of the model, where it has some.
-        strict: no row's bits depend on its company.
-        has_static_steps: whether passes have fixed shapes; None: on a GPU.
+        strict: no row's bits depend on the batch composition.
+        has_fixed_shapes: whether passes have fixed shapes; None: on a GPU.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class Passes:
         vocab_size: int,
         adapters: TokenAdapters | None = None,
         strict: bool,
-        has_static_steps: bool | None = None,
+        has_fixed_shapes: bool | None = None,
     ) -> None:
         self._model = model
         self._vocab_size = vocab_size
         self._adapters = adapters
         self._strict = strict
         self.device: torch.device = next(model.parameters()).device
-        self._has_static_steps = can_build_for(self.device) if has_static_steps is None else has_static_steps
-        self._compiled = CompiledLayers(model) if self._has_static_steps and self.device.type == "cuda" else None
-        self._static_steps: StaticSteps | None = None
+        self._has_fixed_shapes = can_build_for(self.device) if has_fixed_shapes is None else has_fixed_shapes
+        self._compiled = CompiledLayers(model) if self._has_fixed_shapes and self.device.type == "cuda" else None
+        self._captured_passes: CapturedPasses | None = None
         self._cache: SlotCache | None = None
         self._spare_row = 0
         # the number of each cache row's adapter
@@ -76,8 +76,8 @@ class Passes:
         if self._adapters is not None:
             numbers = [self._adapters.number(name) for name in adapters]
             self._adapters_of_rows = torch.tensor(numbers, device=self.device)
-        if self._has_static_steps:
-            self._static_steps = StaticSteps(
+        if self._has_fixed_shapes:
+            self._captured_passes = CapturedPasses(
                 self._compute_compiled,
                 self._compute,
                 cache,
@@ -88,52 +88,52 @@ class Passes:
 
     def let_go(self) -> None:
         """Hold no cache any more, so that its memory can be used."""
-        self._cache = self._static_steps = None
+        self._cache = self._captured_passes = None
 
-    def run(self, draft: Draft, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
+    def run(self, batch: ForwardBatch, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
         """The cache rows [R] that ran and their newest logits [R, V]; None where nothing was to be computed.
 
         `newest_S` has the tokens that were drawn on the device, by slot, for rows whose token is DRAWN.
         """
-        if not draft.tokens and not draft.rows:
+        if not batch.tokens and not batch.rows:
             return None
-        if self._static_steps is not None:
-            return self._run_static(self._static_steps, draft, newest_S)
+        if self._captured_passes is not None:
+            return self._run_captured(self._captured_passes, batch, newest_S)
         if self._strict:
-            draft.pad(MIN_ROWS, row=self._spare_row)
-        rows_R = to_device(draft.rows, self.device, torch.long)
-        last_R = to_device(draft.lengths, self.device, torch.long) - 1
+            batch.pad(MIN_ROWS, row=self._spare_row)
+        rows_R = to_device(batch.rows, self.device, torch.long)
+        last_R = to_device(batch.lengths, self.device, torch.long) - 1
         # on a CPU a call a row costs less than the copies that a batch of rows needs
         per_row = self._strict or self.device.type == "cpu"
-        slot_pass = SlotPass(
-            self._cache, draft.segments, draft.follows, draft.rows, draft.lengths, rows_R, last_R, per_row
-        )
-        ids_T = torch.cat([to_device(draft.tokens, self.device, torch.long), self._last_tokens(draft, newest_S)])
-        positions = [*draft.positions, *(length - 1 for length in draft.lengths)]
+        running = RunningRows(batch.rows, batch.lengths, rows_R, last_R)
+        slot_pass = SlotPass(self._cache, batch.segments, batch.prefix_copies, running, per_row)
+        ids_T = torch.cat([to_device(batch.tokens, self.device, torch.long), self._last_tokens(batch, newest_S)])
+        positions = [*batch.positions, *(length - 1 for length in batch.lengths)]
         positions_T = to_device(positions, self.device, torch.long)
         with self._counting(len(ids_T)):
             # one that nobody reads where no row runs yet
-            logits_RV = self._compute(slot_pass, ids_T[None], positions_T[None], max(len(draft.rows), 1))
-        return rows_R, logits_RV[: len(draft.rows)]
+            logits_RV = self._compute(slot_pass, ids_T[None], positions_T[None], max(len(batch.rows), 1))
+        return rows_R, logits_RV[: len(batch.rows)]
 
-    def _run_static(self, steps: StaticSteps, draft: Draft, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _run_captured(
+        self, steps: CapturedPasses, batch: ForwardBatch, newest_S: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
         assert self._cache is not None
-        for part in draft.prompt_passes(PROMPT_SHAPE, MOST_SEGMENTS):
+        for part in batch.prompt_passes(PROMPT_SHAPE, MOST_SEGMENTS):
             for copied in part.copies:
                 self._cache.copy(copied)
             if part.segments:
                 with self._counting(len(part.tokens)):
                     steps.run_prompts(part)
-        if not draft.rows:
+        if not batch.rows:
             return None
-        with self._counting(len(draft.rows)):
-            return steps.run_rows(self._last_tokens(draft, newest_S), draft.rows, draft.lengths)
+        with self._counting(len(batch.rows)):
+            return steps.run_rows(self._last_tokens(batch, newest_S), batch.rows, batch.lengths)
 
     def score(self, tokens: Sequence[int], adapter: str | None, keep: int) -> Tensor:
         """The logits [keep, V] of the last tokens of a text, which leaves nothing behind."""
-        nothing_R = torch.empty(0, dtype=torch.long, device=self.device)
         segments = [Segment(-1, 0, len(tokens))]
-        slot_pass = SlotPass(None, segments, (), (), (), nothing_R, nothing_R, per_row=self._strict)
+        slot_pass = SlotPass(None, segments, (), RunningRows.none(self.device), per_row=self._strict)
         ids_T = torch.tensor(tokens, device=self.device)
         positions_T = torch.arange(len(tokens), device=self.device)
         number = 0 if self._adapters is None else self._adapters.number(adapter)
@@ -144,12 +144,12 @@ class Passes:
         with nullcontext() if self._compiled is None else self._compiled.in_use():
             return self._compute(slot_pass, ids, positions, keep)
 
-    def _last_tokens(self, draft: Draft, newest_S: Tensor) -> Tensor:
+    def _last_tokens(self, batch: ForwardBatch, newest_S: Tensor) -> Tensor:
         """The newest tokens [R] of running rows, those among them that were drawn on the device."""
-        given_R = to_device(draft.last_tokens, self.device, torch.long)
-        if DRAWN not in draft.last_tokens:
+        given_R = to_device(batch.last_tokens, self.device, torch.long)
+        if DRAWN not in batch.last_tokens:
             return given_R
-        return torch.where(given_R == DRAWN, newest_S[to_device(draft.last_slots, self.device, torch.long)], given_R)
+        return torch.where(given_R == DRAWN, newest_S[to_device(batch.last_slots, self.device, torch.long)], given_R)
 
     def _compute(
         self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int, adapters_T: Tensor | None = None
@@ -159,7 +159,7 @@ class Passes:
             if adapters_T is None:
                 adapters_T = self._adapters_of_rows[slot_pass.token_rows(self.device)]
             self._adapters.of_tokens = adapters_T
-        with running(slot_pass):
+        with serving(slot_pass):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,

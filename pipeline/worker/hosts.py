@@ -1,126 +1,206 @@
-"""A host that knows how far it is, and computes from no other state than the one that a call expects."""
+"""Hosts as the protocol speaks to them: a model runner, and a guard that knows how far each group of slots is.
+
+A call that expects another state than the one that is held computes nothing: it raises StateLost, and the coordinator
+begins its rows again. So a lost reply, a repeated call or a restarted process never changes a result.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.attention.transfers import on_device
 from pipeline.errors import HostOutOfMemory, StateLost
-from pipeline.points import Point, Watcher, unwatched
-from pipeline.protocol.messages import Candidates, Position, Rewards, Step
-from pipeline.worker.language_model_runner import Host
-from pipeline.worker.memory import Room
+from pipeline.protocol.messages import Candidates, MemoryBudget, Position, Step
 from pipeline.worker.reward_model_runner import RewardModelRunner
+from pipeline.worker.reward_values import due_rows, rewards_of_answer, spread_rewards
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # how libraries say it, in lower case
 
 
-class PositionedHost:
-    """Checks every call of a host against the position that it holds for the call's group.
+class Runner(Protocol):
+    """What any host runs: a model with the state of its rows."""
 
-    Args:
-        host: the host.
-        watch: called at the points of a step, for tests.
+    @property
+    def device(self) -> torch.device: ...
+
+    def advance(self, step: Step) -> None: ...
+
+    def memory_budget(self, row_tokens: int) -> MemoryBudget: ...
+
+    def resize(self, num_slots: int) -> None: ...
+
+
+class LanguageRunner(Runner, Protocol):
+    """What a language model's host runs; `LanguageModelRunner` is the one that computes.
+
+    `newest_S` holds, by slot, the newest token that was drawn on the device; `work` is passes so far, tokens that
+    went through them, and seconds that they took.
     """
 
-    def __init__(self, host: Host | RewardModelRunner, watch: Watcher = unwatched) -> None:
-        self._host = host
-        self._watch = watch
+    newest_S: Tensor
+
+    @property
+    def work(self) -> tuple[int, int, float]: ...
+
+    def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates: ...
+
+    def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor: ...
+
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor: ...
+
+
+class PositionGuard:
+    """Knows the position that is held for each group, and forgets all of them when a call fails.
+
+    Args:
+        device: where the host computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._held: dict[int, Position] = {}
 
-    def advance(self, at: Position, step: Step) -> None:
-        """Bring the group to `at`: compute the new rows' prompts, append one token to the others.
+    def is_at(self, at: Position) -> bool:
+        """Whether the group is there already: the call is a repeated one. Raises StateLost where it cannot get there.
 
-        A repeated call changes nothing. Raises StateLost unless the group is one step before `at`; a step 0 begins
-        anew whatever is held.
+        A step 0 begins an epoch, whatever is held.
         """
         held = self._held.get(at.group)
         if held == at:
-            return
+            return True
         if at.step > 0 and held != at.before:
             raise StateLost(f"{at} does not follow {held}")
-        with self._all_or_nothing():
-            self._host.advance(step.admissions, step.slots, step.tokens)
-            if step.admissions:
-                self._watch(Point.MID_PREFILL, step.admissions)
-            if step.slots:
-                self._watch(Point.MID_STEP, step.tokens)
-            self._held[at.group] = at
+        return False
 
-    def advance_and_propose(
-        self, at: Position, step: Step, slots: Sequence[int], *, num_candidates: int | None, min_p: float
-    ) -> Candidates:
-        """Bring the group to `at` and propose for these slots, in one call."""
-        self.advance(at, step)
-        return self.propose(at, slots, num_candidates=num_candidates, min_p=min_p)
-
-    def propose(self, at: Position, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
-        """The base's candidates at `at`. Raises StateLost when the group is elsewhere."""
-        self._check(at)
-        assert isinstance(self._host, Host), "a reward model proposes nothing"
-        with self._all_or_nothing():
-            return self._host.propose(slots, num_candidates=num_candidates, min_p=min_p)
-
-    def logprobs_at(self, at: Position, slots: Sequence[int], proposal: Candidates | None) -> Tensor:
-        """Log-probabilities of the candidates at `at`; None: of the whole vocabulary.
-
-        Raises StateLost when the group is elsewhere.
-        """
-        self._check(at)
-        assert isinstance(self._host, Host), "a reward model has no log-probabilities"
-        with self._all_or_nothing():
-            return self._host.logprobs_at(slots, None if proposal is None else proposal.ids_BK)
-
-    def rewards_at(
-        self, at: Position, slots: Sequence[int], rows: Sequence[int], proposal: Candidates, num_scored: int
-    ) -> Rewards:
-        """What the `num_scored` likeliest candidates add to a reward model's score at `at`.
-
-        `rows` are the places of the slots in the proposal. Raises StateLost when the group is elsewhere.
-        """
-        self._check(at)
-        assert isinstance(self._host, RewardModelRunner), "a language model has no scores"
-        with self._all_or_nothing():
-            base_DK = proposal.base_logprobs_BK[rows]
-            at_DN = base_DK.topk(min(num_scored, base_DK.shape[1]), dim=-1).indices
-            ids_DN = at_DN if proposal.ids_BK is None else proposal.ids_BK[rows].gather(-1, at_DN)
-            return Rewards(at_DN, self._host.rewards_at(slots, ids_DN))
-
-    def score(self, prompts: Mapping[str, Sequence[int]], continuation: Sequence[int]) -> Tensor:
-        """Teacher forcing; depends on no state."""
-        with self._all_or_nothing():
-            return self._host.score(prompts, continuation)
-
-    def room(self, row_tokens: int) -> Room:
-        """What a slot takes with rows of so many tokens, and what is free."""
-        return self._host.room(row_tokens)
-
-    def resize(self, num_slots: int) -> None:
-        """Forget every row and make room for another number of them."""
-        self._held.clear()
-        with self._all_or_nothing():
-            self._host.resize(num_slots)
-
-    def _check(self, at: Position) -> None:
+    def check(self, at: Position) -> None:
+        """Raise StateLost unless the group is at `at`."""
         held = self._held.get(at.group)
         if held != at:
             raise StateLost(f"{at} is asked for and {held} is held")
 
+    def arrived(self, at: Position) -> None:
+        """Note that the group is at `at`."""
+        self._held[at.group] = at
+
+    def forget(self) -> None:
+        """Hold no position any more."""
+        self._held.clear()
+
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Forget all positions if the call fails: it may have left any row half-written."""
+    def all_or_nothing(self) -> Iterator[None]:
+        """Forget all positions if the block fails: it may have left any row half-written.
+
+        An allocation that failed is raised as HostOutOfMemory, which halves the batch.
+        """
         try:
-            with on_device(self._host.device):
+            with on_device(self._device):
                 yield
         except BaseException as error:
-            self._held.clear()
+            self.forget()
             if is_out_of_memory(error):
                 raise HostOutOfMemory(" ".join(str(error).split())[:300] or "out of memory") from error
             raise
+
+
+RunnerT = TypeVar("RunnerT", bound=Runner)
+
+
+class GuardedHost(Generic[RunnerT]):
+    """What all hosts have in common: they advance, say what memory they take, and make room.
+
+    Args:
+        runner: the model.
+    """
+
+    def __init__(self, runner: RunnerT) -> None:
+        self._runner = runner
+        self._guard = PositionGuard(runner.device)
+
+    def advance(self, at: Position, step: Step) -> None:
+        """Bring the group to `at`; see `Scores.advance`."""
+        if self._guard.is_at(at):
+            return
+        with self._guard.all_or_nothing():
+            self._runner.advance(step)
+            self._guard.arrived(at)
+
+    def memory_budget(self, row_tokens: int) -> MemoryBudget:
+        """What a slot takes with rows of so many tokens, and what is free."""
+        return self._runner.memory_budget(row_tokens)
+
+    def resize(self, num_slots: int) -> None:
+        """Forget every row and hold another number of them."""
+        self._guard.forget()
+        with self._guard.all_or_nothing():
+            self._runner.resize(num_slots)
+
+
+class LanguageModelHost(GuardedHost[LanguageRunner]):
+    """A language model's host: it scores and proposes (`Proposes`)."""
+
+    def advance_and_propose(
+        self, at: Position, step: Step, slots: Sequence[int], *, num_candidates: int | None, min_p: float
+    ) -> Candidates:
+        """Bring the group to `at` and propose for these slots."""
+        self.advance(at, step)
+        with self._guard.all_or_nothing():
+            return self._runner.propose(slots, num_candidates=num_candidates, min_p=min_p)
+
+    def values_at(
+        self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Candidates | None
+    ) -> Tensor:
+        """Log-probabilities [B, R, K] of every role at the candidates; None: of the whole vocabulary."""
+        self._guard.check(at)
+        with self._guard.all_or_nothing():
+            return self._runner.logprobs_at(slots, None if proposal is None else proposal.ids_BK)
+
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+        """Log-probabilities [R, T] of an answer's tokens."""
+        with self._guard.all_or_nothing():
+            return self._runner.score(prompts, answer)
+
+
+class RewardModelHost(GuardedHost[RewardModelRunner]):
+    """A sequence reward model's host: it scores (`Scores`). Its values are rewards in nats, scaled and signed.
+
+    Args:
+        runner: the model; each of its roles has a `Scoring`.
+    """
+
+    def __init__(self, runner: RewardModelRunner) -> None:
+        super().__init__(runner)
+        self._scorings = [role.scoring for role in runner.roles if role.scoring is not None]
+
+    def values_at(
+        self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Candidates | None
+    ) -> Tensor:
+        """Rewards [B, R, K] of all candidates: of those that are not scored, the least of the row's scored ones.
+
+        A row is scored at every `interval`-th token; in between its rewards are 0.
+        """
+        self._guard.check(at)
+        if proposal is None:
+            raise ValueError("a reward model needs the base's candidates")
+        due = due_rows(self._scorings, num_tokens)
+        with self._guard.all_or_nothing():
+            scored = None
+            if due:
+                num_scored = max(scoring.candidates for scoring in self._scorings)
+                base_DK = proposal.base_logprobs_BK[due]
+                at_DN = base_DK.topk(min(num_scored, base_DK.shape[1]), dim=-1).indices
+                ids_DN = at_DN if proposal.ids_BK is None else proposal.ids_BK[due].gather(-1, at_DN)
+                scored = at_DN, self._runner.rewards_at([slots[row] for row in due], ids_DN)
+            return spread_rewards(scored, self._scorings, num_tokens, proposal)
+
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+        """Rewards [R, T] of an answer's tokens, by the same rule as while decoding; NaN where it does not fit."""
+        with self._guard.all_or_nothing():
+            return rewards_of_answer(self._runner.score(prompts, answer), self._scorings)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

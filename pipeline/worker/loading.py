@@ -1,4 +1,4 @@
-"""From a `HostSpec` to a running `Host`: weights, adapters, and a probe that the model can be served."""
+"""From a `HostSpec` to a `LanguageModelRunner`: weights, adapters, and a probe that the model can be served."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from pipeline.attention.transfers import on_device
 from pipeline.errors import ConfigurationError
 from pipeline.hub.sources import fetch_weights
 from pipeline.hub.tokenizers import reason_of
-from pipeline.protocol.messages import Admission, HostSpec
+from pipeline.protocol.messages import Admission, Step
+from pipeline.protocol.specs import HostSpec
 from pipeline.worker.adapters import TokenAdapters, take_adapters, without_peft_warnings
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
-from pipeline.worker.language_model_runner import Host
+from pipeline.worker.language_model_runner import LanguageModelRunner
 
 PROBES = ([1, 2, 3, 4], [5, 6, 7])  # token ids
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
-def load_host(spec: HostSpec) -> Host:
+def load_language_model(spec: HostSpec) -> LanguageModelRunner:
     """Load the weights onto the device and check that the slot decoder reproduces a plain forward pass.
 
     Raises:
@@ -55,12 +56,12 @@ def load_host(spec: HostSpec) -> Host:
                 expected[name] = _plain_logprobs(wrapped, spec)
             adapters = _take_adapters(wrapped, spec)
             model = wrapped.get_base_model()
-        make_host = partial(
-            Host, model, spec.roles, vocab_size=spec.vocab_size, adapters=adapters, strict=spec.strict
+        make_runner = partial(
+            LanguageModelRunner, model, spec.roles, vocab_size=spec.vocab_size, adapters=adapters, strict=spec.strict
         )
-        probed = make_host(num_slots=len(PROBES))
+        probed = make_runner(num_slots=len(PROBES))
         _probe(probed, model, spec, torch.stack([expected[role.adapter] for role in spec.roles], 1))
-        return make_host(num_slots=spec.num_slots, bytes_per_token=probed.cache_bytes_per_token)
+        return make_runner(num_slots=spec.num_slots, bytes_per_token=probed.cache_bytes_per_token)
 
 
 def pick_device(device: str) -> torch.device:
@@ -128,16 +129,15 @@ def _plain_logprobs(model: Any, spec: HostSpec) -> Tensor:
 
 
 @torch.inference_mode()
-def _probe(host: Host, model: Any, spec: HostSpec, expected_PRV: Tensor) -> None:
+def _probe(runner: LanguageModelRunner, model: Any, spec: HostSpec, expected_PRV: Tensor) -> None:
     """Compare prefill and one decode step of the slot decoder with plain passes."""
     slots = list(range(len(PROBES)))
     try:
         model.set_attn_implementation(ATTENTION)
-        host.advance(
-            [Admission(slot, {role.name: PROBES[slot][:-1] for role in spec.roles}) for slot in slots], [], []
-        )
-        host.advance([], slots, [probe[-1] for probe in PROBES])
-        found_PRV = host.logprobs_at(slots, None)
+        prompts = [{role.name: probe[:-1] for role in spec.roles} for probe in PROBES]
+        runner.advance(Step([Admission(slot, prompts[slot]) for slot in slots]))
+        runner.advance(Step((), slots, [probe[-1] for probe in PROBES]))
+        found_PRV = runner.logprobs_at(slots, None)
     except Exception as error:
         raise _refused(spec, model.config, reason_of(error)) from error
     difference = (found_PRV - expected_PRV).abs().max().item()

@@ -1,4 +1,4 @@
-"""From a `HostSpec` to a running `RewardModelRunner`, and a probe that its scores are those of the plain model."""
+"""From a `HostSpec` to a `RewardModelRunner`, and a probe that its scores are those of the plain model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from pipeline.attention.branches import ATTENTION
 from pipeline.errors import ConfigurationError
 from pipeline.hub.sources import fetch_weights
 from pipeline.hub.tokenizers import context_length, reason_of, text_config
-from pipeline.protocol.messages import Admission, HostRole, HostSpec, RewardSpec
+from pipeline.protocol.messages import Admission, Step
+from pipeline.protocol.specs import HostSpec, RewardSpec
+from pipeline.protocol.topology import HostRole
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
-from pipeline.worker.language_model_runner import Host
-from pipeline.worker.loading import load_host, pick_device, pick_dtype
+from pipeline.worker.loading import pick_device, pick_dtype
 from pipeline.worker.reward_model_runner import RewardModelRunner
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of the scores' size
 
 
-def load_any_host(spec: HostSpec) -> Host | RewardModelRunner:
-    """Load a host of either kind. Raises ConfigurationError where its model cannot be served."""
-    return load_host(spec) if spec.reward is None else load_reward_host(spec, spec.reward)
-
-
-def load_reward_host(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
+def load_reward_model(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
     """Load the classifier onto the device and check that branches score as a plain forward pass does.
 
     Raises:
@@ -93,8 +89,8 @@ def _checked(
     roles = [HostRole(f"label {label}") for label in labels]
     host = RewardModelRunner(backbone, head, roles, RewardSpec(labels), num_slots=1)
     try:
-        host.advance([Admission(0, {role.name: ids[:2] for role in roles})], [], [])
-        host.advance([], [0], [ids[2]])
+        host.advance(Step([Admission(0, {role.name: ids[:2] for role in roles})]))
+        host.advance(Step((), [0], [ids[2]]))
         found_L = host.rewards_at([0], torch.tensor([[ids[3]]]))[0, :, 0]
     except Exception as error:
         raise _refused(spec, model, reason_of(error)) from error

@@ -1,12 +1,12 @@
-"""A reward host: one sequence reward model, which scores what the base might say next.
+"""Runs one sequence reward model, which scores what the base might say next.
 
 It keeps the keys and values of every row's prefix; candidates are branches of it, read with the newest tokens in one
 pass and scored each at its own last token. A score is the model's output for a role's label.
 
 A step is one pass, and others where prompts of new rows are to be read: all of them but their last tokens, in parts
 of bounded length. What another row holds of a prompt is copied. Every row attends to its own keys alone, so that on a
-CPU its bits do not depend on its company as long as a pass has a few tokens. On a GPU matrix kernels depend on the
-number of tokens, and strict passes have the same number, whoever reads.
+CPU its bits do not depend on the batch composition as long as a pass has a few tokens. On a GPU matrix kernels depend
+on the number of tokens, and strict passes have the same number, whoever reads.
 
 B rows of a call, R roles of the host, N candidates, T tokens, L labels.
 """
@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from pipeline.attention.branches import Reading, RowCache, reading
+from pipeline.attention.capacity import capacity_for
 from pipeline.attention.prefixes import Key, Prefixes, Prompt
-from pipeline.protocol.messages import CHUNK, Admission, HostRole, RewardSpec
+from pipeline.protocol.messages import CHUNK, Admission, MemoryBudget, Step
+from pipeline.protocol.specs import RewardSpec
+from pipeline.protocol.topology import HostRole
 from pipeline.worker.captured_passes import MIN_ROWS
-from pipeline.worker.memory import Room, capacity_for
+from pipeline.worker.memory import budget_of
 from pipeline.worker.reward_rows import Question, RewardRow, lay_out
 
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
@@ -41,7 +44,7 @@ class RewardModelRunner:
         spec: each role's label, and how to read the base's tokens where the vocabularies differ.
         num_slots: rows at once.
         context_length: longest sequence that the model reads; what is longer is scored NaN.
-        strict: pad passes, so that no row's bits depend on its company.
+        strict: pad passes, so that no row's bits depend on the batch composition.
         bytes_per_token: what one token of one row takes in the cache.
     """
 
@@ -72,9 +75,14 @@ class RewardModelRunner:
     def device(self) -> torch.device:
         return self._device
 
-    def room(self, row_tokens: int) -> Room:
+    @property
+    def roles(self) -> tuple[HostRole, ...]:
+        """What it serves."""
+        return self._roles
+
+    def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, and what is free."""
-        return Room.on(self._device, len(self._roles) * capacity_for(row_tokens) * self._bytes_per_token)
+        return budget_of(self._device, len(self._roles) * capacity_for(row_tokens) * self._bytes_per_token)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -89,38 +97,38 @@ class RewardModelRunner:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
+    def advance(self, step: Step) -> None:
         """Read parts of new rows' prompts; note a token more of the running ones, to be read with its candidates."""
-        replaced = self._replace([each for each in admissions if each.part == 0])
-        parts = [(row, (each.part + 1) * CHUNK) for each in admissions for row in self._rows[each.slot]]
+        replaced = self._replace([each for each in step.admissions if each.part == 0])
+        parts = [(row, (each.part + 1) * CHUNK) for each in step.admissions for row in self._rows[each.slot]]
         try:
             while parts:
                 parts = self._fill(parts)
         finally:
             for cache in replaced:
                 self._prefixes.drop(cache)
-        for slot, token in zip(slots, tokens, strict=True):
+        for slot, token in zip(step.slots, step.tokens, strict=True):
             for row in self._rows[slot]:
                 row.answer.append(token)
-                row.told = None
+                row.answered = None
 
     @torch.inference_mode()
     def rewards_at(self, slots: Sequence[int], ids_BN: Tensor) -> Tensor:
         """What each candidate adds to its row's score: score(prefix + a) - score(prefix), [B, R, N]."""
         wanted = [(row, ids) for slot, ids in zip(slots, ids_BN.tolist(), strict=True) for row in self._rows[slot]]
-        self._ask([(row, ids) for row, ids in wanted if row.told is None or row.told[0] != ids])
-        told = [row.told[1] for row, _ in wanted if row.told is not None]
-        return torch.stack(told).view(len(slots), len(self._roles), -1)
+        self._ask([(row, ids) for row, ids in wanted if row.answered is None or row.answered[0] != ids])
+        answered = [row.answered[1] for row, _ in wanted if row.answered is not None]
+        return torch.stack(answered).view(len(slots), len(self._roles), -1)
 
     @torch.inference_mode()
-    def score(self, prompts: Mapping[str, Sequence[int]], continuation: Sequence[int]) -> Tensor:
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
         """Teacher forcing: what each token of an answer adds to each role's score, [R, T], in one pass a role."""
-        answers = [continuation[:count] for count in range(len(continuation) + 1)]
+        answers = [answer[:count] for count in range(len(answer) + 1)]
         rewards = []
         for role, label in zip(self._roles, self._spec.labels, strict=True):
             sequences = self._sequences(prompts[role.name], answers)
             if not self._fits(sequences):
-                rewards.append(torch.full((len(continuation),), torch.nan, device=self._device))
+                rewards.append(torch.full((len(answer),), torch.nan, device=self._device))
                 continue
             whole, places = lay_out(RowCache(), sequences[-1], sequences)
             [scores_TL] = self._read([whole])
@@ -148,7 +156,8 @@ class RewardModelRunner:
                 Prompt.of(
                     None,
                     [*admission.prompts[role.name], *(kept if is_own else [])],
-                    admission.heads.get(role.name, 0),
+                    admission.shared_prefixes.get(role.name, 0),
+                    weights=admission.weights if role.takes_weights else (),
                 ),
                 [] if is_own else list(kept),
                 label,
@@ -162,7 +171,7 @@ class RewardModelRunner:
         later, filled, readings = [], [], []
         for row, limit in parts:
             stop = min(limit, len(row.prompt.tokens) - 1)
-            piece = Prompt.of(None, row.prompt.tokens[: stop + 1], row.prompt.head)
+            piece = Prompt.of(None, row.prompt.tokens[: stop + 1], row.prompt.shared, weights=row.prompt.weights)
             found = [self._prefixes.find(prompt, preferred=row.cache) for prompt in (row.prompt, piece)]
             source, held = max(found, key=itemgetter(1))
             start = max(held, len(row.cache.tokens))
@@ -191,7 +200,7 @@ class RewardModelRunner:
             if self._fits([prefix, *followers]):
                 questions.append(Question(row, ids, *lay_out(row.cache, prefix, followers)))
             else:
-                row.told = (ids, torch.full((len(ids),), torch.nan, device=self._device))
+                row.answered = (ids, torch.full((len(ids),), torch.nan, device=self._device))
         for question, scores_TL in zip(questions, self._read_all([each.reading for each in questions]), strict=True):
             question.settle(scores_TL)
 
@@ -204,15 +213,15 @@ class RewardModelRunner:
         if not self._has_one_shape:
             return [[*readings]] if readings else []
         parts: list[list[Reading]] = []
-        room = 0
+        left = 0  # tokens that the newest pass still has room for
         for each in readings:
             count = len(each.tokens)
-            if not parts or count > room:
+            if not parts or count > left:
                 parts.append([])
-                room = -(-count // PASS_TOKENS) * PASS_TOKENS
+                left = -(-count // PASS_TOKENS) * PASS_TOKENS
             parts[-1].append(each)
             # what fills more than a pass is alone, so that its shape is its own
-            room = room - count if count <= PASS_TOKENS else 0
+            left = left - count if count <= PASS_TOKENS else 0
         return parts
 
     @property

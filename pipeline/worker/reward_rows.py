@@ -20,7 +20,7 @@ class RewardRow:
     """A row of one role: its prompt, the base's tokens after it, and what was read of both.
 
     Tokens that it kept when it was admitted again may be at the prompt's end. `score` is that of the newest token in
-    the cache; `told` the last answer, so that a repeated call gets the same.
+    the cache; `answered` the last candidates and what they add, so that a repeated call gets the same.
     """
 
     prompt: Prompt
@@ -28,7 +28,7 @@ class RewardRow:
     label: int
     cache: RowCache = field(default_factory=RowCache)
     score: Tensor | None = None
-    told: tuple[list[int], Tensor] | None = None
+    answered: tuple[list[int], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,13 @@ class Question:
     places: Sequence[int | None]
 
     def settle(self, scores_TL: Tensor) -> None:
-        """Keep the prefix's score and tell what each candidate adds to it."""
+        """Keep the prefix's score and note what each candidate adds to it."""
         row, scores_T = self.row, scores_TL[:, self.row.label]
         if self.reading.trunk:
             row.score = scores_T[len(self.reading.trunk) - 1]
         assert row.score is not None
         after = [row.score if place is None else scores_T[place] for place in self.places]
-        row.told = (self.ids, torch.stack(after) - row.score if after else scores_T[:0])
+        row.answered = (self.ids, torch.stack(after) - row.score if after else scores_T[:0])
 
 
 def lay_out(

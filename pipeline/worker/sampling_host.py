@@ -1,92 +1,88 @@
-"""A host that plays: where one host holds every role, candidates, values, games and draws stay on its device."""
+"""A host that samples: where one host holds every role, candidates, values, games and draws stay on its device."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.attention.rows import can_build_for
-from pipeline.config.sections import DecodingConfig
-from pipeline.engine.row_state import Terms, TokenOutcome
 from pipeline.errors import CageError, StateLost
-from pipeline.points import Watcher, unwatched
-from pipeline.protocol.clients import Pending
-from pipeline.protocol.messages import DRAWN, HostRole, Position, Step
-from pipeline.runtime.assembly import Assembly
-from pipeline.runtime.topology import PrincipalPlan
-from pipeline.sampling.games import by_role, num_candidates, play, token_rewards
+from pipeline.protocol.hosts import Reply
+from pipeline.protocol.messages import (
+    DRAWN,
+    HostWork,
+    Position,
+    Step,
+    Terms,
+    TokenOutcome,
+)
+from pipeline.protocol.specs import GameSpec
+from pipeline.protocol.topology import HostRole
+from pipeline.sampling.games import by_role, solve_and_sample, token_rewards
 from pipeline.worker.captured_sampling import CapturedSampling
-from pipeline.worker.hosts import PositionedHost
-from pipeline.worker.language_model_runner import Host
-from pipeline.worker.reward_loading import load_any_host
-from pipeline.worker.reward_model_runner import RewardModelRunner
+from pipeline.worker.hosts import LanguageModelHost, LanguageRunner, PositionGuard
+from pipeline.worker.language_model_runner import LanguageModelRunner
 from pipeline.worker.stopwatch import Stopwatch
 
 
-@dataclass(frozen=True, slots=True)
-class HostWork:
-    """What a host did since it was loaded: passes, tokens that went through them, seconds in passes and in games."""
-
-    num_forwards: int
-    num_tokens: int
-    forward_s: float
-    solve_s: float
-
-
-class SamplingHost(PositionedHost):
-    """A `PositionedHost` that can play the games of its rows.
-
-    Games that are recorded are a GPU's work; their outcome may be read while the next pass runs.
+class SamplingHost(LanguageModelHost):
+    """A language model's host that solves the games of its rows itself and draws their tokens (`Samples`).
 
     Args:
-        host: the host.
+        runner: the model; it serves every role of the run.
         roles: its roles, the base's first.
-        decoding: candidates and draws.
-        principals: all of the run's; their roles must be this host's where `play` is called.
-        watch: called at the points of a step, for tests.
-        records_games: whether `CapturedSampling` plays.
+        games: candidates, draws and principals.
     """
 
-    def __init__(
-        self,
-        host: Host | RewardModelRunner,
-        roles: Sequence[HostRole],
-        decoding: DecodingConfig,
-        principals: Sequence[PrincipalPlan],
-        watch: Watcher = unwatched,
-        *,
-        records_games: bool = False,
-    ) -> None:
-        super().__init__(host, watch)
+    def __init__(self, runner: LanguageRunner, roles: Sequence[HostRole], games: GameSpec) -> None:
+        super().__init__(runner)
         self._roles = roles
-        self._decoding = decoding
-        self._principals = principals
-        self._records_games = records_games
-        self._watch_games = Stopwatch(host.device) if isinstance(host, Host) else None
-        self._recorded: CapturedSampling | None = None
-        self._under_way: UnderWay | None = None
+        self._games = games
+        self._game_watch = Stopwatch(runner.device)
         self._drawn: set[int] = set()  # slots whose newest token was drawn here
 
     @property
-    def is_asynchronous(self) -> bool:
+    def runs_ahead(self) -> bool:
         """Whether it goes on with a step while the outcome of the one before is on its way."""
-        return self._records_games
+        return False
 
     def advance_and_sample(
-        self,
-        at: Position,
-        step: Step,
-        slots: Sequence[int],
-        terms: Sequence[Terms],
-        uniforms: Sequence[float],
-    ) -> list[TokenOutcome] | Pending:
-        """Bring the group to `at` and draw a token for each of these slots, in one call.
+        self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> Reply[list[TokenOutcome]]:
+        """Bring the group to `at`, solve the games of these slots and draw a token for each."""
+        self._check_drawn(step)
+        self.advance(at, step)
+        reply = self.sample(at, slots, terms, uniforms)
+        self._drawn |= set(slots)
+        return reply
 
-        Raises StateLost when the group is not one step before `at`, or a token of the step was not drawn here.
-        """
+    @torch.inference_mode()
+    def sample(
+        self, at: Position, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> Reply[list[TokenOutcome]]:
+        """Draw a token for each slot at `at`. Raises StateLost when the group is elsewhere."""
+        self._guard.check(at)
+        options = self._games.sampling
+        with self._guard.all_or_nothing(), self._game_watch.running():
+            proposal = self._runner.propose(slots, num_candidates=options.num_candidates, min_p=options.min_p)
+            rewards = token_rewards(self._games.principals, by_role(self._roles, proposal.role_logprobs_BRK))
+            sampled = solve_and_sample(options, proposal, rewards, terms, uniforms)
+            newest_S = self._runner.newest_S
+            newest_S[list(slots)] = sampled.token_ids.to(newest_S.device)
+            return Reply.of(sampled.outcomes(terms))
+
+    def resize(self, num_slots: int) -> None:
+        """Forget every row and hold another number of them."""
+        self._drawn.clear()
+        super().resize(num_slots)
+
+    def work(self) -> HostWork:
+        """What it did so far."""
+        return HostWork(*self._runner.work, self._game_watch.seconds)
+
+    def _check_drawn(self, step: Step) -> None:
+        """Raise StateLost where a token of the step is one that was never drawn here."""
         unknown = [
             slot
             for slot, token in zip(step.slots, step.tokens, strict=True)
@@ -94,113 +90,123 @@ class SamplingHost(PositionedHost):
         ]
         if unknown:
             raise StateLost(f"no token was drawn for the slots {', '.join(map(str, unknown))}")
-        self.advance(at, step)
-        self._settle(at)
-        outcomes = self.play(at, slots, terms, uniforms)
-        self._drawn |= set(slots)
-        return outcomes
 
-    def resize(self, num_slots: int) -> None:
-        """Forget every row and make room for another number of them."""
-        self._drawn.clear()
-        self._under_way = self._recorded = None
-        if self._records_games:
-            gc.collect()  # recordings are let go before the new rows take their memory
-        super().resize(num_slots)
+
+class CapturingHost(SamplingHost):
+    """A `SamplingHost` on a GPU whose games are captured as CUDA graphs; it goes on while an outcome is on its way.
+
+    A captured solve takes a fixed number of steps. Where that was not enough, the corrected token is known only when
+    the outcome is settled, and the pass that went on with the other one is computed again.
+
+    Args:
+        runner: the model.
+        roles, games: as in `SamplingHost`.
+    """
+
+    def __init__(self, runner: LanguageModelRunner, roles: Sequence[HostRole], games: GameSpec) -> None:
+        super().__init__(runner, roles, games)
+        self._language_runner = runner
+        self._captured: CapturedSampling | None = None
+        self._pending: PendingOutcomes | None = None
+
+    @property
+    def runs_ahead(self) -> bool:
+        return True
+
+    def advance_and_sample(
+        self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> Reply[list[TokenOutcome]]:
+        """Bring the group to `at` and begin to solve and sample; the reply waits for the device."""
+        self._check_drawn(step)
+        self.advance(at, step)
+        self._settle_before(at)
+        reply = self.sample(at, slots, terms, uniforms)
+        self._drawn |= set(slots)
+        return reply
 
     @torch.inference_mode()
-    def play(
+    def sample(
         self, at: Position, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
-    ) -> list[TokenOutcome] | Pending:
-        """Draw a token for each slot at `at`. Raises StateLost when the group is elsewhere."""
-        host, decoding = self._host, self._decoding
-        assert isinstance(host, Host)
-        assert self._watch_games is not None
-        with self._watch_games.running():
-            if self._records_games:
-                self._check(at)
-                if self._recorded is None:
-                    self._recorded = CapturedSampling(host, self._roles, decoding, self._principals)
-                with self._all_or_nothing():
-                    self._recorded.begin(slots, terms, uniforms)
-                self._under_way = UnderWay(self, at)
-                return self._under_way
-            proposal = self.propose(at, slots, num_candidates=num_candidates(decoding), min_p=decoding.min_p)
-            rewards = token_rewards(self._principals, by_role(self._roles, proposal.role_logprobs_BRK))
-            played = play(decoding, proposal, rewards, terms, uniforms)
-            host.newest_S[list(slots)] = played.token_ids.to(host.device)
-            return played.outcomes(terms)
+    ) -> Reply[list[TokenOutcome]]:
+        """Begin to draw a token for each slot at `at`."""
+        with self._game_watch.running():
+            self._guard.check(at)
+            if self._captured is None:
+                self._captured = CapturedSampling(self._language_runner, self._roles, self._games)
+            with self._guard.all_or_nothing():
+                self._captured.begin(slots, terms, uniforms)
+            self._pending = PendingOutcomes(self._captured, self._guard, self._game_watch, at, self._give_up)
+            return Reply(self._pending.wait)
 
-    def _settle(self, at: Position) -> None:
-        """See to the outcome of the step before `at`; where that corrects a token, compute what followed it again."""
-        under_way, self._under_way = self._under_way, None
+    def resize(self, num_slots: int) -> None:
+        """Forget every row and hold another number of them."""
+        self._give_up()
+        gc.collect()  # captured graphs are let go before the new rows take their memory
+        super().resize(num_slots)
+
+    def _settle_before(self, at: Position) -> None:
+        """Settle the outcome of the step before `at`; where that corrects a token, compute what followed it again."""
+        pending, self._pending = self._pending, None
         # a step that is asked for again has nothing behind it
-        if under_way is not None and under_way.settle() and under_way.at != at:
-            assert isinstance(self._host, Host)
-            with self._all_or_nothing():
-                self._host.compute_again()
+        if pending is not None and pending.settle() and pending.at != at:
+            with self._guard.all_or_nothing():
+                self._language_runner.compute_again()
 
-    def settle(self) -> tuple[list[TokenOutcome], bool]:
-        """The outcome of the games that were begun, and whether a token is another one than was gone on with."""
-        assert self._recorded is not None
-        assert self._watch_games is not None
-        try:
-            with self._all_or_nothing(), self._watch_games.running():
-                return self._recorded.settle()
-        except BaseException:
-            self._under_way = self._recorded = None
-            raise
-
-    def work(self) -> HostWork:
-        """What a language model's host did so far."""
-        host = self._host
-        assert isinstance(host, Host)
-        assert self._watch_games is not None
-        return HostWork(*host.work, self._watch_games.seconds)
+    def _give_up(self) -> None:
+        """Hold on to no captured graph and no outcome."""
+        self._pending = self._captured = None
 
 
-class UnderWay(Pending):
-    """Games that a device plays, of the step at `at`."""
+class PendingOutcomes:
+    """The outcome of games that a device solves.
 
-    def __init__(self, host: SamplingHost, at: Position) -> None:
+    Args:
+        captured: the games.
+        guard: of the host.
+        watch: counts the seconds of games.
+        at: the step that they are of.
+        give_up: called where settling fails, so that nothing holds on to the device's memory.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedSampling,
+        guard: PositionGuard,
+        watch: Stopwatch,
+        at: Position,
+        give_up: Callable[[], None],
+    ) -> None:
         self.at = at
-        self._host = host
-        self._outcomes: list[TokenOutcome] | None = None
+        self._captured: CapturedSampling | None = captured
+        self._guard = guard
+        self._watch = watch
+        self._give_up = give_up
+        self._outcomes: list[TokenOutcome] = []
         self._error: Exception | None = None
 
     def settle(self) -> bool:
-        """Whether a token is another one than the host has gone on with; once, and no more."""
+        """Wait for the device once; whether a token is another one than the host has gone on with."""
         if self._error is not None:
             raise self._error
-        if self._outcomes is not None:
+        captured, self._captured = self._captured, None
+        if captured is None:
             return False
         try:
-            self._outcomes, is_other = self._host.settle()
+            with self._guard.all_or_nothing(), self._watch.running():
+                self._outcomes, is_other = captured.settle()
         except Exception as error:
-            # whoever settled it, the one who waits for it is told, too; not by this very error, which holds on to
-            # all that its frames know
+            self._give_up()
+            # whoever settles it, the one who waits for it hears of it, too; not by this very error, which holds on
+            # to all that its frames know
             kind = type(error) if isinstance(error, CageError) else RuntimeError
             self._error = kind(str(error) or type(error).__name__)
+            raise
+        except BaseException:
+            self._give_up()
             raise
         return is_other
 
     def wait(self) -> list[TokenOutcome]:
+        """The outcomes by slot."""
         self.settle()
-        assert self._outcomes is not None
         return self._outcomes
-
-
-def load_playing_host(assembly: Assembly, index: int, watch: Watcher = unwatched) -> SamplingHost:
-    """Load the run's host number `index` into this process. Raises ConfigurationError."""
-    topology = assembly.topology
-    host = load_any_host(assembly.hosts[index])
-    can_record = len(topology.hosts) == 1 and can_build_for(host.device)
-    rules = {variant.rule for variant in assembly.variants}
-    return SamplingHost(
-        host,
-        topology.hosts[index].roles,
-        assembly.config.decoding,
-        topology.principals,
-        watch,
-        records_games=can_record and CapturedSampling.serves(topology.principals, rules, assembly.config.decoding),
-    )

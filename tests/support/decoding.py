@@ -11,7 +11,8 @@ from pipeline.config.sections import Config
 from pipeline.engine.engine import Engine, decode_rows
 from pipeline.records import Record, Row
 from pipeline.runtime.assembly import Assembly, assemble
-from pipeline.runtime.local import local_engine
+from pipeline.runtime.engines import make_engine
+from pipeline.runtime.local_hosts import start_hosts
 
 NOWHERE = Path("/nonexistent-cache")
 
@@ -32,7 +33,7 @@ def config_of(
 
 def engine_of(config: Config, cache_folder: Path = NOWHERE) -> tuple[Engine, Assembly]:
     assembly = assemble(config, cache_folder)
-    return local_engine(assembly), assembly
+    return make_engine(assembly, start_hosts(assembly)), assembly
 
 
 def decode(config: Config, rows: Iterable[Row], cache_folder: Path = NOWHERE) -> dict[str, Record]:

@@ -1,0 +1,34 @@
+"""Kind `prompted`: a sentence says what the principal wants; no trained model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pipeline.principals.section import REFERENCE, TUNED, PrincipalSection, RoleRequest, log_ratio
+from pipeline.sections import ModelConfig, model_from_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PromptedPrincipal(PrincipalSection):
+    """q(a) = log pi(a | principle, x) - log pi(a | x), by the base's weights or by `model`."""
+
+    kind: Literal["prompted"]
+    principle: str = Field(min_length=1, description="what the principal asks for, given as a system message")
+    model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
+
+    def roles(self) -> dict[str, RoleRequest]:
+        """The model with the principle, and without it: the base itself where model and template are the base's."""
+        weighted = self.takes_weights
+        return {
+            TUNED: RoleRequest(self.model, principle=self.principle, takes_weights=weighted),
+            REFERENCE: RoleRequest(self.model, takes_weights=weighted),
+        }
+
+    @staticmethod
+    def rewards(outputs: Mapping[str, Tensor]) -> Tensor:
+        return log_ratio(outputs)

@@ -1,0 +1,40 @@
+"""Kind `reward_model`: a sequence reward model that scores what each candidate adds to the answer so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pipeline.principals.section import TUNED, PrincipalSection, RoleRequest
+from pipeline.protocol.topology import Scoring
+from pipeline.sections import ModelConfig, model_from_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RewardModelPrincipal(PrincipalSection):
+    """q(a) = sign x scale x (RM(prefix + a) - RM(prefix)): a sequence classifier that reads from left to right.
+
+    It scores the base's likeliest candidates; the others count as the worst of those. Between scored steps it is
+    indifferent.
+    """
+
+    kind: Literal["reward_model"]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
+    candidates: int = Field(10, ge=1, le=4096, description="of the base's likeliest, how many it scores")
+    interval: int = Field(1, ge=1, description="tokens from one scored step to the next")
+    scale: float = Field(1.0, gt=0, description="nats that one point of its score is worth")
+    sign: Literal[1, -1] = Field(1, description="-1 where a lower score is better")
+    label: int | None = Field(None, ge=0, description="which of its outputs counts, where it has several")
+
+    def roles(self) -> dict[str, RoleRequest]:
+        """Its score, already scaled and signed."""
+        scoring = Scoring(self.candidates, self.interval, self.sign * self.scale, self.label)
+        return {TUNED: RoleRequest(self.model, scoring=scoring, takes_weights=self.takes_weights)}
+
+    @staticmethod
+    def rewards(outputs: Mapping[str, Tensor]) -> Tensor:
+        return outputs[TUNED].double()

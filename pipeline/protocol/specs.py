@@ -1,0 +1,100 @@
+"""What it takes to start a host on any machine. Picklable, and free of loaded models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cage.rule_names import RuleName
+from pipeline.protocol.topology import HostRole, PrincipalPlan
+
+if TYPE_CHECKING:
+    from pipeline.hub.retokeniser import Retokeniser
+    from pipeline.hub.sources import AdapterSource, ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How candidates are chosen and a token is drawn.
+
+    Args:
+        num_candidates: how many of the base's likeliest tokens take part; None: all of the vocabulary.
+        min_p: candidates less likely than `min_p` times the likeliest one take no part.
+        temperature: of the final draw; 0 takes the likeliest token.
+        top_p: the final draw is from the fewest tokens with so much of the policy's mass.
+    """
+
+    num_candidates: int | None = 50
+    min_p: float = 0.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GameSpec:
+    """What a host needs to solve the games of its rows and draw their tokens itself.
+
+    Args:
+        sampling: candidates and draws.
+        principals: all of the run's; their roles are all on this host.
+        rules: the rules that rows of the run may be decided by.
+    """
+
+    sampling: SamplingOptions
+    principals: tuple[PrincipalPlan, ...]
+    rules: frozenset[RuleName]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSpec:
+    """How a sequence reward model scores.
+
+    Args:
+        labels: the index of each role's output, in the order of the roles.
+        retokeniser: reads the base's tokens where the model's own differ; None: they are the same.
+    """
+
+    labels: tuple[int, ...]
+    retokeniser: Retokeniser | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """All that a process needs to start a host.
+
+    Args:
+        name: of the host.
+        serves: the principals (and "base") that need it, for error messages.
+        source: the model's files.
+        dtype, device: as configured.
+        roles: what it serves.
+        num_slots: rows at once.
+        vocab_size: token ids that all models of the run share.
+        strict: whether a row's bits must not depend on the batch composition.
+        cache_folder: where weights are fetched to that are not on the machine.
+        adapters: LoRA adapters by the names that roles use.
+        reward: set for a sequence reward model.
+        games: set for a host that holds every role of the run.
+    """
+
+    name: str
+    serves: tuple[str, ...]
+    source: ModelSource
+    dtype: str
+    device: str
+    roles: tuple[HostRole, ...]
+    num_slots: int
+    vocab_size: int
+    strict: bool
+    cache_folder: Path
+    adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
+    reward: RewardSpec | None = None
+    games: GameSpec | None = None
+
+    @property
+    def title(self) -> str:
+        """The model and whom it serves, for error messages."""
+        kind = "model" if self.reward is None else "reward model"
+        return f"{kind} {self.source.name} (for {', '.join(self.serves)})"

@@ -1,0 +1,127 @@
+"""The topology of a replica: which roles there are, which host serves each, and whose rewards they make up.
+
+A role is one output that is needed at every step: a distribution over tokens, or a reward model's scores. Principals
+that need the same output share a role; roles that share weights share a host and one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.sections import ModelConfig
+
+BASE = "base"  # the name of the base's role, and of its host
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a sequence reward model scores for a principal.
+
+    Args:
+        candidates: how many of the base's likeliest candidates it scores.
+        interval: tokens from one scored step to the next.
+        factor: nats that one point of its score is worth; negative where a lower score is better.
+        label: which of its outputs counts; None where it has one.
+    """
+
+    candidates: int
+    interval: int
+    factor: float
+    label: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostRole:
+    """A role as its host knows it.
+
+    Args:
+        name: by which the coordinator asks for it.
+        adapter: its LoRA adapter's name on this host, if any.
+        scoring: set where the host is a sequence reward model.
+        takes_weights: whether its output depends on the row's preference weights.
+    """
+
+    name: str
+    adapter: str | None = None
+    scoring: Scoring | None = None
+    takes_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A role as the coordinator knows it: where it is served and what its prompt looks like.
+
+    Args:
+        name: of the role.
+        host: the name of the host that serves it.
+        chat_template: Jinja template of its prompt; None is the tokenizer's own.
+        principle: put into the prompt as a system message.
+        takes_weights: whether the row's weights are in scope of the template and travel with the prompt.
+    """
+
+    name: str
+    host: str
+    chat_template: str | None = None
+    principle: str | None = None
+    takes_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrincipalPlan:
+    """A principal of a run.
+
+    Args:
+        name: its name in the configuration.
+        weight: its configured preference weight.
+        kind: its kind, as `pipeline.principals.kinds` lists them.
+        roles: the name of a role for each part of its reward.
+    """
+
+    name: str
+    weight: float
+    kind: str
+    roles: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """One set of weights on one device.
+
+    Args:
+        name: of the host.
+        model: the section that names the weights.
+        roles: what it serves; the base's comes first where it is the base's host.
+        adapters: adapter folders by the names that roles use.
+        serves: the principals (and "base") that need it, for messages.
+    """
+
+    name: str
+    model: ModelConfig
+    roles: tuple[HostRole, ...]
+    adapters: Mapping[str, str]
+    serves: tuple[str, ...]
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it scores candidates, instead of giving log-probabilities."""
+        return any(role.scoring is not None for role in self.roles)
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Hosts, roles and principals of one run. The first host is the base's, and its first role is the base."""
+
+    hosts: tuple[HostPlan, ...]
+    roles: Mapping[str, Role]
+    principals: tuple[PrincipalPlan, ...]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The configured weights by principal."""
+        return {principal.name: principal.weight for principal in self.principals}
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether some role's output depends on the row's weights."""
+        return any(role.takes_weights for role in self.roles.values())

@@ -1,0 +1,52 @@
+"""The one place where engines are made: in this process, over Ray, in benchmarks and in tests."""
+
+from __future__ import annotations
+
+from pipeline.config.sections import Config
+from pipeline.engine.engine import Engine
+from pipeline.engine.shards import ShardDecoder
+from pipeline.protocol.hosts import Hosts
+from pipeline.protocol.memory import slots_that_fit
+from pipeline.runtime.assembly import Assembly
+
+LONG_PROMPT = 1024  # tokens of a prompt for which a slot has memory, where the model's context is as long
+MIN_SLOTS_FOR_GROUPS = 8  # below, half a batch costs a host nearly as much as a whole one
+
+
+def make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
+    """An engine over hosts that are there; all of them agree on its slots.
+
+    Args:
+        assembly: the replica.
+        hosts: its clients, in the order of the assembly's hosts.
+    """
+    config = assembly.config
+    num_slots = agree_on_slots(config, hosts)
+    return Engine(
+        assembly.topology,
+        hosts,
+        assembly.prompter,
+        config.decoding,
+        assembly.variants,
+        num_slots=num_slots,
+        num_groups=2 if hosts.is_concurrent and num_slots >= MIN_SLOTS_FOR_GROUPS else 1,
+        max_failures=config.errors.max_host_failures,
+        loaded_slots=config.cluster.first_slots,
+    )
+
+
+def make_decoder(assembly: Assembly, hosts: Hosts) -> ShardDecoder:
+    """An engine for whole shards: every variant and sample of every row."""
+    engine = make_engine(assembly, hosts)
+    return ShardDecoder(engine, num_variants=len(assembly.variants), num_samples=assembly.config.decoding.n)
+
+
+def agree_on_slots(config: Config, hosts: Hosts) -> int:
+    """The slots of a replica: the configured number, or what there is memory for everywhere; all hosts make room."""
+    if config.cluster.slots != "auto":
+        return config.cluster.slots
+    row_tokens = LONG_PROMPT + config.decoding.max_new_tokens
+    num_slots = slots_that_fit([client.memory_budget(row_tokens).result() for client in hosts.all])
+    for client in hosts.all:
+        client.resize(num_slots).result()
+    return num_slots

@@ -1,0 +1,134 @@
+"""Hosts in this process: a message runs at once, and its reply is there or comes from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pipeline.errors import CageError
+from pipeline.monitoring.waits import waiting_for
+from pipeline.protocol.failures import describe_failure
+from pipeline.protocol.hosts import Hosts, Proposes, Reply, Samples, Scores
+from pipeline.protocol.messages import Candidates, HostWork, MemoryBudget, Position, Step, Terms, TokenOutcome
+from pipeline.protocol.topology import HostPlan
+from pipeline.runtime.assembly import Assembly
+from pipeline.runtime.wiring import DIRECT, Wiring
+from pipeline.worker.start import start_proposing, start_sampling, start_scoring
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+HostT = TypeVar("HostT", bound=Scores)
+ProposingT = TypeVar("ProposingT", bound=Proposes)
+
+# What a host may raise and the coordinator can do something about; anything else is a fault of the program.
+FAILURES = (CageError, RuntimeError, ValueError, IndexError, KeyError, MemoryError)
+
+
+def start_hosts(assembly: Assembly, *, wiring: Wiring = DIRECT) -> Hosts:
+    """Load every host of a replica into this process.
+
+    Raises:
+        ConfigurationError: a model cannot be served.
+    """
+    plans, specs = assembly.topology.hosts, assembly.hosts
+    (plan, *other_plans), (spec, *other_specs) = plans, specs
+    with waiting_for(f"host {plan.name} to load"):
+        if spec.games is not None:
+            sampler = wiring.wrap_host(start_sampling(spec, spec.games))
+            return Hosts.lone(LocalSamplingHost(sampler, plan), runs_ahead=sampler.runs_ahead)
+        base = LocalProposingHost(wiring.wrap_host(start_proposing(spec)), plan)
+    others = []
+    for other, other_spec in zip(other_plans, other_specs, strict=True):
+        with waiting_for(f"host {other.name} to load"):
+            others.append(LocalHost(wiring.wrap_host(start_scoring(other_spec)), other))
+    return Hosts(base, tuple(others))
+
+
+class LocalHost(Generic[HostT]):
+    """The client of a host in this process (`ScoringClient`).
+
+    Args:
+        host: the host.
+        plan: names it in messages.
+    """
+
+    def __init__(self, host: HostT, plan: HostPlan) -> None:
+        self.host = host
+        self._plan = plan
+
+    def advance(self, at: Position, step: Step) -> Reply[None]:
+        return self._run("advance", lambda: self.host.advance(at, step))
+
+    def values_at(
+        self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Reply[Candidates] | None
+    ) -> Reply[Tensor]:
+        return self._run(
+            "values_at",
+            lambda: self.host.values_at(at, slots, num_tokens, None if proposal is None else proposal.result()),
+        )
+
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Reply[Tensor]:
+        return self._run("score", lambda: self.host.score(prompts, answer))
+
+    def memory_budget(self, row_tokens: int) -> Reply[MemoryBudget]:
+        return self._run("memory_budget", lambda: self.host.memory_budget(row_tokens))
+
+    def resize(self, num_slots: int) -> Reply[None]:
+        return self._run("resize", lambda: self.host.resize(num_slots))
+
+    def _run(self, message: str, function: Callable[[], T]) -> Reply[T]:
+        """Run the host at once; what it raised is raised by the reply, as it would be from another process."""
+        try:
+            return Reply.of(self._guarded(message, function))
+        except CageError as error:
+            return _failed(error)
+
+    def _guarded(self, message: str, function: Callable[[], T]) -> T:
+        """Call a function of the host. Raises HostError, which names the host and the message."""
+        try:
+            with waiting_for(f"an answer of host {self._plan.name} to {message}"):
+                return function()
+        except FAILURES as error:
+            raise describe_failure(self._plan, message, error) from error
+
+
+class LocalProposingHost(LocalHost[ProposingT]):
+    """The client of a host in this process that proposes (`ProposingClient`)."""
+
+    def advance_and_propose(
+        self, at: Position, step: Step, slots: Sequence[int], *, num_candidates: int | None, min_p: float
+    ) -> Reply[Candidates]:
+        return self._run(
+            "advance_and_propose",
+            lambda: self.host.advance_and_propose(at, step, slots, num_candidates=num_candidates, min_p=min_p),
+        )
+
+
+class LocalSamplingHost(LocalProposingHost[Samples]):
+    """The client of a host in this process that samples (`SamplingClient`)."""
+
+    def advance_and_sample(
+        self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> Reply[list[TokenOutcome]]:
+        message = "advance_and_sample"
+        try:
+            pending = self._guarded(message, lambda: self.host.advance_and_sample(at, step, slots, terms, uniforms))
+        except CageError as error:
+            return _failed(error)
+        if pending.is_ready:
+            return pending
+        return Reply(lambda: self._guarded(message, pending.result))
+
+    def work(self) -> Reply[HostWork]:
+        return self._run("work", self.host.work)
+
+
+def _failed(error: CageError) -> Reply[Any]:
+    """A reply that raises."""
+
+    def wait() -> Any:
+        raise error
+
+    return Reply(wait)

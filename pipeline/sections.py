@@ -1,0 +1,57 @@
+"""What every section of a configuration is, and the section that names one model.
+
+The principals' sections build on these; `pipeline.config.sections` puts all of them together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EMBEDDED_MODEL = "smollm2-135m"
+
+
+def shortened(value: Any) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Section(BaseModel):
+    """A frozen section that knows all its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Resources(Section):
+    """What Ray reserves for one host. `num_gpus: null` means one GPU where the device is a GPU."""
+
+    num_cpus: float = Field(1, ge=0)
+    num_gpus: float | None = Field(None, ge=0)
+
+
+class ModelConfig(Section):
+    """One set of weights."""
+
+    model: str = Field(min_length=1, description=f"folder, hub id, s3:// folder, or {EMBEDDED_MODEL}")
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    resources: Resources = Resources()
+
+
+class BaseConfig(ModelConfig):
+    """The agent: the base LLM."""
+
+    chat_template: str | None = Field(None, description="Jinja chat template instead of the tokenizer's own")
+
+
+class ReferenceConfig(ModelConfig):
+    """The reference model of a reward."""
+
+
+def model_from_name(value: Any) -> Any:
+    """Accept a bare model name where a model section is expected."""
+    return {"model": value} if isinstance(value, str) else value
