@@ -102,7 +102,7 @@ def test_a_function_judges_again_when_its_text_or_its_version_changes():
     assert digest_of(count) == first
     assert digest_of(FunctionJudge(function=count, version="2")) != first
 
-    def count(answers):  # noqa: F811
+    def count(answers):
         return [1.0 for _ in answers]
 
     assert digest_of(count) != first

@@ -247,7 +247,7 @@ def test_a_data_set_is_shown_with_what_was_dropped(tmp_path):
     (tmp_path / "run/dataset/manifest.json").write_text(json.dumps(manifest))
     page = Page(render_report(run))
     told = " ".join(page.text.split())
-    assert "Made of 24 answers to 5 prompts for train, 1 prompts for validation" in told
+    assert "Made from 24 answers to 5 prompts for train, 1 prompts for validation" in told
     assert f"dropped: {ATTACK}18 75.0 %" in told
     assert json.loads(page.scripts[0])["charts"]["dataset.sft.score"]["groups"][0]["counts"] == [1, 4]
     for key, wrong in (

@@ -1,4 +1,4 @@
-"""The configuration of an evaluation: a run over a grid, and how its answers are judged and compared."""
+"""The configuration of an evaluation: a run over a grid, its judges, and how its rules are compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY_COLUMNS = ("row_id", "variant", "sample")
 
 
 class BootstrapConfig(Section):
-    """Intervals by resampling prompts."""
+    """Intervals by resampling prompts with replacement."""
 
     samples: int = Field(1000, ge=100, le=100_000)
     confidence: float = Field(0.95, gt=0, lt=1)
@@ -24,7 +24,10 @@ class BootstrapConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How answers are judged. Nothing here changes the answers: other judges score the same run again."""
+    """How answers are judged and rules compared.
+
+    Nothing here changes the answers: with other settings, the same run is scored or compared again.
+    """
 
     judges: dict[str, AnyJudge] = Field(default_factory=dict, description="judges by name, each of a kind")
     objectives: dict[str, str] | None = Field(
@@ -39,13 +42,13 @@ class EvaluationConfig(Section):
 
 
 class EvaluateConfig(Config):
-    """One evaluation."""
+    """A run and its evaluation."""
 
     evaluation: EvaluationConfig
 
     @property
     def objectives(self) -> dict[str, str]:
-        """The judge that measures each principal, in the order of the principals."""
+        """By principal the name of the judge that measures it, in the order of the principals."""
         given = self.evaluation.objectives
         if given is None:
             given = {name: name for name in self.principals if name in self.evaluation.judges}

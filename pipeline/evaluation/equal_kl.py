@@ -1,8 +1,9 @@
-"""Rules compared at equal divergence from the base, read off their sweeps of the agent temperature.
+"""Compare rules at equal KL to the base.
 
-For one weight vector a rule's agent temperatures give a curve of objectives over the KL to the base, which starts at
-the base itself (KL 0) where the base is compared too. Levels are shares of what every rule reaches; between measured
-points the curve is straight.
+A rule can buy reward with divergence from the base, by a lower agent temperature. So rules are also compared at equal
+KL: for one weight vector, a rule's agent temperatures give a curve of objectives over the KL to the base. Where the
+base is compared too, the curve starts there, at KL 0. Curves are read at a few levels inside the range of KL that all
+rules reach, with linear interpolation between measured points and no extrapolation.
 """
 
 from __future__ import annotations
@@ -15,30 +16,37 @@ from cage.rule_names import RuleName
 from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.metrics import Floats, interpolate_at
 
-SHARES_L = np.array([0.25, 0.5, 0.75, 1.0])
-LEAST_KL = 1e-6
+SHARES_L = np.array([0.25, 0.5, 0.75, 1.0])  # where in the common range of KL the curves are compared
+LEAST_KL = 1e-6  # nats per token; a shorter common range is rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The variants of each rule with one weight vector, and the base where there is one."""
+    """The variants of each rule with one weight vector.
+
+    Args:
+        weights: the weight vector, by principal.
+        by_rule: indices of each rule's variants, one per agent temperature.
+        base: the index of the base's variant; None where the base is not compared.
+    """
 
     weights: dict[str, float]
     by_rule: dict[RuleName, list[int]]
     base: int | None
 
     def curve(self, rule: RuleName) -> list[int]:
+        """Indices of the variants on a rule's curve: the base first, then one per agent temperature."""
         return [*([self.base] if self.base is not None else []), *self.by_rule[rule]]
 
     def levels(self, kl_V: Floats) -> Floats | None:
-        """The KL levels that every rule reaches; None where there are none."""
+        """The KL levels [L] at which to compare, inside every rule's range; None where the ranges do not overlap."""
         reached = [kl_V[self.curve(rule)] for rule in self.by_rule]
         low, high = max(each.min() for each in reached), min(each.max() for each in reached)
         return low + SHARES_L * (high - low) if high - low > LEAST_KL else None
 
 
 def sweeps(samples: BootstrapSamples) -> list[Sweep]:
-    """One for each weight vector that every rule, the base aside, was run with."""
+    """One sweep for each weight vector that every rule but the base was run with; none for a single rule."""
     variants = samples.data.variants
     rules = [rule for rule in samples.data.rules if rule is not RuleName.BASE]
     base = next(iter(samples.data.indices(RuleName.BASE)), None)
@@ -57,7 +65,10 @@ def sweeps(samples: BootstrapSamples) -> list[Sweep]:
 def objectives_at(
     samples: BootstrapSamples, sweep: Sweep, rule: RuleName, sample: int = 0
 ) -> tuple[Floats, Floats] | None:
-    """The levels and the objectives there, [L] and [L, M], of one bootstrap sample (0: the data itself)."""
+    """The KL levels [L] and a rule's objectives there [L, M] in one bootstrap sample (0: the data itself).
+
+    Levels are found anew in each sample, because a sample's curves may reach other values of KL.
+    """
     levels_L = sweep.levels(samples.kl_SV[sample])
     if levels_L is None:
         return None
@@ -66,9 +77,9 @@ def objectives_at(
 
 
 def weighted_scores(samples: BootstrapSamples) -> dict[RuleName, Floats]:
-    """By rule the mean over weight vectors and levels of w . r, [S]; NaN where no level is common to all rules.
+    """By rule the mean over weight vectors and KL levels of w . r, [S], where r are normalised objectives.
 
-    Empty where there are no two rules to compare.
+    NaN in samples whose curves have no common range of KL; empty where there are no two rules to compare.
     """
     all_sweeps = sweeps(samples)
     rules = [rule for rule in samples.data.rules if all_sweeps and rule is not RuleName.BASE]

@@ -1,6 +1,7 @@
-"""What a run's files say, as arrays by variant and prompt.
+"""The numbers of a run's files, as arrays by variant and prompt.
 
-V variants, P prompts; a prompt's samples are averaged.
+V variants, P prompts, N samples per prompt. Samples of one prompt are averaged first: they are not independent, so
+the prompt is the unit that the bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ from pipeline.storage.commits import CommitRecord
 
 @dataclass(frozen=True)
 class Measurements:
-    """Means over a prompt's samples, by name: `scores_by_judge` and `numbers` (kl_per_token, num_tokens, ...).
+    """Means over the samples of each prompt, [V, P].
 
-    Every variant has every prompt that is in here, with a score for each objective: prompts that lack one anywhere
-    are left out of all (`num_left_out`), so that every comparison is paired. Other judges may lack scores: NaN.
+    Every variant has all prompts, with a score for each objective: a prompt that lacks one under any variant is left
+    out of all, so that every comparison is paired. Judges that measure no objective may lack scores: NaN.
+
+    Args:
+        variants: rule, agent temperature and weights of each variant.
+        row_ids: the prompts.
+        scores_by_judge: mean scores.
+        numbers: means of what the run recorded, by column (kl_per_token, num_tokens, ...).
+        num_left_out: how many prompts were left out.
+        num_answers: how many answers were read.
     """
 
     variants: tuple[Variant, ...]
@@ -38,10 +47,14 @@ class Measurements:
 
     @cached_property
     def rules(self) -> tuple[RuleName, ...]:
+        """The rules, in order of their first variant."""
         return tuple(dict.fromkeys(variant.rule for variant in self.variants))
 
     def indices(self, rule: RuleName, agent_temperature: float | None = None) -> list[int]:
-        """The variants of a rule, at one agent temperature or at all; the base has one temperature for all."""
+        """Indices of a rule's variants, at one agent temperature or (None) at all.
+
+        The base does not depend on the temperature, so its variant stands for every one.
+        """
         return [
             at
             for at, variant in enumerate(self.variants)
@@ -59,6 +72,13 @@ def measure(
     num_samples: int,
 ) -> Measurements:
     """Read answers and scores, and keep the prompts that every variant answered with all `needed` scores.
+
+    Args:
+        tables: answers and scores of each shard (`Scores.tables`).
+        variants: the run's variants.
+        judges: the judges to read.
+        needed: those of them that measure an objective.
+        num_samples: samples per prompt and variant.
 
     Raises:
         CageError: no prompt is left.
@@ -86,7 +106,10 @@ def measure(
 
 
 def tokens_per_second(records: Iterable[CommitRecord]) -> float | None:
-    """Tokens of all shards over the time in which at least one was under way; pauses between commands are out."""
+    """Tokens of all shards divided by the time in which at least one was being decoded.
+
+    Pauses between two commands do not count: overlapping spans of shards are merged before they are added.
+    """
     records = list(records)
     seconds, busy_until = 0.0, -np.inf
     for start, end in sorted((each.committed_at - each.seconds, each.committed_at) for each in records):

@@ -1,4 +1,4 @@
-"""What a reader has to know to believe the numbers: how they were made, and what speaks against them."""
+"""Notes on an evaluation: how its numbers were made, and what limits them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from pipeline.evaluation.panel import Panel
 
 
 def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], samples: BootstrapSamples) -> list[str]:
-    """Sentences for the report and the terminal. `models` are the identities of the run's models, by place."""
+    """Sentences for the report and the terminal.
+
+    Args:
+        config: the evaluation.
+        panel: its judges.
+        models: identities of the run's models, by their place in the configuration.
+        samples: the resampled means.
+    """
     found = [
         f"Every mean is over the same {len(samples.data.row_ids):,} prompts; intervals are bootstrap intervals over "
         f"prompts ({samples.confidence:.0%}, {config.evaluation.bootstrap.samples:,} samples), differences "
@@ -41,7 +48,7 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], sampl
 
 
 def overlaps(config: EvaluateConfig, panel: Panel, models: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """(principal, judge, why) of every objective whose judge is one of the things that the rules raise."""
+    """(principal, judge, why) of every objective whose judge is itself part of what the rules optimise."""
     found = []
     for principal, name in config.objectives.items():
         judge = config.evaluation.judges[name]

@@ -1,4 +1,4 @@
-"""What the numbers come to in a sentence, said in the same words whoever wins."""
+"""Sentences that sum up an evaluation, in the same words whichever rule is better."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ METRICS = {
 
 
 def reading(differences: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
-    """A sentence a metric: what the first rule is better than, worse than, and not told apart from.
+    """One sentence per metric: which rules the first rule is better than, worse than, or not distinguishable from.
 
-    A difference counts where its interval leaves 0 out.
+    A difference counts where its interval excludes 0.
     """
     lines = []
     for metric, words in METRICS.items():
@@ -27,7 +27,7 @@ def reading(differences: Sequence[Mapping[str, Any]], confidence: float) -> list
 
 
 def _overall(differences: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of the first rule: by other rule the difference over all agent temperatures, which stands last."""
+    """The first rule's difference from each other rule over all agent temperatures, which is the last one listed."""
     first = differences[0]["rule"] if differences else None
     last = {each["against"]: each for each in differences if each["rule"] == first and each["interval"]}
     return list(last.values())

@@ -1,8 +1,8 @@
-"""The scores of a run's answers: files of their own beside them, one a shard, made once.
+"""The scores of a run's answers, in files of their own: one file per shard, written once.
 
-RUN/scores/part-00000-of-00004.parquet holds row_id, variant, sample and a column a judge. Its footer tells the judges
-with all that decides a score, and the hash of the answers; a file of other judges or other answers is replaced,
-and nothing is decoded again.
+RUN/scores/part-00000-of-00004.parquet holds row_id, variant, sample and one column per judge. Its footer names the
+panel by its digest and the answers by their hash. So a file of other judges or other answers is recognised and
+replaced, and nothing is decoded again.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ JUDGED_COLUMNS = ("row_id", "variant", "sample", "prompt", "response", "num_toke
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The score files of one panel in one run. Picklable."""
+    """The score files of one panel in one run. Picklable.
+
+    Args:
+        run: the run whose answers are scored.
+        panel: the judges.
+    """
 
     run: Run
     panel: Panel
 
     def pending(self) -> list[CommitRecord]:
-        """The committed shards whose answers this panel has not scored yet."""
+        """The committed shards without scores of this panel, in order."""
         found = set(self.run.store.names(SCORES))
         return [
             record
@@ -45,16 +50,26 @@ class Scores:
         ]
 
     def score(self, record: CommitRecord, judges: Mapping[str, Judge]) -> None:
-        """Judge one shard's answers and write its file."""
+        """Judge one shard's answers and write its file; a second call changes nothing.
+
+        Args:
+            record: the committed shard.
+            judges: what `panel.load()` returned.
+        """
         answers = self._read(_part_of(record), JUDGED_COLUMNS)
         metadata = {JUDGES_KEY: self.panel.digest, ANSWERS_KEY: record.sha256_by_file[_part_of(record)]}
         data = write_table_bytes(judge_table(answers, judges), metadata=metadata)
         name = self._name(record)
+        # two processes may score the same shard: the first file stays unless other judges or answers made it
         if not self.run.store.create(name, data) and not self._is_of(record):
             self.run.store.put(name, data)
 
     def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """Each shard's answers, without texts, and their scores, row by row the same."""
+        """Yield each shard's answers, without texts, and their scores, in the same order of rows.
+
+        Raises:
+            CageError: a file scores other answers.
+        """
         for record in self.run.committed().values():
             answers = self._read(_part_of(record), ("row_id", "variant", "sample", *NUMBERS))
             scores = self._read(self._name(record), None)
@@ -66,7 +81,7 @@ class Scores:
         return SCORES + _part_of(record)
 
     def _is_of(self, record: CommitRecord) -> bool:
-        """Whether the score file was made by this panel of the answers that stand."""
+        """Whether this panel made the score file, from the shard's present answers."""
         url = self.run.store.url(self._name(record))
         with as_damaged_file(url), self.run.store.open(self._name(record)) as handle:
             metadata = pq.read_schema(handle).metadata or {}
@@ -84,7 +99,7 @@ class Scores:
 
 
 def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> pa.Table:
-    """A table of scores, a row an answer and a column a judge; null where a judge has none."""
+    """A table of scores, one row per answer and one column per judge; null where a judge gave none."""
     rows = [
         JudgedAnswer(row["prompt"], row["response"], row["num_tokens"], row.get("rewards") or {})
         for row in answers.to_pylist()

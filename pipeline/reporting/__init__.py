@@ -1,1 +1,1 @@
-"""The report of a run: one self-contained HTML file, made from the run's files alone."""
+"""The report of a run: one self-contained HTML file, made from the run's files alone, without any model."""

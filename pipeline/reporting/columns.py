@@ -1,4 +1,4 @@
-"""Read the numbers of a run batch by batch: memory does not grow with the run.
+"""Read the numbers of a run in batches, so that memory does not grow with the run.
 
 N rows of a batch, Q quantities.
 """
@@ -34,10 +34,15 @@ BY_PRINCIPAL = ("weights", "rewards", "payments", "original_rewards")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some rows of one data file, from row `start` on. Missing numbers are NaN.
+    """Some rows of one data file. Missing numbers are NaN.
 
-    `numbers` holds a vector [N] by name: the plain columns, "rewards.NAME" and its kin by principal, "scores.NAME" by
-    judge; `hashes` orders rows by chance, the same chance every time.
+    Args:
+        file: the data file.
+        start: the index of the first row in it.
+        row_ids, samples, rules: of each row.
+        hashes: one per row; to order rows by them is to order them at random, in the same way every time.
+        numbers: vectors [N] by name: the plain columns; "rewards.NAME", "weights.NAME" and so on by principal;
+            "scores.NAME" by judge.
     """
 
     file: str
@@ -53,12 +58,19 @@ class Batch:
 
 
 def data_files(run: Run) -> list[str]:
-    """The committed data files of aligned rows, in order."""
+    """The committed data files, in order."""
     return [name for record in run.committed().values() for name in record.sha256_by_file if name.startswith("part-")]
 
 
 def read_batches(run: Run, file: str, *, rule: str, judges: Sequence[str] = ()) -> Iterator[Batch]:
-    """Yield a data file's numbers. `rule` is that of rows that carry none; `judges` are columns of its score file."""
+    """Yield a data file's numbers.
+
+    Args:
+        run: the run.
+        file: the data file.
+        rule: the rule of rows that have no column for it, in a run without a grid.
+        judges: columns of the score file to read along.
+    """
     scores = ScoreFile.beside(run, file, judges)
     with as_damaged_file(run.store.url(file)), run.store.open(file) as handle, pq.ParquetFile(handle) as parquet:
         present = parquet.schema_arrow.names

@@ -1,4 +1,4 @@
-"""The comparison of rules in an evaluation: what its charts draw and its tables say."""
+"""The comparison of rules in an evaluation, as data for charts and rows for tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ METRICS = {"mip": "mean inner product", "worst_principal": "the worst principal"
 
 
 def describe_metrics(metrics: Metrics, principal_names: Sequence[str]) -> dict[str, Any]:
-    """Data for the charts (`data`) and rows for the tables."""
+    """What the section "Comparison of rules" shows: `data` for the charts, everything else for tables and notes.
+
+    Args:
+        metrics: of the evaluation.
+        principal_names: of the run, to match principals with objectives where the metrics do not.
+    """
     shown = metrics.points[:SHOWN_LINES]
     temperatures = _column([point.agent_temperature for point in shown], [None] * len(shown))
     points = [
@@ -48,7 +53,7 @@ def describe_metrics(metrics: Metrics, principal_names: Sequence[str]) -> dict[s
 
 
 def _labels(metrics: Metrics) -> dict[str, str]:
-    """An objective's name, with the judge that measures it where that is told."""
+    """By objective its label: the name, with the judge that measures it where metrics.json says which."""
     judges = {
         str(objective): judge
         for judge, section in metrics.judges.items()
@@ -61,9 +66,9 @@ def _labels(metrics: Metrics) -> dict[str, str]:
 
 
 def table_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Any list of mappings as a table: one column a key, in the order of their first use.
+    """A list of mappings as a table with one column per key, in the order of their first use.
 
-    An interval stands below its number (`x_interval` below `x`), objectives have a column each, and keys without any
+    An interval is shown below its number (`x_interval` below `x`), each objective has a column, and keys without any
     value are left out.
     """
     lines = [{**entry, **_inner(entry.get("objectives"))} for entry in entries[:SHOWN_LINES]]
@@ -98,7 +103,7 @@ def _interval_of(key: str) -> str | None:
 
 
 def _column(values: Sequence[Any], intervals: Sequence[Any]) -> list[dict[str, Any]]:
-    """Cells with text, interval and the number to sort them by; the numbers of a column have the same decimals."""
+    """Cells with text, interval and the number to sort by; all numbers of a column have the same decimals."""
     found = [as_interval(value, ends) for value, ends in zip(values, intervals, strict=True)]
     digits = max((_digits(each.mean) for each in found if each.mean is not None), default=0)
     return [
@@ -114,7 +119,7 @@ def _column(values: Sequence[Any], intervals: Sequence[Any]) -> list[dict[str, A
 
 
 def _digits(value: float) -> int:
-    """The decimals that a number needs, up to MAX_DIGITS."""
+    """How many decimals a number needs, up to MAX_DIGITS."""
     return len(f"{value:.{MAX_DIGITS}f}".rstrip("0").partition(".")[2])
 
 
@@ -171,10 +176,10 @@ def _win_row(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _control_pairs(metrics: Metrics, principal_names: Sequence[str]) -> list[list[str]]:
-    """Which principal's weight should move which objective: as evaluated, or by equal names."""
-    told = [[str(entry.get("principal")), str(entry.get("objective"))] for entry in metrics.control]
+    """Which principal's weight should raise which objective: as evaluated, or by equal names."""
+    evaluated = [[str(entry.get("principal")), str(entry.get("objective"))] for entry in metrics.control]
     by_name = [[name, name] for name in principal_names if name in metrics.objectives]
-    pairs = [pair for pair in (told or by_name) if pair[1] in metrics.objectives]
+    pairs = [pair for pair in (evaluated or by_name) if pair[1] in metrics.objectives]
     return [list(pair) for pair in dict.fromkeys(map(tuple, pairs))]
 
 

@@ -1,4 +1,4 @@
-"""Two rules on the same prompt, at the same agent temperature and weights: where they differ most."""
+"""Compare two rules on the same prompt, at the same agent temperature and weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,27 @@ RULE, AGAINST = str(RuleName.EQUILIBRIUM), str(RuleName.LINEAR)
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """For each row of a batch: how much more the worst-served principal got than under the other rule (NaN where the
-    row has no counterpart), and the counterpart's index in the batch."""
+    """Each row of a batch against its counterpart under the other rule.
+
+    Args:
+        gains: how much more the principal with the lowest reward got; NaN where there is no counterpart.
+        partners: the counterpart's index in the batch; -1 where there is none.
+    """
 
     gains: np.ndarray[Any, np.dtype[np.float64]]
     partners: np.ndarray[Any, np.dtype[np.int64]]
 
 
 def contrast(batch: Batch, worst_rewards: np.ndarray[Any, np.dtype[np.float64]], names: Sequence[str]) -> Contrast:
-    """Pair the equilibrium's rows with the weighted sum's. Rows of one prompt stand together, so within the batch."""
+    """Pair rows of the equilibrium with rows of the weighted sum (rule linear).
+
+    All answers to a prompt are neighbours in the file, so pairs are only looked for within the batch.
+
+    Args:
+        batch: the rows.
+        worst_rewards: the lowest reward of each row.
+        names: of the principals.
+    """
     gains = np.full(len(batch), np.nan)
     partners = np.full(len(batch), -1, dtype=np.int64)
     if RULE not in batch.rules or AGAINST not in batch.rules:

@@ -1,4 +1,4 @@
-"""The training data that was made of a run: RUN/dataset/manifest.json, as far as it has a known shape."""
+"""The training data made from a run, read from RUN/dataset/manifest.json; values of unexpected types are left out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENDS = ("10 %", "90 %")
 
 
 def describe_dataset(run: Run) -> dict[str, Any] | None:
-    """Counts by kind and split, what was dropped and why, and charts of what is left; None without a data set.
+    """Counts by kind and split, reasons for dropping answers, and charts; None without a data set.
 
     Raises:
         StorageError: the manifest is not a JSON object.
@@ -48,7 +48,7 @@ def _kind(name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chart(name: str, tree: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a ridge chart draws of a stored histogram: its edges are at equal distances."""
+    """A stored histogram as a ridge chart draws it; the edges of its bins are equally spaced."""
     edges, counts, quantiles = ([as_number(x) for x in _list(tree.get(k))] for k in ("edges", "counts", "quantiles"))
     if None in (*edges, *counts, *quantiles) or len(edges) != len(counts) + 1 < 2 or len(quantiles) != 5:
         return None

@@ -1,4 +1,4 @@
-"""Distributions of a run's numbers: what the ridge charts draw, and the same in a table."""
+"""Distributions of a run's numbers, for ridge charts and a table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ import numpy as np
 from pipeline.reporting.tally import Floats, Tally
 
 MAX_BINS = 40
-SHOWN_VALUES = 80  # of so few rows each one is drawn
+SHOWN_VALUES = 80  # up to so many values, each one is drawn
 QUANTILES = (0.05, 0.5, 0.95)
 RESIDUAL_FLOOR = 1e-16
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A column of numbers and how people call it."""
+    """A column of numbers and how to show it.
+
+    Args:
+        column: its name in `Batch.numbers`.
+        label, unit: what the chart says.
+        is_log: whether the axis shows the decimal logarithm.
+        is_count: whether the values are integers, so that bins have whole widths.
+    """
 
     column: str
     label: str
@@ -28,24 +35,24 @@ class Quantity:
 
 
 def shown_quantities(principal_names: Sequence[str], judges: Sequence[str]) -> list[Quantity]:
-    """What is drawn, in order; a quantity that no row has is left out later."""
+    """The quantities to draw, in order; one that no row has is left out later."""
     return [
-        *(Quantity(f"rewards.{name}", f"Reward of {name}", "nats an answer") for name in principal_names),
+        *(Quantity(f"rewards.{name}", f"Reward of {name}", "nats per answer") for name in principal_names),
         *(Quantity(f"scores.{name}", f"Judge {name}", "score") for name in judges),
         Quantity("num_tokens", "Length", "tokens", is_count=True),
-        Quantity("kl_per_token", "KL to the base", "nats a token"),
+        Quantity("kl_per_token", "KL to the base", "nats per token"),
     ]
 
 
 HEALTH = (
     Quantity("max_residual", "Largest residual of an answer", "log scale", is_log=True),
-    Quantity("solver_steps", "Solver's steps a token", "mean of an answer"),
-    Quantity("covered_mass", "Mass of the base on the candidates", "mean of an answer"),
+    Quantity("solver_steps", "Solver steps per token", "mean over an answer"),
+    Quantity("covered_mass", "Base probability covered by the candidates", "mean over an answer"),
 )
 
 
 def describe_distribution(tally: Tally, quantity: Quantity) -> dict[str, Any] | None:
-    """Histograms by rule over common bins, with quantiles from the sample and exact means; None without values."""
+    """Histograms by rule over common bins. Quantiles are of the sampled rows, means of all; None without values."""
     values_by_rule = {rule: tally.sample.values(rule, quantity.column) for rule in tally.by_rule}
     values_by_rule = {rule: _on_axis(values, quantity) for rule, values in values_by_rule.items() if values.size}
     if not values_by_rule:
@@ -74,13 +81,14 @@ def _on_axis(values: Floats, quantity: Quantity) -> Floats:
 
 
 def _edges(values: Floats, quantity: Quantity, num_groups: int) -> Floats:
-    """Bin edges over the values; far outliers are left off the axis, and counted."""
+    """Bin edges over the values; far outliers are left off the axis, and their number is shown."""
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = np.quantile(values, [0.01, 0.99])
     if high - low > 3 * (inner_high - inner_low) > 0:
         low, high = float(inner_low), float(inner_high)
     if low == high:
         low, high = (low - 0.5, high + 0.5)
+    # Rice's rule: twice the cube root of the number of values
     bins = int(np.clip(np.ceil(2 * (values.size / num_groups) ** (1 / 3)), 5, MAX_BINS))
     if quantity.is_count:
         width = max(1, int(np.ceil((high - low + 1) / bins)))

@@ -1,4 +1,4 @@
-"""Whole rows for the report: fetched from the data files, described for the page."""
+"""Whole rows for the report, read from the data files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def fetch_rows(run: Run, places: Iterable[Place], judges: Sequence[str] = ()) -> dict[tuple[str, int], Row]:
-    """The stored rows at these places, by (file, index), with the scores of `judges` as a column more.
+    """The stored rows at these places, by (file, index), with the scores of `judges` as an additional column.
 
     Each file is read once, a few rows at a time.
     """
@@ -53,7 +53,13 @@ def _rows_of(run: Run, file: str, indices: set[int]) -> Iterable[tuple[int, Row]
 
 
 def describe_example(row: Row, principal_names: Sequence[str], default_rule: str) -> dict[str, Any]:
-    """What a card shows of a row: conversation, answer, numbers by principal, traced tokens."""
+    """What a card shows of a row: conversation, answer, numbers by principal, traced tokens.
+
+    Args:
+        row: as stored, with its scores.
+        principal_names: of the run.
+        default_rule: the rule of a row that has no column for it.
+    """
     messages = row.get("prompt") or []
     rewards, payments, weights = (row.get(name) or {} for name in ("rewards", "payments", "weights"))
     originals = row.get("original_rewards") or {}
@@ -86,7 +92,7 @@ def describe_example(row: Row, principal_names: Sequence[str], default_rule: str
 
 
 def fetch_rejected(run: Run) -> list[dict[str, str]]:
-    """A few rejected rows with their reasons, the first of each file in order."""
+    """The first few rejected rows with their reasons."""
     found: list[dict[str, str]] = []
     for record in run.committed().values():
         for name in record.sha256_by_file:

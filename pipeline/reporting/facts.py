@@ -1,4 +1,4 @@
-"""What a run was: the head of the report, its principals, its settings, and the health of its solver."""
+"""Facts about a run: the head of the report, its principals, its settings, and the health of its solver."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pipeline.storage.run import Run
 
 
 def describe_facts(run: Run, tally: Tally) -> dict[str, Any]:
-    """Title, one sentence, and pairs of label and value. No time but that of the last commit is told."""
+    """Title, counts, and pairs of label and value.
+
+    The only time is that of the last commit, so that the same files give the same report.
+    """
     status, plan, print_ = run.status(), run.plan, run.plan.fingerprint
     last = status.last_commit_at
     base = plan.config.get("base", {})
@@ -47,7 +50,7 @@ def describe_facts(run: Run, tally: Tally) -> dict[str, Any]:
 
 
 def describe_principals(run: Run) -> list[dict[str, str]]:
-    """Each principal's kind, configured weight and what it asks for or is made of."""
+    """Each principal's kind, configured weight, and its principle or models."""
     configured = run.plan.config.get("principals", {})
     is_grid = bool(run.plan.config.get("grid", {}).get("weights"))
     return [
@@ -62,13 +65,13 @@ def describe_principals(run: Run) -> list[dict[str, str]]:
 
 
 def describe_settings(run: Run) -> list[tuple[str, str]]:
-    """The fingerprint, field by field, without those that are null."""
+    """The fields of the fingerprint that are not null."""
     fields = sorted(run.plan.fingerprint.items())
     return [(visible(key), plain(value)) for key, value in fields if value is not None]
 
 
 def describe_health(tally: Tally, principal_names: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry a rule: how well its games were solved, and who paid how much."""
+    """One entry per rule: how well its games were solved, and what each principal paid."""
     return [
         {
             "rule": visible(rule),
@@ -87,7 +90,7 @@ def describe_health(tally: Tally, principal_names: Sequence[str]) -> list[dict[s
 
 
 def _paid(summary: Summary, principal_names: Sequence[str]) -> list[dict[str, Any]]:
-    """By principal: mean reward and payment of an answer, nats paid a token, share of all payments."""
+    """By principal: mean reward and payment per answer, payment per token, share of all payments."""
     total = sum(summary.sums.get(f"payments.{name}", 0.0) for name in principal_names)
     tokens = summary.sums.get("num_tokens", 0.0)
     entries = []
@@ -120,4 +123,4 @@ def _span(summaries: Sequence[Summary], name: str) -> str:
 
 
 def _speed(tokens: int, seconds: float) -> str:
-    return f", {number(tokens / seconds, 1)} a second and replica" if seconds > 0 and tokens else ""
+    return f", {number(tokens / seconds, 1)} per second and replica" if seconds > 0 and tokens else ""

@@ -1,4 +1,4 @@
-"""metrics.json of an evaluation, as far as it is there: every key is optional, what has another shape is left out."""
+"""Read metrics.json of an evaluation. Every key is optional; a value of an unexpected type is left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class VariantMetrics:
-    """One rule at one agent temperature and one weight vector."""
+    """The metrics of one variant: a rule at one agent temperature and one weight vector.
+
+    Args:
+        rule, agent_temperature, weights: of the variant; weights by principal.
+        num_rows: how many prompts the means are over.
+        objectives: mean scores by objective.
+        scores: mean scores by judge.
+        kl_per_token, num_tokens: means.
+        worst_principal: the lowest normalised objective.
+    """
 
     rule: str
     agent_temperature: float | None
@@ -41,7 +50,10 @@ class VariantMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What the report shows of metrics.json. The lists of plain mappings are shown as tables, as they are."""
+    """The parts of metrics.json that the report shows.
+
+    `points` has one entry per variant. Lists of mappings become tables with a column per key.
+    """
 
     objectives: tuple[str, ...]
     judge_names: tuple[str, ...]
@@ -61,13 +73,17 @@ class Metrics:
 
 
 def read_metrics(run: Run) -> Metrics | None:
-    """The metrics of an evaluation; None for another run. Raises StorageError when the file is no JSON object."""
+    """The metrics of an evaluation; None for a run without one.
+
+    Raises:
+        StorageError: the file is not a JSON object.
+    """
     tree = read_object(run, METRICS, remedy="evaluate the run again")
     return None if tree is None else parse_metrics(tree)
 
 
 def parse_metrics(tree: Mapping[str, Any]) -> Metrics:
-    """Take what has the shape that is shown."""
+    """The parts of the tree that have the expected types."""
     points = tuple(_point(each) for each in _mappings(tree.get("points"))[:SHOWN_POINTS])
     named = [str(name) for name in _list(tree.get("objectives"))]
     found = dict.fromkeys([*named, *(name for point in points for name in point.objectives)])
@@ -91,7 +107,7 @@ def parse_metrics(tree: Mapping[str, Any]) -> Metrics:
 
 
 def as_number(value: Any) -> float | None:
-    """The value where it is a finite number."""
+    """The value if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -116,7 +132,7 @@ def _point(tree: Mapping[str, Any]) -> VariantMetrics:
 
 
 def as_interval(mean: Any, ends: Any) -> Interval:
-    """A mean and the ends of its interval, where they are numbers."""
+    """A mean and the ends of its interval, each None if it is not a number."""
     low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
     return Interval(as_number(mean), as_number(low), as_number(high))
 

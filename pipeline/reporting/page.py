@@ -1,4 +1,4 @@
-"""Put the report of a run together: numbers, charts, examples, and one HTML file that needs nothing else."""
+"""Build the report of a run: numbers, charts and examples in one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,15 @@ def write_report(run: Run) -> str:
 
 
 def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
-    """The report as one HTML file, distributions from so many rows; the same files give the same bytes."""
+    """The report as one HTML file; the same files give the same bytes.
+
+    Args:
+        run: the run, complete or not.
+        sampled_rows: distributions are of at most so many rows.
+
+    Raises:
+        StorageError: a file of the run is damaged.
+    """
     files = data_files(run)
     rule, judges = _configured_rule(run), find_judges(run, files)
     names = run.plan.principal_names
@@ -72,12 +80,12 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
 
 
 def _configured_rule(run: Run) -> str:
-    """The rule of rows that carry none themselves."""
+    """The rule of rows that have no column for it."""
     return str(run.plan.fingerprint.get("decoding.rule", "equilibrium"))
 
 
 def _rules(numbers: Tally, metrics: Metrics | None) -> list[str]:
-    """Every rule of the answers and of the comparison, in the order that decides their colours."""
+    """All rules of the answers and of the comparison; their order decides their colours."""
     compared = [point.rule for point in metrics.points] if metrics else []
     return sorted(dict.fromkeys([*numbers.by_rule, *compared]), key=rule_order)
 
@@ -105,5 +113,5 @@ def _asset(name: str) -> str:
 
 
 def _csp_hash(content: str) -> str:
-    """What a content security policy calls this inline element, so that no other one can run."""
+    """The name of an inline element in the content security policy, which blocks every other script and style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode("ascii")

@@ -1,4 +1,4 @@
-"""The judges' scores of an evaluation, beside the answers: RUN/scores/part-*.parquet."""
+"""Read the judges' scores of an evaluation: RUN/scores/part-*.parquet, one file per data file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,25 @@ Key = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class ScoreFile:
-    """The scores of one data file's rows, by (row id, variant, sample); empty where there are none."""
+    """The scores of one data file's rows; empty where there are none.
+
+    Args:
+        place_by_key: the index of each row by (row id, variant, sample).
+        scores: by judge, a vector over the rows.
+    """
 
     place_by_key: Mapping[Key, int]
     scores: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
 
     @classmethod
     def beside(cls, run: Run, file: str, judges: Sequence[str]) -> ScoreFile:
-        """The file of the same name below scores/."""
+        """Read the score file of a data file.
+
+        Args:
+            run: the run.
+            file: the data file.
+            judges: columns to read; none for an empty result.
+        """
         if not judges:
             return cls({}, {})
         name = f"{SCORES}{file}"
@@ -42,7 +53,7 @@ class ScoreFile:
         return cls({key: at for at, key in enumerate(keys)}, scores)
 
     def take(self, keys: Sequence[Key]) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-        """The scores of these rows by "scores.JUDGE"; NaN where a row was not judged."""
+        """The scores of these rows, by "scores.JUDGE"; NaN where a row was not judged."""
         if not self.scores:
             return {}
         places = np.array([self.place_by_key.get(key, -1) for key in keys], dtype=np.int64)
@@ -54,7 +65,7 @@ class ScoreFile:
 
 
 def find_judges(run: Run, files: Sequence[str]) -> tuple[str, ...]:
-    """The judges whose scores lie beside every data file, in the order of their columns."""
+    """The judges that scored every data file, in the order of their columns; none where a score file is missing."""
     stored = set(run.store.names(f"{SCORES}part-"))
     if not files or not {f"{SCORES}{file}" for file in files} <= stored:
         return ()

@@ -1,4 +1,4 @@
-"""Which rows the report shows in full, and the cards that show them."""
+"""Choose the rows that the report shows in full, and describe them as cards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Card = dict[str, Any]
 
 
 def collect_examples(run: Run, tally: Tally, rule: str, judges: Sequence[str]) -> dict[str, Any]:
-    """Cards of the best and worst answers by two scores, of pairs of rules, and of answers by chance with a trace.
+    """Cards of the best and worst answers, of pairs of rules on one prompt, and of random answers with a trace.
 
-    `again` marks a card whose row stands further up as well, so that paper need not repeat its table of tokens.
+    `again` marks a card whose row was shown before; its table of tokens is not printed again.
     """
     rankings = {"weighted": tally.by_total, "worst": tally.by_worst, "contrast": tally.by_contrast}
     ends = {name: ranking.ends() for name, ranking in rankings.items() if ranking.highest}
@@ -24,13 +24,13 @@ def collect_examples(run: Run, tally: Tally, rule: str, judges: Sequence[str]) -
     places = [place for best, worst in ends.values() for place in (*best, *worst)]
     partners = [_partner(place) for place in places if place.partner is not None]
     rows = fetch_rows(run, [*places, *partners, *by_chance], judges)
-    told: set[tuple[str, int]] = set()
+    seen: set[tuple[str, int]] = set()
 
     def card(place: Place) -> Card:
         key = (place.file, place.index)
         shown = describe_example(rows[key], run.plan.principal_names, rule)
-        shown |= {"score": place.score, "again": key in told}
-        told.add(key)
+        shown |= {"score": place.score, "again": key in seen}
+        seen.add(key)
         return shown
 
     def cards(chosen: Iterable[Place]) -> list[Card]:

@@ -1,4 +1,4 @@
-"""JSON files of a run, as a report reads them."""
+"""Read JSON files of a run for the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from pipeline.storage.run import Run
 
 
 def read_object(run: Run, name: str, *, remedy: str) -> dict[str, Any] | None:
-    """The JSON object in a file of the run; None where there is no file. Raises StorageError when it is no object."""
+    """The JSON object in a file of the run; None where there is no file.
+
+    Args:
+        run: the run.
+        name: the file.
+        remedy: what to do about a damaged file, for the error message.
+
+    Raises:
+        StorageError: the file is not a JSON object.
+    """
     data = run.store.read(name)
     if data is None:
         return None

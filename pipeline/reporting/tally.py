@@ -1,7 +1,7 @@
 """Sum up a run's numbers in one pass, in memory that does not grow with the run.
 
-Counts, means and extremes are exact. Distributions come from a sample: the rows with the smallest hashes of their
-ids, so that the same run gives the same report. N rows, Q quantities.
+Counts, means and extremes are exact. Distributions come from a sample of rows: those with the smallest hashes of
+their ids, so that the same run gives the same report however its rows are divided into files. N rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """Where a row is, and the score by which it was chosen; `partner` is the index of one to show beside it."""
+    """Where a chosen row is.
+
+    Args:
+        score: why it was chosen.
+        chance: its hash, which orders equal scores.
+        file, index: where it is.
+        partner: the index of a row of the same file to show beside it.
+    """
 
     score: float
     chance: int
@@ -34,7 +41,13 @@ class Place:
 
 @dataclass(slots=True)
 class Ranking:
-    """The rows with the highest and the lowest scores; equal ones in the order of their hashes."""
+    """The rows with the highest and the lowest scores; rows with equal scores in the order of their hashes.
+
+    Args:
+        size: how many of each.
+        num_scored: how many rows had a score.
+        highest, lowest: the rows so far.
+    """
 
     size: int
     num_scored: int = 0
@@ -42,7 +55,7 @@ class Ranking:
     lowest: list[Place] = field(default_factory=list)
 
     def add(self, batch: Batch, scores_N: Floats, partners_N: np.ndarray[Any, Any] | None = None) -> None:
-        """Offer the rows of a batch; those without a score are passed over."""
+        """Add the rows of a batch; rows without a score (NaN) are ignored."""
         scored = np.flatnonzero(np.isfinite(scores_N))
         self.num_scored += len(scored)
         order = scored[np.lexsort((batch.hashes[scored], scores_N[scored]))]
@@ -56,14 +69,14 @@ class Ranking:
         self.lowest = heapq.nsmallest(self.size, [*self.lowest, *places])
 
     def ends(self) -> tuple[list[Place], list[Place]]:
-        """The highest and the lowest rows; none is in both."""
+        """The highest and the lowest rows; no row is in both."""
         size = min(self.size, (self.num_scored + 1) // 2)
         return self.highest[:size], self.lowest[: min(size, self.num_scored - size)]
 
 
 @dataclass(slots=True)
 class Summary:
-    """Exact numbers of one rule's rows, by quantity."""
+    """Exact statistics of one rule's rows: counts of finite values, sums, minima and maxima by quantity."""
 
     rows: int = 0
     counts: dict[str, int] = field(default_factory=dict)
@@ -72,6 +85,7 @@ class Summary:
     highs: dict[str, float] = field(default_factory=dict)
 
     def add(self, numbers: dict[str, Floats], chosen_N: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+        """Add the chosen rows of a batch."""
         self.rows += int(chosen_N.sum())
         for name, values_N in numbers.items():
             values = values_N[chosen_N]
@@ -83,13 +97,19 @@ class Summary:
                 self.highs[name] = max(self.highs.get(name, -np.inf), float(values.max()))
 
     def mean(self, name: str) -> float | None:
+        """The mean of a quantity; None where no row has it."""
         count = self.counts.get(name, 0)
         return self.sums[name] / count if count else None
 
 
 @dataclass(slots=True)
 class Sample:
-    """The rows with the smallest hashes: their rules and numbers."""
+    """A random sample of rows: those with the smallest hashes, whatever the order of the batches.
+
+    Args:
+        size: most rows to keep.
+        hashes, rules, numbers: of the rows so far.
+    """
 
     size: int
     hashes: np.ndarray[Any, np.dtype[np.uint64]] = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
@@ -97,6 +117,7 @@ class Sample:
     numbers: dict[str, Floats] = field(default_factory=dict)
 
     def add(self, batch: Batch, numbers: dict[str, Floats]) -> None:
+        """Add the rows of a batch; `numbers` may hold more quantities than the batch itself."""
         is_full = len(self.hashes) >= self.size
         chosen_N = batch.hashes < self.hashes.max() if is_full else np.ones(len(batch), dtype=np.bool_)
         hashes = np.concatenate([self.hashes, batch.hashes[chosen_N]])
@@ -123,7 +144,16 @@ class Sample:
 
 @dataclass(slots=True)
 class Tally:
-    """Everything that one pass over the batches of a run gathers."""
+    """What one pass over a run's batches collects.
+
+    Args:
+        sample: rows for distributions.
+        by_rule: exact statistics of each rule.
+        by_total: best and worst rows by weighted reward.
+        by_worst: best and worst rows by the lowest reward of a principal.
+        by_contrast: rows of the equilibrium that gained and lost most against the weighted sum.
+        by_chance: random rows, those with payments first.
+    """
 
     sample: Sample
     by_rule: dict[str, Summary] = field(default_factory=dict)
@@ -137,6 +167,7 @@ class Tally:
         return sum(summary.rows for summary in self.by_rule.values())
 
     def add(self, batch: Batch, principal_names: Sequence[str]) -> None:
+        """Add the rows of a batch."""
         numbers = dict(batch.numbers)
         if principal_names:
             rewards = [numbers[f"rewards.{name}"] for name in principal_names]
@@ -155,7 +186,7 @@ class Tally:
 
 
 def _with_payments(batch: Batch, principal_names: Sequence[str]) -> Floats:
-    """A number by chance for each row; higher, by one, for rows with payments, so that these are taken first."""
+    """A random number in [0, 1) per row, plus one for rows with payments, so that these are taken first."""
     chance_N: Floats = batch.hashes.astype(np.float64) / 2.0**64
     if principal_names:
         chance_N += np.isfinite(batch.numbers[f"payments.{principal_names[0]}"])
@@ -163,13 +194,19 @@ def _with_payments(batch: Batch, principal_names: Sequence[str]) -> Floats:
 
 
 def rule_order(rule: str) -> int:
-    """Rules stand in one order, and so have the same colours, in every report; unknown ones come last."""
+    """The position of a rule, the same in every report, so that its colour is too; unknown rules come last."""
     known = [str(name) for name in RuleName]
     return known.index(rule) if rule in known else len(known)
 
 
 def tally(batches: Iterable[Batch], principal_names: Sequence[str], *, sampled_rows: int = SAMPLED_ROWS) -> Tally:
-    """Sum up all batches."""
+    """Sum up all batches.
+
+    Args:
+        batches: of the run.
+        principal_names: of the run.
+        sampled_rows: size of the sample for distributions.
+    """
     result = Tally(Sample(sampled_rows))
     for batch in batches:
         if len(batch):

@@ -1,4 +1,4 @@
-"""How text from outside is shown: as itself, but nothing that steers the page or hides what is there."""
+"""Show text from prompts and models as it is, without characters that could change or hide parts of the page."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ import math
 import re
 from typing import Any
 
-ROUNDING = 1e-9  # smaller numbers are left over from sums of larger ones
+ROUNDING = 1e-9  # smaller numbers are rounding errors of sums
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
 # C0 and C1 controls but line feed and tab, overrides and isolates of the writing direction, lone surrogates
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 def visible(text: object) -> str:
-    """Text whose control characters are written out, such as \\x1b or \\u202e; line breaks and tabs stay."""
+    """The text with control characters written as escapes, such as \\x1b or \\u202e; line breaks and tabs stay."""
     return _HIDDEN.sub(_escape, str(text).replace("\r\n", "\n"))
 
 
 def clipped(text: str, limit: int) -> str:
-    """The first `limit` characters, and how many are left out."""
+    """The first `limit` characters, and the number of the others."""
     left = len(text) - limit
     return text if left <= 0 else f"{text[:limit]} … ({left:,} more characters)"
 
 
 def number(value: object, digits: int = 3) -> str:
-    """A number to so many decimals, an integer as it is; a dash where there is none."""
+    """A float with `digits` decimals, an integer as it is; a dash for any other value."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}".replace("-", MINUS)
     return decimal(value, digits) if isinstance(value, float) and math.isfinite(value) else NOTHING
 
 
 def decimal(value: float, digits: int) -> str:
-    """A number to so many decimals; a small one by its power of ten, unless it is nothing but rounding."""
+    """A number with `digits` decimals; a smaller one in scientific notation, unless it is a rounding error."""
     if ROUNDING < abs(value) < 0.5 * 10**-digits:
         return scientific(value)
     return f"{value:,.{digits}f}".replace("-", MINUS)
 
 
 def scientific(value: object) -> str:
-    """A number of any size, such as 4.9e−10; a dash where there is none."""
+    """A number in scientific notation, such as 4.9e−10; a dash for any other value."""
     if not isinstance(value, float) or not math.isfinite(value):
         return NOTHING
     return "0" if value == 0 else f"{value:.1e}".replace("-", MINUS)
@@ -61,13 +61,13 @@ def plain(value: object) -> str:
 
 
 def embeddable(value: Any) -> str:
-    """JSON that can stand inside a script element: no tag, no end of the element, no line separator."""
+    """JSON that is safe inside a script element: without tags, the end of the element or line separators."""
     text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _finite(value: Any) -> Any:
-    """The tree with six significant digits, null for what is no number, and visible text."""
+    """The tree with six significant digits, None for infinite numbers and NaN, and visible text."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):

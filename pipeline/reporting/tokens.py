@@ -1,4 +1,4 @@
-"""Traced tokens for the token view: what each shows, and the classes that say who paid."""
+"""Traced tokens for the token view: what each shows, and the CSS classes that say who paid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEVELS = (0.5, 2.0)  # nats paid for a token: below the first a light tint, abov
 
 
 def describe_token(token: Mapping[str, Any], principal_names: Sequence[str]) -> dict[str, Any]:
-    """Text, log-probabilities, payments and thresholds in the order of the principals, classes of the style sheet."""
+    """Text, log-probabilities, payments and thresholds in the order of the principals, and CSS classes."""
     payments, thresholds = token.get("payments") or {}, token.get("thresholds") or {}
     paid = [payments.get(name) for name in principal_names]
     return {
@@ -27,7 +27,7 @@ def describe_token(token: Mapping[str, Any], principal_names: Sequence[str]) -> 
 
 
 def _classes(paid: Sequence[float | None]) -> str:
-    """`pJ` the largest payer, `hL` how much was paid; where two paid `qJ` and `sT`, the second's share in tenths."""
+    """`pJ`: the largest payer; `hL`: the level of all payments; `qJ sT`: the second payer and its share in tenths."""
     amounts = [amount or 0.0 for amount in paid]
     total = sum(amounts)
     if total <= 0:

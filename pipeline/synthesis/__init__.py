@@ -1,1 +1,1 @@
-"""Training data out of a run: answers filtered, paired, split by prompt and written with a card."""
+"""Training data from a run: answers are filtered, paired, split by prompt and written with a card."""

@@ -1,4 +1,4 @@
-"""The answers of a run, as they may enter a data set: read from its files a prompt at a time."""
+"""The answers of a run that may enter a data set, read from its files one prompt at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,19 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One answer. `judged` holds its scores by judge."""
+    """One answer of a run.
+
+    Args:
+        row_id, variant, sample: which answer of the run it is.
+        rule, agent_temperature, weights: how it was decoded; weights by principal.
+        prompt: the conversation before it.
+        text: the answer.
+        finish_reason: `stop` or `length`.
+        num_tokens: its length, the end token included.
+        rewards: by principal, the sum of its token reward q in nats, before weights; None where not recorded.
+        kl_per_token: divergence of the policy from the base, in nats.
+        judged: by judge, its score; NaN where a judge gave none.
+    """
 
     row_id: str
     variant: int
@@ -43,7 +55,11 @@ class Candidate:
     judged: Mapping[str, float] = field(default_factory=dict)
 
     def score(self, by: str) -> float:
-        """What ranks the answer: its weighted reward, in all or a token, or a judge's score; NaN for none."""
+        """The score that ranks the answer; NaN where there is none.
+
+        Args:
+            by: `reward` (weighted sum of rewards), `reward_per_token`, or the name of a judge.
+        """
         if by not in (REWARD, REWARD_PER_TOKEN):
             return self.judged[by]
         terms = [weight * as_number(self.rewards[name]) for name, weight in self.weights.items()]
@@ -57,15 +73,21 @@ def as_number(value: float | None) -> float:
 
 
 def data_files(run: Run) -> list[str]:
-    """The names of the run's data files in order."""
+    """The names of the run's data files, in order."""
     names = [name for record in run.committed().values() for name in record.sha256_by_file]
     return sorted(name for name in names if name.startswith("part-"))
 
 
 def read_candidates(run: Run, name: str, scores_folder: str | None = None) -> Iterator[Candidate]:
-    """Yield the answers of one data file in order, with the scores of the file of the same name in `scores_folder`.
+    """Yield the answers of one data file in order; memory holds one batch of rows.
 
-    A batch of rows is in memory at a time.
+    Args:
+        run: the run.
+        name: the data file.
+        scores_folder: where the score file of the same name is; None for answers without scores.
+
+    Raises:
+        CageError: the score file belongs to other answers.
     """
     if scores_folder is None:
         yield from (_candidate(row, run.plan.variants) for row in _rows(run, name, COLUMNS))
@@ -86,13 +108,13 @@ def _rows(run: Run, name: str, columns: Sequence[str] | None = None) -> Iterator
 
 
 def by_prompt(candidates: Iterator[Candidate]) -> Iterator[list[Candidate]]:
-    """Put together all answers to one input row: they lie side by side."""
+    """Group the answers by input row; a row's answers are neighbours in the file."""
     for _, answers in groupby(candidates, key=lambda candidate: candidate.row_id):
         yield list(answers)
 
 
 def by_weights(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Put together the answers under one weight vector, in order of first appearance."""
+    """Group the answers by weight vector, in order of first appearance."""
     groups: dict[tuple[tuple[str, float], ...], list[Candidate]] = {}
     for candidate in candidates:
         groups.setdefault(tuple(candidate.weights.items()), []).append(candidate)

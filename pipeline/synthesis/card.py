@@ -1,4 +1,4 @@
-"""The data set card: what is in the data set, what it was made of and how. `datasets` reads its head."""
+"""The data set card: what the data set holds, where it comes from and how it was made. `datasets` reads its head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TITLES = {
 def render_card(
     plan: Plan, statistics: DatasetStatistics, manifest: Mapping[str, Any], *, judge_models: Mapping[str, str]
 ) -> bytes:
-    """README.md of the data set. Values from outside are escaped."""
+    """README.md of the data set. Text from prompts, models and settings is escaped."""
     files = [file["name"] for file in manifest["files"]]
     kinds = [kind for kind in statistics.settings.write if statistics.num_rows(kind)]
     sections = [
@@ -55,7 +55,7 @@ def markdown_table(head: Sequence[str], rows: Any) -> str:
 
 
 def _front(kinds: Sequence[DataKind], files: Sequence[str]) -> dict[str, Any]:
-    """What `datasets` and the hub read: which files are which split of which configuration."""
+    """The YAML head for `datasets` and the hub: which files are which split of which configuration."""
     stems = {name.rpartition("-of-")[0].rpartition("-")[0] for name in files}
     configs = [
         {
@@ -128,7 +128,7 @@ def _more(num_rows: int) -> str:
 
 
 def _licences(plan: Plan, licences: Mapping[str, str]) -> str:
-    """A line for each thing that the data set was made of; what nobody stated is unknown."""
+    """One line per input and model; a licence that was not stated is unknown."""
     names = [file.name for file in plan.files]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
     things = [("input", shown), *plan.models.items()]
@@ -170,7 +170,7 @@ def _bars(counts: Sequence[int]) -> str:
 
 
 def _settings(plan: Plan, statistics: DatasetStatistics) -> Iterator[tuple[str, str]]:
-    """How the answers were decoded, and what was made of them."""
+    """The settings of decoding and of the data set."""
     decoding = {name: value for name, value in plan.fingerprint.items() if name.startswith("decoding.")}
     for name, value in {**decoding, **statistics.settings.fields()}.items():
         yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

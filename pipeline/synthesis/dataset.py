@@ -1,7 +1,8 @@
-"""A data set out of a run's answers: counted in a first pass, written in a second, described last.
+"""Make a data set from a run's answers: count in a first pass, write in a second, describe last.
 
-`RUN/dataset/manifest.json` is written last and removed first: a data set is whole exactly if it is there. The same
-run and settings give the same bytes, so one whose making was interrupted is simply made again over what is there.
+`RUN/dataset/manifest.json` is written last and removed first, so a data set is complete exactly if the manifest
+exists. The same run and settings give the same bytes, so an interrupted data set is made again over the files that
+exist. Two passes, because the names of the files say how many there are.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ ReadCandidates = Callable[[str], Iterator[Candidate]]
 
 @dataclass(frozen=True, slots=True)
 class JudgeIdentities:
-    """What made the scores: `digest` names all that decides them, `identities` those judges that are models."""
+    """The judges behind the scores.
+
+    Args:
+        digest: names everything that decides the scores (`Panel.digest`).
+        identities: of those judges that are models, by name.
+    """
 
     digest: str
     identities: Mapping[str, str]
@@ -49,7 +55,13 @@ NO_JUDGES = JudgeIdentities("", {})
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A data set that is whole. `manifest` is what its manifest.json holds."""
+    """A complete data set.
+
+    Args:
+        run: the run that it was made from.
+        manifest: what its manifest.json holds.
+        was_made: whether it was made now; False where it was there.
+    """
 
     run: Run
     manifest: Mapping[str, Any]
@@ -64,10 +76,14 @@ def make_dataset(
     judges: JudgeIdentities = NO_JUDGES,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
-    """Make the data set of a complete run, unless it is there. One of other settings is replaced.
+    """Make the data set of a complete run, unless it is there. A data set with other settings is replaced.
 
     Args:
+        run: the run.
+        settings: which answers to keep, and in which form.
         read: yields the judged answers of one data file, in order; it is called twice for each file.
+        judges: what made the scores.
+        progress: is called with a line when a data set is made again.
 
     Raises:
         ConfigurationError: no answer is left.
@@ -102,7 +118,7 @@ def make_dataset(
 
 
 def read_manifest(store: Store) -> dict[str, Any] | None:
-    """The manifest of the data set that stands; None where none is whole."""
+    """The manifest of the existing data set; None where there is none or it is not complete."""
     data = store.read(MANIFEST)
     if data is None:
         return None
@@ -115,7 +131,7 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
 
 
 def _source(run: Run, settings: SynthesisConfig, judges: JudgeIdentities) -> dict[str, Any]:
-    """Everything that decides the data set's bytes, as dotted fields: the answers, the settings, the program."""
+    """Everything that decides the data set's bytes, as dotted fields: answers, settings, versions."""
     answers = hashlib.sha256()
     for record in run.committed().values():
         for name, digest in sorted(record.sha256_by_file.items()):
@@ -148,9 +164,9 @@ def _refuse_empty(statistics: DatasetStatistics) -> None:
     if any(statistics.num_rows(kind) for kind in kinds):
         return
     reasons = statistics.dropped[kinds[0]].most_common(5)
-    told = ", ".join(f"{count:,} by {reason}" for reason, count in reasons) or "the run has none"
+    counts = ", ".join(f"{count:,} by {reason}" for reason, count in reasons) or "the run has none"
     raise ConfigurationError(
-        f"none of {statistics.num_answers:,} answers is left for the data set: {told}; relax synthesis.filters or "
+        f"none of {statistics.num_answers:,} answers is left for the data set: {counts}; relax synthesis.filters or "
         "synthesis.pairs (the answers stay, and the same command then makes the data set of them)"
     )
 
@@ -189,7 +205,7 @@ def _write_files(
 
 
 def _remove_others(store: Store, files: Sequence[DataFile]) -> None:
-    """Remove the data files of an earlier data set; what is not ours stays."""
+    """Remove the data files of an earlier data set; other files stay."""
     kept = {file.name for file in files}
     for name in store.names(FOLDER):
         relative = name.removeprefix(FOLDER)

@@ -1,8 +1,8 @@
 """Exact and near duplicates among texts.
 
-Near: MinHash and locality-sensitive hashing (`datasketch`) propose earlier texts, and the exact Jaccard similarity of
-the two sets of character 5-grams decides. So nothing is called near that is not; what is missed is at most one in a
-hundred pairs at the threshold, and fewer above it.
+For near duplicates, MinHash with locality-sensitive hashing (`datasketch`) proposes earlier texts, and the exact
+Jaccard similarity of the two sets of character 5-grams decides. So there are no false positives. At most one in a
+hundred pairs at the threshold is missed, and fewer above it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RECALL = 0.99
 
 
 class KeptTexts:
-    """The texts that were kept; says whether one more is a duplicate.
+    """The texts kept so far, to find duplicates of them.
 
     Args:
         exact: whether equal texts (up to white space) are duplicates.
-        near: similarity from which texts are near duplicates; None looks for none.
+        near: the least similarity of near duplicates; None to ignore them.
     """
 
     def __init__(self, *, exact: bool, near: float | None) -> None:
@@ -36,7 +36,12 @@ class KeptTexts:
         self._index: Any = None if near is None else _new_index(near)
 
     def find(self, text: str, *, context: bytes = b"") -> str | None:
-        """Why the text is a duplicate; None when it is not. An equal text counts only in the same `context`."""
+        """The filter that the text fails as a duplicate of a kept one; None when it is new.
+
+        Args:
+            text: the text.
+            context: an equal text is an exact duplicate only in the same context, such as the digest of a prompt.
+        """
         if self._exact and _digest(text, context) in self._digests:
             return EXACT
         if self._near is not None:
@@ -46,6 +51,7 @@ class KeptTexts:
         return None
 
     def add(self, text: str, *, context: bytes = b"") -> None:
+        """Keep a text."""
         if self._exact:
             self._digests.add(_digest(text, context))
         if self._near is not None and text not in self._index:
@@ -53,7 +59,7 @@ class KeptTexts:
 
 
 def check_installed() -> None:
-    """Raise ConfigurationError when near duplicates cannot be looked for."""
+    """Raise ConfigurationError when the package that finds near duplicates is not installed."""
     try:
         import datasketch  # noqa: F401
     except ImportError:
@@ -64,23 +70,25 @@ def check_installed() -> None:
 
 
 def prompt_digest(prompt: Sequence[Message], *, key: bytes = b"") -> bytes:
-    """16 bytes that name a conversation."""
+    """16 bytes that identify a conversation; other bytes for another key."""
     hashed = hashlib.blake2b(digest_size=16, key=key)
     for message in prompt:
         for part in (message["role"], message["content"]):
             data = part.encode()
+            # with its length first, text cannot move from one part to the next and give the same bytes
             hashed.update(len(data).to_bytes(8, "big") + data)
     return hashed.digest()
 
 
 def similarity(first: str, second: str) -> float:
-    """Jaccard similarity of the sets of character 5-grams, in lower case, white space run together."""
+    """Jaccard similarity of the sets of character 5-grams, ignoring case and runs of white space."""
     left, right = shingles(first), shingles(second)
     return len(left & right) / len(left | right)
 
 
 @lru_cache(maxsize=1024)
 def shingles(text: str) -> frozenset[str]:
+    """The character 5-grams of a text; a shorter text is one shingle itself."""
     plain = _plain(text).casefold()
     return frozenset(_grams(plain)) or frozenset([plain])
 
@@ -104,7 +112,9 @@ def _new_index(near: float) -> Any:
 
 
 def bands(near: float) -> tuple[int, int]:
-    """Number and size of bands: the longest bands that find a pair at the threshold with probability `RECALL`."""
+    """Number and size of the bands of the hash: the longest bands that find a pair at the threshold with
+    probability `RECALL`. Longer bands propose fewer wrong pairs, which saves exact comparisons.
+    """
     sizes = [size for size in range(1, NUM_PERMUTATIONS // 2 + 1) if _recall(near, size) >= RECALL]
     return NUM_PERMUTATIONS // sizes[-1], sizes[-1]
 

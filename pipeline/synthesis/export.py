@@ -16,15 +16,16 @@ MARKER = "cage_export.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigurationError where an export would mix with other files."""
+    """Raise ConfigurationError when the folder holds files that are not an export."""
     if folder.exists() and _digest_of(folder) is None and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigurationError(f"--export {folder} holds other files; name a new or empty folder")
 
 
 def export(dataset: Dataset, folder: Path) -> bool:
-    """Write the data set below `folder`, unless it is there; whether anything was written.
+    """Write the data set below `folder`, unless it is there; returns whether anything was written.
 
-    It is written aside and moved into place, so that it is whole or not there.
+    It is written to a hidden folder beside it and then renamed, so that an interrupted export leaves no half data
+    set.
 
     Raises:
         ConfigurationError: the folder holds other files, or the export of another data set.
@@ -71,7 +72,7 @@ def _parquet_files(dataset: Dataset, copies: Path) -> dict[str, dict[str, list[s
 
 
 def _save(splits: dict[str, list[str]], folder: Path, *, cache_folder: Path) -> None:
-    import datasets  # takes seconds to import
+    import datasets  # seconds
 
     read: Any = datasets.Dataset.from_parquet
     loaded = {split: read(files, cache_dir=str(cache_folder)) for split, files in splits.items()}

@@ -1,4 +1,4 @@
-"""The data files of one split: rows in, files of equal length out."""
+"""The data files of one split: rows in, files with equal numbers of rows out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ BUFFERED_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One file; `name` is relative to the data set's folder."""
+    """A written file.
+
+    Args:
+        name: relative to the data set's folder.
+        rows: number of rows.
+        sha256: of its bytes.
+    """
 
     name: str
     rows: int
@@ -28,8 +34,14 @@ class DataFile:
 class SplitFiles:
     """Writes the rows of one split as STEM-00000-of-00003.parquet and so on.
 
+    Call `add` for each row and `end` once.
+
     Args:
-        num_rows: how many rows will come, so that the names can say how many files there are.
+        store: the run's store.
+        stem: the beginning of the files' names, such as "sft/train".
+        schema: the columns.
+        num_rows: how many rows will be added; the names of the files say how many files there are.
+        rows_per_file: most rows of one file.
     """
 
     def __init__(self, store: Store, stem: str, schema: pa.Schema, *, num_rows: int, rows_per_file: int) -> None:
@@ -44,6 +56,7 @@ class SplitFiles:
         self._written: list[DataFile] = []
 
     def add(self, row: dict[str, Any]) -> None:
+        """Add a row; writes a file when it is full."""
         self._rows.append(row)
         self._num_waiting += 1
         if len(self._rows) == BUFFERED_ROWS:
@@ -52,7 +65,7 @@ class SplitFiles:
             self._write()
 
     def end(self) -> Sequence[DataFile]:
-        """Write what is left; return every file."""
+        """Write the last file; returns all files."""
         if self._num_waiting:
             self._write()
         assert len(self._written) == self._num_files

@@ -1,4 +1,4 @@
-"""Filters: what an answer must have to become training data. The first one that it fails is its reason."""
+"""Filters: what an answer must satisfy to become training data. The first one that it fails is the reason given."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ EMPTY, NO_SCORE = "empty", "no score"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an answer was dropped: the setting that it fails, and what was found.
+    """Why an answer was dropped.
 
-    `is_weak`: it is a whole answer, but not a good one; a good one may be preferred to it.
+    Args:
+        reason: the setting that it fails.
+        value: what was measured; None where it has no value.
+        is_weak: whether it is a complete answer with a low score, which may be the rejected side of a pair.
     """
 
     reason: str
@@ -27,18 +30,18 @@ class Failure:
 
 
 class Filters:
-    """The filters of one answer, those of its form before those of its worth."""
+    """The filters of single answers: first those of form (length, repetition), then those of quality (scores)."""
 
     def __init__(self, settings: SynthesisConfig) -> None:
         self._settings = settings
-        self._worth = list(_worth_checks(settings))
+        self._quality = list(_quality_checks(settings))
 
     def check(self, candidate: Candidate) -> Failure | None:
-        """The first filter that the answer fails; None when it passes them all."""
+        """The first filter that the answer fails; None when it passes all."""
         failure = _check_form(candidate, self._settings.filters)
         if failure is not None:
             return failure
-        for reason, measure, least, most in self._worth:
+        for reason, measure, least, most in self._quality:
             value = measure(candidate)
             if not least <= value <= most:  # NaN is in no range
                 return Failure(reason, None if math.isnan(value) else value, is_weak=True)
@@ -64,8 +67,8 @@ def _check_form(candidate: Candidate, filters: FiltersConfig) -> Failure | None:
 Check = tuple[str, Callable[[Candidate], float], float, float]
 
 
-def _worth_checks(settings: SynthesisConfig) -> Iterator[Check]:
-    """Reason, measure, and the range in which the measured value must lie."""
+def _quality_checks(settings: SynthesisConfig) -> Iterator[Check]:
+    """Yield reason, measure, and the range in which the measured value must lie."""
     filters = settings.filters
     for name, least in filters.min_rewards.items():
         yield f"filters.min_rewards.{name}", _reward(name), least, math.inf

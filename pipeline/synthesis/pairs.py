@@ -1,7 +1,7 @@
 """Preference pairs: two answers to one prompt under one weight vector, of which one has the higher score.
 
-Answers under different weights are never paired: each was the better one for its own weights. Answers of different
-rules and agent temperatures are, where their weights are the same.
+Answers under different weights are never paired, because each was decoded to be better under its own weights. Answers
+of different rules and agent temperatures may be paired, where their weights are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ BETWEEN, OVER = "neither best nor worst", "pairs.max_pairs"
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An answer and its score. `is_weak`: it may be rejected only."""
+    """An answer and its score.
+
+    Args:
+        candidate: the answer.
+        score: what ranks it.
+        is_weak: whether it may only be the rejected side of a pair.
+    """
 
     candidate: Candidate
     score: float
@@ -28,6 +34,8 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
+    """Two answers to one prompt: `chosen` has the higher score, `rejected` the lower one."""
+
     chosen: Scored
     rejected: Scored
 
@@ -37,10 +45,14 @@ class Pair:
 
 
 def make_pairs(answers: Sequence[Scored], settings: PairsConfig) -> tuple[list[Pair], list[str | None]]:
-    """Pair the different answers of one prompt and weight vector.
+    """Pair the answers to one prompt under one weight vector.
+
+    Args:
+        answers: different answers with their scores.
+        settings: how to pair them.
 
     Returns:
-        The pairs, widest margin first, and for each answer the reason why it is in none (None when it is in one).
+        The pairs, widest margin first, and for each answer the reason why it is in no pair (None when it is in one).
     """
     is_best_worst = settings.select is PairSelection.BEST_WORST
     ordered = sorted(answers, key=lambda each: -each.score)  # stable: the earlier of equals comes first
@@ -59,7 +71,7 @@ def make_pairs(answers: Sequence[Scored], settings: PairsConfig) -> tuple[list[P
 
 
 def _possible(ordered: Sequence[Scored], settings: PairsConfig) -> Iterator[Pair]:
-    """Pairs in which the better one is not weak, in order of score."""
+    """Pairs whose better answer is not weak, in order of score."""
     if settings.select is PairSelection.ALL:
         yield from (Pair(better, worse) for better, worse in combinations(ordered, 2) if not better.is_weak)
         return

@@ -1,4 +1,4 @@
-"""What becomes of the answers to one prompt: kept for SFT, put into pairs, or dropped for a reason."""
+"""Decide for the answers to one prompt: keep them for SFT, pair them, or drop them for a reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Key = tuple[int, int]  # variant and sample: which of a row's answers
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """One answer that is not in a data set, and why."""
+    """One answer that is not in a kind of data, and why."""
 
     kind: DataKind
     candidate: Candidate
@@ -27,7 +27,17 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The answers to one input row. In each kind that is written every answer is used or dropped, once."""
+    """What is made of the answers to one input row.
+
+    In each kind of data that is written, every answer is either used or dropped, exactly once.
+
+    Args:
+        is_validation: whether the row belongs to the validation split.
+        answers: all answers.
+        sft: those kept for supervised fine-tuning.
+        pairs: the preference pairs.
+        dropped: the others, with their reasons.
+    """
 
     is_validation: bool
     answers: Sequence[Candidate]
@@ -37,7 +47,7 @@ class Selection:
 
 
 class Selector:
-    """Decides about a run's prompts, which it must be given in order: it remembers what it kept."""
+    """Selects answers row by row, in the order of the run: it remembers kept texts, to drop their duplicates."""
 
     def __init__(self, settings: SynthesisConfig) -> None:
         duplicates = settings.filters.duplicates
@@ -49,7 +59,7 @@ class Selector:
         )
 
     def select(self, answers: Sequence[Candidate]) -> Selection:
-        """Decide about all answers to one input row."""
+        """Select from all answers to one input row."""
         duplicates = self._settings.filters.duplicates
         kept_in_row = KeptTexts(exact=False, near=self._near_in_row)
         sft: list[Candidate] = []
@@ -69,7 +79,7 @@ class Selector:
         return Selection(is_validation(answers[0], self._settings), answers, sft, pairs, dropped)
 
     def _sort_out(self, group: Sequence[Candidate], texts: KeptTexts) -> tuple[list[Candidate], dict[Key, Failure]]:
-        """The answers that pass all filters and repeat no other of the group, and why the others do not."""
+        """The answers that pass all filters and repeat no other answer of the group, and why the others fail."""
         survivors: list[Candidate] = []
         failures: dict[Key, Failure] = {}
         for answer in group:
@@ -84,7 +94,7 @@ class Selector:
     def _keep(
         self, survivors: Sequence[Candidate], kept_in_row: KeptTexts
     ) -> tuple[list[Candidate], dict[Key, Failure]]:
-        """The best of one weight vector that repeat nothing that was kept before, in the order of the run."""
+        """The best answers under one weight vector that repeat no kept answer, in the order of the run."""
         best = list(survivors)
         if self._settings.sft.best is not None:
             ranked = sorted(survivors, key=lambda answer: -answer.score(self._settings.score))
@@ -109,7 +119,7 @@ class Selector:
         failures: Mapping[Key, Failure],
         texts: KeptTexts,
     ) -> tuple[list[Pair], dict[Key, Failure]]:
-        """The pairs of one weight vector, and why each answer that is in none is not."""
+        """The pairs under one weight vector, and why each other answer is in no pair."""
         by = self._settings.score
         answers = [Scored(answer, answer.score(by)) for answer in survivors]
         for answer in self._weak(group, failures):
@@ -127,7 +137,7 @@ class Selector:
         return pairs, unpaired
 
     def _weak(self, group: Sequence[Candidate], failures: Mapping[Key, Failure]) -> Iterator[Candidate]:
-        """Answers that may be rejected in a pair although a filter of worth dropped them."""
+        """Answers that a filter of quality dropped, and that may still be the rejected side of a pair."""
         if self._settings.pairs.weak_rejected:
             for answer in group:
                 failure = failures.get(_key(answer))
@@ -136,7 +146,10 @@ class Selector:
 
 
 def is_validation(answer: Candidate, settings: SynthesisConfig) -> bool:
-    """Whether the answer's prompt is one of those for validation: a hash of its text, keyed by the seed, decides."""
+    """Whether the answer's prompt belongs to the validation split.
+
+    A hash of the prompt's text, keyed by the seed, decides: equal prompts are in one split, in every run.
+    """
     digest = prompt_digest(answer.prompt, key=settings.seed.to_bytes(8, "big"))
     return int.from_bytes(digest[:8], "big") < settings.validation * 2**64
 

@@ -1,4 +1,4 @@
-"""The configuration of `cage synthesize`: a run, and a section that says what becomes of its answers."""
+"""The configuration of `cage synthesize`: a run, and which training data to make from its answers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ NO_JUDGE = (REWARD, REWARD_PER_TOKEN, *KEY_COLUMNS)
 
 
 class DataKind(StrEnum):
-    """What is written: conversations for supervised fine-tuning, pairs for preference learning."""
+    """A kind of training data: conversations for supervised fine-tuning, or pairs for preference learning."""
 
     SFT = "sft"
     PREFERENCES = "preferences"
 
 
 class PairSelection(StrEnum):
+    """Which pairs are made: best against worst, or all with a sufficient margin."""
+
     BEST_WORST = "best_worst"
     ALL = "all"
 
 
 class RangeConfig(Section):
-    """A judge's score must lie in it, ends included."""
+    """The range in which a judge's score must lie, ends included."""
 
     min: float | None = None
     max: float | None = None
@@ -47,17 +49,17 @@ class RangeConfig(Section):
 
 
 class DuplicatesConfig(Section):
-    """Which answers are the same as one that was kept before."""
+    """Which answers are dropped as duplicates of a kept one."""
 
     exact: bool = Field(True, description="drop an answer whose prompt and text were kept before")
     near: float | None = Field(
         None, ge=0.2, le=1, description="drop an answer this similar to a kept one: Jaccard of character 5-grams"
     )
-    within: Literal["prompt", "dataset"] = Field("prompt", description="where near duplicates are looked for")
+    within: Literal["prompt", "dataset"] = Field("prompt", description="where to look for near duplicates")
 
 
 class FiltersConfig(Section):
-    """What an answer must have. The first filter that it fails is the reason that is counted."""
+    """What an answer must satisfy. The first filter that it fails is the reason that is counted."""
 
     finish_reasons: Annotated[tuple[Literal["stop", "length"], ...], BeforeValidator(as_list)] = Field(
         ("stop",), description="stop: it ended by itself; length: it was cut at max_new_tokens"
@@ -65,24 +67,26 @@ class FiltersConfig(Section):
     min_tokens: int = Field(1, ge=0, description="tokens drawn, the end token included")
     max_tokens: int | None = Field(None, ge=1)
     max_repetition: float | None = Field(
-        None, ge=0, le=1, description="share of words that lie in a 3-gram which stood in the answer before"
+        None, ge=0, le=1, description="share of words in a 3-gram that occurred earlier in the answer"
     )
     min_rewards: dict[str, float] = Field(
         default_factory=dict, description="by principal: least sum of q over the answer, in nats, before weights"
     )
     min_rewards_per_token: dict[str, float] = Field(
-        default_factory=dict, description="by principal: least mean of q a token, in nats, before weights"
+        default_factory=dict, description="by principal: least mean of q per token, in nats, before weights"
     )
     judges: dict[str, RangeConfig] = Field(default_factory=dict, description="by judge: the scores to keep")
     duplicates: DuplicatesConfig = DuplicatesConfig()
 
 
 class SftConfig(Section):
+    """Data for supervised fine-tuning."""
+
     best: int | None = Field(None, ge=1, description="keep the best by score of each prompt and weight vector")
 
 
 class PairsConfig(Section):
-    """Pairs are made of answers to one prompt under one weight vector: what is better depends on the weights."""
+    """Preference pairs: two answers to one prompt under one weight vector, as preference depends on the weights."""
 
     select: PairSelection = PairSelection.BEST_WORST
     max_pairs: int = Field(8, ge=1, description="with select: all, for each prompt and weight vector; widest first")
@@ -91,7 +95,7 @@ class PairsConfig(Section):
 
 
 class SynthesisConfig(Section):
-    """What training data a run's answers become. Nothing here changes the answers."""
+    """Which training data to make from a run's answers. Nothing here changes the answers."""
 
     write: Annotated[tuple[DataKind, ...], BeforeValidator(as_list), Field(min_length=1)] = tuple(DataKind)
     score: str = Field(
@@ -101,7 +105,7 @@ class SynthesisConfig(Section):
     filters: FiltersConfig = FiltersConfig()
     sft: SftConfig = SftConfig()
     pairs: PairsConfig = PairsConfig()
-    validation: float = Field(0.05, ge=0, lt=1, description="share of prompts kept for validation")
+    validation: float = Field(0.05, ge=0, lt=1, description="share of prompts in the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="of the split")
     rows_per_file: int = Field(10_000, ge=1, le=1_000_000)
     licences: dict[str, str] = Field(
@@ -110,11 +114,11 @@ class SynthesisConfig(Section):
 
     @property
     def is_ranked(self) -> bool:
-        """Whether anything needs the answers' scores."""
+        """Whether anything ranks answers by score."""
         return DataKind.PREFERENCES in self.write or self.sft.best is not None
 
     def fields(self) -> dict[str, Any]:
-        """Every setting with its dotted name and plain value."""
+        """Every setting by its dotted name, as plain values."""
         return dict(_flatten("synthesis", self.model_dump(mode="json")))
 
     @model_validator(mode="after")
@@ -132,13 +136,13 @@ class SynthesisConfig(Section):
 
 
 class SynthesizeConfig(Config):
-    """A run and the training data that is made of it."""
+    """A run and the training data to make from it."""
 
     synthesis: SynthesisConfig = Field(default_factory=SynthesisConfig)
 
     @property
     def job(self) -> Config:
-        """The run alone: the same as `cage relabel` would make, so that other data can be made of it later."""
+        """The run alone, as `cage relabel` would make it, so that other data can be made from it later."""
         return Config.model_validate(self.model_dump(exclude={"synthesis"}))
 
     @model_validator(mode="after")

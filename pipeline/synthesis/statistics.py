@@ -1,4 +1,4 @@
-"""The counts of a data set, taken in a first pass: how much of what, and why answers were dropped."""
+"""Statistics of a data set, taken in a first pass: numbers of rows, reasons for dropping answers, distributions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ SPLITS = (TRAIN, VALIDATION)
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """`counts` by bin; bin i holds values from edges[i] up to edges[i + 1], the last bin its end too."""
+    """A distribution of values.
+
+    Args:
+        edges: of the bins; bin i holds values from edges[i] up to edges[i + 1], the last one its upper edge too.
+        counts: number of values by bin.
+        quantiles: least, 10 %, 50 %, 90 %, most.
+    """
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
-    quantiles: tuple[float, float, float, float, float]  # least, 10 %, 50 %, 90 %, most
+    quantiles: tuple[float, float, float, float, float]
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Histogram | None:
@@ -49,9 +55,16 @@ class Histogram:
 
 @dataclass(slots=True)
 class DatasetStatistics:
-    """Counts over all prompts. `rows` are those of the files, by kind and split.
+    """Counts and values over all prompts. Call `add` for each input row's selection.
 
-    `dropped` counts answers by kind and reason, `used` those in a kind of data: together they are all answers.
+    Args:
+        settings: of the data set.
+        num_prompts: by split.
+        num_answers: all answers read.
+        rows: rows of the files, by kind and split.
+        used: answers in a kind of data.
+        dropped: answers that are not, by kind and reason; with `used` they add up to all answers.
+        values: what the histograms show, by name.
     """
 
     settings: SynthesisConfig
@@ -66,6 +79,7 @@ class DatasetStatistics:
         self.dropped = {kind: Counter() for kind in self.settings.write}
 
     def add(self, selection: Selection) -> None:
+        """Count one input row."""
         split = VALIDATION if selection.is_validation else TRAIN
         self.num_prompts[split] += 1
         self.num_answers += len(selection.answers)
@@ -79,13 +93,16 @@ class DatasetStatistics:
         self._add_values(selection)
 
     def num_rows(self, kind: DataKind) -> int:
+        """Rows of a kind in all splits."""
         return sum(self.rows[kind, split] for split in SPLITS)
 
     def histograms(self) -> dict[str, Histogram]:
+        """Histograms by name, without those of no finite value."""
         found = {name: Histogram.of(values) for name, values in self.values.items()}
         return {name: histogram for name, histogram in found.items() if histogram is not None}
 
     def to_json(self) -> dict[str, Any]:
+        """The statistics as manifest.json holds them."""
         return {
             "prompts": {split: self.num_prompts[split] for split in SPLITS},
             "answers": self.num_answers,

@@ -40,14 +40,20 @@ ANSWER_COLUMNS = ("variant", "sample", "rule", "agent_temperature", "rewards", "
 
 @dataclass(frozen=True, slots=True)
 class DatasetSchemas:
-    """The schemas of one data set. Parquet has no empty struct: without principals or judges theirs are left out."""
+    """The schemas of a data set's files.
+
+    Args:
+        principals: names of the principals; without any, their columns are left out, as Parquet has no empty struct.
+        judges: names of the judges; likewise.
+        metadata: key-value metadata of every file.
+    """
 
     principals: Sequence[str]
     judges: Sequence[str]
     metadata: Mapping[str, str]
 
     def schema(self, kind: DataKind | None) -> pa.Schema:
-        """The columns of a kind of data; None: those of the dropped answers."""
+        """The columns of a kind of data, or (None) of the dropped answers."""
         if kind is DataKind.SFT:
             names = ["messages", "score", "row_id", "weights", *ANSWER_COLUMNS, "finish_reason", "kl_per_token"]
         elif kind is DataKind.PREFERENCES:
@@ -73,6 +79,7 @@ class DatasetSchemas:
 
 
 def sft_row(answer: Candidate, score: float | None) -> dict[str, Any]:
+    """A row for supervised fine-tuning: the conversation with its answer."""
     return {
         "messages": [*_messages(answer.prompt), _reply(answer)],
         "score": score,
@@ -85,6 +92,7 @@ def sft_row(answer: Candidate, score: float | None) -> dict[str, Any]:
 
 
 def pair_row(pair: Pair) -> dict[str, Any]:
+    """A row for preference learning, with the columns that TRL reads."""
     chosen, rejected = pair.chosen.candidate, pair.rejected.candidate
     return {
         "prompt": _messages(chosen.prompt),
@@ -101,6 +109,7 @@ def pair_row(pair: Pair) -> dict[str, Any]:
 
 
 def dropped_row(dropped: Dropped) -> dict[str, Any]:
+    """A row that names a dropped answer and the reason."""
     answer, failure = dropped.candidate, dropped.failure
     return {
         "row_id": answer.row_id,

@@ -1,4 +1,4 @@
-// Differences at the temperature chosen; over all of them where that is told, otherwise at the only one there is.
+// Differences at the temperature chosen; over all of them where metrics.json has that, otherwise at the only one.
 function atTemperature(differences, chosen) {
   const overall = differences.filter((each) => each.temperature === null);
   if (chosen !== "") return differences.filter((each) => each.temperature === +chosen);
@@ -19,7 +19,7 @@ function compare(comparison) {
     byId("kl-weights").textContent = byId("weights").value && `: ${byId("weights").value}`;
     redraws.forEach((each) => each());
   };
-  // the base listens to nobody: its one answer stands for every temperature and every weight
+  // the base depends on no principal: its one point stands for every temperature and every weight
   const isBase = (point) => point.rule === "base";
   const chosen = (anyTemperature) => points.filter((point) => !hidden.has(point.rule)
     && (anyTemperature || isBase(point) || byId("temperature").value === "" || point.temperature === +byId("temperature").value));
@@ -33,13 +33,13 @@ function compare(comparison) {
       const { mean, ends } = end(point, name);
       if (mean !== null) lines.push([labelled(name), ends ? `${show(mean)} (${show(ends[0])} to ${show(ends[1])})` : show(mean)]);
     }
-    return [...lines, ["KL a token", show(point.kl)], ["tokens", show(point.tokens)], ["answers", show(point.n, 6)]];
+    return [...lines, ["KL per token", show(point.kl)], ["tokens", show(point.tokens)], ["answers", show(point.n, 6)]];
   }
 
   const placed = (point, x, xs, y, ys) => ({ x, xs, y, ys, title: point.rule, lines: described(point) });
   const drawable = (series) => series.map((each) => ({ ...each, points: each.points.filter((point) => Number.isFinite(point.x) && Number.isFinite(point.y)) }));
 
-  // the points that none exceeds in both objectives
+  // the Pareto front: points that no other exceeds in both objectives
   function front(placedPoints) {
     const best = [];
     for (const point of [...placedPoints].sort((a, b) => b.x - a.x || b.y - a.y)) {
@@ -68,7 +68,7 @@ function compare(comparison) {
       { x: labelled(axes[0]), y: labelled(axes[1]), title: `Pareto fronts: ${axes.join(" and ")}` }, { reference: corner, hasIntervals: byId("intervals").checked });
   }
 
-  // one line a rule and key, through the points in the order of x
+  // one line per rule and key, through the points in the order of x
   function lines(selected, keyOf, xOf, name) {
     const groups = new Map();
     for (const point of selected) {
@@ -116,7 +116,7 @@ function compare(comparison) {
   redraws.push(keepDrawn(byId("pareto"), drawPareto));
   for (const name of objectives) {
     addChart(byId("kl"), labelled(name), (width) => drawScatter(width, 240, lines(chosen(true).filter(isWeighted), (point) => spoken(point.weights), (point) => point.kl, name),
-      { x: "KL to the base, nats a token", y: "", title: `${name} against KL` }, { hasIntervals: byId("intervals").checked }));
+      { x: "KL to the base, nats per token", y: "", title: `${name} against KL` }, { hasIntervals: byId("intervals").checked }));
   }
   for (const [principal, name] of control) {
     addChart(byId("control"), `Weight of ${principal} → ${labelled(name)}`, (width) => drawScatter(width, 240,

@@ -2,7 +2,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const MINUS = "\u2212";
 
-// Elements are made here and nowhere else, and text is only ever set as text: data cannot become markup.
+// All elements are made here, and text is only set as text content, so that data cannot become markup.
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) if (value !== null) element.setAttribute(name, value);
   element.append(...children);
@@ -38,7 +38,7 @@ function domain(values, room = 0.06) {
 
 const scale = ([low, high], [from, to]) => (value) => from + ((value - low) / (high - low)) * (to - from);
 
-// An empty chart with axes and grid; the label of the vertical axis stands above it, to be read without turning.
+// An empty chart with axes and grid; the label of the vertical axis is above it and horizontal, to be easy to read.
 function frame(width, height, x, y, labels) {
   const edge = { left: 46, right: 12, top: labels.y ? 22 : 8, bottom: 34 };
   const px = scale(x, [edge.left, width - edge.right]), py = scale(y, [height - edge.bottom, edge.top]);
@@ -57,7 +57,7 @@ function frame(width, height, x, y, labels) {
   return { root, px, py };
 }
 
-// Draw now and whenever the width of the place changes.
+// Draw now, and again whenever the width of the container changes.
 function keepDrawn(host, draw) {
   let drawn = 0;
   const redraw = () => {
@@ -87,7 +87,7 @@ function showTip(target, title, lines) {
 }
 const hideTip = () => { tip.hidden = true; };
 
-// One tab stop for many marks; the arrow keys move among them, pointing or focusing shows the same.
+// One tab stop for many marks: the arrow keys move between them, and pointing and focusing show the same.
 function explore(marks, describe) {
   marks.forEach((mark, at) => {
     mark.setAttribute("tabindex", at === 0 ? "0" : "-1");

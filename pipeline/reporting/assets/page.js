@@ -32,7 +32,7 @@ function sortable(table) {
 }
 document.querySelectorAll("table.sortable").forEach(sortable);
 
-// paper shows what is folded; afterwards it is folded again
+// open all details for printing, and close them afterwards
 let folded = [];
 window.addEventListener("beforeprint", () => {
   folded = [...document.querySelectorAll("details:not([open])")];

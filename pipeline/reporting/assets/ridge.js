@@ -1,4 +1,4 @@
-// A distribution by rule: one histogram a row over a common axis, with the median and the middle 90 %.
+// A distribution by rule: one histogram per row over a common axis, with the median and the middle 90 %.
 const ruleIndex = (rule) => Math.max(0, DATA.rules.indexOf(rule)) % 8;
 
 function drawRidge(chart, width) {

@@ -1,4 +1,4 @@
-// Points and lines of rules: each rule has a colour, a shape and a dash, so that none of them is needed alone.
+// Points and lines of rules: each rule has a colour, a shape and a dash pattern, so that no chart relies on colour.
 const SHAPES = [
   (r) => `M${-r},0A${r},${r} 0 1 0 ${r},0A${r},${r} 0 1 0 ${-r},0Z`,
   (r) => `M${-r},${-r}H${r}V${r}H${-r}Z`,

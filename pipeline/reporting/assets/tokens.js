@@ -1,4 +1,4 @@
-// A token shows its line of the table below the answer; where there is none, as in a short card, nothing.
+// A token shows its row of the table below the answer; a card without the table shows nothing.
 const probability = (logarithm) => {
   const value = parseFloat(logarithm.replace(MINUS, "-"));
   return Number.isFinite(value) ? `${show(100 * Math.exp(value))} %` : "–";
