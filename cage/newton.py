@@ -89,16 +89,16 @@ class FixedStepNewton:
     def solve(self, game: Game) -> Solution:
         """Return one equilibrium per row, the same one as `ThresholdNewton`."""
         tol = default_tolerance(game) if self.tol is None else self.tol
-        is_straight = game.num_principals <= ALWAYS_UNIQUE
-        parts: tuple[Callable[..., Any], ...] = (_begin, _one_newton_step if is_straight else _one_path_step, _end)
+        is_unique = game.num_principals <= ALWAYS_UNIQUE
+        parts: tuple[Callable[..., Any], ...] = (_begin, _one_newton_step if is_unique else _one_path_step, _end)
         begin, step, end = (_compiled(part, _fusion(game)) for part in parts) if self.compiles else parts
-        wide, measures, scaled, state = begin(game)
+        game_f64, measures, scaled, state = begin(game)
         if game.num_principals:
             for _ in range(self.num_steps):
                 state = step(scaled, state, tol)
-        thresholds_BJ = state.point if is_straight else state.point[:, :-1]
-        is_under_way_B = state.running if is_straight else ~state.arrived
-        solution: Solution = end(wide, measures, thresholds_BJ, state.num_steps, is_under_way_B, tol)
+        thresholds_BJ = state.point if is_unique else state.point[:, :-1]
+        is_under_way_B = state.running if is_unique else ~state.arrived
+        solution: Solution = end(game_f64, measures, thresholds_BJ, state.num_steps, is_under_way_B, tol)
         return solution.of(game)
 
 
@@ -120,12 +120,12 @@ def _fusion(game: Game) -> _Fusion:
 
 
 def _begin(game: Game) -> tuple[Game, Measures, NormalizedGame, _NewtonState | PathState]:
-    wide = to_float64(game)
-    measures = measure(wide, reads_back=False)
-    scaled = scale(wide, measures)
+    game_f64 = to_float64(game)
+    measures = measure(game_f64, reads_back=False)
+    scaled = scale(game_f64, measures)
     if game.num_principals <= ALWAYS_UNIQUE:
-        return wide, measures, scaled, _start(scaled, nobody_pays(scaled))
-    return wide, measures, scaled, start_path(scaled)
+        return game_f64, measures, scaled, _start(scaled, nobody_pays(scaled))
+    return game_f64, measures, scaled, start_path(scaled)
 
 
 def _one_newton_step(game: NormalizedGame, state: _NewtonState, tol: float) -> _NewtonState:
@@ -137,12 +137,12 @@ def _one_path_step(game: NormalizedGame, path: PathState, tol: float) -> PathSta
 
 
 def _end(
-    wide: Game, measures: Measures, thresholds_BJ: Tensor, num_steps_B: Tensor, is_under_way_B: Tensor, tol: float
+    game_f64: Game, measures: Measures, thresholds_BJ: Tensor, num_steps_B: Tensor, is_under_way_B: Tensor, tol: float
 ) -> Solution:
-    builder = SolutionBuilder(wide, measures)
+    builder = SolutionBuilder(game_f64, measures)
     builder.set_thresholds(thresholds_BJ)
     solution = builder.build(num_steps_B, tol)
-    if not wide.num_principals:
+    if not game_f64.num_principals:
         return solution
     # A small residual is not enough: with more steps the row would go on and change its last bits, so its answer
     # would depend on num_steps.
