@@ -98,7 +98,7 @@ def test_every_point_is_the_mean_of_what_the_files_hold(job, tmp_path):
     assert all(metrics[part] for part in ("by_temperature", "control", "equal_kl", "win_rates", "notes", "bootstrap"))
 
 
-def test_a_judge_that_is_an_objective_is_told(job):
+def test_a_judge_that_is_an_objective_is_reported(job):
     _, done = job
     assert any("judge own of kind is no independent judge" in note for note in done.metrics["notes"])
     assert done.metrics["judges"]["own"]["not_independent"]
@@ -198,14 +198,14 @@ def test_a_python_function_measures_an_objective(tiny, tmp_path):
     assert not evaluate(config, tmp_path / "cache", io.StringIO()).was_run
 
 
-def test_nothing_to_compare_is_told(tiny, tmp_path):
+def test_nothing_to_compare_is_reported(tiny, tmp_path):
     (tree := tree_of(tiny, tmp_path))["errors"] = {"budget": "100%"}
     (tmp_path / "prompts.jsonl").write_text('{"id": "bad", "prompt": null}\n')
     with pytest.raises(CageError, match="no prompt was answered and judged"):
         run_tree(tree, tmp_path)
 
 
-def test_a_judge_that_cannot_be_found_is_told_before_anything_is_decoded(tiny, tmp_path):
+def test_a_judge_that_cannot_be_found_is_reported_before_anything_is_decoded(tiny, tmp_path):
     judges = {**JUDGES, "rm": {"kind": "reward_model", "model": "/no/such/reward-model"}}
     with pytest.raises(ConfigurationError, match="/no/such/reward-model"):
         run_tree(tree_of(tiny, tmp_path, {**EVALUATION, "judges": judges}), tmp_path)

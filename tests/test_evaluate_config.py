@@ -1,6 +1,9 @@
-"""The configuration of an evaluation: what is wrong is told in a line."""
+"""The configuration of an evaluation: a mistake is reported in one line, and without loading what takes long."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
@@ -52,7 +55,7 @@ def test_objectives_are_matched_by_name_in_the_order_of_the_principals():
         ({"judges": {"kind": LENGTH}, "bootstrap": {"samples": 1}}, r"bootstrap\.samples must be greater"),
     ],
 )
-def test_what_is_wrong_is_told(evaluation, message):
+def test_what_is_wrong_is_reported(evaluation, message):
     with pytest.raises(ConfigurationError, match=message):
         parse(evaluation)
 
@@ -60,3 +63,13 @@ def test_what_is_wrong_is_told(evaluation, message):
 def test_weights_must_be_those_of_the_grid():
     with pytest.raises(ConfigurationError, match=r"give grid\.weights, not input\.weights"):
         parse({"judges": {"kind": LENGTH}}, input={"path": "x", "weights": "w"})
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.evaluation.config", "pipeline.evaluation.panel", "pipeline.synthesis.settings"]
+)
+def test_a_configuration_is_read_without_models_or_arrays(module):
+    found = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True).stdout.split()
+    assert module in loaded
+    assert not {"torch", "transformers", "numpy", "pyarrow", "ray"} & set(loaded)

@@ -168,7 +168,7 @@ def test_the_sample_is_of_the_run_not_of_its_files(tmp_path):
     assert chosen[0] == chosen[1]
 
 
-def test_how_many_of_how_many_is_told(tmp_path):
+def test_how_many_of_how_many_is_reported(tmp_path):
     page = Page(render_report(make_run(tmp_path, num_rows=20), sampled_rows=5))
     assert "Drawn from 5 of 19 answers" in page.text
     assert "Best 3 of 19" in page.text
@@ -246,9 +246,9 @@ def test_a_data_set_is_shown_with_what_was_dropped(tmp_path):
     (tmp_path / "run/dataset").mkdir()
     (tmp_path / "run/dataset/manifest.json").write_text(json.dumps(manifest))
     page = Page(render_report(run))
-    told = " ".join(page.text.split())
-    assert "Made from 24 answers to 5 prompts for train, 1 prompts for validation" in told
-    assert f"dropped: {ATTACK}18 75.0 %" in told
+    shown = " ".join(page.text.split())
+    assert "Made from 24 answers to 5 prompts for train, 1 prompts for validation" in shown
+    assert f"dropped: {ATTACK}18 75.0 %" in shown
     assert json.loads(page.scripts[0])["charts"]["dataset.sft.score"]["groups"][0]["counts"] == [1, 4]
     for key, wrong in (
         (key, wrong) for key in manifest for wrong in (None, 3, "x", [1], {"a": [1]}, {"sft": {"edges": 1}})
@@ -270,7 +270,7 @@ def test_a_report_is_written_into_an_object_store(tmp_path):
         assert run.store.read("report.html") == render_report(run)
 
 
-def test_the_command_writes_where_it_is_told(tmp_path):
+def test_the_command_writes_where_it_is_reported(tmp_path):
     run = make_run(tmp_path)
     made = cage("report", run.store.path)
     assert made.returncode == 0, made.stderr
@@ -288,6 +288,6 @@ def test_the_command_writes_where_it_is_told(tmp_path):
         ("s3://bucket", "in the bucket"),
     ],
 )
-def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path, output, message):
+def test_what_cannot_be_written_is_reported_before_anything_is_read(tmp_path, output, message):
     with pytest.raises(ConfigurationError, match=message):
         run_report(str(tmp_path), output)

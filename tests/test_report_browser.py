@@ -81,32 +81,32 @@ def test_rules_objectives_and_temperatures_are_chosen(page):
     assert page.locator("#pareto .mark line").count() == 6
 
 
-def test_pointing_at_a_point_tells_its_numbers(page):
+def test_pointing_at_a_point_shows_its_numbers(page):
     page.locator("#pareto .mark").first.hover()
     tip = page.locator("#tip")
     assert tip.is_visible()
-    told = tip.inner_text()
-    assert "equilibrium" in told
-    assert "vader\t0.54 (0.44 to 0.64)" in told.replace("\n", "\t")  # cos 1, and a tenth around it
+    shown = tip.inner_text()
+    assert "equilibrium" in shown
+    assert "vader\t0.54 (0.44 to 0.64)" in shown.replace("\n", "\t")  # cos 1, and a tenth around it
     page.keyboard.press("Escape")
     page.mouse.move(0, 0)
     assert tip.is_hidden()
 
 
-def test_a_token_tells_who_paid_by_pointer_and_by_keys(page):
+def test_a_token_shows_who_paid_by_pointer_and_by_keys(page):
     page.emulate_media(reduced_motion="reduce")
     card = page.locator("#tokens .card").first
     cells = [row.locator("th, td").all_text_contents() for row in card.locator(".trace-table tbody tr").all()]
     tokens = card.locator(".trace .tok")
     assert tokens.count() == len(cells) > 1
     tokens.nth(1).hover()
-    told = page.locator("#tip").inner_text().replace("\n", "\t")
-    assert f"brief paid\t{cells[1][3]}" in told
-    assert f"kind-1 paid\t{cells[1][4]}" in told
-    assert f"brief threshold\t{cells[1][5]}" in told
+    shown = page.locator("#tip").inner_text().replace("\n", "\t")
+    assert f"brief paid\t{cells[1][3]}" in shown
+    assert f"kind-1 paid\t{cells[1][4]}" in shown
+    assert f"brief threshold\t{cells[1][5]}" in shown
     assert float(cells[1][3]) > 0
-    assert "base probability\t4.98 % (\N{MINUS SIGN}3.000)" in told
-    assert "final probability\t36.8 % (\N{MINUS SIGN}1.000)" in told
+    assert "base probability\t4.98 % (\N{MINUS SIGN}3.000)" in shown
+    assert "final probability\t36.8 % (\N{MINUS SIGN}1.000)" in shown
     page.mouse.move(0, 0)
     tokens.first.focus()
     page.keyboard.press("ArrowRight")

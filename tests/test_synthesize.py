@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import load_dataset, load_from_disk
+from support.failpoints import watched
 from support.storage import tree_bytes
 from test_cli import cage
 from test_reward_models import save_reward_model
@@ -156,7 +157,7 @@ def test_a_job_that_was_killed_while_it_decoded_ends_with_the_same_data_set(made
             raise Killed
 
     with pytest.raises(Killed):
-        run_job(job_tree(tmp_path, tiny()), tmp_path, watch=kill)
+        run_job(job_tree(tmp_path, tiny()), tmp_path, wiring=watched(kill))
     assert not (tmp_path / "run/dataset").exists()
     run_job(job_tree(tmp_path, tiny()), tmp_path)
     assert tree_bytes(tmp_path / "run/dataset", "**/*.*") == tree_bytes(folder / "run/dataset", "**/*.*")
@@ -182,9 +183,9 @@ def test_the_command_says_what_it_made_and_exports_it(tiny, tmp_path, capfd):
         assert exported["train"].to_list() == original["train"].to_list()
 
     run_synthesize(file, [], export_to=target)
-    told = capfd.readouterr().out
-    assert "nothing to do" in told
-    assert "(was there)" in told
+    shown = capfd.readouterr().out
+    assert "nothing to do" in shown
+    assert "(was there)" in shown
     with pytest.raises(ConfigurationError, match="holds other files"):
         run_synthesize(file, [], export_to=tmp_path / "run/dataset")
     assert (tmp_path / "run/dataset/manifest.json").exists()
@@ -223,14 +224,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
-def test_a_wrong_setting_is_told_before_anything_runs(tmp_path, change, message):
+def test_a_wrong_setting_is_reported_before_anything_runs(tmp_path, change, message):
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job_tree(tmp_path, "nowhere")))
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         load_as(SynthesizeConfig, file, [f"synthesis.{change}"])
 
 
-def test_a_licence_of_what_is_not_used_is_told(tmp_path):
+def test_a_licence_of_what_is_not_used_is_reported(tmp_path):
     tree = job_tree(tmp_path, "nowhere")
     tree["synthesis"]["licences"] = {"input": "CC0", "principals.kind.model": "MIT"}
     with pytest.raises(ConfigurationError, match=r"licences.principals.kind.model: .* it uses input, base$"):
@@ -244,7 +245,7 @@ def test_a_licence_of_what_is_not_used_is_told(tmp_path):
         ("decoding.temperature=0", "decoding.temperature is 0, so that all answers to a prompt are equal"),
     ],
 )
-def test_pairs_that_can_never_be_made_are_told(tmp_path, change, message):
+def test_pairs_that_can_never_be_made_are_reported(tmp_path, change, message):
     tree = job_tree(tmp_path, "nowhere")
     with pytest.raises(ConfigurationError, match=message):
         parse_as(SynthesizeConfig, tree, [change])

@@ -395,7 +395,7 @@ def test_a_data_set_without_any_row_is_refused_with_the_reasons(tmp_path):
     assert not (tmp_path / "run/dataset").exists()
 
 
-def test_a_damaged_manifest_is_told(tmp_path):
+def test_a_damaged_manifest_is_reported(tmp_path):
     run = finished_run(tmp_path, {"a": ["x y", "z"]})
     dataset_of(run)
     (tmp_path / "run/dataset/manifest.json").write_text(json.dumps({"files": []}))

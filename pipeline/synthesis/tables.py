@@ -24,7 +24,7 @@ COLUMN_NOTES = {
     "score": "what ranks answers, see Settings: synthesis.score",
     "score_chosen": "its score",
     "score_rejected": "its score",
-    "margin": "score_chosen less score_rejected",
+    "margin": "score_chosen minus score_rejected",
     "row_id": "the input row",
     "variant, sample": "which of the run's ways to answer, and which of its samples: the answer in the run's files",
     "rule, agent_temperature": "how base and rewards became a policy",
@@ -33,7 +33,7 @@ COLUMN_NOTES = {
     "judged": "by judge: its score, higher is better",
     "finish_reason": "stop or length",
     "num_tokens": "tokens of the answer, the end token included",
-    "kl_per_token": "divergence of the policy from the base, nats a token",
+    "kl_per_token": "divergence of the policy from the base, nats per token",
 }
 ANSWER_COLUMNS = ("variant", "sample", "rule", "agent_temperature", "rewards", "judged", "num_tokens")
 
