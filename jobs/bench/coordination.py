@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import ray
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from jobs.bench.models import GivenPrompts
-from pipeline.cluster.coordinator import groups_of
-from pipeline.cluster.host_actors import HostActor, RayHost, send_tensors_as_arrays
+from pipeline.cluster.host_actors import HostActor, RayHost, hosts_of, send_tensors_as_arrays
+from pipeline.cluster.processes import call_all, local_cluster, started
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.config.variants import lay_out
-from pipeline.engine.engine import Engine
-from pipeline.engine.prompts import Prompter
-from pipeline.engine.row_state import Terms, TokenOutcome
-from pipeline.points import unwatched
-from pipeline.protocol.clients import Pending
-from pipeline.protocol.messages import Admission, Candidates, Position, Step
+from pipeline.protocol.hosts import Reply
+from pipeline.protocol.messages import Candidates, MemoryBudget, Position, Step, Terms, TokenOutcome
+from pipeline.protocol.specs import GameSpec
+from pipeline.protocol.topology import HostRole
 from pipeline.records import Row
+from pipeline.runtime.assembly import Assembly
+from pipeline.runtime.engines import MIN_SLOTS_FOR_GROUPS, make_engine
 from pipeline.runtime.topology import build_topology
-from pipeline.worker.language_model_runner import Host
+from pipeline.runtime.wiring import unwrapped
+from pipeline.worker.hosts import LanguageModelHost
 from pipeline.worker.sampling_host import SamplingHost
 
 NUM_CANDIDATES, VOCAB_SIZE, ENDLESS = 50, 49_152, 1_000_000
@@ -56,8 +56,8 @@ class Cell:
     of_ideal: float
 
 
-class SimulatedHost(Host):
-    """A host whose forward pass is a sleep and whose candidates are drawn at random.
+class SimulatedRunner:
+    """A runner whose forward pass is a sleep and whose candidates are drawn at random (`LanguageRunner`).
 
     As a GPU it does not wait for a pass; `ready_s` is when the last one ends.
     """
@@ -73,7 +73,11 @@ class SimulatedHost(Host):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def advance(self, admissions: Sequence[Admission], slots: Sequence[int], tokens: Sequence[int]) -> None:
+    @property
+    def work(self) -> tuple[int, int, float]:
+        return 0, 0, 0.0
+
+    def advance(self, step: Step) -> None:
         self.ready_s = max(self.ready_s, time.perf_counter()) + self.forward_s
         if not self._is_gpu:
             _sleep_until(self.ready_s)
@@ -88,37 +92,43 @@ class SimulatedHost(Host):
         shape = (len(slots), self._num_roles, NUM_CANDIDATES)
         return torch.randn(shape, generator=self._generator).log_softmax(-1)
 
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+        return torch.zeros(self._num_roles, len(answer))
 
-class SimulatedGpu(SamplingHost):
-    """A host that plays all games in no time, on a device that goes on by itself, and gives the first outcomes ever
-    after."""
+    def memory_budget(self, row_tokens: int) -> MemoryBudget:
+        return MemoryBudget("here", "cpu", 1, 1)
 
-    def __init__(self, host: SimulatedHost, *args: Any) -> None:
-        super().__init__(host, *args)
-        self._simulated = host
+    def resize(self, num_slots: int) -> None:
+        self.newest_S = torch.zeros(num_slots, dtype=torch.long)
+
+
+class SimulatedGpuHost(SamplingHost):
+    """A host that solves all games in no time, on a device that goes on by itself.
+
+    It solves the first games for real and gives their outcomes ever after.
+    """
+
+    def __init__(self, runner: SimulatedRunner, roles: Sequence[HostRole], games: GameSpec) -> None:
+        super().__init__(runner, roles, games)
+        self._simulated = runner
         self._outcomes: list[TokenOutcome] = []
-        self._newest: _UnderWay | None = None
+        self._newest: Reply[list[TokenOutcome]] | None = None
 
     def advance_and_sample(
         self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
-    ) -> Pending:
+    ) -> Reply[list[TokenOutcome]]:
         self.advance(at, step)
         if len(self._outcomes) != len(slots):
-            self._outcomes = cast(list[TokenOutcome], self.play(at, slots, terms, uniforms))
+            self._outcomes = self.sample(at, slots, terms, uniforms).result()
         if self._newest is not None:  # as a host that corrects a token where it has to
-            self._newest.wait()
-        self._newest = _UnderWay(self._simulated.ready_s, self._outcomes)
+            self._newest.result()
+        ready_s = self._simulated.ready_s
+        self._newest = Reply(lambda: self._outcomes_at(ready_s))
         return self._newest
 
-
-@dataclass(frozen=True, slots=True)
-class _UnderWay(Pending):
-    ready_s: float
-    outcomes: list[TokenOutcome]
-
-    def wait(self) -> list[TokenOutcome]:
-        _sleep_until(self.ready_s)
-        return self.outcomes
+    def _outcomes_at(self, moment_s: float) -> list[TokenOutcome]:
+        _sleep_until(moment_s)
+        return self._outcomes
 
 
 def _sleep_until(moment_s: float) -> None:
@@ -129,18 +139,22 @@ class SimulatedActor(HostActor):
     """A host's actor whose host is simulated."""
 
     def __init__(self, config: Config, index: int, is_gpu: bool) -> None:
-        super().__init__((None,), index, unwatched)
+        super().__init__((None,), index, unwrapped)
         torch.set_num_threads(1)
         send_tensors_as_arrays()
         topology = build_topology(config)
         roles = topology.hosts[index].roles
-        self._simulated = SimulatedHost(len(roles), config.cluster.first_slots, is_gpu=is_gpu)
-        kind = SimulatedGpu if is_gpu else SamplingHost
-        self._host = kind(self._simulated, roles, config.decoding, topology.principals)
+        self._runner = runner = SimulatedRunner(len(roles), config.cluster.first_slots, is_gpu=is_gpu)
+        if len(topology.hosts) > 1:
+            self.serve_proposing(LanguageModelHost(runner))
+            return
+        rules = frozenset(variant.rule for variant in lay_out(config))
+        games = GameSpec(config.decoding.sampling, topology.principals, rules)
+        self.serve_sampling(SimulatedGpuHost(runner, roles, games) if is_gpu else SamplingHost(runner, roles, games))
 
     def pace(self, forward_s: float) -> None:
         """Take so long for a forward pass from now on."""
-        self._simulated.forward_s = forward_s
+        self._runner.forward_s = forward_s
 
 
 class SimulatedReplica:
@@ -149,22 +163,14 @@ class SimulatedReplica:
     def __init__(self, config: Config, actors: Sequence[Any]) -> None:
         torch.set_num_threads(1)
         topology = build_topology(config)
-        hosts = {plan.name: RayHost(actor, plan, 60.0) for plan, actor in zip(topology.hosts, actors, strict=True)}
-        self._engine = Engine(
-            topology,
-            hosts,
-            cast(Prompter, GivenPrompts([{role: [1, 2, 3] for role in topology.roles}])),
-            config.decoding,
-            lay_out(config),
-            num_slots=config.cluster.first_slots,
-            num_groups=groups_of(len(hosts), config.cluster.first_slots),
-            runs_ahead=len(hosts) == 1,
-        )
+        hosts = hosts_of([RayHost(actor, plan, 60.0) for plan, actor in zip(topology.hosts, actors, strict=True)])
+        prompter = GivenPrompts([{role: [1, 2, 3] for role in topology.roles}])
+        self._engine = make_engine(Assembly(config, topology, (), {}, prompter, lay_out(config)), hosts)
         for at in range(config.cluster.first_slots):
             self._engine.admit(Row(str(at), ({"role": "user", "content": "0"},)))
 
     def run(self, seconds: float) -> float:
-        """Tokens a second while every slot runs."""
+        """Tokens per second while every slot runs."""
         for _ in range(WARM_STEPS):
             self._engine.step()
         before, started_s = self._engine.num_row_steps, time.perf_counter()
@@ -201,15 +207,10 @@ def run_bench_coordination(
     the file."""
     shapes = list(dict.fromkeys([*((count, 1) for count in hosts), *((2, count) for count in replicas)]))
     num_actors = max(num_hosts * num_replicas + num_replicas for num_hosts, num_replicas in shapes)
-    ray.init(
-        address="local", include_dashboard=False, num_cpus=num_actors, log_to_driver=False, logging_level="ERROR"
-    )
-    try:
+    with local_cluster(num_cpus=num_actors):
         cells = [cell for shape in shapes for cell in measure(forwards_ms, *shape, slots, seconds)]
         if 1 in hosts:
             cells += measure(forwards_ms, 1, 1, slots, seconds, is_gpu=True)
-    finally:
-        ray.shutdown()
     print_table(cells)
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
@@ -226,21 +227,18 @@ def measure(
 ) -> list[Cell]:
     """A cell for each length of a forward pass; all replicas run at the same time."""
     config = make_config(num_hosts, slots)
-    host, replica = (ray.remote(each).options(num_cpus=1) for each in (SimulatedActor, SimulatedReplica))
-    actors = [[host.remote(config, at, is_gpu) for at in range(num_hosts)] for _ in range(num_replicas)]
-    engines = [replica.remote(config, each) for each in actors]
-    rows_a_pass = slots / groups_of(num_hosts, slots)
+    num_groups = 2 if num_hosts > 1 and slots >= MIN_SLOTS_FOR_GROUPS else 1
+    hosts = [(config, at, is_gpu) for _ in range(num_replicas) for at in range(num_hosts)]
     cells = []
-    try:
-        for forward_ms in forwards_ms:
-            ray.get([actor.pace.remote(forward_ms / 1e3) for each in actors for actor in each])
-            rate = sum(ray.get([engine.run.remote(seconds) for engine in engines]))
-            ideal = num_replicas * rows_a_pass / (forward_ms / 1e3)
-            device = "gpu" if is_gpu else "cpu"
-            cells.append(Cell(forward_ms, device, num_hosts, num_replicas, slots, rate, rate / ideal))
-    finally:
-        for actor in [*engines, *(actor for each in actors for actor in each)]:
-            ray.kill(actor)
+    with started(SimulatedActor, hosts) as actors:
+        by_replica = [actors[at : at + num_hosts] for at in range(0, len(actors), num_hosts)]
+        with started(SimulatedReplica, [(config, each) for each in by_replica]) as replicas:
+            for forward_ms in forwards_ms:
+                call_all(actors, "pace", forward_ms / 1e3)
+                rate = sum(call_all(replicas, "run", seconds))
+                ideal = num_replicas * slots / num_groups / (forward_ms / 1e3)
+                device = "gpu" if is_gpu else "cpu"
+                cells.append(Cell(forward_ms, device, num_hosts, num_replicas, slots, rate, rate / ideal))
     return cells
 
 

@@ -38,8 +38,8 @@ from pipeline.hub.descriptions import describe_model
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.sources import fetch_weights, resolve_model
 from pipeline.runtime.assembly import Assembly
-from pipeline.runtime.local import local_engine
-from pipeline.worker.sampling_host import HostWork
+from pipeline.runtime.engines import make_engine
+from pipeline.runtime.local_hosts import start_hosts
 
 FULL_BATCH_STEPS, FULL_BATCH_ROUNDS = 16, 3
 HEAD = ("slots", "principals", "adapters", "rows", "threads", "candidates")
@@ -123,8 +123,8 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
     plain = load_plain_model(setup.model, setup.cache_folder)
     # on a GPU the two are the same
     modes = ("strict",) if plain.device.type == "cuda" else ("strict", "relaxed")
-    engines = {mode: local_engine(setup.assembly(strict=mode == "strict")) for mode in modes}
-    engines["one row"] = local_engine(setup.assembly(slots=1))
+    engines = {mode: _local_engine(setup.assembly(strict=mode == "strict")) for mode in modes}
+    engines["one row"] = _local_engine(setup.assembly(slots=1))
     full_batch = measure_full_batch(setup, plain, engines)
     cases = {"floor": full_batch.pop("floor")}
     for mode in modes:
@@ -192,31 +192,16 @@ def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 
 def measure_ray(setup: Setup) -> dict[str, Any]:
     """This decoder with its host in an actor of a local Ray cluster."""
-    import ray
-
-    from pipeline.cluster.host_actors import HostGroup, HostLaunch, placed
+    from pipeline.cluster.host_actors import one_replica
     from pipeline.cluster.stream import cluster
 
     assembly = setup.assembly()
-    with cluster(assembly, is_verbose=False):
-        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        plans = assembly.topology.hosts
-        with placed(plans, num_replicas=1, has_gpus=has_gpus) as places:
-            launch = HostLaunch((ray.put(assembly),), plans, assembly.config.cluster, places, has_gpus)
-            group = HostGroup(launch, 0)
-            try:
-                engine = Engine(
-                    assembly.topology,
-                    group.wait(),
-                    assembly.prompter,
-                    assembly.config.decoding,
-                    assembly.variants,
-                    num_slots=setup.slots,
-                    runs_ahead=True,  # as a coordinator does with one host
-                )
-                return _decode(engine, setup.work, threads=setup.threads)
-            finally:
-                group.stop()
+    with cluster(assembly, is_verbose=False), one_replica(assembly) as hosts:
+        return _decode(make_engine(assembly, hosts), setup.work, threads=setup.threads)
+
+
+def _local_engine(assembly: Assembly) -> Engine:
+    return make_engine(assembly, start_hosts(assembly))
 
 
 def _time_steps(engine: Engine, setup: Setup) -> float:
@@ -239,14 +224,15 @@ def _time_steps(engine: Engine, setup: Setup) -> float:
 def _decode(engine: Engine, work: Work, *, threads: int) -> dict[str, Any]:
     """Decode all rows; rates, shares of time and how full the slots were while rows waited."""
     torch.set_num_threads(threads)
-    host = engine.calls.hosts["base"]
+    sampler = engine.calls.hosts.sampler
+    assert sampler is not None, "all roles are of one model here"
     steps_before, row_steps_before, wait_before_s = engine.num_steps, engine.num_row_steps, engine.calls.wait_s
-    before: HostWork = host.submit("work").result()
+    before = sampler.work().result()
     waiting = iter(work.rows)
     num_tokens, is_last, utilisation = 0, False, 1.0
     started_s = time.perf_counter()
     while not (is_last and engine.is_idle):
-        while engine.has_room and not is_last:
+        while engine.wants_row and not is_last:
             row = next(waiting, None)
             if row is None:
                 is_last = True
@@ -256,7 +242,7 @@ def _decode(engine: Engine, work: Work, *, threads: int) -> dict[str, Any]:
                 engine.admit(row)
         num_tokens += sum(record.num_tokens for record in engine.step())
     seconds = time.perf_counter() - started_s
-    after: HostWork = host.submit("work").result()
+    after = sampler.work().result()
     forward, solve = (after.forward_s - before.forward_s) / seconds, (after.solve_s - before.solve_s) / seconds
     transport = max(0.0, (engine.calls.wait_s - wait_before_s) / seconds - forward - solve)
     return {

@@ -6,17 +6,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config, Reproducibility
 from pipeline.config.variants import lay_out
-from pipeline.engine.prompts import Prompter
 from pipeline.hub.sources import resolve_adapter, resolve_model
 from pipeline.hub.weight_files import ADAPTER_WEIGHTS
-from pipeline.protocol.messages import HostSpec
+from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.records import Message, Row
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.topology import build_topology
@@ -58,24 +57,36 @@ class Work:
 
 
 class GivenPrompts:
-    """In place of a `Prompter`: token ids that are given; no token ends an answer."""
+    """A `Prompter` whose token ids are given; no token ends an answer.
 
-    stop_ids: frozenset[int] = frozenset()
+    Args:
+        prompts: token ids by role, one mapping per row; a row's text is the number of its mapping.
+    """
 
     def __init__(self, prompts: Sequence[Mapping[str, Sequence[int]]]) -> None:
         self._prompts = prompts
 
-    def encode(self, messages: Sequence[Message]) -> Mapping[str, Sequence[int]]:
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset()
+
+    def encode(self, messages: Sequence[Message], weights: Mapping[str, float]) -> Mapping[str, Sequence[int]]:
         return self._prompts[int(messages[0]["content"])]
 
-    def heads(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    def shared_prefixes(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
         return {role: PRINCIPLE_TOKENS if role.startswith("p") else 0 for role in prompts}
 
-    def room(self, prompts: Mapping[str, Sequence[int]]) -> None:
+    def context_left(self, prompts: Mapping[str, Sequence[int]]) -> None:
         return None
+
+    def encode_answer(self, text: str) -> list[int]:
+        return [int(token) for token in text.split()]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
+
+    def token_text(self, token_id: int) -> str:
+        return str(token_id)
 
 
 def save_random_model(shape: str, folder: Path) -> Path:
@@ -171,6 +182,8 @@ def make_assembly(config: Config, work: Work, vocab_size: int, cache_folder: Pat
     source = resolve_model(config.base.model, cache_folder=cache_folder)
     topology = build_topology(config)
     (plan,) = topology.hosts
+    variants = lay_out(config)
+    rules = frozenset(variant.rule for variant in variants)
     spec = HostSpec(
         name=plan.name,
         serves=plan.serves,
@@ -183,9 +196,9 @@ def make_assembly(config: Config, work: Work, vocab_size: int, cache_folder: Pat
         strict=config.decoding.reproducibility is Reproducibility.STRICT,
         cache_folder=cache_folder,
         adapters={name: resolve_adapter(folder, cache_folder=cache_folder) for name, folder in plan.adapters.items()},
+        games=GameSpec(config.decoding.sampling, topology.principals, rules),
     )
-    prompter = cast(Prompter, GivenPrompts(work.prompts))
-    return Assembly(config, topology, (spec,), {}, prompter, lay_out(config))
+    return Assembly(config, topology, (spec,), {}, GivenPrompts(work.prompts), variants)
 
 
 def _tokens(chance: random.Random, count: int, vocab_size: int) -> list[int]:

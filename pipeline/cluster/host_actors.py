@@ -22,6 +22,7 @@ from pipeline.protocol.hosts import Hosts, Proposes, Reply, Samples, Scores
 from pipeline.protocol.messages import Candidates, HostWork, MemoryBudget, Position, Step, Terms, TokenOutcome
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostPlan
+from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.wiring import DIRECT, Wiring, WrapHost
 
 if TYPE_CHECKING:
@@ -74,13 +75,21 @@ class HostActor:
         spec: HostSpec = ray.get(self._specs[0])[self._index]
         if spec.games is not None:
             self.serve_sampling(start_sampling(spec, spec.games))
-        elif self._index == 0:
-            self._scoring = self._proposing = self._wrap_host(start_proposing(spec))
+        elif self._index == 0:  # the base's
+            self.serve_proposing(start_proposing(spec))
         else:
-            self._scoring = self._wrap_host(start_scoring(spec))
+            self.serve_scoring(start_scoring(spec))
+
+    def serve_scoring(self, host: Scores) -> None:
+        """Answer by this host, which scores and nothing else."""
+        self._scoring = self._wrap_host(host)
+
+    def serve_proposing(self, host: Proposes) -> None:
+        """Answer by this host, which serves the base."""
+        self._scoring = self._proposing = self._wrap_host(host)
 
     def serve_sampling(self, host: Samples) -> None:
-        """Answer by this host."""
+        """Answer by this host, which holds every role."""
         self._scoring = self._proposing = self._sampling = self._wrap_host(host)
 
     def advance(self, at: Position, step: Step) -> None:
@@ -298,6 +307,20 @@ class HostGroup:
             )
             .remote(self._launch.specs, index, self._launch.wiring.wrap_host)
         )
+
+
+@contextmanager
+def one_replica(assembly: Assembly) -> Iterator[Hosts]:
+    """The hosts of a single replica on the joined cluster, loaded; they end with the block."""
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    plans = assembly.topology.hosts
+    with placed(plans, num_replicas=1, has_gpus=has_gpus) as places:
+        launch = HostLaunch((ray.put(assembly.hosts),), plans, assembly.config.cluster, places, has_gpus)
+        group = HostGroup(launch, 0)
+        try:
+            yield group.wait()
+        finally:
+            group.stop()
 
 
 @contextmanager
