@@ -19,7 +19,7 @@ from pipeline.config.files import parse_as
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.panel import resolve_panel
-from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.scores import ScoreFiles
 from pipeline.stages.evaluate import evaluate
 
 JUDGES = {
@@ -254,6 +254,6 @@ def test_a_judge_that_cannot_be_loaded_on_an_actor_says_why(job, tmp_path):
     panel = resolve_panel(parse_as(EvaluateConfig, tree).evaluation.judges, tmp_path)
     (folder / "model.safetensors").unlink()
     [record, *_] = done.run.committed().values()
-    error = ShardScorer(Scores(done.run, panel)).score(record)
+    error = ShardScorer(ScoreFiles(done.run, panel)).score(record)
     assert isinstance(error, ConfigurationError)
     assert "weights" in str(error)

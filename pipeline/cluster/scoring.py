@@ -10,7 +10,7 @@ from pipeline.cluster.session import joined
 from pipeline.config.sections import Config
 from pipeline.errors import CageError
 from pipeline.evaluation.judges.interface import Judge
-from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.scores import ScoreFiles
 from pipeline.sections import Resources
 from pipeline.storage.commits import CommitRecord
 
@@ -18,7 +18,7 @@ from pipeline.storage.commits import CommitRecord
 class ShardScorer:
     """Holds the judges of a panel on one machine. A call scores and writes a shard; a second changes nothing."""
 
-    def __init__(self, scores: Scores) -> None:
+    def __init__(self, scores: ScoreFiles) -> None:
         self._scores = scores
         self._judges: dict[str, Judge] | CageError
         try:
@@ -38,7 +38,7 @@ class ShardScorer:
 
 
 def score_shards(
-    scores: Scores, records: Sequence[CommitRecord], config: Config, *, is_verbose: bool
+    scores: ScoreFiles, records: Sequence[CommitRecord], config: Config, *, is_verbose: bool
 ) -> Generator[None, None, None]:
     """Score the shards on as many actors as the run has replicas; yields after each.
 
@@ -72,7 +72,7 @@ def score_shards(
                 ray.kill(actor)
 
 
-def _resources(scores: Scores) -> Resources:
+def _resources(scores: ScoreFiles) -> Resources:
     """What one actor reserves: the sum over its models; one that may use a GPU and names no number has one."""
     models = scores.panel.required_models
     gpus = [

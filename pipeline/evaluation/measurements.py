@@ -74,7 +74,7 @@ def measure(
     """Read answers and scores, and keep the prompts that every variant answered with all `needed` scores.
 
     Args:
-        tables: answers and scores of each shard (`Scores.tables`).
+        tables: answers and scores of each shard (`ScoreFiles.tables`).
         variants: the run's variants.
         judges: the judges to read.
         needed: those of them that measure an objective.

@@ -29,7 +29,7 @@ JUDGED_COLUMNS = ("row_id", "variant", "sample", "prompt", "response", "num_toke
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class ScoreFiles:
     """The score files of one panel in one run. Picklable.
 
     Args:

@@ -17,7 +17,7 @@ from pipeline.evaluation.metrics import check_hypervolume
 from pipeline.evaluation.notes import notes, overlaps
 from pipeline.evaluation.panel import Panel, resolve_panel
 from pipeline.evaluation.reading import reading
-from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.scores import ScoreFiles
 from pipeline.stages.judge import judge
 from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
@@ -68,7 +68,7 @@ def evaluate(
         config.evaluation.judges, cache_folder, progress=lambda line: print(line, file=out, flush=True)
     )
     run, was_decoded = relabel(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside)
-    scores = Scores(run, panel)
+    scores = ScoreFiles(run, panel)
     num_scored = judge(scores, config, out, is_verbose=is_verbose)
     digest = _digest(run, panel, config)
     known = _stored(run)
@@ -79,7 +79,7 @@ def evaluate(
     return Evaluation(run, metrics, was_run=True)
 
 
-def compute_metrics(run: Run, scores: Scores, config: EvaluateConfig) -> dict[str, Any]:
+def compute_metrics(run: Run, scores: ScoreFiles, config: EvaluateConfig) -> dict[str, Any]:
     """The comparison of everything that the run answered, as plain values."""
     variants = [replace(each, weights=each.weights or config.weights) for each in run.plan.variants]
     data = measure(

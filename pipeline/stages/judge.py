@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from pipeline.config.sections import Config, Transport
-from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.scores import ScoreFiles
 
 
-def judge(scores: Scores, config: Config, out: TextIO, *, is_verbose: bool = False) -> int:
+def judge(scores: ScoreFiles, config: Config, out: TextIO, *, is_verbose: bool = False) -> int:
     """Score the answers that have no scores yet, and print progress; returns the number of shards scored.
 
     Judges with models run on actors where the run is on Ray. All others run in this process.
@@ -30,7 +30,7 @@ def judge(scores: Scores, config: Config, out: TextIO, *, is_verbose: bool = Fal
     return num_scored
 
 
-def _score(scores: Scores, config: Config, *, is_verbose: bool) -> Iterator[None]:
+def _score(scores: ScoreFiles, config: Config, *, is_verbose: bool) -> Iterator[None]:
     pending = scores.pending()
     if not pending:
         return

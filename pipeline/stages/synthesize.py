@@ -7,7 +7,7 @@ from typing import TextIO
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.panel import resolve_panel
-from pipeline.evaluation.scores import SCORES, Scores
+from pipeline.evaluation.scores import SCORES, ScoreFiles
 from pipeline.runtime.topology import adapters_of, models_of
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.judge import judge
@@ -58,7 +58,7 @@ def synthesize(
     run, was_decoded = relabel(
         config.job, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside, wiring=wiring
     )
-    num_judged = judge(Scores(run, panel), config, out, is_verbose=is_verbose) if settings.judges else 0
+    num_judged = judge(ScoreFiles(run, panel), config, out, is_verbose=is_verbose) if settings.judges else 0
     dataset = make_dataset(
         run,
         settings,

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.evaluation.panel import resolve_panel
-from pipeline.evaluation.scores import SCORES, Scores
+from pipeline.evaluation.scores import SCORES, ScoreFiles
 from pipeline.records import FinishReason, Record
 from pipeline.stages.judge import judge
 from pipeline.storage.plan import make_plan
@@ -81,7 +81,7 @@ def _record(run: Run, row: Any, at: int, answer: str | Mapping[str, Any]) -> Rec
 def dataset_of(run: Run, **sections: Any) -> Dataset:
     """The data set of a run; what judges it has are those of texts."""
     settings = SynthesisConfig.model_validate({"validation": 0.0, **sections})
-    scores = Scores(run, resolve_panel(settings.judges, NOWHERE))
+    scores = ScoreFiles(run, resolve_panel(settings.judges, NOWHERE))
     if settings.judges:
         judge(scores, make_config("unused"), io.StringIO())
     return make_dataset(run, settings, lambda name: read_candidates(run, name, SCORES if settings.judges else None))

@@ -57,17 +57,21 @@ class RewardModelJudge(JudgeConfig):
         return described
 
     def load(self, context: JudgeContext) -> Judge:
-        from pipeline.evaluation.judges.sequence_classifier import load_classifier  # imports torch: seconds
+        from pipeline.evaluation.judges.sequence_classifier import (
+            SequenceClassifier,
+            load_classifier,
+        )  # torch: seconds
+        from pipeline.hub.tokenizers import context_length
 
         assert context.source is not None
-        return load_classifier(
-            context.name,
-            context.source,
-            context.cache_folder,
-            model=self.model,
+        model, tokenizer = load_classifier(context.name, context.source, context.cache_folder, self.model)
+        limits = [limit for limit in (self.max_tokens, context_length(model.config)) if limit is not None]
+        return SequenceClassifier(
+            model,
+            tokenizer,
             label=self.label,
             factor=self.factor,
             chat_template=self.chat_template,
             batch_size=self.batch_size,
-            max_tokens=self.max_tokens,
+            max_tokens=min(limits, default=None),
         )

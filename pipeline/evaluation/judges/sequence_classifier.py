@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import JudgedAnswer
 from pipeline.hub.sources import ModelSource, fetch_weights
-from pipeline.hub.tokenizers import context_length, load_tokenizer, reason_of
+from pipeline.hub.tokenizers import load_tokenizer, reason_of
 from pipeline.sections import ModelConfig
 from pipeline.worker.loading import pick_device, pick_dtype
 
@@ -95,36 +95,23 @@ class SequenceClassifier:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def load_classifier(
-    name: str,
-    source: ModelSource,
-    cache_folder: Path,
-    *,
-    model: ModelConfig,
-    label: int,
-    factor: float,
-    chat_template: str | None,
-    batch_size: int,
-    max_tokens: int | None,
-) -> SequenceClassifier:
-    """Load the weights onto the device that `model` asks for.
+def load_classifier(name: str, source: ModelSource, cache_folder: Path, placement: ModelConfig) -> tuple[Any, Any]:
+    """The model on its device, and its tokenizer.
 
     Args:
         name: the judge's name, for error messages.
         source: the resolved model.
         cache_folder: where downloaded weights are kept.
-        model: device and dtype.
-        label, factor, chat_template, batch_size: see `SequenceClassifier`.
-        max_tokens: longest text; the model's context is a limit as well.
+        placement: its device and dtype.
 
     Raises:
         ConfigurationError: the model cannot be loaded, or has no trained head.
     """
-    device = pick_device(model.device)
+    device = pick_device(placement.device)
     try:
-        classifier, found = AutoModelForSequenceClassification.from_pretrained(
+        model, found = AutoModelForSequenceClassification.from_pretrained(
             fetch_weights(source, cache_folder=cache_folder),
-            dtype=pick_dtype(model.dtype, device),
+            dtype=pick_dtype(placement.dtype, device),
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -132,16 +119,7 @@ def load_classifier(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigurationError(f"judge {name}: {source.name} cannot be loaded: {reason_of(error)}") from error
     if found["missing_keys"]:
-        # transformers would fill the missing head with random numbers, and every score would be noise
+        # transformers fills a missing head with random numbers, and every score would be noise
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise ConfigurationError(f"judge {name}: {source.name} has no weights for {missing}; it is no reward model")
-    limits = [limit for limit in (max_tokens, context_length(classifier.config)) if limit is not None]
-    return SequenceClassifier(
-        classifier.to(device).eval().requires_grad_(False),
-        load_tokenizer(source),
-        label=label,
-        factor=factor,
-        chat_template=chat_template,
-        batch_size=batch_size,
-        max_tokens=min(limits, default=None),
-    )
+    return model.to(device).eval().requires_grad_(False), load_tokenizer(source)
