@@ -406,6 +406,7 @@ FAMILIES: dict[str, Family] = {
     "hy_v4": Family({"num_key_value_heads": 4, "mlp_layer_types": DENSE_SPARSE, "hc_mult": 2}),
     "minimax_m3_vl_text": Family(
         {
+            "index_n_heads": 2,
             "layer_types": ["minimax_m3_sparse", "full_attention"],
             "index_block_size": 8,
             "index_topk_blocks": 2,
@@ -472,7 +473,9 @@ FAMILIES: dict[str, Family] = {
         }
     ),
     "trocr": _decoder(),
-    "whisper": _decoder(max_target_positions=CONTEXT, max_source_positions=64, num_mel_bins=16),
+    "whisper": _decoder(
+        begin_suppress_tokens=None, max_target_positions=CONTEXT, max_source_positions=64, num_mel_bins=16
+    ),
     "reformer": Family(
         {
             "attn_layers": ["local", "local"],
@@ -486,6 +489,7 @@ FAMILIES: dict[str, Family] = {
     "xlnet": Family({"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96, "attn_type": "uni"}),
     # checkpoints whose text part is a causal language model
     "emu3": Family(
+        {"vocabulary_map": {"<image>": 260}},
         parts={
             "text_config": _TEXT,
             "vq_config": {
@@ -497,7 +501,8 @@ FAMILIES: dict[str, Family] = {
                 "num_res_blocks": 1,
                 "attn_resolutions": [],
             },
-        }
+        },
+        architecture="Emu3ForConditionalGeneration",
     ),
     "fuyu": Family(parts={"text_config": "persimmon"}),
     "gemma3": Family(parts={"text_config": "gemma3_text", "vision_config": _VISION}),
@@ -542,7 +547,8 @@ FAMILIES: dict[str, Family] = {
                 "vision_output_dim": 64,
                 "intermediate_layers_indices": [0],
             },
-        }
+        },
+        architecture="MllamaForConditionalGeneration",
     ),
     "qwen3_5": Family(
         parts={
@@ -653,7 +659,7 @@ def make_config(name: str) -> PreTrainedConfig:
     return CONFIG_MAPPING[_model_type(name)](**_settings(name))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode: longrope writes into a buffer that it makes here
 def make_random_model(name: str, *, seed: int = 0, scale: float = 6.0) -> Any:
     """A model in eval mode; `scale` is about the deviation of its logits, so that its choices are clear-cut."""
     torch.manual_seed(seed)
