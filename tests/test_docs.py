@@ -205,6 +205,52 @@ def test_the_equilibrium_in_ten_lines_prints_what_it_says(capsys: pytest.Capture
         assert numbers == pytest.approx(expected * (len(numbers) // len(expected)), abs=6e-3)
 
 
+def row_from(shown: str) -> dict[str, Any]:
+    """The row of a run whose numbers are those that a page shows."""
+
+    def found(pattern: str) -> list[Any]:
+        return re.findall(pattern, shown, re.M)
+
+    [(row_id, sample, prompt, reason, num_tokens, response)] = found(
+        r"^row (.+), sample (\d+)\nuser:\n  (.*)\nanswer \((\w+), (\d+) tokens\):\n  (.*)$"
+    )
+    [(kl, mass, residual, unsolved)] = found(r"base ([\d.]+) nats .* cover ([\d.]+) of .* residual (\S+), (\d+)")
+    principals = found(r"^(\w+) +([\d.]+) +([\d.]+) +([\d.]+)$")
+    names = [name for name, *_ in principals]
+    return {
+        "row_id": row_id,
+        "sample": int(sample),
+        "error": None,
+        "prompt": [{"role": "user", "content": prompt}],
+        "finish_reason": reason,
+        "num_tokens": int(num_tokens),
+        "response": response,
+        "weights": {name: float(weight) for name, weight, _, _ in principals},
+        "rewards": {name: float(reward) for name, _, reward, _ in principals},
+        "payments": {name: float(paid) for name, _, _, paid in principals},
+        "kl_per_token": float(kl),
+        "covered_mass": float(mass),
+        "max_residual": float(residual),
+        "num_unsolved": int(unsolved),
+        "tokens": [
+            {
+                "text": text,
+                "base_logprob": float(base),
+                "logprob": float(final),
+                "payments": dict(zip(names, map(float, paid.split()), strict=True)),
+            }
+            for text, base, final, paid in found(r"^'(.*?)' +(-[\d.]+) +(-[\d.]+) +(.*)$")
+        ],
+    }
+
+
+def test_the_row_is_shown_as_cage_inspect_prints_it() -> None:
+    from jobs.commands.inspect import describe_row
+
+    [block] = blocks_of(ROOT / "README.md", "text")
+    assert describe_row(row_from(block.text)) + "\n" == block.text
+
+
 def test_every_page_of_the_site_is_in_its_navigation() -> None:
     nav = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
     assert sorted(nav) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
