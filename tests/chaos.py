@@ -3,7 +3,7 @@
     python tests/chaos.py --schedules 20 --seed 0
     python tests/chaos.py --schedules 20 --transport ray
 
-A schedule disturbs the commands of one run directory several times, at a named point (pipeline/points.py) or at a
+A schedule disturbs the commands of one run directory several times, at a named point (support/failpoints.py) or at a
 random moment, then lets one finish, or two side by side. In one process (transport local) it kills one driver or two;
 over Ray a host's process, the coordinator's, any worker's, the driver's, or a node, by turns on a cluster of several
 nodes and on one that the driver starts itself.
@@ -112,7 +112,7 @@ def main() -> int:
                 folder, options.schedules, options.seed, transport=options.transport, out=sys.stdout
             )
         finally:
-            with contextlib.suppress(FileNotFoundError):  # what commands said when they failed
+            with contextlib.suppress(FileNotFoundError):  # what commands printed when they failed
                 print((folder / "errors.txt").read_text(), end="", file=sys.stderr)
     print(f"total       {total}")
     return 0 if total.is_clean else 1

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import ROOT
+from support.commands import ROOT
 
 
 @pytest.mark.slow

@@ -8,18 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).parent.parent
-
-
-def cage(*arguments: str, module: tuple[str, ...] = ("-m", "jobs"), timeout: float = 180):
-    return subprocess.run(
-        [sys.executable, *module, *arguments], capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False
-    )
+from support.commands import ROOT, cage
 
 
 @pytest.fixture

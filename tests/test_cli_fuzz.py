@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_config_fuzz import GOOD, PLACES, VALUES, with_value
+from support.config_values import GOOD, PLACES, VALUES, with_value
 
 from jobs import cli
 

@@ -9,42 +9,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.config_values import GOOD, PLACES, VALUES, with_value
 
 from pipeline.config.files import dump_config, load_config, parse_config
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
 
-GOOD = {
-    "input": {"path": "prompts.jsonl", "prompt": "question"},
-    "output": {"path": "runs/one", "rows_per_shard": 8},
-    "base": {"model": "smollm2-135m", "resources": {"num_cpus": 1}},
-    "principals": {
-        "brief": {"kind": "prompted", "principle": "be brief"},
-        "arm": {"kind": "arm", "model": "folder", "reference": "none"},
-        "pair": {"kind": "tuned_pair", "model": "tuned", "reference": "reference"},
-        "judge": {"kind": "reward_model", "model": "judge", "interval": 4, "sign": -1},
-    },
-    "decoding": {"candidates": "all", "stop": ["\n"]},
-    "cluster": {"replicas": 2},
-    "errors": {"budget": "5%"},
-}
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-PLACES = (
-    [(key,) for key in GOOD]
-    + [(key, child) for key, section in GOOD.items() for child in [*section, "unknown"]]
-    + [
-        ("principals", name, key)
-        for name in GOOD["principals"]
-        for key in ("kind", "weight", "model", "template", "x")
-    ]
-)
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -60,15 +30,6 @@ def is_read_or_refused(read) -> None:
     else:
         assert isinstance(config, Config)
         assert parse_config(yaml.safe_load(dump_config(config))) == config
-
-
-def with_value(place, value):
-    tree = copy.deepcopy(GOOD)
-    node = tree
-    for key in place[:-1]:
-        node = node[key]
-    node[place[-1]] = value
-    return tree
 
 
 @FAST

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.judge_models import save_reward_model
 from support.storage import tree_bytes
-from test_reward_models import save_reward_model
 
 from jobs.commands.evaluate import describe_evaluation, run_evaluate
 from jobs.commands.plan import run_plan

@@ -45,7 +45,7 @@ def test_a_replica_that_restarts_finds_its_place_and_a_new_one_takes_the_oldest(
     assert board.lease("b") == 1
 
 
-def test_what_replicas_wait_for_is_told_with_their_names(monkeypatch):
+def test_what_replicas_wait_for_is_reported_with_their_names(monkeypatch):
     board = ProgressBoard(2)
     board.report("old", Counts(), ["an answer"])
     board.report("one", Counts(), ["an answer of host base to load (3 s)", "the commit of shard 2 (1 s)"])

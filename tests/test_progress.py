@@ -1,4 +1,4 @@
-"""What a run tells while it goes on."""
+"""What a run reports while it goes on."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def test_the_thread_ends_with_the_run():
     ("seconds", "text"),
     [(0.4, "0 s"), (59, "59 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (273_600, "3 d 04 h")],
 )
-def test_time_spans_are_told_for_people(seconds, text):
+def test_time_spans_are_written_for_people(seconds, text):
     assert duration(seconds) == text

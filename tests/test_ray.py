@@ -11,15 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from support import failpoints
-from support.failpoints import DiskFull, KillAlways, KillAt, KillSibling, Poison
-from test_relabel import job, parts, run_job, write_prompts
+from support.failpoints import DiskFull, Failpoint, KillAlways, KillAt, KillSibling, Poison
+from support.runs import job, parts, run_job, write_prompts
 from transformers import AutoTokenizer
 
 from jobs.commands.status import describe_status
 from pipeline.cluster.stream import ShardStream
 from pipeline.config.sections import Transport
 from pipeline.errors import CageError, ConfigurationError, HostError, StorageError
-from pipeline.points import Point
 from pipeline.stages.relabel import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -62,7 +61,7 @@ def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas
     assert len(hosts) == replicas
 
 
-@pytest.mark.parametrize(("point", "nth"), [(Point.MID_STEP, 7)])
+@pytest.mark.parametrize(("point", "nth"), [(Failpoint.MID_STEP, 7)])
 def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, reference, point, nth):
     prompts, expected = reference
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
@@ -79,7 +78,7 @@ def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, r
 def test_a_coordinator_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, reference):
     prompts, expected = reference
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
-    kill = KillAt(Point.AFTER_DATA, tmp_path, 2)
+    kill = KillAt(Failpoint.AFTER_DATA, tmp_path, 2)
     run, _ = run_job(config, tmp_path, watch=kill)
     assert kill.has_killed
     assert parts(tmp_path / "run") == expected
@@ -89,9 +88,9 @@ def test_a_coordinator_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_
 def test_a_run_whose_board_is_killed_ends_in_one_line_and_the_same_command_continues(tiny, tmp_path, reference):
     prompts, expected = reference
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
-    with pytest.raises(CageError, match="the progress board, on the driver's machine, does not answer: ") as told:
-        run_job(config, tmp_path, watch=KillSibling("ray::ProgressBoard", Point.AFTER_COMMIT, tmp_path))
-    assert "\n" not in str(told.value)
+    with pytest.raises(CageError, match="the progress board, on the driver's machine, does not answer: ") as raised:
+        run_job(config, tmp_path, watch=KillSibling("ray::ProgressBoard", Failpoint.AFTER_COMMIT, tmp_path))
+    assert "\n" not in str(raised.value)
     run, _ = run_job(in_one_process(config), tmp_path)
     assert run.is_complete
     assert parts(tmp_path / "run") == expected
@@ -101,7 +100,7 @@ def test_a_shard_whose_replica_dies_each_time_is_given_up(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), errors={"max_attempts": 2})
     with pytest.raises(HostError, match="shard 0 was given up after 2 attempts: its replica died each time"):
-        run_job(config, tmp_path, watch=KillAlways(Point.BEFORE_DATA))
+        run_job(config, tmp_path, watch=KillAlways(Failpoint.BEFORE_DATA))
     run, _ = run_job(in_one_process(config), tmp_path)
     assert run.is_complete
 
@@ -109,9 +108,11 @@ def test_a_shard_whose_replica_dies_each_time_is_given_up(tiny, tmp_path):
 def test_a_full_disk_in_a_replica_ends_the_run_in_one_line_and_the_same_command_continues(tiny, tmp_path, reference):
     prompts, expected = reference
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
-    with pytest.raises(StorageError, match=r"cannot write .*part-0.*No space left on device \(tried 4 times") as told:
+    with pytest.raises(
+        StorageError, match=r"cannot write .*part-0.*No space left on device \(tried 4 times"
+    ) as raised:
         run_job(config, tmp_path, watch=DiskFull(10**6))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     run_job(in_one_process(config), tmp_path)
     assert parts(tmp_path / "run") == expected
 

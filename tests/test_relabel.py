@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from support.runs import job, parts, run_job, write_prompts
 
-from pipeline.config.files import parse_config
 from pipeline.errors import ConfigurationError, ErrorBudgetExceeded, RunMismatch
-from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
-
-PRINCIPALS = {
-    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
-    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
-}
-
-
-def write_prompts(path: Path, num_rows: int = 11) -> Path:
-    rows = [{"id": f"r{at}", "prompt": "tell me " * (at % 4) + "x" * (at + 1)} for at in range(num_rows)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def job(prompts: Path, output: Path, base: Path, **sections):
-    decoding = {"max_new_tokens": 8, "agent_temperature": 0.5, "trace": "tokens"} | sections.pop("decoding", {})
-    cluster = {"transport": "local", "slots": 4} | sections.pop("cluster", {})
-    return parse_config(
-        {
-            "input": {"path": str(prompts), "id": "id"} | sections.pop("input", {}),
-            "output": {"path": str(output), "rows_per_shard": 3},
-            "base": str(base),
-            "principals": sections.pop("principals", PRINCIPALS),
-            "decoding": decoding,
-            "cluster": cluster,
-            **sections,
-        }
-    )
-
-
-def run_job(config, tmp_path: Path, **options):
-    return relabel(config, tmp_path / "cache", io.StringIO(), **options)
-
-
-def parts(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*.parquet"))}
 
 
 def test_every_prompt_is_answered_once_and_in_order(tiny, tmp_path):

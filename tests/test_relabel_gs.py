@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
-from test_relabel import job, parts, run_job, write_prompts
+from support.runs import job, parts, run_job, write_prompts
 
 from pipeline.storage import retries
 from pipeline.storage.run import Run

@@ -6,8 +6,8 @@ import json
 
 import fsspec
 import pytest
+from support.runs import job, parts, run_job, write_prompts
 from support.storage import s3_server
-from test_relabel import job, parts, run_job, write_prompts
 
 from pipeline.storage.run import Run
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.commands import cage
 from support.reports import ATTACK, GRID, HOSTILE, add_evaluation, make_run, metrics_of
 from support.storage import PRINCIPALS, s3_server
-from test_cli import cage
 
 from jobs.commands.report import run_report
 from pipeline.errors import ConfigurationError, StorageError

@@ -6,7 +6,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from test_relabel import job, run_job, write_prompts
+from support.runs import job, run_job, write_prompts
 
 from jobs.commands.retry import retry_config
 from pipeline.errors import ConfigurationError
@@ -42,7 +42,7 @@ def test_rejected_rows_that_fit_now_get_the_answers_they_would_have_had(tiny, tm
     assert not was_run
 
 
-def test_what_cannot_be_tried_again_is_told(tiny, tmp_path):
+def test_what_cannot_be_tried_again_is_refused_with_the_reason(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
     run_job(job(prompts, tmp_path / "run", tiny()), tmp_path)
     with pytest.raises(ConfigurationError, match="no rejected row that can be tried again"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.decoding import NOWHERE, ask, config_of, decode, engine_of
-from test_relabel import job, parts, run_job, write_prompts
+from support.runs import job, parts, run_job, write_prompts
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import TypeAdapter
-from support import tiny_models
-from transformers import AutoModelForSequenceClassification, BertConfig
+from support.judge_models import save_reward_model
+from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import JudgedAnswer
@@ -20,24 +20,6 @@ JUDGES = TypeAdapter(AnyJudge)
 QUESTION = ({"role": "user", "content": "Is it so?"},)
 TEXTS = ["Yes.", "It is, and for a great many reasons.", "", "No!", "Perhaps, perhaps not."]
 ANSWERS = [JudgedAnswer(QUESTION, text) for text in TEXTS]
-
-
-def save_reward_model(folder: Path, kind: str = "llama", *, num_labels: int = 1, context: int = 128) -> Path:
-    tokenizer = tiny_models.make_tokenizer()
-    torch.manual_seed(5)
-    if kind == "bert":
-        config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=64, max_position_embeddings=context, num_labels=num_labels, pad_token_id=0,
-        )  # fmt: skip
-        tokenizer.chat_template = None
-    else:
-        config = tiny_models.make_config(kind, len(tokenizer), context)
-        config.num_labels = num_labels
-    model = AutoModelForSequenceClassification.from_config(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def judge(folder: Path, **section):

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_cli import cage
-from test_relabel import job, write_prompts
+from support.commands import cage
+from support.runs import job, write_prompts
 
 from pipeline.config.files import dump_config
 
@@ -26,8 +26,8 @@ def test_a_run_writes_and_says_no_secret_of_its_environment(tiny, tmp_path, plan
     file.write_text(dump_config(job(prompts, tmp_path / "run", tiny())))
     made = cage("relabel", "-c", str(file), "-v")
     assert made.returncode == 0, made.stderr
-    told = cage("status", str(tmp_path / "run"))
-    assert SECRET not in made.stdout + made.stderr + told.stdout + told.stderr
+    shown = cage("status", str(tmp_path / "run"))
+    assert SECRET not in made.stdout + made.stderr + shown.stdout + shown.stderr
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) > 4
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]

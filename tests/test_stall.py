@@ -8,13 +8,12 @@ import time
 
 import pytest
 from support import failpoints
-from support.failpoints import Hang
-from test_relabel import job, parts, run_job, write_prompts
+from support.failpoints import Failpoint, Hang
+from support.runs import job, parts, run_job, write_prompts
 
 from pipeline.errors import ExitCode, RunStalled
 from pipeline.monitoring.stall import ended_when_stalled
 from pipeline.monitoring.waits import waiting_for, waits
-from pipeline.points import Point
 
 
 def test_progress_of_any_kind_keeps_a_block_going():
@@ -27,16 +26,16 @@ def test_progress_of_any_kind_keeps_a_block_going():
 
 def test_a_block_without_progress_is_ended_with_all_that_is_waited_for():
     with (
-        pytest.raises(RunStalled, match=r"for 0\.2 s .*for one \(0 s\); two; 3; 4; and 2 more\. What is") as told,
+        pytest.raises(RunStalled, match=r"for 0\.2 s .*for one \(0 s\); two; 3; 4; and 2 more\. What is") as raised,
         ended_when_stalled(0.2, lambda: 0, lambda: [*waits(), "two", "3", "4", "5", "6"]),
         waiting_for("one"),
     ):
         time.sleep(3600)
-    assert told.value.exit_code == ExitCode.FAILED
+    assert raised.value.exit_code == ExitCode.FAILED
     assert waits() == []
 
 
-def test_waits_are_told_by_thread_and_end():
+def test_waits_are_reported_by_thread_and_end():
     with waiting_for("outer"):
         with waiting_for("inner"):
             assert [wait.partition(" (")[0] for wait in waits()] == ["inner"]
@@ -46,7 +45,7 @@ def test_waits_are_told_by_thread_and_end():
 
 @pytest.mark.parametrize(
     ("point", "awaited"),
-    [(Point.MID_STEP, "an answer of host base to advance"), (Point.BEFORE_DATA, "the commit of shard 0")],
+    [(Failpoint.MID_STEP, "an answer of host base to advance"), (Failpoint.BEFORE_DATA, "the commit of shard 0")],
 )
 def test_a_run_that_stands_still_is_ended_and_goes_on_later(tiny, tmp_path, point, awaited):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 4)
@@ -79,4 +78,4 @@ def test_a_run_over_ray_that_stands_still_says_who_waits_for_whom(ray_cluster, t
     prompts = write_prompts(tmp_path / "prompts.jsonl", 4)
     config = job(prompts, tmp_path / "run", tiny(), cluster={"transport": "ray", **cluster})
     with pytest.raises(RunStalled, match=awaited):
-        run_job(config, tmp_path, watch=Hang(Point.MID_STEP))
+        run_job(config, tmp_path, watch=Hang(Failpoint.MID_STEP))

@@ -14,10 +14,10 @@ from pathlib import Path
 import fsspec
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
+from support.commands import cage
 from support.failpoints import DiskFull
+from support.runs import job, parts, run_job, write_prompts
 from support.storage import AWS, answer, small_plan
-from test_cli import cage
-from test_relabel import job, parts, run_job, write_prompts
 from werkzeug.serving import make_server
 
 from pipeline.config.files import dump_config

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import load_dataset, load_from_disk
+from support.commands import cage
 from support.failpoints import watched
+from support.judge_models import save_reward_model
 from support.storage import tree_bytes
-from test_cli import cage
-from test_reward_models import save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.commands.retry import retry_config

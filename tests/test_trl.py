@@ -6,7 +6,7 @@ import json
 
 import pytest
 from datasets import load_dataset
-from test_relabel import job, run_job
+from support.runs import job, run_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [

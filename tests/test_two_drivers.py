@@ -6,10 +6,10 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from test_relabel import job, parts, run_job, write_prompts
+from support.failpoints import Failpoint, watched
+from support.runs import job, parts, run_job, write_prompts
 
 from pipeline.config.sections import Config
-from pipeline.points import Point
 from pipeline.stages.relabel import relabel
 
 
@@ -22,10 +22,10 @@ class Overtaken:
     num_rows: int = 0
     others: list[int] = field(default_factory=list)
 
-    def __call__(self, point: Point, detail: object) -> None:
-        if point is Point.MID_PREFILL:
+    def __call__(self, point: Failpoint, detail: object) -> None:
+        if point is Failpoint.MID_PREFILL:
             self.num_rows += len(detail)
-        if point is Point.AFTER_COMMIT and not self.others:
+        if point is Failpoint.AFTER_COMMIT and not self.others:
             other = Overtaken(self.config, self.folder, others=[0])
             run_job(self.config, self.folder, watch=other)
             self.others.append(other.num_rows)
@@ -42,7 +42,7 @@ def test_a_driver_that_is_overtaken_decodes_nothing_that_is_committed(tiny, tmp_
     }  # a rejected row that counted twice would be too many
     config = job(prompts, tmp_path / "run", tiny(), **options)
     watch, out = Overtaken(config, tmp_path), io.StringIO()
-    run, was_run = relabel(config, tmp_path / "cache", out, watch=watch)
+    run, was_run = relabel(config, tmp_path / "cache", out, wiring=watched(watch))
     assert was_run
     assert watch.others == [11]  # all but the first shard and the rejected row
     assert watch.num_rows <= 6  # the first shard, and the second that was under way

@@ -21,10 +21,9 @@ import pipeline.runtime.local  # noqa: F401  (here, so that no forked driver has
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.errors import CageError
-from pipeline.points import Point, Watcher, unwatched
 from pipeline.stages.relabel import relabel
 from support import failpoints
-from support.failpoints import AllOf, KillAt, Slow
+from support.failpoints import AllOf, Failpoint, KillAt, Slow, Watcher, watched
 from support.ray_victims import MARKS, RayNodes, find, kill_one
 
 FORK = multiprocessing.get_context("fork")  # a driver then starts in milliseconds instead of the imports' seconds
@@ -34,12 +33,12 @@ STALL_S = 600.0  # less than the patience: a run that stands still says why befo
 FAILED = 1
 
 KILLED_BY_POINT = {
-    Point.MID_PREFILL: "host",
-    Point.MID_STEP: "host",
-    Point.BEFORE_DATA: "coordinator",
-    Point.AFTER_DATA: "coordinator",
-    Point.AFTER_COMMIT: "coordinator",
-    Point.BEFORE_MANIFEST: "driver",
+    Failpoint.MID_PREFILL: "host",
+    Failpoint.MID_STEP: "host",
+    Failpoint.BEFORE_DATA: "coordinator",
+    Failpoint.AFTER_DATA: "coordinator",
+    Failpoint.AFTER_COMMIT: "coordinator",
+    Failpoint.BEFORE_MANIFEST: "driver",
 }
 
 
@@ -59,9 +58,9 @@ class Tally:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.kills.items()))
-        told = {each.name.replace("_", " "): getattr(self, each.name) for each in fields(self)}
-        told["kills"] = f"{self.kills.total()} ({kinds})"
-        return "  ".join(f"{name} {value}" for name, value in told.items())
+        counts = {each.name.replace("_", " "): getattr(self, each.name) for each in fields(self)}
+        counts["kills"] = f"{self.kills.total()} ({kinds})"
+        return "  ".join(f"{name} {value}" for name, value in counts.items())
 
     @property
     def is_clean(self) -> bool:
@@ -92,7 +91,7 @@ def make_model(folder: Path) -> None:
     tiny_models.make_model(folder / "model")
 
 
-def drive(config: Config, folder: Path, watch: Watcher = unwatched) -> None:
+def drive(config: Config, folder: Path, watch: Watcher | None = None) -> None:
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = io.StringIO()
     if config.cluster.transport == "ray":
@@ -100,7 +99,7 @@ def drive(config: Config, folder: Path, watch: Watcher = unwatched) -> None:
 
         ray.cloudpickle.register_pickle_by_value(failpoints)  # workers cannot import the tests
     try:
-        relabel(config, folder / "cache", io.StringIO(), watch=watch)
+        relabel(config, folder / "cache", io.StringIO(), wiring=watched(watch))
     except CageError as error:
         with (folder / "errors.txt").open("a") as file:
             file.write(f"{config.output.path}: {type(error).__name__}: {error}\n")
@@ -111,7 +110,7 @@ def drive(config: Config, folder: Path, watch: Watcher = unwatched) -> None:
         raise
 
 
-def start(config: Config, folder: Path, watch: Watcher = unwatched) -> BaseProcess:
+def start(config: Config, folder: Path, watch: Watcher | None = None) -> BaseProcess:
     process = FORK.Process(target=drive, args=(config, folder, watch))
     process.start()
     return process
@@ -127,8 +126,8 @@ def finish(config: Config, folder: Path, *, num_drivers: int = 1) -> None:
         driver.kill()
     if any(code != 0 for code in exit_codes):
         errors = folder / "errors.txt"
-        told = errors.read_text() if errors.exists() else ""
-        raise RuntimeError(f"undisturbed drivers ended with {exit_codes}; {told}")
+        messages = errors.read_text() if errors.exists() else ""
+        raise RuntimeError(f"undisturbed drivers ended with {exit_codes}; {messages}")
 
 
 def ended(driver: BaseProcess) -> int:
@@ -144,8 +143,8 @@ def ended(driver: BaseProcess) -> int:
 
 def disturb_locally(config: Config, folder: Path, chance: random.Random, scratch: Path) -> Tally:
     """Start one driver or two and kill them, at a point or a random moment."""
-    point = chance.choice(list(Point))
-    watch = KillAt(point, scratch, chance.randint(1, 6)) if chance.random() < 0.7 else unwatched
+    point = chance.choice(list(Failpoint))
+    watch = KillAt(point, scratch, chance.randint(1, 6)) if chance.random() < 0.7 else None
     drivers = [start(config, folder, watch) for _ in range(chance.choice([1, 1, 2]))]
     ends_s = time.monotonic() + (PATIENCE_S if isinstance(watch, KillAt) else chance.uniform(0.05, 2.0))
     while any(driver.is_alive() for driver in drivers) and time.monotonic() < ends_s:
@@ -169,7 +168,7 @@ class RayDisturbance:
         victim = chance.choice(["point", "point", "point", "host", "coordinator", "worker", "driver", "node"])
         if victim == "point":
             return self._kill_at_point(config, folder, chance, scratch)
-        driver = start(config, folder, Slow(Point.MID_STEP))
+        driver = start(config, folder, Slow(Failpoint.MID_STEP))
         below = self.nodes.pid if config.cluster.address else driver.pid or 0
         awaited = MARKS[victim if victim in ("host", "coordinator") else chance.choice(["host", "coordinator"])]
         while driver.is_alive() and not find(below, awaited):
@@ -179,9 +178,9 @@ class RayDisturbance:
         return Tally(kills=Counter({victim: int(killed)}), commands_failed=ended(driver))
 
     def _kill_at_point(self, config: Config, folder: Path, chance: random.Random, scratch: Path) -> Tally:
-        point = chance.choice(list(Point))
-        at_point = KillAt(point, scratch, 1 if point is Point.BEFORE_MANIFEST else chance.randint(1, 5))
-        failed = ended(start(config, folder, AllOf((at_point, Slow(Point.MID_STEP)))))
+        point = chance.choice(list(Failpoint))
+        at_point = KillAt(point, scratch, 1 if point is Failpoint.BEFORE_MANIFEST else chance.randint(1, 5))
+        failed = ended(start(config, folder, AllOf((at_point, Slow(Failpoint.MID_STEP)))))
         return Tally(kills=Counter({KILLED_BY_POINT[point]: int(at_point.has_killed)}), commands_failed=failed)
 
     def _kill(self, victim: str, driver: BaseProcess, below: int, chance: random.Random) -> bool:

@@ -1,7 +1,7 @@
 """Failpoints: named points of a run at which a watcher may end, hold up or disturb the process that reaches them.
 
-They are wrappers around the run's store and hosts, given to it by its wiring; the run itself knows nothing of them. All
-of it is picklable, so that Ray's workers can run it.
+They are wrappers around the run's store and hosts, given to it by its wiring; the run itself knows nothing of them.
+All of it is picklable, so that Ray's workers can run it.
 """
 
 from __future__ import annotations
