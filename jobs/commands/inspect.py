@@ -34,7 +34,7 @@ def describe_row(row: dict[str, Any]) -> str:
     if row.get("weights"):
         parts.append(_principals(row))
     parts.append(
-        f"KL to the base {number(row['kl_per_token'])} nats a token, candidates cover "
+        f"KL to the base {number(row['kl_per_token'])} nats per token, candidates cover "
         f"{number(row['covered_mass'])} of the base, largest residual {_scientific(row['max_residual'])}, "
         f"{row['num_unsolved']} unsolved steps"
     )

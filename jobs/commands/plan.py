@@ -35,7 +35,7 @@ def describe_plan(config: Config, prepared: Prepared) -> str:
         f"of at most {plan.rows_per_shard:,} rows" + (f", {answers:,} answers a row" if answers > 1 else ""),
         _rule(config)
         + (f"top {decoding.candidates} of the base" if decoding.candidates != "all" else "full vocabulary")
-        + f", at most {decoding.max_new_tokens:,} tokens a row, {decoding.reproducibility}",
+        + f", at most {decoding.max_new_tokens:,} tokens per row, {decoding.reproducibility}",
         "",
         _principals(config, assembly),
         *_on_text(assembly),
@@ -123,7 +123,7 @@ def _placement(assembly: Assembly) -> str:
         for plan, spec in zip(assembly.topology.hosts, assembly.hosts, strict=True)
     ]
     return table(
-        ["host", "device", "CPUs", "GPUs", "dtype", "weights", "KV cache a token", "KV cache at the limit"], rows
+        ["host", "device", "CPUs", "GPUs", "dtype", "weights", "KV cache per token", "KV cache at the limit"], rows
     )
 
 
