@@ -353,7 +353,8 @@ FAMILIES: dict[str, Family] = {
     "lfm3": Family({"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "full_attention"]}),
     "mamba": Family(),
     "mamba2": Family({"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16}),
-    "minimax": Family({"layer_types": LINEAR_FULL, "block_size": 16}),
+    "minimax": Family({"layer_types": LINEAR_FULL, "block_size": 16, "sliding_window": None}),
+    "minimax-window": Family({"layer_types": LINEAR_FULL, "block_size": 16}),
     "nemotron_h": Family(
         {
             "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
