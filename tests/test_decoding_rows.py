@@ -6,12 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.decoding import ask, config_of, decode, engine_of
+from support.decoding import NOWHERE, ask, config_of, decode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import HostError
+from pipeline.protocol.hosts import Hosts, Reply
+from pipeline.protocol.messages import Candidates
 from pipeline.records import FinishReason, Row
+from pipeline.runtime.assembly import assemble
+from pipeline.runtime.engines import make_engine
+from pipeline.runtime.local_hosts import LocalSamplingHost
+from pipeline.sampling.games import solve_and_sample
+from pipeline.worker.loading import load_language_model
+from pipeline.worker.sampling_host import SamplingHost
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
@@ -19,23 +27,20 @@ PAIR = {
 }
 
 
-def forced(folder, answer: str, *, then_eos: bool = True):
-    """Rewrite a model so that it says `answer` whatever is asked: one token after another, by position alone."""
+def script_of(folder, answer):
+    """The tokens of `answer`, as a model of this tokenizer would draw them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], *([0] if then_eos else [])]
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], 0]
 
 
 class ScriptedHost:
-    """A host client that answers with a script of tokens: probability one, at every slot."""
+    """A host that samples (`Samples`) a script of tokens: probability one, at every slot."""
 
-    def __init__(self, script, num_roles, vocab_size, decoding):
-        self.script, self.num_roles, self.vocab_size, self.decoding = script, num_roles, vocab_size, decoding
+    runs_ahead = False
+
+    def __init__(self, script, options):
+        self.script, self.options = script, options
         self.at = {}
-
-    def submit(self, method, *args, **kwargs):
-        from pipeline.protocol.clients import Answer
-
-        return Answer(getattr(self, method)(*args, **kwargs))
 
     def advance(self, at, step):
         for admission in step.admissions:
@@ -44,31 +49,22 @@ class ScriptedHost:
             assert token == self.script[self.at[slot]]
             self.at[slot] += 1
 
-    def propose(self, at, slots, *, num_candidates, min_p):
-        from pipeline.protocol.messages import Candidates
-
+    def advance_and_sample(self, at, step, slots, terms, uniforms):
+        self.advance(at, step)
         ids = torch.tensor([[self.script[self.at[slot]], 7] for slot in slots])
         logprobs = torch.tensor([[0.0, -1e4]] * len(slots))
-        return Candidates(ids, logprobs, torch.ones(len(slots)), logprobs[:, None].expand(-1, self.num_roles, -1))
-
-    def advance_and_sample(self, at, step, slots, terms, uniforms):
-        from pipeline.sampling.games import play
-
-        self.advance(at, step)
-        proposal = self.propose(at, slots, num_candidates=2, min_p=0.0)
+        proposal = Candidates(ids, logprobs, torch.ones(len(slots)), logprobs[:, None])
         rewards = [torch.zeros(len(slots), 2) for _ in terms[0].weights]
-        return play(self.decoding, proposal, rewards, terms, uniforms).outcomes(terms)
-
-    def score(self, prompts, continuation):
-        return torch.zeros(self.num_roles, len(continuation))
+        return Reply.of(solve_and_sample(self.options, proposal, rewards, terms, uniforms).outcomes(terms))
 
 
 def say(tiny, answer, **decoding):
     """Decode one row of a model that answers `answer`, token by token."""
     folder = tiny()
-    engine, assembly = engine_of(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 2}))
-    script = forced(folder, answer)
-    engine.calls.hosts = {"base": ScriptedHost(script, len(assembly.topology.roles), 261, assembly.config.decoding)}
+    assembly = assemble(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 2}), NOWHERE)
+    host = ScriptedHost(script_of(folder, answer), assembly.config.decoding.sampling)
+    (plan,) = assembly.topology.hosts
+    engine = make_engine(assembly, Hosts.lone(LocalSamplingHost(host, plan), runs_ahead=False))
     (record,) = decode_rows(engine, [ask("a", "hello")])
     return record
 
@@ -136,32 +132,24 @@ def test_a_conversation_without_a_chat_template_is_refused_by_name_of_the_remedy
     assert "base.chat_template" in records["talk"].error
 
 
+def prompts_of(assembly, *messages):
+    return assembly.prompter.encode(messages, assembly.topology.weights)
+
+
 def test_a_template_of_its_own_changes_what_a_principal_reads(tiny):
-    engine, assembly = engine_of(
-        config_of(
-            tiny(),
-            {
-                "own": {
-                    "kind": "prompted",
-                    "principle": "be kind",
-                    "template": "{{ principle }}|{{ messages[0].content }}",
-                }
-            },
-        )
-    )
-    del engine
-    prompts = assembly.prompter.encode(({"role": "user", "content": "hi"},))
-    tokenizer = assembly.prompter._base
+    template = "{{ principle }}|{{ messages[0].content }}"
+    principals = {"own": {"kind": "prompted", "principle": "be kind", "template": template}}
+    prompts = prompts_of(assemble(config_of(tiny(), principals), NOWHERE), {"role": "user", "content": "hi"})
+    tokenizer = AutoTokenizer.from_pretrained(tiny())
     assert tokenizer.decode(prompts["own"]) == "be kind|hi"
     assert tokenizer.decode(prompts["own.reference"]) == "|hi"
     assert tokenizer.decode(prompts["base"]) == "<|user|>hi<|end|><|assistant|>"
 
 
 def test_a_principle_joins_the_system_message_that_is_there(tiny):
-    _, assembly = engine_of(config_of(tiny(), PAIR))
     messages = ({"role": "system", "content": "You are a cook."}, {"role": "user", "content": "hi"})
-    prompts = assembly.prompter.encode(messages)
-    assert "You are a cook.\n\nbe kind" in assembly.prompter._base.decode(prompts["kind"])
+    prompts = prompts_of(assemble(config_of(tiny(), PAIR), NOWHERE), *messages)
+    assert "You are a cook.\n\nbe kind" in AutoTokenizer.from_pretrained(tiny()).decode(prompts["kind"])
 
 
 def test_weights_of_a_row_replace_the_configured_ones(tiny):
@@ -203,10 +191,10 @@ def test_rewards_are_differences_of_a_plain_forward_pass(tiny):
     folder = tiny(seed=2)
     decoding = {"max_new_tokens": 8, "trace": "tokens"}
     config = config_of(folder, PAIR, decoding=decoding)
-    _, assembly = engine_of(config)
+    assembly = assemble(config, NOWHERE)
     record = decode(config, [ask("a", "hello", response="good day")])["a"]
     model = AutoModelForCausalLM.from_pretrained(folder)
-    prompts = assembly.prompter.encode(({"role": "user", "content": "hello"},))
+    prompts = prompts_of(assembly, {"role": "user", "content": "hello"})
 
     @torch.no_grad()
     def total(role, answer):
@@ -250,21 +238,29 @@ def test_other_rules_pay_nothing_and_say_so(tiny, rule):
         assert (record.kl_per_token > 1e-6) == (rule != "base")
 
 
-def test_a_host_that_fails_is_named_with_its_principals(tiny):
-    engine, _ = engine_of(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}))
+def lone_host(config):
+    """An engine over one host that samples, and the model runner of that host."""
+    assembly = assemble(config, NOWHERE)
+    (spec,), (plan,) = assembly.hosts, assembly.topology.hosts
+    runner = load_language_model(spec)
+    client = LocalSamplingHost(SamplingHost(runner, spec.roles, spec.games), plan)
+    return make_engine(assembly, Hosts.lone(client, runs_ahead=False)), runner
 
-    def broken(*args):
+
+def test_a_host_that_fails_is_named_with_its_principals(tiny):
+    engine, runner = lone_host(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}))
+
+    def broken(step):
         raise RuntimeError("device lost")
 
-    engine.calls.hosts["base"].host._host.advance = broken
+    runner.advance = broken
     with pytest.raises(HostError, match=r"host base .*serving base, kind, brief.*advance.*device lost"):
         list(decode_rows(engine, [ask("a", "hello")]))
 
 
 def test_a_model_without_finite_logits_costs_its_rows_not_the_run(tiny):
-    engine, _ = engine_of(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}, cluster={"slots": 2}))
-    host = engine.calls.hosts["base"].host._host
-    plain = host.propose
+    engine, runner = lone_host(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3}, cluster={"slots": 2}))
+    plain = runner.propose
 
     @torch.inference_mode()
     def with_nan(slots, **options):
@@ -275,7 +271,7 @@ def test_a_model_without_finite_logits_costs_its_rows_not_the_run(tiny):
                 proposal.role_logprobs_BRK[at, 1] = torch.nan
         return proposal
 
-    host.propose = with_nan
+    runner.propose = with_nan
     records = {record.row_id: record for record in decode_rows(engine, [ask("a", "hello"), ask("b", "hello")])}
     assert "not finite" in records["a"].error
     assert records["b"].error is None
