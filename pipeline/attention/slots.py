@@ -195,10 +195,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
         prompts.write(keys, key_GTD)
         prompts.write(values, value_GTD)
         prompts.attend(query_HTD, keys, values, out_THD, scale=scaling, window=window)
-    elif num_new:
+    else:
         if keys is not None and values is not None:
             _write(keys, key_GTD, slot_pass)
             _write(values, value_GTD, slot_pass)
+            # also where nothing was written: the row that others copy from may have held its whole prompt before
             _copy_prefixes(keys, values, slot_pass.prefix_copies)
         _attend_segments(query_HTD, key_GTD, value_GTD, keys, values, slot_pass, out_THD, scaling, window)
     if slot_pass.running.lengths:
