@@ -1,1 +1,366 @@
-"""x"""
+"""The Python interface: an aligned model in this process, for scripts, notebooks and data pipelines of one's own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
+
+from pipeline.config.files import load_config, parse_config
+from pipeline.config.sections import Config
+from pipeline.engine.engine import Engine, decode_rows
+from pipeline.errors import ConfigurationError, RowError
+from pipeline.hub.embedded import default_cache_folder
+from pipeline.protocol.hosts import Hosts
+from pipeline.records import Message, Record, Row, TokenTrace
+from pipeline.runtime.assembly import Assembly, assemble
+from pipeline.runtime.engines import make_engine
+from pipeline.runtime.local_hosts import start_hosts
+from pipeline.storage.rows import InputColumns, make_row
+
+Conversation = str | Sequence[Message]
+Weights = Mapping[str, float]
+T = TypeVar("T")
+MODEL_KEYS = ("model", "reference")
+NOWHERE = "none"  # an aligner reads no input and writes no output
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedAnswer:
+    """An answer to one prompt.
+
+    Attributes:
+        text: the answer; None where there is an error.
+        num_tokens: tokens drawn, the end token included.
+        finish_reason: "stop", "length" (cut at max_new_tokens) or "error".
+        rewards: by principal, the sum of q over the answer in nats, before weights.
+        payments: by principal, nats paid for the drawn tokens; None under a rule without payments.
+        kl_per_token: KL divergence to the base, in nats per token; None with trace "none".
+        error: why there is no answer.
+        tokens: with trace "tokens", every drawn token with its log-probabilities and payments.
+    """
+
+    text: str | None
+    num_tokens: int
+    finish_reason: str
+    rewards: Mapping[str, float | None]
+    payments: Mapping[str, float | None]
+    kl_per_token: float | None
+    error: str | None
+    tokens: tuple[TokenTrace, ...]
+
+    @classmethod
+    def of(cls, record: Record) -> AlignedAnswer:
+        """The answer that a record holds."""
+        return cls(
+            record.response,
+            record.num_tokens,
+            str(record.finish_reason),
+            record.rewards,
+            record.payments,
+            record.kl_per_token,
+            record.error,
+            record.tokens,
+        )
+
+
+class Aligner:
+    """A base model steered by principals, in this process. Loads its models when it is made.
+
+    Answers equal those of `cage relabel` to the bit, for the same settings and ids: draws are keyed by seed, id and
+    sample. Use it as a context manager, or `close` it, to let go of the models.
+
+    Args:
+        model: the base: a folder, a hub id, an s3:// folder or "smollm2-135m"; or a mapping with the keys of `base`
+            in a configuration file.
+        principals: by name, each a mapping with the keys of a configuration file: kind, weight, ...
+        slots: prompts answered at once, or "auto": as many as there is memory for.
+        device: of every model that names none: "auto", "cpu" or "cuda".
+        dtype: of every model that names none: "auto", "float32", "bfloat16" or "float16".
+        reproducibility: "strict": a row's numbers do not depend on the others; "relaxed": faster on some machines.
+        cache_folder: where models from elsewhere are kept; None: CAGE_CACHE, else the user's cache folder.
+        progress: whether loading and answering are reported on the standard error.
+        decoding: the keys of `decoding` in a configuration file: rule, agent_temperature, candidates, temperature,
+            max_new_tokens, seed, stop, trace, ...
+
+    Raises:
+        ConfigurationError: a key, a value or a model cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | Mapping[str, Any],
+        principals: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        slots: int | Literal["auto"] = 16,
+        device: str = "auto",
+        dtype: str = "auto",
+        reproducibility: str = "strict",
+        cache_folder: str | Path | None = None,
+        progress: bool = False,
+        **decoding: Any,
+    ) -> None:
+        placed = {"device": device, "dtype": dtype}
+        config = parse_config(
+            {
+                "input": {"path": NOWHERE},
+                "output": {"path": NOWHERE},
+                "base": _placed(model, placed),
+                "principals": {
+                    name: {key: _placed(value, placed) if key in MODEL_KEYS else value for key, value in each.items()}
+                    for name, each in (principals or {}).items()
+                },
+                "decoding": {"reproducibility": reproducibility, **decoding},
+                "cluster": {"transport": "local", "slots": slots},
+            },
+            source="Aligner",
+        )
+        self._start(config, cache_folder, progress=progress)
+
+    @classmethod
+    def from_config(
+        cls,
+        file: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        cache_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> Aligner:
+        """An aligner with the base, principals, decoding and slots of a configuration file.
+
+        Its input, output, grid and cluster do not matter here.
+
+        Args:
+            file: the YAML file.
+            overrides: such as "decoding.temperature=0.7".
+            cache_folder, progress: as of the class.
+        """
+        config = load_config(file, list(overrides))
+        aligner = cls.__new__(cls)
+        aligner._start(config, cache_folder, progress=progress)
+        return aligner
+
+    def _start(self, config: Config, cache_folder: str | Path | None, *, progress: bool) -> None:
+        if not config.grid.is_empty:
+            raise ConfigurationError(
+                "an aligner answers in one way: a configuration with a grid is for cage evaluate"
+            )
+        self._progress = progress
+        self._hosts: Hosts | None = None
+        self._engine: Engine | None = None
+        folder = default_cache_folder(os.environ) if cache_folder is None else Path(cache_folder)
+        self._assembly: Assembly = assemble(config, folder, progress=self._report)
+        self._hosts = start_hosts(self._assembly)
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Conversation],
+        *,
+        ids: Sequence[str] | None = ...,
+        weights: Weights | Sequence[Weights | None] | None = ...,
+        n: Literal[1] = ...,
+    ) -> list[AlignedAnswer]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Conversation],
+        *,
+        ids: Sequence[str] | None = ...,
+        weights: Weights | Sequence[Weights | None] | None = ...,
+        n: int,
+    ) -> list[AlignedAnswer] | list[list[AlignedAnswer]]: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Conversation],
+        *,
+        ids: Sequence[str] | None = None,
+        weights: Weights | Sequence[Weights | None] | None = None,
+        n: int = 1,
+    ) -> list[AlignedAnswer] | list[list[AlignedAnswer]]:
+        """Answer every prompt; one that fails has `error`, and the others go on.
+
+        Args:
+            prompts: texts, or conversations as lists of {"role": ..., "content": ...}.
+            ids: of the prompts, which key their draws; by default "0", "1", and so on.
+            weights: preference weights by principal, for all prompts or one mapping per prompt. Principals that are
+                left out keep their configured weight.
+            n: samples per prompt.
+
+        Returns:
+            One answer per prompt, in order; lists of n answers where n > 1.
+
+        Raises:
+            ConfigurationError: the arguments do not fit together.
+            CageError: a model's host failed; the aligner can be used again.
+        """
+        if n < 1:
+            raise ConfigurationError(f"n must be at least 1; got {n}")
+        rows = self._rows(prompts, ids=ids, weights=weights)
+        records: dict[tuple[str, int], Record] = {}
+        with self._engine_in_use() as engine:
+            for record in self._shown(decode_rows(engine, rows, num_samples=n), len(rows) * n):
+                records[record.row_id, record.sample] = record
+        answers = [[AlignedAnswer.of(records[row.row_id, sample]) for sample in range(n)] for row in rows]
+        return answers if n > 1 else [each for (each,) in answers]
+
+    def score(self, prompts: Sequence[Conversation], answers: Sequence[str]) -> list[dict[str, float]]:
+        """The rewards of existing answers: by principal, the sum of q over the answer in nats, before weights.
+
+        They are computed by teacher forcing, with the token that ends an answer.
+
+        Args:
+            prompts: as in `generate`.
+            answers: one text per prompt.
+
+        Raises:
+            ConfigurationError: an answer or a prompt cannot be read; the message says which.
+        """
+        if len(answers) != len(prompts):
+            raise ConfigurationError(f"score takes one answer per prompt; got {len(prompts)} and {len(answers)}")
+        rows = self._rows(prompts, answers=answers)
+        with self._engine_in_use() as engine:
+            rewards = []
+            for index, row in enumerate(self._shown(iter(rows), len(rows))):
+                try:
+                    rewards.append(engine.score(row))
+                except RowError as error:
+                    raise ConfigurationError(f"prompt {index} and its answer cannot be scored: {error}") from None
+            return rewards
+
+    def close(self) -> None:
+        """Let go of the models. The aligner cannot be used afterwards."""
+        self._hosts = self._engine = None
+        gc.collect()
+
+    def __enter__(self) -> Aligner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _engine_in_use(self) -> Iterator[Engine]:
+        """The engine; a call that fails leaves rows behind, so that the next one begins with another engine."""
+        if self._hosts is None:
+            raise ConfigurationError("this aligner is closed")
+        engine, self._engine = self._engine, None
+        if engine is None:
+            engine = make_engine(self._assembly, self._hosts)
+            engine.calls.resize(engine.num_slots)  # hosts may hold the rows, or the number of slots, of another one
+        yield engine
+        self._engine = engine
+
+    def _rows(
+        self,
+        prompts: Sequence[Conversation],
+        *,
+        ids: Sequence[str] | None = None,
+        weights: Weights | Sequence[Weights | None] | None = None,
+        answers: Sequence[str] | None = None,
+    ) -> list[Row]:
+        """The prompts as rows, read as an input file's are."""
+        if isinstance(prompts, str):
+            raise ConfigurationError(f"prompts must be a list of texts or conversations; got the text {prompts!r}")
+        row_ids = [str(index) for index in range(len(prompts))] if ids is None else [str(each) for each in ids]
+        if len(row_ids) != len(prompts) or len(set(row_ids)) != len(row_ids):
+            raise ConfigurationError(f"ids must be one per prompt and all different; got {list(ids or ())!r:.200}")
+        own = [weights] * len(prompts) if weights is None or isinstance(weights, Mapping) else list(weights)
+        if len(own) != len(prompts):
+            raise ConfigurationError(f"weights must be one mapping, or one per prompt; got {len(own)}")
+        names = tuple(principal.name for principal in self._assembly.topology.principals)
+        texts: Sequence[str | None] = [None] * len(prompts) if answers is None else answers
+        return [
+            _row(prompt, row_id, each, text, names)
+            for prompt, row_id, each, text in zip(prompts, row_ids, own, texts, strict=True)
+        ]
+
+    def _shown(self, items: Iterator[T], total: int) -> Iterator[T]:
+        """The items, with a progress bar where one is wanted."""
+        if not self._progress:
+            yield from items
+            return
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, total=total, console=Console(stderr=True), description="answers")
+
+    def _report(self, line: str) -> None:
+        if self._progress:
+            print(line, file=sys.stderr, flush=True)
+
+
+class AlignBatch:
+    """A callable class for `ray.data.Dataset.map_batches`: one aligner in each actor.
+
+    A batch needs a column `prompt` (texts) or `messages` (conversations), and may have `id` and `weights`. The
+    columns response, finish_reason, num_tokens, rewards, payments, kl_per_token and error are added.
+
+    Args:
+        model, principals, options: as of `Aligner`.
+    """
+
+    def __init__(
+        self,
+        model: str | Mapping[str, Any],
+        principals: Mapping[str, Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> None:
+        self._aligner = Aligner(model, principals, **options)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with its answers. Raises ConfigurationError where it has no prompts."""
+        if ("prompt" in batch) == ("messages" in batch):
+            raise ConfigurationError(f"a batch needs a column prompt or messages; it has {', '.join(batch)}")
+        if "prompt" in batch:
+            prompts = [str(prompt) for prompt in batch["prompt"]]
+        else:
+            prompts = [[dict(message) for message in messages] for messages in batch["messages"]]
+        ids = [str(each) for each in batch["id"]] if "id" in batch else None
+        weights = (
+            [dict(each) if each is not None else None for each in batch["weights"]] if "weights" in batch else None
+        )
+        answers = self._aligner.generate(prompts, ids=ids, weights=weights)
+        columns = {
+            "response": [answer.text for answer in answers],
+            "finish_reason": [answer.finish_reason for answer in answers],
+            "num_tokens": [answer.num_tokens for answer in answers],
+            "rewards": [dict(answer.rewards) for answer in answers],
+            "payments": [dict(answer.payments) for answer in answers],
+            "kl_per_token": [answer.kl_per_token for answer in answers],
+            "error": [answer.error for answer in answers],
+        }
+        return {**batch, **columns}
+
+
+def _placed(value: Any, placed: Mapping[str, str]) -> Any:
+    """A model's section, with the device and the dtype of the aligner where it names none."""
+    if isinstance(value, str) and value not in ("backbone", "none"):
+        value = {"model": value}
+    return {**placed, **value} if isinstance(value, Mapping) else value
+
+
+def _row(prompt: Conversation, row_id: str, weights: Weights | None, answer: str | None, names: Sequence[str]) -> Row:
+    is_text = isinstance(prompt, str)
+    columns = InputColumns(
+        prompt="prompt" if is_text else None,
+        messages=None if is_text else "prompt",
+        weights="weights",
+        response="response",
+    )
+    record = {
+        "prompt": prompt if is_text else list(prompt),
+        "weights": None if weights is None else dict(weights),
+        "response": answer,
+    }
+    return make_row(record, columns, row_id=row_id, place=f"prompt {row_id}", principal_names=names)

@@ -84,24 +84,31 @@ class HostCalls:
             self._wait(reply)
         return self._wait(call.outcomes) if self.hosts.sampler is not None else call.outcomes.result()
 
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Reply[list[float]]:
+        """Ask every host about an existing answer; the reply is its reward by principal, in nats, summed over it.
+
+        Args:
+            prompts: token ids by role.
+            answer: the answer's token ids.
+        """
+        scores = [
+            client.score(self._of_host(plan.name, prompts), answer)
+            for plan, client in zip(self._topology.hosts, self.hosts.all, strict=True)
+        ]
+        return Reply(partial(self._sum_rewards, scores))
+
     def score_original(self, running: RunningRow) -> None:
-        """Ask for the rewards of an existing answer; they are collected with the row's next token."""
+        """Ask for the rewards of a row's existing answer; they are collected with its next token."""
         if running.row.response is None or not self._topology.principals or running.original_rewards is not None:
             return
         answer = self._prompter.encode_answer(running.row.response)[: self._prompter.context_left(running.prompts)]
-        for plan, client in zip(self._topology.hosts, self.hosts.all, strict=True):
-            running.original_scores[plan.name] = client.score(self._prompts_for(plan.name, running), answer)
+        running.original_scores = self.score(running.prompts, answer)
 
     def collect_original(self, running: RunningRow) -> None:
         """Wait for the rewards of an existing answer, if they were asked for."""
-        if not running.original_scores:
+        if running.original_scores is None:
             return
-        outputs_T: dict[str, Tensor] = {}
-        for plan in self._topology.hosts:
-            scores_RT = self._wait(running.original_scores[plan.name])
-            outputs_T |= dict(zip((role.name for role in plan.roles), scores_RT, strict=True))
-        running.original_scores.clear()
-        rewards = [float(reward_T.sum()) for reward_T in token_rewards(self._topology.principals, outputs_T)]
+        rewards, running.original_scores = running.original_scores.result(), None
         # an answer that is too long for a reward model cannot be compared
         running.original_rewards = rewards if all(map(math.isfinite, rewards)) else None
 
@@ -161,7 +168,7 @@ class HostCalls:
         """A part of the row's prompts, with the tokens that it kept if it is admitted again."""
         return Admission(
             slot,
-            self._prompts_for(plan.name, running),
+            self._of_host(plan.name, running.prompts),
             running.shared_prefixes,
             part,
             is_last=part + 1 == running.num_parts,
@@ -170,8 +177,16 @@ class HostCalls:
             weights=running.terms.weights,
         )
 
-    def _prompts_for(self, host: str, running: RunningRow) -> Mapping[str, Sequence[int]]:
-        return {name: running.prompts[name] for name, role in self._topology.roles.items() if role.host == host}
+    def _of_host(self, host: str, prompts: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+        """The prompts of a host's roles."""
+        return {name: prompts[name] for name, role in self._topology.roles.items() if role.host == host}
+
+    def _sum_rewards(self, scores: Sequence[Reply[Tensor]]) -> list[float]:
+        outputs_T: dict[str, Tensor] = {}
+        for plan, reply in zip(self._topology.hosts, scores, strict=True):
+            scores_RT = self._wait(reply)
+            outputs_T |= dict(zip((role.name for role in plan.roles), scores_RT, strict=True))
+        return [float(reward_T.sum()) for reward_T in token_rewards(self._topology.principals, outputs_T)]
 
     def _wait(self, reply: Reply[T]) -> T:
         started_s = time.perf_counter()

@@ -123,6 +123,22 @@ class Engine:
         else:
             self._slots.queue.append(running)
 
+    def score(self, row: Row) -> dict[str, float]:
+        """The rewards of a row's existing answer by principal, in nats, summed over it; nothing is drawn.
+
+        Raises:
+            RowError: the row cannot be read, or has no answer.
+        """
+        running = self._begin(row, 0, 0)
+        self._encode(running)
+        if row.response is None:
+            raise RowError("there is no answer to score")
+        answer = self._prompter.encode_answer(row.response)
+        left = self._prompter.context_left(running.prompts)
+        if left is not None and len(answer) > left:
+            raise RowError(f"the answer has {len(answer)} tokens and the context holds {left} after the prompt")
+        return dict(zip(self._names, self._calls.score(running.prompts, answer).result(), strict=True))
+
     def step(self) -> list[Record]:
         """Advance one group by one token; the records of the rows that ended.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from cage import Status
 from pipeline.engine.prompts import Prompter
@@ -12,9 +11,6 @@ from pipeline.protocol.hosts import Reply
 from pipeline.protocol.messages import CHUNK, DRAWN, Terms, TokenOutcome, num_parts
 from pipeline.records import FinishReason, Record, Row, TokenTrace
 from pipeline.sampling.draws import Uniforms
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -31,7 +27,7 @@ class RunningRow:
         shared_prefixes: by role, how many first tokens other prompts begin with as well.
         max_tokens: the answer's limit.
         num_pending: tokens that were asked for and are not there yet.
-        original_scores: the outputs for an existing answer, by host, while they are on their way.
+        original_scores: rewards of an existing answer by principal, while they are on their way.
         tokens, outcomes: drawn so far.
         original_rewards: of the existing answer, by principal, once they are known.
     """
@@ -46,7 +42,7 @@ class RunningRow:
     shared_prefixes: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 0
     num_pending: int = 0
-    original_scores: dict[str, Reply[Tensor]] = field(default_factory=dict)
+    original_scores: Reply[list[float]] | None = None
     tokens: list[int] = field(default_factory=list)
     outcomes: list[TokenOutcome] = field(default_factory=list)
     original_rewards: list[float] | None = None
@@ -82,7 +78,7 @@ class RunningRow:
 
     def restart(self, *, keeps_tokens: bool) -> None:
         """Prepare to be admitted again. Draws are keyed by the step, so the same tokens come again."""
-        self.original_scores.clear()
+        self.original_scores = None
         self.num_pending = 0
         if not keeps_tokens:
             self.tokens.clear()

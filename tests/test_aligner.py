@@ -1,0 +1,157 @@
+"""The Python interface: it gives what `cage relabel` gives, and says what is wrong with its arguments."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipeline import AlignBatch, Aligner
+from pipeline.config.files import load_config
+from pipeline.errors import ConfigurationError, HostError
+from pipeline.stages.relabel import relabel
+
+PRINCIPALS = {
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.7},
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.4},
+}
+DECODING = {"max_new_tokens": 8, "agent_temperature": 0.5, "trace": "tokens"}
+PROMPTS = ["hello", "what is ice made of?", "x"]
+
+
+@pytest.fixture(scope="module")
+def aligner(tiny):
+    with Aligner(str(tiny("llama")), PRINCIPALS, slots=4, **DECODING) as made:
+        yield made
+
+
+def job(tiny, folder, **decoding):
+    rows = [{"id": f"r{at}", "prompt": prompt} for at, prompt in enumerate(PROMPTS)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {
+        "input": {"path": str(folder / "prompts.jsonl"), "id": "id"},
+        "output": {"path": str(folder / "run")},
+        "base": str(tiny("llama")),
+        "principals": PRINCIPALS,
+        "decoding": {**DECODING, **decoding},
+        "cluster": {"transport": "local", "slots": 3},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "job.yaml"
+
+
+def test_answers_equal_those_of_relabel_to_the_bit(tiny, tmp_path):
+    file = job(tiny, tmp_path, n=2)
+    run, _ = relabel(load_config(file), tmp_path / "cache", io.StringIO())
+    rows = [row for part in tmp_path.glob("run/part-*.parquet") for row in pq.read_table(part).to_pylist()]
+    stored = {(row["row_id"], row["sample"]): row for row in rows}
+    assert len(stored) == 6
+    assert run.is_complete
+    with Aligner.from_config(file) as configured:
+        answers = configured.generate(PROMPTS, ids=["r0", "r1", "r2"], n=2)
+    for at, samples in enumerate(answers):
+        for sample, answer in enumerate(samples):
+            row = stored[f"r{at}", sample]
+            assert answer.text == row["response"]
+            assert answer.finish_reason == row["finish_reason"]
+            assert answer.rewards == row["rewards"]
+            assert answer.payments == row["payments"]
+            assert answer.kl_per_token == row["kl_per_token"]
+            assert [token.logprob for token in answer.tokens] == [token["logprob"] for token in row["tokens"]]
+
+
+def test_a_batch_of_one_gives_the_same_answer_as_a_batch_of_many(aligner):
+    together = aligner.generate(PROMPTS)
+    assert [aligner.generate([prompt], ids=[str(at)])[0] for at, prompt in enumerate(PROMPTS)] == together
+
+
+def test_conversations_and_texts_are_answered_alike(aligner):
+    (text,) = aligner.generate(["hello"])
+    (conversation,) = aligner.generate([[{"role": "user", "content": "hello"}]])
+    assert conversation == text
+
+
+def test_a_prompt_that_fails_has_an_error_and_its_neighbours_go_on(aligner):
+    alone = aligner.generate(["hello"], ids=["0"])
+    good, empty, bad = aligner.generate(["hello", "", [{"role": "nobody", "content": "x"}]])
+    assert [good] == alone
+    assert (empty.text, empty.finish_reason) == (None, "error")
+    assert "is empty" in empty.error
+    assert "role must be one of" in bad.error
+
+
+def test_weights_are_for_all_prompts_or_for_each(aligner):
+    each = aligner.generate(["hello", "hello"], ids=["a", "b"], weights=[{"brief": 0.0, "kind": 0.0}, None])
+    assert each[0].kl_per_token == pytest.approx(0, abs=1e-12)  # nobody is listened to
+    assert each[1] == aligner.generate(["hello"], ids=["b"], weights={})[0]
+    assert "unknown principal" in aligner.generate(["hello"], weights={"nobody": 1.0})[0].error
+
+
+def test_score_gives_the_rewards_that_relabel_gives_an_existing_answer(tiny, aligner, tmp_path):
+    file = job(tiny, tmp_path)
+    rows = [{"id": f"r{at}", "prompt": prompt, "old": f"answer {at}"} for at, prompt in enumerate(PROMPTS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    relabel(load_config(file, ["input.response=old"]), tmp_path / "cache", io.StringIO())
+    stored = [row for part in tmp_path.glob("run/part-*.parquet") for row in pq.read_table(part).to_pylist()]
+    scored = aligner.score(PROMPTS, [row["old"] for row in rows])
+    assert len(stored) == len(PROMPTS)
+    assert scored == [row["original_rewards"] for row in sorted(stored, key=lambda row: row["row_id"])]
+    with pytest.raises(ConfigurationError, match="one answer per prompt"):
+        aligner.score(PROMPTS, ["one"])
+    with pytest.raises(ConfigurationError, match=r"prompt 1 and its answer cannot be scored: .*context"):
+        aligner.score(["a", "b"], ["short", "x" * 1000])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("hello",), {}, "must be a list"),
+        ((["a", "b"],), {"ids": ["1", "1"]}, "all different"),
+        ((["a", "b"],), {"ids": ["1"]}, "one per prompt"),
+        ((["a"],), {"weights": [{}, {}]}, "one per prompt"),
+        ((["a"],), {"n": 0}, "at least 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(aligner, arguments, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        aligner.generate(*arguments, **options)
+
+
+def test_wrong_keys_are_refused_before_a_model_is_loaded():
+    with pytest.raises(ConfigurationError, match=r"decoding\.agent_temprature is not a known key; did you mean"):
+        Aligner("/nowhere", agent_temprature=1.0)
+    with pytest.raises(ConfigurationError, match="no model folder"):
+        Aligner("/nowhere")
+    with pytest.raises(ConfigurationError, match=r"kind must be one of prompted, arm"):
+        Aligner("/nowhere", {"a": {"kind": "judge"}})
+
+
+def test_an_aligner_can_be_used_again_after_a_call_that_failed(tiny):
+    with Aligner(str(tiny("llama")), PRINCIPALS, slots=2, **DECODING) as made:
+        expected = made.generate(PROMPTS)
+
+        def fail(*_):
+            raise RuntimeError("device lost")
+
+        client = made._hosts.sampler
+        host, client.host = client.host, type("Broken", (), {"advance_and_sample": fail})()
+        with pytest.raises(HostError, match="device lost"):
+            made.generate(PROMPTS)
+        client.host = host
+        assert made.generate(PROMPTS) == expected
+    with pytest.raises(ConfigurationError, match="closed"):
+        made.generate(PROMPTS)
+
+
+def test_batches_of_ray_data_get_the_same_answers(tiny, aligner):
+    align = AlignBatch(str(tiny("llama")), PRINCIPALS, slots=4, **DECODING)
+    batch = align({"prompt": PROMPTS, "id": ["0", "1", "2"], "other": [1, 2, 3]})
+    answers = aligner.generate(PROMPTS)
+    assert batch["response"] == [answer.text for answer in answers]
+    assert batch["rewards"] == [answer.rewards for answer in answers]
+    assert batch["other"] == [1, 2, 3]
+    with pytest.raises(ConfigurationError, match="needs a column prompt or messages"):
+        align({"text": PROMPTS})
