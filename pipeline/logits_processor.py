@@ -23,7 +23,7 @@ from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.engine.prompts import ChatPrompter
 from pipeline.errors import CageError, ConfigurationError
-from pipeline.hub.tokenizers import context_length, text_config
+from pipeline.hub.model_facts import context_length, text_config
 from pipeline.protocol.messages import Terms
 from pipeline.protocol.topology import BASE
 from pipeline.records import Message

@@ -19,7 +19,7 @@ from jobs.commands.status import describe_status
 from pipeline.cluster.stream import ShardStream
 from pipeline.config.sections import Transport
 from pipeline.errors import CageError, ConfigurationError, HostError, StorageError
-from pipeline.stages.relabel import prepare
+from pipeline.runtime.assembly import assemble
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -138,7 +138,7 @@ def test_shards_that_another_driver_committed_are_not_decoded_again(tiny, tmp_pa
     config = job(prompts, tmp_path / "run", tiny(), **two_hosts(tiny))
     run, _ = run_job(config, tmp_path)
     (tmp_path / "run/_commits/part-00003.json").unlink()
-    stream = ShardStream(prepare(config, tmp_path / "cache").assembly, run.store.path)
+    stream = ShardStream(assemble(config, tmp_path / "cache"), run.store.path)
     outcomes = {outcome.index: outcome for outcome in stream.decode(range(6))}
     assert {index for index, outcome in outcomes.items() if not outcome.was_committed} == {3}
     assert [outcomes[index].rows for index in range(6)] == [3, 3, 3, 3, 3, 2]

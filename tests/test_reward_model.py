@@ -16,6 +16,7 @@ import cage
 from jobs.commands.plan import describe_plan
 from pipeline.attention.branches import reading
 from pipeline.engine.engine import decode_rows
+from pipeline.runtime.replica_plan import plan_replica
 from pipeline.sampling.draws import Uniforms
 from pipeline.stages.relabel import prepare
 from pipeline.worker import reward_model_runner
@@ -213,7 +214,8 @@ def test_the_plan_says_what_is_scored_and_on_text_at_which_cost(tiny, judge, tmp
     }
     config = config_of(tiny("llama"), principals, input={"path": str(tmp_path / "prompts.jsonl")})
     config = config.model_copy(update={"output": config.output.model_copy(update={"path": str(tmp_path / "run")})})
-    text = describe_plan(config, prepare(config, NOWHERE))
+    prepared = prepare(config, NOWHERE)
+    text = describe_plan(prepared.plan, plan_replica(config, prepared.models, NOWHERE))
     assert "-0.5 (RM(prefix + a) - RM(prefix)), top 10, every 4 tokens" in text
     assert "RM(prefix + a) - RM(prefix), top 7, every token" in text
     assert "other is scored on text" in text

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.hub.descriptions import describe_model
 from pipeline.hub.remote import fetch, list_remote
 from pipeline.hub.sources import Location, fetch_weights, resolve_adapter, resolve_model
-from pipeline.hub.tokenizers import load_tokenizer
+from pipeline.hub.tokenizer_facts import load_tokenizer
 
 Tiny = Callable[..., Path]
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from support import tiny_models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigurationError
+from pipeline.hub.model_facts import context_length, read_model_facts
 from pipeline.hub.sources import ModelSource, resolve_model
-from pipeline.hub.tokenizers import compare_tokenizers, context_length, load_tokenizer, stop_token_ids
+from pipeline.hub.tokenizer_facts import facts_of_tokenizer, load_tokenizer, read_tokenizer_facts
+from pipeline.hub.tokenizers import compare_tokenizers, stop_token_ids
 
 Tiny = Callable[..., Path]
 NUM_TINY = 261  # five special tokens and 256 bytes
@@ -22,7 +24,7 @@ NUM_TINY = 261  # five special tokens and 256 bytes
 
 def difference(base: Any, other: Any) -> str:
     with pytest.raises(ConfigurationError) as caught:
-        compare_tokenizers(base, other, "base", "kind (small)")
+        compare_tokenizers(facts_of_tokenizer(base), facts_of_tokenizer(other), "base", "kind (small)")
     return str(caught.value)
 
 
@@ -40,7 +42,7 @@ def test_the_same_tokens_are_no_difference() -> None:
     plain = tiny_models.make_tokenizer()
     templated = tiny_models.make_tokenizer(chat_template="{{ messages }}")
     templated.eos_token = "<|endoftext|>"
-    compare_tokenizers(plain, templated, "base", "kind")
+    compare_tokenizers(facts_of_tokenizer(plain), facts_of_tokenizer(templated), "base", "kind")
 
 
 def test_one_added_token_is_named_on_the_side_that_has_it() -> None:
@@ -76,14 +78,15 @@ def test_padding_of_the_embedding_is_no_difference(tmp_path: Path) -> None:
     folder = tmp_path / "padded"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    compare_tokenizers(tokenizer, load_tokenizer(source_of(folder)), "base", "padded")
+    compare_tokenizers(facts_of_tokenizer(tokenizer), read_tokenizer_facts(source_of(folder)), "base", "padded")
 
 
 def test_a_loaded_tokenizer_is_the_saved_one(tiny: Tiny) -> None:
     tokenizer = load_tokenizer(source_of(tiny("llama")))
     text = "naïve 日本 😀\n\ttabs"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    compare_tokenizers(tiny_models.make_tokenizer(), tokenizer, "made", "loaded")
+    made = facts_of_tokenizer(tiny_models.make_tokenizer())
+    compare_tokenizers(made, facts_of_tokenizer(tokenizer), "made", "loaded")
 
 
 def test_a_model_without_a_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_a_model_without_a_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> N
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     with pytest.raises(ConfigurationError, match=f"the tokenizer of {folder} cannot be loaded"):
-        load_tokenizer(source_of(folder))
+        read_tokenizer_facts(source_of(folder))
 
 
 @pytest.mark.parametrize(("stated", "expected"), [(None, {0}), (3, {0, 3}), ([2, 4], {0, 2, 4})])
@@ -100,12 +103,13 @@ def test_every_stated_end_stops(
 ) -> None:
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
-    tokenizer, config = load_tokenizer(source_of(folder)), AutoConfig.from_pretrained(folder)
-    assert stop_token_ids(source_of(folder), tokenizer, config) == expected
+    source = source_of(folder)
+    assert stop_token_ids(source, read_tokenizer_facts(source), read_model_facts(source)) == expected
     (folder / "generation_config.json").unlink()
-    config.eos_token_id = stated
-    tokenizer.eos_token = None
-    assert stop_token_ids(source_of(folder), tokenizer, config) == expected - {0}
+    for name, key, end in (("config.json", "eos_token_id", stated), ("tokenizer_config.json", "eos_token", None)):
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**tree, key: end}))
+    assert stop_token_ids(source, read_tokenizer_facts(source), read_model_facts(source)) == expected - {0}
 
 
 def test_the_context_is_what_the_configuration_states(tiny: Tiny) -> None:
@@ -114,6 +118,4 @@ def test_the_context_is_what_the_configuration_states(tiny: Tiny) -> None:
 
 
 def test_a_configuration_without_a_context_has_none() -> None:
-    from transformers import BloomConfig
-
     assert context_length(BloomConfig()) is None

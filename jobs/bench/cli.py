@@ -76,3 +76,14 @@ def bench_coordination(
     run_bench_coordination(
         forwards_ms=forward_ms, hosts=hosts, replicas=replicas, slots=slots, seconds=seconds, json_file=json_file
     )
+
+
+@bench.command("startup")
+def bench_startup(
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each command.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
+) -> None:
+    """Time from a command to its answer, beside bare imports: errors, plan, status, inspect, a run's first token."""
+    from jobs.bench.startup import run_bench_startup
+
+    run_bench_startup(repeats=repeats, json_file=json_file)

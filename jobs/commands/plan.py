@@ -14,19 +14,22 @@ from pipeline.hub.embedded import default_cache_folder
 from pipeline.principals.section import TUNED
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostPlan, PrincipalPlan, Scoring
-from pipeline.runtime.assembly import Assembly
+from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica
 from pipeline.sections import ModelConfig
-from pipeline.stages.relabel import Prepared, prepare
+from pipeline.stages.relabel import prepare
+from pipeline.storage.plan import Plan
 
 
 def run_plan(config_file: Path, overrides: list[str]) -> None:
     config = load_job(config_file, overrides)
-    print(describe_plan(config, prepare(config, default_cache_folder(os.environ))))
+    cache_folder = default_cache_folder(os.environ)
+    prepared = prepare(config, cache_folder)
+    print(describe_plan(prepared.plan, plan_replica(config, prepared.models, cache_folder)))
 
 
-def describe_plan(config: Config, prepared: Prepared) -> str:
-    """Rows and shards, who plays, which hosts with which roles, what one replica takes."""
-    plan, assembly = prepared.plan, prepared.assembly
+def describe_plan(plan: Plan, replica: ReplicaPlan) -> str:
+    """Rows and shards, principals and their roles, hosts and their placement, and what one replica takes."""
+    config = replica.config
     decoding, cluster = config.decoding, config.cluster
     files, answers = len(plan.files), len(plan.variants) * plan.num_samples
     lines = [
@@ -37,12 +40,12 @@ def describe_plan(config: Config, prepared: Prepared) -> str:
         + (f"top {decoding.candidates} of the base" if decoding.candidates != "all" else "full vocabulary")
         + f", at most {decoding.max_new_tokens:,} tokens per row, {decoding.reproducibility}",
         "",
-        _principals(config, assembly),
-        *_on_text(assembly),
+        _principals(config, replica),
+        *_on_text(replica),
         "",
-        _hosts(assembly),
+        _hosts(replica),
         "",
-        _placement(assembly),
+        _placement(replica),
         f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
         + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots each"),
         f"digest    {plan.digest}",
@@ -70,11 +73,11 @@ def _where(config: Config) -> str:
     return config.cluster.address or "a local Ray cluster"
 
 
-def _principals(config: Config, assembly: Assembly) -> str:
-    scorings = {role.name: role.scoring for plan in assembly.topology.hosts for role in plan.roles}
+def _principals(config: Config, replica: ReplicaPlan) -> str:
+    scorings = {role.name: role.scoring for plan in replica.topology.hosts for role in plan.roles}
     rows = [
         [each.name, each.kind, f"{each.weight:g}", _reward(each, scorings[each.roles[TUNED]])]
-        for each in assembly.topology.principals
+        for each in replica.topology.principals
     ]
     return table(["principal", "kind", "weight", "token reward q"], rows) if rows else "no principals: the base alone"
 
@@ -93,18 +96,18 @@ def _score(scoring: Scoring) -> str:
     return f"{scaled}, top {scoring.candidates}, every {pace}"
 
 
-def _on_text(assembly: Assembly) -> list[str]:
+def _on_text(replica: ReplicaPlan) -> list[str]:
     """A line for each reward model whose tokens are not the base's: that it reads text, and what that costs."""
     return [
         f"{', '.join(plan.serves)} is scored on text, its tokens are not the base's: "
         f"{1 + max(role.scoring.candidates for role in plan.roles if role.scoring)} texts per row and scored step "
         f"are tokenised anew, and branches may have several tokens"
-        for plan, spec in zip(assembly.topology.hosts, assembly.hosts, strict=True)
-        if spec.reward is not None and spec.reward.retokeniser is not None
+        for plan in replica.topology.hosts
+        if plan.name in replica.read_text
     ]
 
 
-def _hosts(assembly: Assembly) -> str:
+def _hosts(replica: ReplicaPlan) -> str:
     rows = [
         [
             plan.name,
@@ -112,15 +115,15 @@ def _hosts(assembly: Assembly) -> str:
             f"{describe_model(spec.source).num_parameters / 1e6:,.0f} M",
             ", ".join(role.name + (f" ({role.adapter})" if role.adapter else "") for role in plan.roles),
         ]
-        for plan, spec in zip(assembly.topology.hosts, assembly.hosts, strict=True)
+        for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
     ]
     return table(["host", "model", "parameters", "roles, in one forward pass a step"], rows)
 
 
-def _placement(assembly: Assembly) -> str:
+def _placement(replica: ReplicaPlan) -> str:
     rows = [
-        _placement_row(plan, spec, assembly.config)
-        for plan, spec in zip(assembly.topology.hosts, assembly.hosts, strict=True)
+        _placement_row(plan, spec, replica.config)
+        for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
     ]
     return table(
         ["host", "device", "CPUs", "GPUs", "dtype", "weights", "KV cache per token", "KV cache at the limit"], rows

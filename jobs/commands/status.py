@@ -46,6 +46,7 @@ def _some_row_id(run: Run) -> str:
     for record in run.committed().values():
         for name in record.sha256_by_file:
             if name.startswith("part-") and record.rows:
-                with run.store.open(name) as file:
-                    return str(pq.read_table(file, columns=["row_id"])["row_id"][0].as_py())
+                # not pq.read_table: it imports pandas, which takes longer than the whole command
+                with run.store.open(name) as handle, pq.ParquetFile(handle) as file:
+                    return str(next(file.iter_batches(batch_size=1, columns=["row_id"]))["row_id"][0].as_py())
     return "ROW_ID"

@@ -1,16 +1,13 @@
-"""What a model will take, told from its configuration and headers, before any weights are loaded."""
+"""What a model will take, read from its configuration and headers, before any weights are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import AutoConfig
 
 from pipeline.errors import ConfigurationError
+from pipeline.hub.model_facts import read_model_facts
 from pipeline.hub.sources import ModelSource
-from pipeline.hub.tokenizers import context_length, reason_of, text_config
 
 BYTES_BY_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = {
@@ -56,36 +53,22 @@ class ModelDescription:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BYTES_BY_DTYPE[dtype]
 
 
-def load_model_config(source: ModelSource) -> Any:
-    """The transformers configuration of a resolved model. Raises ConfigurationError where it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(
-            source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ConfigurationError(f"the configuration of {source.name} cannot be read: {reason_of(error)}") from error
-
-
 def describe_model(source: ModelSource) -> ModelDescription:
     """Describe a resolved model. Raises ConfigurationError where its configuration lacks what is needed."""
-    config = load_model_config(source)
-    text = text_config(config)
-    heads = getattr(text, "num_attention_heads", None)
-    hidden = getattr(text, "hidden_size", None)
-    num_layers = getattr(text, "num_hidden_layers", None)
-    if not (isinstance(heads, int) and isinstance(hidden, int) and isinstance(num_layers, int)):
+    facts = read_model_facts(source)
+    if facts.num_layers is None or facts.num_kv_heads is None or facts.head_dim is None:
         raise ConfigurationError(
-            f"{source.name} ({config.model_type}) does not state layers and attention heads; a decoder-only "
+            f"{source.name} ({facts.model_type}) does not state layers and attention heads; a decoder-only "
             f"transformer is needed"
         )
     counts = source.num_parameters_by_dtype
     return ModelDescription(
-        architecture=(getattr(config, "architectures", None) or [config.model_type])[0],
+        architecture=(facts.architectures or (facts.model_type,))[0],
         num_parameters=sum(counts.values()),
         num_parameters_by_dtype=dict(counts),
-        num_layers=num_layers,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
-        context_length=context_length(config),
-        vocab_size=text.vocab_size,
+        num_layers=facts.num_layers,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.head_dim,
+        context_length=facts.context_length,
+        vocab_size=facts.vocab_size,
     )

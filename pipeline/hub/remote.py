@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from filelock import FileLock, Timeout
 
 from pipeline.errors import ConfigurationError
@@ -50,6 +49,8 @@ def list_remote(address: str) -> RemoteTree:
     Raises:
         ConfigurationError: the store's package is missing, access is refused, or nothing is there.
     """
+    import fsspec  # only a run with a remote model needs it
+
     address = address.rstrip("/")
     scheme = address.partition("://")[0]
     try:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from pipeline.sections import EMBEDDED_MODEL
 from pipeline.errors import ConfigurationError
 from pipeline.hub import embedded
 from pipeline.hub.huggingface import fetch_hub_adapter, fetch_hub_model, resolve_on_hub
@@ -26,6 +25,7 @@ from pipeline.hub.weight_files import (
     read_json,
     take_inventory,
 )
+from pipeline.sections import EMBEDDED_MODEL
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 # what an adapter's configuration may say that products of low rank, token by token, cannot do

@@ -1,31 +1,20 @@
-"""From a configuration to everything that a replica needs, before any weights are loaded.
-
-Models are found, tokenizers compared and contexts read here, so that what cannot work is refused at once.
-"""
+"""Load what a run needs besides its plan and its weights: tokenizers, and what reads prompts and answers by them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pipeline.config.sections import Config, Reproducibility
-from pipeline.config.variants import Variant, lay_out
+from pipeline.config.sections import Config
+from pipeline.config.variants import Variant
 from pipeline.engine.prompts import ChatPrompter, Prompter
-from pipeline.hub.descriptions import load_model_config
-from pipeline.hub.sources import ModelSource, resolve_adapter, resolve_model
-from pipeline.hub.tokenizers import (
-    compare_tokenizers,
-    context_length,
-    load_tokenizer,
-    stop_token_ids,
-    text_config,
-)
-from pipeline.protocol.specs import GameSpec, HostSpec
+from pipeline.hub.model_facts import facts_of_config, load_model_config
+from pipeline.hub.retokeniser import Retokeniser
+from pipeline.hub.tokenizer_facts import load_tokenizer
+from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import BASE, Topology
-from pipeline.runtime.reward_specs import specify_reward
-from pipeline.runtime.topology import adapters_of, build_topology, models_of
+from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica, resolve_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,77 +39,42 @@ class Assembly:
 
 
 def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], None] = lambda line: None) -> Assembly:
-    """Resolve models, compare tokenizers and lay out hosts.
+    """Find models, plan a replica and load its tokenizers.
 
     Raises:
         ConfigurationError: a model is missing or its tokenizer differs from the base's.
     """
-    models = {
-        place: resolve_model(
-            model.model,
-            revision=model.revision,
-            cache_folder=cache_folder,
-            trust_remote_code=model.trust_remote_code,
-            progress=progress,
-        )
-        for place, model in models_of(config)
-    }
-    adapters = {
-        place: resolve_adapter(path, cache_folder=cache_folder, progress=progress)
-        for place, path in adapters_of(config)
-    }
-    source_of = {model.model_dump_json(): models[place] for place, model in models_of(config)}
-    topology = build_topology(config, identify=lambda model: source_of[model.model_dump_json()].identity)
-    sources = {plan.name: source_of[plan.model.model_dump_json()] for plan in topology.hosts}
-    tokenizers = _load_tokenizers(topology, sources)
-    model_configs = {name: load_model_config(source) for name, source in sources.items()}
-    stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], model_configs[BASE])
-    prompter = ChatPrompter(
-        topology, tokenizers, {name: context_length(model) for name, model in model_configs.items()}, stop_ids
-    )
-    rewards = {
-        plan.name: specify_reward(plan, topology, config, tokenizers, model_configs[plan.name], stop_ids)
-        for plan in topology.hosts
-    }
-    sizes = [
-        text_config(model_configs[name]).vocab_size
-        for name, reward in rewards.items()
-        if reward is None or reward.retokeniser is None
-    ]
-    vocab_size = min([len(tokenizers[BASE]), *sizes])
-    adapter_of = {path: adapters[place] for place, path in adapters_of(config)}
-    variants = lay_out(config)
-    games = None
-    if len(topology.hosts) == 1:
-        rules = frozenset(variant.rule for variant in variants)
-        games = GameSpec(config.decoding.sampling, topology.principals, rules)
-    hosts = tuple(
-        HostSpec(
-            name=plan.name,
-            serves=plan.serves,
-            source=sources[plan.name],
-            dtype=plan.model.dtype,
-            device=plan.model.device,
-            roles=plan.roles,
-            num_slots=config.cluster.first_slots,
-            vocab_size=vocab_size,
-            strict=config.decoding.reproducibility is Reproducibility.STRICT,
-            cache_folder=cache_folder,
-            adapters={name: adapter_of[path] for name, path in plan.adapters.items()},
-            reward=rewards[plan.name],
-            games=games,
-        )
-        for plan in topology.hosts
-    )
-    identities = {place: model.identity for place, model in models.items()}
-    identities |= {place: adapter.identity for place, adapter in adapters.items()}
-    return Assembly(config, topology, hosts, identities, prompter, variants)
+    resolved = resolve_models(config, cache_folder, progress=progress)
+    return load_assembly(plan_replica(config, resolved, cache_folder))
 
 
-def _load_tokenizers(topology: Topology, sources: Mapping[str, ModelSource]) -> dict[str, Any]:
-    """Every host's tokenizer, once each is known to hold the base's tokens; a reward model may have its own."""
-    tokenizers = {plan.name: load_tokenizer(sources[plan.name]) for plan in topology.hosts}
-    for plan in topology.hosts[1:]:
-        if not plan.is_reward_model:
-            compare_tokenizers(tokenizers[BASE], tokenizers[plan.name], BASE, f"{plan.name} ({plan.model.model})")
-    return tokenizers
+def load_assembly(plan: ReplicaPlan) -> Assembly:
+    """Load the tokenizers of a planned replica, and have transformers check its models' configurations.
+
+    Raises:
+        ConfigurationError: transformers refuses a configuration or a tokenizer.
+    """
+    for spec in plan.hosts:
+        loaded = facts_of_config(load_model_config(spec.source), spec.source.name)
+        assert loaded == plan.facts[spec.name], f"{spec.source.name} is not what it was planned as: {loaded}"
+    tokenizers = {spec.name: load_tokenizer(spec.source) for spec in plan.hosts}
+    for name, facts in plan.tokenizers.items():
+        stated = (len(facts.token_by_id), facts.eos_token_id, facts.has_chat_template)
+        loaded_as = (len(tokenizers[name]), tokenizers[name].eos_token_id, bool(tokenizers[name].chat_template))
+        assert loaded_as == stated, f"the tokenizer of {name} is not what it was planned as: {loaded_as}"
+
+    def complete(spec: HostSpec) -> HostSpec:
+        if spec.reward is None or spec.name not in plan.read_text:
+            return spec
+        retokeniser = Retokeniser(tokenizers[BASE], tokenizers[spec.name], plan.stop_ids)
+        return replace(spec, reward=replace(spec.reward, retokeniser=retokeniser))
+
+    context_lengths = {name: facts.context_length for name, facts in plan.facts.items()}
+    return Assembly(
+        config=plan.config,
+        topology=plan.topology,
+        hosts=tuple(map(complete, plan.hosts)),
+        identities=plan.identities,
+        prompter=ChatPrompter(plan.topology, tokenizers, context_lengths, plan.stop_ids),
+        variants=plan.variants,
+    )

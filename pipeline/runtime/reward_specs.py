@@ -1,14 +1,13 @@
-"""How a run's reward models are read: which of their outputs count, and in whose tokens."""
+"""How a run's reward models are read: which of their outputs count."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
-from pipeline.hub.retokeniser import Retokeniser
-from pipeline.hub.tokenizers import compare_tokenizers
+from pipeline.hub.model_facts import ModelFacts
+from pipeline.hub.tokenizer_facts import TokenizerFacts
 from pipeline.protocol.specs import RewardSpec
 from pipeline.protocol.topology import BASE, HostPlan, HostRole, Topology
 
@@ -19,9 +18,8 @@ def specify_reward(
     plan: HostPlan,
     topology: Topology,
     config: Config,
-    tokenizers: Mapping[str, Any],
-    model_config: Any,
-    stop_ids: frozenset[int],
+    tokenizers: Mapping[str, TokenizerFacts],
+    facts: ModelFacts,
 ) -> RewardSpec | None:
     """How the host of a reward model reads and scores; None for a language model's host.
 
@@ -31,33 +29,23 @@ def specify_reward(
     if not plan.is_reward_model:
         return None
     own = tokenizers[plan.name]
-    architectures = getattr(model_config, "architectures", None) or []
+    architectures = facts.architectures
     if architectures and not any(CLASSIFIER in each for each in architectures):
         raise ConfigurationError(
             f"principals.{plan.name}.model: {plan.model.model} is a {', '.join(architectures)}; kind reward_model "
             f"needs a sequence classifier (...{CLASSIFIER})"
         )
-    labels = tuple(_label(role, model_config) for role in plan.roles)
+    labels = tuple(_label(role, facts) for role in plan.roles)
     for role in plan.roles:
         _check_template(role.name, topology.roles[role.name].chat_template, config, tokenizers[BASE], own)
-    shared = shares_tokens(tokenizers[BASE], own)
-    return RewardSpec(labels, None if shared else Retokeniser(tokenizers[BASE], own, stop_ids))
+    return RewardSpec(labels)
 
 
-def shares_tokens(base: Any, other: Any) -> bool:
-    """Whether two tokenizers give every id the same token."""
-    try:
-        compare_tokenizers(base, other, BASE, "other")
-    except ConfigurationError:
-        return False
-    return True
-
-
-def _label(role: HostRole, model_config: Any) -> int:
+def _label(role: HostRole, facts: ModelFacts) -> int:
     """The index of the output that counts."""
     label = None if role.scoring is None else role.scoring.label
-    num_labels = int(model_config.num_labels)
-    names = ", ".join(f"{index} ({text})" for index, text in sorted(model_config.id2label.items()))
+    num_labels = facts.num_labels
+    names = ", ".join(f"{index} ({text})" for index, text in sorted(facts.label_names.items()))
     if label is None and num_labels > 1:
         raise ConfigurationError(
             f"principals.{role.name}.label is missing: the model has {num_labels} outputs, {names}"
@@ -67,10 +55,12 @@ def _label(role: HostRole, model_config: Any) -> int:
     return label or 0
 
 
-def _check_template(name: str, template: str | None, config: Config, base: Any, own: Any) -> None:
+def _check_template(
+    name: str, template: str | None, config: Config, base: TokenizerFacts, own: TokenizerFacts
+) -> None:
     """Refuse a reward model that would read conversations in another model's format."""
-    is_chat = bool(config.base.chat_template or base.chat_template)
-    if is_chat and not (own.chat_template or template):
+    is_chat = bool(config.base.chat_template or base.has_chat_template)
+    if is_chat and not (own.has_chat_template or template):
         raise ConfigurationError(
             f"principals.{name}.template is missing: the reward model's tokenizer has no chat template"
         )

@@ -8,19 +8,20 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from pipeline.config.sections import Config, Reproducibility, Transport
-from pipeline.engine.shards import ShardOutcome
 from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, RunMismatch, StorageError
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.progress import ProgressLine
 from pipeline.monitoring.stall import ended_when_stalled
-from pipeline.runtime.assembly import Assembly, assemble
+from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_replica, resolve_models
 from pipeline.runtime.wiring import DIRECT, Wiring
-from pipeline.storage.plan import Plan, make_plan
+from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.run import PLAN, Run
-from pipeline.storage.stores import Store
+
+if TYPE_CHECKING:  # imports torch: seconds
+    from pipeline.engine.shards import ShardOutcome
 
 MAX_BESIDE = 100
 
@@ -37,19 +38,26 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run before it starts: models found, input read, shards fixed; nothing loaded or written."""
+    """A run before it starts: input read, models found, shards fixed; nothing loaded or written."""
 
-    assembly: Assembly
+    models: ResolvedModels
     plan: Plan
 
 
 def prepare(config: Config, cache_folder: Path, progress: Callable[[str], None] = lambda line: None) -> Prepared:
-    """Find models, compare tokenizers, read the input's metadata and plan the shards. Raises ConfigurationError."""
-    assembly = assemble(config, cache_folder, progress=progress)
+    """Read the input's metadata, find the models and plan the shards.
+
+    The input comes first: models may have to be fetched.
+
+    Raises:
+        ConfigurationError: the input, a model or the output cannot be used.
+    """
+    source = open_planned_input(config)
+    models = resolve_models(config, cache_folder, progress=progress)
     versions = {}
     if config.decoding.reproducibility is Reproducibility.STRICT:
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return Prepared(assembly, make_plan(config, assembly.identities, versions=versions))
+    return Prepared(models, make_plan(config, models.identities, versions=versions, source=source))
 
 
 def relabel(
@@ -73,14 +81,16 @@ def relabel(
         CageError: a shard failed for good; everything committed is kept.
     """
     prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
-    run, is_new = _open_run(
-        prepared.plan, config.output.path, may_begin_beside=may_begin_beside, open_store=wiring.open_store
-    )
-    if run.is_complete:
-        return run, False
+    places = _places(config.output.path, may_begin_beside=may_begin_beside)
+    existing = _open_run(prepared.plan, places, wiring, may_create=False)
+    if existing is not None and existing.is_complete:
+        return existing, False
+    replica = plan_replica(config, prepared.models, cache_folder)  # refuses what cannot work before a run is created
+    run = existing or _open_run(prepared.plan, places, wiring, may_create=True)
+    assert run is not None
     committed = run.committed()
     todo = [shard.index for shard in run.plan.shards if shard.index not in committed]
-    if not is_new:  # another driver may be at work: begin elsewhere than it did
+    if existing is not None:  # another driver may be at work: begin elsewhere than it did
         start = random.randrange(len(todo) or 1)
         todo = todo[start:] + todo[:start]
     budget = _Budget(config, run, sum(commit.rejected for commit in committed.values()))
@@ -92,28 +102,32 @@ def relabel(
         shards_before=len(committed),
     )
     if todo:
-        streaming = _stream(prepared.assembly, run, is_verbose=is_verbose, wiring=wiring)
+        streaming = _stream(replica, run, is_verbose=is_verbose, wiring=wiring)
         with streaming as stream, line.running(stream.counts), _ended_when_stalled(config, stream, line):
             _decode(stream, todo, line, budget)
     run.finish()
     return run, True
 
 
-def _open_run(
-    plan: Plan, path: str, *, may_begin_beside: bool, open_store: Callable[[str], Store]
-) -> tuple[Run, bool]:
-    """The run of the plan at `path`, or at the first place beside it that is free or its own; whether it is new."""
-    for number in range(1, MAX_BESIDE + 1):
-        place = path if number == 1 else f"{path.rstrip('/')}-{number}"
-        store = open_store(place)
-        is_new = store.read(PLAN) is None
+def _places(path: str, *, may_begin_beside: bool) -> list[str]:
+    """Where the run may be: at `path`, or beside it where that is allowed."""
+    beside = [f"{path.rstrip('/')}-{number}" for number in range(2, MAX_BESIDE + 1)]
+    return [path, *beside] if may_begin_beside else [path]
+
+
+def _open_run(plan: Plan, places: Sequence[str], wiring: Wiring, *, may_create: bool) -> Run | None:
+    """The run of the plan at the first place that is free or its own; None where it would have to be created."""
+    for place in places:
+        store = wiring.open_store(place)
+        if not may_create and store.read(PLAN) is None:
+            return None
         config = {**plan.config, "output": {**plan.config["output"], "path": place}}
         try:
-            return Run.create_or_resume(store, replace(plan, config=config)), is_new
+            return Run.create_or_resume(store, replace(plan, config=config))
         except RunMismatch:
-            if not may_begin_beside:
+            if len(places) == 1:
                 raise
-    raise ConfigurationError(f"{path} and {MAX_BESIDE - 1} places beside it hold runs of other settings")
+    raise ConfigurationError(f"{places[0]} and {len(places) - 1} places beside it hold runs of other settings")
 
 
 def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Budget) -> None:
@@ -141,9 +155,12 @@ def _ended_when_stalled(config: Config, stream: Stream, line: ProgressLine) -> A
 
 
 @contextmanager
-def _stream(assembly: Assembly, run: Run, *, is_verbose: bool, wiring: Wiring) -> Iterator[Stream]:
+def _stream(replica: ReplicaPlan, run: Run, *, is_verbose: bool, wiring: Wiring) -> Iterator[Stream]:
+    from pipeline.runtime.assembly import load_assembly  # a run really starts: what follows imports models or ray
+
+    assembly = load_assembly(replica)
     if assembly.config.cluster.transport is Transport.LOCAL:
-        from pipeline.runtime.local import LocalStream  # models take seconds to import, as does ray
+        from pipeline.runtime.local import LocalStream
 
         yield LocalStream(assembly, run, wiring=wiring)
         return

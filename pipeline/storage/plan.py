@@ -180,10 +180,25 @@ class Plan:
         )
 
 
+def open_planned_input(config: Config) -> InputSource:
+    """Read a run's input once, as far as counting, hashing and ids need.
+
+    Raises:
+        ConfigurationError: the input cannot be used, or the run directory is the input folder.
+    """
+    if normal_address(config.output.path) == normal_address(config.input.path):
+        raise ConfigurationError("output.path and input.path must differ")
+    return open_input(config.input, tuple(config.principals), stride=config.output.rows_per_shard)
+
+
 def make_plan(
-    config: Config, models: Mapping[str, str] | None = None, *, versions: Mapping[str, str] | None = None
+    config: Config,
+    models: Mapping[str, str] | None = None,
+    *,
+    versions: Mapping[str, str] | None = None,
+    source: InputSource | None = None,
 ) -> Plan:
-    """Read the input once, as far as counting, hashing and ids need, and fix shards and fingerprint.
+    """Fix shards and fingerprint.
 
     Args:
         config: of the run.
@@ -192,14 +207,13 @@ def make_plan(
             so that a model folder that was moved is still the same model. It should include whatever else changes
             numbers, such as the dtype that "auto" became.
         versions: versions of libraries that must not change within the run, by name ("torch").
+        source: the input as `open_planned_input` gives it; None: it is opened here.
 
     Raises:
         ConfigurationError: the input cannot be used, or the run directory is the input folder.
     """
     models = dict(models or {})
-    if normal_address(config.output.path) == normal_address(config.input.path):
-        raise ConfigurationError("output.path and input.path must differ")
-    source = open_input(config.input, tuple(config.principals), stride=config.output.rows_per_shard)
+    source = open_planned_input(config) if source is None else source
     return Plan(
         fingerprint=take_fingerprint(config, models, dict(versions or {}), source.files),
         files=source.files,

@@ -14,8 +14,8 @@ from pipeline.attention.rows import what_is_missing
 from pipeline.attention.slots import ATTENTION
 from pipeline.attention.transfers import on_device
 from pipeline.errors import ConfigurationError
+from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
-from pipeline.hub.tokenizers import reason_of
 from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec
 from pipeline.worker.adapters import TokenAdapters, take_adapters, without_peft_warnings

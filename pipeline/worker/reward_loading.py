@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.attention.branches import ATTENTION
 from pipeline.errors import ConfigurationError
+from pipeline.hub.model_facts import context_length, reason_of, text_config
 from pipeline.hub.sources import fetch_weights
-from pipeline.hub.tokenizers import context_length, reason_of, text_config
 from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec, RewardSpec
 from pipeline.protocol.topology import HostRole

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext
+from pipeline.hub.model_facts import context_length, read_model_facts
 from pipeline.sections import ModelConfig, model_from_name
 
 if TYPE_CHECKING:
@@ -32,20 +33,18 @@ class RewardModelJudge(JudgeConfig):
         return self.model
 
     def check(self, context: JudgeContext) -> None:
-        from pipeline.hub.descriptions import load_model_config  # imports transformers: seconds
-
         assert context.source is not None
-        model_config = load_model_config(context.source)
-        architectures = [str(each) for each in model_config.architectures or []]
+        facts = read_model_facts(context.source)
+        architectures = facts.architectures
         if not any(each.endswith(("ForSequenceClassification", "RewardModel")) for each in architectures):
             raise ConfigurationError(
                 f"judge {context.name}: {context.source.name} is "
                 f"{', '.join(architectures) or 'of no stated architecture'}; "
                 "a reward model is a sequence-classification model"
             )
-        if self.label >= model_config.num_labels:
+        if self.label >= facts.num_labels:
             raise ConfigurationError(
-                f"judge {context.name}: label must be below {model_config.num_labels}, the number of outputs of "
+                f"judge {context.name}: label must be below {facts.num_labels}, the number of outputs of "
                 f"{context.source.name}; got {self.label}"
             )
 
@@ -61,7 +60,6 @@ class RewardModelJudge(JudgeConfig):
             SequenceClassifier,
             load_classifier,
         )  # torch: seconds
-        from pipeline.hub.tokenizers import context_length
 
         assert context.source is not None
         model, tokenizer = load_classifier(context.name, context.source, context.cache_folder, self.model)

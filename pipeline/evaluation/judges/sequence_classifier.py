@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import JudgedAnswer
+from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import ModelSource, fetch_weights
-from pipeline.hub.tokenizers import load_tokenizer, reason_of
+from pipeline.hub.tokenizer_facts import load_tokenizer
 from pipeline.sections import ModelConfig
 from pipeline.worker.loading import pick_device, pick_dtype
 

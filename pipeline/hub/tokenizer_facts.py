@@ -1,0 +1,132 @@
+"""What a tokenizer's files say, read without importing transformers: its tokens by id, its end, its chat template.
+
+As with `model_facts`: where transformers' own code could change the answer (a token that it would add, a class with
+defaults, code of the model's own), `AutoTokenizer` is asked, so the answer is always the one that it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigurationError
+from pipeline.hub.model_facts import reason_of
+from pipeline.hub.sources import ModelSource
+from pipeline.hub.weight_files import LocalTree, read_json
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+# read by transformers for tokenizers of older formats; where one is there, transformers decides
+OTHER_FORMATS = ("added_tokens.json", "special_tokens_map.json", "tekken.json")
+# classes that take the tokens from tokenizer.json, and the tokens that they add where these are not among them
+DEFAULT_TOKENS: Mapping[str, tuple[str, ...]] = {
+    "TokenizersBackend": (),
+    "PreTrainedTokenizer": (),
+    "LlamaTokenizer": ("<unk>", "<s>", "</s>"),
+    "Qwen2Tokenizer": ("<|endoftext|>",),
+    "GPT2Tokenizer": ("<|endoftext|>",),
+    "GemmaTokenizer": ("<unk>", "<bos>", "<eos>", "<pad>", "<mask>"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """A tokenizer, as far as a run is planned with it. Picklable.
+
+    Attributes:
+        token_by_id: every token, added and special ones included.
+        eos_token_id: the id that ends a text; None where there is none.
+        has_chat_template: whether it can render a conversation.
+    """
+
+    token_by_id: Mapping[int, str]
+    eos_token_id: int | None
+    has_chat_template: bool
+
+
+def read_tokenizer_facts(source: ModelSource) -> TokenizerFacts:
+    """The facts of a resolved model's tokenizer. Raises ConfigurationError where there is none that can be read."""
+    try:
+        stated = _stated_facts(source)
+    except (ConfigurationError, ValueError, KeyError, TypeError, AttributeError):
+        stated = None  # load_tokenizer says what is wrong with the files
+    return stated if stated is not None else facts_of_tokenizer(load_tokenizer(source))
+
+
+def facts_of_tokenizer(tokenizer: Any) -> TokenizerFacts:
+    """The facts of a transformers tokenizer."""
+    return TokenizerFacts(
+        token_by_id={token_id: token for token, token_id in tokenizer.get_vocab().items()},
+        eos_token_id=tokenizer.eos_token_id,
+        has_chat_template=bool(tokenizer.chat_template),
+    )
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The transformers tokenizer of a resolved model.
+
+    Raises:
+        ConfigurationError: the model's folder has none that can be read.
+    """
+    from transformers import AutoTokenizer  # takes seconds
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ConfigurationError(f"the tokenizer of {source.name} cannot be loaded: {reason_of(error)}") from error
+
+
+def _stated_facts(source: ModelSource) -> TokenizerFacts | None:
+    """The facts, where the files state everything that they depend on; None where transformers would decide."""
+    folder = Path(source.path)
+    tree = LocalTree(folder)
+    names = tree.sizes
+    if not {TOKENIZER, TOKENIZER_CONFIG} <= names.keys() or any(name in names for name in OTHER_FORMATS):
+        return None
+    settings = read_json(tree, TOKENIZER_CONFIG)
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    if "auto_map" in settings or kind not in DEFAULT_TOKENS:
+        return None
+    if kind not in ("TokenizersBackend", "PreTrainedTokenizer") and not settings.get("eos_token"):
+        return None  # the class has an end of its own
+    id_by_token = _id_by_token(read_json(tree, TOKENIZER))
+    stated = {token: id_by_token.get(token) for token in (*DEFAULT_TOKENS[kind], *_special_tokens(settings))}
+    if None in stated.values():  # transformers would add it
+        return None
+    for token_id, token in settings.get("added_tokens_decoder", {}).items():
+        if id_by_token.get(token["content"]) != int(token_id):
+            return None
+    end = settings.get("eos_token")
+    return TokenizerFacts(
+        token_by_id={token_id: token for token, token_id in id_by_token.items()},
+        eos_token_id=None if end is None else id_by_token[_text(end)],
+        has_chat_template=bool(settings.get("chat_template") or names.get(TEMPLATE))
+        or any((folder / TEMPLATES).glob("*.jinja")),
+    )
+
+
+def _id_by_token(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """The vocabulary of a tokenizer.json with its added tokens."""
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of the ids
+        vocabulary = {entry[0]: token_id for token_id, entry in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: int(token["id"]) for token in tokenizer["added_tokens"]}}
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Every token that tokenizer_config.json names, in whatever form."""
+    for key, value in settings.items():
+        if key.endswith("_token") and not isinstance(value, bool | None):
+            yield _text(value)
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        named = settings.get(key) or []
+        yield from map(_text, named.values() if isinstance(named, Mapping) else named)
+
+
+def _text(token: Any) -> str:
+    """A token as text, of its plain or its detailed form."""
+    return token["content"] if isinstance(token, Mapping) else str(token)
