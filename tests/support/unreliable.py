@@ -1,0 +1,135 @@
+"""Replicas in this process whose hosts fail as a test says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.engine.engine import Engine
+from pipeline.errors import HostError
+from pipeline.protocol.hosts import Hosts, Reply
+from pipeline.records import Record, Row
+from pipeline.runtime.assembly import assemble
+from pipeline.runtime.local_hosts import LocalHost, LocalProposingHost, LocalSamplingHost
+from pipeline.worker.hosts import LanguageModelHost
+from pipeline.worker.language_model_runner import LanguageModelRunner
+from pipeline.worker.loading import load_language_model
+from pipeline.worker.sampling_host import SamplingHost
+from support.decoding import NOWHERE, ask, config_of
+
+ROWS = [ask(f"r{at}", "x" * (3 * at % 7 + 1), response="fine" if at % 2 else None) for at in range(5)]
+PRINCIPALS = {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7}}
+
+# Called with a client, the number of its call, the message and its arguments; a reply that it returns is the call's.
+Before = Callable[["Unreliable", int, str, Sequence[Any]], Reply[Any] | None]
+
+
+class Unreliable:
+    """The client of a host that does something before each of its calls.
+
+    Args:
+        name: of the host.
+        inner: the client that calls are passed on to.
+        runner: the host's model.
+        before: is called first.
+    """
+
+    def __init__(self, name: str, inner: Any, runner: LanguageModelRunner, before: Before) -> None:
+        self.name, self.inner, self.runner, self.before, self.calls = name, inner, runner, before, 0
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        call = getattr(self.inner, method)
+
+        def run(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            return self.before(self, self.calls, method, args) or call(*args, **options)
+
+        return run
+
+    def forget(self) -> None:
+        """What a new process would know: nothing."""
+        self.inner.host.resize(self.runner.num_slots)
+
+
+def failed(message: str) -> Reply[Any]:
+    """A reply of a host that died."""
+
+    def wait() -> Any:
+        raise HostError(message)
+
+    return Reply(wait)
+
+
+class Replica:
+    """An engine whose hosts run `before`; the models are loaded once.
+
+    One that runs ahead has a lone host, which samples; others have a second host.
+    """
+
+    def __init__(
+        self,
+        tiny: Callable[..., Path],
+        *,
+        slots: int = 3,
+        num_groups: int = 1,
+        runs_ahead: bool = False,
+        reproducibility: str = "strict",
+        max_failures: int = 20,
+        stop: Iterable[str] = (),
+    ) -> None:
+        arm = {"kind": "arm", "model": str(tiny(seed=5)), "reference": "none", "weight": 0.1}
+        self.config = config_of(
+            tiny(),
+            PRINCIPALS if runs_ahead else {**PRINCIPALS, "arm": arm},
+            decoding={
+                "max_new_tokens": 4,
+                "agent_temperature": 0.5,
+                "trace": "tokens",
+                "reproducibility": reproducibility,
+                "stop": list(stop),
+            },
+            cluster={"slots": slots},
+        )
+        self.runs_ahead = runs_ahead
+        self.options = {"num_slots": slots, "num_groups": num_groups, "max_failures": max_failures}
+        self.assembly = assemble(self.config, NOWHERE)
+        self.plans = {plan.name: plan for plan in self.assembly.topology.hosts}
+        self.runners = {spec.name: load_language_model(spec) for spec in self.assembly.hosts}
+
+    def hosts(self, before: Before) -> Hosts:
+        """New hosts, as started processes would be, around the loaded models."""
+        for runner in self.runners.values():
+            runner.resize(self.options["num_slots"])
+        spec, runner, plan = self.assembly.hosts[0], self.runners["base"], self.plans["base"]
+        if spec.games is not None:
+            client = LocalSamplingHost(SamplingHost(runner, spec.roles, spec.games), plan)
+            return Hosts.lone(Unreliable("base", client, runner, before), runs_ahead=self.runs_ahead)
+        base = Unreliable("base", LocalProposingHost(LanguageModelHost(runner), plan), runner, before)
+        other = LocalHost(LanguageModelHost(self.runners["arm"]), self.plans["arm"])
+        return Hosts(base, (Unreliable("arm", other, self.runners["arm"], before),))
+
+    def decode(self, before: Before, rows: Iterable[Row] = ROWS) -> tuple[dict[str, Record], Engine]:
+        """Records by id, and the engine; hosts that fail are replaced."""
+        hosts = self.hosts(before)
+        assembly = self.assembly
+        engine = Engine(
+            assembly.topology, hosts, assembly.prompter, self.config.decoding, assembly.variants, **self.options
+        )
+        records: dict[str, Record] = {}
+        waiting = list(rows)
+        while waiting or not engine.is_idle:
+            while engine.wants_row and waiting:
+                engine.admit(waiting.pop(0))
+            try:
+                found = engine.step()
+            except HostError as error:
+                engine.recover(self.hosts(before), error)
+                continue
+            assert not records.keys() & {record.row_id for record in found}
+            records |= {record.row_id: record for record in found}
+        return records, engine
+
+
+def nothing(*_: Any) -> None:
+    """Let every call pass."""
