@@ -21,8 +21,8 @@ def _reference_from_name(value: Any) -> Any:
 class ArmPrincipal(PrincipalSection):
     """q(a) = log pi_arm(a | x) - log pi_ref(a | x): an autoregressive reward model.
 
-    `model` is a causal LM; or `adapter` a PEFT LoRA adapter on `model` (the base when not given). The reference is
-    another model, "backbone" (the adapter's model without the adapter) or "none".
+    `model` is a causal LM; or `adapter` a PEFT LoRA adapter on `model` (the base when not given). `reference`
+    is another model, "backbone" (the adapter's model without the adapter) or "none".
     """
 
     kind: Literal["arm"]

@@ -23,7 +23,7 @@ class RewardModelPrincipal(PrincipalSection):
     """
 
     kind: Literal["reward_model"]
-    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name), Field(description="the sequence classifier")]
     candidates: int = Field(10, ge=1, le=4096, description="of the base's likeliest, how many it scores")
     interval: int = Field(1, ge=1, description="tokens from one scored step to the next")
     scale: float = Field(1.0, gt=0, description="nats that one point of its score is worth")

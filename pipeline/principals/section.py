@@ -49,7 +49,7 @@ class PrincipalSection(Section):
     Derived classes add a `kind` and what it needs.
     """
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, description="how much its reward counts in rows without weights of their own")
     template: str | None = Field(
         None, description="Jinja chat template for this principal's prompt (messages, principle, weights in scope)"
     )

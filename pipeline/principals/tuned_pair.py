@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from pipeline.principals.section import REFERENCE, TUNED, PrincipalSection, RoleRequest, log_ratio
 from pipeline.sections import ModelConfig, ReferenceConfig, model_from_name
@@ -18,8 +18,10 @@ class TunedPairPrincipal(PrincipalSection):
     """q(a) = log pi_model(a | x) - log pi_reference(a | x): for example a DPO policy and its reference."""
 
     kind: Literal["tuned_pair"]
-    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
-    reference: Annotated[ReferenceConfig, BeforeValidator(model_from_name)]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name), Field(description="the tuned policy")]
+    reference: Annotated[
+        ReferenceConfig, BeforeValidator(model_from_name), Field(description="the policy that it was tuned from")
+    ]
 
     def roles(self) -> dict[str, RoleRequest]:
         """Both policies."""
