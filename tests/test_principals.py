@@ -11,7 +11,7 @@ from support.decoding import NOWHERE, ask, config_of, decode, engine_of
 from support.lora import make_lora
 from transformers import AutoModelForCausalLM
 
-from pipeline.engine.engine import decode_rows
+from pipeline.engine.engine import Engine, decode_rows
 from pipeline.errors import ConfigurationError
 from pipeline.runtime.assembly import assemble
 
@@ -31,7 +31,8 @@ def adapter(tiny, tmp_path_factory):
 @torch.no_grad()
 def plain_reward(assembly, answer, tuned, reference, role="base"):
     """log p_tuned(answer) - log p_reference(answer) by plain forward passes."""
-    prompt = assembly.prompter.encode(({"role": "user", "content": "hello"},))[role]
+    messages = ({"role": "user", "content": "hello"},)
+    prompt = assembly.prompter.encode(messages, assembly.topology.weights)[role]
 
     def total(model):
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0, -len(answer) - 1 : -1]
@@ -52,7 +53,10 @@ def test_prompted_principals_of_the_base_ride_in_its_forward_pass(tiny):
     topology = assemble(config_of(tiny(), principals), NOWHERE).topology
     (host,) = topology.hosts
     assert [role.name for role in host.roles] == ["base", "kind", "brief"]
-    assert [player.reference for player in topology.principals] == ["base", "base"]
+    assert [dict(principal.roles) for principal in topology.principals] == [
+        {"tuned": "kind", "reference": "base"},
+        {"tuned": "brief", "reference": "base"},
+    ]
 
 
 def test_models_given_twice_share_a_host_and_other_weights_do_not(tiny):
@@ -69,12 +73,11 @@ def test_models_given_twice_share_a_host_and_other_weights_do_not(tiny):
         ("one", ["one", "asked"]),
         ("one.reference", ["one.reference"]),
     ]
-    by_name = {player.name: (player.tuned, player.reference) for player in topology.principals}
-    assert by_name == {
-        "one": ("one", "one.reference"),
-        "two": ("one.reference", "one"),
-        "raw": ("one", None),
-        "asked": ("asked", "one"),
+    assert {principal.name: dict(principal.roles) for principal in topology.principals} == {
+        "one": {"tuned": "one", "reference": "one.reference"},
+        "two": {"tuned": "one.reference", "reference": "one"},
+        "raw": {"tuned": "one"},
+        "asked": {"tuned": "asked", "reference": "one"},
     }
     assert topology.hosts[1].serves == ("one", "two", "raw", "asked")
 
@@ -88,7 +91,7 @@ def test_rewards_of_separate_models_equal_plain_passes(tiny):
         "pair": {"kind": "tuned_pair", "model": str(folders[2]), "reference": str(folders[0]), "weight": 0.2},
     }
     config = config_of(folders[0], principals, decoding=DECODING)
-    _, assembly = engine_of(config)
+    assembly = assemble(config, NOWHERE)
     record = decode(config, [ask("a", "hello")])["a"]
     answer = [token.token_id for token in record.tokens]
     models = {seed: load(folder) for seed, folder in folders.items()}
@@ -117,7 +120,7 @@ def test_adapters_are_rows_of_the_base_and_equal_models_of_their_own(tiny, adapt
     ]  # fmt: skip
     rows = [ask("a", "hello"), ask("b", "what is this?"), ask("c", "more")]
     records = {record.row_id: record for record in decode_rows(engine, rows)}
-    assert engine.calls.hosts["base"].host.work().num_forwards == max(
+    assert engine.calls.hosts.sampler.work().result().num_forwards == max(
         record.num_tokens for record in records.values()
     )
     answer = [token.token_id for token in records["a"].tokens]
@@ -132,7 +135,7 @@ def test_adapters_are_rows_of_the_base_and_equal_models_of_their_own(tiny, adapt
 def test_a_small_arm_with_an_adapter_steers_a_larger_base(tiny, adapter):
     principals = {"arm": {"kind": "arm", "model": str(tiny("llama")), "adapter": str(adapter("q_proj", seed=3))}}
     config = config_of(tiny("gpt2", seed=4), principals, decoding=DECODING)
-    _, assembly = engine_of(config)
+    assembly = assemble(config, NOWHERE)
     assert [(host.name, [role.name for role in host.roles]) for host in assembly.topology.hosts] == [
         ("base", ["base"]),
         ("arm", ["arm", "arm.reference"]),
@@ -166,8 +169,6 @@ def test_several_hosts_give_the_same_record_in_one_group_or_two(tiny):
     config = config_of(tiny("llama"), principals, decoding=DECODING, cluster={"slots": 6})
     one = decode(config, rows)
     engine, assembly = engine_of(config)
-    from pipeline.engine.engine import Engine
-
-    parts = (assembly.topology, engine.calls.hosts, assembly.prompter, config.decoding, assembly.variants)
-    two = Engine(*parts, num_slots=6, num_groups=2)
+    given = (assembly.topology, engine.calls.hosts, assembly.prompter, config.decoding, assembly.variants)
+    two = Engine(*given, num_slots=6, num_groups=2)
     assert {record.row_id: record for record in decode_rows(two, rows)} == one
