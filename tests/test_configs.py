@@ -50,7 +50,7 @@ def test_a_configuration_lays_out_hosts_and_names_every_principal(file: Path) ->
     config = load_job(file)
     topology = build_topology(config)
     assert [principal.name for principal in topology.principals] == list(config.principals)
-    assert set(topology.roles) >= {principal.tuned for principal in topology.principals}
+    assert set(topology.roles) >= {role for principal in topology.principals for role in principal.roles.values()}
 
 
 @every_config

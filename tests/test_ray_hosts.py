@@ -6,36 +6,49 @@ import sys
 
 import pytest
 import ray
-from support.decoding import NOWHERE, config_of
-from test_recorded_games import PAIR, ROWS, records
+from support.decoding import NOWHERE, ask, config_of
 
 from jobs.bench.coordination import measure
-from pipeline.cluster.host_actors import HostActor, RayHost
-from pipeline.engine.engine import Engine, decode_rows
-from pipeline.protocol.clients import Pending
+from pipeline.cluster.host_actors import KEPT_OUTCOMES, HostActor, RayHost, hosts_of
+from pipeline.engine.engine import decode_rows
+from pipeline.protocol.hosts import Hosts, Reply
+from pipeline.protocol.messages import Position, Step
 from pipeline.runtime.assembly import assemble
-from pipeline.worker.loading import load_host
-from pipeline.worker.sampling_host import SamplingHost
+from pipeline.runtime.engines import make_engine
+from pipeline.runtime.local_hosts import LocalSamplingHost
+from pipeline.runtime.wiring import unwrapped
+from pipeline.worker.loading import load_language_model
+from pipeline.worker.sampling_host import CapturingHost
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
 
+PAIR = {
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
+}
+ROWS = [ask(f"r{at}", "tell me " * (at % 4) + "x" * (at + 1)) for at in range(9)]
 
-class RecordingActor(HostActor):
-    """Its host records games, as on a GPU; what happens is listed."""
+
+def capturing_host(assembly):
+    """A host whose games are captured, as on a GPU."""
+    (spec,) = assembly.hosts
+    return CapturingHost(load_language_model(spec), spec.roles, spec.games)
+
+
+class CapturingActor(HostActor):
+    """Lists what happens in it."""
 
     def __init__(self, config):
-        super().__init__((None,), 0, lambda *_: None)
-        assembly = assemble(config, NOWHERE)
-        (plan,) = assembly.topology.hosts
-        host, principals = load_host(assembly.hosts[0]), assembly.topology.principals
-        self._host = SamplingHost(host, plan.roles, config.decoding, principals, records_games=True)
+        super().__init__((None,), 0, unwrapped)
+        self.serve_sampling(capturing_host(assemble(config, NOWHERE)))
         self._events = []
 
-    def call(self, method, *args, **kwargs):
-        self._events.append(f"begin {self._num_tickets}")
-        return super().call(method, *args, **kwargs)
+    def advance_and_sample(self, *args):
+        ticket = super().advance_and_sample(*args)
+        self._events.append(f"begin {ticket.number}")
+        return ticket
 
     def collect(self, ticket):
         self._events.append(f"collect {ticket.number}")
@@ -45,20 +58,19 @@ class RecordingActor(HostActor):
         return self._events
 
 
+def records(assembly, hosts):
+    return {record.row_id: record for record in decode_rows(make_engine(assembly, hosts), ROWS)}
+
+
 def test_answers_of_a_device_that_goes_on_are_those_of_one_process(tiny):
-    expected, _ = records(tiny, records_games=True)
     decoding = {"max_new_tokens": 18, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2}
     config = config_of(tiny(), PAIR, decoding=decoding, cluster={"slots": 4})
     assembly = assemble(config, NOWHERE)
-    actor = ray.remote(RecordingActor).remote(config)
-    engine = Engine(
-        assembly.topology,
-        {"base": RayHost(actor, assembly.topology.hosts[0], 60.0)},
-        assembly.prompter,
-        config.decoding,
-        assembly.variants, num_slots=4, runs_ahead=True,
-    )  # fmt: skip
-    assert {record.row_id: record for record in decode_rows(engine, ROWS)} == expected
+    (plan,) = assembly.topology.hosts
+    here = LocalSamplingHost(capturing_host(assembly), plan)
+    expected = records(assembly, Hosts.lone(here, runs_ahead=True))
+    actor = ray.remote(CapturingActor).remote(config)
+    assert records(assembly, hosts_of([RayHost(actor, plan, 60.0)])) == expected
     events = ray.get(actor.events.remote())
     collected = [event for event in events if event.startswith("collect")]
     behind = [
@@ -70,20 +82,21 @@ def test_answers_of_a_device_that_goes_on_are_those_of_one_process(tiny):
     assert len(behind) > 0.8 * len(collected)
 
 
-def test_answers_that_nobody_collects_are_let_go():
-    class Begun(Pending):
-        def wait(self):
-            return "done"
+def test_outcomes_that_nobody_collects_are_let_go():
+    class Begun:
+        """Samples: an outcome is never there at once."""
 
-    class Host:
-        def begin(self):
-            return Begun()
+        def advance_and_sample(self, at, step, slots, terms, uniforms):
+            return Reply(lambda: ["done"])
 
-    actor = HostActor((None,), 0, lambda *_: None)
-    actor._host = Host()
-    tickets = [actor.call("begin") for _ in range(100)]
-    assert len(actor._answers) == 16
-    assert actor.collect(tickets[-1]) == "done"
+    actor = HostActor((None,), 0, unwrapped)
+    actor.serve_sampling(Begun())
+    tickets = [actor.advance_and_sample(Position(0, 7, at), Step(), [], [], []) for at in range(100)]
+    for ticket in tickets[:-KEPT_OUTCOMES]:
+        with pytest.raises(KeyError):
+            actor.collect(ticket)
+    assert [actor.collect(ticket) for ticket in tickets[-KEPT_OUTCOMES:]] == [["done"]] * KEPT_OUTCOMES
+    assert 2 < KEPT_OUTCOMES < len(tickets)  # an engine waits for two at most
 
 
 def test_coordination_is_measured_beside_hosts_that_never_wait():
