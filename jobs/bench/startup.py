@@ -25,7 +25,6 @@ from rich.table import Table
 
 from pipeline.errors import CageError, ExitCode
 from pipeline.hub.embedded import default_cache_folder, prepare_embedded
-from pipeline.sections import EMBEDDED_MODEL
 
 PRINCIPAL = {"kind": "prompted", "principle": "Answer in one short sentence.", "weight": 0.5}
 # interpreters start without this caller's wish to write no byte code: compiling would be measured, not starting
@@ -82,21 +81,21 @@ def make_cases(folder: Path, model: Path) -> list[Case]:
 
     Args:
         folder: an empty folder.
-        model: the prepared embedded model.
+        model: the folder of a model.
     """
     prompts, config, done = folder / "prompts.jsonl", folder / "job.yaml", folder / "done"
     prompts.write_text('{"id": "a", "prompt": "What is the capital of France?"}\n', encoding="utf-8")
     tree = {
         "input": {"path": str(prompts), "id": "id", "limit": 1},
         "output": {"path": str(done)},
-        "base": {"model": EMBEDDED_MODEL},
+        "base": {"model": str(model)},
         "principals": {"brief": PRINCIPAL},
         "decoding": {"max_new_tokens": 1},
         "cluster": {"transport": "local", "slots": 1},
     }
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     relabel = ("relabel", "-c", str(config))
-    _run(_command("a finished run", *relabel))  # which status, inspect and a second run look at
+    run_case(_command("a finished run", *relabel))  # which status, inspect and a second run look at
 
     def refused(name: str, *arguments: str, exit_code: ExitCode = ExitCode.CONFIGURATION) -> Case:
         return _command(name, *arguments, exit_code=exit_code, limit=2.0)
@@ -142,11 +141,11 @@ def measure(cases: Sequence[Case], *, repeats: int) -> list[Timing]:
         CageError: a case did not end as it must.
     """
     for case in cases:
-        _run(case)
+        run_case(case)
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for _ in range(repeats):
         for case in cases:
-            seconds[case.name].append(_run(case))
+            seconds[case.name].append(run_case(case))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return [
         Timing(
@@ -184,7 +183,7 @@ def _command(name: str, *arguments: str, **case: Any) -> Case:
     return Case(name, ("-m", "jobs", *arguments), **{"baseline": IMPORTS, **case})
 
 
-def _run(case: Case) -> float:
+def run_case(case: Case) -> float:
     """Seconds that the process takes. Raises CageError where it ends otherwise than it must."""
     if case.removed is not None:
         shutil.rmtree(case.removed, ignore_errors=True)
