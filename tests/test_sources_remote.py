@@ -108,14 +108,14 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_fetched(address: str,
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("memory://bucket/none", "memory://bucket/none holds no files"),
         ("nostore://bucket/model", "nostore://bucket/model cannot be listed"),
     ],
 )
-def test_what_is_not_there_is_told(name: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=told):
+def test_what_is_not_there_is_reported(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         resolve_model(name, cache_folder=tmp_path)
 
 

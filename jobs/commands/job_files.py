@@ -19,7 +19,7 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        tree = None  # told by load_as
+        tree = None  # load_as reports the error
     sections = tree if isinstance(tree, dict) else {}
     kind = next((kind for section, kind in KIND_BY_SECTION.items() if section in sections), Config)
     return load_as(kind, path, overrides)

@@ -35,7 +35,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan) -> str:
     lines = [
         f"input     {printable(config.input.path)}: {plan.num_rows:,} rows in {files:,} file{'s' * (files != 1)}",
         f"output    {printable(config.output.path)}: {len(plan.shards):,} shards "
-        f"of at most {plan.rows_per_shard:,} rows" + (f", {answers:,} answers a row" if answers > 1 else ""),
+        f"of at most {plan.rows_per_shard:,} rows" + (f", {answers:,} answers per row" if answers > 1 else ""),
         _rule(config)
         + (f"top {decoding.candidates} of the base" if decoding.candidates != "all" else "full vocabulary")
         + f", at most {decoding.max_new_tokens:,} tokens per row, {decoding.reproducibility}",
@@ -101,7 +101,7 @@ def _on_text(replica: ReplicaPlan) -> list[str]:
     return [
         f"{', '.join(plan.serves)} is scored on text, its tokens are not the base's: "
         f"{1 + max(role.scoring.candidates for role in plan.roles if role.scoring)} texts per row and scored step "
-        f"are tokenised anew, and branches may have several tokens"
+        f"are tokenized again, and branches may have several tokens"
         for plan in replica.topology.hosts
         if plan.name in replica.read_text
     ]

@@ -1,4 +1,4 @@
-"""`cage retry`: the rejected rows of a finished run again, as a run of their own beside it."""
+"""`cage retry`: try the rejected rows of a finished run again, as a separate run beside it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def run_retry(path: str, overrides: list[str], *, is_verbose: bool) -> None:
 def retry_config(path: str, overrides: list[str]) -> Config:
     """Write the rejected rows of the run at `path` as an input, and configure a run of them.
 
-    The new run is in `<path>-retry` and has the settings of the first where no override says otherwise, so the draws
-    of a row are the same; nothing in the first run changes. A row that could not be read has no prompt to try again.
+    The new run is in `<path>-retry`. It has the settings of the first except for overrides, so a row's draws are the
+    same. The first run is not changed. A row that could not be read has no prompt to try again.
 
     Raises:
         ConfigurationError: the run is not finished, or has no row to try again.

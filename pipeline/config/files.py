@@ -147,7 +147,7 @@ def _locate(loc: tuple[int | str, ...], kind: type[Config]) -> tuple[str, type[B
 
 
 def _parent(loc: tuple[int | str, ...], kind: type[Config]) -> tuple[type[BaseModel] | None, str]:
-    """The section in which a mapping of sections told apart by `kind` stands, and its name there."""
+    """The section that holds a mapping of sections with a `kind` each, and the mapping's name there."""
     return _locate(loc[:-1], kind)[1], str(loc[-2])
 
 

@@ -2,7 +2,7 @@
 
 transformers reads the weights. It cannot save what it reads from GGUF, and some versions of it build a tokenizer
 other than the model's own or leave the head untied. So the tensors move into a fresh model, the tokenizer is built
-here from the file's own tokens and merges, and the outcome is held against what is known of the model beforehand.
+here from the file's own tokens and merges, and the result is compared with what is known of the model beforehand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.errors import ConfigurationError
 if TYPE_CHECKING:  # seconds of import, for those who prepare the model
     import torch
 
-CONTROL_TOKEN = 3  # GGUF's number for a token that is no text
+CONTROL_TOKEN = 3  # GGUF's number for a control token
 
 # Known beforehand, so that a wrong conversion is not merely compared with itself.
 KNOWN_TEXT = ("hello world 😀 naïve 42", [28120, 905, 40303, 218, 15486, 46494, 216, 36, 34])
@@ -138,8 +138,8 @@ def check_conversion(folder: Path, expected: torch.Tensor) -> None:
         "lm_head and embeddings are not tied": model.lm_head.weight.data_ptr()
         != model.model.embed_tokens.weight.data_ptr(),
         f"it continues {question!r} with {drawn!r} instead of {answer!r}": drawn != answer,
-        f"its tokenizer reads {text!r} otherwise": tokenizer(text)["input_ids"] != known_ids,
-        "its chat template renders otherwise": tokenizer.apply_chat_template(
+        f"its tokenizer reads {text!r} differently": tokenizer(text)["input_ids"] != known_ids,
+        "its chat template renders differently": tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
         != rendered,
@@ -152,7 +152,7 @@ def check_conversion(folder: Path, expected: torch.Tensor) -> None:
         faults[f"its tokenizer does not give back {sample!r}"] = not same
     if found := [fault for fault, is_so in faults.items() if is_so]:
         raise ConfigurationError(
-            "the embedded model was not converted rightly by these versions "
+            "the embedded model was not converted correctly by these versions "
             f"({', '.join(f'{name} {version}' for name, version in library_versions().items())}): " + "; ".join(found)
         )
 

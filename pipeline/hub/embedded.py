@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M-Instruct out of a Python package, prepared once, the same on every machine."""
+"""The embedded model: SmolLM2-135M-Instruct from a Python package, prepared once, the same on every machine."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def embedded_path(cache_folder: Path) -> Path | None:
 def prepare_embedded(cache_folder: Path, *, progress: Callable[[str], None] = lambda line: None) -> Path:
     """Download, convert to float32 safetensors, check, and keep the model; at once where that is done.
 
-    Written aside and renamed; processes that start together wait for the first one.
+    It is written to a temporary folder and renamed. Processes that start together wait for the first one.
 
     Raises:
-        ConfigurationError: no package, no room, or the converted model is not the one that it must be.
+        ConfigurationError: the package cannot be downloaded, the disk is full, or the model fails its checks.
     """
     if (folder := embedded_path(cache_folder)) is not None:
         return folder

@@ -66,7 +66,7 @@ def _weight_names(folder: Path) -> tuple[str, ...]:
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _told_in_one_line(name, revision), _no_bars():
+    with _as_configuration_error(name, revision), _no_bars():
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
@@ -75,7 +75,7 @@ def _count_on_hub(name: str, commit: str) -> Mapping[str, int]:
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
-        with _told_in_one_line(name, commit):
+        with _as_configuration_error(name, commit):
             counts = HfApi().get_safetensors_metadata(name, revision=commit).parameter_count
     except NotASafetensorsRepoError:
         raise ConfigurationError(
@@ -85,7 +85,7 @@ def _count_on_hub(name: str, commit: str) -> Mapping[str, int]:
 
 
 @contextmanager
-def _told_in_one_line(name: str, revision: str | None) -> Iterator[None]:
+def _as_configuration_error(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub.errors import GatedRepoError, NotASafetensorsRepoError, RevisionNotFoundError
 
     try:

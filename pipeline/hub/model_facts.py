@@ -66,7 +66,7 @@ FAMILIES: Mapping[str, Family] = {
     "stablelm": Family(has_kv_heads=True),
     "starcoder2": Family(has_kv_heads=True),
 }
-COMPOSITES = frozenset({"gemma3"})  # a language model, under text_config, that also sees
+COMPOSITES = frozenset({"gemma3"})  # multimodal models, whose language model is under text_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def context_length(config: Any) -> int | None:
 
 
 def text_config(config: Any) -> Any:
-    """The language model's part of a transformers configuration, of a model that also sees or hears."""
+    """The language model's part of a transformers configuration, of a multimodal model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -212,13 +212,13 @@ def _stated_facts(tree: Mapping[str, Any]) -> ModelFacts | None:
 
 
 def _value(text: Mapping[str, Any], family: Family, name: str) -> Any:
-    """The value under the name that the family's files use; None where both names are there, and so in doubt."""
+    """The value under the name that the family's files use; None where both names are there, which is ambiguous."""
     own = family.names.get(name, name)
     return None if own != name and name in text else text.get(own)
 
 
 def _labels(tree: Mapping[str, Any]) -> dict[int, str] | None:
-    """The names of a classifier's outputs; None where the file is of two minds."""
+    """The names of a classifier's outputs; None where the file contradicts itself."""
     names, number = tree.get("id2label"), tree.get("num_labels")
     if names is None:
         number = 2 if number is None else number

