@@ -11,6 +11,7 @@ import time
 
 import pytest
 import yaml
+from support import tiny_models
 from support.commands import ROOT, cage
 
 
@@ -93,6 +94,24 @@ def test_what_is_wrong_is_told_in_a_line_and_nothing_is_written(config, change, 
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+    assert not run.exists()
+
+
+def test_the_input_is_looked_at_before_the_models(config):
+    path, _ = config
+    result = cage("relabel", "-c", str(path), "input.path=/no/input.jsonl", "base.model=/no/model")
+    assert result.returncode == 2
+    assert "/no/input.jsonl" in result.stderr
+    assert "/no/model" not in result.stderr
+
+
+def test_another_vocabulary_is_refused_before_a_run_is_created(config, tmp_path):
+    path, run = config
+    tokenizer = tiny_models.make_tokenizer(extra=("<extra>",))
+    other = tiny_models.make_model(tmp_path / "other", tokenizer=tokenizer)
+    result = cage("relabel", "-c", str(path), f"principals.kind.model={other}")
+    assert result.returncode == 2
+    assert "do not share a vocabulary" in result.stderr
     assert not run.exists()
 
 
