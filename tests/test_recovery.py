@@ -107,7 +107,7 @@ def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, 
 
 
 def token_of(replica, text):
-    """The token that tells a prompt with `text` from another."""
+    """The token that only a prompt with `text` has."""
 
     def tokens_of(text):
         return set(replica.assembly.prompter.encode(ask("a", text).messages, {})["base"])

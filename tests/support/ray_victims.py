@@ -51,7 +51,7 @@ def kill_one(parent: int, mark: str, chance: random.Random) -> bool:
 
 @dataclass(frozen=True)
 class RayNodes:
-    """A head without room for replicas, where drivers connect, and worker nodes."""
+    """A head node without CPUs for replicas, where drivers connect, and worker nodes."""
 
     address: str
     pid: int
