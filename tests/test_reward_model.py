@@ -219,7 +219,7 @@ def test_the_plan_says_what_is_scored_and_on_text_at_which_cost(tiny, judge, tmp
     assert "-0.5 (RM(prefix + a) - RM(prefix)), top 10, every 4 tokens" in text
     assert "RM(prefix + a) - RM(prefix), top 7, every token" in text
     assert "other is scored on text" in text
-    assert "8 texts a row and scored step" in text
+    assert "8 texts per row and scored step" in text
     assert "same is scored on text" not in text
 
 
