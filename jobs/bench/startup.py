@@ -170,9 +170,8 @@ def print_timings(timings: Sequence[Timing], repeats: int) -> None:
     console = Console()
     console.width = max(console.width, 90)  # a table that wraps its numbers cannot be read
     console.print(table)
-    console.print(
-        f"{IMPORTS}: pydantic, yaml, typer, rich and pyarrow.parquet; {LOADING}: torch, transformers and the model"
-    )
+    console.print(f"{IMPORTS}: of pydantic, yaml, typer, rich and pyarrow.parquet")
+    console.print(f"{LOADING}: of torch, transformers and the model")
 
 
 def _number(value: float | None) -> str:
