@@ -145,6 +145,14 @@ def test_facts_of_a_saved_classifier_are_those_of_transformers(judge: Tiny):
     assert own.num_labels == 3
 
 
+def test_a_model_with_several_language_models_is_refused_in_a_line(tmp_path):
+    tree = CONFIG_MAPPING["musicgen"](
+        text_encoder={"model_type": "t5"}, audio_encoder={"model_type": "encodec"}, decoder={}
+    ).to_dict()
+    with pytest.raises(ConfigurationError, match=r"model \(musicgen\) cannot be used: ValueError: Multiple"):
+        read_model_facts(write(tmp_path, tree))
+
+
 def test_the_code_of_a_model_answers_where_it_is_trusted(tmp_path):
     tree = as_written("llama", auto_map={"AutoConfig": "code.Own"})
     (tmp_path / "code.py").write_text(

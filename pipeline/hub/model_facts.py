@@ -108,16 +108,18 @@ def read_model_facts(source: ModelSource) -> ModelFacts:
 
 
 def facts_of_config(config: Any, name: str) -> ModelFacts:
-    """The facts that a transformers configuration holds. Raises ConfigurationError where it has no vocabulary."""
-    text = text_config(config)
-    vocab_size = getattr(text, "vocab_size", None)
+    """The facts that a transformers configuration holds. Raises ConfigurationError where it is no language model."""
+    try:
+        text = text_config(config)
+    except ValueError as error:  # several language models in one
+        raise ConfigurationError(f"{name} ({config.model_type}) cannot be used: {reason_of(error)}") from error
+    vocab_size = stated(text, "vocab_size")
     if not isinstance(vocab_size, int):
         raise ConfigurationError(
             f"{name} ({config.model_type}) has no vocabulary; a decoder-only transformer is needed"
         )
-    heads, width = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-    layers = getattr(text, "num_hidden_layers", None)
-    kv_heads, head_dim = getattr(text, "num_key_value_heads", None), getattr(text, "head_dim", None)
+    heads, width, layers = (stated(text, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    kv_heads, head_dim = stated(text, "num_key_value_heads"), stated(text, "head_dim")
     if isinstance(heads, int) and isinstance(width, int) and isinstance(layers, int):
         kv_heads, head_dim = kv_heads or heads, head_dim or width // heads
     else:
@@ -131,9 +133,19 @@ def facts_of_config(config: Any, name: str) -> ModelFacts:
         head_dim=head_dim,
         vocab_size=vocab_size,
         context_length=context_length(config),
-        eos_token_ids=as_ids(getattr(text, "eos_token_id", None)),
+        eos_token_ids=as_ids(stated(text, "eos_token_id")),
         label_names={int(index): str(label) for index, label in config.id2label.items()},
     )
+
+
+def stated(config: Any, name: str) -> Any:
+    """A configuration's value; None where it has none, or one for each layer, which transformers refuses to give."""
+    try:
+        return getattr(config, name, None)
+    except Exception as error:
+        if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
+            raise
+        return None
 
 
 def load_model_config(source: ModelSource) -> Any:
