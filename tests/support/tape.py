@@ -38,7 +38,7 @@ class Tape(TorchDispatchMode):
         return out
 
 
-class TapeRecording:
+class TapeGraph:
     """In the place of a `CapturedGraph`."""
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:

@@ -7,46 +7,21 @@ from functools import partial
 
 import pytest
 import torch
-from support.decoding import NOWHERE, ask, config_of
-from test_recorded_games import assert_same
-from test_strict import ROLES, host_of, logits_after
+from support.decoding import ask
+from support.language_models import compile_layers, logits_after, runner_of
+from support.sampling_hosts import LoneHost, assert_same, config_of_lone_host
 
 from pipeline.attention import rows as row_attention
 from pipeline.attention.segments import Copied, Segment
-from pipeline.engine.engine import Engine, decode_rows
-from pipeline.protocol.clients import LocalHost
-from pipeline.runtime.assembly import assemble
 from pipeline.worker import cuda_graphs
-from pipeline.worker.compiled_layers import CompiledLayers
 from pipeline.worker.cuda_graphs import GraphPool
-from pipeline.worker.forward_batch import Draft
-from pipeline.worker.language_model_runner import Host
-from pipeline.worker.loading import load_host
-from pipeline.worker.sampling_host import SamplingHost
+from pipeline.worker.forward_batch import ForwardBatch
 
-PAIR = {
+PRINCIPALS = {
     "kind": {"kind": "prompted", "principle": "be kind to everybody who asks", "weight": 0.7},
     "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.4},
 }
-CPU = torch.device("cpu")
-
-
-def decoded(tiny, kind, rows, *, is_static, num_samples=3):
-    """Records by row and sample, and the host."""
-    decoding = {"max_new_tokens": 12, "trace": "tokens", "agent_temperature": 0.3, "temperature": 1.2}
-    config = config_of(tiny(kind), PAIR, decoding=decoding, cluster={"slots": 4})
-    assembly = assemble(config, NOWHERE)
-    (plan,) = assembly.topology.hosts
-    host = load_host(assembly.hosts[0])
-    if is_static:
-        host = Host(host._passes._model, plan.roles, num_slots=4, vocab_size=261, strict=True, has_static_steps=True)
-    playing = SamplingHost(host, plan.roles, config.decoding, assembly.topology.principals, records_games=is_static)
-    engine = Engine(
-        assembly.topology, {"base": LocalHost(playing, plan)}, assembly.prompter, config.decoding, assembly.variants,
-        num_slots=4, runs_ahead=is_static,
-    )  # fmt: skip
-    records = {f"{each.row_id}/{each.sample}": each for each in decode_rows(engine, rows, num_samples=num_samples)}
-    return records, host
+GPU = torch.device("cuda")  # named only: nothing runs there
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
@@ -56,24 +31,28 @@ def test_samples_and_principles_that_share_prompts_are_answered_as_in_packed_pas
     monkeypatch.setattr("pipeline.worker.captured_passes.MOST_SEGMENTS", 3)
     rows = [ask(f"r{at}", "tell me " * (at % 3 * 4) + "x" * (at + 1)) for at in range(5)]
     rows.append(ask("again", rows[1].messages[0]["content"]))
-    expected, packed = decoded(tiny, kind, rows, is_static=False)
-    found, static = decoded(tiny, kind, rows, is_static=True)
+    config = config_of_lone_host(tiny(kind), PRINCIPALS, max_new_tokens=12, agent_temperature=0.3)
+    packed = LoneHost.start(config, captures=False, has_fixed_shapes=False)
+    fixed = LoneHost.start(config, captures=True, has_fixed_shapes=True)
+    expected = packed.decode(rows, runs_ahead=False, num_samples=3)
+    found = fixed.decode(rows, runs_ahead=True, num_samples=3)
     assert_same(expected, found, tolerance=1e-3)
-    assert packed.num_forwards < static.num_forwards  # prompts take passes of their own
-    assert static._passes.num_tokens < 1.2 * packed._passes.num_tokens  # and are computed once
+    packed_work, fixed_work = packed.host.work(), fixed.host.work()
+    assert packed_work.num_forwards < fixed_work.num_forwards  # prompts take passes of their own
+    assert fixed_work.num_tokens < 1.2 * packed_work.num_tokens  # and are computed once
 
 
-def draft_of(*prompts: tuple[int, int, int]) -> Draft:
-    draft = Draft()
+def batch_of(*prompts: tuple[int, int, int]) -> ForwardBatch:
+    batch = ForwardBatch()
     for row, start, stop in prompts:
-        draft.segments.append(Segment(row, start, stop))
-        draft.tokens += [100 * row + at for at in range(start, stop)]
-    return draft
+        batch.segments.append(Segment(row, start, stop))
+        batch.tokens += [100 * row + at for at in range(start, stop)]
+    return batch
 
 
 def test_prompts_are_cut_where_they_alone_say_and_packed_in_order():
-    draft = draft_of((0, 0, 5), (1, 0, 23), (2, 7, 9))
-    passes = list(draft.prompt_passes(10, 8))
+    batch = batch_of((0, 0, 5), (1, 0, 23), (2, 7, 9))
+    passes = list(batch.prompt_passes(10, 8))
     assert [part.segments for part in passes] == [
         [Segment(0, 0, 5)],
         [Segment(1, 0, 10)],
@@ -81,8 +60,8 @@ def test_prompts_are_cut_where_they_alone_say_and_packed_in_order():
         [Segment(1, 20, 23), Segment(2, 7, 9)],
     ]
     assert passes[3].tokens == [120, 121, 122, 207, 208]
-    assert [token for part in passes for token in part.tokens] == draft.tokens
-    assert [len(part.segments) for part in draft_of(*((row, 0, 1) for row in range(5))).prompt_passes(10, 2)] == [
+    assert [token for part in passes for token in part.tokens] == batch.tokens
+    assert [len(part.segments) for part in batch_of(*((row, 0, 1) for row in range(5))).prompt_passes(10, 2)] == [
         2,
         2,
         1,
@@ -90,36 +69,33 @@ def test_prompts_are_cut_where_they_alone_say_and_packed_in_order():
 
 
 def test_what_a_row_copies_is_computed_before_and_copied_before_it_is_read():
-    draft = draft_of((0, 0, 6), (1, 4, 6))
-    draft.follows += [Copied(0, 1, 0, 4), Copied(0, 2, 0, 6)]
-    first, second, last = draft.prompt_passes(20, 8)
+    batch = batch_of((0, 0, 6), (1, 4, 6))
+    batch.prefix_copies += [Copied(0, 1, 0, 4), Copied(0, 2, 0, 6)]
+    first, second, last = batch.prompt_passes(20, 8)
     assert (first.copies, first.segments) == ([], [Segment(0, 0, 6)])
     assert (second.copies, second.segments) == ([Copied(0, 1, 0, 4)], [Segment(1, 4, 6)])
     assert (last.copies, last.segments) == ([Copied(0, 2, 0, 6)], [])
 
 
-def test_what_cannot_be_recorded_is_told_once_and_computed(monkeypatch):
+def test_what_cannot_be_captured_is_reported_once_and_computed(monkeypatch):
     def refuse(function, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(cuda_graphs, "CapturedGraph", refuse)
-    recorder = GraphPool(CPU, "passes")
-    recorder._records = True  # as on a GPU
-    with pytest.warns(RuntimeWarning, match="passes are not recorded as CUDA graphs: operation not permitted"):
-        assert recorder.run("one", lambda: 1) == 1
-    assert recorder.run("two", lambda: 2) == 2
-    assert not recorder.recorded
+    pool = GraphPool(GPU, "passes")
+    with pytest.warns(RuntimeWarning, match="passes are not captured as CUDA graphs.*: operation not permitted"):
+        assert pool.run("one", lambda: 1) == 1
+    assert pool.run("two", lambda: 2) == 2
+    assert not pool.captured
 
 
-def test_a_recording_without_memory_is_no_reason_to_go_on_without(monkeypatch):
+def test_a_capture_without_memory_is_no_reason_to_go_on_without(monkeypatch):
     def refuse(function, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cuda_graphs, "CapturedGraph", refuse)
-    recorder = GraphPool(CPU, "passes")
-    recorder._records = True
     with pytest.raises(torch.OutOfMemoryError):
-        recorder.run("one", lambda: 1)
+        GraphPool(GPU, "passes").run("one", lambda: 1)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +119,15 @@ def test_layers_are_compiled_once_for_a_shape_and_compute_the_same(tiny, monkeyp
     """As on a GPU, but for the backend: one compilation serves all layers, joined projections included."""
     compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", compiled)
-    model = host_of(tiny("llama", seed=4), strict=True, num_slots=3)._passes._model
-    prompts = [[3, 9, 4], list(range(250)), [7] * 30]
-    hosts = [Host(model, ROLES, num_slots=3, vocab_size=261, strict=True, has_static_steps=True) for _ in range(2)]
-    expected = logits_after(hosts[0], {0: 0, 1: 1, 2: 2}, prompts)
-    hosts[1]._passes._compiled = CompiledLayers(model)
+    prompts, places = [[3, 9, 4], list(range(250)), [7] * 30], {0: 0, 1: 1, 2: 2}
+    plain, fast = (
+        runner_of(tiny("llama", seed=4), strict=True, num_slots=3, has_fixed_shapes=True) for _ in range(2)
+    )
+    expected = logits_after(plain, places, prompts)
+    compile_layers(fast)
     torch._dynamo.utils.counters.clear()
-    found = logits_after(hosts[1], {0: 0, 1: 1, 2: 2}, prompts)
+    found = logits_after(fast, places, prompts)
+    assert found.keys() == expected.keys()
     for row in expected:
         torch.testing.assert_close(found[row], expected[row], atol=1e-4, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of two layers and two shapes
