@@ -9,16 +9,14 @@ from functools import partial
 import pytest
 import torch
 from support import tiny_models
+from support.language_models import ADAPTER_ROLES, ADAPTER_SKIPS, compile_layers, runner_of, spec_of
+from support.language_models import logits_after as logits_of
 from support.lora import make_lora
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from pipeline.errors import ConfigurationError
-from pipeline.hub.sources import resolve_adapter, resolve_model
-from pipeline.protocol.messages import Admission, HostRole, HostSpec
-from pipeline.worker.compiled_layers import CompiledLayers
 from pipeline.worker.joined_projections import join_projections
-from pipeline.worker.language_model_runner import Host
-from pipeline.worker.loading import load_host
+from pipeline.worker.loading import load_language_model
 
 LINEARS = {
     "llama": ("q_proj", "v_proj", "o_proj", "up_proj"),
@@ -26,27 +24,8 @@ LINEARS = {
     "gpt2": ("c_attn", "c_fc"),
     "neox": ("query_key_value", "dense_h_to_4h"),
 }
-ROLES = (HostRole("a"), HostRole("b", "one"), HostRole("c", "two"))
-
-
-def spec_of(folder, adapters, *, strict=True, num_slots=6, dtype="auto", device="cpu", roles=ROLES):
-    return HostSpec(
-        name="base", serves=("base",), source=resolve_model(str(folder), cache_folder=folder), dtype=dtype,
-        device=device, roles=roles, num_slots=num_slots, vocab_size=261, strict=strict, cache_folder=folder,
-        adapters={name: resolve_adapter(str(path), cache_folder=folder) for name, path in adapters.items()},
-    )  # fmt: skip
-
-
-def host_of(folder, adapters, *, is_static=False, **options):
-    spec = spec_of(folder, adapters, **options)
-    host = load_host(spec)
-    if not is_static:
-        return host
-    passes = host._passes
-    return Host(
-        passes._model, spec.roles, num_slots=spec.num_slots, vocab_size=261, adapters=passes._adapters,
-        strict=spec.strict, has_static_steps=True,
-    )  # fmt: skip
+logits_after = partial(logits_of, skips=ADAPTER_SKIPS)
+runner_with = partial(runner_of, roles=ADAPTER_ROLES)
 
 
 @pytest.fixture(scope="module")
@@ -78,58 +57,48 @@ def plain_logprobs(folder, adapter, tokens):
     return model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
 
 
-def logprobs_after(host, prompts, slots, num_steps):
-    """Log-probabilities [roles, V] of the rows named in `slots` (row to slot) after a few given tokens."""
-    host.advance(
-        [Admission(slot, {role.name: prompts[row] for role in ROLES}) for row, slot in slots.items()], [], []
-    )
-    for step in range(num_steps):
-        host.advance([], list(slots.values()), [(7 * row + step) % 256 for row in slots])
-    found = host.logprobs_at(list(slots.values()), None)
-    return {row: found[at].clone() for at, row in enumerate(slots)}
-
-
-@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("has_fixed_shapes", [False, True])
 @pytest.mark.parametrize("kind", list(LINEARS))
-def test_every_token_gets_what_its_adapter_gives_it_alone(tiny, two, kind, is_static):
+def test_every_token_gets_what_its_adapter_gives_it_alone(tiny, two, kind, has_fixed_shapes):
     adapters = two(kind)
-    host = host_of(tiny(kind), adapters, is_static=is_static)
+    runner = runner_with(tiny(kind), adapters=adapters, has_fixed_shapes=has_fixed_shapes)
     prompts = [[3, 9, 4], list(range(40)), [7] * 30]
-    found = logprobs_after(host, prompts, {0: 2, 1: 0, 2: 3}, num_steps=4)
+    found = logits_after(runner, {0: 2, 1: 0, 2: 3}, prompts, num_steps=4)
     for row, prompt in enumerate(prompts):
         tokens = [*prompt, *((7 * row + step) % 256 for step in range(4))]
         for at, name in enumerate((None, "one", "two")):
             expected = plain_logprobs(tiny(kind), adapters.get(name), tokens)
             torch.testing.assert_close(found[row][at], expected, atol=1e-4, rtol=0)
-    scores = host.score({role.name: [3, 9, 4] for role in ROLES}, [5, 6])
+    scores = runner.score({role.name: [3, 9, 4] for role in ADAPTER_ROLES}, [5, 6])
     for at, name in enumerate((None, "one", "two")):
         expected = [plain_logprobs(tiny(kind), adapters.get(name), [3, 9, 4, *[5][:n]])[5 + n] for n in (0, 1)]
         torch.testing.assert_close(scores[at], torch.stack(expected), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("has_fixed_shapes", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_logits_of_a_row_with_adapters_are_the_same_to_the_bit_in_any_company(tiny, two, kind, is_static):
+def test_logits_of_a_row_with_adapters_are_the_same_to_the_bit_in_any_batch(tiny, two, kind, has_fixed_shapes):
     num_slots = 12
     generator = random.Random(1)
     prompts = [[generator.randrange(256) for _ in range(generator.randrange(3, 60))] for _ in range(num_slots)]
-    host = host_of(tiny(kind), two(kind), num_slots=num_slots, is_static=is_static)
-    together = logprobs_after(host, prompts, {row: row for row in range(num_slots)}, num_steps=3)
-    for company in ([0], [3, 1], list(range(5)), list(range(7, 0, -1)), list(range(0, 12, 2))):
-        places = dict(zip(company, generator.sample(range(num_slots), len(company)), strict=True))
-        for row, logits in logprobs_after(host, prompts, places, num_steps=3).items():
+    runner = runner_with(tiny(kind), adapters=two(kind), num_slots=num_slots, has_fixed_shapes=has_fixed_shapes)
+    together = logits_after(runner, {row: row for row in range(num_slots)}, prompts, num_steps=3)
+    for batch in ([0], [3, 1], list(range(5)), list(range(7, 0, -1)), list(range(0, 12, 2))):
+        places = dict(zip(batch, generator.sample(range(num_slots), len(batch)), strict=True))
+        for row, logits in logits_after(runner, places, prompts, num_steps=3).items():
             assert torch.equal(logits, together[row])
 
 
-@pytest.mark.parametrize("is_static", [False, True])
-def test_an_adapter_of_one_rank_gives_the_same_bits_in_any_company(tiny, tmp_path, is_static):
+@pytest.mark.parametrize("has_fixed_shapes", [False, True])
+def test_an_adapter_of_one_rank_gives_the_same_bits_in_any_batch(tiny, tmp_path, has_fixed_shapes):
     folder = tiny("llama")
     adapters = {"one": make_lora(tmp_path / "one", folder, "q_proj", "v_proj", "o_proj", seed=1, r=1)}
-    host = host_of(folder, adapters, num_slots=12, is_static=is_static, roles=ROLES[:2])
+    options = {"num_slots": 12, "has_fixed_shapes": has_fixed_shapes, "roles": ADAPTER_ROLES[:2]}
+    runner = runner_with(folder, adapters=adapters, **options)
     prompts = [[row + at for at in range(3 + 2 * row)] for row in range(12)]
-    together = logprobs_after(host, prompts, {row: row for row in range(12)}, num_steps=3)
-    for company in ([0], [3, 1], list(range(5)), list(range(0, 12, 2))):
-        for row, logits in logprobs_after(host, prompts, {row: row for row in company}, num_steps=3).items():
+    together = logits_after(runner, {row: row for row in range(12)}, prompts, num_steps=3)
+    for batch in ([0], [3, 1], list(range(5)), list(range(0, 12, 2))):
+        for row, logits in logits_after(runner, {row: row for row in batch}, prompts, num_steps=3).items():
             assert torch.equal(logits, together[row])
 
 
@@ -147,10 +116,10 @@ def test_a_layer_that_sees_tokens_without_a_batch_gives_each_its_own_adapter(tin
         "one": make_lora(tmp_path / "one", folder, "fc1", "q_proj", seed=1),
         "two": make_lora(tmp_path / "two", folder, "fc1", "fc2", seed=2),
     }
-    host = host_of(folder, adapters)
+    runner = runner_with(folder, adapters=adapters)
     for length in (4, 5, 6, 8, 30):
         prompt = list(range(20, 20 + length))
-        found = logprobs_after(host, [prompt], {0: 1}, num_steps=1)
+        found = logits_after(runner, {0: 1}, [prompt], num_steps=1)
         for at, name in enumerate((None, "one", "two")):
             expected = plain_logprobs(folder, adapters.get(name), [*prompt, 0])
             torch.testing.assert_close(found[0][at], expected, atol=1e-3, rtol=0)
@@ -160,11 +129,11 @@ def test_an_adapter_that_changes_the_model_itself_is_refused(tiny, tmp_path):
     folder = tiny("qwen2")
     adapter = make_lora(tmp_path / "one", folder, "q_proj", bias="lora_only")
     with pytest.raises(ConfigurationError, match="has bias: lora_only, which"):
-        spec_of(folder, {"one": adapter})
+        spec_of(folder, adapters={"one": adapter})
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "bias": "none", "init_lora_weights": "pissa"}))
     with pytest.raises(ConfigurationError, match="has init_lora_weights: pissa, which"):
-        spec_of(folder, {"one": adapter})
+        spec_of(folder, adapters={"one": adapter})
 
 
 def test_modules_that_an_adapter_brings_as_a_whole_are_its_own(tiny, tmp_path):
@@ -173,7 +142,7 @@ def test_modules_that_an_adapter_brings_as_a_whole_are_its_own(tiny, tmp_path):
         "one": make_lora(tmp_path / "one", folder, "q_proj", seed=1, modules_to_save=["lm_head", "embed_tokens"]),
         "two": make_lora(tmp_path / "two", folder, "q_proj", seed=2),
     }
-    found = logprobs_after(host_of(folder, adapters), [[3, 9, 4]], {0: 1}, num_steps=1)
+    found = logits_after(runner_with(folder, adapters=adapters), {0: 1}, [[3, 9, 4]], num_steps=1)
     for at, name in enumerate((None, "one", "two")):
         expected = plain_logprobs(folder, adapters.get(name), [3, 9, 4, 0])
         torch.testing.assert_close(found[0][at], expected, atol=1e-4, rtol=0)
@@ -187,7 +156,7 @@ def test_an_adapter_of_embeddings_is_refused_with_what_to_do(tiny, tmp_path):
     }
     message = r"(?s)for base.*an adapter changes .*embed_tokens by more than LoRA.*\(Embedding\).*merge_and_unload"
     with pytest.raises(ConfigurationError, match=message):
-        load_host(spec_of(folder, adapters))
+        load_language_model(spec_of(folder, roles=ADAPTER_ROLES, adapters=adapters))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -200,13 +169,13 @@ def test_siblings_with_adapters_share_a_product_that_is_compiled_once_for_alike_
         "one": make_lora(tmp_path / "one", tiny(kind), *LINEARS[kind], seed=1),
         "two": make_lora(tmp_path / "two", tiny(kind), *LINEARS[kind][1:], seed=2, r=6),
     }
-    prompts = [[3, 9, 4], list(range(40)), [7] * 30]
-    expected = logprobs_after(host_of(tiny(kind), adapters), prompts, {0: 2, 1: 0, 2: 3}, num_steps=2)
-    host = host_of(tiny(kind), adapters, is_static=True)
-    host._passes._compiled = CompiledLayers(host._passes._model)
-    assert join_projections(host._passes._model) == 0  # they are
+    prompts, places = [[3, 9, 4], list(range(40)), [7] * 30], {0: 2, 1: 0, 2: 3}
+    expected = logits_after(runner_with(tiny(kind), adapters=adapters), places, prompts, num_steps=2)
+    runner = runner_with(tiny(kind), adapters=adapters, has_fixed_shapes=True)
+    model = compile_layers(runner)
+    assert join_projections(model) == 0  # they are joined
     torch._dynamo.utils.counters.clear()
-    found = logprobs_after(host, prompts, {0: 2, 1: 0, 2: 3}, num_steps=2)
+    found = logits_after(runner, places, prompts, num_steps=2)
     for row in range(3):
         torch.testing.assert_close(found[row], expected[row], atol=1e-3, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of two layers and two shapes
