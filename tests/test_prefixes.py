@@ -6,14 +6,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.decoding import ask, config_of, decode, engine_of
+from support.decoding import NOWHERE, ask, config_of, engine_of
+from support.reward_hosts import RewardReplica, num_row_caches
 
+from pipeline.attention.branches import reading
 from pipeline.attention.prefixes import Prefixes, Prompt
 from pipeline.engine import scheduler
 from pipeline.engine.engine import decode_rows
 from pipeline.protocol import messages
-from pipeline.worker import language_model_runner as hosts
-from pipeline.worker import reward_model_runner
+from pipeline.runtime.assembly import assemble
+from pipeline.worker import language_model_runner, reward_model_runner
+from pipeline.worker.forward_batch import ForwardBatch
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind to everyone you meet", "weight": 0.7},
@@ -24,53 +27,70 @@ DECODING = {"max_new_tokens": 5, "trace": "tokens", "n": 4}
 
 
 def computed(config, rows, **counts):
-    """The records by row and sample, and the tokens that went through the base's host."""
+    """The records by row and sample, and the tokens that went through the lone host's model."""
     engine, _ = engine_of(config)
-    records = {(r.row_id, r.sample): r for r in decode_rows(engine, rows, **counts)}
-    return records, engine.calls.hosts["base"].host.work().num_tokens, engine
+    records = {(each.row_id, each.sample): each for each in decode_rows(engine, rows, **counts)}
+    return records, engine.calls.hosts.sampler.work().result().num_tokens
 
 
 def share_nothing(monkeypatch):
     monkeypatch.setattr(Prefixes, "find", lambda self, prompt, *, preferred: (preferred, 0))
-    monkeypatch.setattr("pipeline.worker.forward_batch.Draft.begin", lambda self, row, prompt: (row, 0))
+    monkeypatch.setattr(ForwardBatch, "begin", lambda self, row, prompt: (row, 0))
+
+
+def read_in_parts(monkeypatch):
+    """From now on a few words are a long prompt. Models are loaded before, as their probes are read in one part."""
+    for module in (messages, language_model_runner, reward_model_runner):
+        monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(scheduler, "PROMPT_TOKENS_PER_STEP", 40)
+
+
+def answers(engine, rows):
+    """Two records of each row."""
+    return {(each.row_id, each.sample): each for each in decode_rows(engine, rows, num_samples=2)}
 
 
 def test_samples_of_one_prompt_compute_it_once(tiny):
-    sections = {"cluster": {"slots": 8}}
+    config = config_of(tiny(), PAIR, decoding=DECODING, cluster={"slots": 8})
     row = ask("one", "tell me a long story about the sea " * 4)
-    one, tokens_of_one, engine = computed(config_of(tiny(), PAIR, decoding=DECODING, **sections), [row])
-    many, tokens_of_many, _ = computed(config_of(tiny(), PAIR, decoding=DECODING, **sections), [row], num_samples=4)
+    one, tokens_of_one = computed(config, [row])
+    many, tokens_of_many = computed(config, [row], num_samples=4)
     assert many["one", 0] == one["one", 0]
     assert len({record.response for record in many.values()}) == 4
-    num_roles = len(engine._lineup.roles)
+    num_roles = len(assemble(config, NOWHERE).topology.roles)
     steps = sum(record.num_tokens for record in many.values()) - one["one", 0].num_tokens
     assert tokens_of_many - tokens_of_one <= num_roles * steps  # no prompt token but the last of each
 
 
 def test_prompts_share_what_their_system_message_gives(tiny, monkeypatch):
     config = config_of(tiny(), PAIR, decoding={**DECODING, "n": 1}, cluster={"slots": 2})
-    shared, tokens_shared, engine = computed(config, ROWS)
+    shared, tokens_shared = computed(config, ROWS)
     share_nothing(monkeypatch)
-    plain, tokens_plain, _ = computed(config, ROWS)
+    plain, tokens_plain = computed(config, ROWS)
     assert shared == plain
-    encoded = engine._prompter.encode(ROWS[0].messages)
-    heads = engine._prompter.heads(ROWS[0].messages, encoded)
-    assert heads["kind"] > len(PAIR["kind"]["principle"])
-    assert heads["kind"] < len(encoded["kind"])
-    assert tokens_plain - tokens_shared == (len(ROWS) - 1) * sum(heads.values())
+    assembly = assemble(config, NOWHERE)
+    prompter, weights = assembly.prompter, assembly.topology.weights
+    encoded = prompter.encode(ROWS[0].messages, weights)
+    lengths = prompter.shared_prefixes(ROWS[0].messages, encoded)
+    assert lengths["kind"] > len(PAIR["kind"]["principle"])
+    assert lengths["kind"] < len(encoded["kind"])
+    assert tokens_plain - tokens_shared == (len(ROWS) - 1) * sum(lengths.values())
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
 @pytest.mark.parametrize("reproducibility", ["strict", "relaxed"])
 def test_sharing_and_long_prompts_in_parts_change_no_answer(tiny, monkeypatch, slots, reproducibility):
-    monkeypatch.setattr(messages, "CHUNK", 16)
-    monkeypatch.setattr(hosts, "CHUNK", 16)
-    monkeypatch.setattr(scheduler, "PROMPT_TOKENS_A_STEP", 40)
     rows = [ask(f"r{at}", "long " * (4 * at % 17) + "x" * at) for at in range(7)]
     decoding = {**DECODING, "n": 2, "reproducibility": reproducibility, "temperature": 0.0}
-    records = decode(config_of(tiny("mistral"), PAIR, decoding=decoding, cluster={"slots": slots}), rows)
+    many, lone = (
+        engine_of(config_of(tiny("mistral"), PAIR, decoding=decoding, cluster={"slots": each}))[0]
+        for each in (slots, 1)
+    )
+    read_in_parts(monkeypatch)
+    records = answers(many, rows)
     share_nothing(monkeypatch)
-    alone = decode(config_of(tiny("mistral"), PAIR, decoding=decoding, cluster={"slots": 1}), rows)
+    alone = answers(lone, rows)
+    assert len(records) == 2 * len(rows)
     if reproducibility == "strict":
         assert records == alone
     assert {key: record.response for key, record in records.items()} == {
@@ -88,20 +108,29 @@ def test_a_reward_model_reads_a_prompt_once_for_all_answers_and_roles(tiny, judg
     rows = [ask(f"r{at}", "long " * (3 * at % 7) + "x" * (at + 1)) for at in range(4)]
     config = config_of(tiny(), judges, decoding={**DECODING, "n": 3}, cluster={"slots": slots})
 
-    shared, _, engine = computed(config, rows, num_samples=3)
+    def judged():
+        """The records, the tokens that went through the reward model, and the rows that it holds afterwards."""
+        num_before = num_row_caches()
+        replica = RewardReplica.start(config)
+        records = {(each.row_id, each.sample): each for each in decode_rows(replica.engine, rows, num_samples=3)}
+        return records, replica.runner.num_tokens, num_row_caches() - num_before
+
+    shared, tokens_shared, num_shared_caches = judged()
     share_nothing(monkeypatch)
-    plain, _, other = computed(config, rows, num_samples=3)
+    plain, tokens_plain, num_plain_caches = judged()
     assert shared == plain
-    host, lone = (each.calls.hosts["one"].host._host for each in (engine, other))
-    for each in (host, lone):
-        assert len(each._prefixes._held) <= 2 * slots  # what rows held that are gone is let go
-    spared = 0  # of a prompt: all but the last token for 3 samples and 2 roles; of a head: for all but the first row
+    for num_caches in (num_shared_caches, num_plain_caches):
+        assert 0 < num_caches <= 2 * slots  # what rows held that are gone is let go
+    # of a prompt, all but the last token is spared for 3 samples and 2 roles; of a prefix, for all but the first row
+    spared = 0
+    assembly = assemble(config, NOWHERE)
+    prompter, weights = assembly.prompter, assembly.topology.weights
     for at, row in enumerate(rows):
-        encoded = engine._prompter.encode(row.messages)
-        head, length = engine._prompter.heads(row.messages, encoded)["one"], len(encoded["one"])
-        assert 0 < head < length - 1
-        spared += 5 * (length - 1) + (head if at else 0)
-    assert lone.num_tokens - host.num_tokens == spared
+        encoded = prompter.encode(row.messages, weights)
+        prefix, length = prompter.shared_prefixes(row.messages, encoded)["one"], len(encoded["one"])
+        assert 0 < prefix < length - 1
+        spared += 5 * (length - 1) + (prefix if at else 0)
+    assert tokens_plain - tokens_shared == spared
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
@@ -111,16 +140,13 @@ def test_a_reward_model_reads_a_prompt_once_for_all_answers_and_roles(tiny, judg
 def test_a_reward_model_reads_long_prompts_in_parts_to_the_same_answers(
     tiny, judge, monkeypatch, kind, slots, reproducibility
 ):
-    for module in (messages, hosts, reward_model_runner):
-        monkeypatch.setattr(module, "CHUNK", 16)
-    monkeypatch.setattr(scheduler, "PROMPT_TOKENS_A_STEP", 40)
     longest = []
-    read = reward_model_runner.RewardModelRunner._read
-    monkeypatch.setattr(
-        reward_model_runner.RewardModelRunner,
-        "_read",
-        lambda self, readings: longest.append(max(len(each.trunk) for each in readings)) or read(self, readings),
-    )
+
+    def watched(readings, *args):
+        longest.append(max(len(each.trunk) for each in readings))
+        return reading(readings, *args)
+
+    monkeypatch.setattr(reward_model_runner, "reading", watched)
     judges = {"judge": {"kind": "reward_model", "model": str(judge(kind)), "candidates": 4}}
     systems = [None, "be brief " * 5, "be brief " * 5, "be kind"]  # what they begin with takes several parts, too
     rows = [
@@ -130,10 +156,16 @@ def test_a_reward_model_reads_long_prompts_in_parts_to_the_same_answers(
         )
     ]
     decoding = {**DECODING, "n": 2, "reproducibility": reproducibility, "temperature": 0.0}
-    records = decode(config_of(tiny(), judges, decoding=decoding, cluster={"slots": slots}), rows)
+    many, lone = (
+        engine_of(config_of(tiny(), judges, decoding=decoding, cluster={"slots": each}))[0] for each in (slots, 1)
+    )
+    read_in_parts(monkeypatch)
+    longest.clear()
+    records = answers(many, rows)
     assert max(longest) == 16
     share_nothing(monkeypatch)
-    alone = decode(config_of(tiny(), judges, decoding=decoding, cluster={"slots": 1}), rows)
+    alone = answers(lone, rows)
+    assert len(records) == 2 * len(rows)
     if reproducibility == "strict":
         assert records == alone
     assert {key: record.response for key, record in records.items()} == {

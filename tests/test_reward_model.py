@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.decoding import NOWHERE, ask, config_of, decode, engine_of
+from support.decoding import NOWHERE, ask, config_of, decode
+from support.reward_hosts import RewardReplica
 from support.runs import job, parts, run_job, write_prompts
 from transformers import (
     AutoModelForCausalLM,
@@ -133,7 +134,7 @@ def test_answers_are_those_of_uncached_scoring_token_for_token(tiny, judge, kind
 
 @pytest.mark.parametrize("candidates", [1, 10])
 @pytest.mark.parametrize(("kind", "pairs"), [("llama", False), ("llama", True), ("gpt2", False), ("mistral", False)])
-def test_a_strict_row_has_the_same_bits_in_any_company(tiny, judge, kind, pairs, candidates):
+def test_a_strict_row_has_the_same_bits_in_any_batch(tiny, judge, kind, pairs, candidates):
     base = tiny("llama")
     judged = {"kind": "reward_model", "model": str(judge(kind, pairs=pairs)), "candidates": candidates}
     many, alone, other = (
@@ -145,15 +146,15 @@ def test_a_strict_row_has_the_same_bits_in_any_company(tiny, judge, kind, pairs,
 
 
 @pytest.mark.parametrize("options", [{}, {"pairs": True, "candidates": 1}])
-def test_passes_of_one_shape_give_the_same_bits_in_any_company(tiny, judge, monkeypatch, options):
+def test_passes_of_one_shape_give_the_same_bits_in_any_batch(tiny, judge, monkeypatch, options):
     """As strict passes are on a GPU; a row with more tokens than a pass is alone, and some have nothing to read."""
     fields = dict(options)
     pairs = fields.pop("pairs", False)
     shapes = []
 
-    def watched(readings):
+    def watched(readings, *args):
         shapes.append(sum(len(each.tokens) for each in readings))
-        return reading(readings)
+        return reading(readings, *args)
 
     monkeypatch.setattr(reward_model_runner, "reading", watched)
     monkeypatch.setattr(reward_model_runner, "PASS_TOKENS", 32)
@@ -181,12 +182,13 @@ def test_a_step_is_one_pass_and_principals_on_the_same_weights_share_it(tiny, ju
         "two": {"kind": "reward_model", "model": folder, "label": 1, "interval": 2, "candidates": 4},
     }
     decoding = {**DECODING, "reproducibility": reproducibility}
-    engine, assembly = engine_of(config_of(tiny("llama"), principals, decoding=decoding, cluster={"slots": 4}))
-    records = list(decode_rows(engine, ROWS))
-    assert [(plan.name, plan.serves) for plan in assembly.topology.hosts[1:]] == [("one", ("one", "two"))]
+    replica = RewardReplica.start(config_of(tiny("llama"), principals, decoding=decoding, cluster={"slots": 4}))
+    records = list(decode_rows(replica.engine, ROWS))
+    assert len(records) == len(ROWS)
+    assert [(plan.name, plan.serves) for plan in replica.assembly.topology.hosts[1:]] == [("one", ("one", "two"))]
     num_steps = max(record.num_tokens for record in records)
     # and two for prompts: what they begin with in common is read first, then copied
-    assert engine.calls.hosts["one"].host._host.num_forwards == 2 + num_steps
+    assert replica.runner.num_forwards == 2 + num_steps
     assert all(0 not in record.rewards.values() for record in records)
 
 
