@@ -71,10 +71,10 @@ class AlignedAnswer:
 
 
 class Aligner:
-    """A base model steered by principals, in this process. Loads its models when it is made.
+    """A base model steered by principals, in this process. Loads its models when it is created.
 
     Answers equal those of `cage relabel` to the bit, for the same settings and ids: draws are keyed by seed, id and
-    sample. Use it as a context manager, or `close` it, to let go of the models.
+    sample. Use it as a context manager, or call `close`, to release the models.
 
     Args:
         model: the base: a folder, a hub id, an s3:// folder or "smollm2-135m"; or a mapping with the keys of `base`
@@ -132,14 +132,18 @@ class Aligner:
         cache_folder: str | Path | None = None,
         progress: bool = False,
     ) -> Aligner:
-        """An aligner with the base, principals, decoding and slots of a configuration file.
+        """Load an aligner with the base, principals, decoding and slots of a configuration file.
 
-        Its input, output, grid and cluster do not matter here.
+        The file's input, output and the rest of its cluster section have no effect here.
 
         Args:
             file: the YAML file.
             overrides: such as "decoding.temperature=0.7".
-            cache_folder, progress: as of the class.
+            cache_folder: as in the class.
+            progress: as in the class.
+
+        Raises:
+            ConfigurationError: the file cannot be used, or it has a grid, which asks for several ways to answer.
         """
         config = load_config(file, list(overrides))
         aligner = cls.__new__(cls)
@@ -199,7 +203,7 @@ class Aligner:
             One answer per prompt, in order; lists of n answers where n > 1.
 
         Raises:
-            ConfigurationError: the arguments do not fit together.
+            ConfigurationError: the arguments do not fit together, or the aligner is closed.
             CageError: a model's host failed; the aligner can be used again.
         """
         if n < 1:
@@ -213,16 +217,19 @@ class Aligner:
         return answers if n > 1 else [each for (each,) in answers]
 
     def score(self, prompts: Sequence[Conversation], answers: Sequence[str]) -> list[dict[str, float]]:
-        """The rewards of existing answers: by principal, the sum of q over the answer in nats, before weights.
-
-        They are computed by teacher forcing, with the token that ends an answer.
+        """Compute the rewards of existing answers by teacher forcing; the token that ends an answer is included.
 
         Args:
             prompts: as in `generate`.
             answers: one text per prompt.
 
+        Returns:
+            For each prompt, in order, the rewards by principal: the sum of q over the answer in nats, before weights.
+
         Raises:
-            ConfigurationError: an answer or a prompt cannot be read; the message says which.
+            ConfigurationError: a prompt or its answer cannot be scored (the message says which), or the aligner is
+                closed.
+            CageError: a model's host failed; the aligner can be used again.
         """
         if len(answers) != len(prompts):
             raise ConfigurationError(f"score takes one answer per prompt; got {len(prompts)} and {len(answers)}")
@@ -237,7 +244,7 @@ class Aligner:
             return rewards
 
     def close(self) -> None:
-        """Let go of the models. The aligner cannot be used afterwards."""
+        """Release the models. The aligner cannot be used afterwards; a second call does nothing."""
         self._hosts = self._engine = None
         gc.collect()
 
@@ -251,13 +258,14 @@ class Aligner:
 
     @contextmanager
     def _engine_in_use(self) -> Iterator[Engine]:
-        """The engine; a call that fails leaves rows behind, so that the next one begins with another engine."""
+        """The engine. A call that fails leaves rows in it, so the next call starts with a new engine."""
         if self._hosts is None:
             raise ConfigurationError("this aligner is closed")
         engine, self._engine = self._engine, None
         if engine is None:
             engine = make_engine(self._assembly, self._hosts)
-            engine.calls.resize(engine.num_slots)  # hosts may hold the rows, or the number of slots, of another one
+            # the hosts may still hold rows of the engine that failed, or fewer slots, if it had halved them
+            engine.calls.resize(engine.num_slots)
         yield engine
         self._engine = engine
 
@@ -303,11 +311,18 @@ class Aligner:
 class AlignBatch:
     """A callable class for `ray.data.Dataset.map_batches`: one aligner in each actor.
 
-    A batch needs a column `prompt` (texts) or `messages` (conversations), and may have `id` and `weights`. The
-    columns response, finish_reason, num_tokens, rewards, payments, kl_per_token and error are added.
+    A batch needs a column `id` and a column `prompt` (texts) or `messages` (conversations), and may have `weights`.
+    Ids must differ between all rows of the dataset: they key the draws, so an answer does not depend on how rows are
+    put into batches. The columns response, finish_reason, num_tokens, rewards, payments, kl_per_token and error are
+    added.
 
     Args:
-        model, principals, options: as of `Aligner`.
+        model: as in `Aligner`.
+        principals: as in `Aligner`.
+        options: the other arguments of `Aligner`.
+
+    Raises:
+        ConfigurationError: a key, a value or a model cannot be used.
     """
 
     def __init__(
@@ -319,14 +334,32 @@ class AlignBatch:
         self._aligner = Aligner(model, principals, **options)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with its answers. Raises ConfigurationError where it has no prompts."""
+        """Answer a batch.
+
+        Args:
+            batch: columns by name.
+
+        Returns:
+            The batch with the columns of its answers.
+
+        Raises:
+            ConfigurationError: the batch has no prompts, no ids, or the same id twice.
+            CageError: a model's host failed.
+        """
         if ("prompt" in batch) == ("messages" in batch):
             raise ConfigurationError(f"a batch needs a column prompt or messages; it has {', '.join(batch)}")
+        if "id" not in batch:
+            # numbers within the batch would give the same draws to the rows at the same place of all batches
+            raise ConfigurationError(
+                "a batch needs a column id: an id keys the draws of its row, and the place in a batch would repeat "
+                f"from batch to batch; it has {', '.join(batch)}"
+            )
+        prompts: list[Conversation]
         if "prompt" in batch:
             prompts = [str(prompt) for prompt in batch["prompt"]]
         else:
             prompts = [[dict(message) for message in messages] for messages in batch["messages"]]
-        ids = [str(each) for each in batch["id"]] if "id" in batch else None
+        ids = [str(each) for each in batch["id"]]
         weights = (
             [dict(each) if each is not None else None for each in batch["weights"]] if "weights" in batch else None
         )

@@ -1,4 +1,4 @@
-"""The error tree. What a user can mend is told in one line; the class decides the exit code."""
+"""The error tree. What a user can fix is reported in one line; the class decides the exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
 
 
 class CageError(Exception):
-    """An error told to the user in one line. Picklable: the message is its only argument."""
+    """An error that is reported to the user in one line. Picklable: the message is its only argument."""
 
     exit_code = ExitCode.FAILED
 
@@ -40,7 +40,7 @@ class ErrorBudgetExceeded(CageError):
 class Interrupted(BaseException):
     """The run was stopped from outside and can be resumed by the same command.
 
-    Like KeyboardInterrupt no Exception: what handles errors on the way must let it through.
+    Like KeyboardInterrupt it is no Exception, so that code that handles errors does not catch it.
     """
 
     exit_code = ExitCode.INTERRUPTED

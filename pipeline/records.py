@@ -1,4 +1,4 @@
-"""What goes into the decoder and what comes out of it: plain data, one row at a time."""
+"""Input rows and output records of the decoder: plain data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ Message = dict[str, Any]  # OpenAI shape: {"role": ..., "content": ...}
 
 
 class FinishReason(StrEnum):
+    """Why an answer ended: at an end token or a stop string, at its length limit, or by an error."""
+
     STOP = "stop"
     LENGTH = "length"
     ERROR = "error"
@@ -20,9 +22,13 @@ class FinishReason(StrEnum):
 class Row:
     """One input row. A row that could not be read carries `error` and nothing to decode.
 
-    `weights` holds the row's own preference weights by principal (a subset is allowed; the others keep the
-    configured ones); `response` an existing answer to compare with; `max_new_tokens` the row's own limit, where it is
-    below the configured one.
+    Args:
+        row_id: identifies the row; it keys the draws.
+        messages: the conversation so far.
+        weights: the row's own preference weights by principal; principals that are left out keep the configured ones.
+        response: an existing answer to compare with.
+        error: why the row could not be read.
+        max_new_tokens: the row's own limit, which takes effect where it is below the configured one.
     """
 
     row_id: str
@@ -35,9 +41,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class TokenTrace:
-    """One drawn token: log-probabilities, what each principal paid for it, and the values above which each pays.
+    """One drawn token.
 
-    All in nats; payments and thresholds are None under a rule without payments.
+    Args:
+        token_id: of the token.
+        text: the token as text.
+        base_logprob: log-probability under the base, in nats.
+        logprob: log-probability under the policy that drew it, in nats.
+        payments: by principal, nats paid for the token; None under a rule without payments.
+        thresholds: by principal, the value in nats above which it pays; None under a rule without payments.
     """
 
     token_id: int
@@ -50,11 +62,32 @@ class TokenTrace:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One output row. Numbers are float64 sums or means over the answer's tokens; rewards in nats.
+    """One output row. Numbers are float64 sums or means over the answer's tokens.
 
-    `variant` says which of the run's ways to answer this is, `rule` and `agent_temperature` what it decides by;
-    `rewards` is the sum of q over the answer by principal, before weights; `payments` what each principal paid
-    for the drawn tokens (None under a rule without payments). A rejected row has `error` and no answer.
+    Args:
+        row_id: of the input row.
+        sample: which of the row's samples this is.
+        prompt: the input's messages.
+        response: the answer; None where there is an error.
+        finish_reason: why the answer ended.
+        num_tokens: tokens drawn, the end token included.
+        weights: preference weights by principal.
+        rewards: by principal, the sum of q over the answer in nats, before weights.
+        payments: by principal, nats paid for the drawn tokens; None under a rule without payments.
+        kl_per_token: KL divergence of the policy to the base, in nats per token; None without a trace.
+        covered_mass: mean base probability of the candidates; None without a trace.
+        max_residual: largest residual of the answer's games; None without a trace.
+        num_unsolved: tokens whose game did not converge.
+        solver_steps: mean number of solver steps per token; None without a trace.
+        error: why there is no answer.
+        variant: which of the run's variants this is.
+        rule: of the variant.
+        agent_temperature: of the variant.
+        original_response: the existing answer that the row came with.
+        original_rewards: its rewards by principal, in nats.
+        chosen: the answer with the higher weighted reward, of the new and the existing one.
+        rejected: the other one.
+        tokens: every drawn token, with trace "tokens".
     """
 
     row_id: str
@@ -83,4 +116,5 @@ class Record:
 
     @property
     def is_rejected(self) -> bool:
+        """Whether it has an error instead of an answer."""
         return self.error is not None

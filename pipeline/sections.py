@@ -40,6 +40,11 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     resources: Resources = Resources()
+    attention: Literal["auto", "slots", "plain"] = Field(
+        "auto",
+        description="slots: all rows in one pass. plain: one row at a time, slow and right for every family. "
+        "auto: slots where they are exact, else plain",
+    )
 
 
 class BaseConfig(ModelConfig):

@@ -154,4 +154,10 @@ def test_batches_of_ray_data_get_the_same_answers(tiny, aligner):
     assert batch["rewards"] == [answer.rewards for answer in answers]
     assert batch["other"] == [1, 2, 3]
     with pytest.raises(ConfigurationError, match="needs a column prompt or messages"):
-        align({"text": PROMPTS})
+        align({"text": PROMPTS, "id": ["0", "1", "2"]})
+
+
+def test_a_batch_of_ray_data_without_ids_is_refused(tiny):
+    align = AlignBatch(str(tiny("llama")), PRINCIPALS, slots=4, **DECODING)
+    with pytest.raises(ConfigurationError, match=r"needs a column id: .* it has prompt, other"):
+        align({"prompt": PROMPTS, "other": [1, 2, 3]})

@@ -76,7 +76,7 @@ def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again
 
 def test_a_shorter_graph_is_tried_again_when_it_had_been_enough_for_a_while(tiny, monkeypatch):
     monkeypatch.setattr(captured_sampling, "NUM_STEPS", (4, 40))
-    monkeypatch.setattr(captured_sampling, "CALM", 3)
+    monkeypatch.setattr(captured_sampling, "PATIENCE", 3)
     lone = capturing(tiny)
     lone.decode()  # whose last games need more than 4 steps where the agent is cold
     captured = CapturedSampling(lone.runner, lone.assembly.hosts[0].roles, lone.games)

@@ -156,7 +156,7 @@ def lone_host(config):
     """An engine over one host that samples, and the model runner of that host."""
     assembly = assemble(config, NOWHERE)
     (spec,), (plan,) = assembly.hosts, assembly.topology.hosts
-    runner = load_language_model(spec)
+    runner = load_language_model(spec).slot_runner
     client = LocalSamplingHost(SamplingHost(runner, spec.roles, spec.games), plan)
     return make_engine(assembly, Hosts.lone(client, runs_ahead=False)), runner
 

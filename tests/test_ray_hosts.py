@@ -34,7 +34,7 @@ ROWS = [ask(f"r{at}", "tell me " * (at % 4) + "x" * (at + 1)) for at in range(9)
 def capturing_host(assembly):
     """A host whose games are captured, as on a GPU."""
     (spec,) = assembly.hosts
-    return CapturingHost(load_language_model(spec), spec.roles, spec.games)
+    return CapturingHost(load_language_model(spec).slot_runner, spec.roles, spec.games)
 
 
 class CapturingActor(HostActor):

@@ -44,14 +44,14 @@ def test_any_text_before_and_after_another_is_scored_as_if_read_alone(tiny, judg
     with torch.inference_mode():
         for _ in range(25):
             stem = [8] * draw.randint(1, 30)  # longer than the window
-            prefix, followers = [*stem, *sequence(6)], [[*stem, *sequence(9)] for _ in range(3)]
-            followers += [prefix, prefix[:-1] or prefix, [*prefix, 9]]
-            reading, places = lay_out(cache, prefix, followers)
+            prefix, continuations = [*stem, *sequence(6)], [[*stem, *sequence(9)] for _ in range(3)]
+            continuations += [prefix, prefix[:-1] or prefix, [*prefix, 9]]
+            reading, places = lay_out(cache, prefix, continuations)
             [scores_TL] = runner._read([reading])
             known = float(scores_TL[len(reading.trunk) - 1]) if reading.trunk else known
             assert cache.tokens == prefix
             found = [known if place is None else float(scores_TL[place]) for place in places]
-            assert found == pytest.approx([alone(ids) for ids in followers], abs=1e-3)
+            assert found == pytest.approx([alone(ids) for ids in continuations], abs=1e-3)
             assert known == pytest.approx(alone(prefix), abs=1e-3)
 
 

@@ -1,8 +1,8 @@
-"""Branches: what would follow a row, read over the row's own keys and values in one forward pass.
+"""Candidate branches: possible continuations of a row, computed over the row's own keys and values in one pass.
 
-A reading continues a row by trunk tokens, which stay, and forks branches off it, which are forgotten afterwards. A
-branch's token attends to the row up to its fork and to its own branch. Several rows may share a pass; each attends
-to its own keys alone.
+A reading extends a row by trunk tokens, whose keys and values are kept, and adds branches, which are dropped after
+the pass. A branch's token attends to the row up to where the branch starts (its fork) and to its own branch. Several
+rows may share a pass; each attends to its own keys alone.
 
 H query heads, G key-value heads, T tokens of a reading, L tokens that its row keeps, S keys, D head width,
 C capacity.
@@ -22,30 +22,38 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from pipeline.attention.capacity import capacity_for
+from pipeline.attention.plain import AttentionTerms, attend_by_terms
+from pipeline.attention.visibility import ALL_ALIKE, LayerFacts, Visibility
 
 ATTENTION = "cage_branches"
 
 
 @dataclass(slots=True, eq=False)
 class RowCache:
-    """Keys and values of one row, [G, C, D] a layer, and the tokens that they are of."""
+    """Keys and values of one row, [G, C, D] per layer.
+
+    Args:
+        tokens: the token ids whose keys and values are valid; buffers may hold others behind them.
+        keys: by layer.
+        values: by layer.
+    """
 
     tokens: list[int] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
     def bytes_per_token(self) -> int:
-        """Bytes that a token takes, over all layers; 0 before the first pass."""
+        """Bytes per token over all layers; 0 before the first pass."""
         return sum(each.element_size() * each.shape[0] * each.shape[2] for each in (*self.keys, *self.values))
 
     def take_over(self, other: RowCache, count: int) -> None:
-        """Hold the first `count` tokens of another row."""
+        """Copy the first `count` tokens of another row; what this row held before is overwritten."""
         for layer, (keys_GCD, values_GCD) in enumerate(zip(other.keys, other.values, strict=True)):
             self.write(layer, 0, keys_GCD[:, :count], values_GCD[:, :count])
         self.tokens = other.tokens[:count]
 
     def write(self, layer: int, start: int, keys_GTD: Tensor, values_GTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a reading's keys and values behind the first `start`; return all, [G, start + T, D]."""
+        """Write a reading's keys and values behind the first `start`, and return all of them, [G, start + T, D]."""
         stop = start + keys_GTD.shape[1]
         return (
             _written(self.keys, layer, start, stop, keys_GTD),
@@ -67,7 +75,12 @@ def _written(buffers: list[Tensor], layer: int, start: int, stop: int, new_GTD: 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens that would follow the row's first `fork` tokens."""
+    """A possible continuation of a row.
+
+    Args:
+        fork: the number of the row's tokens that come before it.
+        tokens: its token ids.
+    """
 
     fork: int
     tokens: Sequence[int]
@@ -76,7 +89,15 @@ class Branch:
 class Reading:
     """What one row reads in a pass: after its first `kept` tokens the trunk, then every branch.
 
-    `tokens` and `positions` are those of the trunk and of the branches, one after another.
+    Args:
+        cache: of the row.
+        kept: how many of the cached tokens stay; the others are overwritten.
+        trunk: token ids that the row keeps after the pass.
+        branches: continuations, which are dropped after the pass.
+
+    Attributes:
+        tokens: of the trunk and of the branches, one after another.
+        positions: of these tokens in the row. All branches with one fork have the same positions.
     """
 
     def __init__(self, cache: RowCache, kept: int, trunk: Sequence[int], branches: Sequence[Branch] = ()) -> None:
@@ -94,15 +115,15 @@ class Reading:
             self.positions += [branch.fork + at for at in range(len(branch.tokens))]
             self._limits += [branch.fork] * len(branch.tokens)
             self._owners += [owner] * len(branch.tokens)
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[Visibility, Tensor] = {}
 
-    def mask(self, window: int | None, device: torch.device) -> Tensor:
-        """Who sees whom, [T, L + T]."""
-        if window not in self._masks:
-            self._masks[window] = self._make_mask(window).to(device)
-        return self._masks[window]
+    def mask(self, visibility: Visibility, device: torch.device) -> Tensor:
+        """Which keys each token of the reading may attend to, [T, L + T]."""
+        if visibility not in self._masks:
+            self._masks[visibility] = self._make_mask(visibility).to(device)
+        return self._masks[visibility]
 
-    def _make_mask(self, window: int | None) -> Tensor:
+    def _make_mask(self, visibility: Visibility) -> Tensor:
         num_trunk = len(self.trunk)
         positions_T, owners_T = torch.tensor(self.positions), torch.tensor(self._owners)
         at_row = torch.arange(self.kept + num_trunk)
@@ -110,28 +131,41 @@ class Reading:
         own = owners_T[:, None] == owners_T[num_trunk:]
         sees_branch = own & (positions_T[num_trunk:] <= positions_T[:, None])
         seen_TS = torch.cat([sees_row, sees_branch], -1)
-        if window is not None:
-            seen_TS &= positions_T[:, None] - torch.cat([at_row, positions_T[num_trunk:]]) < window
-        return seen_TS
+        # by position: a branch's keys stand where they would stand in the row
+        return seen_TS & visibility.mask(positions_T, torch.cat([at_row, positions_T[num_trunk:]]))
 
     def begin(self) -> None:
-        """Let the row forget what it does not keep; a pass that fails leaves no more behind."""
+        """Drop the tokens that the row does not keep. Before the pass: one that fails has overwritten their keys."""
         del self.cache.tokens[self.kept :]
 
     def end(self) -> None:
-        """Let the row keep the trunk."""
+        """Mark the trunk's tokens as cached."""
         self.cache.tokens += self.trunk
 
 
-_active: ContextVar[Sequence[Reading]] = ContextVar("cage_readings")
+@dataclass(slots=True)
+class _ActivePass:
+    """The readings of the running pass, what its layers ask for, and how many of its layers have attended."""
+
+    readings: Sequence[Reading]
+    layers: Sequence[LayerFacts]
+    num_layers: int = 0
+
+
+_active: ContextVar[_ActivePass] = ContextVar("cage_readings")
 
 
 @contextmanager
-def reading(readings: Sequence[Reading]) -> Iterator[None]:
-    """Make these the readings that the model's attention serves, one after another along its tokens."""
+def reading(readings: Sequence[Reading], layers: Sequence[LayerFacts] = ()) -> Iterator[None]:
+    """Make these the readings that the model's attention serves, one after another along its tokens.
+
+    Args:
+        readings: of different rows, or of one row in order.
+        layers: what each attention call of the pass asks for; none: all of them see every key.
+    """
     for each in readings:
         each.begin()
-    token = _active.set(readings)
+    token = _active.set(_ActivePass(readings, layers))
     try:
         yield
     finally:
@@ -148,51 +182,47 @@ def attend(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
-    **kwargs: Any,
+    s_aux: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, of all readings' tokens: query [1, H, T, D] to output [1, T, H, D]."""
-    if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks are not supported")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    active = _active.get()
+    layer = active.num_layers
+    active.num_layers += 1
+    facts = active.layers[layer] if active.layers else ALL_ALIKE
+    terms = AttentionTerms(scaling, facts.visibility, softcap, s_aux)
     outputs = []
     start = 0
-    for each in _active.get():
+    # one call per row: what else is in the pass then cannot change the order in which a row's numbers are added
+    for each in active.readings:
         part = slice(start, start + len(each.tokens))
         start = part.stop
         keys, values = each.cache.write(layer, each.kept, key[0, :, part], value[0, :, part])
-        outputs.append(_attend(query[0, :, part], keys, values, each, scaling, sliding_window, softcap))
+        outputs.append(_attend(query[0, :, part], keys, values, each, terms))
     return torch.cat(outputs, 1).transpose(0, 1)[None], None
 
 
-def _attend(
-    query_HTD: Tensor,
-    keys_GSD: Tensor,
-    values_GSD: Tensor,
-    each: Reading,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _attend(query_HTD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, each: Reading, terms: AttentionTerms) -> Tensor:
     """One row: the query heads of a key-value head are its query tokens. Output [H, T, D]."""
     num_heads, num_tokens, width = query_HTD.shape
-    if each.is_prefill and softcap is None and (window is None or window >= num_tokens):
+    visibility = terms.visibility
+    sees_all = visibility.first_key(num_tokens - 1) == 0 and (visibility.chunk or num_tokens) >= num_tokens
+    if each.is_prefill and terms.is_plain and sees_all:
         return scaled_dot_product_attention(
-            query_HTD[None], keys_GSD[None], values_GSD[None], is_causal=True, scale=scaling,
+            query_HTD[None], keys_GSD[None], values_GSD[None], is_causal=True, scale=terms.scale,
             enable_gqa=num_heads != keys_GSD.shape[0],
         )[0]  # fmt: skip
     num_shared = num_heads // keys_GSD.shape[0]
-    grouped = query_HTD.reshape(keys_GSD.shape[0], num_shared * num_tokens, width)
-    mask = each.mask(window, query_HTD.device).repeat(num_shared, 1)
-    if softcap is None:
+    mask = each.mask(visibility, query_HTD.device)
+    if terms.is_plain:
+        grouped = query_HTD.reshape(keys_GSD.shape[0], num_shared * num_tokens, width)
         out = scaled_dot_product_attention(
-            grouped[None], keys_GSD[None], values_GSD[None], attn_mask=mask, scale=scaling
+            grouped[None], keys_GSD[None], values_GSD[None], attn_mask=mask.repeat(num_shared, 1), scale=terms.scale
         )[0]
     else:
-        scale = width**-0.5 if scaling is None else scaling
-        scores = torch.tanh(grouped @ keys_GSD.transpose(1, 2) * scale / softcap) * softcap
-        out = scores.masked_fill(~mask, -torch.inf).float().softmax(-1).to(values_GSD) @ values_GSD
+        by_head = query_HTD.view(keys_GSD.shape[0], num_shared, num_tokens, width)
+        out = attend_by_terms(by_head, keys_GSD[:, None], values_GSD[:, None], mask, terms)
     return out.reshape(num_heads, num_tokens, values_GSD.shape[-1])
 
 

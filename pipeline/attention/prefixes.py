@@ -1,4 +1,4 @@
-"""Which cache row holds the keys of which prompt, so that a prompt that is there already is copied, not computed."""
+"""Prefix reuse: which cache row holds which prompt, so that a prompt that is cached is copied, not computed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ Row = TypeVar("Row", bound=Hashable)
 
 
 class Key(NamedTuple):
-    """A prompt, or the shared prefix of one (`shared` 0), by which rows are found.
+    """A prompt, or the shared prefix of one, by which cache rows are found. Equal keys have equal bits in the cache.
 
-    Equal keys have equal bits in the cache: `weights` are those of a role whose output depends on them.
+    Args:
+        adapter: of the role; None where it has none.
+        shared: where the prompt was cut when it was computed; 0 for a shared prefix itself.
+        tokens: the token ids that are cached.
+        weights: the row's preference weights, for a role whose output depends on them.
     """
 
     adapter: str | None
@@ -58,19 +62,25 @@ class Prompt:
     def segments(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Tokens [start, stop), cut where the shared prefix ends.
 
-        A segment's bits depend on where it ends: cut so, they depend on the prompt alone, not on what is shared now.
+        A segment's bits depend on where it begins and ends, as kernels add in another order for another length.
+        Every prompt is therefore cut where its shared prefix ends, also while no other row shares it: whether the
+        prefix is computed or copied then makes no difference to the row's bits.
         """
         return list(pairwise([start, *([self.shared] if start < self.shared < stop else []), stop]))
 
 
 class Prefixes(Generic[Row]):
-    """The prompts held by cache rows, whatever names them."""
+    """The prompts that cache rows hold. A row is named by anything hashable.
+
+    Where several rows hold a prompt they hold the same bits, so it does not matter which one is copied.
+    """
 
     def __init__(self) -> None:
         self._held: dict[Row, Prompt] = {}
         self._rows: dict[Key, dict[Row, None]] = {}
 
     def clear(self) -> None:
+        """Forget all rows."""
         self._held.clear()
         self._rows.clear()
 
@@ -91,8 +101,12 @@ class Prefixes(Generic[Row]):
                 del self._rows[key]
 
     def find(self, prompt: Prompt, *, preferred: Row) -> tuple[Row, int]:
-        """A row that holds the longest part of the prompt that is held, and that part's length; (preferred, 0)
-        where there is none. `preferred` is taken where several hold as much."""
+        """A row that holds the longest cached part of the prompt, and that part's length.
+
+        Args:
+            prompt: what is looked for.
+            preferred: the row that is returned where several hold the same part, and with length 0 where none does.
+        """
         for key in prompt.keys:
             rows = self._rows.get(key)
             if rows:

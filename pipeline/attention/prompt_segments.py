@@ -1,7 +1,8 @@
 """Attention of new prompts' tokens in a pass of a fixed shape: all of them in one call of torch's FlashAttention.
 
-A call for each part of each prompt takes longer to start than to run, and could not be recorded. A part's bits do not
-depend on what else is in the call. Without a GPU, or for types that the kernel does not take, it is a call a part.
+One call for each part of each prompt takes longer to start than to run, and could not be captured in a CUDA graph. A
+part's bits do not depend on what else is in the call. Without a GPU, or for types that the kernel does not support,
+there is one call per part.
 
 T tokens of a pass, S segments, H query heads, G key-value heads, D head width, L capacity of a cache row.
 """
@@ -14,16 +15,16 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pipeline.attention.plain import attend_segment
+from pipeline.attention.plain import AttentionTerms, attend_segment
 from pipeline.attention.rows import can_build_for
 from pipeline.attention.segments import Segment
 from pipeline.attention.transfers import to_device
 
-WIDEST, WIDTH_STEP = 256, 8  # head widths that the kernel takes
+WIDEST, WIDTH_STEP = 256, 8  # head widths that the kernel supports
 
 
 def serves(key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes such keys and values, from where they are."""
+    """Whether the kernel supports the type, the head width and the device of these keys and values."""
     width = key.shape[-1]
     is_half = key.dtype in (torch.bfloat16, torch.float16)
     fits = width == value.shape[-1] <= WIDEST and width % WIDTH_STEP == 0
@@ -34,10 +35,10 @@ class Prompts:
     """The segments of a pass, on the device, in tensors that stay where they are.
 
     Args:
-        num_tokens: T of every pass; what is missing goes to a row that nobody reads.
+        num_tokens: T of every pass; padding tokens are written to the spare row.
         most_segments: S at most.
-        spare_row: that row.
-        device: where they are.
+        spare_row: a cache row that is never read.
+        device: where the tensors are.
     """
 
     def __init__(self, num_tokens: int, most_segments: int, *, spare_row: int, device: torch.device) -> None:
@@ -59,7 +60,7 @@ class Prompts:
         return self._places[1]
 
     def load(self, segments: Sequence[Segment]) -> None:
-        """Take other segments."""
+        """Replace the segments. The tensors keep their addresses, which captured CUDA graphs read from."""
         self._segments = segments
         counts = [part.stop - part.start for part in segments]
         missing = self._places.shape[1] - sum(counts)
@@ -77,7 +78,7 @@ class Prompts:
         self._bounds.copy_(to_device(bounds, self._bounds.device, torch.int32), non_blocking=True)
 
     def write(self, buffer: Tensor, states_GTD: Tensor) -> None:
-        """Put keys or values at their places."""
+        """Write the tokens' keys or values into the cache."""
         rows_T, positions_T = self._places
         buffer[rows_T, :, positions_T] = states_GTD.transpose(0, 1)
 
@@ -87,13 +88,20 @@ class Prompts:
         keys: Tensor,
         values: Tensor,
         out_THD: Tensor,
-        *,
-        scale: float | None,
-        window: int | None,
+        terms: AttentionTerms,
     ) -> None:
-        """Attend over what is written, up to each token's own position."""
-        if not serves(keys, values):
-            self._attend_each(query_HTD, keys, values, out_THD, scale=scale, window=window)
+        """Attend over the written keys and values, up to each token's own position.
+
+        Args:
+            query_HTD: of all tokens.
+            keys: of the layer, [rows, G, L, D].
+            values: of the layer, likewise.
+            out_THD: receives the outputs.
+            terms: of the layer.
+        """
+        window = terms.visibility.window
+        if not (serves(keys, values) and terms.is_plain and terms.visibility.chunk is None):
+            self._attend_each(query_HTD, keys, values, out_THD, terms)
             return
         # rows of a cache stand [G, L, D]: a token of the first head is L tokens before the same one of the next
         num_rows, num_kv_heads, capacity, width = keys.shape
@@ -111,7 +119,7 @@ class Prompts:
             0.0,
             True,
             False,
-            scale=scale,
+            scale=terms.scale,
             window_size_left=None if window is None else window - 1,
             window_size_right=None if window is None else 0,
             seqused_k=num_keys[:-1],
@@ -123,14 +131,12 @@ class Prompts:
         keys: Tensor,
         values: Tensor,
         out_THD: Tensor,
-        *,
-        scale: float | None,
-        window: int | None,
+        terms: AttentionTerms,
     ) -> None:
         at = 0
         for part in self._segments:
             here = slice(at, at + part.stop - part.start)
             seen = keys[part.row, :, : part.stop], values[part.row, :, : part.stop]
-            out_THD[here] = attend_segment(query_HTD[:, here], *seen, scale, window).transpose(0, 1)
+            out_THD[here] = attend_segment(query_HTD[:, here], *seen, terms).transpose(0, 1)
             at = here.stop
         out_THD[at:] = 0

@@ -1,8 +1,9 @@
 """Attention of running rows on a GPU: the newest token of each over its own keys and values, in one kernel.
 
-A row's keys are read where they lie, as many as it has, and its newest key and value are written on the way; torch's
-own kernels want rows of one length, or a copy. One program serves one row and key-value head, block by block from the
-row's start: its bits do not depend on the company, and lengths may change without a new recording of the pass.
+A row's keys are read in place, as many as it has, and its newest key and value are written on the way; torch's own
+kernels want rows of one length, or a copy. One program serves one row and key-value head, block by block from the
+row's start: its bits do not depend on the batch composition, and lengths may change while the captured pass stays
+valid.
 
 R rows of a pass, H query heads, G key-value heads, D head width, L capacity of a cache row.
 """
@@ -20,17 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.attention.plain import AttentionTerms
 from pipeline.attention.transfers import on_device
 
 # keys at once, and how a program runs: the fastest of 27 on an H100, whatever the lengths
 BLOCK = 32
 LAUNCH = {"num_warps": 2, "num_stages": 2}
 OLDEST = (8, 0)  # compute capability
+LOG2_E = math.log2(math.e)  # the kernel computes powers of 2
 _SMALLEST_DOT = 16  # rows of a matrix product
 
 
 def serves(key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes such keys and values, from where they are."""
+    """Whether the kernel supports the head width and the device of these keys and values."""
     width = key.shape[-1]
     return can_build_for(key.device) and width == value.shape[-1] >= _SMALLEST_DOT
 
@@ -42,7 +45,7 @@ def can_build_for(device: torch.device) -> bool:
 
 @cache
 def what_is_missing(device: torch.device) -> str | None:
-    """What it takes to build kernels for a GPU and is not here."""
+    """What is missing on this machine to build kernels for a GPU; None: nothing."""
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < OLDEST:
         return f"a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or later"
     if importlib.util.find_spec("triton") is None:
@@ -63,24 +66,37 @@ def attend_rows(
     rows_R: Tensor,
     last_R: Tensor,
     out_RHD: Tensor,
-    *,
-    scale: float | None,
-    window: int | None,
+    terms: AttentionTerms,
 ) -> None:
-    """Write the newest keys and values into the cache [rows, G, L, D] at `rows_R`, `last_R`, and attend.
+    """Write the newest keys and values into the cache, then attend over each row up to its newest token.
 
-    `out_RHD` takes the answer. Last dimensions must be contiguous.
+    Last dimensions must be contiguous.
+
+    Args:
+        query_HRD: of the rows' newest tokens.
+        key_GRD: likewise.
+        value_GRD: likewise.
+        keys: of the layer, [rows, G, L, D].
+        values: of the layer, likewise.
+        rows_R: the cache row of each row of the pass.
+        last_R: the position of each newest token.
+        out_RHD: receives the outputs.
+        terms: of the layer.
     """
     assert query_HRD.stride(2) == key_GRD.stride(2) == value_GRD.stride(2) == out_RHD.stride(2) == 1
     num_heads, num_rows, width = query_HRD.shape
     num_kv_heads = keys.shape[1]
+    scale = width**-0.5 if terms.scale is None else terms.scale
+    visibility, sinks = terms.visibility, terms.sinks
     with on_device(query_HRD.device):
         _kernel()[num_rows, num_kv_heads](
             query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD,
-            (width**-0.5 if scale is None else scale) * math.log2(math.e), window or 0,
+            query_HRD if sinks is None else sinks.float(),  # any pointer: it is not read where there are none
+            scale * LOG2_E, (terms.softcap or 0.0) * LOG2_E, visibility.window or 0, visibility.chunk or 0,
             *query_HRD.stride()[:2], *key_GRD.stride()[:2], *value_GRD.stride()[:2],
             *keys.stride()[:2], *out_RHD.stride()[:2],
-            **constants(width, num_heads // num_kv_heads), **LAUNCH,
+            **constants(width, num_heads // num_kv_heads),
+            HAS_SOFTCAP=terms.softcap is not None, HAS_SINKS=sinks is not None, **LAUNCH,
         )  # fmt: skip
 
 

@@ -11,7 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens [start, stop) of a prompt, for cache row `row`; computed together, after what stands before them."""
+    """A part of a prompt that is computed together, after the tokens before it.
+
+    Args:
+        row: the cache row.
+        start: position of its first token.
+        stop: position behind its last token.
+    """
 
     row: int
     start: int
@@ -20,7 +26,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """Tokens [start, stop) that `row` takes over from the cache row `source`."""
+    """A part of one cache row that is copied to another.
+
+    Args:
+        source: the cache row that holds it.
+        row: the cache row that receives it.
+        start: position of its first token, in both rows.
+        stop: position behind its last token.
+    """
 
     source: int
     row: int
@@ -33,10 +46,10 @@ class RunningRows:
     """The rows of a pass that append one token each.
 
     Args:
-        rows: their places in the cache.
-        lengths: their tokens after the pass.
-        rows_R: `rows` as a tensor.
-        last_R: the position of each newest token.
+        rows: the cache row of each.
+        lengths: the number of tokens of each after the pass.
+        rows_R: `rows` as a tensor on the device.
+        last_R: the position of each newest token, on the device.
     """
 
     rows: Sequence[int]

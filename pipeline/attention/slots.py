@@ -21,10 +21,11 @@ from transformers import AttentionInterface
 
 from pipeline.attention import rows as row_attention
 from pipeline.attention.capacity import capacity_for
-from pipeline.attention.plain import attend_batch, attend_each_row, attend_segment
+from pipeline.attention.plain import AttentionTerms, attend_batch, attend_each_row, attend_segment
 from pipeline.attention.prompt_segments import Prompts
 from pipeline.attention.segments import Copied, RunningRows, Segment
 from pipeline.attention.transfers import to_device
+from pipeline.attention.visibility import ALL_ALIKE, LayerFacts
 
 ATTENTION = "cage_slots"
 
@@ -41,6 +42,7 @@ class SlotPass:
         per_row: attend row by row over exact lengths, so that no row's bits depend on the batch composition;
             otherwise one masked call serves all running rows.
         prompts: instead of segments, in a pass of a fixed shape over new prompts.
+        layers: what each attention call of the pass asks for, in order; none: all of them see every key.
     """
 
     cache: SlotCache | None
@@ -49,6 +51,7 @@ class SlotPass:
     running: RunningRows
     per_row: bool
     prompts: Prompts | None = None
+    layers: Sequence[LayerFacts] = ()
 
     @property
     def longest(self) -> int:
@@ -152,36 +155,44 @@ def attend(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
-    **kwargs: Any,
+    s_aux: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, over packed tokens: query [1, H, T, D] to output [1, T, H, D]. Keys and
-    values are kept in the running pass's cache."""
-    if softcap is not None or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention with a logit softcap or attention sinks is not supported")
+    """Attention as transformers calls it, over packed tokens: query [1, H, T, D] to output [1, T, H, D].
+
+    Keys and values are kept in the running pass's cache. What a query may see comes from what was learned of the
+    model's masks, not from a keyword: some families have a window in their mask alone.
+    """
     if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.cage.attend(query, key, value, scaling, sliding_window)
+        out: Tensor = torch.ops.cage.attend(query, key, value, scaling, softcap, s_aux)
         return out, None
-    return _attend(query, key, value, scaling, sliding_window), None
+    return _attend(query, key, value, scaling, softcap, s_aux), None
 
 
 # One operation that a compiler does not look into: what it needs to know of the pass is no tensor. It does not name
 # its layer, so that one compilation serves all layers; they come in order.
 torch.library.define(
-    "cage::attend", "(Tensor query, Tensor key, Tensor value, float? scaling, int? window) -> Tensor"
+    "cage::attend",
+    "(Tensor query, Tensor key, Tensor value, float? scaling, float? softcap, Tensor? sinks) -> Tensor",
 )
 
 
 @torch.library.register_fake("cage::attend")  # type: ignore[untyped-decorator]
-def _(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     under_way = _active.get()
     slot_pass, layer = under_way.slot_pass, under_way.num_layers
     under_way.num_layers += 1
+    facts = slot_pass.layers[layer] if slot_pass.layers else ALL_ALIKE
+    terms = AttentionTerms(scaling, facts.visibility, softcap, sinks)
     query_HTD, key_GTD, value_GTD = query[0], key[0], value[0]
     num_heads, num_tokens, _ = query_HTD.shape
     out_THD = query.new_empty(num_tokens, num_heads, value.shape[-1])
@@ -194,20 +205,20 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
         assert values is not None
         prompts.write(keys, key_GTD)
         prompts.write(values, value_GTD)
-        prompts.attend(query_HTD, keys, values, out_THD, scale=scaling, window=window)
+        prompts.attend(query_HTD, keys, values, out_THD, terms)
     else:
         if keys is not None and values is not None:
             _write(keys, key_GTD, slot_pass)
             _write(values, value_GTD, slot_pass)
             # also where nothing was written: the row that others copy from may have held its whole prompt before
             _copy_prefixes(keys, values, slot_pass.prefix_copies)
-        _attend_segments(query_HTD, key_GTD, value_GTD, keys, values, slot_pass, out_THD, scaling, window)
+        _attend_segments(query_HTD, key_GTD, value_GTD, keys, values, slot_pass, out_THD, terms)
     if slot_pass.running.lengths:
         assert keys is not None
         assert values is not None
         _attend_rows(
             query_HTD[:, num_new:], key_GTD[:, num_new:], value_GTD[:, num_new:], keys, values, slot_pass,
-            out_THD[num_new:], scaling, window,
+            out_THD[num_new:], terms,
         )  # fmt: skip
     return out_THD[None]
 
@@ -239,8 +250,7 @@ def _attend_segments(
     values: Tensor | None,
     slot_pass: SlotPass,
     out_THD: Tensor,
-    scaling: float | None,
-    window: int | None,
+    terms: AttentionTerms,
 ) -> None:
     """One call a segment."""
     at = 0
@@ -252,7 +262,7 @@ def _attend_segments(
             assert keys is not None
             assert values is not None
             seen = keys[part.row, :, : part.stop], values[part.row, :, : part.stop]
-        out_THD[here] = attend_segment(query_HTD[:, here], *seen, scaling, window).transpose(0, 1)
+        out_THD[here] = attend_segment(query_HTD[:, here], *seen, terms).transpose(0, 1)
         at = here.stop
 
 
@@ -264,22 +274,19 @@ def _attend_rows(
     values: Tensor,
     slot_pass: SlotPass,
     out_RHD: Tensor,
-    scaling: float | None,
-    window: int | None,
+    terms: AttentionTerms,
 ) -> None:
     """Write and attend for one token a running row."""
     running = slot_pass.running
     rows_R, last_R = running.rows_R, running.last_R
     if row_attention.serves(keys, values):
-        row_attention.attend_rows(
-            query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD, scale=scaling, window=window
-        )
+        row_attention.attend_rows(query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD, terms)
         return
     keys[rows_R, :, last_R] = key_GRD.transpose(0, 1)
     values[rows_R, :, last_R] = value_GRD.transpose(0, 1)
     attend_rows = attend_each_row if slot_pass.per_row else attend_batch
     query_RH1D = query_HRD.transpose(0, 1)[:, :, None]
-    out_RHD[:] = attend_rows(query_RH1D, keys, values, running, scaling, window)[:, :, 0]
+    out_RHD[:] = attend_rows(query_RH1D, keys, values, running, terms)[:, :, 0]
 
 
 AttentionInterface.register(ATTENTION, attend)

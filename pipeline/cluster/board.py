@@ -1,7 +1,7 @@
-"""The board: an actor on which replicas say how far they are and what they wait for, and which counts attempts.
+"""The progress board: an actor that collects what replicas report, and counts attempts.
 
-It outlives any replica: Ray Data restarts a dead replica and calls it again for ever, and the counts kept here end
-that. Its imports are few, since replicas wait for it before they start their hosts.
+It outlives any replica. Ray Data restarts a dead replica and repeats its calls without limit; the attempts that are
+counted here set one. Its imports are few, since replicas wait for it before they start their hosts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.errors import CageError
 from pipeline.monitoring.counts import Counts
 
-ANSWER_S = 60.0
-SILENT_S = 10.0
+ANSWER_S = 60.0  # without an answer for so long the board counts as lost
+SILENT_S = 10.0  # after so long without a report a replica is shown as silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,11 @@ class _Report:
 
 
 class ProgressBoard:
-    """What all replicas did, and how often each shard was begun."""
+    """Collects what all replicas did, and counts how often each shard was begun.
+
+    Args:
+        num_replicas: that run at the same time.
+    """
 
     def __init__(self, num_replicas: int) -> None:
         self._num_replicas = num_replicas
@@ -42,12 +46,17 @@ class ProgressBoard:
         self._num_starts = 0
 
     def begin(self, shard: int) -> int:
-        """Number of times that the shard was begun, this one included."""
+        """Count an attempt of a shard; return how many there were, this one included."""
         self._attempts[shard] += 1
         return self._attempts[shard]
 
     def lease(self, actor: str) -> int:
-        """The replica number of an actor: its old one after a restart, else the one leased longest ago."""
+        """The replica number of an actor: its old one after a restart, else the one leased longest ago.
+
+        Args:
+            actor: the actor's id, which Ray keeps over restarts. A replica that Ray gives up gets a successor with
+                another id, which takes over a number, and with it the placement group, of one that is gone.
+        """
         if actor not in self._actors:
             if len(self._actors) == self._num_replicas:
                 self._actors.pop(0)
@@ -57,18 +66,26 @@ class ProgressBoard:
         return self._places[actor]
 
     def start(self) -> int:
-        """Number of times that a replica was started, this one included."""
+        """Count a start of a replica; return how many there were, this one included."""
         self._num_starts += 1
         return self._num_starts
 
     def report(self, replica: str, counts: Counts, waits: Sequence[str] = ()) -> None:
+        """Replace the last report of a replica.
+
+        Args:
+            replica: the name of its process; a restarted one reports under another name and counts from 0.
+            counts: what it did since its process started.
+            waits: what it waits for.
+        """
         self._reports[replica] = _Report(counts, tuple(waits), time.monotonic())
 
     def totals(self) -> Counts:
+        """The counts of all processes that ever reported."""
         return sum((report.counts for report in self._reports.values()), Counts())
 
     def waits(self) -> list[str]:
-        """What replicas wait for, each with its name; those of which nothing was heard lately say so."""
+        """What the replicas that reported last wait for, one line per wait; silent ones are marked."""
         now_s = time.monotonic()
         lines = []
         for name, report in sorted(self._reports.items(), key=lambda item: -item[1].heard_s)[: self._num_replicas]:
@@ -79,13 +96,13 @@ class ProgressBoard:
 
 
 def start_board(num_replicas: int) -> Any:
-    """A board on this machine: it must not be lost with another one."""
+    """Start a board on the driver's machine: losing any other machine must not lose the board."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote(num_replicas)
 
 
 def ask(answer: Any) -> Any:
-    """The board's answer. Raises CageError when the board is gone or silent."""
+    """Wait for an answer of the board. Raises CageError where it is lost or does not answer within ANSWER_S."""
     try:
         return ray.get(answer, timeout=ANSWER_S)
     except RayError as error:

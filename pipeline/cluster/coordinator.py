@@ -1,7 +1,9 @@
 """The coordinator: decodes the shards of many callers in one loop, and commits them.
 
-One thread runs the decoder for all callers, so that slots refill across shard borders. When a host fails, the
-replica's hosts are replaced and the rows under way begin again, a bounded number of times.
+One thread runs the decoder for all callers, so that slots refill across shard borders. When a host fails, all hosts
+of the replica are replaced and the running rows begin again, a limited number of times. Ray's own retries are not
+used: Ray would repeat a call on a restarted actor with an empty cache, where rows must begin again from their
+    prompts.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ class Coordinator:
 
     Args:
         assembly: the replica.
-        launch, replica: how hosts are started, and in which place.
-        hosts: those already starting, or why they cannot.
+        launch: how its hosts are started.
+        replica: its number, which selects its placement group.
+        hosts: the first hosts, which are loading already, or why they cannot start.
         run_path: the run directory.
         board: where attempts are counted, an actor handle.
         max_attempts: of one shard.
@@ -60,6 +63,7 @@ class Coordinator:
         *,
         name: str,
     ) -> None:
+        # games are small, and more threads would take cores from hosts on the same machine
         torch.set_num_threads(1)
         self._launch = launch
         self._replica = replica
@@ -71,18 +75,26 @@ class Coordinator:
         self._name = name
         self._incoming: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
-        self._counts_before = Counts()  # of decoders that were given up
+        self._counts_before = Counts()  # of decoders before this one
         self._decoder: ShardDecoder | None = None
         threading.Thread(target=self._serve, name="decoder", daemon=True).start()
 
     @property
     def counts(self) -> Counts:
-        """What was done since this process started."""
+        """What was done since this process started. May be read from any thread."""
         decoder = self._decoder
         return self._counts_before if decoder is None else self._counts_before + decoder.counts
 
     def decode_and_commit(self, index: int, attempt: int) -> ShardOutcome:
-        """Decode a shard and commit it, unless it is committed. Raises CageError when its attempts are used up."""
+        """Decode a shard and commit it, unless it is committed already; returns when that is done.
+
+        Args:
+            index: of the shard.
+            attempt: the number of this attempt, as the board counts.
+
+        Raises:
+            CageError: its attempts are used up, or no attempt can succeed (a configuration or storage error).
+        """
         with waiting_for(f"a look whether shard {index} is committed"):
             standing = self._run.commit_of(index)
         if standing is not None:  # by another driver, or by a replica that died before it could say so
@@ -103,7 +115,7 @@ class Coordinator:
         return ShardOutcome(index, rows=record.rows, rejected=record.rejected)
 
     def _serve(self) -> None:
-        """Decode until the process ends; begin anew after a failure that cannot be overcome."""
+        """Decode until the process ends; after a failure that the decoder cannot recover from, make a new one."""
         while True:
             if not self._jobs:
                 self._accept(self._incoming.get())
@@ -113,14 +125,14 @@ class Coordinator:
                 self._restart_or_fail(error)
             except CageError as error:
                 self._fail_all(error)
-            except Exception as error:  # the callers must be answered whatever happens in this thread
+            except Exception as error:  # callers wait for a result without limit: every failure must reach them
                 self._fail_all(CageError(f"the coordinator failed: {type(error).__name__}: {error}"))
             finally:
                 self._stop_hosts()
                 self._counts_before, self._decoder = self.counts, None
 
     def _start_hosts(self) -> Hosts:
-        """Wait for the first hosts, or start others."""
+        """Wait for the first hosts, or start new ones."""
         first, self._hosts = self._hosts, None
         if isinstance(first, CageError):
             raise first
@@ -133,7 +145,7 @@ class Coordinator:
         self._hosts = None
 
     def _decode(self, hosts: Hosts) -> None:
-        """The decoder's loop, for ever. Raises CageError with `_jobs` holding what was under way."""
+        """Run the decoder without end. Raises CageError; `_jobs` then holds the shards that were being decoded."""
         self._decoder = decoder = make_decoder(self._assembly, hosts)
         for job in self._jobs.values():
             decoder.add(job.index, self._run.plan.read_shard(job.index))
@@ -145,10 +157,11 @@ class Coordinator:
                 self._jobs.pop(output.index).done.set_result(output)
 
     def _step(self, decoder: ShardDecoder) -> list[ShardOutput]:
-        """A step of the decoder; if a host fails, the same decoder goes on with others."""
+        """Run a step of the decoder; if a host fails, the same decoder goes on with new ones."""
         try:
             return decoder.step()
         except HostError as error:
+            # first, since the new hosts need the CPUs, GPUs and memory of the old ones
             self._stop_hosts()
             decoder.recover(self._start_hosts(), error)
             return []
@@ -163,7 +176,7 @@ class Coordinator:
             return None
 
     def _restart_or_fail(self, error: HostError) -> None:
-        """Count an attempt for every shard under way; give up those that had enough."""
+        """Count an attempt for every shard that was being decoded; fail those that have no attempt left."""
         for job in list(self._jobs.values()):
             if job.attempt >= self._max_attempts:
                 self._jobs.pop(job.index).done.set_exception(error)

@@ -1,4 +1,8 @@
-"""Hosts as Ray actors: one placement group a replica, one actor a host, answers that name who failed."""
+"""Hosts as Ray actors: one placement group per replica, one actor per host.
+
+Ray neither restarts these actors nor retries their calls. A restarted actor has lost its cache, and a retried call
+would run on it as if nothing had happened. Instead the coordinator starts new hosts and begins the rows again.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +35,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-KEPT_OUTCOMES = 16  # an engine waits for two at most; what it has no use for any more is not collected
+KEPT_OUTCOMES = 16  # an engine waits for two at most; those of steps that it has given up are never collected
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Stands for outcomes that a host's device still computes."""
+    """Stands for outcomes that a host's device still computes; `HostActor.collect` exchanges it for them."""
 
     number: int
 
@@ -44,13 +48,14 @@ class Ticket:
 class HostActor:
     """Holds one host in its own process and on its own device.
 
-    Where its device goes on by itself, `advance_and_sample` ends as soon as it has begun, and its outcomes are
-    collected by a call of its own: behind the next step's, so that the device has work while they are on their way.
+    Where the host runs ahead, `advance_and_sample` returns a ticket as soon as the device has begun, and a second
+    call collects the outcomes. An actor runs its calls in order, so the next step is sent in between: the device then
+    has work while the outcomes travel.
 
     Args:
         specs: a reference to the specs of all hosts, in a tuple so that Ray does not replace it by its value.
         index: which of them this is.
-        wrap_host: put around the host.
+        wrap_host: called with the host; what it returns takes the host's place.
     """
 
     def __init__(self, specs: tuple[Any], index: int, wrap_host: WrapHost) -> None:
@@ -64,7 +69,7 @@ class HostActor:
         self._num_tickets = 0
 
     def load(self) -> None:
-        """Load the weights. Not in `__init__`: an error there loses its class on the way."""
+        """Load the weights. Not in `__init__`: Ray would turn an error there into one of its own classes."""
         from pipeline.worker.start import (  # heavy, for this process alone
             start_proposing,
             start_sampling,
@@ -81,15 +86,15 @@ class HostActor:
             self.serve_scoring(start_scoring(spec))
 
     def serve_scoring(self, host: Scores) -> None:
-        """Answer by this host, which scores and nothing else."""
+        """Serve calls by this host, which only scores."""
         self._scoring = self._wrap_host(host)
 
     def serve_proposing(self, host: Proposes) -> None:
-        """Answer by this host, which serves the base."""
+        """Serve calls by this host, which serves the base."""
         self._scoring = self._proposing = self._wrap_host(host)
 
     def serve_sampling(self, host: Samples) -> None:
-        """Answer by this host, which holds every role."""
+        """Serve calls by this host, which holds every role."""
         self._scoring = self._proposing = self._sampling = self._wrap_host(host)
 
     def advance(self, at: Position, step: Step) -> None:
@@ -119,7 +124,7 @@ class HostActor:
     def advance_and_sample(
         self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
     ) -> list[TokenOutcome] | Ticket:
-        """The outcomes, or a ticket for them."""
+        """Advance and sample; the outcomes, or a ticket for them."""
         reply = _present(self._sampling).advance_and_sample(at, step, slots, terms, uniforms)
         if reply.is_ready:
             return reply.result()
@@ -130,7 +135,7 @@ class HostActor:
         return ticket
 
     def collect(self, ticket: Ticket) -> list[TokenOutcome]:
-        """Wait for the outcomes that a ticket stands for; once."""
+        """Wait for the outcomes that a ticket stands for. A ticket can be used once."""
         return self._outcomes.pop(ticket.number).result()
 
     def work(self) -> HostWork:
@@ -151,7 +156,7 @@ class RayHost:
     Args:
         actor: handle of a `HostActor`.
         plan: names the host in messages.
-        timeout_s: for one answer.
+        timeout_s: for one answer; a host that takes longer counts as failed.
     """
 
     def __init__(self, actor: Any, plan: HostPlan, timeout_s: float) -> None:
@@ -169,7 +174,7 @@ class RayHost:
     def values_at(
         self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Reply[Candidates] | None
     ) -> Reply[Tensor]:
-        # the handle in place of the value: Ray fetches it before the call, from whichever host makes it
+        # the handle in place of the value: Ray resolves it before the call runs, and nobody waits for it here
         given = None if proposal is None else proposal.handle
         return self._reply("values_at", self.actor.values_at.remote(at, slots, num_tokens, given))
 
@@ -212,7 +217,7 @@ class RayHost:
         return Reply(lambda: self._get(message, reference, self._timeout_s), handle=reference)
 
     def _get(self, message: str, reference: Any, timeout_s: float) -> Any:
-        """Wait for an answer. Raises HostError, which names the host, or what makes the run end."""
+        """Wait for an answer. Raises HostError, which names the host, or ConfigurationError as the host raised it."""
         try:
             with waiting_for(f"an answer of host {self._plan.name} to {message}"):
                 return ray.get(reference, timeout=timeout_s)
@@ -243,10 +248,11 @@ class HostLaunch:
         specs: a reference to the specs of all hosts, in a tuple so that Ray does not replace it by its value.
         plans: of the hosts.
         cluster: time limits.
-        places: one placement group per replica. They belong to the driver: Ray keeps a group whose creator can
+        places: one placement group per replica. The driver creates and removes them: a group that a replica creates
+            is left behind with its CPUs and GPUs when the replica dies, as Ray keeps the groups of an actor that can
             restart.
         has_gpus: whether the cluster has GPUs.
-        wiring: how stores are opened and what hosts are wrapped in.
+        wiring: opens stores and wraps hosts.
     """
 
     specs: tuple[Any]
@@ -260,7 +266,14 @@ class HostLaunch:
 class HostGroup:
     """The hosts of one replica: started together in its placement group, stopped together.
 
-    Loading goes on while the caller does something else; `wait` ends it.
+    Creating a group starts the actors and returns while they load, so that the caller can import meanwhile.
+
+    Args:
+        launch: what to start, and where.
+        replica: its number, which selects the placement group.
+
+    Raises:
+        ConfigurationError: the cluster did not provide the resources within `cluster.start_timeout_s`.
     """
 
     def __init__(self, launch: HostLaunch, replica: int) -> None:
@@ -278,7 +291,11 @@ class HostGroup:
         self._loads = [RayHost(actor, plan, timeout_s).load() for actor, plan in self._planned()]
 
     def wait(self) -> Hosts:
-        """Wait until every host has its weights; their clients. Stops all if one fails, and raises."""
+        """Wait until every host has loaded its weights, and return their clients.
+
+        Raises:
+            CageError: one of them failed; all are stopped.
+        """
         try:
             for load in self._loads:
                 load.result()
@@ -289,7 +306,7 @@ class HostGroup:
         return hosts_of([RayHost(actor, plan, timeout_s) for actor, plan in self._planned()])
 
     def stop(self) -> None:
-        """End the actors."""
+        """End the actors. They hold no state that is needed: rows belong to the coordinator."""
         for actor in self._actors:
             ray.kill(actor)
 
@@ -302,7 +319,7 @@ class HostGroup:
             .options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
-                max_restarts=0,
+                max_restarts=0,  # see the module's docstring
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=index),
             )
             .remote(self._launch.specs, index, self._launch.wiring.wrap_host)
@@ -311,7 +328,7 @@ class HostGroup:
 
 @contextmanager
 def one_replica(assembly: Assembly) -> Iterator[Hosts]:
-    """The hosts of a single replica on the joined cluster, loaded; they end with the block."""
+    """The loaded hosts of a single replica on the joined cluster; they are stopped at the end of the block."""
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     plans = assembly.topology.hosts
     with placed(plans, num_replicas=1, has_gpus=has_gpus) as places:
@@ -325,7 +342,11 @@ def one_replica(assembly: Assembly) -> Iterator[Hosts]:
 
 @contextmanager
 def placed(plans: Sequence[HostPlan], *, num_replicas: int, has_gpus: bool) -> Iterator[tuple[PlacementGroup, ...]]:
-    """A placement group for the hosts of each replica, removed at the end; some may still be pending."""
+    """A placement group for the hosts of each replica, removed at the end of the block; some may be pending.
+
+    A group reserves the resources of all hosts of a replica at once: two replicas that each got half of their hosts
+    would wait for each other without end.
+    """
     bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in plans]
     groups = tuple(placement_group(bundles, strategy="PACK") for _ in range(num_replicas))
     try:
@@ -336,7 +357,7 @@ def placed(plans: Sequence[HostPlan], *, num_replicas: int, has_gpus: bool) -> I
 
 
 def bundle_of(plan: HostPlan, *, has_gpus: bool) -> dict[str, float]:
-    """What Ray reserves for a host: CPUs, and one GPU where the device is one, unless the configuration says."""
+    """What Ray reserves for a host: CPUs, and one GPU where the device is a GPU, unless the configuration says."""
     resources = plan.model.resources
     num_gpus = resources.num_gpus
     if num_gpus is None:
@@ -351,7 +372,7 @@ def _sum_text(bundles: list[dict[str, float]]) -> str:
 
 
 def send_tensors_as_arrays() -> None:
-    """Let this process send tensors as NumPy arrays: torch's own pickling takes ten times as long for small ones."""
+    """Make this process send tensors as NumPy arrays: torch's own pickling takes ten times as long for small ones."""
     from torch import Tensor
 
     register_serializer(Tensor, serializer=_to_array, deserializer=_to_tensor)
@@ -365,4 +386,4 @@ def _to_array(tensor: Tensor) -> np.ndarray:
 def _to_tensor(array: np.ndarray) -> Tensor:
     import torch
 
-    return torch.tensor(array)  # a copy: what Ray hands out cannot be written to
+    return torch.tensor(array)  # a copy: arrays from Ray's object store are read-only

@@ -11,7 +11,7 @@ import ray
 
 @contextmanager
 def local_cluster(*, num_cpus: int) -> Iterator[None]:
-    """A cluster on this machine for as long as the block runs; its CPUs are book-keeping."""
+    """A cluster on this machine for as long as the block runs; its CPUs are only counted, not reserved."""
     ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, log_to_driver=False, logging_level="ERROR")
     try:
         yield

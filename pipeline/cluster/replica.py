@@ -19,16 +19,16 @@ from pipeline.monitoring.waits import waiting_for, waits
 if TYPE_CHECKING:
     from pipeline.engine.shards import ShardOutcome
 
-STARTS_PER_ATTEMPT = 10
+STARTS_PER_ATTEMPT = 10  # replicas that may be started per attempt of a shard, over the whole run
 REPORT_S = 1.0
 
 
 class Replica:
-    """One coordinator with its hosts. Ray Data calls it from several threads, a shard each.
+    """One coordinator with its hosts. Ray Data calls it from several threads, with one shard each.
 
     Args:
         assembly: a reference to the assembly, in a tuple so that Ray does not replace it by its value.
-        launch: the hosts.
+        launch: how its hosts are started.
         run_path: the run directory; its plan says what a shard is.
         board: where progress is reported and attempts are counted, an actor handle.
         max_attempts: of one shard.
@@ -48,17 +48,20 @@ class Replica:
         replica: int = ask(board.lease.remote(context.get_actor_id()))
         first_hosts = _started(launch, replica)
         with waiting_for("the coordinator's imports and the plan of the run"):
-            from pipeline.cluster.coordinator import Coordinator  # seconds of imports, while the hosts load
+            from pipeline.cluster.coordinator import Coordinator  # takes seconds, in which the hosts load
 
             self._coordinator = Coordinator(
                 ray.get(assembly[0]), launch, replica, first_hosts, run_path, board, max_attempts, name=self._name
             )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Decode and commit the shards of a batch; what came of each, never an exception."""
+        """Decode and commit the shards of a batch and return the result of each.
+
+        Errors are returned, never raised: Ray Data would end the whole stream, or repeat the call without limit.
+        """
         outcomes = [self._decode(int(index)) for index in batch["shard"]]
-        with contextlib.suppress(CageError):  # a lost board is told when the next shard begins, if there is one
-            ask(self._report())  # so that the driver knows of a shard's counts as soon as of the shard
+        with contextlib.suppress(CageError):  # a lost board is reported when the next shard begins, if there is one
+            ask(self._report())  # wait, so that the driver sees a shard's counts no later than the shard
         return {
             "shard": list(batch["shard"]),
             "kind": ["" if each.error is None else type(each.error).__name__ for each in outcomes],
@@ -80,7 +83,10 @@ class Replica:
         return outcome
 
     def _check_attempts(self, index: int, attempt: int) -> None:
-        """End what would go on for ever: a shard that kills its replica, replicas that do not live."""
+        """Raise HostError where Ray Data would repeat without end.
+
+        That is for a shard that kills its replica, and for replicas that die before they answer.
+        """
         if attempt > self._max_attempts:
             raise HostError(
                 f"shard {index} was given up after {self._max_attempts} attempts: its replica died each time"
@@ -99,7 +105,7 @@ class Replica:
 
 
 def _started(launch: HostLaunch, replica: int) -> HostGroup | CageError:
-    """The hosts, or why they cannot start: an error in a constructor would lose its class on the way."""
+    """The hosts, or why they cannot start: Ray would turn an error in a constructor into one of its own classes."""
     try:
         return HostGroup(launch, replica)
     except CageError as error:

@@ -16,18 +16,24 @@ from pipeline.storage.commits import CommitRecord
 
 
 class ShardScorer:
-    """Holds the judges of a panel on one machine. A call scores and writes a shard; a second changes nothing."""
+    """Holds the judges of a panel in one actor.
+
+    Scoring a shard again changes nothing, so Ray may restart the actor and retry its calls (unlike those of hosts).
+
+    Args:
+        scores: the panel, and where scores are written.
+    """
 
     def __init__(self, scores: ScoreFiles) -> None:
         self._scores = scores
         self._judges: dict[str, Judge] | CageError
         try:
             self._judges = scores.panel.load()
-        except CageError as error:  # raised in a constructor, it would lose its class on the way
+        except CageError as error:  # Ray would turn an error in a constructor into one of its own classes
             self._judges = error
 
     def score(self, record: CommitRecord) -> CageError | None:
-        """Score a shard; why it could not be done, or None."""
+        """Score a shard and write the scores; returns the error that kept it from that, or None."""
         if isinstance(self._judges, CageError):
             return self._judges
         try:
@@ -41,6 +47,12 @@ def score_shards(
     scores: ScoreFiles, records: Sequence[CommitRecord], config: Config, *, is_verbose: bool
 ) -> Generator[None, None, None]:
     """Score the shards on as many actors as the run has replicas; yields after each.
+
+    Args:
+        scores: the panel, and where scores are written.
+        records: of the shards.
+        config: of the run.
+        is_verbose: whether Ray's own output is shown.
 
     Raises:
         CageError: a judge cannot be loaded or its actor died more often than `errors.max_attempts` allows; scores

@@ -19,7 +19,16 @@ from pipeline.errors import CageError, ConfigurationError
 def joined(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> Iterator[None]:
     """Join the configured Ray cluster, or start one on this machine and stop it afterwards.
 
-    Where there is a connection already it is used and kept. `num_cpus` is what the work asks of a cluster of its own.
+    A connection that exists already is used and kept.
+
+    Args:
+        config: names the cluster.
+        num_cpus: that a cluster of its own must have at least.
+        is_verbose: whether Ray's own output is shown.
+
+    Raises:
+        ConfigurationError: no cluster answers at the configured address.
+        CageError: Ray cannot be started on this machine.
     """
     if ray.is_initialized():
         yield
@@ -39,7 +48,7 @@ def _start(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> None:
             ray.init(
                 address="local",
                 include_dashboard=False,
-                # CPUs are Ray's book-keeping: a small machine may share its cores among the hosts
+                # Ray counts CPUs and does not reserve them: on a small machine hosts may share cores
                 num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
                 **logging_options,
             )
@@ -54,7 +63,7 @@ def _start(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere: Ray's C++ code writes warnings there that no logging level reaches."""
+    """Redirect file descriptor 2 to /dev/null: Ray's C++ code writes warnings there that no logging level reaches."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

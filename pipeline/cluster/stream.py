@@ -1,4 +1,4 @@
-"""The stream of a run: Ray Data hands shards to replicas and brings back what came of them."""
+"""The stream of a run: Ray Data passes shards to replicas and returns the result of each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ BOARD_S = 10.0
 
 
 class ShardStream:
-    """Decodes shards on the replicas of a Ray cluster. Use inside `cluster`."""
+    """Decodes shards on the replicas of a Ray cluster. Use it inside `cluster`.
+
+    Args:
+        assembly: of every replica.
+        run_path: the run directory.
+        is_verbose: whether Ray Data's own output is shown.
+        wiring: opens stores and wraps hosts.
+    """
 
     def __init__(
         self, assembly: Assembly, run_path: str, *, is_verbose: bool = False, wiring: Wiring = DIRECT
@@ -49,7 +56,7 @@ class ShardStream:
         return self._last_counts
 
     def waits(self) -> list[str]:
-        """What the replicas wait for; Ray itself where none has begun."""
+        """What the replicas wait for; Ray itself where none has started."""
         try:
             found: list[str] = ray.get(self._board.waits.remote(), timeout=BOARD_S)
         except ray.exceptions.RayError as error:
@@ -58,7 +65,11 @@ class ShardStream:
         return found or [f"Ray to start a replica ({cpus:g} CPU for its coordinator)"]
 
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
-        """Yield each shard's outcome as it comes."""
+        """Decode and commit shards; yield each one's outcome when it is done, in any order.
+
+        Raises:
+            CageError: Ray ended the stream. Committed shards are kept.
+        """
         config = self._assembly.config
         _be_quiet(is_verbose=self._is_verbose)
         in_flight = min(MAX_SHARDS_IN_FLIGHT, 1 + math.ceil(config.cluster.first_slots / self._rows_per_shard()))

@@ -1,1 +1,1 @@
-"""The coordinator's side: rows in, records out, whatever runs the hosts."""
+"""The coordinator's side: rows in, records out, on any transport."""

@@ -1,10 +1,10 @@
-"""What an engine says to its hosts, and what becomes of their answers.
+"""The messages that an engine sends to its hosts, and what it makes of their replies.
 
-With one host, which then holds every role, a step is one message: it advances its rows and samples. With several, the
-base's host proposes candidates, the others give their values at them, and the games are solved here. All messages of
-a
-step are sent at once, with the proposal as a reply that is yet to come: sent when it is there, the others would wait
-behind the next group's forward pass, and nothing would be left to hide the games behind.
+With one host, which then holds every role, a step is one message: the host advances its rows and samples. With
+several, the base's host proposes candidates, the others compute their values at them, and the games are solved here.
+All messages of a step are sent at once, with the proposal as a reply that is still to come. A host runs its calls in
+order: if the others were sent the proposal only when it has arrived, their calls would queue behind the next group's
+forward pass, and that group's pass could no longer hide the time in which the games are solved.
 
 B rows, K candidates, T tokens of an answer.
 """
@@ -33,17 +33,18 @@ T = TypeVar("T")
 
 
 class HostCalls:
-    """The messages of one engine.
+    """Sends the messages of one engine.
 
     Args:
         topology: roles and hosts.
-        hosts: their clients; may be replaced after a failure.
+        hosts: the clients of the topology's hosts.
         prompter: encodes existing answers.
         options: candidates and draws.
 
     Attributes:
+        hosts: may be replaced after a failure.
         solve_s: seconds in which games were solved here.
-        wait_s: seconds in which answers were waited for.
+        wait_s: seconds in which replies were waited for.
     """
 
     def __init__(self, topology: Topology, hosts: Hosts, prompter: Prompter, options: SamplingOptions) -> None:
@@ -54,7 +55,14 @@ class HostCalls:
         self._options = options
 
     def advance(self, at: Position, group: Group) -> Call:
-        """Send every host parts of new prompts and the newest tokens, and ask for the next tokens."""
+        """Send every host parts of new prompts and the newest tokens, and ask for the next tokens.
+
+        Does not wait; what fails is raised by `outcomes`.
+
+        Args:
+            at: the position after this step.
+            group: the slots to advance.
+        """
         slots = group.drawing
         rows = [group.running[slot] for slot in slots]
         if not slots:  # long prompts take several steps
@@ -79,7 +87,11 @@ class HostCalls:
         return Call(at, slots, rows, advanced, Reply(partial(self._solve, proposal, values, terms, uniforms)))
 
     def outcomes(self, call: Call) -> list[TokenOutcome]:
-        """What the step gave each row; waits for the hosts. Raises HostError."""
+        """What the step gave each row, in the order of the call's slots; waits for the hosts. Raises HostError.
+
+        No outcome is returned before every host has answered: a row that got its token while a host failed would
+        begin its next step from a state that this host does not have.
+        """
         for reply in call.advanced:
             self._wait(reply)
         return self._wait(call.outcomes) if self.hosts.sampler is not None else call.outcomes.result()
@@ -113,7 +125,7 @@ class HostCalls:
         running.original_rewards = rewards if all(map(math.isfinite, rewards)) else None
 
     def resize(self, num_slots: int) -> None:
-        """Have every host forget its rows and hold another number of them."""
+        """Have every host forget its rows and hold `num_slots` of them from now on. Raises HostError."""
         for reply in [client.resize(num_slots) for client in self.hosts.all]:
             reply.result()
 
@@ -154,7 +166,7 @@ class HostCalls:
         return outcomes
 
     def _needs_proposal(self, plan: HostPlan) -> bool:
-        """Whether a host must be sent the candidates: whole vocabularies need not travel to language models."""
+        """Whether a host must be sent the candidates. A language model knows the whole vocabulary without them."""
         return self._options.num_candidates is not None or plan.is_reward_model
 
     def _step(self, plan: HostPlan, group: Group) -> Step:
@@ -172,7 +184,7 @@ class HostCalls:
             running.shared_prefixes,
             part,
             is_last=part + 1 == running.num_parts,
-            # a copy: the row draws more while the message is under way
+            # a copy: the row may draw more tokens before the message is serialized
             answer=tuple(running.tokens),
             weights=running.terms.weights,
         )

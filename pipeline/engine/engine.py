@@ -1,11 +1,13 @@
-"""The decoding loop: rows in, records out, whatever runs the hosts.
+"""The decoding loop: rows in, records out, on any transport.
 
 A step of a group: collect the drawn tokens, end rows, refill the slots that became free, send what is new to all
-hosts. Two groups alternate, so that hosts compute one group while the other's games are solved; a lone host, which
-samples by itself, is sent the next step before the tokens of the last one are there.
+hosts. Two groups alternate, because a group's next step needs the tokens of its last one: with a single group the
+hosts would be idle while the coordinator solves its games. A lone host samples by itself and needs no second group;
+it is sent the next step before the tokens of the last one have arrived.
 
-Rows own their tokens and draws, so whatever a host loses costs time and never a result: the running rows go back into
-the queue and begin again. Nothing of a step is applied before all of its answers are there.
+Rows own their tokens and draws, so whatever a host loses costs time and never a result: the running rows go back
+into the queue and begin again. Nothing of a step is applied to rows before all of its replies have arrived. So every
+row is at the same step on all hosts and here, and a step can fail as a whole.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pipeline.config.sections import DecodingConfig, Reproducibility, Trace
 from pipeline.config.variants import Variant
 from pipeline.engine.calls import HostCalls
 from pipeline.engine.prompts import Prompter
-from pipeline.engine.recovery import MAX_LOSSES_IN_A_ROW
+from pipeline.engine.recovery import MAX_CONSECUTIVE_LOSSES
 from pipeline.engine.row_state import RunningRow
 from pipeline.engine.scheduler import Call, Group, Slots
 from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
@@ -33,7 +35,7 @@ from pipeline.sampling.draws import Uniforms
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A row's prompts by role, and how much of each is shared."""
+    """The prompts of the newest row by role, and the length of their shared prefixes."""
 
     row: Row | None = None
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -52,8 +54,13 @@ class Engine:
         variants: the ways to answer a row.
         num_slots: rows at once; as many as every host has.
         num_groups: groups that alternate; 2 hides the coordinator's work behind the hosts'.
-        max_failures: hosts that may fail in a row, while no row is finished in between.
-        loaded_slots: slots of a host that was just started, where it is another number.
+        max_failures: consecutive failures of hosts that are allowed while no row finishes in between.
+        loaded_slots: slots of a host that was just started, where that is another number than `num_slots`.
+
+    Attributes:
+        num_steps: steps so far, over all groups.
+        num_row_steps: tokens and parts of prompts computed so far, over all rows.
+        recoveries: faults that were overcome so far.
     """
 
     def __init__(
@@ -83,7 +90,7 @@ class Engine:
         self._num_ahead = int(hosts.runs_ahead)
         self._loaded_slots = loaded_slots or num_slots
         self._max_failures = max_failures
-        self._failures_in_a_row = self._losses_in_a_row = 0
+        self._consecutive_failures = self._consecutive_losses = 0
         self._ended: list[Record] = []
         self._newest = _Encoded()
         self.num_steps = self.num_row_steps = 0
@@ -91,7 +98,7 @@ class Engine:
 
     @property
     def calls(self) -> HostCalls:
-        """The calls to the hosts, with the seconds that they took."""
+        """Sends the messages to the hosts, and counts the seconds that they took."""
         return self._calls
 
     @property
@@ -111,10 +118,17 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
+        """Whether no row waits or runs and no record waits to be returned."""
         return self._slots.is_empty and not self._ended
 
     def admit(self, row: Row, variant: int = 0, sample: int = 0) -> None:
-        """Queue one answer to a row; a row that cannot be decoded comes out of the next step as rejected."""
+        """Queue one answer to a row; a row that cannot be decoded is returned by the next step as rejected.
+
+        Args:
+            row: the input.
+            variant: the index of one of the engine's variants.
+            sample: which of the row's samples it is.
+        """
         running = self._begin(row, variant, sample)
         try:
             self._encode(running)
@@ -127,7 +141,8 @@ class Engine:
         """The rewards of a row's existing answer by principal, in nats, summed over it; nothing is drawn.
 
         Raises:
-            RowError: the row cannot be read, or has no answer.
+            RowError: the row cannot be read, has no answer, or is longer with it than a model's context.
+            HostError: a host failed.
         """
         running = self._begin(row, 0, 0)
         self._encode(running)
@@ -140,10 +155,12 @@ class Engine:
         return dict(zip(self._names, self._calls.score(running.prompts, answer).result(), strict=True))
 
     def step(self) -> list[Record]:
-        """Advance one group by one token; the records of the rows that ended.
+        """Advance one group by one token and return the records of the rows that ended.
+
+        A host that lost its state, or has no memory for the rows, is dealt with here: rows begin again.
 
         Raises:
-            HostError: a host is of no use any more; nothing is lost, and `recover` goes on with others.
+            HostError: a host cannot be used any more. No row is lost: call `recover` with other hosts.
         """
         group = self._slots.next_group()
         lacks_memory = False
@@ -152,41 +169,51 @@ class Engine:
                 self._ended += self._complete(group)
             if call := self._launch(group):
                 group.calls.append(call)
-            elif group.calls:  # there is nothing to send before more is known
+            elif group.calls:  # nothing can be sent before the pending tokens are known
                 self._ended += self._complete(group)
         except StateLost as error:
             self._rebuild(group, error)
         except HostOutOfMemory:
             lacks_memory = True
-        if lacks_memory:  # not while the error holds on to what has to be let go
+        if lacks_memory:  # after the except block: the error's frames hold tensors that have to be freed first
             self._halve()
         ended, self._ended = self._ended, []
         return ended
 
     def recover(self, hosts: Hosts, error: HostError) -> None:
-        """Go on with other hosts after a failure: the running rows begin again; one whose host fails again and again,
-        alone at last, is rejected. Raises CageError after `max_failures` without a finished row."""
+        """Go on with other hosts after a failure: the running rows begin again.
+
+        A row whose host fails repeatedly, in the end with no other row beside it, is rejected.
+
+        Args:
+            hosts: take the place of all hosts so far.
+            error: what the last ones failed with.
+
+        Raises:
+            CageError: more than `max_failures` hosts failed and no row finished in between.
+            HostError: one of the new hosts failed already.
+        """
         self._calls.hosts = hosts
         self.recoveries += Recoveries(hosts_failed=1)
-        self._failures_in_a_row += 1
-        self._losses_in_a_row = 0
+        self._consecutive_failures += 1
+        self._consecutive_losses = 0
         poison = self._slots.isolation.host_failed(self._slots.take_back())
         if poison is not None:
             self._reject(poison, f"its host failed whenever it was decoded, alone at last: {error}")
-        if self._failures_in_a_row > self._max_failures:
-            raise CageError(f"{self._failures_in_a_row} hosts failed and no row was finished in between; {error}")
+        if self._consecutive_failures > self._max_failures:
+            raise CageError(f"{self._consecutive_failures} hosts failed and no row was finished in between; {error}")
         if self._slots.num_slots != self._loaded_slots:
             self._calls.resize(self._slots.num_slots)
 
     def _rebuild(self, group: Group, error: StateLost) -> None:
-        self._losses_in_a_row += 1
-        if self._losses_in_a_row > MAX_LOSSES_IN_A_ROW:
+        self._consecutive_losses += 1
+        if self._consecutive_losses > MAX_CONSECUTIVE_LOSSES:
             raise error
         self.recoveries += Recoveries(states_lost=1)
         self._slots.take_back([group])
 
     def _halve(self) -> None:
-        """Go on with half the rows at once; a row that does not fit alone is rejected."""
+        """Go on with half as many rows at once; a row that does not fit alone is rejected."""
         self.recoveries += Recoveries(memory_halved=1)
         was_alone = self._slots.num_slots == 1
         rows = self._slots.halve()
@@ -209,7 +236,7 @@ class Engine:
             variant=variant,
             principal_names=self._names,
             terms=Terms(way.rule, way.agent_temperature, tuple(float(weights[name]) for name in self._names)),
-            # the variants of a prompt share its draws: what differs between them is the rule's doing
+            # the variants of a prompt share its draws, so that what differs between them comes from the rule alone
             uniforms=Uniforms(self._decoding.seed, row.row_id, sample),
         )
 
@@ -217,7 +244,7 @@ class Engine:
         """Give the row its prompts. Raises RowError where it cannot be read."""
         if running.row.error is not None:
             raise RowError(running.row.error)
-        # answers to one row come one after another and share its prompts, unless those depend on their weights
+        # the answers to one row are admitted one after another and share its prompts, unless a template reads weights
         weights = running.terms.weights if self._topology.takes_weights else ()
         if running.row is not self._newest.row or weights != self._newest.weights:
             messages = running.row.messages
@@ -249,7 +276,8 @@ class Engine:
         call = group.calls.popleft()
         outcomes = self._calls.outcomes(call)
         going_on = [group.running.get(slot) is row for slot, row in zip(call.slots, call.rows, strict=True)]
-        self.num_row_steps -= going_on.count(False)  # they ended with the token before this one
+        # a host that runs ahead computes one more token of a row that has ended meanwhile: it is dropped
+        self.num_row_steps -= going_on.count(False)
         rows = list(compress(zip(call.slots, call.rows, outcomes, strict=True), going_on))
         for _, running, _ in rows:
             self._calls.collect_original(running)
@@ -258,14 +286,14 @@ class Engine:
             if record := self._apply(running, outcome):
                 records.append(record)
                 self._slots.isolation.finished(running)
-                self._failures_in_a_row = self._losses_in_a_row = 0
+                self._consecutive_failures = self._consecutive_losses = 0
                 del group.running[slot]
                 group.free.append(slot)
         group.free.sort()
         return records
 
     def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
-        """Give the row its token; its record if that ended it."""
+        """Append the drawn token to its row; return the row's record if that ended it."""
         if outcome.status == cage.Status.NOT_FINITE:
             return running.rejected(f"token {len(running.tokens)}: {self._not_finite}")
         running.append(outcome)
@@ -283,7 +311,17 @@ class Engine:
 def decode_rows(
     engine: Engine, rows: Iterable[Row], *, num_variants: int = 1, num_samples: int = 1
 ) -> Iterator[Record]:
-    """Decode every answer to every row; records come as they end. Rows are drawn from `rows` as slots free up."""
+    """Decode every answer to every row; records are yielded as they end. Rows are read when slots become free.
+
+    Args:
+        engine: must be idle.
+        rows: the input.
+        num_variants: variants per row; the engine has at least as many.
+        num_samples: samples per row and variant.
+
+    Raises:
+        HostError: a host failed; the engine must not be used any more.
+    """
     waiting = ((row, *answer) for row in rows for answer in product(range(num_variants), range(num_samples)))
     exhausted = False
     while not (exhausted and engine.is_idle):

@@ -1,4 +1,4 @@
-"""From a row's messages to the token ids that each role reads."""
+"""Encodes a row's messages into the token ids that each role reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIXES_KEPT = 4096
 
 
 class Prompter(Protocol):
-    """What the engine asks about prompts and answers. `ChatPrompter` is the one that reads conversations."""
+    """What the engine needs to know of prompts and answers. `ChatPrompter` implements it for conversations."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -32,7 +32,7 @@ class Prompter(Protocol):
         """Tokens that fit after the prompt in every role's context; None: no limit."""
 
     def encode_answer(self, text: str) -> Sequence[int]:
-        """Token ids of an existing answer, ended like a finished one."""
+        """Token ids of an existing answer, with an end token as a finished answer has."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
@@ -42,7 +42,7 @@ class Prompter(Protocol):
 
 
 class ChatPrompter:
-    """Renders conversations by chat templates and encodes them, one way per role.
+    """Renders conversations by the chat template of each role and encodes them.
 
     Args:
         topology: the roles.
@@ -99,7 +99,10 @@ class ChatPrompter:
         }
 
     def _prefix(self, role: Role, system: str | None) -> list[int]:
-        """What two short prompts with this system message begin with."""
+        """The tokens that all prompts with this system message begin with: the common prefix of two short prompts.
+
+        Their texts are a letter and a digit, so that a token that reaches into the text differs between them.
+        """
         key = (role.name, system)
         if key not in self._prefixes:
             before = [] if system is None else [{"role": "system", "content": system}]
@@ -124,7 +127,7 @@ class ChatPrompter:
         return min(left, default=None)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an existing answer, ended like a finished one."""
+        """Token ids of an existing answer, with an end token as a finished answer has."""
         ids = list(self._base(text, add_special_tokens=False)["input_ids"])
         end = self._base.eos_token_id
         return [*ids, end] if end is not None else ids
@@ -166,7 +169,7 @@ def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _with_principle(messages: Sequence[Message], principle: str) -> list[Message]:
-    """Put the principle into the system message, after what stands there."""
+    """Append the principle to the system message, or add one."""
     if messages and messages[0]["role"] == "system":
         system = {"role": "system", "content": f"{messages[0]['content']}\n\n{principle}"}
         return [system, *messages[1:]]
@@ -174,7 +177,7 @@ def _with_principle(messages: Sequence[Message], principle: str) -> list[Message
 
 
 def _plain_text(messages: Sequence[Message], principle: str | None) -> str:
-    """The prompt of a model without a chat template: its text as it stands."""
+    """The prompt of a model without a chat template: the text of its only message."""
     if len(messages) != 1 or messages[0]["role"] != "user":
         raise RowError("a conversation needs a chat template, and the model has none: set base.chat_template")
     text = str(messages[0]["content"])

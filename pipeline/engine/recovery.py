@@ -1,4 +1,4 @@
-"""What the engine does about hosts that fail: it isolates the row that kills its host."""
+"""Isolation of poison rows: finds the row that makes its host fail."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from pipeline.engine.row_state import RunningRow
 
-MAX_LOSSES_IN_A_ROW = 5  # states lost by hosts that live, while no row is finished in between
+# How often hosts that are alive may lose their state while no row finishes in between. Losing it now and then is
+# normal (a reply was late); losing it again and again means that beginning again does not help.
+MAX_CONSECUTIVE_LOSSES = 5
 
 
 class PoisonRowIsolation:
     """Finds the row that kills its host, by bisection.
 
-    The rows that were running when a host failed run again, half as many at once. A row that was there at two
-    failures, and alone at the last one, is quarantined: it is rejected. A host that was lost for another reason costs
-    only that its rows start again.
+    The rows that were running when a host failed run again, half as many at once. A row that was running at two
+    failures, and alone at the last one, is quarantined: it is rejected. One failure is never enough, as the host may
+    have been lost for another reason; then its rows only begin again.
     """
 
     def __init__(self) -> None:
@@ -22,12 +24,15 @@ class PoisonRowIsolation:
         self._limit = 0
 
     def limit(self, num_slots: int) -> int:
-        """Rows to have under way at once."""
+        """How many of `num_slots` rows may run at once now."""
         return min(self._limit, num_slots) if self._failures else num_slots
 
     def host_failed(self, rows: Sequence[RunningRow]) -> RunningRow | None:
-        """Count a failure against the rows that were running; the one to quarantine, if any, which clears the
-        others."""
+        """Count a failure against the rows that were running.
+
+        Returns:
+            The row to quarantine, which clears all others; None while there is more than one candidate.
+        """
         for row in rows:
             self._failures[row.key] = self._failures.get(row.key, 0) + 1
         if len(rows) == 1 and self._failures[rows[0].key] > 1:
@@ -38,5 +43,5 @@ class PoisonRowIsolation:
         return None
 
     def finished(self, row: RunningRow) -> None:
-        """Clear a row that ended well."""
+        """Clear a row that finished."""
         self._failures.pop(row.key, None)

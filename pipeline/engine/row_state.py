@@ -19,16 +19,18 @@ class RunningRow:
 
     Args:
         row: the input.
-        sample, variant: which of the row's answers this is.
+        sample: which of the row's samples this is.
+        variant: which of the row's variants this is.
         principal_names: in the principals' order.
         terms: what its games are decided by.
         uniforms: its draws.
         prompts: token ids by role.
-        shared_prefixes: by role, how many first tokens other prompts begin with as well.
+        shared_prefixes: by role, the length of the prefix that other prompts may share.
         max_tokens: the answer's limit.
-        num_pending: tokens that were asked for and are not there yet.
-        original_scores: rewards of an existing answer by principal, while they are on their way.
-        tokens, outcomes: drawn so far.
+        num_pending: tokens that were requested and have not arrived.
+        original_scores: the reply with the rewards of an existing answer, until it has arrived.
+        tokens: drawn so far.
+        outcomes: of the drawn tokens.
         original_rewards: of the existing answer, by principal, once they are known.
     """
 
@@ -49,26 +51,27 @@ class RunningRow:
 
     @property
     def key(self) -> tuple[str, int, int]:
+        """Identifies the answer in its run."""
         return self.row.row_id, self.variant, self.sample
 
     @property
     def uniform(self) -> float:
-        """The draw of the next token to ask for."""
+        """The draw of the next token to request."""
         return self.uniforms.at(len(self.tokens) + self.num_pending)
 
     @property
     def newest_token(self) -> int:
-        """What the next step begins with; DRAWN while only the host knows it."""
+        """The token that the next step appends; DRAWN while only the host knows it."""
         return DRAWN if self.num_pending else self.tokens[-1]
 
     @property
     def is_at_its_end(self) -> bool:
-        """Whether the pending tokens are the last that there may be."""
+        """Whether the answer reaches its limit with the pending tokens."""
         return len(self.tokens) + self.num_pending >= self.max_tokens
 
     @property
     def num_parts(self) -> int:
-        """Steps that it takes to compute the prompts, the tokens that the row kept included."""
+        """Steps in which the prompts are computed, tokens that the row kept included."""
         return num_parts(max(map(len, self.prompts.values())) + len(self.tokens))
 
     @property
@@ -85,6 +88,7 @@ class RunningRow:
             self.outcomes.clear()
 
     def append(self, outcome: TokenOutcome) -> None:
+        """Take a token that was requested."""
         self.num_pending -= 1
         self.tokens.append(outcome.token_id)
         self.outcomes.append(outcome)

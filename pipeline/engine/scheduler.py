@@ -1,4 +1,4 @@
-"""Slots in groups: which rows wait, which run where, which call is under way, at which position."""
+"""The scheduler: which rows wait, which run in which slot, and which calls of a group of slots are pending."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pipeline.engine.row_state import RunningRow
 from pipeline.protocol.hosts import Reply
 from pipeline.protocol.messages import Position, TokenOutcome
 
-PROMPT_TOKENS_A_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
+PROMPT_TOKENS_PER_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is under way for a group.
+    """A step of a group that was sent to the hosts and whose tokens have not been applied.
 
     Args:
         at: the position that it brings the hosts to.
         slots: that get a token, in the order of the batch; none where only prompts are read.
-        rows: their rows.
+        rows: the rows in these slots when the step was sent.
         advanced: the replies of hosts that were asked to advance and nothing else.
         outcomes: what the step gives each row.
     """
@@ -36,9 +36,14 @@ class Call:
 
 @dataclass(slots=True)
 class Group:
-    """Slots that step together. `next` is the position that the next call brings the hosts to.
+    """Slots that step together.
 
-    `parts` is the next part of the prompt of each slot that is still being filled.
+    Args:
+        next: the position that the next call brings the hosts to.
+        free: slots without a row, in ascending order.
+        running: rows by slot, those whose prompts are being computed included.
+        parts: by slot, the next part of a prompt that is being computed.
+        calls: pending, the oldest first.
     """
 
     next: Position
@@ -56,7 +61,7 @@ class Group:
 
     @property
     def drawing(self) -> list[int]:
-        """The slots that get a token in the next step: those that step, and those whose prompt ends with it."""
+        """The slots that get a token in the next step: those that append one, and those whose prompt ends with it."""
         filled = [slot for slot in self.parts if not self.is_filling_after(slot)]
         return sorted([*self.stepping, *filled])
 
@@ -65,13 +70,16 @@ class Group:
         return slot in self.parts and self.parts[slot] + 1 < self.running[slot].num_parts
 
     def end_step(self) -> list[RunningRow]:
-        """Go on to the next part of every prompt; the rows whose first part this was."""
+        """Go on to the next part of every prompt; return the rows whose first part this was."""
         begun = [self.running[slot] for slot, part in self.parts.items() if part == 0]
         self.parts = {slot: part + 1 for slot, part in self.parts.items() if self.is_filling_after(slot)}
         return begun
 
     def take_back(self, *, keeps_tokens: bool) -> list[RunningRow]:
-        """Empty the group and begin an epoch: the rows that were running, ready to be admitted again."""
+        """Empty the group and begin an epoch; return the rows that were running, ready to be admitted again.
+
+        Pending calls are dropped without waiting: the new epoch makes their outcomes void.
+        """
         rows = [self.running[slot] for slot in sorted(self.running)]
         for row in rows:
             row.restart(keeps_tokens=keeps_tokens)
@@ -89,7 +97,12 @@ class Slots:
     Args:
         num_slots: rows at once.
         num_groups: groups that alternate.
-        keeps_tokens: whether a row that is taken back keeps its tokens (relaxed) or begins from its start.
+        keeps_tokens: whether a row that is taken back keeps its tokens (relaxed) or begins from its start (strict:
+            reading tokens as a prompt gives other last bits than reading them one by one).
+
+    Attributes:
+        queue: rows that wait for a slot, in the order in which they get one.
+        isolation: limits the rows at once after failures.
     """
 
     def __init__(self, num_slots: int, num_groups: int, *, keeps_tokens: bool) -> None:
@@ -110,11 +123,12 @@ class Slots:
 
     @property
     def is_empty(self) -> bool:
+        """Whether no row waits or runs."""
         return not self.queue and not self._num_running
 
     @property
     def num_waiting(self) -> int:
-        """Rows in the queue, and rows that are being filled."""
+        """Rows in the queue, and rows whose prompts are being computed."""
         return len(self.queue) + sum(len(group.parts) for group in self._groups)
 
     def next_group(self) -> Group:
@@ -125,7 +139,7 @@ class Slots:
     def fill(self, group: Group) -> None:
         """Give waiting rows the group's free slots, as many as a step's share of prompt tokens allows.
 
-        One row is always let in. Answers to one prompt share its tokens, which count once.
+        One row is always admitted. Answers to one prompt share its tokens, which count once.
         """
         limit = self.isolation.limit(self.num_slots)
         filling = [group.running[slot] for slot in group.parts]
@@ -134,7 +148,7 @@ class Slots:
             running = self.queue[0]
             if not filling or running.prompts is not filling[-1].prompts:
                 num_tokens += running.num_prompt_tokens
-            if filling and num_tokens > PROMPT_TOKENS_A_STEP:
+            if filling and num_tokens > PROMPT_TOKENS_PER_STEP:
                 break
             filling.append(self.queue.popleft())
             slot = group.free.pop(0)
@@ -142,7 +156,7 @@ class Slots:
             group.parts[slot] = 0
 
     def take_back(self, groups: Sequence[Group] | None = None) -> list[RunningRow]:
-        """Put the rows under way (in these groups, or in all) back at the head of the queue, to begin again."""
+        """Put running rows (of these groups, or all) back at the head of the queue, to begin again; return them."""
         rows = []
         for group in self._groups if groups is None else groups:
             rows += group.take_back(keeps_tokens=self._keeps_tokens)
@@ -150,7 +164,7 @@ class Slots:
         return rows
 
     def halve(self) -> list[RunningRow]:
-        """Have half as many slots from now on; the rows that were taken back."""
+        """Have half as many slots from now on; return the rows that were taken back."""
         rows = self.take_back()
         self.num_slots = max(1, self.num_slots // 2)
         self._groups = self._deal()
@@ -166,5 +180,6 @@ class Slots:
 
 
 def _first_position(group: int) -> Position:
-    """An epoch that no host has seen; results do not depend on it."""
+    """Step 0 of an epoch that no host has seen. It is random, as a coordinator that was restarted does not know which
+    epochs its hosts have seen; results do not depend on it."""
     return Position(group, secrets.randbits(48), 0)

@@ -18,9 +18,14 @@ from pipeline.records import Record, Row
 
 @dataclass(frozen=True, slots=True)
 class ShardOutcome:
-    """What came of a shard: committed, now or already before, or the error that ended its attempts.
+    """The result of a shard: it is committed, or its attempts ended with an error.
 
-    `rows` are the aligned answers and `rejected` the others, as they are committed.
+    Args:
+        index: of the shard.
+        error: what ended its attempts; None where it is committed.
+        rows: committed answers that were aligned.
+        rejected: committed answers that were rejected.
+        was_committed: whether it had been committed before.
     """
 
     index: int
@@ -32,9 +37,14 @@ class ShardOutcome:
 
 @dataclass(slots=True)
 class ShardOutput:
-    """A shard's records in the order in which they ended; `seconds` from its first row to its last.
+    """A decoded shard.
 
-    `row_ids` are the shard's rows in input order, `recoveries` what was overcome since another shard was done.
+    Args:
+        index: of the shard.
+        row_ids: its rows, in input order.
+        records: in the order in which they ended.
+        seconds: from when it was queued to its last record.
+        recoveries: faults that were overcome since the shard before was done.
     """
 
     index: int
@@ -46,7 +56,15 @@ class ShardOutput:
 
 @dataclass(slots=True)
 class _OpenShard:
-    """A shard under way. `num_waiting` counts admitted rows without a record."""
+    """A shard that is queued or being decoded.
+
+    Args:
+        output: what is known of it.
+        jobs: its answers that are not admitted yet, as (row, variant, sample).
+        started_s: when it was queued.
+        num_waiting: admitted answers without a record.
+        is_read: whether all answers are admitted.
+    """
 
     output: ShardOutput
     jobs: Iterator[tuple[Row, int, int]]
@@ -56,11 +74,12 @@ class _OpenShard:
 
 
 class ShardDecoder:
-    """Decodes shards, as many at once as it takes to keep the slots full.
+    """Decodes shards, as many at once as are needed to keep the slots full.
 
     Args:
-        engine: the decoder; it must be idle.
-        num_variants, num_samples: the answers to a row are one a variant and sample.
+        engine: the engine; it must be idle.
+        num_variants: variants per row.
+        num_samples: samples per row and variant.
     """
 
     def __init__(self, engine: Engine, *, num_variants: int = 1, num_samples: int = 1) -> None:
@@ -74,6 +93,7 @@ class ShardDecoder:
 
     @property
     def counts(self) -> Counts:
+        """What was done so far."""
         return replace(self._counts, steps=self._engine.num_steps, recoveries=self._engine.recoveries)
 
     @property
@@ -83,15 +103,21 @@ class ShardDecoder:
 
     @property
     def is_idle(self) -> bool:
+        """Whether no shard is queued or being decoded."""
         return not self._unread and not self._open and not self._finished and self._engine.is_idle
 
     def add(self, index: int, rows: Iterable[Row]) -> None:
-        """Queue a shard. Row ids must differ from those of all shards under way."""
+        """Queue a shard.
+
+        Args:
+            index: of the shard.
+            rows: read as slots become free; ids must differ from those of all shards that are queued or running.
+        """
         jobs = ((row, *answer) for row in rows for answer in self._answers)
         self._unread.append(_OpenShard(ShardOutput(index), jobs, time.monotonic()))
 
     def step(self) -> list[ShardOutput]:
-        """Advance the engine by one step; the shards that are done. Raises HostError, after which see `recover`."""
+        """Advance the engine by one step; return the shards that are done. Raises HostError: then call `recover`."""
         self._refill()
         for record in self._engine.step():
             shard = self._open[record.row_id]
@@ -104,11 +130,11 @@ class ShardDecoder:
         return finished
 
     def recover(self, hosts: Hosts, error: HostError) -> None:
-        """Go on with other hosts; what is decoded is kept. Raises CageError when hosts fail again and again."""
+        """Go on with other hosts; finished rows are kept. Raises CageError where `Engine.recover` does."""
         self._engine.recover(hosts, error)
 
     def _refill(self) -> None:
-        """Admit rows while there is room; a shard without rows is done at once."""
+        """Admit rows while the engine wants some; a shard without rows is done at once."""
         while self._unread and self._engine.wants_row:
             shard = self._unread[0]
             with waiting_for(f"a row of shard {shard.output.index} of the input"):

@@ -1,1 +1,1 @@
-"""How far a run is and what it waits for: counts, waits, progress line, stall watch."""
+"""Progress of a run: counts, waits, progress line, stall watch."""

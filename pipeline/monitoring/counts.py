@@ -1,4 +1,4 @@
-"""How far a run is: what every transport counts and reports."""
+"""Counts of a run, as every transport reports them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Recoveries:
-    """How often a host failed and was replaced, a host's state was lost and rebuilt, the rows at once were halved."""
+    """Faults that were overcome.
+
+    Args:
+        hosts_failed: hosts that failed and were replaced.
+        states_lost: times that a host lost its state and rows began again.
+        memory_halved: times that the rows at once were halved for lack of memory.
+    """
 
     hosts_failed: int = 0
     states_lost: int = 0
@@ -39,8 +45,15 @@ class Recoveries:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Answers done, answers rejected, tokens of finished answers, steps and faults overcome, since the command
-    started. A step draws a token for each row of a batch, also for a row that began again."""
+    """What was done since the command started.
+
+    Args:
+        rows: answers done, rejected ones included.
+        rejected: answers rejected.
+        tokens: of finished answers.
+        steps: of the engines. A step draws a token for each row of a batch, also for a row that began again.
+        recoveries: faults that were overcome.
+    """
 
     rows: int = 0
     rejected: int = 0

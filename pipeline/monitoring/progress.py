@@ -1,4 +1,4 @@
-"""How a run tells how far it is: one quiet line, or a line now and then where nobody watches."""
+"""The progress line: rewritten in place on a terminal, a new line every 30 s elsewhere."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ class ProgressLine:
     """Prints rows, shards, tokens/s, time left and errors of a run.
 
     Args:
-        out: where; a terminal gets one line that is rewritten, anything else a line every 30 s.
-        num_rows, num_shards: of the whole run, in answers and shards.
-        done: what was done before the command started.
+        out: where it is printed.
+        num_rows: answers of the whole run.
+        num_shards: shards of the whole run.
+        rows_before: answers that were done before the command started.
+        shards_before: shards that were done before the command started.
     """
 
     def __init__(
@@ -36,12 +38,17 @@ class ProgressLine:
         self._width = 0
 
     def shard_done(self, *, num_rows_found: int = 0) -> None:
-        """Count a shard; the rows of one that was found committed are no work of this command."""
+        """Count a shard.
+
+        Args:
+            num_rows_found: the answers of a shard that was found committed: they are done, but not by this command,
+                and must not count for its speed.
+        """
         self.shards_done += 1
         self._rows_before += num_rows_found
 
     def text(self, counts: Counts) -> str:
-        """The line."""
+        """The line for these counts."""
         elapsed_s = max(time.monotonic() - self._started_s, 1e-9)
         rows = min(self._rows_before + counts.rows, self._num_rows)
         left = "--"
@@ -53,6 +60,7 @@ class ProgressLine:
         )
 
     def show(self, counts: Counts, *, is_last: bool = False) -> None:
+        """Print the line now."""
         line = self.text(counts)
         if self._is_terminal:
             self._out.write("\r" + line.ljust(self._width) + ("\n" if is_last else ""))
@@ -63,7 +71,7 @@ class ProgressLine:
 
     @contextmanager
     def running(self, read_counts: Callable[[], Counts]) -> Iterator[None]:
-        """Show the line until the block ends, from a thread of its own."""
+        """Keep printing the line from a thread of its own until the block ends, and once more then."""
         ended = threading.Event()
         every_s = TERMINAL_S if self._is_terminal else LOG_S
 

@@ -1,4 +1,4 @@
-"""A run that makes no progress for a stated time ends, and says what it was waiting for."""
+"""The stall watch: ends a run that makes no progress for a given time, and reports what it was waiting for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN_WAITS = 4
 
 
 class _Alarm(BaseException):
-    """Raised in the main thread, wherever it is; like an interruption no Exception."""
+    """Raised in the main thread, wherever it is; no Exception, so that code that handles errors does not catch it."""
 
 
 @contextmanager
@@ -23,31 +23,36 @@ def ended_when_stalled(
 ) -> Iterator[None]:
     """Raise RunStalled out of the block once `read_progress` gives the same answer for `limit_s`.
 
-    The main thread is interrupted by SIGALRM, as a user's SIGINT would; a block in another thread runs unwatched,
-    since nothing can interrupt it.
+    The main thread is interrupted by SIGALRM, as it is by a user's SIGINT. In another thread the block runs without
+    this check, since nothing can interrupt it.
+
+    Args:
+        limit_s: how long nothing may change.
+        read_progress: returns something that changes with every progress.
+        read_waits: returns what the run waits for, for the message.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    watch = _Watch(limit_s, read_progress, read_waits)
-    before = signal.signal(signal.SIGALRM, watch.interrupt)
-    thread = threading.Thread(target=watch.run, name="stall", daemon=True)
+    check = _StallCheck(limit_s, read_progress, read_waits)
+    before = signal.signal(signal.SIGALRM, check.interrupt)
+    thread = threading.Thread(target=check.run, name="stall", daemon=True)
     thread.start()
     try:
         try:
             yield
         finally:
-            watch.ended.set()
+            check.ended.set()
     except _Alarm:
-        raise RunStalled(watch.message) from None
+        raise RunStalled(check.message) from None
     finally:
-        watch.ended.set()
+        check.ended.set()
         thread.join()
         signal.signal(signal.SIGALRM, before)
 
 
-class _Watch:
-    """The thread that looks on, and what it says at last."""
+class _StallCheck:
+    """Checks for progress in a thread of its own; `message` is set once there was none for too long."""
 
     def __init__(
         self, limit_s: float, read_progress: Callable[[], Hashable], read_waits: Callable[[], Sequence[str]]
@@ -67,7 +72,7 @@ class _Watch:
                 progress, changed_s = found, time.monotonic()
             elif time.monotonic() - changed_s >= self._limit_s:
                 self.message = self._describe()
-                # again and again: an exception that is raised inside a destructor is dropped
+                # repeatedly: Python drops an exception that is raised inside a destructor
                 while not self.ended.wait(every_s):
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
                 return

@@ -1,4 +1,4 @@
-"""What a process waits for, thread by thread, so that a run that stands still can say why."""
+"""What each thread of a process waits for, so that a run without progress can report why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """What a thread waits for, and since when (monotonic seconds of its process)."""
+    """A wait of one thread.
+
+    Args:
+        what: it waits for.
+        since_s: when it began, in monotonic seconds of its process.
+    """
 
     what: str
     since_s: float
@@ -22,7 +27,7 @@ _wait_by_thread: dict[int, Wait] = {}
 
 @contextmanager
 def waiting_for(what: str) -> Iterator[None]:
-    """Say what this thread waits for while the block runs; an outer wait is told again afterwards."""
+    """Report what this thread waits for while the block runs; afterwards an outer wait is reported again."""
     thread = threading.get_ident()
     outer = _wait_by_thread.get(thread)
     _wait_by_thread[thread] = Wait(what, time.monotonic())

@@ -1,1 +1,1 @@
-"""What the coordinator and the hosts say to each other."""
+"""Messages and interfaces between the coordinator and its hosts."""

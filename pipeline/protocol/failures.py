@@ -1,4 +1,4 @@
-"""How a host's failure reaches the coordinator: one line that says which host, which model, whom it serves."""
+"""How a host's failure reaches the coordinator: one line that names the host, its model and what it serves."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The wall between the coordinator and its hosts: one typed method per message.
 
-The coordinator holds clients; a client's method sends a message to its host and returns a `Reply` at once. The host,
-in this process or in another, answers by the method of the same name. What a host can do is a type: every host
-scores, a language model's host proposes as well, and one that holds every role of the run also samples.
+The coordinator holds clients. A client's method sends a message to its host and returns a `Reply` at once; the host,
+in this process or in another, has a method of the same name that computes the answer. What a host can do is a type:
+every host scores, a language model's host proposes as well, and one that holds every role of the run also samples.
 
 B rows of a call, R roles of a host, K candidates, T tokens of an answer.
 """
@@ -25,9 +25,9 @@ class Reply(Generic[T]):
     """A value that is on its way: the one future type of this project.
 
     Args:
-        wait: gives the value, waiting for it; called once, by the first `result`.
-        handle: what the transport knows the value by. Given to another call of the same transport in place of the
-            value, which then need not be there yet.
+        wait: waits for the value and returns it; called by `result` until it returns.
+        handle: the transport's own reference to the value. It can be passed to another call of the same transport in
+            place of the value, which need not be computed yet.
     """
 
     __slots__ = ("_value", "_wait", "handle")
@@ -39,18 +39,18 @@ class Reply(Generic[T]):
 
     @classmethod
     def of(cls, value: T) -> Reply[T]:
-        """A value that is there already."""
+        """A reply whose value is known already."""
         reply = cls(lambda: value)
         reply.result()
         return reply
 
     @property
     def is_ready(self) -> bool:
-        """Whether `result` was called before, or the value was there from the start."""
+        """Whether the value is known, so that `result` does not wait."""
         return self._wait is None
 
     def result(self) -> T:
-        """The value; waits for it. Raises what kept it from coming, again at every call."""
+        """Wait for the value and return it. Raises the error that the call ended with, again at every call."""
         if self._wait is not None:
             self._value = self._wait()
             self._wait = None
@@ -58,34 +58,52 @@ class Reply(Generic[T]):
 
 
 class Scores(Protocol):
-    """What every host can do, in its own process. Calls that fail raise an error of `pipeline.errors`."""
+    """What every host can do, in its own process. Calls that fail raise an error of `pipeline.errors`.
+
+    A `Position` comes with every call that reads or changes the state of rows. A reply may be lost and a call may be
+    repeated: a host notices that by the position, and nothing is computed twice or from another state.
+    """
 
     def advance(self, at: Position, step: Step) -> None:
         """Bring a group of slots to `at`: read parts of new prompts, append a token to each running row.
 
-        A repeated call changes nothing. Raises StateLost unless the group is one step before `at`; step 0 of an epoch
-        begins anew whatever the host holds.
+        A repeated call changes nothing. Step 0 of an epoch begins again, whatever the host holds.
+
+        Args:
+            at: the position after this step.
+            step: what is new for the host.
+
+        Raises:
+            StateLost: the group is neither at `at` nor one step before it.
         """
 
     def values_at(
         self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Candidates | None
     ) -> Tensor:
-        """The outputs [B, R, K] of the host's roles at the candidates of these slots, at `at`.
+        """The outputs [B, R, K] of the host's roles at the candidates of these slots.
 
         Log-probabilities of a language model, rewards of a reward model, both in nats.
 
         Args:
-            at: the step that the group must be at; StateLost is raised where it is not.
+            at: the position that the group must be at.
             slots: of the rows.
             num_tokens: how many tokens each row has drawn so far.
             proposal: the base's candidates, row by row; None: the whole vocabulary, for language models alone.
+
+        Raises:
+            StateLost: the group is elsewhere.
         """
 
     def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
-        """The outputs [R, T] for an existing answer, token by token (teacher forcing). Depends on no state."""
+        """The outputs [R, T] for an existing answer, token by token (teacher forcing). Uses and changes no row.
+
+        Args:
+            prompts: token ids by role of the host.
+            answer: the answer's token ids.
+        """
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
-        """What a slot takes with rows of so many tokens, and what is free."""
+        """What a slot takes with rows of `row_tokens` tokens, and what is free."""
 
     def resize(self, num_slots: int) -> None:
         """Forget every row and hold `num_slots` at once from now on."""
@@ -100,10 +118,14 @@ class Proposes(Scores, Protocol):
         """`advance`, then the base's candidates for these slots, with the values of the host's own roles at them.
 
         Args:
-            at, step: as in `advance`.
+            at: as in `advance`.
+            step: as in `advance`.
             slots: that get a token in this step.
             num_candidates: how many, the likeliest first; None: the whole vocabulary.
             min_p: drops candidates less likely than `min_p` times the likeliest one.
+
+        Raises:
+            StateLost: as in `advance`.
         """
 
 
@@ -112,7 +134,7 @@ class Samples(Proposes, Protocol):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether it can go on with a step while the outcome of the one before is on its way."""
+        """Whether it can begin a step while the outcome of the one before is still being computed."""
 
     def advance_and_sample(
         self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
@@ -120,21 +142,24 @@ class Samples(Proposes, Protocol):
         """`advance`, then solve the games of these slots and draw a token for each.
 
         Args:
-            at, step: as in `advance`; StateLost is raised, too, where a token of the step is DRAWN and was not drawn
-                here.
+            at: as in `advance`.
+            step: as in `advance`; tokens may be DRAWN.
             slots: that get a token in this step.
             terms: rule, agent temperature and weights of each.
             uniforms: the uniform draw of each.
+
+        Raises:
+            StateLost: as in `advance`, and where a token is DRAWN that was not drawn here.
         """
 
     def work(self) -> HostWork:
-        """What it did since it was loaded."""
+        """Passes, tokens and seconds since it was loaded."""
 
 
 class ScoringClient(Protocol):
     """The coordinator's end of a host that `Scores`; see there. Calls of one client run in the order of submission.
 
-    A `Reply` among the arguments stands for its value, which need not be there yet.
+    A `Reply` among the arguments stands for its value, which need not be computed yet.
     """
 
     def advance(self, at: Position, step: Step) -> Reply[None]: ...
@@ -176,8 +201,8 @@ class Hosts:
         base: the base's host.
         others: the hosts beside it.
         sampler: the base's host where it is the only one, and then samples by itself.
-        runs_ahead: whether a step is sent before the tokens of the last one are there, which hides the coordinator's
-            work behind a lone host's. A row that ends is noticed one step later.
+        runs_ahead: whether a step is sent before the tokens of the last one have arrived, which hides the
+            coordinator's work behind a lone host's. A row that ends is noticed one step later.
         is_concurrent: whether the hosts compute at the same time as the coordinator, so that it pays to let two
             groups of slots alternate.
     """

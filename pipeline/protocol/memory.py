@@ -1,4 +1,4 @@
-"""How many slots the memories of all hosts have room for."""
+"""How many slots fit into the memory of every host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ SHARE = {"cpu": 0.5, "cuda": 0.85}  # of what is free: a machine's memory may be
 
 
 def slots_that_fit(budgets: Iterable[MemoryBudget]) -> int:
-    """Slots for which there is memory everywhere, for all the hosts that share it; at least 1."""
+    """The largest number of slots that fits everywhere; at least 1.
+
+    Args:
+        budgets: of every host of a replica. Hosts in one place share its memory.
+    """
     by_place: dict[str, list[MemoryBudget]] = defaultdict(list)
     for budget in budgets:
         by_place[budget.place].append(budget)
@@ -21,7 +25,7 @@ def slots_that_fit(budgets: Iterable[MemoryBudget]) -> int:
 
 
 def _fitting(budgets: Sequence[MemoryBudget]) -> int:
-    """Slots that one memory holds."""
+    """The number of slots that fit into one memory."""
     device_type = budgets[0].device_type
     free = SHARE[device_type] * min(budget.free_bytes for budget in budgets)
     needed = sum(budget.slot_bytes for budget in budgets)

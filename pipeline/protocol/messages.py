@@ -1,4 +1,4 @@
-"""What a coordinator and its hosts say to each other: frozen messages. Imports nothing heavy.
+"""The messages between a coordinator and its hosts, all frozen. Imports nothing heavy.
 
 B rows of a call, R roles of a host, K candidates.
 """
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DRAWN = -1  # stands for the token that the host itself drew for the slot
-CHUNK = 1024  # tokens of a prompt that are computed in one step; another number gives other last bits
+CHUNK = 1024  # tokens of a prompt that are computed in one step; another value changes the last bits of results
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A part of a new row: the tokens that its roles read before anything is drawn.
+    """A part of a new row's prompts: the tokens that its roles read before anything is drawn.
 
     Part n is tokens [n * CHUNK, (n + 1) * CHUNK) of every prompt; with the last part the row begins to run.
 
     Args:
         slot: where the row will run.
         prompts: token ids by role of the host.
-        shared_prefixes: by role, how many first tokens of the prompt other prompts may begin with as well.
+        shared_prefixes: by role, the length of the prefix that other prompts may share.
         part: which part this is.
         is_last: whether it is the last one.
         answer: tokens that the row had drawn before its host lost it, and keeps.
@@ -59,13 +59,22 @@ class Step:
 
 
 def num_parts(num_tokens: int) -> int:
-    """Number of parts in which a prompt is computed; its last token comes with the first step."""
+    """Number of parts in which a prompt of `num_tokens` is computed.
+
+    Its last token is not counted: it is computed with the first step, like the newest token of a running row.
+    """
     return max(1, -(-(num_tokens - 1) // CHUNK))
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a group of slots is: the step of an epoch. An epoch begins, at step 0, whenever the rows start anew."""
+    """How far a group of slots is. Every call carries one, so that a host notices a lost or repeated call.
+
+    Args:
+        group: the number of the group.
+        epoch: a random number that changes whenever the group's rows begin again.
+        step: steps since the epoch began, from 0.
+    """
 
     group: int
     epoch: int
@@ -85,10 +94,13 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The base's proposal and the host's own roles at it.
+    """The base's proposal, and the values of its host's own roles there.
 
-    ids_BK (None: the whole vocabulary); base_logprobs_BK in nats, -inf where min_p drops one; covered_mass_B the base
-    probability of what is left; role_logprobs_BRK in the order of the host's roles.
+    Args:
+        ids_BK: token ids; None: the whole vocabulary, in its own order.
+        base_logprobs_BK: of the base, in nats; -inf where min_p drops a candidate.
+        covered_mass_B: the base's probability of all remaining candidates.
+        role_logprobs_BRK: in nats, in the order of the host's roles.
     """
 
     ids_BK: Tensor | None
@@ -97,7 +109,7 @@ class Candidates:
     role_logprobs_BRK: Tensor
 
     def rows(self, at: Sequence[int] | Tensor) -> Candidates:
-        """Those of some rows."""
+        """The candidates of some rows."""
         return Candidates(
             None if self.ids_BK is None else self.ids_BK[at],
             self.base_logprobs_BK[at],
@@ -106,7 +118,7 @@ class Candidates:
         )
 
     def cpu(self) -> Candidates:
-        """The same in main memory."""
+        """The same candidates in main memory."""
         return Candidates(
             None if self.ids_BK is None else self.ids_BK.cpu(),
             self.base_logprobs_BK.cpu(),
@@ -139,7 +151,8 @@ class TokenOutcome:
         rewards: q of the drawn token by principal, in nats.
         payments: what each principal pays for it, in nats; None under a rule without payments.
         thresholds: the value above which each principal pays; None likewise.
-        base_logprob, logprob: of the drawn token, under the base and under the policy that drew it.
+        base_logprob: log-probability of the drawn token under the base, in nats.
+        logprob: log-probability of the drawn token under the policy that drew it, in nats.
         kl: KL divergence of the policy to the base over the candidates, in nats.
         covered_mass: the base's probability of all candidates.
         residual: how far the game is from its equilibrium.
@@ -162,7 +175,14 @@ class TokenOutcome:
 
 @dataclass(frozen=True, slots=True)
 class HostWork:
-    """What a host did since it was loaded: passes, tokens that went through them, seconds in passes and in games."""
+    """What a host did since it was loaded.
+
+    Args:
+        num_forwards: forward passes.
+        num_tokens: tokens that went through them.
+        forward_s: seconds in passes, measured on the device.
+        solve_s: seconds in which games were solved and tokens drawn.
+    """
 
     num_forwards: int
     num_tokens: int
@@ -175,9 +195,9 @@ class MemoryBudget:
     """What one slot of a host takes, and what is free where the host is.
 
     Args:
-        place: names the memory among those of all machines; hosts that share it have the same.
+        place: identifies the memory among all machines; hosts that share it report the same.
         device_type: "cpu" or "cuda".
-        slot_bytes: bytes that one slot takes with rows of the asked length.
+        slot_bytes: bytes that one slot takes with rows of the requested length.
         free_bytes: bytes that could be allocated there now.
     """
 

@@ -1,4 +1,4 @@
-"""What it takes to start a host on any machine. Picklable, and free of loaded models."""
+"""Specs: all that is needed to start a host on any machine. Picklable, without loaded models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SamplingOptions:
 
     Args:
         num_candidates: how many of the base's likeliest tokens take part; None: all of the vocabulary.
-        min_p: candidates less likely than `min_p` times the likeliest one take no part.
+        min_p: candidates less likely than `min_p` times the likeliest one are left out.
         temperature: of the final draw; 0 takes the likeliest token.
         top_p: the final draw is from the fewest tokens with so much of the policy's mass.
     """
@@ -68,7 +68,8 @@ class HostSpec:
         name: of the host.
         serves: the principals (and "base") that need it, for error messages.
         source: the model's files.
-        dtype, device: as configured.
+        dtype: as configured.
+        device: as configured.
         roles: what it serves.
         num_slots: rows at once.
         vocab_size: token ids that all models of the run share.
@@ -77,6 +78,7 @@ class HostSpec:
         adapters: LoRA adapters by the names that roles use.
         reward: set for a sequence reward model.
         games: set for a host that holds every role of the run.
+        attention: as configured: "auto", "slots" or "plain".
     """
 
     name: str
@@ -92,9 +94,10 @@ class HostSpec:
     adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
     reward: RewardSpec | None = None
     games: GameSpec | None = None
+    attention: str = "auto"
 
     @property
     def title(self) -> str:
-        """The model and whom it serves, for error messages."""
+        """The model and the principals that it serves, for error messages."""
         kind = "model" if self.reward is None else "reward model"
         return f"{kind} {self.source.name} (for {', '.join(self.serves)})"

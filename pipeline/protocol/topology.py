@@ -1,4 +1,4 @@
-"""The topology of a replica: which roles there are, which host serves each, and whose rewards they make up.
+"""The topology of a replica: its roles, the host that serves each, and the principals whose rewards they compute.
 
 A role is one output that is needed at every step: a distribution over tokens, or a reward model's scores. Principals
 that need the same output share a role; roles that share weights share a host and one forward pass.
@@ -110,7 +110,13 @@ class HostPlan:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Hosts, roles and principals of one run. The first host is the base's, and its first role is the base."""
+    """Hosts, roles and principals of one run.
+
+    Args:
+        hosts: the base's first; its first role is the base.
+        roles: by name.
+        principals: in the order of the configuration, which is that of all weights, rewards and payments.
+    """
 
     hosts: tuple[HostPlan, ...]
     roles: Mapping[str, Role]

@@ -1,4 +1,4 @@
-"""The one place where engines are made: in this process, over Ray, in benchmarks and in tests."""
+"""The one place where engines are made: for this process, for Ray, for benchmarks and for tests."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from pipeline.protocol.hosts import Hosts
 from pipeline.protocol.memory import slots_that_fit
 from pipeline.runtime.assembly import Assembly
 
-LONG_PROMPT = 1024  # tokens of a prompt for which a slot has memory, where the model's context is as long
-MIN_SLOTS_FOR_GROUPS = 8  # below, half a batch costs a host nearly as much as a whole one
+LONG_PROMPT = 1024  # tokens of a prompt for which "auto" leaves memory in every slot
+MIN_SLOTS_FOR_GROUPS = 8  # with fewer slots, half a batch takes a host nearly as long as a whole one
 
 
 def make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
-    """An engine over hosts that are there; all of them agree on its slots.
+    """An engine over loaded hosts, all of which are resized to its slots.
 
     Args:
         assembly: the replica.
         hosts: its clients, in the order of the assembly's hosts.
+
+    Raises:
+        HostError: a host failed.
     """
     config = assembly.config
     num_slots = agree_on_slots(config, hosts)
@@ -42,7 +45,7 @@ def make_decoder(assembly: Assembly, hosts: Hosts) -> ShardDecoder:
 
 
 def agree_on_slots(config: Config, hosts: Hosts) -> int:
-    """The slots of a replica: the configured number, or what there is memory for everywhere; all hosts make room."""
+    """The slots of a replica: the configured number, or as many as fit into every memory; hosts are resized to it."""
     if config.cluster.slots != "auto":
         return config.cluster.slots
     row_tokens = LONG_PROMPT + config.decoding.max_new_tokens

@@ -20,7 +20,7 @@ class LocalStream:
     Args:
         assembly: the replica.
         run: where shards are read from and committed to.
-        wiring: what the hosts are wrapped in.
+        wiring: wraps the hosts.
     """
 
     def __init__(self, assembly: Assembly, run: Run, *, wiring: Wiring = DIRECT) -> None:
@@ -38,7 +38,11 @@ class LocalStream:
         return waits()
 
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
-        """Decode and commit; yield each shard's outcome as it comes. Raises HostError."""
+        """Decode and commit shards; yield each one's outcome when it is done.
+
+        Raises:
+            HostError: a host failed. Committed shards are kept.
+        """
         hosts = start_hosts(self._assembly, wiring=self._wiring)
         self._decoder = decoder = make_decoder(self._assembly, hosts)
         waiting = list(reversed(shards))

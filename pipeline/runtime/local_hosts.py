@@ -1,4 +1,4 @@
-"""Hosts in this process: a message runs at once, and its reply is there or comes from the device."""
+"""Hosts in this process: a message runs at once, and its reply has its value or waits for the device."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ T = TypeVar("T")
 HostT = TypeVar("HostT", bound=Scores)
 ProposingT = TypeVar("ProposingT", bound=Proposes)
 
-# What a host may raise and the coordinator can do something about; anything else is a fault of the program.
+# What a host may raise and the coordinator can handle; anything else is a bug and ends the process.
 FAILURES = (CageError, RuntimeError, ValueError, IndexError, KeyError, MemoryError)
 
 
 def start_hosts(assembly: Assembly, *, wiring: Wiring = DIRECT) -> Hosts:
     """Load every host of a replica into this process.
+
+    Args:
+        assembly: the replica.
+        wiring: wraps the hosts.
 
     Raises:
         ConfigurationError: a model cannot be served.
@@ -79,7 +83,7 @@ class LocalHost(Generic[HostT]):
         return self._run("resize", lambda: self.host.resize(num_slots))
 
     def _run(self, message: str, function: Callable[[], T]) -> Reply[T]:
-        """Run the host at once; what it raised is raised by the reply, as it would be from another process."""
+        """Run the host at once. What it raises is raised by the reply, as it is by a host in another process."""
         try:
             return Reply.of(self._guarded(message, function))
         except CageError as error:

@@ -124,6 +124,7 @@ def plan_replica(config: Config, resolved: ResolvedModels, cache_folder: Path) -
             source=sources[plan.name],
             dtype=plan.model.dtype,
             device=plan.model.device,
+            attention=plan.model.attention,
             roles=plan.roles,
             num_slots=config.cluster.first_slots,
             vocab_size=vocab_size,

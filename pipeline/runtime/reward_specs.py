@@ -1,4 +1,4 @@
-"""How a run's reward models are read: which of their outputs count."""
+"""Specs of reward models: which of their outputs count, and whether they can read the run's prompts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def specify_reward(
     facts: ModelFacts,
 ) -> RewardSpec | None:
     """How the host of a reward model reads and scores; None for a language model's host.
+
+    Args:
+        plan: of the host.
+        topology: of the run.
+        config: of the run.
+        tokenizers: by host name.
+        facts: of the host's model.
 
     Raises:
         ConfigurationError: it is no sequence classifier, has other outputs, or does not say how it reads a prompt.

@@ -1,4 +1,4 @@
-"""From a configuration to a topology: principals become roles, roles that share weights share a host."""
+"""Builds the topology of a configuration: principals need roles, and roles that share weights share a host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build_topology(config: Config, identify: Callable[[ModelConfig], str] = lamb
         config: base and principals.
         identify: names a model's weights; models of one name, dtype and device share a host.
     """
-    builder = _Builder(config, identify)
+    builder = _TopologyBuilder(config, identify)
     builder.add_base()
     principals = tuple(builder.add_principal(name, section) for name, section in config.principals.items())
     hosts = tuple(
@@ -44,7 +44,9 @@ def adapters_of(config: Config) -> Iterator[tuple[str, str]]:
 
 
 @dataclass(slots=True)
-class _HostDraft:
+class _HostBuilder:
+    """A `HostPlan` while roles are added to it."""
+
     name: str
     model: ModelConfig
     roles: list[HostRole] = field(default_factory=list)
@@ -52,11 +54,13 @@ class _HostDraft:
     serves: list[str] = field(default_factory=list)
 
 
-class _Builder:
+class _TopologyBuilder:
+    """Collects roles and hosts, without repeating any."""
+
     def __init__(self, config: Config, identify: Callable[[ModelConfig], str]) -> None:
         self._config = config
         self._identify = identify
-        self.hosts: dict[tuple[object, ...], _HostDraft] = {}
+        self.hosts: dict[tuple[object, ...], _HostBuilder] = {}
         self.roles: dict[tuple[object, ...], Role] = {}
 
     def add_base(self) -> None:
@@ -85,17 +89,17 @@ class _Builder:
             host.roles.append(HostRole(name, adapter, request.scoring, request.takes_weights))
         return self.roles[key].name
 
-    def _host(self, name: str, request: RoleRequest) -> _HostDraft:
+    def _host(self, name: str, request: RoleRequest) -> _HostBuilder:
         """The host of the requested weights; a model scores or gives log-probabilities, not both."""
         model = request.model or self._config.base
         scores = request.scoring is not None
         key = (self._identify(model), model.dtype, model.device, model.trust_remote_code, scores)
         if key not in self.hosts:
-            self.hosts[key] = _HostDraft(name, model)
+            self.hosts[key] = _HostBuilder(name, model)
         self.hosts[key].serves.append(name.partition(".")[0])
         return self.hosts[key]
 
-    def _adapter(self, host: _HostDraft, folder: str) -> str:
+    def _adapter(self, host: _HostBuilder, folder: str) -> str:
         """The name of an adapter on its host."""
         for adapter, known in host.adapters.items():
             if known == folder:

@@ -1,6 +1,6 @@
-"""What a run is connected to: the stores that it opens, and what stands between it and its hosts.
+"""What a run is connected to: the stores that it opens, and wrappers around its hosts.
 
-A run that nobody watches opens stores as they are and wraps no host. Tests and simulations supply others: a store or
+By default stores are opened as they are and no host is wrapped. Tests supply others, which inject faults: a store or
 a host that ends its process, fails, hangs or is slow at a named point.
 """
 
@@ -17,7 +17,7 @@ HostT = TypeVar("HostT", bound=Scores)
 
 
 class WrapHost(Protocol):
-    """Puts something around a host that was just started, in the host's own process."""
+    """Wraps a host that was just started, in the host's own process."""
 
     def __call__(self, host: HostT, /) -> HostT: ...
 
@@ -29,7 +29,7 @@ def unwrapped(host: HostT, /) -> HostT:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """How a run opens stores and starts hosts. Picklable, as other processes do so, too.
+    """How a run opens stores and wraps hosts. Picklable, as it is sent to other processes.
 
     Args:
         open_store: opens the store at an address.

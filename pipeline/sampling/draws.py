@@ -12,7 +12,16 @@ from torch import Tensor
 
 
 class Uniforms:
-    """The uniform draws of one answer, in [0, 1), by step."""
+    """The uniform draws of one answer, in [0, 1).
+
+    A counter-based generator: the draw of a step is a hash of the key and the step, so that there is no state to
+    lose, and a row that begins again draws the same tokens.
+
+    Args:
+        seed: of the run.
+        row_id: of the row.
+        sample: which of the row's answers it is.
+    """
 
     __slots__ = ("_key",)
 
@@ -21,17 +30,23 @@ class Uniforms:
         self._key = blake2b(identity, digest_size=32, person=b"cage-draws").digest()
 
     def at(self, step: int) -> float:
+        """The draw of a step: the upper 53 bits of a hash, as many as a float64 holds exactly."""
         digest = blake2b(step.to_bytes(8, "little"), key=self._key, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def draw(log_policy_BK: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """Index [B] of the token that each row draws; temperature 0 takes the most likely, the first of equals.
+    """Index [B] of the token that each row draws: the inverse of its cumulative distribution at its uniform number.
 
-    One draw is the inverse of the row's cumulative distribution at its uniform number.
+    Args:
+        log_policy_BK: of the policies, in nats.
+        uniforms_B: in [0, 1), float64.
+        temperature: of the draw; 0 takes the likeliest token, the first one of equals.
+        top_p: draws from the fewest tokens with so much of the policy's mass.
     """
     if temperature == 0:
         return log_policy_BK.argmax(-1)
+    # in float64: a uniform number has 53 bits, and a sum over the vocabulary in float32 would not reach 1
     probs_BK = (log_policy_BK.double() / temperature).softmax(-1)
     if top_p < 1:
         probs_BK = _nucleus(probs_BK, top_p)

@@ -43,7 +43,7 @@ def token_rewards(principals: Sequence[PrincipalPlan], outputs: Mapping[str, Ten
 
 @dataclass(frozen=True, slots=True)
 class SampledStep:
-    """What a step gave each row, where it was computed; one tensor, so that a GPU hands it over in one copy.
+    """What a step gave each row, on the device that computed it; one tensor, so that one copy brings it to the CPU.
 
     Args:
         numbers_BC: the columns token id, base and final log-probability, KL, covered mass, residual, status, steps;
@@ -62,7 +62,7 @@ class SampledStep:
         return self.numbers_BC[:, 0].long()
 
     def outcomes(self, terms: Sequence[Terms]) -> list[TokenOutcome]:
-        """The same row by row; waits for a GPU. Payments and thresholds are those of rules that pay."""
+        """The outcome of each row; waits for a GPU. Payments and thresholds are None for rules that do not pay."""
         outcomes = []
         for row, each in zip(self.numbers_BC.tolist(), terms, strict=True):
             token, base, final, kl, covered, residual, status, num_steps = row[: self.NUM_COMMON]
@@ -92,7 +92,7 @@ class SolvedStep:
     """The games of a step and what their rules decided.
 
     Args:
-        game: base and values over the candidates, in the type of the game.
+        game: base and values over the candidates, in the dtype of `as_game`.
         rewards_BJK: q by principal, before weights.
         decision: policy, thresholds and how the solve ended.
     """
@@ -115,10 +115,11 @@ def solve_and_sample(
         options: temperature and nucleus of the draw.
         proposal: the base's candidates.
         rewards: q [B, K] by principal.
-        terms, uniforms: by row.
+        terms: rule, agent temperature and weights of each row.
+        uniforms: the uniform draw of each row.
     """
     if proposal.base_logprobs_BK.shape[1] <= FLOAT64_CANDIDATES:
-        # a CPU is done with so few numbers before a GPU has begun with its many small steps
+        # a CPU solves such small games in less time than a GPU takes to start the solver's many small kernels
         proposal, rewards = proposal.cpu(), [reward.cpu() for reward in rewards]
     base_BK, rewards_BJK = as_game(proposal, rewards)
     solved = solve(base_BK, rewards_BJK, terms)
@@ -127,7 +128,10 @@ def solve_and_sample(
 
 
 def as_game(proposal: Candidates, rewards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The base's log-probabilities [B, K] over the candidates and the rewards [B, J, K], in the type of the game."""
+    """The base's log-probabilities [B, K], normalized over the candidates, and the rewards [B, J, K].
+
+    Both are in float64 up to FLOAT64_CANDIDATES candidates, in float32 beyond.
+    """
     num_rows, num_candidates = proposal.base_logprobs_BK.shape
     dtype = torch.float64 if num_candidates <= FLOAT64_CANDIDATES else torch.float32
     base_BK = proposal.base_logprobs_BK.to(dtype).log_softmax(-1)
@@ -137,7 +141,7 @@ def as_game(proposal: Candidates, rewards: Sequence[Tensor]) -> tuple[Tensor, Te
 
 
 def solve(base_BK: Tensor, rewards_BJK: Tensor, terms: Sequence[Terms]) -> SolvedStep:
-    """Let every row's rule turn its base and its weighted rewards into a policy."""
+    """Compute every row's policy from its base and its weighted rewards, by the row's rule."""
     as_numbers = partial(torch.tensor, dtype=base_BK.dtype, device=base_BK.device)
     temperatures = [each.agent_temperature for each in terms]
     is_shared = len(set(temperatures)) == 1
@@ -148,7 +152,7 @@ def solve(base_BK: Tensor, rewards_BJK: Tensor, terms: Sequence[Terms]) -> Solve
 
 
 def sample(options: SamplingOptions, proposal: Candidates, solved: SolvedStep, uniforms_B: Tensor) -> SampledStep:
-    """Draw a token of each row's policy, and say what it cost. Asks the device nothing."""
+    """Draw a token from each row's policy, with what each principal pays for it. Does not wait for the device."""
     game, rewards_BJK, decision = solved.game, solved.rewards_BJK, solved.decision
     log_policy_BK, base_BK = decision.log_policy, game.base_logprobs
     drawn_B1 = draw(log_policy_BK, uniforms_B, temperature=options.temperature, top_p=options.top_p)[:, None]
@@ -175,7 +179,7 @@ def sample(options: SamplingOptions, proposal: Candidates, solved: SolvedStep, u
 
 
 def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> cage.rules.Decision:
-    """Let every row's rule decide it; thresholds are NaN in the rows whose rule has none."""
+    """Apply every row's rule, one call per rule; thresholds are NaN in the rows whose rule has none."""
     if len(set(rules)) == 1:
         return cage.rules.by_name[rules[0]](game, weights_BJ)
     decision = cage.rules.Decision(
@@ -197,6 +201,6 @@ def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> c
 
 
 def _kl(log_policy_BK: Tensor, base_BK: Tensor) -> Tensor:
-    """KL(policy || base) [B] in nats over the candidates; rounding below 0 is cut."""
+    """KL(policy || base) [B] in nats over the candidates; what rounding puts below 0 is set to 0."""
     policy_BK = log_policy_BK.exp()
     return torch.where(policy_BK > 0, policy_BK * (log_policy_BK - base_BK), 0.0).sum(-1).clamp(min=0)

@@ -15,10 +15,10 @@ from pipeline.protocol.messages import Candidates
 def propose_from(logits_BRV: Tensor, vocab_size: int, *, num_candidates: int | None, min_p: float) -> Candidates:
     """The candidates of the first role, the likeliest first, with the values of every role at them.
 
-    Asks the device nothing, so that a CUDA graph can hold it.
+    Does not wait for the device, so that it can be captured in a CUDA graph.
 
     Args:
-        logits_BRV: newest logits; what they hold beyond the vocabulary is -inf.
+        logits_BRV: newest logits; padding behind the vocabulary is -inf.
         vocab_size: number of token ids.
         num_candidates: K; None proposes the whole vocabulary, in its own order.
         min_p: candidates less likely than `min_p` times the likeliest one get a base log-probability of -inf.

@@ -1,8 +1,8 @@
 """LoRA adapters of one model, mixed in a pass: every token has its own, or none.
 
-peft reads the adapters; then its layers give way to these. Its own way of mixing picks out the tokens of each adapter
-one adapter after another, which takes several times as many operations, and none of them can be recorded. Here all
-adapters' ranks are one product down and one up, and in between a token keeps what is its own adapter's.
+peft loads the adapters; then these layers replace its own. peft mixes adapters by selecting the tokens of one adapter
+after another, which takes several times as many operations, and none of them can be captured in a CUDA graph. Here
+the ranks of all adapters are one product down and one up, and in between a gate keeps the ranks of a token's adapter.
 
 T tokens of a pass, A adapters, R ranks of all of them together, I inputs and O outputs of a projection.
 """
@@ -22,10 +22,13 @@ MIN_RANKS = 4  # a matrix product with one column takes a kernel whose bits depe
 
 
 class TokenAdapters:
-    """Which adapter each token of the pass under way has, by its number; 0 is none.
+    """Which adapter each token of the running pass has, by its number; 0 is none.
 
     Args:
         names: of the adapters; the first has number 1.
+
+    Attributes:
+        of_tokens: the numbers of the pass's tokens, [T]; set before each pass.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -37,7 +40,7 @@ class TokenAdapters:
         return self._numbers[name]
 
     def of_last(self, num_tokens: int) -> Tensor:
-        """The adapters of the last tokens of the pass: some modules see those alone."""
+        """The adapters of the last tokens of the pass: some modules, such as the head, see only those."""
         return self.of_tokens[len(self.of_tokens) - num_tokens :]
 
 
@@ -45,9 +48,10 @@ class LowRank(nn.Module):
     """What the adapters add to one projection.
 
     Args:
-        down, up: [R, I] and [O, R].
+        down: [R, I].
+        up: [O, R].
         gates: [A + 1, R], the scaling of an adapter at its own ranks and 0 at others'.
-        adapters: of the pass under way.
+        adapters: of the running pass.
     """
 
     down: Tensor
@@ -61,13 +65,13 @@ class LowRank(nn.Module):
         self.adapters = adapters
 
     def forward(self, states: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What is added to some outputs, for inputs [..., T, I]."""
+        """What is added to the outputs of `rows`, for inputs [..., T, I]."""
         low = linear(states, self.down) * self.gates[self.adapters.of_last(states.shape[-2])]
         return linear(low, self.up[rows])
 
 
 class _Adapted(nn.Module):
-    """A module of the model, and what adapters make of it."""
+    """A module of the model with adapters."""
 
     base: Any
 
@@ -77,13 +81,18 @@ class _Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's: models ask their modules for a type or a device."""
+        """The base's: models read a dtype or a device from their modules' weights."""
         weight: Tensor = self.base.weight
         return weight
 
 
 class AdaptedLinear(_Adapted):
-    """A projection with adapters."""
+    """A projection with adapters.
+
+    Args:
+        base: the projection.
+        low_rank: what adapters add to it.
+    """
 
     def __init__(self, base: nn.Module, low_rank: LowRank) -> None:
         super().__init__(base)
@@ -95,12 +104,12 @@ class AdaptedLinear(_Adapted):
 
 
 class ReplacedModule(_Adapted):
-    """A module that some adapters bring with them as a whole.
+    """A module that some adapters replace as a whole.
 
     Args:
         base: for tokens of the other adapters.
-        own: by the adapter's number.
-        adapters: of the pass under way.
+        own: the replacement by the adapter's number.
+        adapters: of the running pass.
     """
 
     def __init__(self, base: nn.Module, own: dict[int, nn.Module], adapters: TokenAdapters) -> None:
@@ -119,7 +128,7 @@ class ReplacedModule(_Adapted):
 
 @contextmanager
 def without_peft_warnings() -> Iterator[None]:
-    """Let peft ask transformers under an old name."""
+    """Hide the warning that peft uses a deprecated name of transformers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
@@ -127,9 +136,14 @@ def without_peft_warnings() -> Iterator[None]:
 
 @torch.no_grad()
 def take_adapters(model: Any, names: Sequence[str]) -> TokenAdapters:
-    """Put these layers in the place of peft's, in the model that it wraps.
+    """Replace peft's layers by these, in the model that peft wraps.
 
-    Raises NotImplementedError for adapters that are more than LoRA of linear layers and modules of their own.
+    Args:
+        model: a model of peft, with the adapters loaded.
+        names: of the adapters.
+
+    Raises:
+        NotImplementedError: an adapter does more than LoRA of linear layers and replacing whole modules.
     """
     from peft.tuners.lora.layer import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -152,7 +166,7 @@ def take_adapters(model: Any, names: Sequence[str]) -> TokenAdapters:
                     "which is not mixed with others in a pass; merge it into its model (peft's merge_and_unload) and "
                     "name that as a model"
                 )
-    model.requires_grad_(False)  # peft asks for gradients of the adapter that it was last told to use
+    model.requires_grad_(False)  # peft turns on gradients of the adapter that was set last
     return adapters
 
 

@@ -3,7 +3,8 @@
 A pass is hundreds of kernels, and starting them one by one takes longer than they run. A replay starts them together;
 nothing in it waits for the host. One shape is that of all cache rows, whoever runs: a step costs what reading the
 weights costs. The other is for tokens of new prompts. The same kernels compute every row, whatever the batch
-composition.
+composition. A kernel that is chosen by the shape of its input is then always the same one, so padding to two fixed
+shapes is also what makes a row's bits its own.
 
 R rows, T tokens of prompts, V vocabulary.
 """
@@ -19,6 +20,7 @@ from pipeline.attention.prompt_segments import Prompts, serves
 from pipeline.attention.segments import RunningRows, Segment
 from pipeline.attention.slots import SlotCache, SlotPass
 from pipeline.attention.transfers import to_device
+from pipeline.attention.visibility import LayerFacts
 from pipeline.worker.cuda_graphs import GraphPool
 from pipeline.worker.forward_batch import PromptPass
 
@@ -33,12 +35,13 @@ class CapturedPasses:
     """Runs passes over running rows, and over prompts.
 
     Args:
-        forward: the model over packed tokens.
+        forward: computes the model over packed tokens.
         plain: the same, for a pass of another shape.
-        cache: where keys and values are; passes are captured anew when its buffers move.
+        cache: where keys and values are; passes are captured again when its buffers move.
         num_prompt_tokens: T.
-        spare_row: a cache row that nobody reads, for what is missing to a full batch.
-        device: where all of it is.
+        spare_row: a cache row that is never read, for padding.
+        device: of the model and the cache.
+        layers: what each attention call of a pass asks for.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class CapturedPasses:
         num_prompt_tokens: int,
         spare_row: int,
         device: torch.device,
+        layers: Sequence[LayerFacts] = (),
     ) -> None:
+        self._layers = layers
         self._forward = forward
         self._plain = plain
         self._cache = cache
@@ -74,22 +79,28 @@ class CapturedPasses:
         return self._inputs[2, : len(rows)], self.graphs.run("rows", self._pass_rows)[: len(rows)]
 
     def run_prompts(self, part: PromptPass) -> None:
-        """Compute parts of prompts; nobody asks for their logits."""
+        """Compute parts of prompts; their logits are not needed."""
         self._reserve(max(segment.stop for segment in part.segments))
         missing = len(self._prompt_ids) - len(part.tokens)
         self._prompt_ids.copy_(
             to_device([*part.tokens, *([0] * missing)], self._device, torch.long), non_blocking=True
         )
         self._prompts.load(part.segments)
-        if all(map(serves, self._cache.keys, self._cache.values)):
+        suits = all(facts.suits_flash_attention for facts in self._layers)
+        if suits and all(map(serves, self._cache.keys, self._cache.values)):
             self.graphs.run("prompts", self._pass_prompts)
         else:  # the parts are computed one by one, which differs every time
             self._pass_prompts()
 
     def _reserve(self, num_tokens: int) -> None:
-        if not self._cache.keys:  # a pass makes the buffers
+        if not self._cache.keys:  # the first pass allocates the buffers
             first = SlotPass(
-                self._cache, [Segment(self._spare_row, 0, 1)], (), RunningRows.none(self._device), per_row=True
+                self._cache,
+                [Segment(self._spare_row, 0, 1)],
+                (),
+                RunningRows.none(self._device),
+                per_row=True,
+                layers=self._layers,
             )
             self._plain(first, self._prompt_ids[None, :1], self._prompt_ids[None, :1], 1)
         self._cache.reserve(num_tokens)
@@ -98,13 +109,16 @@ class CapturedPasses:
             self.graphs.clear()
 
     def _pass_rows(self) -> Tensor:
-        """Compute from the inputs. It writes the same keys to the same places: it may run any number of times."""
+        """Compute from the inputs. Running it again writes the same keys to the same places, as a capture
+        requires."""
         tokens_R, last_R, rows_R = self._inputs
         lengths = (self._cache.capacity,) * self._num_rows
-        slot_pass = SlotPass(self._cache, (), (), RunningRows((), lengths, rows_R, last_R), per_row=False)
+        slot_pass = SlotPass(
+            self._cache, (), (), RunningRows((), lengths, rows_R, last_R), per_row=False, layers=self._layers
+        )
         return self._forward(slot_pass, tokens_R[None], last_R[None], self._num_rows)
 
     def _pass_prompts(self) -> Tensor:
         running = RunningRows.none(self._device)
-        slot_pass = SlotPass(self._cache, (), (), running, per_row=True, prompts=self._prompts)
+        slot_pass = SlotPass(self._cache, (), (), running, per_row=True, prompts=self._prompts, layers=self._layers)
         return self._forward(slot_pass, self._prompt_ids[None], self._prompts.positions[None], 1)

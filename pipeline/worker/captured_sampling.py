@@ -1,7 +1,7 @@
 """Games and draws of all slots as captured CUDA graphs, for a GPU that holds every role.
 
-Nothing in a graph waits for the host. So a graph takes a fixed number of solver steps, and whether they were enough
-is seen when the tokens are read, which may be while the next pass runs. If not, the same games are solved by a graph
+Nothing in a graph waits for the CPU. So a graph takes a fixed number of solver steps, and whether they were enough is
+seen when the tokens are read, which may be while the next pass runs. If not, the same games are solved by a graph
 with more steps; what even the longest one leaves unsolved, by the solver that checks convergence. A row's bits do not
 depend on which of them solved it.
 
@@ -37,16 +37,16 @@ from pipeline.worker.compiled_layers import of_many_shapes
 from pipeline.worker.cuda_graphs import GraphPool
 from pipeline.worker.language_model_runner import LanguageModelRunner
 
-# solver steps of the graphs, shortest first; three principals and more follow a path
+# solver steps of the graphs, shortest first; with three principals and more the solver follows a path
 NUM_STEPS = (12, 20, 40)
 NUM_STEPS_OF_PATHS = (16, 24, 32, 64, 128)
-MOST_PRINCIPALS = 8  # a step of the path solves a linear system, all of it unrolled
-CALM = 64  # solved steps after which a shorter graph is tried again, if it had been enough for all of them
+MOST_PRINCIPALS = 8  # a step of the path solves a linear system, which is unrolled
+PATIENCE = 64  # steps after which a shorter graph is tried again, if it would have been enough for all of them
 
 
 @dataclass(frozen=True, slots=True)
 class _Games:
-    """The candidates of all slots, the base over them, and their rewards: all that it takes to solve again."""
+    """The candidates of all slots, the base over them, and their rewards: enough to solve the games again."""
 
     proposal: Candidates
     base_SK: Tensor
@@ -54,14 +54,16 @@ class _Games:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Request:
+    """What `begin` was called with."""
+
     slots: Sequence[int]
     terms: Sequence[Terms]
     uniforms: Sequence[float]
 
 
 class CapturedSampling:
-    """Solves and samples for the slots of a runner. The drawn tokens are the runner's `newest_S` at once.
+    """Solves and samples for the slots of a runner. The device writes the drawn tokens to the runner's `newest_S`.
 
     Args:
         runner: holds every role.
@@ -75,7 +77,7 @@ class CapturedSampling:
         self._options = games.sampling
         self._principals = games.principals
         self._on_gpu = runner.device.type == "cuda"
-        # by slot: uniform draw, agent temperature, weights; a draw below 0 is of a slot that nobody asks for
+        # by slot: uniform draw, agent temperature, weights; a draw below 0 marks a slot that gets no token
         neutral = [[-1.0, 1.0, *([0.0] * len(games.principals))]] * runner.num_slots
         self._neutral = neutral
         self._inputs = torch.tensor(neutral, dtype=torch.float64, device=runner.device)
@@ -83,14 +85,15 @@ class CapturedSampling:
         self._sample = torch.compile(sample, dynamic=False) if self._on_gpu else sample
         self._graphs = GraphPool(runner.device, "games")
         self._games: _Games | None = None
-        self._ladder = NUM_STEPS if len(games.principals) <= ALWAYS_UNIQUE else NUM_STEPS_OF_PATHS
-        self._rung = self._num_calm = 0
-        self._asked: _Asked | None = None
-        self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._step_counts = NUM_STEPS if len(games.principals) <= ALWAYS_UNIQUE else NUM_STEPS_OF_PATHS
+        self._current = 0  # which of these numbers of steps the graph in use has
+        self._num_enough = 0  # steps in succession for which the next shorter graph would have been enough
+        self._request: _Request | None = None
+        self._numbers: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     @staticmethod
     def serves(games: GameSpec) -> bool:
-        """Whether graphs can solve all games of a run: how a row is solved must not depend on the batch."""
+        """Whether graphs can solve all games of a run: the way a row is solved must not depend on the batch."""
         if not all(rule.has_fixed_step_solver for rule in games.rules):
             return False
         count = games.sampling.num_candidates
@@ -100,55 +103,70 @@ class CapturedSampling:
 
     @torch.inference_mode()
     def begin(self, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]) -> None:
-        """Solve and sample for these slots at their newest logits. What was begun before has to be settled."""
-        assert self._asked is None
+        """Start to solve and sample for these slots at their newest logits, which may change afterwards.
+
+        Args:
+            slots: that get a token.
+            terms: rule, agent temperature and weights of each.
+            uniforms: the uniform draw of each.
+        """
+        assert self._request is None
         rows = list(self._neutral)
         for slot, each, uniform in zip(slots, terms, uniforms, strict=True):
             rows[slot] = [uniform, each.agent_temperature, *each.weights]
         self._inputs.copy_(to_device(rows, self._runner.device, torch.float64), non_blocking=True)
-        # from here on the logits may change
+        # copies what it needs of the logits: behind it the next pass may overwrite them
         self._games = self._graphs.run("games", self._read_logits)
         self._launch()
-        self._asked = _Asked(slots, terms, uniforms)
+        self._request = _Request(slots, terms, uniforms)
 
     @torch.inference_mode()
     def settle(self) -> tuple[list[TokenOutcome], bool]:
-        """The outcomes of what was begun, and whether a token is not the one that was in `newest_S` so far."""
-        asked, self._asked = self._asked, None
-        assert asked is not None
+        """Wait for the outcomes of the last `begin`; solve again what needs more steps.
+
+        Returns:
+            The outcome of each slot, and whether a token differs from the one that was in `newest_S` so far.
+        """
+        request, self._request = self._request, None
+        assert request is not None
         first = numbers_SC = self._wait()
-        slots = list(asked.slots)
-        while self._unsolved(numbers_SC, slots) and self._rung + 1 < len(self._ladder):
-            self._rung += 1
+        slots = list(request.slots)
+        while self._unsolved(numbers_SC, slots) and self._current + 1 < len(self._step_counts):
+            self._current += 1
             self._launch()
             numbers_SC = self._wait()
         if unsolved := self._unsolved(numbers_SC, slots):
-            numbers_SC = self._finish(numbers_SC, asked, unsolved)
+            numbers_SC = self._finish(numbers_SC, request, unsolved)
         self._step_down(int(numbers_SC[slots, SampledStep.NUM_STEPS].max()))
         is_other = bool((numbers_SC[slots, 0] != first[slots, 0]).any())
         if is_other:
             self._runner.newest_S[slots] = numbers_SC[slots, 0].long().to(self._runner.device)
-        return SampledStep(numbers_SC[slots]).outcomes(asked.terms), is_other
+        return SampledStep(numbers_SC[slots]).outcomes(request.terms), is_other
 
     def _step_down(self, num_steps: int) -> None:
-        """Take a shorter graph if it had been enough for a while: a token that it gets wrong costs a pass."""
-        self._num_calm = self._num_calm + 1 if self._rung and num_steps <= self._ladder[self._rung - 1] else 0
-        if self._num_calm == CALM:
-            self._rung, self._num_calm = self._rung - 1, 0
+        """Take the next shorter graph once it would have been enough for PATIENCE steps in succession.
+
+        A longer graph than needed costs a little time in every step, one that is too short may cost a whole pass.
+        """
+        self._num_enough = (
+            self._num_enough + 1 if self._current and num_steps <= self._step_counts[self._current - 1] else 0
+        )
+        if self._num_enough == PATIENCE:
+            self._current, self._num_enough = self._current - 1, 0
 
     def _launch(self) -> None:
-        """Solve with as many steps as the present graph has, and begin to read the outcome."""
-        numbers_SC = self._graphs.run(self._ladder[self._rung], self._solve)
+        """Solve with the steps of the current graph, and begin to copy the outcome to the CPU."""
+        numbers_SC = self._graphs.run(self._step_counts[self._current], self._solve)
         newest_S = self._runner.newest_S
         newest_S.copy_(torch.where(self._inputs[:, 0] < 0, newest_S, numbers_SC[:, 0].long()))
         if not self._on_gpu:
-            self._answer = numbers_SC, None
+            self._numbers = numbers_SC, None
             return
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         on_host = torch.empty(numbers_SC.shape, dtype=torch.float64, pin_memory=True)
         on_host.copy_(numbers_SC, non_blocking=True)
         event.record()
-        self._answer = on_host, event
+        self._numbers = on_host, event
 
     @of_many_shapes()
     def _read_logits(self) -> _Games:
@@ -157,15 +175,15 @@ class CapturedSampling:
 
     @of_many_shapes()
     def _solve(self) -> Tensor:
-        """Solve and draw with the steps of the present graph; asks the device nothing."""
+        """Solve and draw with the steps of the current graph; does not wait for the device."""
         assert self._games is not None
         base_SK, rewards_SJK = self._games.base_SK, self._games.rewards_SJK
         numbers = self._inputs.to(base_SK.dtype)
         temperature_S1, weights_SJ = numbers[:, 1:2], numbers[:, 2:]
         values_SJK = weights_SJ[..., None] * rewards_SJK
-        # in units of the agent temperature: a temperature by row would be looked at
+        # in units of the agent temperature: the solver reads a temperature per row on the CPU, which would wait
         scaled = cage.Game(base_SK, values_SJK / temperature_S1[..., None], 1.0)
-        solution = cage.FixedStepNewton(self._ladder[self._rung], compiles=self._on_gpu).solve(scaled)
+        solution = cage.FixedStepNewton(self._step_counts[self._current], compiles=self._on_gpu).solve(scaled)
         decision = cage.rules.Decision(
             solution.log_policy,
             solution.thresholds * temperature_S1,
@@ -178,29 +196,32 @@ class CapturedSampling:
         return self._sample(self._options, self._games.proposal, solved, self._inputs[:, 0]).numbers_BC
 
     def _wait(self) -> Tensor:
-        assert self._answer is not None
-        numbers_SC, event = self._answer
+        assert self._numbers is not None
+        numbers_SC, event = self._numbers
         if event is not None:
             event.synchronize()
         return numbers_SC
 
     def _unsolved(self, numbers_SC: Tensor, slots: Sequence[int]) -> list[int]:
-        """Places among the slots whose game needs more steps."""
+        """Indices of the slots whose game needs more steps."""
         return (numbers_SC[slots, SampledStep.STATUS] == cage.Status.MAX_STEPS).nonzero()[:, 0].tolist()
 
-    def _finish(self, numbers_SC: Tensor, asked: _Asked, places: Sequence[int]) -> Tensor:
-        """Solve some rows once more, without limit; one by one, as a GPU's last bits depend on how many there are."""
+    def _finish(self, numbers_SC: Tensor, request: _Request, places: Sequence[int]) -> Tensor:
+        """Solve some rows again by the solver that checks convergence.
+
+        One by one, as on a GPU the last bits depend on the number of rows.
+        """
         assert self._games is not None
         numbers_SC = numbers_SC.clone()
         for place in places:
-            at = [asked.slots[place]]
+            at = [request.slots[place]]
             rewards_1JK = self._games.rewards_SJK[at]
             sampled = solve_and_sample(
                 self._options,
                 self._games.proposal.rows(at),
                 rewards_1JK.unbind(1),
-                [asked.terms[place]],
-                [asked.uniforms[place]],
+                [request.terms[place]],
+                [request.uniforms[place]],
             )
             numbers_SC[at] = sampled.numbers_BC.cpu()
         return numbers_SC
@@ -213,7 +234,7 @@ def read_games(
     options: SamplingOptions,
     principals: Sequence[PrincipalPlan],
 ) -> _Games:
-    """The games of all slots; asks the device nothing."""
+    """The games of all slots; does not wait for the device."""
     proposal = propose_from(logits_SRV, vocab_size, num_candidates=options.num_candidates, min_p=options.min_p)
     rewards = token_rewards(principals, by_role(roles, proposal.role_logprobs_BRK))
     return _Games(proposal, *as_game(proposal, rewards))

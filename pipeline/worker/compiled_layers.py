@@ -18,8 +18,8 @@ RECOMPILATIONS = 64  # shapes and kinds of layers, over all models of a process
 
 @contextmanager
 def of_many_shapes() -> Iterator[None]:
-    """Let a function be compiled for that many shapes. Beyond the limit it is computed as it is, without a word:
-    slower, and to other bits."""
+    """Raise torch's limit of compilations per function. Beyond the limit torch silently runs the function uncompiled,
+    which is slower and gives other bits."""
     with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
         yield
 
@@ -38,7 +38,7 @@ class CompiledLayers:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Compute with compiled layers."""
+        """Use the compiled layers within the block; outside it the model computes as before."""
         if not self._forwards:
             self._forwards = [torch.compile(layer.forward, dynamic=False) for layer in self._layers]
         try:

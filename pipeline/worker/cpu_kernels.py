@@ -25,6 +25,11 @@ def choose_reproducible_kernels() -> None:
         os.environ.setdefault(MKL_MODE, mode)
 
 
+def has_reproducible_kernels() -> bool:
+    """Whether MKL's strict reproducible mode was chosen: then products of any number of rows have the same bits."""
+    return os.environ.get(MKL_MODE, "").endswith(",STRICT") and reproducible_mode(_processor()) is not None
+
+
 def reproducible_mode(processor: str) -> str | None:
     """MKL's mode for a processor, described as in /proc/cpuinfo; None where MKL has none for it."""
     if "GenuineIntel" not in processor:

@@ -1,4 +1,4 @@
-"""Work on a GPU that is captured once and replayed: CUDA graphs."""
+"""CUDA graphs: work on a GPU that is captured once and replayed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 
 
 class GraphPool:
-    """Runs functions of no arguments, which read and write tensors that stay where they are.
+    """Runs functions without arguments, which read and write tensors at fixed addresses.
 
-    On a GPU each is captured at its first call and then replayed. If one cannot be captured, a warning says so once,
-    and from then on all of them are called instead.
+    On a GPU each is captured at its first call and then replayed. If one cannot be captured there is one warning, and
+    from then on all of them are called without graphs.
 
     Args:
-        device: what they run on.
+        device: where they run.
         what: names them in the warning.
     """
 
@@ -38,11 +38,19 @@ class GraphPool:
         return self._graphs.keys()
 
     def clear(self) -> None:
-        """Forget all graphs: what they read has moved."""
+        """Drop all graphs, because the tensors that they read have moved."""
         self._graphs.clear()
 
     def run(self, name: Hashable, function: Callable[[], Result]) -> Result:
-        """Call the function, or replay it; its result is then in the same tensors every time."""
+        """Call the function, or replay it; a replay returns the same tensors every time.
+
+        Args:
+            name: of the function; calls with one name must have equal functions.
+            function: is called for the capture, or every time without one.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for the capture, which is tried again by the next call.
+        """
         if self._captures and name not in self._graphs:
             try:
                 self._graphs[name] = CapturedGraph(function, self._device)
@@ -62,9 +70,14 @@ class GraphPool:
 
 
 class CapturedGraph(Generic[Result]):
-    """What a function of no arguments does on a device; it reads and writes tensors that stay where they are.
+    """What a function does on a GPU, captured.
 
-    Raises RuntimeError where the function cannot be captured, because it waits for the device, for example.
+    Args:
+        function: has no arguments; it reads and writes tensors at fixed addresses.
+        device: the GPU.
+
+    Raises:
+        RuntimeError: the function cannot be captured, for example because it waits for the device.
     """
 
     def __init__(self, function: Callable[[], Result], device: torch.device) -> None:
@@ -75,12 +88,12 @@ class CapturedGraph(Generic[Result]):
                 function()
         main.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        gc.collect()  # what is freed during a capture would end it
+        gc.collect()  # a graph or tensor that is freed during a capture would make it fail
         with _no_collection(), torch.cuda.graph(self._graph):
             self._result = function()
 
     def replay(self) -> Result:
-        """Do it again; the results are in the same tensors every time."""
+        """Run the captured work; the results are in the same tensors every time."""
         self._graph.replay()
         return self._result
 

@@ -1,4 +1,4 @@
-"""What one forward pass of a host is going to compute: packed tokens, and where they belong."""
+"""What one forward pass of a host computes: packed tokens, and the cache rows that they belong to."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from pipeline.attention.segments import Copied, Segment
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """Parts of prompts (`segments`, with `tokens` and `positions`) and one token a running row (`rows`, `lengths`,
-    `last_tokens`, and `last_slots` for tokens that the device alone knows).
+    """Parts of prompts, and one token per running row.
 
-    `prefix_copies` are parts that a row copies from one that computes them in this very pass; `filled` the rows whose
-    prompt is complete after it.
+    Args:
+        segments: parts of prompts that are computed.
+        tokens: of all segments, one after another.
+        positions: of these tokens in their rows.
+        rows: the cache rows that append one token.
+        lengths: of these rows, after the pass.
+        last_tokens: the token that each appends; DRAWN where only the device knows it.
+        last_slots: the slot of each, by which the device finds a drawn token.
+        prefix_copies: parts that rows copy from rows that compute them in the same pass.
+        filled: cache rows whose prompt is complete after the pass, with the prompt.
+        parts: by cache row, which part of its prompt the pass has.
+        begun: by key, the first cache row that begins with this prompt in the pass.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -31,7 +40,7 @@ class ForwardBatch:
     begun: dict[Key, int] = field(default_factory=dict)
 
     def begin(self, row: int, prompt: Prompt) -> tuple[int, int]:
-        """A row that begins in this pass with the longest part of the same prompt, and that part's length."""
+        """Note a row that begins in this pass; the row before it that shares the longest prefix, and its length."""
         found = next(((self.begun[key], len(key.tokens)) for key in prompt.keys if key in self.begun), (row, 0))
         for key in prompt.keys:
             self.begun.setdefault(key, row)
@@ -44,22 +53,26 @@ class ForwardBatch:
         self.positions += range(start, stop)
 
     def append(self, row: int, position: int, token: int, slot: int = 0) -> None:
-        """Give a running row of a slot its next token."""
+        """Have a running row append a token."""
         self.rows.append(row)
         self.lengths.append(position + 1)
         self.last_tokens.append(token)
         self.last_slots.append(slot)
 
     def pad(self, min_rows: int, *, row: int) -> None:
-        """Give `row` tokens that nobody reads until there are enough rows."""
+        """Add padding tokens to a spare row until there are `min_rows` rows; an empty pass stays empty."""
         for _ in range(min_rows - len(self.rows) if self.tokens or self.rows else 0):
             self.append(row, 0, 0)
 
     def prompt_passes(self, num_tokens: int, most_segments: int) -> Iterator[PromptPass]:
-        """The prompts alone, in passes of at most so many tokens and segments.
+        """The parts of prompts, in passes of their own.
 
-        Where a prompt is cut depends on the prompt alone. What a row copies from another is copied before the pass
-        that reads it, which is a later one than the pass that computes it.
+        Where a prompt is cut depends on the prompt alone, so that its bits do. A row copies a prefix after the pass
+        that computes it and before the pass that reads it, which is why it begins a new pass.
+
+        Args:
+            num_tokens: of a pass, at most.
+            most_segments: of a pass, at most.
         """
         prefix_copies = {copied.row: copied for copied in self.prefix_copies}
         part = PromptPass()
@@ -86,7 +99,13 @@ class ForwardBatch:
 
 @dataclass(slots=True)
 class PromptPass:
-    """Segments of prompts with their tokens, and what is copied before they are computed."""
+    """A pass over parts of prompts.
+
+    Args:
+        copies: made before the pass.
+        segments: that are computed.
+        tokens: of the segments, one after another.
+    """
 
     copies: list[Copied] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)

@@ -16,12 +16,14 @@ from pipeline.attention.rows import can_build_for
 from pipeline.attention.segments import RunningRows, Segment
 from pipeline.attention.slots import SlotCache, SlotPass, serving
 from pipeline.attention.transfers import to_device
+from pipeline.attention.visibility import LayerFacts
 from pipeline.protocol.messages import DRAWN
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.captured_passes import MIN_ROWS, MOST_SEGMENTS, CapturedPasses
 from pipeline.worker.compiled_layers import CompiledLayers
 from pipeline.worker.forward_batch import ForwardBatch
 from pipeline.worker.stopwatch import Stopwatch
+from pipeline.worker.whole_vectors import WholeVectors
 
 PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
 
@@ -39,6 +41,8 @@ class Passes:
         adapters: of the model, where it has some.
         strict: no row's bits depend on the batch composition.
         has_fixed_shapes: whether passes have fixed shapes; None: on a GPU.
+        layers: what each attention call of a pass asks for, as `learn_layers` found.
+        needs_whole_vectors: whether activations have to be padded for a row's bits to be its own; see `WholeVectors`.
     """
 
     def __init__(
@@ -49,7 +53,11 @@ class Passes:
         adapters: TokenAdapters | None = None,
         strict: bool,
         has_fixed_shapes: bool | None = None,
+        layers: Sequence[LayerFacts] = (),
+        needs_whole_vectors: bool = False,
     ) -> None:
+        self._layers = layers
+        self._needs_whole_vectors = needs_whole_vectors
         self._model = model
         self._vocab_size = vocab_size
         self._adapters = adapters
@@ -84,6 +92,7 @@ class Passes:
                 num_prompt_tokens=PROMPT_SHAPE,
                 spare_row=self._spare_row,
                 device=self.device,
+                layers=self._layers,
             )
 
     def let_go(self) -> None:
@@ -106,7 +115,7 @@ class Passes:
         # on a CPU a call a row costs less than the copies that a batch of rows needs
         per_row = self._strict or self.device.type == "cpu"
         running = RunningRows(batch.rows, batch.lengths, rows_R, last_R)
-        slot_pass = SlotPass(self._cache, batch.segments, batch.prefix_copies, running, per_row)
+        slot_pass = SlotPass(self._cache, batch.segments, batch.prefix_copies, running, per_row, layers=self._layers)
         ids_T = torch.cat([to_device(batch.tokens, self.device, torch.long), self._last_tokens(batch, newest_S)])
         positions = [*batch.positions, *(length - 1 for length in batch.lengths)]
         positions_T = to_device(positions, self.device, torch.long)
@@ -133,7 +142,9 @@ class Passes:
     def score(self, tokens: Sequence[int], adapter: str | None, keep: int) -> Tensor:
         """The logits [keep, V] of the last tokens of a text, which leaves nothing behind."""
         segments = [Segment(-1, 0, len(tokens))]
-        slot_pass = SlotPass(None, segments, (), RunningRows.none(self.device), per_row=self._strict)
+        slot_pass = SlotPass(
+            None, segments, (), RunningRows.none(self.device), per_row=self._strict, layers=self._layers
+        )
         ids_T = torch.tensor(tokens, device=self.device)
         positions_T = torch.arange(len(tokens), device=self.device)
         number = 0 if self._adapters is None else self._adapters.number(adapter)
@@ -159,14 +170,15 @@ class Passes:
             if adapters_T is None:
                 adapters_T = self._adapters_of_rows[slot_pass.token_rows(self.device)]
             self._adapters.of_tokens = adapters_T
-        with serving(slot_pass):
+        with serving(slot_pass), WholeVectors() if self._needs_whole_vectors else nullcontext():
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
                 use_cache=False,  # the attention keeps keys and values itself
                 logits_to_keep=keep,
             )
-        logits: Tensor = output.logits[0, :, : self._vocab_size]
+        # the last ones: some models give logits of all tokens, whatever they are asked for
+        logits: Tensor = output.logits[0, -keep:, : self._vocab_size]
         return logits.float()
 
     @contextmanager

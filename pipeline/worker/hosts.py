@@ -1,7 +1,7 @@
-"""Hosts as the protocol speaks to them: a model runner, and a guard that knows how far each group of slots is.
+"""Hosts as the protocol calls them: a model runner, and a guard that knows the position of each group of slots.
 
-A call that expects another state than the one that is held computes nothing: it raises StateLost, and the coordinator
-begins its rows again. So a lost reply, a repeated call or a restarted process never changes a result.
+A call that expects another state than the host has computes nothing: it raises StateLost, and the coordinator begins
+its rows again. So a lost reply, a repeated call or a restarted process never changes a result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.protocol.messages import Candidates, MemoryBudget, Position, Step
 from pipeline.worker.reward_model_runner import RewardModelRunner
 from pipeline.worker.reward_values import due_rows, rewards_of_answer, spread_rewards
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # how libraries say it, in lower case
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # messages of libraries, in lower case
 
 
 class Runner(Protocol):
@@ -55,7 +55,7 @@ class LanguageRunner(Runner, Protocol):
 
 
 class PositionGuard:
-    """Knows the position that is held for each group, and forgets all of them when a call fails.
+    """Keeps the position of each group, and forgets all of them when a call fails.
 
     Args:
         device: where the host computes.
@@ -66,9 +66,12 @@ class PositionGuard:
         self._held: dict[int, Position] = {}
 
     def is_at(self, at: Position) -> bool:
-        """Whether the group is there already: the call is a repeated one. Raises StateLost where it cannot get there.
+        """Whether the group is at `at` already, so that the call is a repeated one.
 
-        A step 0 begins an epoch, whatever is held.
+        Step 0 begins an epoch, whatever the position was.
+
+        Raises:
+            StateLost: the group is not one step before `at` either.
         """
         held = self._held.get(at.group)
         if held == at:
@@ -88,14 +91,15 @@ class PositionGuard:
         self._held[at.group] = at
 
     def forget(self) -> None:
-        """Hold no position any more."""
+        """Forget all positions: every group has to begin an epoch."""
         self._held.clear()
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Forget all positions if the block fails: it may have left any row half-written.
 
-        An allocation that failed is raised as HostOutOfMemory, which halves the batch.
+        Raises:
+            HostOutOfMemory: an allocation failed. The coordinator then halves the batch.
         """
         try:
             with on_device(self._device):
@@ -111,7 +115,7 @@ RunnerT = TypeVar("RunnerT", bound=Runner)
 
 
 class GuardedHost(Generic[RunnerT]):
-    """What all hosts have in common: they advance, say what memory they take, and make room.
+    """The part that all hosts share: they advance, report their memory budget and resize.
 
     Args:
         runner: the model.
@@ -134,14 +138,19 @@ class GuardedHost(Generic[RunnerT]):
         return self._runner.memory_budget(row_tokens)
 
     def resize(self, num_slots: int) -> None:
-        """Forget every row and hold another number of them."""
+        """Forget every row and hold `num_slots` of them from now on."""
+        # first: a resize that fails leaves no rows either
         self._guard.forget()
         with self._guard.all_or_nothing():
             self._runner.resize(num_slots)
 
 
 class LanguageModelHost(GuardedHost[LanguageRunner]):
-    """A language model's host: it scores and proposes (`Proposes`)."""
+    """A language model's host: it scores and proposes (`Proposes`).
+
+    Args:
+        runner: the model.
+    """
 
     def advance_and_propose(
         self, at: Position, step: Step, slots: Sequence[int], *, num_candidates: int | None, min_p: float

@@ -1,4 +1,4 @@
-"""Projections of one input as one matrix product: reading one large matrix is faster than several small ones."""
+"""Projections of one input joined into one matrix product: reading one large matrix is faster than several small."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as tran
 
 
 def join_projections(model: nn.Module) -> int:
-    """Let sibling projections of the model share a product; the number of families that do."""
+    """Have sibling projections of the model share a product; returns the number of products."""
     num_families = 0
     parents = [module for module in model.modules() if any(hasattr(module, names[0]) for names in SIBLINGS)]
     for parent in parents:
@@ -25,7 +25,7 @@ def join_projections(model: nn.Module) -> int:
             if not _are_alike(list(map(_plain, siblings))):
                 continue
             product = _Product(siblings)
-            del siblings  # one family is in memory twice, not all
+            del siblings  # so that the weights of one product at a time are in memory twice
             for at, name in enumerate(names):
                 setattr(parent, name, _Share(product, at))
             num_families += 1

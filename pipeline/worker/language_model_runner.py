@@ -19,6 +19,7 @@ from pipeline.attention.capacity import capacity_for
 from pipeline.attention.prefixes import Prefixes, Prompt
 from pipeline.attention.segments import Copied
 from pipeline.attention.slots import SlotCache
+from pipeline.attention.visibility import LayerFacts
 from pipeline.protocol.messages import CHUNK, Admission, Candidates, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.sampling.proposals import at_candidates, propose_from
@@ -34,6 +35,8 @@ LOGITS_COPIES = 4  # the newest ones, and those of a step while candidates are f
 class LanguageModelRunner:
     """Runs one model for `num_slots` rows and several roles.
 
+    A call that raises may leave any row half-written; its host then forgets all positions.
+
     Args:
         model: a causal LM in eval mode with the slot attention.
         roles: what it serves. The first is the base's, where the host is the base's.
@@ -43,6 +46,11 @@ class LanguageModelRunner:
         strict: attend row by row and pad small passes, so that no row's bits depend on the batch composition.
         bytes_per_token: what one token of one row takes in the cache.
         has_fixed_shapes: see `Passes`.
+        layers: see `Passes`.
+        needs_whole_vectors: see `Passes`.
+
+    Attributes:
+        newest_S: by slot, the newest token that was drawn on the device.
     """
 
     def __init__(
@@ -56,6 +64,8 @@ class LanguageModelRunner:
         strict: bool = True,
         bytes_per_token: int = 0,
         has_fixed_shapes: bool | None = None,
+        layers: Sequence[LayerFacts] = (),
+        needs_whole_vectors: bool = False,
     ) -> None:
         self._bytes_per_token = bytes_per_token
         self._roles = tuple(roles)
@@ -66,6 +76,8 @@ class LanguageModelRunner:
             adapters=adapters,
             strict=strict,
             has_fixed_shapes=has_fixed_shapes,
+            layers=layers,
+            needs_whole_vectors=needs_whole_vectors,
         )
         self._lay_out(num_slots)
 
@@ -78,7 +90,7 @@ class LanguageModelRunner:
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
         self._passes.let_go()
-        # before the new ones are made: this is asked for when memory is short
+        # before the new ones are allocated: this is called when memory is short
         del self._cache, self._logits_RV, self._padded_RV, self.newest_S
         if self._passes.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -87,16 +99,17 @@ class LanguageModelRunner:
     def _lay_out(self, num_slots: int) -> None:
         self._num_slots = num_slots
         num_rows = len(self._roles) * num_slots
-        # one more row takes the writes of padding
+        # one more row, to which padding is written
         self._cache = SlotCache(num_rows + 1)
         adapters = [role.adapter for role in self._roles for _ in range(num_slots)]
         self._passes.lay_out(self._cache, [*adapters, None])
         self._lengths = [0] * num_rows + [1]
         self._prefixes: Prefixes[int] = Prefixes()
-        # of rows that are being prefilled: the tokens they have, and the row whose prefix they copy as it grows
+        # of rows whose prompt is being computed: how many tokens they have, and the row whose prefix they copy part
+        # by part as it is computed
         self._filled: dict[int, int] = {}
         self._copies_from: dict[int, tuple[int, int]] = {}
-        # in rows of whole blocks: the order in which a GPU adds up depends on where in memory a row begins
+        # in rows of whole blocks: a GPU loads aligned rows by other instructions, and then adds in another order
         width = -(-self._vocab_size // BLOCK) * BLOCK
         self._padded_RV = torch.full((num_rows + 1, width), -torch.inf, device=self._passes.device)
         self._logits_RV = self._padded_RV[:, : self._vocab_size]
@@ -121,7 +134,7 @@ class LanguageModelRunner:
 
     @property
     def num_forwards(self) -> int:
-        """Passes so far."""
+        """Forward passes so far."""
         return self._passes.num_forwards
 
     @property
@@ -131,7 +144,7 @@ class LanguageModelRunner:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes; 0 before the first pass."""
+        """Bytes per token of one row; 0 before the first pass."""
         return self._cache.bytes_per_token()
 
     @torch.inference_mode()
@@ -169,7 +182,7 @@ class LanguageModelRunner:
         """The base role's candidates for each slot, most likely first; None proposes the whole vocabulary."""
         if self.device.type == "cpu":
             return propose_from(self._logits(slots), self._vocab_size, num_candidates=num_candidates, min_p=min_p)
-        # of all slots: the order in which a GPU adds up depends on how many rows there are, too
+        # for all slots, whichever are wanted: on a GPU the order of additions depends on the number of rows, too
         of_all = propose_from(self.slot_logits, self._vocab_size, num_candidates=num_candidates, min_p=min_p)
         return of_all.rows(torch.tensor(slots, device=self.device))
 
@@ -206,7 +219,10 @@ class LanguageModelRunner:
         return role * self._num_slots + slot
 
     def _fill(self, batch: ForwardBatch, row: int, role: HostRole, admission: Admission) -> None:
-        """Add one part of a prompt: what a row holds is copied, the rest computed, all but the last token."""
+        """Add one part of a prompt to the batch: what is cached is copied, the rest is computed.
+
+        The last token of a prompt is appended like the newest token of a running row, in the pass with its last part.
+        """
         prompt = Prompt.of(
             role.adapter,
             [*admission.prompts[role.name], *admission.answer],
@@ -235,8 +251,8 @@ class LanguageModelRunner:
             self._lengths[row] += 1
 
     def _begin(self, batch: ForwardBatch, row: int, prompt: Prompt) -> None:
-        """Copy the longest prefix that a row holds; where a row begins with a longer one now, copy that as it
-        grows."""
+        """Copy the longest cached prefix. Where a row of this batch begins with a longer one, that is copied part by
+        part as it is computed."""
         source, held = self._prefixes.find(prompt, preferred=row)
         self._prefixes.drop(row)
         if source != row:

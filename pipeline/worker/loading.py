@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from pipeline.attention.rows import what_is_missing
 from pipeline.attention.slots import ATTENTION
 from pipeline.attention.transfers import on_device
+from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
-from pipeline.hub.model_facts import reason_of
+from pipeline.hub.model_facts import reason_of, stated
 from pipeline.hub.sources import fetch_weights
-from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec
 from pipeline.worker.adapters import TokenAdapters, take_adapters, without_peft_warnings
-from pipeline.worker.cpu_kernels import choose_reproducible_kernels
+from pipeline.worker.cpu_kernels import choose_reproducible_kernels, has_reproducible_kernels
+from pipeline.worker.experts import can_pad_experts, needs_own_experts, use_padded_experts
+from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.language_model_runner import LanguageModelRunner
+from pipeline.worker.plain_runner import PlainPasses, PlainRunner
+from pipeline.worker.probes import TOLERANCE, largest_difference, plain_logprobs, probe_tokens, small_limits
+from pipeline.worker.weights import check_adapter, load_causal_lm
+from pipeline.worker.whole_vectors import watching
 
-PROBES = ([1, 2, 3, 4], [5, 6, 7])  # token ids
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+ATTENTION_CHOICES = ("auto", "slots", "plain")
 
 
-def load_language_model(spec: HostSpec) -> LanguageModelRunner:
-    """Load the weights onto the device and check that the slot decoder reproduces a plain forward pass.
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A language model that was checked and can be run.
+
+    Args:
+        runner: runs it.
+        slot_runner: the same where it is decoded in slots; None where it is decoded the plain way.
+        why_plain: why it is decoded the plain way, where nobody asked for that.
+    """
+
+    runner: LanguageRunner
+    slot_runner: LanguageModelRunner | None = None
+    why_plain: str | None = None
+
+
+def load_language_model(spec: HostSpec) -> LoadedModel:
+    """Load the weights onto the device and check that they are decoded exactly: in slots where that can be done.
 
     Raises:
         ConfigurationError: the model cannot be loaded or cannot be served, with the reason.
@@ -43,25 +63,207 @@ def load_language_model(spec: HostSpec) -> LanguageModelRunner:
             stacklevel=2,
         )
     with on_device(device):
-        model = _load_model(spec, device)
-        # nothing is padded, and some models look at every input whether it is: a GPU would be waited for
-        model.config.pad_token_id = None
-        expected: dict[str | None, Tensor] = {}
-        expected[None] = _plain_logprobs(model, spec)  # before adapters or a host change the model
-        adapters = None
+        return _Loading(spec, device).run()
+
+
+class _Loading:
+    """The steps from a spec to a model that can be run.
+
+    Plain passes come before anything that changes the model, and the base's before any adapter is loaded: what
+    differs from them afterwards names its cause.
+    """
+
+    def __init__(self, spec: HostSpec, device: torch.device) -> None:
+        self._spec = spec
+        model = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device))
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._pad_id = self._model.config.pad_token_id
+        self._can_forget_padding = _can_be_none(self._model.config, "pad_token_id")
+        self._own_attention = self._model.config._attn_implementation
+        self._probes = probe_tokens(self._model, spec.vocab_size)
+        self._adapters: TokenAdapters | None = None
+        self._expected: dict[str | None, list[Tensor]] = {}
+        self._expected_small: dict[str | None, list[Tensor]] = {}
+
+    def run(self) -> LoadedModel:
+        spec = self._spec
+        self._expect(self._model, None)
         if spec.adapters:
-            wrapped = _add_adapters(model, spec)
-            for name in spec.adapters:
-                wrapped.set_adapter(name)
-                expected[name] = _plain_logprobs(wrapped, spec)
-            adapters = _take_adapters(wrapped, spec)
-            model = wrapped.get_base_model()
-        make_runner = partial(
-            LanguageModelRunner, model, spec.roles, vocab_size=spec.vocab_size, adapters=adapters, strict=spec.strict
+            self._take_adapters()
+        if spec.attention == "plain":
+            return LoadedModel(self._plain_runner())
+        try:
+            runner = self._slot_runner()
+        except NotServed as error:
+            if spec.attention == "slots":
+                raise _refused(spec, self._model.config, str(error)) from error
+            self._model.set_attn_implementation(self._own_attention)
+            if self._can_forget_padding:
+                self._model.config.pad_token_id = self._pad_id
+            return LoadedModel(self._plain_runner(), why_plain=str(error))
+        return LoadedModel(runner, runner)
+
+    def _expect(self, model: Any, adapter: str | None) -> None:
+        """Note what plain passes give, with windows as they are and with small ones."""
+        self._expected[adapter] = plain_logprobs(model, self._probes, self._spec.vocab_size)
+        with small_limits(model.config):
+            self._expected_small[adapter] = plain_logprobs(model, self._probes, self._spec.vocab_size)
+
+    def _take_adapters(self) -> None:
+        spec = self._spec
+        wrapped = _add_adapters(self._model, spec)
+        for name in spec.adapters:
+            wrapped.set_adapter(name)
+            self._expect(wrapped, name)
+        self._adapters = _take_adapters(wrapped, spec)
+        self._model = wrapped.get_base_model()
+
+    def _slot_runner(self) -> LanguageModelRunner:
+        """The model in slots. Raises NotServed where its attention, or what it gives, is not what slots compute."""
+        spec, model = self._spec, self._model
+        if self._can_forget_padding:
+            # nothing is padded, and some models look at every input whether it is: a GPU would be waited for
+            model.config.pad_token_id = None
+        if reason := why_not_by_configuration(model.config):
+            raise NotServed(reason)
+        needs_whole = False
+        try:
+            with small_limits(model.config):
+                layers = self._learn_layers()
+                self._check(self._make_slot_runner(layers, num_slots=len(self._probes) + 1), self._expected_small)
+            layers = self._learn_layers()
+            model.set_attn_implementation(ATTENTION)
+            probed = self._make_slot_runner(layers, num_slots=len(self._probes) + 1)
+            with watching() as watch:
+                self._check(probed, self._expected)
+            needs_whole = spec.strict and probed.device.type == "cpu" and watch.found
+        except NotServed:
+            raise
+        except Exception as error:
+            raise NotServed(reason_of(error)) from error
+        if spec.strict and (reason := self._why_not_strict(probed.device)):
+            raise NotServed(reason)
+        return self._make_slot_runner(
+            layers,
+            num_slots=spec.num_slots,
+            bytes_per_token=probed.cache_bytes_per_token,
+            needs_whole_vectors=needs_whole,
         )
-        probed = make_runner(num_slots=len(PROBES))
-        _probe(probed, model, spec, torch.stack([expected[role.adapter] for role in spec.roles], 1))
-        return make_runner(num_slots=spec.num_slots, bytes_per_token=probed.cache_bytes_per_token)
+
+    def _learn_layers(self) -> tuple[LayerFacts, ...]:
+        """What each attention call asks for; adapters change nothing of that, and no token has one."""
+        if self._adapters is not None:
+            self._adapters.of_tokens = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device=self._model.device)
+        return learn_layers(self._model)
+
+    def _make_slot_runner(
+        self,
+        layers: Sequence[LayerFacts],
+        *,
+        num_slots: int,
+        bytes_per_token: int = 0,
+        needs_whole_vectors: bool = False,
+    ) -> LanguageModelRunner:
+        self._model.set_attn_implementation(ATTENTION)
+        return LanguageModelRunner(
+            self._model,
+            self._spec.roles,
+            num_slots=num_slots,
+            vocab_size=self._spec.vocab_size,
+            adapters=self._adapters,
+            strict=self._spec.strict,
+            bytes_per_token=bytes_per_token,
+            layers=layers,
+            needs_whole_vectors=needs_whole_vectors,
+        )
+
+    def _why_not_strict(self, device: torch.device) -> str | None:
+        """Why a row's bits would depend on the batch composition, if they would."""
+        if device.type != "cpu":
+            return None
+        if needs_own_experts(self._model) and not has_reproducible_kernels():
+            if not can_pad_experts(self._model):
+                return "its experts' products depend on how many tokens chose them, and it cannot be given others"
+            use_padded_experts(self._model)
+        return None
+
+    def _plain_runner(self) -> PlainRunner:
+        """The model one row at a time. Raises ConfigurationError where even that is not what the model says."""
+        spec, model = self._spec, self._model
+        passes = PlainPasses(model, self._adapters)
+        probed = PlainRunner(passes, spec.roles, num_slots=len(self._probes) + 1, vocab_size=spec.vocab_size)
+        try:
+            row, _ = passes.begin(self._probes[0], None)
+            difference = largest_difference(probed, spec.roles, self._probes, self._expected)
+        except Exception as error:
+            raise _refused(spec, model.config, reason_of(error)) from error
+        return PlainRunner(
+            passes,
+            spec.roles,
+            num_slots=spec.num_slots,
+            vocab_size=spec.vocab_size,
+            # some models' plain forward pass is not what their generate computes: then answers are read step by step
+            reads_whole=difference <= TOLERANCE.get(model.dtype, 0.5),
+            bytes_per_token=-(-row.num_bytes // len(self._probes[0])),
+        )
+
+    def _check(self, runner: LanguageModelRunner, expected: Mapping[str | None, Sequence[Tensor]]) -> None:
+        """Raise NotServed where the runner does not give what plain passes gave."""
+        difference = largest_difference(runner, self._spec.roles, self._probes, expected)
+        tolerance = TOLERANCE.get(self._model.dtype, 0.5)
+        if not difference <= tolerance:
+            raise NotServed(
+                f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}"
+            )
+
+
+def _can_be_none(config: Any, name: str) -> bool:
+    """Whether a configuration lets a value be None; some check the types of what is set."""
+    value = getattr(config, name)
+    try:
+        setattr(config, name, None)
+    except Exception:  # an error of the library that checks
+        return False
+    setattr(config, name, value)
+    return True
+
+
+def why_not_by_configuration(config: Any) -> str | None:
+    """Why slots cannot decode a model, as its configuration tells; None: no reason is known.
+
+    These are what short probes cannot see: computations that read the pass as a whole, and only far into a text.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = {str(each.get("rope_type", each.get("type"))) for each in _rope_settings(text)}
+    if "longrope" in kinds:
+        return "longrope takes its frequencies from the longest row of a pass"
+    if "dynamic" in kinds:
+        return "dynamic rope takes its frequencies from the longest row that there ever was"
+    if stated(text, "attn_temperature_tuning") and str(text.model_type).startswith("llama4"):
+        return "its attention temperature counts places in the pass, not positions in a row"
+    return None
+
+
+def exact_context(config: Any) -> int | None:
+    """Tokens up to which rows of one pass do not change each other's rotary positions; None: any number."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not any(
+        str(each.get("rope_type", each.get("type"))) in ("longrope", "dynamic") for each in _rope_settings(text)
+    ):
+        return None
+    stated_by = [each.get("original_max_position_embeddings") for each in _rope_settings(text)]
+    stated_by.append(stated(text, "original_max_position_embeddings"))
+    stated_by.append(stated(text, "max_position_embeddings"))
+    return next((int(each) for each in stated_by if isinstance(each, int)), None)
+
+
+def _rope_settings(config: Any) -> Iterator[Mapping[str, Any]]:
+    """Every setting of rotary positions that a configuration has, of one kind of layers or of several."""
+    for name in ("rope_parameters", "rope_scaling"):
+        found = stated(config, name)
+        if isinstance(found, Mapping):
+            yield found
+            yield from (each for each in found.values() if isinstance(each, Mapping))
 
 
 def pick_device(device: str) -> torch.device:
@@ -80,19 +282,6 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def _load_model(spec: HostSpec, device: torch.device) -> Any:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            fetch_weights(spec.source, cache_folder=spec.cache_folder),
-            dtype=pick_dtype(spec.dtype, device),
-            trust_remote_code=spec.source.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
-    return model.to(device).eval().requires_grad_(False)
-
-
 def _add_adapters(model: Any, spec: HostSpec) -> Any:
     """The model with its adapters, as peft's."""
     from peft import PeftModel  # seven seconds of import, for those who use adapters
@@ -106,6 +295,7 @@ def _add_adapters(model: Any, spec: HostSpec) -> Any:
                     model.load_adapter(folder, adapter_name=name)
                 else:
                     model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+                check_adapter(model, name, folder, spec.title)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
     return model.to(device).eval()
@@ -118,40 +308,5 @@ def _take_adapters(model: Any, spec: HostSpec) -> TokenAdapters:
         raise ConfigurationError(f"{spec.title}: {error}") from error
 
 
-@torch.inference_mode()
-def _plain_logprobs(model: Any, spec: HostSpec) -> Tensor:
-    """Log-probabilities [probes, V] after each probe, by plain passes with the model's own attention."""
-    device = next(model.parameters()).device
-    logits = [
-        model(input_ids=torch.tensor([probe], device=device), use_cache=False).logits[0, -1] for probe in PROBES
-    ]
-    return torch.stack(logits)[:, : spec.vocab_size].float().log_softmax(-1)
-
-
-@torch.inference_mode()
-def _probe(runner: LanguageModelRunner, model: Any, spec: HostSpec, expected_PRV: Tensor) -> None:
-    """Compare prefill and one decode step of the slot decoder with plain passes."""
-    slots = list(range(len(PROBES)))
-    try:
-        model.set_attn_implementation(ATTENTION)
-        prompts = [{role.name: probe[:-1] for role in spec.roles} for probe in PROBES]
-        runner.advance(Step([Admission(slot, prompts[slot]) for slot in slots]))
-        runner.advance(Step((), slots, [probe[-1] for probe in PROBES]))
-        found_PRV = runner.logprobs_at(slots, None)
-    except Exception as error:
-        raise _refused(spec, model.config, reason_of(error)) from error
-    difference = (found_PRV - expected_PRV).abs().max().item()
-    tolerance = PROBE_TOLERANCE.get(model.dtype, 0.5)
-    if not difference <= tolerance:
-        raise _refused(
-            spec,
-            model.config,
-            f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}",
-        )
-
-
 def _refused(spec: HostSpec, config: Any, reason: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{spec.title}, architecture {config.model_type}, cannot be decoded in slots: {reason}. "
-        f"Slower, pipeline.logits_processor.CageLogitsProcessor steers it inside model.generate"
-    )
+    return ConfigurationError(f"{spec.title}, architecture {config.model_type}, cannot be decoded: {reason}")

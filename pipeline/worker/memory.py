@@ -1,4 +1,4 @@
-"""What a device has free."""
+"""Free memory of a device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pipeline.protocol.messages import MemoryBudget
 
 
 def budget_of(device: torch.device, slot_bytes: int) -> MemoryBudget:
-    """What a slot of so many bytes finds on the device now."""
+    """The budget of slots of `slot_bytes` bytes, with what is free on the device now."""
     is_gpu = device.type == "cuda"
     place = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else _machine()
     return MemoryBudget(place, device.type, slot_bytes, free_bytes(device))
 
 
 def _machine() -> str:
-    """The machine, whatever the container."""
+    """Identifies the machine, across its containers: they share its memory."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:  # no Linux

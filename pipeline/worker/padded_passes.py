@@ -1,6 +1,6 @@
-"""Roles of one model over a batch that a caller steps: one forward pass a step, with a cache of its own.
+"""Roles of one model over the batch of `generate`: one forward pass per step, with a cache of its own.
 
-Rows are padded to the left as `generate` pads them. B rows, R roles, K candidates, T tokens, V vocabulary.
+Rows are padded on the left, as `generate` pads them. B rows, R roles, K candidates, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class RolePasses:
 
     Args:
         model: a causal LM of transformers.
-        roles: their names; each is a part of the batch.
+        roles: names of the roles; the batch has all rows for each of them.
         vocab_size: logits beyond it are cut.
         pad_id: any token id; padding is masked.
     """
@@ -30,7 +30,7 @@ class RolePasses:
         self._device = next(model.parameters()).device
 
     def start(self, prompts: Sequence[Mapping[str, Sequence[int]]]) -> None:
-        """Forget what was, and read the rows' prompts by role name."""
+        """Begin a batch: read the rows' prompts, given by role name."""
         sequences = [prompt[role] for role in self._roles for prompt in prompts]
         ids, self._mask = pad_left(sequences, self._pad_id, self._device)
         self._cache: Any = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.attention.branches import ATTENTION
+from pipeline.attention.visibility import LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.model_facts import context_length, reason_of, text_config
 from pipeline.hub.sources import fetch_weights
@@ -16,8 +20,10 @@ from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec, RewardSpec
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
-from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.loading import exact_context, pick_device, pick_dtype
+from pipeline.worker.probes import probe_tokens, small_limits
 from pipeline.worker.reward_model_runner import RewardModelRunner
+from pipeline.worker.weights import load_whole
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of the scores' size
 
@@ -36,62 +42,92 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
     head = getattr(model, "score", None)
     if head is None:
         raise _refused(spec, model, "it has no head named score, as transformers' own sequence classifiers have")
-    probe = _probe_tokens(model)
-    with torch.inference_mode():
-        plain = [
-            model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])).logits[0].float()
-            for ids in (probe[:3], probe)
-        ]
-    backbone, head = model.base_model, head.float()  # differences of scores need more digits than a half type has
-    probed = _checked(backbone, head, plain, probe.tolist(), spec, model)
+    backbone, float_head = model.base_model, copy.deepcopy(head).float()
+    probed = _check(model, backbone, float_head, spec)
+    layers = _learn(model, spec)
+    model.set_attn_implementation(ATTENTION)
+    contexts = [each for each in (context_length(model.config), exact_context(model.config)) if each is not None]
     return RewardModelRunner(
         backbone,
-        head,
+        float_head,  # differences of scores need more digits than a half type has
         spec.roles,
         reward,
         num_slots=spec.num_slots,
-        context_length=context_length(model.config),
+        context_length=min(contexts, default=None),
         strict=spec.strict,
         bytes_per_token=probed.cache_bytes_per_token,
+        layers=layers,
     )
 
 
 def _load_classifier(spec: HostSpec) -> Any:
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            fetch_weights(spec.source, cache_folder=spec.cache_folder),
-            dtype=pick_dtype(spec.dtype, pick_device(spec.device)),
-            trust_remote_code=spec.source.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise _refused(spec, model, f"its files lack {', '.join(missing[:5])}, which would be random")
+    folder = fetch_weights(spec.source, cache_folder=spec.cache_folder)
+    dtype = pick_dtype(spec.dtype, pick_device(spec.device))
+    model, fault = load_whole(spec, AutoModelForSequenceClassification, folder, dtype=dtype)
+    if fault is not None:
+        raise _refused(spec, model, fault)
     return model
 
 
-def _probe_tokens(model: Any) -> Tensor:
-    """Four tokens that are no padding, so that the plain model pools at the last one."""
+def _check(model: Any, backbone: Any, head: Any, spec: HostSpec) -> RewardModelRunner:
+    """Compare scores in branches with plain forward passes, beyond every window and chunk; the runner that gave them.
+
+    Windows and chunks are made small for that, and the same is done with them as they are.
+    """
+    ids = _probe_tokens(model)
+    own_attention = model.config._attn_implementation
+    for limits in (small_limits(model.config), nullcontext()):
+        with limits:
+            model.set_attn_implementation(own_attention)
+            with torch.inference_mode():
+                plain = [_plain_scores(model, ids[:-1]), _plain_scores(model, ids)]
+            layers = _learn(model, spec)
+            model.set_attn_implementation(ATTENTION)
+            runner = _compare(backbone, head, plain, ids, layers, spec, model)
+    return runner
+
+
+def _probe_tokens(model: Any) -> list[int]:
+    """Tokens that are no padding, so that the plain model pools at the last one."""
     pad_id = text_config(model.config).pad_token_id
-    ids = [token for token in range(1, 6) if token != pad_id][:4]
-    return torch.tensor(ids, device=next(model.parameters()).device)
+    vocab_size = int(text_config(model.config).vocab_size)
+    first, _ = probe_tokens(model, vocab_size)
+    return [token if token != pad_id else (token + 1) % vocab_size for token in first]
 
 
-def _checked(
-    backbone: Any, head: Any, plain: list[Tensor], ids: list[int], spec: HostSpec, model: Any
+def _plain_scores(model: Any, ids: Sequence[int]) -> Tensor:
+    """The model's own scores [L] of a text."""
+    ids_1T = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    scores: Tensor = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T)).logits[0].float()
+    return scores
+
+
+def _learn(model: Any, spec: HostSpec) -> tuple[LayerFacts, ...]:
+    try:
+        return learn_layers(model)
+    except Exception as error:
+        reason = str(error) if isinstance(error, NotServed) else reason_of(error)
+        raise _refused(spec, model, reason) from error
+
+
+def _compare(
+    backbone: Any,
+    head: Any,
+    plain: Sequence[Tensor],
+    ids: Sequence[int],
+    layers: Sequence[LayerFacts],
+    spec: HostSpec,
+    model: Any,
 ) -> RewardModelRunner:
-    """Read two tokens, note a third, fork a fourth; compare with plain passes over three and over four."""
+    """Read all but two tokens, append one, fork the last; compare with plain passes over all but one and over all."""
     tolerance = PROBE_TOLERANCE.get(model.dtype, 0.3) * (1 + max(score_L.abs().max().item() for score_L in plain))
-    model.set_attn_implementation(ATTENTION)
     labels = tuple(range(len(plain[0])))
     roles = [HostRole(f"label {label}") for label in labels]
-    host = RewardModelRunner(backbone, head, roles, RewardSpec(labels), num_slots=1)
+    runner = RewardModelRunner(backbone, head, roles, RewardSpec(labels), num_slots=1, layers=layers)
     try:
-        host.advance(Step([Admission(0, {role.name: ids[:2] for role in roles})]))
-        host.advance(Step((), [0], [ids[2]]))
-        found_L = host.rewards_at([0], torch.tensor([[ids[3]]]))[0, :, 0]
+        runner.advance(Step([Admission(0, {role.name: ids[:-2] for role in roles})]))
+        runner.advance(Step((), [0], [ids[-2]]))
+        found_L = runner.rewards_at([0], torch.tensor([[ids[-1]]]))[0, :, 0]
     except Exception as error:
         raise _refused(spec, model, reason_of(error)) from error
     difference = (found_L - (plain[1] - plain[0])).abs().max().item()
@@ -102,7 +138,7 @@ def _checked(
             f"its scores in branches differ from those of a plain forward pass by {difference:.2g}; only models "
             f"that read from left to right can be scored so",
         )
-    return host
+    return runner
 
 
 def _refused(spec: HostSpec, model: Any, reason: str) -> ConfigurationError:

@@ -1,12 +1,12 @@
-"""Runs one sequence reward model, which scores what the base might say next.
+"""Runs one sequence reward model, which scores the base's candidates for the next token.
 
-It keeps the keys and values of every row's prefix; candidates are branches of it, read with the newest tokens in one
-pass and scored each at its own last token. A score is the model's output for a role's label.
+It keeps the keys and values of every row's prefix. Candidates are branches of it: they are read with the newest
+tokens in one pass, and each is scored at its own last token. A score is the model's output for a role's label.
 
-A step is one pass, and others where prompts of new rows are to be read: all of them but their last tokens, in parts
-of bounded length. What another row holds of a prompt is copied. Every row attends to its own keys alone, so that on a
-CPU its bits do not depend on the batch composition as long as a pass has a few tokens. On a GPU matrix kernels depend
-on the number of tokens, and strict passes have the same number, whoever reads.
+A step is one pass, and more where prompts of new rows are read: all of a prompt but its last token, in parts of
+limited length. What another row has cached of a prompt is copied. Every row attends to its own keys alone, so that on
+a CPU its bits do not depend on the batch composition as long as a pass has a few tokens. On a GPU matrix kernels
+depend on the number of tokens, so strict passes all have the same number.
 
 B rows of a call, R roles of the host, N candidates, T tokens, L labels.
 """
@@ -23,15 +23,16 @@ from torch import Tensor
 from pipeline.attention.branches import Reading, RowCache, reading
 from pipeline.attention.capacity import capacity_for
 from pipeline.attention.prefixes import Key, Prefixes, Prompt
+from pipeline.attention.visibility import LayerFacts
 from pipeline.protocol.messages import CHUNK, Admission, MemoryBudget, Step
 from pipeline.protocol.specs import RewardSpec
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.captured_passes import MIN_ROWS
 from pipeline.worker.memory import budget_of
-from pipeline.worker.reward_rows import Question, RewardRow, lay_out
+from pipeline.worker.reward_rows import RewardRow, ScoringRequest, lay_out
 
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
-PADDING = 64  # tokens of one row that nobody reads
+PADDING = 64  # tokens of one padding row
 
 
 class RewardModelRunner:
@@ -46,6 +47,7 @@ class RewardModelRunner:
         context_length: longest sequence that the model reads; what is longer is scored NaN.
         strict: pad passes, so that no row's bits depend on the batch composition.
         bytes_per_token: what one token of one row takes in the cache.
+        layers: what each attention call of a pass asks for, as `learn_layers` found.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class RewardModelRunner:
         context_length: int | None = None,
         strict: bool = True,
         bytes_per_token: int = 0,
+        layers: Sequence[LayerFacts] = (),
     ) -> None:
+        self._layers = layers
         self._backbone = backbone
         self._head = head
         self._roles = tuple(roles)
@@ -86,7 +90,7 @@ class RewardModelRunner:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes; 0 before the first pass."""
+        """Bytes per token of one row; 0 before the first pass."""
         return max((row.cache.bytes_per_token() for rows in self._rows for row in rows), default=0)
 
     def resize(self, num_slots: int) -> None:
@@ -98,31 +102,38 @@ class RewardModelRunner:
 
     @torch.inference_mode()
     def advance(self, step: Step) -> None:
-        """Read parts of new rows' prompts; note a token more of the running ones, to be read with its candidates."""
+        """Read parts of new rows' prompts, and note one token of each running row.
+
+        A noted token is read in one pass with its candidates, by `rewards_at`.
+        """
         replaced = self._replace([each for each in step.admissions if each.part == 0])
         parts = [(row, (each.part + 1) * CHUNK) for each in step.admissions for row in self._rows[each.slot]]
         try:
             while parts:
                 parts = self._fill(parts)
         finally:
+            # only now: their prefixes may have been copied to new rows
             for cache in replaced:
                 self._prefixes.drop(cache)
         for slot, token in zip(step.slots, step.tokens, strict=True):
             for row in self._rows[slot]:
                 row.answer.append(token)
-                row.answered = None
+                row.scored = None
 
     @torch.inference_mode()
     def rewards_at(self, slots: Sequence[int], ids_BN: Tensor) -> Tensor:
         """What each candidate adds to its row's score: score(prefix + a) - score(prefix), [B, R, N]."""
         wanted = [(row, ids) for slot, ids in zip(slots, ids_BN.tolist(), strict=True) for row in self._rows[slot]]
-        self._ask([(row, ids) for row, ids in wanted if row.answered is None or row.answered[0] != ids])
-        answered = [row.answered[1] for row, _ in wanted if row.answered is not None]
-        return torch.stack(answered).view(len(slots), len(self._roles), -1)
+        self._score_candidates([(row, ids) for row, ids in wanted if row.scored is None or row.scored[0] != ids])
+        added = [row.scored[1] for row, _ in wanted if row.scored is not None]
+        return torch.stack(added).view(len(slots), len(self._roles), -1)
 
     @torch.inference_mode()
     def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
-        """Teacher forcing: what each token of an answer adds to each role's score, [R, T], in one pass a role."""
+        """Teacher forcing: what each token of an answer adds to each role's score, [R, T], in one pass per role.
+
+        NaN for a role whose context is too short for the prompt and the answer.
+        """
         answers = [answer[:count] for count in range(len(answer) + 1)]
         rewards = []
         for role, label in zip(self._roles, self._spec.labels, strict=True):
@@ -136,7 +147,7 @@ class RewardModelRunner:
         return torch.stack(rewards)
 
     def _replace(self, admissions: Sequence[Admission]) -> list[RowCache]:
-        """Give slots new rows; the caches of rows that are gone, as far as a new row begins like one of them."""
+        """Give slots new rows; returns the caches of replaced rows that new rows will copy a prefix from."""
         gone = [row.cache for each in admissions for row in self._rows[each.slot]]
         for each in admissions:
             self._rows[each.slot] = self._begin(each)
@@ -148,7 +159,10 @@ class RewardModelRunner:
         return [cache for cache in gone if cache in wanted]
 
     def _begin(self, admission: Admission) -> list[RewardRow]:
-        """A row for each role, which has read nothing yet. What it kept is read like its prompt, if in own tokens."""
+        """A row for each role, which has read nothing yet.
+
+        Tokens that the row kept are read with its prompt, unless the model has a vocabulary of its own.
+        """
         is_own = self._spec.retokeniser is None
         kept = list(admission.answer)
         return [
@@ -166,7 +180,7 @@ class RewardModelRunner:
         ]
 
     def _fill(self, parts: Sequence[tuple[RewardRow, int]]) -> list[tuple[RewardRow, int]]:
-        """Let rows hold their prompts up to so many tokens; those that wait for what others read now."""
+        """Read prompts up to a number of tokens; returns the rows that wait for a prefix that another row reads."""
         begun: set[Key] = set()
         later, filled, readings = [], [], []
         for row, limit in parts:
@@ -191,36 +205,36 @@ class RewardModelRunner:
             self._prefixes.put(cache, piece)
         return later
 
-    def _ask(self, wanted: Sequence[tuple[RewardRow, list[int]]]) -> None:
-        """Let every row tell what its candidates add."""
-        questions = []
+    def _score_candidates(self, wanted: Sequence[tuple[RewardRow, list[int]]]) -> None:
+        """Compute what each candidate adds to the score of its row, for all rows in as few passes as possible."""
+        requests = []
         for row, ids in wanted:
             answers = [row.answer, *([*row.answer, token] for token in ids)]
-            prefix, *followers = self._sequences(row.prompt.tokens, answers)
-            if self._fits([prefix, *followers]):
-                questions.append(Question(row, ids, *lay_out(row.cache, prefix, followers)))
+            prefix, *continuations = self._sequences(row.prompt.tokens, answers)
+            if self._fits([prefix, *continuations]):
+                requests.append(ScoringRequest(row, ids, *lay_out(row.cache, prefix, continuations)))
             else:
-                row.answered = (ids, torch.full((len(ids),), torch.nan, device=self._device))
-        for question, scores_TL in zip(questions, self._read_all([each.reading for each in questions]), strict=True):
-            question.settle(scores_TL)
+                row.scored = (ids, torch.full((len(ids),), torch.nan, device=self._device))
+        for request, scores_TL in zip(requests, self._read_all([each.reading for each in requests]), strict=True):
+            request.finish(scores_TL)
 
     def _read_all(self, readings: Sequence[Reading]) -> list[Tensor]:
-        """Scores [T, L] of every token of each reading. A row may have two, the second behind the first."""
+        """Scores [T, L] of every token of each reading. A row may have two readings, in order."""
         return [scores_TL for part in self._passes(readings) for scores_TL in self._read(part)]
 
     def _passes(self, readings: Sequence[Reading]) -> list[list[Reading]]:
-        """What is read at once: all, or as much as a pass has tokens."""
+        """The readings of each pass: all in one, or as many as fit into passes of one shape."""
         if not self._has_one_shape:
             return [[*readings]] if readings else []
         parts: list[list[Reading]] = []
-        left = 0  # tokens that the newest pass still has room for
+        left = 0  # tokens that still fit into the newest pass
         for each in readings:
             count = len(each.tokens)
             if not parts or count > left:
                 parts.append([])
                 left = -(-count // PASS_TOKENS) * PASS_TOKENS
             parts[-1].append(each)
-            # what fills more than a pass is alone, so that its shape is its own
+            # a reading that is longer than a pass is alone: the shape of its pass then depends on it alone
             left = left - count if count <= PASS_TOKENS else 0
         return parts
 
@@ -238,14 +252,14 @@ class RewardModelRunner:
         padded = [*readings, *self._padding(sum(counts))]
         ids = torch.tensor([[token for each in padded for token in each.tokens]], device=self._device)
         positions = torch.tensor([[at for each in padded for at in each.positions]], device=self._device)
-        with reading(padded):
+        with reading(padded, self._layers):
             output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
         states = torch.split(output.last_hidden_state[0, : sum(counts)].float(), counts)
-        # one by one: the bits of a product with one column depend on how many rows it has
+        # one row at a time: the head has few columns, and the bits of such a product depend on the number of rows
         return [self._head(states_TH) for states_TH in states]
 
     def _padding(self, num_tokens: int) -> list[Reading]:
-        """Rows that nobody reads, for what a strict pass of so many tokens lacks."""
+        """Padding rows that bring a strict pass of `num_tokens` tokens to its size."""
         missing = 0
         if self._has_one_shape:
             missing = -num_tokens % PASS_TOKENS

@@ -1,4 +1,4 @@
-"""A row as a reward model reads it: a prompt and the base's answer so far, with candidates as branches behind it.
+"""A row as a reward model reads it: a prompt and the base's answer so far, with candidates as branches after it.
 
 N candidates, T tokens of a reading, L labels.
 """
@@ -17,10 +17,15 @@ from pipeline.attention.prefixes import Prompt
 
 @dataclass(slots=True)
 class RewardRow:
-    """A row of one role: its prompt, the base's tokens after it, and what was read of both.
+    """A row of one role.
 
-    Tokens that it kept when it was admitted again may be at the prompt's end. `score` is that of the newest token in
-    the cache; `answered` the last candidates and what they add, so that a repeated call gets the same.
+    Args:
+        prompt: what it begins with. Tokens that the row kept when it was admitted again may be at its end.
+        answer: the base's tokens after the prompt.
+        label: the index of the model's output that counts.
+        cache: keys and values of what was read.
+        score: of the newest token in the cache.
+        scored: the last candidates and what each adds to the score, so that a repeated call returns the same.
     """
 
     prompt: Prompt
@@ -28,34 +33,51 @@ class RewardRow:
     label: int
     cache: RowCache = field(default_factory=RowCache)
     score: Tensor | None = None
-    answered: tuple[list[int], Tensor] | None = None
+    scored: tuple[list[int], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A row, candidates, and a reading with the place of each candidate's last token; None: it is the prefix."""
+class ScoringRequest:
+    """Candidates of a row that are to be scored.
+
+    Args:
+        row: the row.
+        ids: the candidates.
+        reading: of the prefix's new tokens and the candidates.
+        places: of each candidate's last token in the reading; None where that is the prefix's last token.
+    """
 
     row: RewardRow
     ids: list[int]
     reading: Reading
     places: Sequence[int | None]
 
-    def settle(self, scores_TL: Tensor) -> None:
-        """Keep the prefix's score and note what each candidate adds to it."""
+    def finish(self, scores_TL: Tensor) -> None:
+        """Store the prefix's score and what each candidate adds to it, from the scores of the reading's tokens."""
         row, scores_T = self.row, scores_TL[:, self.row.label]
         if self.reading.trunk:
             row.score = scores_T[len(self.reading.trunk) - 1]
         assert row.score is not None
         after = [row.score if place is None else scores_T[place] for place in self.places]
-        row.answered = (self.ids, torch.stack(after) - row.score if after else scores_T[:0])
+        row.scored = (self.ids, torch.stack(after) - row.score if after else scores_T[:0])
 
 
 def lay_out(
-    cache: RowCache, prefix: Sequence[int], followers: Sequence[Sequence[int]]
+    cache: RowCache, prefix: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> tuple[Reading, list[int | None]]:
-    """Read the prefix as trunk, from where the cache ends, and what follows as branches where it leaves the prefix.
+    """A reading of the prefix as trunk, from where the cache ends, with continuations as branches.
 
-    The places are those of each follower's last token in the reading; None for the prefix that was read before.
+    Tokens of another vocabulary may merge with what comes after them, so a continuation need not begin with the whole
+    prefix: its branch starts where it first differs.
+
+    Args:
+        cache: of the row; what does not belong to the prefix is overwritten.
+        prefix: token ids that the row keeps.
+        continuations: whole sequences of token ids.
+
+    Returns:
+        The reading, and the place of each continuation's last token in it; None where that is the last token of a
+        prefix that was read before.
     """
     kept = num_shared(cache.tokens, prefix)
     if kept == len(prefix) < len(cache.tokens):
@@ -63,21 +85,21 @@ def lay_out(
     branches: list[Branch] = []
     places: list[int | None] = []
     count = len(prefix) - kept
-    for follower in followers:
-        fork = num_shared(prefix, follower)
-        if fork == len(follower):
+    for continuation in continuations:
+        fork = num_shared(prefix, continuation)
+        if fork == len(continuation):
             if fork > kept or fork == len(prefix):
                 places.append(fork - kept - 1 if fork > kept else None)
                 continue
             fork -= 1
-        branches.append(Branch(fork, follower[fork:]))
-        count += len(follower) - fork
+        branches.append(Branch(fork, continuation[fork:]))
+        count += len(continuation) - fork
         places.append(count - 1)
     return Reading(cache, kept, prefix[kept:], branches), places
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that two sequences begin with alike."""
+    """Length of the common prefix of two sequences."""
     shorter = min(len(first), len(second))
     if first[:shorter] == second[:shorter]:
         return shorter

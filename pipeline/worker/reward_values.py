@@ -1,4 +1,4 @@
-"""What a reward model scored, as rewards of all candidates of all rows.
+"""From the scores of some candidates to the rewards of all candidates of all rows.
 
 B rows, D rows that are due, R roles of a host, N scored candidates, K candidates, T tokens of an answer.
 """
@@ -43,7 +43,8 @@ def spread_rewards(
     for role, scoring in enumerate(scorings):
         due = [at for at, row in enumerate(all_due) if num_tokens[row] % scoring.interval == 0]
         values_DN = scored_DRN[due, role, : scoring.candidates] * scoring.factor
-        # what was not scored counts as the worst that was: a reward model must not favour what it never saw
+        # a candidate that was not scored gets the lowest reward of the scored ones: a reward model must not favour
+        # what it has not seen
         values_DK = values_DN.amin(-1, keepdim=True).repeat(1, num_candidates)
         rows = [all_due[at] for at in due]
         values_BRK[rows, role] = values_DK.scatter(-1, at_DN[due, : scoring.candidates], values_DN)

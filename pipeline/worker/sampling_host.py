@@ -1,4 +1,4 @@
-"""A host that samples: where one host holds every role, candidates, values, games and draws stay on its device."""
+"""Hosts that sample: where one host holds every role, candidates, values, games and draws stay on its device."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class SamplingHost(LanguageModelHost):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether it goes on with a step while the outcome of the one before is on its way."""
+        """Whether it begins a step while the outcome of the one before is still being computed."""
         return False
 
     def advance_and_sample(
         self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
     ) -> Reply[list[TokenOutcome]]:
-        """Bring the group to `at`, solve the games of these slots and draw a token for each."""
+        """Bring the group to `at`, solve the games of these slots and draw a token for each; see `Samples`."""
         self._check_drawn(step)
         self.advance(at, step)
         reply = self.sample(at, slots, terms, uniforms)
@@ -78,11 +78,11 @@ class SamplingHost(LanguageModelHost):
         super().resize(num_slots)
 
     def work(self) -> HostWork:
-        """What it did so far."""
+        """Passes, tokens and seconds so far."""
         return HostWork(*self._runner.work, self._game_watch.seconds)
 
     def _check_drawn(self, step: Step) -> None:
-        """Raise StateLost where a token of the step is one that was never drawn here."""
+        """Raise StateLost where a token of the step is DRAWN and was not drawn here."""
         unknown = [
             slot
             for slot, token in zip(step.slots, step.tokens, strict=True)
@@ -93,14 +93,16 @@ class SamplingHost(LanguageModelHost):
 
 
 class CapturingHost(SamplingHost):
-    """A `SamplingHost` on a GPU whose games are captured as CUDA graphs; it goes on while an outcome is on its way.
+    """A `SamplingHost` on a GPU whose games are captured as CUDA graphs. It runs ahead.
 
-    A captured solve takes a fixed number of steps. Where that was not enough, the corrected token is known only when
-    the outcome is settled, and the pass that went on with the other one is computed again.
+    A captured solve takes a fixed number of steps. Whether they were enough is known only when the outcome is read,
+    while the next pass runs already. If they were not and the corrected token is another one, that pass is computed
+    again.
 
     Args:
-        runner: the model.
-        roles, games: as in `SamplingHost`.
+        runner: the model; it serves every role of the run.
+        roles: its roles, the base's first.
+        games: candidates, draws and principals.
     """
 
     def __init__(self, runner: LanguageModelRunner, roles: Sequence[HostRole], games: GameSpec) -> None:
@@ -111,6 +113,7 @@ class CapturingHost(SamplingHost):
 
     @property
     def runs_ahead(self) -> bool:
+        """Whether it begins a step while the outcome of the one before is still being computed."""
         return True
 
     def advance_and_sample(
@@ -141,31 +144,31 @@ class CapturingHost(SamplingHost):
     def resize(self, num_slots: int) -> None:
         """Forget every row and hold another number of them."""
         self._give_up()
-        gc.collect()  # captured graphs are let go before the new rows take their memory
+        gc.collect()  # captured graphs are freed before the new rows take their memory
         super().resize(num_slots)
 
     def _settle_before(self, at: Position) -> None:
-        """Settle the outcome of the step before `at`; where that corrects a token, compute what followed it again."""
+        """Settle the outcome of the step before `at`; where that corrects a token, compute the pass of `at` again."""
         pending, self._pending = self._pending, None
-        # a step that is asked for again has nothing behind it
+        # where `at` itself is pending the call is a repeated one, and no pass has read its token
         if pending is not None and pending.settle() and pending.at != at:
             with self._guard.all_or_nothing():
                 self._language_runner.compute_again()
 
     def _give_up(self) -> None:
-        """Hold on to no captured graph and no outcome."""
+        """Release the captured graphs and the pending outcome."""
         self._pending = self._captured = None
 
 
 class PendingOutcomes:
-    """The outcome of games that a device solves.
+    """Outcomes that a device still computes. The host or the caller settles them, whoever needs them first.
 
     Args:
         captured: the games.
         guard: of the host.
         watch: counts the seconds of games.
-        at: the step that they are of.
-        give_up: called where settling fails, so that nothing holds on to the device's memory.
+        at: the position of the step.
+        give_up: called where settling fails, so that the device's memory is released.
     """
 
     def __init__(
@@ -185,7 +188,12 @@ class PendingOutcomes:
         self._error: Exception | None = None
 
     def settle(self) -> bool:
-        """Wait for the device once; whether a token is another one than the host has gone on with."""
+        """Wait for the device, at the first call; whether a token differs from the one that the next pass has read.
+
+        Raises:
+            CageError: the device failed; later calls raise an error of the same class.
+            RuntimeError: likewise.
+        """
         if self._error is not None:
             raise self._error
         captured, self._captured = self._captured, None
@@ -196,8 +204,8 @@ class PendingOutcomes:
                 self._outcomes, is_other = captured.settle()
         except Exception as error:
             self._give_up()
-            # whoever settles it, the one who waits for it hears of it, too; not by this very error, which holds on
-            # to all that its frames know
+            # both the host and the caller have to see the failure. The second one gets a new error: this one's
+            # traceback holds tensors, whose memory has to be released
             kind = type(error) if isinstance(error, CageError) else RuntimeError
             self._error = kind(str(error) or type(error).__name__)
             raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 from pipeline.attention.rows import can_build_for
 from pipeline.protocol.hosts import Proposes, Samples, Scores
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.worker.captured_sampling import CapturedSampling
 from pipeline.worker.hosts import LanguageModelHost, RewardModelHost
-from pipeline.worker.loading import load_language_model
+from pipeline.worker.loading import LoadedModel, load_language_model
 from pipeline.worker.reward_loading import load_reward_model
 from pipeline.worker.sampling_host import CapturingHost, SamplingHost
 
@@ -16,12 +18,12 @@ def start_scoring(spec: HostSpec) -> Scores:
     """A host beside the base's: a language model or a reward model. Raises ConfigurationError."""
     if spec.reward is not None:
         return RewardModelHost(load_reward_model(spec, spec.reward))
-    return LanguageModelHost(load_language_model(spec))
+    return LanguageModelHost(_load(spec).runner)
 
 
 def start_proposing(spec: HostSpec) -> Proposes:
     """The base's host. Raises ConfigurationError."""
-    return LanguageModelHost(load_language_model(spec))
+    return LanguageModelHost(_load(spec).runner)
 
 
 def start_sampling(spec: HostSpec, games: GameSpec) -> Samples:
@@ -30,7 +32,20 @@ def start_sampling(spec: HostSpec, games: GameSpec) -> Samples:
     On a GPU that kernels can be built for, its games are captured as CUDA graphs, where all rules of the run allow
     it.
     """
-    runner = load_language_model(spec)
-    if can_build_for(runner.device) and CapturedSampling.serves(games):
-        return CapturingHost(runner, spec.roles, games)
-    return SamplingHost(runner, spec.roles, games)
+    loaded = _load(spec)
+    in_slots = loaded.slot_runner
+    if in_slots is not None and can_build_for(in_slots.device) and CapturedSampling.serves(games):
+        return CapturingHost(in_slots, spec.roles, games)
+    return SamplingHost(loaded.runner, spec.roles, games)
+
+
+def _load(spec: HostSpec) -> LoadedModel:
+    """Load a language model; that it is slow is said once."""
+    loaded = load_language_model(spec)
+    if loaded.why_plain is not None:
+        warnings.warn(
+            f"{spec.title} is decoded one row at a time, which is slow: {loaded.why_plain}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return loaded

@@ -1,4 +1,4 @@
-"""Seconds of work on a device, measured there: a host that does not wait for a GPU cannot tell."""
+"""Seconds of work on a device, measured there: a process that does not wait for a GPU cannot measure it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ _MOST_OPEN = 256  # measurements that are kept before those that are done are re
 
 
 class Stopwatch:
-    """Adds up what its `running` blocks took."""
+    """Adds up the seconds of its `running` blocks.
+
+    On a GPU events are recorded before and after the work, and read when they are done: measuring never waits.
+
+    Args:
+        device: where the work runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -24,7 +30,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what is done, or begun on a GPU, within."""
+        """Count the work within the block, also where a GPU only begins it there."""
         if self._device.type != "cuda":
             started_s = time.perf_counter()
             yield
@@ -41,7 +47,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """So far; waits for what is under way."""
+        """Seconds so far; waits for work that still runs."""
         while self._open:
             self._open[-1][1].synchronize()
             self._read_one()

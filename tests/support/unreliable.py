@@ -95,7 +95,7 @@ class Replica:
         self.options = {"num_slots": slots, "num_groups": num_groups, "max_failures": max_failures}
         self.assembly = assemble(self.config, NOWHERE)
         self.plans = {plan.name: plan for plan in self.assembly.topology.hosts}
-        self.runners = {spec.name: load_language_model(spec) for spec in self.assembly.hosts}
+        self.runners = {spec.name: load_language_model(spec).runner for spec in self.assembly.hosts}
 
     def hosts(self, before: Before) -> Hosts:
         """New hosts, as started processes would be, around the loaded models."""

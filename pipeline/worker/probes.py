@@ -1,0 +1,108 @@
+"""Checks at load that a model is decoded exactly: compares the decoder with the model's own plain forward passes.
+
+Probes reach beyond every window and chunk, which are made small for as long as they run; two rows of different
+lengths share passes; a prompt is read in parts, another one is copied from a row that holds it, and steps follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.hub.model_facts import stated
+from pipeline.protocol.messages import Admission, Step
+from pipeline.protocol.topology import HostRole
+from pipeline.worker.hosts import LanguageRunner
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats
+SMALL = 8  # tokens of windows and chunks while a model is probed
+LENGTHS = (29, 18)  # of the probes: beyond two windows, and not
+NUM_STEPS = 3  # of each probe's last tokens, decoded one by one
+LIMITS = ("sliding_window", "attention_chunk_size")
+
+
+def probe_tokens(model: Any, vocab_size: int) -> list[list[int]]:
+    """Token ids of the probes: the same for every model of a vocabulary, and none of them special as a rule."""
+    generator = torch.Generator().manual_seed(0)
+    high = max(3, min(vocab_size, 30_000))
+    return [torch.randint(2, high, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@contextmanager
+def small_limits(config: Any) -> Iterator[None]:
+    """Make the windows and chunks that a configuration names small, so that short probes reach beyond them.
+
+    transformers reads them whenever it makes a mask.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limits = {name: value for name in LIMITS if isinstance(value := stated(text, name), int) and value > SMALL}
+    try:
+        for name in limits:
+            setattr(text, name, SMALL)
+        yield
+    finally:
+        for name, value in limits.items():
+            setattr(text, name, value)
+
+
+@torch.inference_mode()
+def plain_logprobs(model: Any, probes: Sequence[Sequence[int]], vocab_size: int) -> list[Tensor]:
+    """Log-probabilities [NUM_STEPS, V] of the last steps of each probe, by plain passes with the model's
+    attention."""
+    device = next(model.parameters()).device
+    expected = []
+    for probe in probes:
+        logits = model(input_ids=torch.tensor([list(probe)], device=device), use_cache=False).logits
+        expected.append(logits[0, -NUM_STEPS:, :vocab_size].float().log_softmax(-1))
+    return expected
+
+
+@torch.inference_mode()
+def largest_difference(
+    runner: LanguageRunner,
+    roles: Sequence[HostRole],
+    probes: Sequence[Sequence[int]],
+    expected: Mapping[str | None, Sequence[Tensor]],
+) -> float:
+    """The largest difference of the runner's log-probabilities from the expected ones, in nats.
+
+    The runner needs one slot more than there are probes: there the first prompt is read again, as a copy.
+
+    Args:
+        runner: with `len(probes) + 1` slots.
+        roles: its roles.
+        probes: token ids.
+        expected: by adapter, what `plain_logprobs` gave.
+    """
+    slots = list(range(len(probes) + 1))
+    texts = [*probes, probes[0]]
+    prompts = [{role.name: text[: len(text) - NUM_STEPS + 1] for role in roles} for text in texts]
+    shared = {role.name: len(probes[0]) // 2 for role in roles}
+    runner.advance(Step([Admission(slot, prompts[slot], shared if slot == 0 else {}) for slot in slots[:-1]]))
+    runner.advance(Step([Admission(slots[-1], prompts[-1], shared)]))
+    worst = _difference(runner, slots[:-1], roles, expected, 0)
+    for step in range(1, NUM_STEPS):
+        tokens = [text[len(text) - NUM_STEPS + step] for text in texts]
+        runner.advance(Step((), slots, tokens))
+        again = {adapter: [*each, each[0]] for adapter, each in expected.items()}
+        worst = max(worst, _difference(runner, slots, roles, again, step))
+    return worst
+
+
+def _difference(
+    runner: LanguageRunner,
+    slots: Sequence[int],
+    roles: Sequence[HostRole],
+    expected: Mapping[str | None, Sequence[Tensor]],
+    step: int,
+) -> float:
+    found_BRV = runner.logprobs_at(slots, None)
+    wanted_BRV = torch.stack(
+        [torch.stack([expected[role.adapter][at][step] for role in roles]) for at in range(len(slots))]
+    )
+    difference = (found_BRV - wanted_BRV).abs().max().item()
+    return difference if difference == difference else float("inf")  # NaN counts as a difference
