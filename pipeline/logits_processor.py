@@ -1,6 +1,6 @@
 """Principals inside `model.generate` of transformers: one logits processor, without hosts, slots or a run.
 
-`generate` runs the base; the processor runs the principals' roles beside it, one forward pass a step and model, and
+`generate` runs the base; the processor runs the principals' roles beside it, one forward pass per step and model, and
 turns the base's scores into the log-probabilities of the policy over its candidates. Whatever `generate` does
 afterwards, greedy or sampled, draws from that policy. For many prompts `cage relabel` is faster and resumable.
 
@@ -37,7 +37,15 @@ Conversation = str | Sequence[Message]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SteeredStep:
-    """One step of all rows. Log-probabilities, rewards and payments in nats; payments under the equilibrium only."""
+    """One step of all rows.
+
+    Args:
+        ids_BK: the candidates' token ids.
+        base_logprobs_BK: of the base over the candidates, in nats.
+        log_policy_BK: of the policy over the candidates, in nats.
+        rewards_BJK: q by principal, in nats, before weights.
+        payments_BJK: what each principal pays for each candidate, in nats; None under a rule without payments.
+    """
 
     ids_BK: Tensor
     base_logprobs_BK: Tensor
@@ -49,19 +57,23 @@ class SteeredStep:
 class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     """Turns the base's scores into the policy that the principals' payments lead to.
 
-    Give `generate` what `encode` returns. Batches are padded to the left; a new prompt begins anew; greedy, sampled
-    and `num_return_sequences` work; beam search and assisted decoding are refused. Give it last in the list: what
-    other processors forbid stays forbidden. A `top_k` or `top_p` of `generate` cuts the policy afterwards.
+    Pass to `generate` what `encode` returns. Batches are padded on the left; every call of `generate` starts from its
+    prompts. Greedy decoding, sampling and `num_return_sequences` work; beam search and assisted decoding are refused.
+    Put it last in the list of processors: what the others forbid stays forbidden. A `top_k` or `top_p` of `generate`
+    cuts the policy afterwards.
 
     Args:
-        model: the base, the model that generates.
+        model: the base, which generates.
         tokenizer: the base's, which the principals' models share.
         principals: by name, each as in a configuration file, with loaded models instead of names.
-        rule, agent_temperature, candidates, min_p: as under `decoding` of a configuration file.
+        rule: how principals and base decide, as in a configuration file.
+        agent_temperature: tau, in nats of weighted reward.
+        candidates: how many of the base's likeliest tokens take part; "all": the whole vocabulary.
+        min_p: candidates less likely than `min_p` times the likeliest one are left out.
         on_step: called with every step's numbers.
 
     Raises:
-        ConfigurationError: a principal or a number is not what it must be.
+        ConfigurationError: a principal, a model or an option cannot be used.
     """
 
     def __init__(
@@ -107,11 +119,16 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self._seen_BT: Tensor | None = None
 
     def encode(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
-        """Render prompts for the base and every principal; `input_ids` and `attention_mask` for `generate`.
+        """Render prompts for the base and every principal.
 
-        A conversation is a list of messages in the OpenAI shape; a text stands for one message of the user.
+        Args:
+            conversations: lists of messages in the OpenAI shape; a text stands for one message of the user.
+
+        Returns:
+            `input_ids` and `attention_mask` for `generate`.
 
         Raises:
+            ConfigurationError: there are no conversations.
             RowError: a prompt cannot be rendered or is longer than a model's context.
         """
         if isinstance(conversations, str) or not conversations:
@@ -126,16 +143,21 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The policy's log-probabilities [B, V] of the next token; -inf for what is no candidate."""
-        self._follow(input_ids)
+        """The policy's log-probabilities [B, V] of the next token; -inf for tokens that are no candidates.
+
+        Raises:
+            ConfigurationError: the rows are not those of `encode`, or not those of the last step with one more token.
+            CageError: a reward is not finite, or a principal's context is full.
+        """
+        self._catch_up(input_ids)
         step = self._solve(scores)
         if self._on_step is not None:
             self._on_step(step)
         steered_BV = torch.full_like(scores, -torch.inf)
         return steered_BV.scatter_(-1, step.ids_BK, step.log_policy_BK.to(scores.dtype))
 
-    def _follow(self, ids_BT: Tensor) -> None:
-        """Bring the roles to where `generate` is: at a new prompt, or one token further."""
+    def _catch_up(self, ids_BT: Tensor) -> None:
+        """Have the roles read what `generate` has: new prompts, or one more token of each row."""
         if self._prompt_BT is None:
             raise ConfigurationError("call encode(conversations) first and give generate what it returns")
         seen_BT = self._seen_BT
@@ -181,7 +203,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         outputs = {BASE: own_BK}
         for passes in self._passes:
             outputs |= {name: own.to(scores.device) for name, own in passes.logprobs_at(ids_BK).items()}
-        # what another processor forbids has no reward
+        # a token that another processor forbids has no policy either, and -inf minus -inf would be NaN
         is_allowed_BK = own_BK > -torch.inf
         rewards = [
             torch.where(is_allowed_BK, reward_BK, 0.0)
@@ -201,13 +223,13 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
 
 class _NamedModels:
-    """Models by the names under which a configuration may speak of them."""
+    """Gives loaded models names, by which a configuration can refer to them."""
 
     def __init__(self, base: torch.nn.Module) -> None:
         self.models: dict[str, torch.nn.Module] = {BASE: base}
 
     def replace(self, principals: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The principals with names for models. Raises ConfigurationError where a model is not loaded."""
+        """The principals with names in place of models. Raises ConfigurationError where a model is not loaded."""
         return {
             name: {key: self._name(value, f"principals.{name}.{key}") for key, value in fields.items()}
             for name, fields in principals.items()
@@ -225,7 +247,7 @@ class _NamedModels:
 
 
 def _config(principals: Mapping[str, Mapping[str, Any]], decoding: Mapping[str, Any]) -> Config:
-    """A run's configuration, so that the same checks hold here. It has neither input nor output."""
+    """A run's configuration without input and output, so that the same checks apply here."""
     config = parse_config(
         {
             "input": {"path": "none"},

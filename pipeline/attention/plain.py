@@ -1,4 +1,4 @@
-"""Attention by torch's own kernels, one call per part of a prompt, per row, or per batch.
+"""Attention by torch's own kernels: one call per part of a prompt, per row, or per batch.
 
 R running rows of a pass, T packed tokens, H query heads, G key-value heads, D head width, L tokens of a row.
 """

@@ -70,7 +70,7 @@ class SlotPass:
 
 @dataclass(slots=True)
 class _PassUnderWay:
-    """The pass that is under way, and how many layers have attended in it."""
+    """The running pass, and how many of its layers have attended."""
 
     slot_pass: SlotPass
     num_layers: int = 0
@@ -90,7 +90,16 @@ def serving(slot_pass: SlotPass) -> Iterator[None]:
 
 
 class SlotCache:
-    """Keys and values by layer, each [rows, G, L, D]; L grows as rows get longer."""
+    """Keys and values by layer, each [rows, G, L, D]; L grows as rows get longer.
+
+    Args:
+        num_rows: cache rows, one per slot and role.
+
+    Attributes:
+        num_moves: how often a buffer was allocated; graphs captured before the last time read freed memory.
+        keys: by layer; empty before the first pass.
+        values: by layer; empty before the first pass.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
@@ -100,11 +109,11 @@ class SlotCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for; 0 before the first pass."""
+        """The number of tokens that fit into a row; 0 before the first pass."""
         return self.keys[0].shape[2] if self.keys else 0
 
     def hold(self, layer: int, key_GTD: Tensor, value_GTD: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """The buffers of a layer, with room for rows of so many tokens; its first pass makes them."""
+        """The buffers of a layer, large enough for rows of `num_tokens`; the first pass allocates them."""
         if layer == len(self.keys):
             for buffers, states in ((self.keys, key_GTD), (self.values, value_GTD)):
                 buffers.append(
@@ -115,7 +124,7 @@ class SlotCache:
         return self.keys[layer], self.values[layer]
 
     def reserve(self, num_tokens: int) -> None:
-        """Have room for rows of so many tokens in every layer."""
+        """Make the buffers of every layer large enough for rows of `num_tokens`."""
         for layer in range(len(self.keys)):
             self._reserve(layer, num_tokens)
 

@@ -40,7 +40,11 @@ KEPT_OUTCOMES = 16  # an engine waits for two at most; those of steps that it ha
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Stands for outcomes that a host's device still computes; `HostActor.collect` exchanges it for them."""
+    """Stands for outcomes that a host's device still computes; `HostActor.collect` exchanges it for them.
+
+    Args:
+        number: of the ticket; each is given once by an actor.
+    """
 
     number: int
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Reply(Generic[T]):
-    """A value that is on its way: the one future type of this project.
+    """A value that is still to come: the one future type of this project.
 
     Args:
         wait: waits for the value and returns it; called by `result` until it returns.

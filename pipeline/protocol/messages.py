@@ -82,10 +82,12 @@ class Position:
 
     @property
     def before(self) -> Position:
+        """The position one step earlier in the epoch."""
         return Position(self.group, self.epoch, self.step - 1)
 
     @property
     def after(self) -> Position:
+        """The position one step later in the epoch."""
         return Position(self.group, self.epoch, self.step + 1)
 
     def __str__(self) -> str:

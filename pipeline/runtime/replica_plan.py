@@ -24,7 +24,12 @@ from pipeline.runtime.topology import adapters_of, build_topology, models_of
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModels:
-    """The models and adapters of a configuration, by their dotted places in it."""
+    """The models and adapters of a configuration.
+
+    Args:
+        models: by their dotted places in the configuration.
+        adapters: likewise.
+    """
 
     models: Mapping[str, ModelSource]
     adapters: Mapping[str, AdapterSource]

@@ -1,7 +1,7 @@
 """Passes of two fixed shapes: on a GPU each is captured once as a CUDA graph, then replayed.
 
 A pass is hundreds of kernels, and starting them one by one takes longer than they run. A replay starts them together;
-nothing in it waits for the host. One shape is that of all cache rows, whoever runs: a step costs what reading the
+nothing in it waits for the CPU. One shape is that of all cache rows, whichever run: a step costs what reading the
 weights costs. The other is for tokens of new prompts. The same kernels compute every row, whatever the batch
 composition. A kernel that is chosen by the shape of its input is then always the same one, so padding to two fixed
 shapes is also what makes a row's bits its own.

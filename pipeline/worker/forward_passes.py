@@ -1,4 +1,4 @@
-"""Forward passes of one model over packed tokens: what is drafted, and texts as they stand.
+"""Forward passes of one model over packed tokens: those of a `ForwardBatch`, and whole texts.
 
 T packed tokens, R running rows, V vocabulary.
 """
@@ -79,7 +79,7 @@ class Passes:
         return self._watch.seconds
 
     def lay_out(self, cache: SlotCache, adapters: Sequence[str | None]) -> None:
-        """Compute into this cache from now on; each row of it has its adapter, and nobody reads the last one."""
+        """Compute into this cache from now on; `adapters` are those of its rows, of which the last is for padding."""
         self._cache, self._spare_row = cache, cache.num_rows - 1
         if self._adapters is not None:
             numbers = [self._adapters.number(name) for name in adapters]

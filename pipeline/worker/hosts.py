@@ -23,35 +23,47 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # m
 
 
 class Runner(Protocol):
-    """What any host runs: a model with the state of its rows."""
+    """What any host runs: a model with the state of its rows.
+
+    A runner knows no positions: it computes what it is given. Its host makes sure that a step is computed once, and
+    that nothing is read from a state that a failed call has left behind.
+    """
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where it computes."""
 
-    def advance(self, step: Step) -> None: ...
+    def advance(self, step: Step) -> None:
+        """Read parts of new rows' prompts and append one token to each running row."""
 
-    def memory_budget(self, row_tokens: int) -> MemoryBudget: ...
+    def memory_budget(self, row_tokens: int) -> MemoryBudget:
+        """What a slot takes with rows of `row_tokens` tokens, and what is free."""
 
-    def resize(self, num_slots: int) -> None: ...
+    def resize(self, num_slots: int) -> None:
+        """Forget all rows and hold `num_slots` at once from now on."""
 
 
 class LanguageRunner(Runner, Protocol):
-    """What a language model's host runs; `LanguageModelRunner` is the one that computes.
+    """What a language model's host runs: `LanguageModelRunner`, or `PlainRunner` one row at a time.
 
-    `newest_S` holds, by slot, the newest token that was drawn on the device; `work` is passes so far, tokens that
-    went through them, and seconds that they took.
+    Attributes:
+        newest_S: by slot, the newest token that was drawn on the device.
     """
 
     newest_S: Tensor
 
     @property
-    def work(self) -> tuple[int, int, float]: ...
+    def work(self) -> tuple[int, int, float]:
+        """Passes so far, tokens that went through them, and the seconds that they took."""
 
-    def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates: ...
+    def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
+        """The base role's candidates for each slot, most likely first; None proposes the whole vocabulary."""
 
-    def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor: ...
+    def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
+        """Log-probabilities [B, R, K] in nats of every role at the candidates; None: at the whole vocabulary."""
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor: ...
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+        """Teacher forcing: log-probabilities [R, T] of the answer's tokens under each role."""
 
 
 class PositionGuard:

@@ -120,6 +120,7 @@ class LanguageModelRunner:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
         return self._passes.device
 
     @property

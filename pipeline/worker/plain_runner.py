@@ -181,6 +181,7 @@ class PlainRunner:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
         return self._passes.device
 
     @property

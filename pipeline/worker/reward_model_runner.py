@@ -77,6 +77,7 @@ class RewardModelRunner:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
         return self._device
 
     @property

@@ -40,7 +40,7 @@ def start_sampling(spec: HostSpec, games: GameSpec) -> Samples:
 
 
 def _load(spec: HostSpec) -> LoadedModel:
-    """Load a language model; that it is slow is said once."""
+    """Load a language model, with a warning where it can only be decoded one row at a time."""
     loaded = load_language_model(spec)
     if loaded.why_plain is not None:
         warnings.warn(
