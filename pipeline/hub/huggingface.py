@@ -18,6 +18,7 @@ from pipeline.hub.weight_files import (
     LocalTree,
     find_model_files,
     index_parts,
+    refuse_adapter_beside,
     take_inventory,
 )
 
@@ -34,6 +35,7 @@ def resolve_on_hub(name: str, revision: str | None, *, with_code: bool) -> tuple
     if not (folder / CONFIG).is_file():
         raise ConfigurationError(f"hub model {name} has no {CONFIG}, so it is no model; is it an adapter?")
     tree = LocalTree(folder)
+    refuse_adapter_beside(f"hub model {name}", tree.sizes)
     names = _weight_names(folder)
     if all(name in tree.sizes for name in names):
         files = find_model_files(tree, with_code=with_code)

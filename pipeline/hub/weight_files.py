@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,6 +106,7 @@ def find_model_files(tree: FileTree, *, with_code: bool = False) -> ModelFiles:
     if CONFIG not in sizes:
         hint = " It is a LoRA adapter: name it under adapter, not model." if ADAPTER_CONFIG in sizes else ""
         raise ConfigurationError(f"{tree.address} has no {CONFIG}, so it is no model.{hint} {_contents(sizes)}")
+    refuse_adapter_beside(tree.address, sizes)
     suffixes = (*SMALL, ".py") if with_code else SMALL
     small = tuple(sorted(name for name in sizes if name.endswith(suffixes) and name not in LEFTOVERS))
     return ModelFiles(small, _weight_files(tree, sizes))
@@ -119,6 +120,20 @@ def find_adapter_files(tree: FileTree) -> ModelFiles:
     if ADAPTER_WEIGHTS not in sizes:
         raise _no_weights(tree.address, sizes, ADAPTER_WEIGHTS)
     return ModelFiles((ADAPTER_CONFIG,), (ADAPTER_WEIGHTS,))
+
+
+def refuse_adapter_beside(address: str, names: Container[str]) -> None:
+    """Refuse a model's files with an adapter among them: transformers adds it to the model without a word.
+
+    Raises:
+        ConfigurationError: with what to do.
+    """
+    if ADAPTER_CONFIG in names:
+        raise ConfigurationError(
+            f"{address} holds a model and a LoRA adapter, which transformers would add to it. Move {ADAPTER_CONFIG} "
+            f"and {ADAPTER_WEIGHTS} to a folder of their own and name that under adapter; delete them if they are "
+            f"merged"
+        )
 
 
 def read_json(tree: FileTree, name: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,18 @@ from transformers import (
 from pipeline.errors import ConfigurationError
 from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
+from pipeline.hub.weight_files import ADAPTER_WEIGHTS, LocalTree, find_model_files
 from pipeline.protocol.specs import HostSpec
 from pipeline.worker.adapters import without_peft_warnings
 
-WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel"}  # prefixes that they leave on names
+# what wrappers put before or into the names of a model's weights, where the wrapped model is saved
+WRAPPERS = {
+    "module.": "DistributedDataParallel",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+}
+MODELS_OWN = ("module.",)  # also the name of a part in some models: a wrapper's only where all names begin with it
 SHOWN = 5
 # what transformers raises for a checkpoint that it cannot read, packages of quantised ones that are missing included
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
@@ -60,18 +69,30 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
 
 
 def load_whole(spec: HostSpec, loader: Any, folder: Path, *, dtype: torch.dtype) -> tuple[Any, str | None]:
-    """A model by one of transformers' classes, and what is wrong with its weights, if anything is."""
-    prefix = _common_prefix(folder)
-    if prefix:
-        who = " and ".join(name for mark, name in WRAPPERS.items() if mark in prefix)
+    """A model by one of transformers' classes, and what is wrong with its weights, if anything is.
+
+    Raises:
+        ConfigurationError: the checkpoint cannot be read.
+    """
+    wrappers = _find_wrappers(_weight_names(folder), spec.title)
+    if wrappers:
         warnings.warn(
-            f"{spec.title}: names of weights begin with {prefix}, as {who} leaves them; they are read without it",
+            f"{spec.title}: its files hold the weights of a model that was wrapped by "
+            f"{' and '.join(dict.fromkeys(wrappers.values()))}; what that added to their names is left out",
             RuntimeWarning,
             stacklevel=2,
         )
-    options = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
+    options = {"key_mapping": dict.fromkeys(wrappers, "")} if wrappers else {}
+    # of weights that have another shape, transformers' report has the names, its error has not
     model, report = _read(
-        spec, loader, folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        spec,
+        loader,
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
     )
     return model, _describe_faults(report, is_composite=_is_composite(model.config))
 
@@ -94,27 +115,17 @@ def check_adapter(model: Any, name: str, folder: Path, title: str) -> None:
         of_adapter = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     wanted = {key: tuple(value.shape) for key, value in of_adapter.items()}
     # beside an adapter of the embeddings peft also writes the embeddings themselves
-    found = {key: shape for key, shape in tensor_shapes(folder).items() if ".base_layer." not in key}
+    found = {key: shape for key, shape in _shapes_in(folder / ADAPTER_WEIGHTS).items() if ".base_layer." not in key}
     faults = []
     if missing := sorted(wanted.keys() - found.keys()):
         faults.append(f"its file lacks {_listed(missing)}")
     if unknown := sorted(found.keys() - wanted.keys()):
         faults.append(f"nothing in the model matches {_listed(unknown)}")
     if other := sorted(key for key in wanted.keys() & found.keys() if wanted[key] != found[key]):
-        faults.append(f"other shapes than the model's have {_listed(other)}")
+        faults.append(f"another shape than in the model: {_listed(other)}")
     if faults or not found:
         what = "; ".join(faults) or "its file holds no weights"
         raise ConfigurationError(f"{title}: the adapter in {folder} cannot be used whole: {what}")
-
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a folder's safetensors files, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return shapes
 
 
 def _read(spec: HostSpec, loader: Any, folder: Path, **options: Any) -> Any:
@@ -124,16 +135,52 @@ def _read(spec: HostSpec, loader: Any, folder: Path, **options: Any) -> Any:
         raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
 
 
-def _common_prefix(folder: Path) -> str:
-    """What wrappers left before every name of a checkpoint's weights; empty where they left nothing."""
-    names = list(tensor_shapes(folder))
-    prefix = ""
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, by name."""
+    with file.open("rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """The names of a checkpoint's weights, of the files that transformers reads."""
+    files = find_model_files(LocalTree(folder)).weights
+    return [name for file in files for name in _shapes_in(folder / file)]
+
+
+def _find_wrappers(names: Sequence[str], title: str) -> dict[str, str]:
+    """What wrappers left in the names of weights: patterns of it, each in a name once, with the wrappers' own names.
+
+    Raises:
+        ConfigurationError: without it, two weights would have one name.
+    """
+    found: dict[str, str] = {}
+    leading: list[str] = []
     while names:
-        mark = next((each for each in WRAPPERS if all(name.startswith(prefix + each) for name in names)), None)
+        start = "".join(leading)
+        mark = next((each for each in WRAPPERS if all(name.startswith(start + each) for name in names)), None)
         if mark is None:
             break
-        prefix += mark
-    return prefix
+        leading.append(mark)
+    prefix = "".join(leading)
+    if leading:
+        found[f"^{re.escape(prefix)}"] = " and ".join(dict.fromkeys(WRAPPERS[mark] for mark in leading))
+    for mark, who in WRAPPERS.items():
+        if mark not in MODELS_OWN and any(f".{mark}" in f".{name.removeprefix(prefix)}" for name in names):
+            found[rf"(?<![^.]){re.escape(mark)}"] = who
+    read_as = Counter(_without(found, name) for name in names)
+    if twice := sorted(name for name, count in read_as.items() if count > 1):
+        left_by = " and ".join(found.values())
+        raise ConfigurationError(
+            f"{title}: its files hold {_listed(twice)} twice, the names as {left_by} leaves them"
+        )
+    return found
+
+
+def _without(patterns: Iterable[str], name: str) -> str:
+    for pattern in patterns:
+        name = re.sub(pattern, "", name, count=1)
+    return name
 
 
 def _is_composite(config: Any) -> bool:
@@ -144,13 +191,14 @@ def _is_composite(config: Any) -> bool:
 def _describe_faults(report: Mapping[str, Any], *, is_composite: bool) -> str | None:
     """What transformers' loading report says that must not be."""
     faults = []
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(report["missing_keys"] - {name for name, *_ in report["mismatched_keys"]}):
         faults.append(f"its files lack {_listed(missing)}, which would be random")
     unexpected = sorted(report["unexpected_keys"])
     if unexpected and not (is_composite and not missing):
         faults.append(f"its files hold {_listed(unexpected)}, which the model has no place for")
-    if mismatched := sorted(str(each[0]) for each in report.get("mismatched_keys", ())):
-        faults.append(f"other shapes than the model's have {_listed(mismatched)}")
+    if mismatched := sorted((name, list(stored), list(own)) for name, stored, own in report["mismatched_keys"]):
+        shown = [f"{name} {stored}, not {own}" for name, stored, own in mismatched]
+        faults.append(f"another shape than its configuration says: {_listed(shown)}")
     return "; ".join(faults) or None
 
 
