@@ -121,6 +121,8 @@ def test_notes_in_messages_are_dropped(tmp_path: Path) -> None:
     [
         ({"c": 1}, "weights name the unknown principal 'c'; principals: a, b"),
         ({"a": -0.1}, "the weight of a must be finite and not negative; got -0.1"),
+        ({"a": None}, "the weight of a is null; give a number, or leave it out to keep the configured one"),
+        ({"b": 1, "a": None}, "the weight of a is null; give a number, or leave it out"),
         ({"a": "1"}, "the weight of a must be a number; got '1'"),
         ({"a": True}, "the weight of a must be a number; got True"),
         ({"a": float("nan")}, "the weight of a must be finite and not negative; got nan"),
@@ -136,9 +138,9 @@ def test_bad_weights_are_row_errors(tmp_path: Path, weights: Any, error: str) ->
     assert message.startswith(f"line 2 of x.jsonl: {error}")
 
 
-def test_weights_left_out_or_null_keep_the_configured_ones(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "w": w} for w in ({"a": 1}, {"a": None}, {}, None)])
-    assert [row.weights for row in rows_of(path, weights="w")] == [{"a": 1.0}, None, None, None]
+def test_weights_left_out_keep_the_configured_ones(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "w": w} for w in ({"a": 1}, {}, None)])
+    assert [row.weights for row in rows_of(path, weights="w")] == [{"a": 1.0}, None, None]
 
 
 def test_a_response_that_is_not_text_is_a_row_error(tmp_path: Path) -> None:
@@ -172,46 +174,69 @@ def test_null_and_broken_text_in_parquet_are_row_errors(tmp_path: Path) -> None:
     assert blank.error == "row 3 of x.parquet: prompt is empty"
 
 
+ADVICE = "without input.id rows are named by file and position"
+
+
+def write_either(path: Path, records: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        return write_jsonl(path, records)
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_repeated_ids_are_refused_with_the_ids(tmp_path: Path, suffix: str) -> None:
-    ids = ["a", "b", "a", "c", "c", "c"] + [f"r{index // 2}" for index in range(20)]
-    records = [{"prompt": "x", "key": key} for key in ids]
-    path = tmp_path / f"x{suffix}"
-    if suffix == ".jsonl":
-        write_jsonl(path, records)
-    else:
-        pq.write_table(pa.Table.from_pylist(records), path)
-    message = refusal_of(path, id="key")
-    assert message == (
-        "row ids must be unique; 12 repeat: 'a' (2 times), 'c' (3 times), 'r0' (2 times), 'r1' (2 times), "
-        "'r2' (2 times), ..."
-    )
-    assert len(rows_of(path)) == 26
+def test_rows_with_a_repeated_or_null_id_fail_alone(tmp_path: Path, suffix: str) -> None:
+    path = write_either(tmp_path / f"x{suffix}", [{"prompt": "x", "key": key} for key in ("a", "b", "a", None, "c")])
+    rows = rows_of(path, id="key")
+    first = 1 if suffix == ".jsonl" else 0
+    assert [row.row_id for row in rows] == [f"x{suffix}:{first}", "b", f"x{suffix}:{first + 2}", rows[3].row_id, "c"]
+    assert rows[3].row_id == f"x{suffix}:{first + 3}"
+    place = "line 3 of x.jsonl" if first else "row 2 of x.parquet"
+    assert rows[2].error == f"{place}: key 'a' is the id of several rows; {ADVICE}"
+    assert rows[3].error is not None
+    assert rows[3].error.endswith(f": key must be an id, text or a whole number; got None; {ADVICE}")
+    assert [row.error for row in rows if row.row_id in "bc"] == [None, None]
 
 
-def test_ids_that_repeat_in_another_file_are_refused(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "key": 1}])
+def test_ids_that_repeat_in_another_file_fail(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "key": 1}, {"prompt": "x", "key": 2}])
     pq.write_table(pa.table({"prompt": ["x"], "key": ["1"]}), tmp_path / "b.parquet")
-    assert refusal_of(tmp_path, id="key") == "row ids must be unique; 1 repeat: '1' (2 times)"
+    assert [row.row_id for row in rows_of(tmp_path, id="key")] == ["a.jsonl:1", "2", "b.parquet:0"]
 
 
 def test_an_id_that_looks_like_a_position_does_not_hide_another_row(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "key": "x.jsonl:2"}, b"broken"])
-    assert refusal_of(path, id="key") == "row ids must be unique; 1 repeat: 'x.jsonl:2' (2 times)"
+    keys = ["x.jsonl:3", "x.jsonl:1", None, "good", "x.jsonl:9"]
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "key": key} for key in keys] + [b"broken"])
+    rows = rows_of(path, id="key")
+    # the row without an id takes the name x.jsonl:3; so the first row must be named by position, then the second
+    assert [row.row_id for row in rows] == ["x.jsonl:1", "x.jsonl:2", "x.jsonl:3", "good", "x.jsonl:9", "x.jsonl:6"]
+    assert [row.error is None for row in rows] == [False, False, False, True, True, False]
+
+
+def test_a_column_that_is_none_of_ids_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "key": index // 2} for index in range(2002)])
+    assert refusal_of(path, id="key") == (
+        "row ids must be unique; 1001 repeat in the column 'key': '0' (2 times), '1' (2 times), '2' (2 times), "
+        f"'3' (2 times), '4' (2 times), ...; {ADVICE}"
+    )
 
 
 @pytest.mark.parametrize("bad", [None, "", "  ", 1.5, True, ["a"], {}, "\ud800"])
-def test_rows_without_a_usable_id_are_refused_with_their_places(tmp_path: Path, bad: Any) -> None:
+def test_an_id_column_without_ids_is_refused_with_places(tmp_path: Path, bad: Any) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "key": "a"}] + [{"prompt": "x", "key": bad}] * 6)
     places = ", ".join(f"line {number} of x.jsonl" for number in range(2, 7))
-    assert refusal_of(path, id="key") == f"6 rows have no usable id (text or a whole number): {places}, ..."
+    assert refusal_of(path, id="key") == (
+        f"6 of 7 rows have no usable id (text or a whole number) in the column 'key': {places}, ...; {ADVICE}"
+    )
 
 
-def test_a_batch_request_without_custom_id_is_a_row_error_and_repeats_are_refused(tmp_path: Path) -> None:
+def test_batch_requests_with_a_repeated_or_no_custom_id_are_row_errors(tmp_path: Path) -> None:
     body = {"messages": [{"role": "user", "content": "x"}]}
-    requests = [{"custom_id": "r", "body": body}, {"custom_id": "r", "body": body}]
-    assert "'r' (2 times)" in refusal_of(write_jsonl(tmp_path / "x.jsonl", requests))
-    row = rows_of(write_jsonl(tmp_path / "y.jsonl", [requests[0], {"body": body}]))[1]
+    request = {"custom_id": "r", "body": body}
+    rows = rows_of(write_jsonl(tmp_path / "x.jsonl", [request, request, {**request, "custom_id": "s"}]))
+    assert [row.row_id for row in rows] == ["x.jsonl:1", "x.jsonl:2", "s"]
+    assert rows[0].error == f"line 1 of x.jsonl: custom_id 'r' is the id of several rows; {ADVICE}"
+    row = rows_of(write_jsonl(tmp_path / "y.jsonl", [request, {"body": body}]))[1]
     assert row.error == "line 2 of y.jsonl is not a batch request with custom_id and body.messages"
 
 

@@ -14,7 +14,7 @@ from pipeline.records import Row
 from pipeline.storage import jsonl, tabular
 from pipeline.storage.input_files import Format, FoundFile, InputFile, find_files, is_dataset_name
 from pipeline.storage.quoting import quote
-from pipeline.storage.row_ids import check_ids
+from pipeline.storage.row_ids import find_repeated_ids
 from pipeline.storage.rows import InputColumns
 
 DEFAULT_STRIDE = 1024
@@ -82,7 +82,7 @@ def open_input(
         stride: the distance in rows of the places in a JSONL file where reading can begin: rows per shard.
 
     Raises:
-        ConfigurationError: no such input, missing column, wrong column type, no rows, a missing or repeated id.
+        ConfigurationError: no such input, missing column, wrong column type, no rows, an id column without ids.
     """
     if config.weights is not None and not principal_names:
         raise ConfigurationError("input.weights names a column of weights, but there are no principals")
@@ -95,7 +95,8 @@ def open_input(
     files = [file for file in files if file.num_rows]
     if not files:
         raise ConfigurationError(f"input.path: {config.path} holds no rows")
-    check_ids(files)
+    if repeated_ids := find_repeated_ids(files):
+        files = [replace(file, columns=replace(file.columns, repeated_ids=repeated_ids)) for file in files]
     return InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names))
 
 

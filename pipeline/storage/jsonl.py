@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.records import Row
 from pipeline.storage.input_files import Format, InputFile, as_input_error, open_bytes
-from pipeline.storage.rows import make_row, read_id
+from pipeline.storage.rows import FoundId, make_row, read_id
 
 LINE_LIMIT_BYTES = 64 * 2**20
 PEEK_ROWS = 100
@@ -81,25 +81,18 @@ def read_rows(
         except RowError as fault:
             yield Row(row_id=fallback_id, error=f"{place} {fault}")
             continue
-        row_id = fallback_id if file.columns.id is None else read_id(record.get(file.columns.id))
-        yield make_row(
-            record,
-            file.columns,
-            row_id=fallback_id if row_id is None else row_id,
-            place=place,
-            principal_names=principal_names,
-        )
+        yield make_row(record, file.columns, row_id=fallback_id, place=place, principal_names=principal_names)
 
 
-def read_ids(file: InputFile) -> Iterator[tuple[str | None, str]]:
-    """Yield (id or None, place) of every row, as `read_rows` would give it. None: no usable id."""
+def read_ids(file: InputFile) -> Iterator[FoundId]:
+    """Yield the id of every row, as `read_rows` would read it."""
     assert file.columns.id is not None
     for line in _lines_from_mark(file, 0, file.num_rows, stride=1):
-        place = f"line {line.number} of {file.name}"
+        place, position = f"line {line.number} of {file.name}", f"{file.name}:{line.number}"
         try:
-            yield read_id(_record(line.data, file.format).get(file.columns.id)), place
+            yield FoundId(read_id(_record(line.data, file.format).get(file.columns.id)), position, place)
         except RowError:
-            yield f"{file.name}:{line.number}", place
+            yield FoundId(None, position, place, is_broken=True)
 
 
 def parse_line(data: bytes) -> dict[str, Any]:

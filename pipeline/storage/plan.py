@@ -53,7 +53,7 @@ class Shard:
 class Plan:
     """What a run computes, fixed before it begins. Two plans with the same digest give the same output files.
 
-    A plan is plain data: it is stored as plan.json and sent to the processes that compute.
+    A plan is plain data: it is stored as _plan.json and sent to the processes that compute.
 
     Args:
         fingerprint: everything that changes results, as dotted fields with plain values.
@@ -68,7 +68,7 @@ class Plan:
         models: the identity of each model by its place in the configuration ("base").
         config: the whole configuration as plain values. Parts of it (cluster, errors, paths) are not in the
             fingerprint, because they do not change results.
-        version: of the format of plan.json.
+        version: of the format of _plan.json.
     """
 
     fingerprint: Mapping[str, Any]
@@ -119,7 +119,7 @@ class Plan:
         return self.open_input().read_rows(shard.file, shard.start, shard.stop)
 
     def to_json(self) -> bytes:
-        """The plan as stored in plan.json."""
+        """The plan as stored in _plan.json."""
         tree = {
             "version": self.version,
             "digest": self.digest,
@@ -140,7 +140,7 @@ class Plan:
         return json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
     @classmethod
-    def from_json(cls, data: bytes, *, source: str = "plan.json") -> Plan:
+    def from_json(cls, data: bytes, *, source: str = "_plan.json") -> Plan:
         """Read a stored plan.
 
         Raises:
@@ -241,6 +241,7 @@ def _cut(files: Sequence[InputFile], rows_per_shard: int) -> Iterator[Shard]:
 def _file_to_json(file: InputFile) -> dict[str, Any]:
     tree = asdict(file)
     del tree["marks"]
+    tree["columns"]["repeated_ids"] = sorted(file.columns.repeated_ids)
     return tree
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import RowError
 from pipeline.records import Message, Row
@@ -14,6 +14,8 @@ from pipeline.storage.quoting import quote
 ROLES = ("system", "user", "assistant", "tool")
 # Parts of a message that a model would have to see; other keys are the data set's own notes and are dropped.
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "name", "audio")
+
+ID_ADVICE = "without input.id rows are named by file and position"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class InputColumns:
         id: the row id; None names rows by file and position.
         weights: weights by principal, which replace the configured ones for the row.
         response: an answer to compare with.
+        repeated_ids: ids that more than one row has, over all files; these rows fail.
     """
 
     prompt: str | None = None
@@ -33,6 +36,10 @@ class InputColumns:
     id: str | None = None
     weights: str | None = None
     response: str | None = None
+    repeated_ids: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "repeated_ids", frozenset(self.repeated_ids))  # a stored plan has a list
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,22 +55,46 @@ class Unreadable:
     reason: str
 
 
+class FoundId(NamedTuple):
+    """The id of one row, before it is known whether others have it too.
+
+    `row_id` is None where there is no usable one; then, and where it repeats, `position` names the row. `place` is
+    how messages call the row. A broken row has no id column that could be at fault.
+    """
+
+    row_id: str | None
+    position: str
+    place: str
+    is_broken: bool = False
+
+
 def make_row(
     record: Mapping[str, Any], columns: InputColumns, *, row_id: str, place: str, principal_names: Sequence[str]
 ) -> Row:
-    """Build a row from a record's values by column name; `place` names it in an error ("line 17 of x.jsonl").
+    """Build a row from a record's values by column name.
 
     A prompt column gives one user message. A fault gives a row with `error` and without messages.
+
+    Args:
+        record: the values.
+        columns: which of them are read.
+        row_id: by position; of a row without a usable id, and of every row where no id column is read.
+        place: names the row in an error ("line 17 of x.jsonl").
+        principal_names: the names that weights may use.
     """
     try:
+        own_id = row_id if columns.id is None else _own_id(record, columns)
+    except RowError as fault:
+        return Row(row_id=row_id, error=f"{place}: {fault}")
+    try:
         return Row(
-            row_id=row_id,
+            row_id=own_id,
             messages=_read_messages(record, columns),
             weights=_read_weights(_value(record, columns.weights), principal_names),
             response=_read_response(_value(record, columns.response)),
         )
     except RowError as fault:
-        return Row(row_id=row_id, error=f"{place}: {fault}")
+        return Row(row_id=own_id, error=f"{place}: {fault}")
 
 
 def read_id(value: Any) -> str | None:
@@ -76,6 +107,19 @@ def read_id(value: Any) -> str | None:
     except ValueError:  # a lone surrogate, or more digits than Python prints
         return None
     return text if text.strip() else None
+
+
+def _own_id(record: Mapping[str, Any], columns: InputColumns) -> str:
+    column = columns.id
+    assert column is not None
+    value = record.get(column)
+    row_id = read_id(value)
+    if row_id is None:
+        shown = value.reason if isinstance(value, Unreadable) else quote(value)
+        raise RowError(f"{column} must be an id, text or a whole number; got {shown}; {ID_ADVICE}")
+    if row_id in columns.repeated_ids:
+        raise RowError(f"{column} {quote(row_id)} is the id of several rows; {ID_ADVICE}")
+    return row_id
 
 
 def _value(record: Mapping[str, Any], column: str | None) -> Any:
@@ -143,7 +187,7 @@ def _check_text(text: str, where: str) -> str:
 
 
 def _read_weights(value: Any, principal_names: Sequence[str]) -> dict[str, float] | None:
-    """Weights by principal; one that is null, and every one left out, keeps the configured weight."""
+    """Weights by principal; every one that is left out keeps the configured weight."""
     if value is None:
         return None
     if isinstance(value, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
@@ -152,8 +196,6 @@ def _read_weights(value: Any, principal_names: Sequence[str]) -> dict[str, float
         raise RowError(f"weights must be an object {{principal: number}}; got {quote(value)}")
     weights: dict[str, float] = {}
     for name, weight in value.items():
-        if weight is None:
-            continue
         if name not in principal_names:
             known = ", ".join(principal_names) or "none"
             raise RowError(f"weights name the unknown principal {quote(name)}; principals: {known}")
@@ -162,6 +204,8 @@ def _read_weights(value: Any, principal_names: Sequence[str]) -> dict[str, float
 
 
 def _check_weight(weight: Any, name: str) -> float:
+    if weight is None:  # a column of structs has no way to leave a field out: a map has
+        raise RowError(f"the weight of {name} is null; give a number, or leave it out to keep the configured one")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise RowError(f"the weight of {name} must be a number; got {quote(weight)}")
     try:

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.records import Row
 from pipeline.storage.input_files import Format, FoundFile, InputFile, as_input_error, open_bytes
 from pipeline.storage.quoting import one_line, quote
-from pipeline.storage.rows import InputColumns, Unreadable, make_row, read_id
+from pipeline.storage.rows import FoundId, InputColumns, Unreadable, make_row, read_id
 
 BATCH_ROWS = 1024
 HASH_BLOCK_BYTES = 2**20
@@ -98,22 +98,16 @@ def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequen
     """Yield rows [start, stop) of a file or data set; without an id column a row's id is name:row, from 0."""
     columns = file.columns
     for number, record in _records(file, columns.names, start, stop):
-        place = f"row {number} of {file.name}"
-        row_id = f"{file.name}:{number}" if columns.id is None else read_id(record[columns.id])
-        yield make_row(
-            record,
-            columns,
-            row_id=f"{file.name}:{number}" if row_id is None else row_id,
-            place=place,
-            principal_names=principal_names,
-        )
+        place, row_id = f"row {number} of {file.name}", f"{file.name}:{number}"
+        yield make_row(record, columns, row_id=row_id, place=place, principal_names=principal_names)
 
 
-def read_ids(file: InputFile) -> Iterator[tuple[str | None, str]]:
-    """Yield (id or None, place) of every row. None: null, blank or not readable."""
+def read_ids(file: InputFile) -> Iterator[FoundId]:
+    """Yield the id of every row; None: null, blank or not readable."""
     assert file.columns.id is not None
     for number, record in _records(file, (file.columns.id,), 0, file.num_rows):
-        yield read_id(record[file.columns.id]), f"row {number} of {file.name}"
+        row_id = read_id(record[file.columns.id])
+        yield FoundId(row_id, f"{file.name}:{number}", f"row {number} of {file.name}")
 
 
 def _records(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
