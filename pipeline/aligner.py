@@ -363,17 +363,20 @@ class AlignBatch:
         weights = (
             [dict(each) if each is not None else None for each in batch["weights"]] if "weights" in batch else None
         )
-        answers = self._aligner.generate(prompts, ids=ids, weights=weights)
-        columns = {
-            "response": [answer.text for answer in answers],
-            "finish_reason": [answer.finish_reason for answer in answers],
-            "num_tokens": [answer.num_tokens for answer in answers],
-            "rewards": [dict(answer.rewards) for answer in answers],
-            "payments": [dict(answer.payments) for answer in answers],
-            "kl_per_token": [answer.kl_per_token for answer in answers],
-            "error": [answer.error for answer in answers],
-        }
-        return {**batch, **columns}
+        return {**batch, **_columns(self._aligner.generate(prompts, ids=ids, weights=weights))}
+
+
+def _columns(answers: Sequence[AlignedAnswer]) -> dict[str, list[Any]]:
+    """The columns that answers add to a batch."""
+    return {
+        "response": [answer.text for answer in answers],
+        "finish_reason": [answer.finish_reason for answer in answers],
+        "num_tokens": [answer.num_tokens for answer in answers],
+        "rewards": [dict(answer.rewards) for answer in answers],
+        "payments": [dict(answer.payments) for answer in answers],
+        "kl_per_token": [answer.kl_per_token for answer in answers],
+        "error": [answer.error for answer in answers],
+    }
 
 
 def _placed(value: Any, placed: Mapping[str, str]) -> Any:

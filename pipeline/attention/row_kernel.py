@@ -24,6 +24,12 @@ def _first_key(last, window, chunk):
 
 
 @triton.jit
+def _load_block(cached, places, along, last, WIDTH: tl.constexpr):
+    """A row's keys or values at some places before its newest token; 0 elsewhere."""
+    return tl.load(cached + places * WIDTH + along, mask=(places < last) & (along < WIDTH), other=0.0)
+
+
+@triton.jit
 def _with_sink(own, mean, sink):
     """Begin the softmax with a sink beside the row's own key: highest score, sum of weights, weighted mean."""
     highest = tl.maximum(own, sink)
@@ -79,11 +85,8 @@ def attend_one_row(
     query_heads = head * SHARED + of_head
     is_head = of_head < SHARED
     is_query = is_head[:, None] & is_width[None, :]
-    queries = tl.load(
-        query + query_heads[:, None] * query_head_step + at * query_row_step + along[None, :],
-        mask=is_query,
-        other=0.0,
-    )
+    from_query = query + query_heads[:, None] * query_head_step + at * query_row_step + along[None, :]
+    queries = tl.load(from_query, mask=is_query, other=0.0)
     own = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
     own = _capped(own, softcap, HAS_SOFTCAP)
     highest = own
@@ -96,25 +99,13 @@ def attend_one_row(
     # from the row's first visible key in blocks of one size: the order of additions depends on nothing but the row
     for begin in range(_first_key(last, window, chunk), last, BLOCK):
         places = begin + tl.arange(0, BLOCK)
-        is_key = places < last
-        block_keys = tl.load(
-            keys + cached + places[None, :] * WIDTH + along[:, None],
-            mask=is_key[None, :] & is_width[:, None],
-            other=0.0,
-        )
+        block_keys = _load_block(keys + cached, places[None, :], along[:, None], last, WIDTH)
         scores = tl.dot(queries, block_keys, input_precision="ieee") * scale
         scores = _capped(scores, softcap, HAS_SOFTCAP)
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-        block_values = tl.load(
-            values + cached + places[:, None] * WIDTH + along[None, :],
-            mask=is_key[:, None] & is_width[None, :],
-            other=0.0,
-        )
+        scores = tl.where((places < last)[None, :], scores, float("-inf"))
+        block_values = _load_block(values + cached, places[:, None], along[None, :], last, WIDTH)
         highest, total, mean = _with_block(highest, total, mean, scores, block_values)
 
     mean = mean / total[:, None]
-    tl.store(
-        out + at * out_row_step + query_heads[:, None] * out_head_step + along[None, :],
-        mean.to(out.dtype.element_ty),
-        mask=is_query,
-    )
+    to_out = out + at * out_row_step + query_heads[:, None] * out_head_step + along[None, :]
+    tl.store(to_out, mean.to(out.dtype.element_ty), mask=is_query)
