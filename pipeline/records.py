@@ -29,6 +29,9 @@ class Row:
         response: an existing answer to compare with.
         error: why the row could not be read.
         max_new_tokens: the row's own limit, which takes effect where it is below the configured one.
+        seed: of the row's draws, in place of the run's.
+        stop: strings that end the row's answer, in place of the configured ones.
+        not_obeyed: parameters of the row's request that have no effect, by name.
     """
 
     row_id: str
@@ -37,6 +40,9 @@ class Row:
     response: str | None = None
     error: str | None = None
     max_new_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | None = None
+    not_obeyed: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

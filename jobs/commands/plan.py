@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.commands.job_files import load_job
@@ -24,16 +25,20 @@ def run_plan(config_file: Path, overrides: list[str]) -> None:
     config = load_job(config_file, overrides)
     cache_folder = default_cache_folder(os.environ)
     prepared = prepare(config, cache_folder)
-    print(describe_plan(prepared.plan, plan_replica(config, prepared.models, cache_folder)))
+    print(describe_plan(prepared.plan, plan_replica(config, prepared.models, cache_folder), prepared.notes))
 
 
-def describe_plan(plan: Plan, replica: ReplicaPlan) -> str:
-    """Rows and shards, principals and their roles, hosts and their placement, and what one replica takes."""
+def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -> str:
+    """Rows and shards, principals and their roles, hosts and their placement, and what one replica takes.
+
+    `notes` on the input are shown below it.
+    """
     config = replica.config
     decoding, cluster = config.decoding, config.cluster
     files, answers = len(plan.files), len(plan.variants) * plan.num_samples
     lines = [
         f"input     {printable(config.input.path)}: {plan.num_rows:,} rows in {files:,} file{'s' * (files != 1)}",
+        *(f"          {note}" for note in notes),
         f"output    {printable(config.output.path)}: {len(plan.shards):,} shards "
         f"of at most {plan.rows_per_shard:,} rows" + (f", {answers:,} answers per row" if answers > 1 else ""),
         _rule(config)

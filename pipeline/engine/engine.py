@@ -237,7 +237,7 @@ class Engine:
             principal_names=self._names,
             terms=Terms(way.rule, way.agent_temperature, tuple(float(weights[name]) for name in self._names)),
             # the variants of a prompt share its draws, so that what differs between them comes from the rule alone
-            uniforms=Uniforms(self._decoding.seed, row.row_id, sample),
+            uniforms=Uniforms(self._decoding.seed if row.seed is None else row.seed, row.row_id, sample),
         )
 
     def _encode(self, running: RunningRow) -> None:
@@ -297,7 +297,8 @@ class Engine:
         if outcome.status == cage.Status.NOT_FINITE:
             return running.rejected(f"token {len(running.tokens)}: {self._not_finite}")
         running.append(outcome)
-        finished = running.finish(self._prompter, self._decoding.stop)
+        stop = self._decoding.stop if running.row.stop is None else running.row.stop
+        finished = running.finish(self._prompter, stop)
         if finished is None:
             return None
         return running.record(

@@ -17,6 +17,7 @@ from pipeline.monitoring.progress import ProgressLine
 from pipeline.monitoring.stall import ended_when_stalled
 from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_replica, resolve_models
 from pipeline.runtime.wiring import DIRECT, Wiring
+from pipeline.storage.input_notes import describe_input
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.run import PLAN, Run
 
@@ -38,10 +39,14 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run before it starts: input read, models found, shards fixed; nothing loaded or written."""
+    """A run before it starts: input read, models found, shards fixed; nothing loaded or written.
+
+    `notes` say what of the input was recognised and what has no effect.
+    """
 
     models: ResolvedModels
     plan: Plan
+    notes: tuple[str, ...] = ()
 
 
 def prepare(config: Config, cache_folder: Path, progress: Callable[[str], None] = lambda line: None) -> Prepared:
@@ -53,11 +58,12 @@ def prepare(config: Config, cache_folder: Path, progress: Callable[[str], None] 
         ConfigurationError: the input, a model or the output cannot be used.
     """
     source = open_planned_input(config)
+    notes = describe_input(source, config)
     models = resolve_models(config, cache_folder, progress=progress)
     versions = {}
     if config.decoding.reproducibility is Reproducibility.STRICT:
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return Prepared(models, make_plan(config, models.identities, versions=versions, source=source))
+    return Prepared(models, make_plan(config, models.identities, versions=versions, source=source), notes)
 
 
 def relabel(
@@ -85,6 +91,8 @@ def relabel(
     existing = _open_run(prepared.plan, places, wiring, may_create=False)
     if existing is not None and existing.is_complete:
         return existing, False
+    for note in prepared.notes:
+        print(note, file=out, flush=True)
     replica = plan_replica(config, prepared.models, cache_folder)  # refuses what cannot work before a run is created
     run = existing or _open_run(prepared.plan, places, wiring, may_create=True)
     assert run is not None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import RowError
 from pipeline.records import Message, Row
+from pipeline.storage.batch_bodies import read_parameters
 from pipeline.storage.quoting import quote
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -28,6 +29,7 @@ class InputColumns:
         id: the row id; None names rows by file and position.
         weights: weights by principal, which replace the configured ones for the row.
         response: an answer to compare with.
+        body: an OpenAI batch request's body, for its parameters.
         repeated_ids: ids that more than one row has, over all files; these rows fail.
     """
 
@@ -36,6 +38,7 @@ class InputColumns:
     id: str | None = None
     weights: str | None = None
     response: str | None = None
+    body: str | None = None
     repeated_ids: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -87,11 +90,16 @@ def make_row(
     except RowError as fault:
         return Row(row_id=row_id, error=f"{place}: {fault}")
     try:
+        parameters = read_parameters(_value(record, columns.body) or {})
         return Row(
             row_id=own_id,
             messages=_read_messages(record, columns),
             weights=_read_weights(_value(record, columns.weights), principal_names),
             response=_read_response(_value(record, columns.response)),
+            max_new_tokens=parameters.max_new_tokens,
+            seed=parameters.seed,
+            stop=parameters.stop,
+            not_obeyed=parameters.not_obeyed,
         )
     except RowError as fault:
         return Row(row_id=own_id, error=f"{place}: {fault}")

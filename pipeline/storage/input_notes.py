@@ -1,0 +1,77 @@
+"""What the plan says about an input: what is recognised, and whatever of it has no effect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from pipeline.config.sections import Config, DecodingConfig
+from pipeline.records import Row
+from pipeline.storage.input_files import Format
+from pipeline.storage.inputs import InputSource
+from pipeline.storage.quoting import quote
+
+FIRST_ROWS = 100
+SHOWN = 3  # values named in a note
+# parameters of requests that are set for the whole run, by the key of `decoding` that sets them
+OF_THE_RUN = {"temperature": "temperature", "top_p": "top_p", "n": "n"}
+
+
+def describe_input(source: InputSource, config: Config) -> tuple[str, ...]:
+    """Notes on an input, one line each. All of a batch file is read, of other inputs the first rows.
+
+    Raises:
+        ConfigurationError: the input is gone or damaged.
+    """
+    return (*_on_first_rows(source, config), *_on_requests(source, config.decoding))
+
+
+def _on_first_rows(source: InputSource, config: Config) -> Iterator[str]:
+    rows = list(islice(source, FIRST_ROWS))
+    first = f"the first {len(rows):,} rows" if len(rows) < source.num_rows else f"the {len(rows):,} rows"
+    configured = {name: principal.weight for name, principal in config.principals.items()}
+    weights = [{**configured, **(row.weights or {})} for row in rows if row.error is None]
+    num_zero = sum(not any(each.values()) for each in weights)
+    if configured and num_zero:
+        yield (f"weights: every principal has weight 0 in {num_zero:,} of {first}: the base answers as it does alone")
+
+
+def _on_requests(source: InputSource, decoding: DecodingConfig) -> Iterator[str]:
+    """What of the parameters of batch requests has no effect."""
+    num_obeyed = num_cut = 0
+    ignored: Counter[str] = Counter()
+    values: dict[str, dict[str, None]] = {}
+    for row in _requests(source):
+        num_obeyed += any(each is not None for each in (row.max_new_tokens, row.seed, row.stop))
+        num_cut += (row.max_new_tokens or 0) > decoding.max_new_tokens
+        for name, value in row.not_obeyed:
+            if name not in OF_THE_RUN or value != getattr(decoding, OF_THE_RUN[name]):
+                ignored[name] += 1
+                shown = values.setdefault(name, {})
+                if len(shown) <= SHOWN:
+                    shown[quote(value, limit=30)] = None
+    if num_obeyed:
+        yield f"requests: the length limits, seeds and stop strings of {num_obeyed:,} requests are obeyed row by row"
+    if num_cut:
+        yield (
+            f"requests: the length limits of {num_cut:,} requests are above decoding.max_new_tokens, "
+            f"so their answers end at {decoding.max_new_tokens:,} tokens"
+        )
+    for name, count in ignored.items():
+        note = f"requests: {quote(name)[1:-1]} of {count:,} requests is not obeyed ({_shown(values[name])})"
+        if name in OF_THE_RUN:
+            note += f": decoding.{OF_THE_RUN[name]} is {getattr(decoding, OF_THE_RUN[name]):g} for every row"
+        yield note
+
+
+def _requests(source: InputSource) -> Iterator[Row]:
+    for index, file in enumerate(source.files):
+        if file.format is Format.BATCH:
+            yield from source.read_rows(index, 0, file.num_rows)
+
+
+def _shown(values: dict[str, Any]) -> str:
+    names = list(values)
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
