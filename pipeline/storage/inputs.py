@@ -120,7 +120,7 @@ def _open_jsonl(
     format_, keys = jsonl.peek(found.path, found.name)
     if format_ is Format.BATCH and config.prompt is None and config.messages is None:
         columns = _resolve(config, (*keys, "messages"), found.name)
-        columns = replace(columns, id=config.id or "custom_id")
+        columns = replace(columns, id=config.id or "custom_id", body="body")
     else:
         format_ = Format.JSONL
         columns = _resolve(config, keys, found.name) if keys else _unresolved(config)
