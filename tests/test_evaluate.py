@@ -1,4 +1,4 @@
-"""An evaluation from a file of prompts to metrics.json."""
+"""An evaluation from a file of prompts to _metrics.json."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def times(folder: Path, pattern: str) -> dict[Path, int]:
 
 def test_every_point_is_the_mean_of_what_the_files_hold(job, tmp_path):
     _, done = job
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run/_metrics.json").read_text())
     assert metrics == done.metrics
     assert metrics["objectives"] == ["kind", "brief"]
     assert [point["rule"] for point in metrics["points"]] == ["linear"] * 4 + ["equilibrium"] * 4 + ["base"]
@@ -118,11 +118,11 @@ def test_a_finished_evaluation_is_left_alone(job, tmp_path):
 def test_scores_go_on_shard_by_shard_and_end_with_the_same_bytes(job, tmp_path):
     tree, first = job
     run = tmp_path / "run"
-    scored = sorted((run / "scores").iterdir())
+    scored = sorted((run / "_scores").iterdir())
     assert len(scored) == 3
     whole = scored[1].read_bytes()
     scored[1].unlink()
-    (run / "metrics.json").unlink()
+    (run / "_metrics.json").unlink()
     before = times(run, "**/part-*")
     again = run_tree(tree, tmp_path)
     assert again.metrics == first.metrics
@@ -220,9 +220,9 @@ def test_the_command_prints_rules_reference_point_and_reading(job, tmp_path, mon
     run_evaluate(path, [], print_config=False, is_verbose=False)
     shown = capfd.readouterr().out
     for words in ("nothing to do", "equilibrium 0.5", "linear all", "reference point of the hypervolume: kind ",
-                  "At equal KL to the base, equilibrium is", "no independent judge", "metrics.json"):  # fmt: skip
+                  "At equal KL to the base, equilibrium is", "no independent judge", "_metrics.json"):  # fmt: skip
         assert words in shown
-    assert b"At equal KL to the base, equilibrium is" in (tmp_path / "run/report.html").read_bytes()
+    assert b"At equal KL to the base, equilibrium is" in (tmp_path / "run/_report.html").read_bytes()
     run_evaluate(path, ["evaluation.bootstrap.samples=120"], print_config=True, is_verbose=False)
     assert yaml.safe_load(capfd.readouterr().out)["evaluation"]["bootstrap"]["samples"] == 120
     run_plan(path, [])

@@ -48,8 +48,8 @@ def test_own_scorer_compares_the_rules_by_the_function(tiny, capsys, tmp_path, m
     module = load("own_scorer")
     module.main(str(tiny("llama")), str(tmp_path / "run"))
     assert capsys.readouterr().out.strip()
-    assert (tmp_path / "run" / "metrics.json").is_file()
-    assert list((tmp_path / "run" / "scores").glob("*.parquet"))
+    assert (tmp_path / "run" / "_metrics.json").is_file()
+    assert list((tmp_path / "run" / "_scores").glob("*.parquet"))
 
 
 def test_solve_a_game_shows_an_equilibrium(capsys):

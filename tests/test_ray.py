@@ -71,7 +71,7 @@ def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, r
     assert run.is_complete
     assert parts(tmp_path / "run") == expected
     assert {record.attempt for record in run.committed().values()} == {1}
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["recoveries"]["hosts_failed"] == 1
+    assert json.loads((tmp_path / "run/_manifest.json").read_text())["recoveries"]["hosts_failed"] == 1
     assert "overcome  hosts replaced 1\n" in describe_status(run)
 
 

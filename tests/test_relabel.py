@@ -42,7 +42,7 @@ def test_a_run_continues_where_it_stopped_and_ends_with_the_same_bytes(tiny, tmp
     run_job(whole, tmp_path)
     run_job(job(prompts, tmp_path / "broken", tiny()), tmp_path)
     broken = tmp_path / "broken"
-    for name in ("_SUCCESS", "manifest.json", "_commits/part-00001.json", "part-00001-of-00004.parquet"):
+    for name in ("_SUCCESS", "_manifest.json", "_commits/part-00001.json", "part-00001-of-00004.parquet"):
         (broken / name).unlink()
     (broken / "_commits/part-00002.json").unlink()  # its data file is there: written, then killed
     run, was_run = run_job(job(prompts, broken, tiny(), cluster={"slots": 7}), tmp_path)
@@ -165,4 +165,4 @@ def test_field_metadata_carries_the_fingerprint_and_the_models(tiny, tmp_path):
     schema = pq.read_schema(next((tmp_path / "run").glob("part-*")))
     assert schema.metadata[b"cage.fingerprint"].decode() == run.plan.digest
     assert any(key.startswith(b"cage.models.base") for key in schema.metadata)
-    assert (tmp_path / "run/README.md").read_text().startswith("---\n")
+    assert (tmp_path / "run/_README.md").read_text().startswith("---\n")

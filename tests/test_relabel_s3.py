@@ -42,4 +42,4 @@ def test_a_run_from_s3_to_s3_has_the_bytes_of_a_local_one(s3, tiny, tmp_path):
     assert Run.open("s3://jobs/run").is_complete
     assert {path.rsplit("/", 1)[1]: s3.cat_file(path) for path in s3.glob("jobs/run/part-*.parquet")} == stored
     assert again.find("r2")[0]["response"] == run.find("r2")[0]["response"]
-    assert json.loads(s3.cat_file("jobs/run/manifest.json"))
+    assert json.loads(s3.cat_file("jobs/run/_manifest.json"))

@@ -185,7 +185,7 @@ def test_a_run_without_trace_principals_or_answers_has_a_report_too(tmp_path):
     alone = Page(render_report(make_run(tmp_path / "alone", principals={})))
     assert "Who paid how much" not in alone.text
     assert "6 of 6 answers, chosen by a hash" in alone.text
-    for name in ("_SUCCESS", "manifest.json"):
+    for name in ("_SUCCESS", "_manifest.json"):
         (tmp_path / "plain/run" / name).unlink()
     for commit in (tmp_path / "plain/run/_commits").iterdir():
         commit.unlink()
@@ -226,9 +226,9 @@ def test_a_page_is_made_of_metrics_with_parts_missing(tmp_path):
     whole = metrics_of(run)
     for kept in ([], ["points"], ["rules", "win_rates", "judges", "notes"]):
         tree = {key: whole[key] for key in kept}
-        (tmp_path / "run/metrics.json").write_text(json.dumps(tree))
+        (tmp_path / "run/_metrics.json").write_text(json.dumps(tree))
         assert "Comparison of rules" in Page(render_report(run)).text
-    (tmp_path / "run/metrics.json").write_text("[1,")
+    (tmp_path / "run/_metrics.json").write_text("[1,")
     with pytest.raises(StorageError, match=r"metrics\.json is not a JSON object"):
         render_report(run)
 
@@ -243,8 +243,8 @@ def test_a_data_set_is_shown_with_what_was_dropped(tmp_path):
             "sft.score": {"edges": [0.0, 0.5, 1.0], "counts": [1, 4], "quantiles": [0.0, 0.1, 0.6, 0.9, 1.0]}
         },
     }
-    (tmp_path / "run/dataset").mkdir()
-    (tmp_path / "run/dataset/manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "run/_dataset").mkdir()
+    (tmp_path / "run/_dataset/manifest.json").write_text(json.dumps(manifest))
     page = Page(render_report(run))
     shown = " ".join(page.text.split())
     assert "Made from 24 answers to 5 prompts for train, 1 prompts for validation" in shown
@@ -253,9 +253,9 @@ def test_a_data_set_is_shown_with_what_was_dropped(tmp_path):
     for key, wrong in (
         (key, wrong) for key in manifest for wrong in (None, 3, "x", [1], {"a": [1]}, {"sft": {"edges": 1}})
     ):
-        (tmp_path / "run/dataset/manifest.json").write_text(json.dumps({**manifest, key: wrong}))
+        (tmp_path / "run/_dataset/manifest.json").write_text(json.dumps({**manifest, key: wrong}))
         assert describe_dataset(run) is not None
-    (tmp_path / "run/dataset/manifest.json").write_text("no")
+    (tmp_path / "run/_dataset/manifest.json").write_text("no")
     with pytest.raises(StorageError, match=r"dataset/manifest\.json is not a JSON object"):
         render_report(run)
 
@@ -266,17 +266,17 @@ def test_a_report_is_written_into_an_object_store(tmp_path):
     with s3_server():
         fsspec.filesystem("s3").mkdir("bucket")
         run = make_run(tmp_path, path="s3://bucket/run")
-        assert write_report(Run.open("s3://bucket/run")) == "s3://bucket/run/report.html"
-        assert run.store.read("report.html") == render_report(run)
+        assert write_report(Run.open("s3://bucket/run")) == "s3://bucket/run/_report.html"
+        assert run.store.read("_report.html") == render_report(run)
 
 
 def test_the_command_writes_where_it_is_reported(tmp_path):
     run = make_run(tmp_path)
     made = cage("report", run.store.path)
     assert made.returncode == 0, made.stderr
-    assert made.stdout.strip() == f"report: {tmp_path}/run/report.html"
+    assert made.stdout.strip() == f"report: {tmp_path}/run/_report.html"
     run_report(run.store.path, str(tmp_path / "a page.html"))
-    assert (tmp_path / "a page.html").read_bytes() == (tmp_path / "run/report.html").read_bytes()
+    assert (tmp_path / "a page.html").read_bytes() == (tmp_path / "run/_report.html").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.storage import answer, make_config, small_plan, tree_bytes, write_jsonl
 
 from pipeline.errors import CageError, ConfigurationError, NondeterminismError, StorageError
+from pipeline.monitoring.reasons import failures_of
 from pipeline.records import Record
-from pipeline.storage.commits import CommitRecord, count_reasons
+from pipeline.storage.commits import CommitRecord
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.stores import LocalStore, Store, open_store
@@ -162,7 +165,7 @@ def test_killed_at_any_write_and_resumed_the_files_are_the_same(tmp_path: Path, 
     assert resumed.is_complete
     assert tree_bytes(tmp_path / "killed") == tree_bytes(tmp_path / "whole")
     assert resumed.status().rows_aligned == 5
-    assert not list((tmp_path / "killed").rglob(".*"))
+    assert [file.name for file in (tmp_path / "killed").rglob(".*")] == [".huggingface.yaml"]
 
 
 def test_other_values_for_the_same_row_are_an_alarm(tmp_path: Path) -> None:
@@ -275,15 +278,49 @@ def test_a_finished_run_is_an_input_and_an_unfinished_one_is_not(tmp_path: Path)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"there is no run in .*: it has no plan\.json"):
+    with pytest.raises(ConfigurationError, match=r"there is no run in .*: it has no _plan\.json"):
         Run.open(str(tmp_path / "nothing"))
 
 
-def test_a_folder_with_other_data_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "part-0.parquet").write_bytes(b"someone's")
-    with pytest.raises(ConfigurationError, match="holds part- files but no run"):
+@pytest.mark.parametrize("name", ["part-0.parquet", "README.md", "my notes.txt", "sub/x", "_scores/part-0.parquet"])
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"someone's")
+    with pytest.raises(
+        ConfigurationError, match=rf"holds other files and no run: '{name.partition('/')[0]}'; choose"
+    ):
         new_run(tmp_path)
+    assert tree_bytes(tmp_path / "run", "**/*.*" if "." in name else "**/x") == {name: b"someone's"}
+
+
+def test_a_folder_as_systems_make_it_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "run/lost+found").mkdir(parents=True)
+    (tmp_path / "run/.DS_Store").write_bytes(b"")
+    finished(new_run(tmp_path))
+    assert Run.open(str(tmp_path / "run")).is_complete
+
+
+def test_a_run_with_the_earlier_name_of_its_plan_is_read_and_resumed(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    run.commit(0, records_of(run.plan, 0))
+    (tmp_path / "run/_plan.json").rename(tmp_path / "run/plan.json")
+    assert Run.open(str(tmp_path / "run")).plan == run.plan
+    resumed = new_run(tmp_path)
+    assert [shard.index for shard in resumed.pending()] == [1, 2]
+
+
+def test_a_finished_run_is_read_by_its_folder(tmp_path: Path) -> None:
+    """Failed rows, scores, reports and training data beside the answers change nothing."""
+    run = finished(mixed_run(tmp_path))
+    for name in ("_scores/part-0.parquet", "_dataset/README.md", "_report.html", "_metrics.json"):
+        run.store.put(name, b"not an answer")
+    folder = str(tmp_path / "run")
+    expected = [f"mixed.jsonl:{line}" for line in (1, 4, 5, 6, 7)]
+    assert pq.read_table(folder).column("row_id").to_pylist() == expected
+    assert list(pd.read_parquet(folder)["row_id"]) == expected
+    assert pa.dataset.dataset(folder).to_table().column("row_id").to_pylist() == expected
+    assert datasets.load_dataset(folder, split="train", cache_dir=str(tmp_path / "hf"))["row_id"] == expected
 
 
 def test_an_unfinished_run_cannot_be_finished(tmp_path: Path) -> None:
@@ -375,7 +412,7 @@ def test_the_card_escapes_what_comes_from_outside(tmp_path: Path) -> None:
     for shard in run.plan.shards:
         run.commit(shard, [answer(row, error=f"failed on {nasty}") for row in run.plan.read_shard(shard)])
     run.finish()
-    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "run" / "_README.md").read_text(encoding="utf-8")
     front, body = card.split("---\n")[1:3]
     assert yaml.safe_load(front)["configs"][0]["data_files"] == [{"split": "train", "path": "part-*.parquet"}]
     assert "<script>" not in card
@@ -388,7 +425,7 @@ def test_the_card_escapes_what_comes_from_outside(tmp_path: Path) -> None:
 
 def test_the_manifest_names_every_file_with_its_hash(tmp_path: Path) -> None:
     run = finished(mixed_run(tmp_path))
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((tmp_path / "run" / "_manifest.json").read_text(encoding="utf-8"))
     stored = {name: hashlib.sha256(data).hexdigest() for name, data in tree_bytes(tmp_path / "run").items()}
     assert {file["name"]: file["sha256"] for file in manifest["files"]} == stored
     assert manifest["fingerprint_digest"] == run.plan.digest
@@ -410,7 +447,11 @@ def test_success_is_written_last(tmp_path: Path) -> None:
 def test_reasons_are_counted_by_kind() -> None:
     reasons = [f"line {index} of x.jsonl: prompt must be text; got {index}" for index in range(30)]
     reasons += [f"row {index} of a b.parquet is not valid UTF-8" for index in range(3)]
-    assert count_reasons(reasons) == {"prompt must be text; got …": 30, "is not valid UTF-8": 3}
-    many = count_reasons([chr(97 + index) * 3 for index in range(25)])
-    assert sum(many.values()) == 25
+    found = failures_of((f"r{index}", reason) for index, reason in enumerate(reasons))
+    counts = {kind: failures.count for kind, failures in found.items()}
+    assert counts == {"prompt must be text; got …": 30, "is not valid UTF-8": 3}
+    prompt = found["prompt must be text; got …"]
+    assert prompt.describe("") == f"30 x {reasons[0]} (rows r0, r1, r2, ...)"
+    many = failures_of((str(index), chr(97 + index) * 3) for index in range(25))
+    assert sum(failures.count for failures in many.values()) == 25
     assert len(many) == 21

@@ -124,19 +124,19 @@ def test_a_reward_model_ranks_the_answers_and_is_named_in_the_card(made, tiny, t
     model = save_reward_model(tmp_path / "rm")
     settings = {"judges": {"rm": {"kind": "reward_model", "model": str(model)}}, "score": "rm"}
     copied = tmp_path / "run"
-    shutil.copytree(folder / "run", copied, ignore=shutil.ignore_patterns("dataset"))
+    shutil.copytree(folder / "run", copied, ignore=shutil.ignore_patterns("_dataset"))
     tree = job_tree(folder, tiny(), synthesis={"filters": FILTERS, "validation": 0.3, **settings})
     tree["output"]["path"] = str(copied)
     dataset, was_run = run_job(tree, folder)
     assert was_run
-    scored = pq.read_table(sorted((copied / "scores").glob("*.parquet"))).to_pylist()
+    scored = pq.read_table(sorted((copied / "_scores").glob("*.parquet"))).to_pylist()
     score_of = {(row["row_id"], row["variant"], row["sample"]): row["rm"] for row in scored}
-    pairs = load_dataset(str(copied / "dataset"), "preferences", split="train", cache_dir=str(tmp_path / "hf"))
+    pairs = load_dataset(str(copied / "_dataset"), "preferences", split="train", cache_dir=str(tmp_path / "hf"))
     for row in pairs:
         for side in ("chosen", "rejected"):
             assert row[f"score_{side}"] == score_of[row["row_id"], row[f"variant_{side}"], row[f"sample_{side}"]]
         assert row["margin"] > 0
-    assert "synthesis.judges.rm" in (copied / "dataset/README.md").read_text()
+    assert "synthesis.judges.rm" in (copied / "_dataset/README.md").read_text()
     again, was_run = run_job(tree, folder)
     assert (was_run, again.was_made) == (False, False)
     assert dataset.manifest == again.manifest
@@ -169,7 +169,7 @@ def test_the_command_says_what_it_made_and_exports_it(tiny, tmp_path, capfd):
     target = tmp_path / "exported"
     done = cage("synthesize", "-c", str(file), "--export", str(target))
     assert done.returncode == 0, done.stderr
-    manifest = json.loads((tmp_path / "run/dataset/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "run/_dataset/manifest.json").read_text())
     rows = manifest["sft"]["rows"]
     assert f"{rows['train']} train, {rows['validation']} validation rows" in done.stdout
     assert "54 looked at" in done.stdout
@@ -188,7 +188,7 @@ def test_the_command_says_what_it_made_and_exports_it(tiny, tmp_path, capfd):
     assert "(was there)" in shown
     with pytest.raises(ConfigurationError, match="holds other files"):
         run_synthesize(file, [], export_to=tmp_path / "run/dataset")
-    assert (tmp_path / "run/dataset/manifest.json").exists()
+    assert (tmp_path / "run/_dataset/manifest.json").exists()
     with pytest.raises(ConfigurationError, match="export of another data set"):
         run_synthesize(file, ["synthesis.seed=5"], export_to=target)
 

@@ -274,7 +274,7 @@ def test_the_same_settings_do_nothing_and_others_make_it_again(tmp_path):
     run = finished_run(tmp_path, answers)
     settings = {"rows_per_file": 7, "validation": 0.3, "filters": {"duplicates": {"near": 0.8}}}
     first = dataset_of(run, **settings)
-    folder = tmp_path / "run/dataset"
+    folder = tmp_path / "run/_dataset"
     before = tree_bytes(folder, "**/*.*")
     assert first.was_made
     assert len([name for name in before if name.startswith("sft/train")]) > 2
@@ -325,16 +325,16 @@ def test_what_was_killed_between_two_files_ends_with_the_same_bytes(tmp_path):
     settings = {"rows_per_file": 9, "validation": 0.3}
     expected_run = finished_run(tmp_path / "whole", answers)
     expected = dataset_of(expected_run, **settings)
-    whole = tree_bytes(tmp_path / "whole/run/dataset", "**/*.*")
+    whole = tree_bytes(tmp_path / "whole/run/_dataset", "**/*.*")
     num_writes = len(expected.manifest["files"]) + 2  # the card and the manifest
     run = finished_run(tmp_path, answers)
     dataset_of(run, write="sft")  # an earlier data set of other settings is being replaced
     for writes in range(num_writes):
         with pytest.raises(Killed):
             dataset_of(replace(run, store=MortalStore(run.store, writes)), **settings)
-        assert not (tmp_path / "run/dataset/manifest.json").exists()
+        assert not (tmp_path / "run/_dataset/manifest.json").exists()
     assert dataset_of(run, **settings).was_made
-    assert tree_bytes(tmp_path / "run/dataset", "**/*.*") == whole
+    assert tree_bytes(tmp_path / "run/_dataset", "**/*.*") == whole
 
 
 def test_a_data_set_in_an_object_store_has_the_bytes_of_a_local_one(tmp_path):
@@ -347,11 +347,11 @@ def test_a_data_set_in_an_object_store_has_the_bytes_of_a_local_one(tmp_path):
         run = finished_run(tmp_path / "again", answers, place="s3://data/run")
         dataset_of(run, write="sft")
         dataset = dataset_of(run, **settings)
-        names = [path.removeprefix("data/run/dataset/") for path in store.find("data/run/dataset")]
-        stored = {name: store.cat_file(f"data/run/dataset/{name}") for name in names}
+        names = [path.removeprefix("data/run/_dataset/") for path in store.find("data/run/_dataset")]
+        stored = {name: store.cat_file(f"data/run/_dataset/{name}") for name in names}
         assert export(dataset, tmp_path / "exported")
         assert not dataset_of(run, **settings).was_made
-    assert stored == tree_bytes(tmp_path / "run/dataset", "**/*.*")
+    assert stored == tree_bytes(tmp_path / "run/_dataset", "**/*.*")
     exported = load_from_disk(str(tmp_path / "exported/sft"))
     assert {split: len(rows) for split, rows in exported.items()} == dataset.manifest["sft"]["rows"]
 
@@ -367,10 +367,10 @@ def test_the_card_loads_as_it_is_and_escapes_what_came_from_outside(tmp_path):
     licences = {"input": "CC0 <b>1.0</b>", "base": "Apache-2.0"}
     dataset = dataset_of(run, validation=0.3, rows_per_file=5, licences=licences, score="reward_per_token")
     for kind in ("sft", "preferences"):
-        loaded = load_dataset(str(tmp_path / "run/dataset"), kind, cache_dir=str(tmp_path / "hf"))
+        loaded = load_dataset(str(tmp_path / "run/_dataset"), kind, cache_dir=str(tmp_path / "hf"))
         assert {split: rows.num_rows for split, rows in loaded.items()} == dataset.manifest[kind]["rows"]
         assert loaded["train"].to_list() == rows_of(dataset, f"{kind}/train")
-    card = (tmp_path / "run/dataset/README.md").read_text()
+    card = (tmp_path / "run/_dataset/README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert [config["config_name"] for config in front["configs"]] == ["sft", "preferences"]
     assert "<script>" not in card
@@ -392,12 +392,12 @@ def test_a_data_set_without_any_row_is_refused_with_the_reasons(tmp_path):
     run = finished_run(tmp_path, {"a": ["x y", "z"], "b": ["x", "w"]})
     with pytest.raises(ConfigurationError, match=r"none of 4 answers is left.*4 by filters.min_tokens"):
         dataset_of(run, filters={"min_tokens": 50})
-    assert not (tmp_path / "run/dataset").exists()
+    assert not (tmp_path / "run/_dataset").exists()
 
 
 def test_a_damaged_manifest_is_reported(tmp_path):
     run = finished_run(tmp_path, {"a": ["x y", "z"]})
     dataset_of(run)
-    (tmp_path / "run/dataset/manifest.json").write_text(json.dumps({"files": []}))
+    (tmp_path / "run/_dataset/manifest.json").write_text(json.dumps({"files": []}))
     with pytest.raises(StorageError, match="is not a manifest"):
         dataset_of(run)

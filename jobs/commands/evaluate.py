@@ -55,9 +55,9 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         *(indented(note) for note in metrics["notes"]),
         "",
         f"  answers   {path}/part-*.parquet",
-        f"  scores    {path}/scores/part-*.parquet",
-        f"  metrics   {path}/metrics.json",
-        f"  report    {path}/report.html",
+        f"  scores    {path}/_scores/part-*.parquet",
+        f"  metrics   {path}/_metrics.json",
+        f"  report    {path}/_report.html",
     ]
     return "\n".join(lines)
 

@@ -69,7 +69,7 @@ def describe_dataset(dataset: Dataset) -> str:
             [reason, *(_count(manifest[kind]["answers_dropped"].get(reason)) for kind in kinds)] for reason in reasons
         ]
         lines.append(textwrap.indent(table(["answers dropped by", *kinds], found), "  "))
-    lines.append(f"  look      {path}/dataset/README.md")
+    lines.append(f"  look      {path}/_dataset/README.md")
     lines += [
         f"  load      datasets.{_loading(path, kind)}" for kind in kinds if any(manifest[kind]["rows"].values())
     ]
@@ -79,7 +79,7 @@ def describe_dataset(dataset: Dataset) -> str:
 def _loading(path: str, kind: str) -> str:
     """How `datasets` reads one kind: a folder by its card, an object store file by file."""
     if "://" in path:
-        return f'load_dataset("parquet", data_files="{path}/dataset/{kind}/train-*.parquet")'
+        return f'load_dataset("parquet", data_files="{path}/_dataset/{kind}/train-*.parquet")'
     return f'load_dataset("{path}/dataset", "{kind}")'
 
 

@@ -5,7 +5,7 @@ To add a metric of a rule:
 1. Write the function here: points [N, M] in, a number out, without any knowledge of runs.
 2. Add a method to `BootstrapSamples` in `bootstrap.py` that evaluates it in every bootstrap sample: variants in, [S]
    out.
-3. Add its name and the method to `rule_metrics` in `summary.py`. metrics.json then has it for each rule, each agent
+3. Add its name and the method to `rule_metrics` in `summary.py`. _metrics.json then has it for each rule, each agent
    temperature and as a paired difference of two rules, each with an interval.
 4. For a sentence in the terminal and the report, and for the title of a chart, add the name to `METRICS` in
    `reading.py` and in `pipeline/reporting/comparison.py`.

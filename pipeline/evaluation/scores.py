@@ -1,6 +1,6 @@
 """The scores of a run's answers, in files of their own: one file per shard, written once.
 
-RUN/scores/part-00000-of-00004.parquet holds row_id, variant, sample and one column per judge. Its footer names the
+RUN/_scores/part-00000-of-00004.parquet holds row_id, variant, sample and one column per judge. Its footer names the
 panel by its digest and the answers by their hash. So a file of other judges or other answers is recognised and
 replaced, and nothing is decoded again.
 """
@@ -22,7 +22,7 @@ from pipeline.storage.run import Run
 from pipeline.storage.shard_files import as_damaged_file
 from pipeline.storage.tables import write_table_bytes
 
-SCORES = "scores/"
+SCORES = "_scores/"
 JUDGES_KEY, ANSWERS_KEY = "cage.judges", "cage.answers"
 NUMBERS = ("num_tokens", "kl_per_token", "covered_mass", "max_residual", "num_unsolved")
 JUDGED_COLUMNS = ("row_id", "variant", "sample", "prompt", "response", "num_tokens", "rewards")

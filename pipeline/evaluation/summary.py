@@ -1,4 +1,4 @@
-"""The tables of metrics.json, as plain values."""
+"""The tables of _metrics.json, as plain values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIE = 1e-9  # scores that differ by less are equal up to rounding
 
 
 def rule_metrics(samples: BootstrapSamples) -> dict[str, Callable[[list[int]], Floats]]:
-    """The metrics of a set of variants by name, each [S]; metrics.json has them for each rule and each difference."""
+    """The metrics of a set of variants by name, each [S]; _metrics.json has them by rule and by difference."""
     return {
         "hypervolume": samples.hypervolumes,
         "mip": samples.mean_inner_products,

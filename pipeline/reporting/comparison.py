@@ -53,7 +53,7 @@ def describe_metrics(metrics: Metrics, principal_names: Sequence[str]) -> dict[s
 
 
 def _labels(metrics: Metrics) -> dict[str, str]:
-    """By objective its label: the name, with the judge that measures it where metrics.json says which."""
+    """By objective its label: the name, with the judge that measures it where _metrics.json says which."""
     judges = {
         str(objective): judge
         for judge, section in metrics.judges.items()

@@ -1,4 +1,4 @@
-"""The training data made from a run, read from RUN/dataset/manifest.json; values of unexpected types are left out."""
+"""The training data made from a run, read from RUN/_dataset/manifest.json; values of other types are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.reporting.stored import read_object
 from pipeline.reporting.text import visible
 from pipeline.storage.run import Run
 
-MANIFEST = "dataset/manifest.json"
+MANIFEST = "_dataset/manifest.json"
 KINDS = ("sft", "preferences")
 ENDS = ("10 %", "90 %")
 

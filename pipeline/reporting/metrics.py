@@ -1,4 +1,4 @@
-"""Read metrics.json of an evaluation. Every key is optional; a value of an unexpected type is left out."""
+"""Read _metrics.json of an evaluation. Every key is optional; a value of an unexpected type is left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.reporting.stored import read_object
 from pipeline.storage.run import Run
 
-METRICS = "metrics.json"
+METRICS = "_metrics.json"
 SHOWN_POINTS = 1_000
 SHOWN_LINES = 500
 
@@ -50,7 +50,7 @@ class VariantMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The parts of metrics.json that the report shows.
+    """The parts of _metrics.json that the report shows.
 
     `points` has one entry per variant. Lists of mappings become tables with a column per key.
     """

@@ -22,13 +22,13 @@ from pipeline.reporting.showcase import collect_examples
 from pipeline.reporting.tally import SAMPLED_ROWS, Tally, rule_order, tally
 from pipeline.storage.run import Run
 
-REPORT = "report.html"
+REPORT = "_report.html"
 STYLES = ("page.css", "tokens.css")
 SCRIPTS = ("draw.js", "ridge.js", "scatter.js", "differences.js", "comparison.js", "tokens.js", "page.js")
 
 
 def write_report(run: Run) -> str:
-    """Write RUN/report.html and return its address."""
+    """Write RUN/_report.html and return its address."""
     run.store.put(REPORT, render_report(run))
     return run.store.url(REPORT)
 

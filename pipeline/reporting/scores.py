@@ -1,4 +1,4 @@
-"""Read the judges' scores of an evaluation: RUN/scores/part-*.parquet, one file per data file."""
+"""Read the judges' scores of an evaluation: RUN/_scores/part-*.parquet, one file per data file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.storage.run import Run
 from pipeline.storage.shard_files import as_damaged_file
 
-SCORES = "scores/"
+SCORES = "_scores/"
 KEYS = ("row_id", "variant", "sample")
 Key = tuple[str, int, int]
 

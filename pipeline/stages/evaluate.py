@@ -22,8 +22,8 @@ from pipeline.stages.judge import judge
 from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
 
-METRICS = "metrics.json"
-VERSION = 1  # raise it when the same scores give another metrics.json
+METRICS = "_metrics.json"
+VERSION = 1  # raise it when the same scores give another _metrics.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Evaluation:
 
     Args:
         run: its run.
-        metrics: what metrics.json holds.
+        metrics: what _metrics.json holds.
         was_run: whether anything was decoded, judged or computed; False where all of it was there.
     """
 
@@ -135,7 +135,7 @@ def _describe_judges(config: EvaluateConfig, panel: Panel, run: Run) -> dict[str
 
 
 def _digest(run: Run, panel: Panel, config: EvaluateConfig) -> str:
-    """A hash of everything that decides metrics.json."""
+    """A hash of everything that decides _metrics.json."""
     settings = config.evaluation.model_dump(mode="json", exclude={"judges"})
     text = json.dumps([VERSION, run.plan.digest, panel.digest, settings, config.objectives], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from pipeline.config.sections import Config, Reproducibility, Transport
 from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, RunMismatch, StorageError
 from pipeline.monitoring.counts import Counts
-from pipeline.monitoring.progress import ProgressLine
+from pipeline.monitoring.progress import Notices, ProgressLine
 from pipeline.monitoring.stall import ended_when_stalled
+from pipeline.monitoring.values import SilenceWatch
 from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_replica, resolve_models
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.storage.input_notes import describe_input
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
-from pipeline.storage.run import PLAN, Run
+from pipeline.storage.run import Run, has_plan
 
 if TYPE_CHECKING:  # imports torch: seconds
     from pipeline.engine.shards import ShardOutcome
@@ -108,10 +109,15 @@ def relabel(
         num_shards=len(run.plan.shards),
         rows_before=sum(commit.rows + commit.rejected for commit in committed.values()),
         shards_before=len(committed),
+        notices=_silent_principals(run),
     )
     if todo:
         streaming = _stream(replica, run, is_verbose=is_verbose, wiring=wiring)
-        with streaming as stream, line.running(stream.counts), _ended_when_stalled(config, stream, line):
+        with (
+            streaming as stream,
+            line.running(stream.counts, stream.waits),
+            _ended_when_stalled(config, stream, line),
+        ):
             _decode(stream, todo, line, budget)
     run.finish()
     return run, True
@@ -127,7 +133,7 @@ def _open_run(plan: Plan, places: Sequence[str], wiring: Wiring, *, may_create: 
     """The run of the plan at the first place that is free or its own; None where it would have to be created."""
     for place in places:
         store = wiring.open_store(place)
-        if not may_create and store.read(PLAN) is None:
+        if not may_create and not has_plan(store):
             return None
         config = {**plan.config, "output": {**plan.config["output"], "path": place}}
         try:
@@ -152,6 +158,12 @@ def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Bu
             budget.add(outcome.rejected)
     if failures:
         raise failures[0]
+
+
+def _silent_principals(run: Run) -> Notices:
+    """Says once which principals value no token, as soon as the first answers show it."""
+    watch = SilenceWatch(run.plan.config["principals"])
+    return lambda counts, *, is_last: watch.lines(counts.values, is_last=is_last)
 
 
 def _ended_when_stalled(config: Config, stream: Stream, line: ProgressLine) -> AbstractContextManager[None]:

@@ -44,6 +44,10 @@ COLUMN_NOTES = {
 }
 
 
+DATA_FILES = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "part-*.parquet"}]}]}
+LOADING = yaml.safe_dump(DATA_FILES, sort_keys=False)  # names the data files to `datasets`
+
+
 def render_manifest(
     plan: Plan,
     records: Mapping[int, CommitRecord],
@@ -51,7 +55,7 @@ def render_manifest(
     recoveries: Recoveries,
     extra: Mapping[str, Any],
 ) -> bytes:
-    """manifest.json: every file that counts, with its hash, and what the run was."""
+    """_manifest.json: every file that counts, with its hash, and what the run was."""
     ordered = [records[index] for index in sorted(records)]
     tree = {
         "fingerprint_digest": plan.digest,
@@ -73,11 +77,8 @@ def render_manifest(
 
 
 def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping[str, int]) -> bytes:
-    """README.md: a data set card that `datasets` and the hub read. Values from outside are escaped."""
-    front = {
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "part-*.parquet"}]}],
-        "tags": ["alignment", "common-agency", "synthetic"],
-    }
+    """_README.md: a data set card, README.md once it is on the hub. Values from outside are escaped."""
+    front = {**DATA_FILES, "tags": ["alignment", "common-agency", "synthetic"]}
     rows = sum(record.rows for record in records.values())
     rejected = sum(record.rejected for record in records.values())
     tokens = sum(record.tokens for record in records.values())
@@ -88,7 +89,7 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
         f"{rows:,} answers of {tokens:,} tokens to {plan.num_rows:,} prompts, in {len(plan.shards):,} files; "
         f"{rejected:,} rejected, with their reasons, in `_rejected/`.",
         "## How to load it\n\n```python\nfrom datasets import load_dataset\n\n"
-        'rows = load_dataset("parquet", data_files="part-*.parquet", split="train")\n```',
+        'rows = load_dataset("RUN", split="train")  # this folder, or its name on the hub\n```',
         "## Columns\n\n" + _table(("column", "what"), [(name, COLUMN_NOTES[name]) for name in _column_names(plan)]),
         "## Models\n\n" + _table(("place", "identity"), list(plan.models.items())),
         "## Input\n\n" + _table(("file", "rows"), [(file.name, f"{file.num_rows:,}") for file in plan.files[:100]]),
@@ -97,7 +98,7 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
     if errors:
         counts = [(reason, f"{count:,}") for reason, count in errors.items()]
         parts.append("## Rejected rows\n\n" + _table(("reason", "rows"), counts))
-    parts.append(f"Fingerprint `{plan.digest}`; every file's SHA-256 is in `manifest.json`.")
+    parts.append(f"Fingerprint `{plan.digest}`; every file's SHA-256 is in `_manifest.json`.")
     return ("\n\n".join(parts) + "\n").encode("utf-8", errors="backslashreplace")
 
 

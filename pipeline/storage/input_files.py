@@ -157,7 +157,7 @@ def _is_input(name: str) -> bool:
 
 
 def _refuse_unfinished_run(path: str, names: set[str]) -> None:
-    if "plan.json" in names and "_SUCCESS" not in names and any(name.startswith("part-") for name in names):
+    if names & {"_plan.json", "plan.json"} and "_SUCCESS" not in names and any(name.startswith("part-") for name in names):
         raise ConfigurationError(f"input.path: {path} is a run that is not finished; finish it first")
 
 

@@ -108,6 +108,14 @@ class LocalStore:
             names = (file.relative_to(self.folder).as_posix() for file in files)
             return sorted(name for name in names if name.startswith(prefix) and NAME.fullmatch(name))
 
+    def entries(self) -> list[str]:
+        with as_storage_error(f"list {self.folder}"):
+            try:
+                names = [entry.name for entry in self.folder.iterdir()]
+            except FileNotFoundError:
+                return []
+        return sorted(name for name in names if not name.startswith(".") and name != "lost+found")
+
     def url(self, name: str) -> str:
         return str(self._file(name))
 

@@ -103,6 +103,14 @@ class ObjectStore:
         names = (str(key).strip("/").removeprefix(f"{self.root}/") for key in keys)
         return sorted(name for name in names if name.startswith(prefix) and NAME.fullmatch(name))
 
+    def entries(self) -> list[str]:
+        try:
+            found = retried(f"list {self.path}", lambda: self._files.ls(self.root, detail=False))
+        except FileNotFoundError:
+            return []
+        names = (str(key).strip("/").removeprefix(self.root).strip("/") for key in found)
+        return sorted(name for name in names if name and not name.startswith("."))
+
     def url(self, name: str) -> str:
         return f"{self.path}/{check_name(name)}"
 

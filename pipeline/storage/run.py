@@ -11,15 +11,20 @@ from pipeline.errors import CageError, ConfigurationError
 from pipeline.monitoring.counts import Recoveries
 from pipeline.records import Record
 from pipeline.storage.addresses import split_address
-from pipeline.storage.card import render_card, render_manifest
+from pipeline.storage.card import LOADING, render_card, render_manifest
 from pipeline.storage.commits import CommitRecord, order_records
 from pipeline.storage.plan import Plan, Shard, refuse_mismatch
+from pipeline.storage.quoting import quote
 from pipeline.storage.row_lookup import find_row
 from pipeline.storage.run_status import RunStatus, sum_up
 from pipeline.storage.shard_files import COMMITS, REJECTED, ShardWriter
 from pipeline.storage.stores import Store, open_store
 
-PLAN, MANIFEST, CARD, SUCCESS = "plan.json", "manifest.json", "README.md", "_SUCCESS"
+# Readers of Parquet folders skip names that begin with "_" or ".", so that they find the data files only.
+PLAN, MANIFEST, CARD, SUCCESS = "_plan.json", "_manifest.json", "_README.md", "_SUCCESS"
+LOADING_FILE = ".huggingface.yaml"  # `load_dataset(RUN)` reads it; without it, it would take failed rows for data
+EARLIER_PLAN = "plan.json"  # of runs before 2026-11-25, which can be read and resumed
+SHOWN = 5  # names of other files in a message
 COMMIT_NAME = re.compile(re.escape(COMMITS) + r"part-(\d+)\.json")
 
 
@@ -33,7 +38,7 @@ class Run:
 
     Args:
         store: the directory.
-        plan: as stored in its plan.json. Use `create_or_resume` or `open`, which see to that.
+        plan: as stored in its _plan.json. Use `create_or_resume` or `open`, which see to that.
     """
 
     store: Store
@@ -50,11 +55,10 @@ class Run:
 
         Raises:
             RunMismatch: the directory holds a run with another fingerprint; the message says how it differs.
-            ConfigurationError: it holds data of something else, or the store cannot create-only.
+            ConfigurationError: it holds other files and no run, or the store cannot create-only.
         """
-        if store.read(PLAN) is None:
-            if store.names("part-"):
-                raise ConfigurationError(f"{store.path} holds part- files but no run; choose another output.path")
+        if not has_plan(store):
+            _refuse_other_files(store)
             if store.create(PLAN, plan.to_json()):
                 _check_exclusive(store, plan)
                 return cls(store, plan)
@@ -67,7 +71,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str, *, open_store: Callable[[str], Store] = open_store) -> Run:
-        """Open an existing run. Only plan.json is read; neither the input nor the models have to be there.
+        """Open an existing run. Only _plan.json is read; neither the input nor the models have to be there.
 
         Args:
             path: the run directory, local or in an object store.
@@ -177,6 +181,7 @@ class Run:
         status = self.status(records)
         self.store.put(MANIFEST, render_manifest(self.plan, records, status.errors, status.recoveries, extra or {}))
         self.store.put(CARD, render_card(self.plan, records, status.errors))
+        self.store.put(LOADING_FILE, LOADING.encode())
         # Last: whoever sees this file finds all the others.
         self.store.put(SUCCESS, f"{self.plan.digest}\n".encode())
 
@@ -198,11 +203,29 @@ class Run:
         return ShardWriter(self.store, self.plan)
 
 
+def has_plan(store: Store) -> bool:
+    """Whether the store holds a run."""
+    return any(store.read(name) is not None for name in (PLAN, EARLIER_PLAN))
+
+
 def _read_plan(store: Store) -> Plan:
-    data = store.read(PLAN)
-    if data is None:
-        raise ConfigurationError(f"there is no run in {store.path}: it has no {PLAN}")
-    return Plan.from_json(data, source=store.url(PLAN))
+    for name in (PLAN, EARLIER_PLAN):
+        if (data := store.read(name)) is not None:
+            return Plan.from_json(data, source=store.url(name))
+    raise ConfigurationError(f"there is no run in {store.path}: it has no {PLAN}")
+
+
+def _refuse_other_files(store: Store) -> None:
+    """Refuse a directory with other files, which a run could overwrite or mix with its own.
+
+    The plan is the first file of a run. Where another driver has just created it, there are files and a plan by now.
+    """
+    others = store.entries()
+    if others and not has_plan(store):
+        shown = ", ".join(quote(name) for name in others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
+        raise ConfigurationError(
+            f"output.path: {store.path} holds other files and no run: {shown}; choose an empty or a new folder"
+        )
 
 
 def _check_exclusive(store: Store, plan: Plan) -> None:

@@ -67,6 +67,12 @@ class Store(Protocol):
         A name that another process writes or removes meanwhile may be listed or not.
         """
 
+    def entries(self) -> list[str]:
+        """Return the sorted names of all files and folders at the top, whoever wrote them.
+
+        Left out is what a new folder may have: hidden files, lost+found, an object that stands for the folder.
+        """
+
     def url(self, name: str) -> str:
         """Return the full address of `name`, for messages and for programs that read it by themselves."""
 

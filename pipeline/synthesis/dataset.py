@@ -1,6 +1,6 @@
 """Make a data set from a run's answers: count in a first pass, write in a second, describe last.
 
-`RUN/dataset/manifest.json` is written last and removed first, so a data set is complete exactly if the manifest
+`RUN/_dataset/manifest.json` is written last and removed first, so a data set is complete exactly if the manifest
 exists. The same run and settings give the same bytes, so an interrupted data set is made again over the files that
 exist. Two passes, because the names of the files say how many there are.
 """

@@ -12,7 +12,7 @@ from pipeline.storage.commits import sha256
 from pipeline.storage.stores import Store
 from pipeline.storage.tables import write_table_bytes
 
-FOLDER = "dataset/"
+FOLDER = "_dataset/"
 BUFFERED_ROWS = 1024
 
 

@@ -78,7 +78,7 @@ class WatchedStore:
         return created
 
     def put(self, name: str, data: bytes) -> None:
-        if name == "manifest.json":
+        if name == "_manifest.json":
             self.watch(Failpoint.BEFORE_MANIFEST, name)
         self.store.put(name, data)
 

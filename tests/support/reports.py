@@ -107,10 +107,10 @@ def add_evaluation(run: Run, folder: Path) -> dict[str, Any]:
     for file in sorted(folder.glob("part-*.parquet")):
         table = pq.read_table(file, columns=["row_id", "variant", "sample"])
         scores = pa.array([float(at) for at in range(table.num_rows)])
-        (folder / "scores").mkdir(exist_ok=True)
-        pq.write_table(table.append_column("vader", scores), folder / "scores" / file.name)
+        (folder / "_scores").mkdir(exist_ok=True)
+        pq.write_table(table.append_column("vader", scores), folder / "_scores" / file.name)
     metrics = metrics_of(run)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "_metrics.json").write_text(json.dumps(metrics))
     return metrics
 
 

@@ -89,7 +89,7 @@ def dataset_of(run: Run, **sections: Any) -> Dataset:
 
 def rows_of(dataset: Dataset, stem: str) -> list[dict[str, Any]]:
     """The rows of the files that begin with `stem`, such as "sft/train"."""
-    folder = Path(dataset.run.store.path) / "dataset"
+    folder = Path(dataset.run.store.path) / "_dataset"
     names = [file["name"] for file in dataset.manifest["files"] if file["name"].startswith(stem)]
     return [row for name in names for row in pq.read_table(folder / name).to_pylist()]
 
