@@ -102,7 +102,7 @@ def evaluate(
     new_run: NewRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare rules: answer every prompt with each rule of a grid, judge the answers, write metrics.json.
+    """Compare rules: answer every prompt with each rule of a grid, judge the answers, write _metrics.json.
 
     The same command continues an interrupted evaluation. With other judges it scores the same answers again.
     """
@@ -187,7 +187,7 @@ def inspect(run: RunPath, row_id: Annotated[str, typer.Argument(metavar="ROW_ID"
 def report(
     run: RunPath,
     output: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write it to FILE instead of RUN/report.html; local or s3://.")
+        str | None, typer.Option(metavar="FILE", help="Write it to FILE instead of RUN/_report.html; local or s3://.")
     ] = None,
 ) -> None:
     """Write a report of a run: charts, solver statistics, examples, and payments by token.
@@ -197,6 +197,29 @@ def report(
     from jobs.commands.report import run_report
 
     run_report(run, output)
+
+
+@app.command()
+def models(
+    families: Annotated[
+        list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Which; all by default.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure it now with tiny random models: half a minute for ten of them.")
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Measure, and replace the table that this command shows.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/models.md.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
+) -> None:
+    """Show how each model family is served: in slots (fast), row by row (slow), or refused, and why.
+
+    The families are transformers' model types; a model's config.json names its own.
+    """
+    from jobs.commands.models import run_models
+
+    run_models(families or [], measure=measure, write=write, markdown=markdown, json_file=json_file)
 
 
 fetch = typer.Typer(help="Download public prompts from Python packages.", no_args_is_help=True)

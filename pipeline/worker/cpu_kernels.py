@@ -21,17 +21,22 @@ def choose_reproducible_kernels() -> None:
 
     Call it before the first matrix product of the process: afterwards it has no effect.
     """
-    if (mode := reproducible_mode(_processor())) is not None:
+    if (mode := reproducible_mode()) is not None:
         os.environ.setdefault(MKL_MODE, mode)
 
 
 def has_reproducible_kernels() -> bool:
     """Whether MKL's strict reproducible mode was chosen: then products of any number of rows have the same bits."""
-    return os.environ.get(MKL_MODE, "").endswith(",STRICT") and reproducible_mode(_processor()) is not None
+    return os.environ.get(MKL_MODE, "").endswith(",STRICT") and reproducible_mode() is not None
 
 
-def reproducible_mode(processor: str) -> str | None:
-    """MKL's mode for a processor, described as in /proc/cpuinfo; None where MKL has none for it."""
+def reproducible_mode(processor: str | None = None) -> str | None:
+    """MKL's mode for a processor, described as in /proc/cpuinfo; None where MKL has none for it.
+
+    Args:
+        processor: the description; None: of this machine.
+    """
+    processor = _processor() if processor is None else processor
     if "GenuineIntel" not in processor:
         return None
     flags = next((line for line in processor.splitlines() if line.startswith("flags")), "").split()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,33 @@ from pipeline.attention.slots import ATTENTION
 from pipeline.attention.transfers import on_device
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
-from pipeline.hub.model_facts import reason_of, stated
+from pipeline.hub.families import rope_settings, why_not_in_slots
+from pipeline.hub.model_facts import reason_of, text_config
 from pipeline.hub.sources import fetch_weights
 from pipeline.protocol.specs import HostSpec
-from pipeline.worker.adapters import TokenAdapters, take_adapters, without_peft_warnings
-from pipeline.worker.cpu_kernels import choose_reproducible_kernels, has_reproducible_kernels
+from pipeline.worker.adapter_files import add_adapters
+from pipeline.worker.adapters import TokenAdapters, take_adapters
+from pipeline.worker.cpu_kernels import (
+    MKL_MODE,
+    choose_reproducible_kernels,
+    has_reproducible_kernels,
+    reproducible_mode,
+)
 from pipeline.worker.experts import can_pad_experts, needs_own_experts, use_padded_experts
 from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.language_model_runner import LanguageModelRunner
 from pipeline.worker.plain_runner import PlainPasses, PlainRunner
-from pipeline.worker.probes import TOLERANCE, largest_difference, plain_logprobs, probe_tokens, small_limits
-from pipeline.worker.weights import check_adapter, load_causal_lm
+from pipeline.worker.probes import (
+    CROWD,
+    TOLERANCE,
+    bits_are_a_rows_own,
+    has_large_limits,
+    largest_difference,
+    plain_logprobs,
+    probe_tokens,
+    small_limits,
+)
+from pipeline.worker.weights import load_causal_lm
 from pipeline.worker.whole_vectors import watching
 
 ATTENTION_CHOICES = ("auto", "slots", "plain")
@@ -106,12 +122,14 @@ class _Loading:
     def _expect(self, model: Any, adapter: str | None) -> None:
         """Note what plain passes give, with windows as they are and with small ones."""
         self._expected[adapter] = plain_logprobs(model, self._probes, self._spec.vocab_size)
+        if not has_large_limits(model.config):
+            return
         with small_limits(model.config):
             self._expected_small[adapter] = plain_logprobs(model, self._probes, self._spec.vocab_size)
 
     def _take_adapters(self) -> None:
         spec = self._spec
-        wrapped = _add_adapters(self._model, spec)
+        wrapped = add_adapters(self._model, spec)
         for name in spec.adapters:
             wrapped.set_adapter(name)
             self._expect(wrapped, name)
@@ -124,13 +142,14 @@ class _Loading:
         if self._can_forget_padding:
             # nothing is padded, and some models look at every input whether it is: a GPU would be waited for
             model.config.pad_token_id = None
-        if reason := why_not_by_configuration(model.config):
+        if reason := why_not_in_slots(as_mapping(model.config)):
             raise NotServed(reason)
         needs_whole = False
         try:
-            with small_limits(model.config):
-                layers = self._learn_layers()
-                self._check(self._make_slot_runner(layers, num_slots=len(self._probes) + 1), self._expected_small)
+            if has_large_limits(model.config):
+                with small_limits(model.config):
+                    layers = self._learn_layers()
+                    self._check(self._make_slot_runner(layers, num_slots=len(self._probes) + 1), self._expected_small)
             layers = self._learn_layers()
             model.set_attn_implementation(ATTENTION)
             probed = self._make_slot_runner(layers, num_slots=len(self._probes) + 1)
@@ -141,7 +160,7 @@ class _Loading:
             raise
         except Exception as error:
             raise NotServed(reason_of(error)) from error
-        if spec.strict and (reason := self._why_not_strict(probed.device)):
+        if spec.strict and (reason := self._why_not_strict(layers, needs_whole)):
             raise NotServed(reason)
         return self._make_slot_runner(
             layers,
@@ -177,14 +196,21 @@ class _Loading:
             needs_whole_vectors=needs_whole_vectors,
         )
 
-    def _why_not_strict(self, device: torch.device) -> str | None:
+    def _why_not_strict(self, layers: Sequence[LayerFacts], needs_whole: bool) -> str | None:
         """Why a row's bits would depend on the batch composition, if they would."""
-        if device.type != "cpu":
+        if self._model.device.type != "cpu":
             return None
         if needs_own_experts(self._model) and not has_reproducible_kernels():
             if not can_pad_experts(self._model):
                 return "its experts' products depend on how many tokens chose them, and it cannot be given others"
             use_padded_experts(self._model)
+        runner = self._make_slot_runner(layers, num_slots=CROWD + 1, needs_whole_vectors=needs_whole)
+        if not bits_are_a_rows_own(runner, self._spec.roles, self._probes):
+            remedy = f"set {MKL_MODE}={mode} before the process starts, " if (mode := reproducible_mode()) else ""
+            return (
+                "in strict mode no bit of a row may depend on the rows beside it, and here some do; "
+                f"{remedy}or choose decoding.reproducibility=relaxed"
+            )
         return None
 
     def _plain_runner(self) -> PlainRunner:
@@ -228,42 +254,181 @@ def _can_be_none(config: Any, name: str) -> bool:
     return True
 
 
-def why_not_by_configuration(config: Any) -> str | None:
-    """Why slots cannot decode a model, as its configuration tells; None: no reason is known.
+def exact_context(config: Any) -> int | None:
+    """Tokens up to which rows of one pass do not change each other's rotary positions; None: any number."""
+    text = as_mapping(config)
+    settings = rope_settings(text)
+    if not any(str(each.get("rope_type", each.get("type"))) in ("longrope", "dynamic") for each in settings):
+        return None
+    stated_by = [each.get("original_max_position_embeddings") for each in settings]
+    stated_by += [text.get("original_max_position_embeddings"), text.get("max_position_embeddings")]
+    return next((int(each) for each in stated_by if isinstance(each, int)), None)
 
-    These are what short probes cannot see: computations that read the pass as a whole, and only far into a text.
-    """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kinds = {str(each.get("rope_type", each.get("type"))) for each in _rope_settings(text)}
-    if "longrope" in kinds:
-        return "longrope takes its frequencies from the longest row of a pass"
-    if "dynamic" in kinds:
-        return "dynamic rope takes its frequencies from the longest row that there ever was"
-    if stated(text, "attn_temperature_tuning") and str(text.model_type).startswith("llama4"):
-        return "its attention temperature counts places in the pass, not positions in a row"
-    return None
+
+def as_mapping(config: Any) -> Mapping[str, Any]:
+    """The text part of a transformers configuration, with the defaults of its class."""
+    mapping: Mapping[str, Any] = text_config(config).to_dict()
+    return mapping
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is the first GPU where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {device} is not available: torch finds no GPU; use auto or cpu")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto" is float32 on a CPU, where bfloat16 is slower, and bfloat16 on a GPU."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def _take_adapters(self) -> None:
+        spec = self._spec
+        wrapped = add_adapters(self._model, spec)
+        for name in spec.adapters:
+            wrapped.set_adapter(name)
+            self._expect(wrapped, name)
+        self._adapters = _take_adapters(wrapped, spec)
+        self._model = wrapped.get_base_model()
+
+    def _slot_runner(self) -> LanguageModelRunner:
+        """The model in slots. Raises NotServed where its attention, or what it gives, is not what slots compute."""
+        spec, model = self._spec, self._model
+        if self._can_forget_padding:
+            # nothing is padded, and some models look at every input whether it is: a GPU would be waited for
+            model.config.pad_token_id = None
+        if reason := why_not_in_slots(as_mapping(model.config)):
+            raise NotServed(reason)
+        needs_whole = False
+        try:
+            if has_large_limits(model.config):
+                with small_limits(model.config):
+                    layers = self._learn_layers()
+                    self._check(self._make_slot_runner(layers, num_slots=len(self._probes) + 1), self._expected_small)
+            layers = self._learn_layers()
+            model.set_attn_implementation(ATTENTION)
+            probed = self._make_slot_runner(layers, num_slots=len(self._probes) + 1)
+            with watching() as watch:
+                self._check(probed, self._expected)
+            needs_whole = spec.strict and probed.device.type == "cpu" and watch.found
+        except NotServed:
+            raise
+        except Exception as error:
+            raise NotServed(reason_of(error)) from error
+        if spec.strict and (reason := self._why_not_strict(layers, needs_whole)):
+            raise NotServed(reason)
+        return self._make_slot_runner(
+            layers,
+            num_slots=spec.num_slots,
+            bytes_per_token=probed.cache_bytes_per_token,
+            needs_whole_vectors=needs_whole,
+        )
+
+    def _learn_layers(self) -> tuple[LayerFacts, ...]:
+        """What each attention call asks for; adapters change nothing of that, and no token has one."""
+        if self._adapters is not None:
+            self._adapters.of_tokens = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device=self._model.device)
+        return learn_layers(self._model)
+
+    def _make_slot_runner(
+        self,
+        layers: Sequence[LayerFacts],
+        *,
+        num_slots: int,
+        bytes_per_token: int = 0,
+        needs_whole_vectors: bool = False,
+    ) -> LanguageModelRunner:
+        self._model.set_attn_implementation(ATTENTION)
+        return LanguageModelRunner(
+            self._model,
+            self._spec.roles,
+            num_slots=num_slots,
+            vocab_size=self._spec.vocab_size,
+            adapters=self._adapters,
+            strict=self._spec.strict,
+            bytes_per_token=bytes_per_token,
+            layers=layers,
+            needs_whole_vectors=needs_whole_vectors,
+        )
+
+    def _why_not_strict(self, layers: Sequence[LayerFacts], needs_whole: bool) -> str | None:
+        """Why a row's bits would depend on the batch composition, if they would."""
+        if self._model.device.type != "cpu":
+            return None
+        if needs_own_experts(self._model) and not has_reproducible_kernels():
+            if not can_pad_experts(self._model):
+                return "its experts' products depend on how many tokens chose them, and it cannot be given others"
+            use_padded_experts(self._model)
+        runner = self._make_slot_runner(layers, num_slots=CROWD + 1, needs_whole_vectors=needs_whole)
+        if not bits_are_a_rows_own(runner, self._spec.roles, self._probes):
+            remedy = f"set {MKL_MODE}={mode} before the process starts, " if (mode := reproducible_mode()) else ""
+            return (
+                "in strict mode no bit of a row may depend on the rows beside it, and here some do; "
+                f"{remedy}or choose decoding.reproducibility=relaxed"
+            )
+        return None
+
+    def _plain_runner(self) -> PlainRunner:
+        """The model one row at a time. Raises ConfigurationError where even that is not what the model says."""
+        spec, model = self._spec, self._model
+        passes = PlainPasses(model, self._adapters)
+        probed = PlainRunner(passes, spec.roles, num_slots=len(self._probes) + 1, vocab_size=spec.vocab_size)
+        try:
+            row, _ = passes.begin(self._probes[0], None)
+            difference = largest_difference(probed, spec.roles, self._probes, self._expected)
+        except Exception as error:
+            raise _refused(spec, model.config, reason_of(error)) from error
+        return PlainRunner(
+            passes,
+            spec.roles,
+            num_slots=spec.num_slots,
+            vocab_size=spec.vocab_size,
+            # some models' plain forward pass is not what their generate computes: then answers are read step by step
+            reads_whole=difference <= TOLERANCE.get(model.dtype, 0.5),
+            bytes_per_token=-(-row.num_bytes // len(self._probes[0])),
+        )
+
+    def _check(self, runner: LanguageModelRunner, expected: Mapping[str | None, Sequence[Tensor]]) -> None:
+        """Raise NotServed where the runner does not give what plain passes gave."""
+        difference = largest_difference(runner, self._spec.roles, self._probes, expected)
+        tolerance = TOLERANCE.get(self._model.dtype, 0.5)
+        if not difference <= tolerance:
+            raise NotServed(
+                f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}"
+            )
+
+
+def _can_be_none(config: Any, name: str) -> bool:
+    """Whether a configuration lets a value be None; some check the types of what is set."""
+    value = getattr(config, name)
+    try:
+        setattr(config, name, None)
+    except Exception:  # an error of the library that checks
+        return False
+    setattr(config, name, value)
+    return True
 
 
 def exact_context(config: Any) -> int | None:
     """Tokens up to which rows of one pass do not change each other's rotary positions; None: any number."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not any(
-        str(each.get("rope_type", each.get("type"))) in ("longrope", "dynamic") for each in _rope_settings(text)
-    ):
+    text = as_mapping(config)
+    settings = rope_settings(text)
+    if not any(str(each.get("rope_type", each.get("type"))) in ("longrope", "dynamic") for each in settings):
         return None
-    stated_by = [each.get("original_max_position_embeddings") for each in _rope_settings(text)]
-    stated_by.append(stated(text, "original_max_position_embeddings"))
-    stated_by.append(stated(text, "max_position_embeddings"))
+    stated_by = [each.get("original_max_position_embeddings") for each in settings]
+    stated_by += [text.get("original_max_position_embeddings"), text.get("max_position_embeddings")]
     return next((int(each) for each in stated_by if isinstance(each, int)), None)
 
 
-def _rope_settings(config: Any) -> Iterator[Mapping[str, Any]]:
-    """Every setting of rotary positions that a configuration has, of one kind of layers or of several."""
-    for name in ("rope_parameters", "rope_scaling"):
-        found = stated(config, name)
-        if isinstance(found, Mapping):
-            yield found
-            yield from (each for each in found.values() if isinstance(each, Mapping))
+def as_mapping(config: Any) -> Mapping[str, Any]:
+    """The text part of a transformers configuration, with the defaults of its class."""
+    mapping: Mapping[str, Any] = text_config(config).to_dict()
+    return mapping
 
 
 def pick_device(device: str) -> torch.device:

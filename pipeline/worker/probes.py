@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.hub.model_facts import stated
+from pipeline.hub.model_facts import stated, text_config
 from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.hosts import LanguageRunner
@@ -22,6 +22,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}  # na
 SMALL = 8  # tokens of windows and chunks while a model is probed
 LENGTHS = (29, 18)  # of the probes: beyond two windows, and not
 NUM_STEPS = 3  # of each probe's last tokens, decoded one by one
+CROWD = 16  # rows of the fullest pass that a row's bits are compared in
 LIMITS = ("sliding_window", "attention_chunk_size")
 
 
@@ -38,8 +39,7 @@ def small_limits(config: Any) -> Iterator[None]:
 
     transformers reads them whenever it makes a mask.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limits = {name: value for name in LIMITS if isinstance(value := stated(text, name), int) and value > SMALL}
+    text, limits = text_config(config), _large_limits(config)
     try:
         for name in limits:
             setattr(text, name, SMALL)
@@ -47,6 +47,16 @@ def small_limits(config: Any) -> Iterator[None]:
     finally:
         for name, value in limits.items():
             setattr(text, name, value)
+
+
+def has_large_limits(config: Any) -> bool:
+    """Whether `small_limits` changes anything."""
+    return bool(_large_limits(config))
+
+
+def _large_limits(config: Any) -> dict[str, int]:
+    text = text_config(config)
+    return {name: value for name in LIMITS if isinstance(value := stated(text, name), int) and value > SMALL}
 
 
 @torch.inference_mode()
@@ -91,6 +101,31 @@ def largest_difference(
         again = {adapter: [*each, each[0]] for adapter, each in expected.items()}
         worst = max(worst, _difference(runner, slots, roles, again, step))
     return worst
+
+
+@torch.inference_mode()
+def bits_are_a_rows_own(runner: LanguageRunner, roles: Sequence[HostRole], probes: Sequence[Sequence[int]]) -> bool:
+    """Whether a row's log-probabilities have the same bits alone and beside others, after its prompt and a step.
+
+    Which matrix kernels a processor has decides that, so it is tried rather than assumed.
+
+    Args:
+        runner: with at least `CROWD + 1` slots, none of them used.
+        roles: its roles.
+        probes: token ids.
+    """
+    lone, *crowd = range(CROWD + 1)
+    texts = [probes[0], *(probes[1][at : at + 4] for at in range(len(crowd) - 1))]
+    prompts = [{role.name: text[:-1] for role in roles} for text in texts]
+    runner.advance(Step([Admission(lone, prompts[0])]))
+    after_prompt = runner.logprobs_at([lone], None)
+    runner.advance(Step((), [lone], [probes[0][-1]]))
+    after_step = runner.logprobs_at([lone], None)
+    runner.advance(Step([Admission(slot, prompt) for slot, prompt in zip(crowd, prompts, strict=True)]))
+    if not torch.equal(runner.logprobs_at(crowd[:1], None), after_prompt):
+        return False
+    runner.advance(Step((), crowd, [text[-1] for text in texts]))
+    return torch.equal(runner.logprobs_at(crowd[:1], None), after_step)
 
 
 def _difference(

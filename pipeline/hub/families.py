@@ -1,0 +1,116 @@
+"""The table of model families: which are decoded in slots, which one row at a time, and which are refused.
+
+`cage models --measure` makes it from tiny models of every family; see `jobs/families`. It is read here so that a
+family is known before any weights are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("families.json")
+# layers that keep something else than the keys and values of tokens, by the names in a configuration's layer_types
+STATE_LAYERS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"})
+SLOTS, PLAIN, REFUSED = "slots", "plain", "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedFamily:
+    """What a family's tiny model showed.
+
+    Args:
+        decoding: "slots": all rows in one pass; "plain": one row at a time; "refused": not at all.
+        is_strict: whether its bits were the same alone and beside other rows.
+        takes_adapters: whether LoRA of all its linear layers was exact.
+        is_reward_model: whether its sequence classifier was exact.
+        has_fixed_passes: whether a pass asks nothing of the host, so that a GPU can capture it as a CUDA graph.
+        reasons: why not, by "decoding" (not in slots), "lora" and "reward_model".
+    """
+
+    decoding: str
+    is_strict: bool = False
+    takes_adapters: bool = False
+    is_reward_model: bool = False
+    has_fixed_passes: bool = False
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyTable:
+    """All families, and the version of transformers that they were measured with."""
+
+    transformers: str
+    families: Mapping[str, ServedFamily]
+
+
+@cache
+def read_table() -> FamilyTable:
+    """The table of this version."""
+    tree = json.loads(TABLE.read_text(encoding="utf-8"))
+    return FamilyTable(tree["transformers"], {name: ServedFamily(**row) for name, row in tree["families"].items()})
+
+
+def write_table(table: FamilyTable) -> None:
+    """Replace the table's file; for `cage models --measure`."""
+    rows = {name: asdict(family) for name, family in sorted(table.families.items())}
+    text = json.dumps({"transformers": table.transformers, "families": rows}, indent=1, sort_keys=True)
+    TABLE.write_text(text + "\n", encoding="utf-8")
+
+
+def family_named(model_type: str | None) -> ServedFamily | None:
+    """A family by transformers' name of the model type; None where the table has none."""
+    return read_table().families.get(str(model_type))
+
+
+def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
+    """Why a model with this configuration is not decoded in slots, as far as a configuration tells; None: no reason.
+
+    Args:
+        config: the contents of config.json, or transformers' configuration as a mapping, of the text part.
+    """
+    kinds = {str(each.get("rope_type", each.get("type"))) for each in rope_settings(config)}
+    if "longrope" in kinds:
+        return "longrope takes its frequencies from the longest row of a pass"
+    if "dynamic" in kinds:
+        return "dynamic rope takes its frequencies from the longest row that there ever was"
+    if found := sorted(STATE_LAYERS & {str(each) for each in config.get("layer_types") or ()}):
+        return f"layers of type {' and '.join(found)} keep a state, and slots hold only keys and values"
+    if config.get("attn_temperature_tuning") and str(config.get("model_type")).startswith("llama4"):
+        return "its attention temperature counts places in the pass, not positions in a row"
+    return None
+
+
+def rope_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every setting of rotary positions that a configuration has, of one kind of layers or of several."""
+    found = [config[name] for name in ("rope_parameters", "rope_scaling") if isinstance(config.get(name), Mapping)]
+    return [*found, *(each for settings in found for each in settings.values() if isinstance(each, Mapping))]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """How a model will be decoded, as far as its configuration tells.
+
+    Args:
+        decoding: "slots", "plain" or "refused"; None: its family is not in the table, and it is tried at load.
+        reason: why not in slots; None where there is none.
+    """
+
+    decoding: str | None
+    reason: str | None = None
+
+
+def expect(config: Mapping[str, Any]) -> Expected:
+    """How a model with this config.json will be decoded. Models with Python code of their own are tried at load."""
+    text = config.get("text_config")
+    text = text if isinstance(text, Mapping) else config
+    family = family_named(config.get("model_type")) or family_named(text.get("model_type"))
+    if family is None or "auto_map" in config:
+        return Expected(None)
+    if family.decoding == SLOTS and (reason := why_not_in_slots(text)) is not None:
+        return Expected(PLAIN, reason)
+    return Expected(family.decoding, family.reasons.get("decoding"))

@@ -1,0 +1,92 @@
+"""Every family of causal language models that transformers ships: served exactly and strictly, or refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from support.decoding import ask, config_of, engine_of
+from support.families import make_family
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from jobs.families.configurations import FAMILIES, is_installed, model_class
+from jobs.families.measure import measure
+from pipeline.engine.engine import decode_rows
+from pipeline.hub.families import PLAIN, REFUSED, SLOTS, read_table
+from pipeline.worker.cpu_kernels import has_reproducible_kernels
+
+NAMES = sorted(name for name in FAMILIES if is_installed(name))
+MADE = [name for name in NAMES if FAMILIES[name].why_not is None]
+PAIR = {
+    "kind": {"kind": "prompted", "principle": "Be kind, and speak of the sea and of the wind.", "weight": 0.6},
+    "brief": {"kind": "prompted", "principle": "Brief.", "weight": 0.3},
+}
+DECODING = {"max_new_tokens": 10, "trace": "tokens", "agent_temperature": 0.7, "candidates": "all"}
+ROWS = [ask("a", "who?"), ask("b", "Tell me about the sea and the wind."), ask("c", "")]
+# their forward pass over a whole text is not what their generate computes, so there is no text to read at once
+READ_STEP_BY_STEP = {}
+TOLERANCE = 2e-3  # nats
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Configurations this small make transformers warn of sizes, and slow families say so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def test_every_family_of_causal_models_is_in_the_table_by_name():
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= set(NAMES)
+    assert set(read_table().families) == set(NAMES)
+    assert len(MADE) >= 180
+    for name, family in read_table().families.items():
+        assert (family.decoding == REFUSED) == (FAMILIES[name].why_not is not None), name
+        assert family.decoding == SLOTS or family.reasons["decoding"], name
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_family_is_decoded_as_generate_decodes_it_and_as_the_table_says(name):
+    found, said = measure(name), read_table().families[name]  # which raises where an answer or a bit differs
+    if found.decoding == PLAIN and said.decoding == SLOTS:  # a processor on which its kernels are not reproducible
+        assert "in strict mode" in found.reasons["decoding"]
+        assert not has_reproducible_kernels()
+        return
+    assert replace(found, reasons={}) == replace(said, reasons={})
+    assert set(found.reasons) == set(said.reasons)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_game_of_two_principals_pays_what_plain_passes_say_and_no_bit_depends_on_other_rows(name, tmp_path):
+    folder = make_family(tmp_path, name)
+    records, assembly = _decode(folder, slots=3)
+    alone, _ = _decode(folder, slots=1)
+    assert records == alone
+    model = model_class(name).from_pretrained(folder).eval()
+    for row in ROWS:
+        record = records[row.row_id]
+        assert record.error is None
+        answer = [token.token_id for token in record.tokens]
+        prompts = assembly.prompter.encode(row.messages, record.weights)
+        scores = {role: _logprobs(model, prompt, answer) for role, prompt in prompts.items()}
+        assert [token.base_logprob for token in record.tokens] == pytest.approx(
+            scores["base"].tolist(), abs=TOLERANCE
+        )
+        for principal in PAIR:
+            reward = float((scores[principal] - scores["base"]).sum())
+            assert record.rewards[principal] == pytest.approx(reward, abs=TOLERANCE * len(answer))
+
+
+def _decode(folder, *, slots):
+    engine, assembly = engine_of(config_of(folder, PAIR, decoding=DECODING, cluster={"slots": slots}))
+    return {record.row_id: record for record in decode_rows(engine, ROWS)}, assembly
+
+
+@torch.inference_mode()
+def _logprobs(model, prompt, answer):
+    """Log-probabilities [T] of an answer's tokens, by one plain pass over all of the text."""
+    logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0].double()
+    logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
