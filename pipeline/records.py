@@ -94,6 +94,7 @@ class Record:
         chosen: the answer with the higher weighted reward, of the new and the existing one.
         rejected: the other one.
         tokens: every drawn token, with trace "tokens".
+        values: by principal, its lowest and highest q over the drawn tokens, in nats; not a column of the output.
     """
 
     row_id: str
@@ -119,6 +120,7 @@ class Record:
     chosen: str | None = None
     rejected: str | None = None
     tokens: tuple[TokenTrace, ...] = field(default=())
+    values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def is_rejected(self) -> bool:

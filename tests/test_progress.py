@@ -19,11 +19,45 @@ class Terminal(io.StringIO):
 def test_the_line_has_rows_shards_speed_time_left_and_errors():
     line = ProgressLine(io.StringIO(), num_rows=1000, num_shards=4, rows_before=500, shards_before=2)
     line.shard_done()
-    text = line.text(Counts(rows=250, rejected=3, tokens=10_000))
+    text = line.text(Counts(rows=250, failed=3, tokens=10_000))
     assert text.startswith("750/1,000 rows  3/4 shards  ")
     assert " tokens/s  " in text
-    assert text.endswith("left  3 errors")
-    assert "--" in line.text(Counts())
+    assert text.endswith("left  3 failed")
+    assert "--" in ProgressLine(io.StringIO(), num_rows=9, num_shards=1).text(Counts(steps=9))
+
+
+def test_the_time_left_counts_down_until_more_rows_have_ended(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    line = ProgressLine(io.StringIO(), num_rows=100, num_shards=1)
+
+    def left(at_s, rows):
+        now_s[0] = at_s
+        return line.text(Counts(rows=rows, steps=at_s + 9)).split("  ")[3]
+
+    assert left(100, 0) == "-- left"  # models were loaded for 100 s, which says nothing of the speed
+    assert left(110, 10) == "1 min 30 s left"
+    assert [left(at_s, 10) for at_s in (120, 130, 199)] == ["1 min 20 s left", "1 min 10 s left", "1 s left"]
+    assert left(210, 10) == "-- left"
+    assert left(220, 60) == "1 min 20 s left"
+
+
+def test_before_the_first_tokens_it_says_what_is_waited_for():
+    line = ProgressLine(io.StringIO(), num_rows=9, num_shards=2)
+    assert (
+        line.text(Counts(), ["host base to load (3 s)"])
+        == "0/9 rows  0/2 shards  waiting for host base to load (3 s)"
+    )
+    first = line.text(Counts(steps=1), ["an answer of host base to advance_and_sample (2 s)"])
+    assert first.endswith("waiting for the first pass of base (2 s)")
+    assert "waiting" not in line.text(Counts(steps=3), ["an answer of host base to advance_and_sample (2 s)"])
+
+
+def test_a_line_is_cut_to_the_width_of_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = Terminal()
+    ProgressLine(out, num_rows=9, num_shards=2).show(Counts(), waits=["host base to load " * 9])
+    assert len(out.getvalue().strip("\r")) == 39
 
 
 def test_a_terminal_gets_one_line_that_is_rewritten_and_a_file_whole_lines():

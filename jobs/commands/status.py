@@ -31,8 +31,9 @@ def describe_status(run: Run) -> str:
     repeats = f"attempts of shards lost {status.attempts_lost:,}" if status.attempts_lost else ""
     if overcome := ", ".join(filter(None, [status.recoveries.describe(), repeats])):
         lines.append(f"  overcome  {overcome}")
-    for reason, count in sorted(status.errors.items(), key=lambda item: -item[1])[:SHOWN_REASONS]:
-        lines.append(f"  rejected  {count:,} x {printable(reason)}")
+    lines += [f"  warning   {printable(line)}" for line in status.silent.values()]
+    for kind, failures in list(status.failures.items())[:SHOWN_REASONS]:
+        lines.append(f"  failed    {printable(failures.describe(kind))}")
     if status.rows_rejected:
         lines.append(f"  rejected rows are in {path}/_rejected")
     if status.rows_aligned:

@@ -136,6 +136,7 @@ class RunningRow:
             payments=self._payments(),
             num_unsolved=sum(outcome.status != Status.CONVERGED for outcome in self.outcomes),
             tokens=tuple(self._trace(outcome, prompter) for outcome in self.outcomes) if with_tokens else (),
+            values=self._values(),
         )
         if with_summary:
             record = replace(
@@ -184,6 +185,14 @@ class RunningRow:
             rewards=dict.fromkeys(self.principal_names),
             payments=dict.fromkeys(self.principal_names),
         )
+
+    def _values(self) -> dict[str, tuple[float, float]]:
+        """The lowest and the highest token reward of each principal."""
+        by_principal = zip(*(outcome.rewards for outcome in self.outcomes), strict=True)
+        return {
+            name: (min(rewards), max(rewards))
+            for name, rewards in zip(self.principal_names, by_principal, strict=True)
+        }
 
     def _payments(self) -> dict[str, float | None]:
         paid = [outcome.payments for outcome in self.outcomes if outcome.payments is not None]

@@ -11,6 +11,8 @@ from itertools import product
 from pipeline.engine.engine import Engine
 from pipeline.errors import CageError, HostError
 from pipeline.monitoring.counts import Counts, Recoveries
+from pipeline.monitoring.reasons import failures_of
+from pipeline.monitoring.values import values_of
 from pipeline.monitoring.waits import waiting_for
 from pipeline.protocol.hosts import Hosts
 from pipeline.records import Record, Row
@@ -123,7 +125,7 @@ class ShardDecoder:
             shard = self._open[record.row_id]
             shard.output.records.append(record)
             shard.num_waiting -= 1
-            self._counts += Counts(1, int(record.is_rejected), record.num_tokens)
+            self._counts += _counted(record)
             if shard.is_read and shard.num_waiting == 0:
                 self._close(shard)
         finished, self._finished = self._finished, []
@@ -158,3 +160,9 @@ class ShardDecoder:
         shard.output.recoveries = self._engine.recoveries - self._reported
         self._reported = self._engine.recoveries
         self._finished.append(shard.output)
+
+
+def _counted(record: Record) -> Counts:
+    """The counts of one answer."""
+    failed = [(record.row_id, record.error)] if record.is_rejected else []
+    return Counts(1, len(failed), record.num_tokens, failures=failures_of(failed), values=values_of([record]))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from pipeline.monitoring.reasons import Failures, add_failures
+from pipeline.monitoring.values import ValueRange, add_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +52,30 @@ class Counts:
     """What was done since the command started.
 
     Args:
-        rows: answers done, rejected ones included.
-        rejected: answers rejected.
+        rows: answers done, failed ones included.
+        failed: answers without a result.
         tokens: of finished answers.
         steps: of the engines. A step draws a token for each row of a batch, also for a row that began again.
         recoveries: faults that were overcome.
+        failures: the failed answers by kind of reason.
+        values: of each principal over all drawn tokens.
     """
 
     rows: int = 0
-    rejected: int = 0
+    failed: int = 0
     tokens: int = 0
     steps: int = 0
     recoveries: Recoveries = field(default_factory=Recoveries)
+    failures: Mapping[str, Failures] = field(default_factory=dict)
+    values: Mapping[str, ValueRange] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
             self.rows + other.rows,
-            self.rejected + other.rejected,
+            self.failed + other.failed,
             self.tokens + other.tokens,
             self.steps + other.steps,
             self.recoveries + other.recoveries,
+            add_failures(self.failures, other.failures),
+            add_values(self.values, other.values),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, model_validator
 
@@ -25,6 +25,10 @@ class ArmPrincipal(PrincipalSection):
     is another model, "backbone" (the adapter's model without the adapter) or "none".
     """
 
+    silent_because: ClassVar[str] = (
+        "the adapter changes nothing (it matches no layer, or its matrices are zero), or model and reference have "
+        "the same weights"
+    )
     kind: Literal["arm"]
     model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
     adapter: str | None = None

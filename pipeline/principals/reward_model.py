@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -22,6 +22,10 @@ class RewardModelPrincipal(PrincipalSection):
     indifferent.
     """
 
+    silent_because: ClassVar[str] = (
+        "its head gives every text the same score, `label` picks an output that never changes, or `scale` is too "
+        "small"
+    )
     kind: Literal["reward_model"]
     model: Annotated[ModelConfig, BeforeValidator(model_from_name), Field(description="the sequence classifier")]
     candidates: int = Field(10, ge=1, le=4096, description="of the base's likeliest, how many it scores")

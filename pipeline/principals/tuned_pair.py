@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class TunedPairPrincipal(PrincipalSection):
     """q(a) = log pi_model(a | x) - log pi_reference(a | x): for example a DPO policy and its reference."""
 
+    silent_because: ClassVar[str] = "model and reference have the same weights"
     kind: Literal["tuned_pair"]
     model: Annotated[ModelConfig, BeforeValidator(model_from_name), Field(description="the tuned policy")]
     reference: Annotated[

@@ -34,6 +34,7 @@ def describe_facts(run: Run, tally: Tally) -> dict[str, Any]:
         ("Shards", f"{status.shards_done:,} of {status.num_shards:,} committed"),
         ("Last commit", NOTHING if last is None else f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC"),
         ("Program", f"version {plain(print_.get('code.version'))}"),
+        *(("Warning", visible(line)) for line in status.silent.values()),
     ]
     return {
         "title": visible(status.path.rstrip("/").rpartition("/")[2]),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -14,10 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import CageError, StorageError
+from pipeline.monitoring.reasons import Example, Failures
+from pipeline.monitoring.values import ValueRange
 from pipeline.records import Record
 
-REASONS_KEPT = 20
-OTHER_REASONS = "other reasons"
+# Fields that records of earlier versions do not have.
+ABSENT_BEFORE: Mapping[str, Any] = {"recoveries": {}, "examples": {}, "values": {}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,9 @@ class CommitRecord:
         attempt: 1 for the first.
         seconds: how long the attempt took.
         host: where it ran.
-        errors: how often each reason for a rejection occurred.
+        errors: how often each kind of reason for a failure occurred.
+        examples: by kind of reason, the first rows that failed, each as row id and reason.
+        values: by principal, over the drawn tokens: answers, tokens, lowest and highest q in nats.
         recoveries: how often each kind of fault was recovered from, where it is not 0.
     """
 
@@ -57,7 +59,25 @@ class CommitRecord:
     seconds: float = 0.0
     host: str = ""
     errors: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
     recoveries: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> dict[str, Failures]:
+        """The failed answers by kind of reason."""
+        return {
+            kind: Failures(count, tuple(Example(*each) for each in self.examples.get(kind, ())))
+            for kind, count in self.errors.items()
+        }
+
+    @property
+    def value_ranges(self) -> dict[str, ValueRange]:
+        """The values of each principal; empty for a record of an earlier version."""
+        return {
+            name: ValueRange(int(answers), int(tokens), low, high)
+            for name, (answers, tokens, low, high) in self.values.items()
+        }
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, sort_keys=True).encode() + b"\n"
@@ -66,7 +86,7 @@ class CommitRecord:
     def from_json(cls, data: bytes, *, source: str) -> CommitRecord:
         """Read a stored record. Raises StorageError when it is not one."""
         try:
-            tree = {"recoveries": {}, **json.loads(data)}
+            tree = {**ABSENT_BEFORE, **json.loads(data)}
             return cls(**{each.name: tree[each.name] for each in fields(cls)})
         except (ValueError, KeyError, TypeError, RecursionError):
             raise StorageError(f"{source} is not a commit record; remove it to compute the shard again") from None
@@ -106,22 +126,6 @@ def order_records(
     return [answers[key] for answers in by_row.values() for key in sorted(answers)]
 
 
-def count_reasons(reasons: Iterable[str | None]) -> dict[str, int]:
-    """Count errors by kind: a reason without its numbers and quoted values. Rare kinds are counted together."""
-    counts = Counter(_kind(reason or "no reason given") for reason in reasons)
-    kept = dict(counts.most_common(REASONS_KEPT))
-    rest = sum(counts.values()) - sum(kept.values())
-    return {**kept, OTHER_REASONS: rest} if rest else kept
-
-
-def add_reasons(all_counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sum counts of several shards, most frequent first."""
-    total: Counter[str] = Counter()
-    for counts in all_counts:
-        total.update(counts)
-    return dict(total.most_common())
-
-
 def count_tokens(table: pa.Table) -> int:
     return int(sum(table.column("num_tokens").to_pylist()))
 
@@ -135,8 +139,3 @@ def differing_rows(first: pa.Table, second: pa.Table) -> list[tuple[str, int, in
 
 def _by_key(table: pa.Table) -> dict[tuple[str, int, int], Any]:
     return {(row["row_id"], row.get("variant", 0), row["sample"]): row for row in table.to_pylist()}
-
-
-def _kind(reason: str) -> str:
-    without_place = re.sub(r"^(line|row) \d+ of .*?(: | (?=is ))", "", reason)
-    return re.sub(r"'[^']*'|\"[^\"]*\"|(?<![\w-])\d+(\.\d+)?\b", "…", without_place)[:200]

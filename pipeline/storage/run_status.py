@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pipeline.monitoring.counts import Recoveries
-from pipeline.storage.commits import CommitRecord, add_reasons
+from pipeline.monitoring.reasons import FailuresByKind, add_failures
+from pipeline.monitoring.values import Values, add_values, describe_silent
+from pipeline.storage.commits import CommitRecord
 from pipeline.storage.plan import Plan
 
 
@@ -24,7 +26,8 @@ class RunStatus:
         rows_rejected: committed with an error.
         tokens: of the aligned rows.
         seconds: summed over the committed shards, which may have been computed side by side.
-        errors: how often each reason for a rejection occurred, most frequent first.
+        failures: the failed rows by kind of reason, most frequent first.
+        silent: one line for each principal that valued no token of the answers, by its name.
         recoveries: from faults, on the way to the committed shards.
         attempts_lost: attempts at shards before the one that was committed.
         last_commit_at: Unix time; None before the first commit.
@@ -40,16 +43,27 @@ class RunStatus:
     rows_rejected: int
     tokens: int
     seconds: float
-    errors: Mapping[str, int]
+    failures: FailuresByKind
+    silent: Mapping[str, str]
     recoveries: Recoveries
     attempts_lost: int
     last_commit_at: float | None
     is_complete: bool
 
+    @property
+    def errors(self) -> dict[str, int]:
+        """How often each kind of reason occurred, most frequent first."""
+        return {kind: failures.count for kind, failures in self.failures.items()}
+
 
 def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complete: bool) -> RunStatus:
     """Sum up the commit records of the run at `path`."""
     done = list(records)
+    failures: FailuresByKind = {}
+    values: Values = {}
+    for record in done:
+        failures = add_failures(failures, record.failures)
+        values = add_values(values, record.value_ranges)
     return RunStatus(
         path=path,
         digest=plan.digest,
@@ -60,7 +74,8 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
         rows_rejected=sum(record.rejected for record in done),
         tokens=sum(record.tokens for record in done),
         seconds=sum(record.seconds for record in done),
-        errors=add_reasons(record.errors for record in done),
+        failures=failures,
+        silent=describe_silent(values, plan.config.get("principals", {})),
         recoveries=sum((Recoveries(**record.recoveries) for record in done), Recoveries()),
         attempts_lost=sum(record.attempt - 1 for record in done),
         last_commit_at=max((record.committed_at for record in done), default=None),

@@ -13,6 +13,7 @@ A process that is killed between two steps leaves files that the next attempt ta
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +24,10 @@ import pyarrow.parquet as pq
 from pipeline.config.sections import Reproducibility
 from pipeline.errors import NondeterminismError, StorageError
 from pipeline.monitoring.counts import Recoveries
+from pipeline.monitoring.reasons import failures_of
+from pipeline.monitoring.values import values_of
 from pipeline.records import Record
-from pipeline.storage.commits import CommitRecord, count_reasons, count_tokens, differing_rows, sha256
+from pipeline.storage.commits import CommitRecord, count_tokens, differing_rows, sha256
 from pipeline.storage.plan import Plan, Shard
 from pipeline.storage.quoting import one_line, quote
 from pipeline.storage.stores import Store
@@ -72,6 +75,11 @@ class ShardWriter:
             seconds=round(seconds, 3),
             host=host,
             recoveries=_nonzero(recoveries),
+            values={
+                name: [found.answers, found.tokens, found.low, found.high]
+                for name, found in values_of(ordered).items()
+                if math.isfinite(found.low) and math.isfinite(found.high)
+            },
         )
         return self._create_record(record)
 
@@ -152,24 +160,28 @@ class ShardWriter:
         name = f"{self._part(shard.index)}.parquet"
         aligned = _read_table(data, self.store.url(name))
         files = {name: data}
-        reasons: list[str | None] = []
+        failed: list[tuple[str, str | None]] = []
         if rejected_name := (aligned.schema.metadata or {}).get(REJECTED_KEY.encode(), b"").decode():
             rejected_data = self.store.read(rejected_name)
             if rejected_data is None:
                 raise StorageError(f"{self.store.url(rejected_name)} is missing; remove {name} to go on")
             files[rejected_name] = rejected_data
-            reasons = _read_table(rejected_data, self.store.url(rejected_name)).column("error").to_pylist()
+            table = _read_table(rejected_data, self.store.url(rejected_name))
+            columns = (table.column(each).to_pylist() for each in ("row_id", "error"))
+            failed = list(zip(*columns, strict=True))
+        failures = failures_of(failed)
         return CommitRecord(
             shard=shard.index,
             rows=aligned.num_rows,
-            rejected=len(reasons),
+            rejected=len(failed),
             tokens=count_tokens(aligned),
             sha256_by_file={name: sha256(content) for name, content in files.items()},
             num_bytes=sum(len(content) for content in files.values()),
             digest=self.plan.digest,
             committed_at=round(time.time(), 3),
             pyarrow=pa.__version__,
-            errors=count_reasons(reasons),
+            errors={kind: each.count for kind, each in failures.items()},
+            examples={kind: [[e.row_id, e.reason] for e in each.examples] for kind, each in failures.items()},
         )
 
     def _create_record(self, record: CommitRecord) -> CommitRecord:
