@@ -85,6 +85,34 @@ def test_the_better_of_old_and_new_answer_is_chosen_by_weighted_reward(tiny):
     assert records["none"].original_rewards is records["none"].chosen is None
 
 
+def test_an_answer_drawn_just_as_the_existing_one_makes_no_pair(tiny):
+    config = config_of(tiny(seed=2), PAIR, decoding={"max_new_tokens": 8})
+    drawn = decode(config, [ask("a", "hello")])["a"].response
+    record = decode(config, [ask("a", "hello", response=drawn)])["a"]
+    assert record.response == record.original_response == drawn
+    assert record.original_rewards is not None
+    assert record.chosen is record.rejected is None
+
+
+def test_an_existing_answer_beyond_the_context_is_kept_and_not_compared(tiny):
+    config = config_of(tiny(seed=2), PAIR, decoding={"max_new_tokens": 4})
+    assembly = assemble(config, NOWHERE)
+    left = assembly.prompter.context_left(assembly.prompter.encode(ask("a", "hello").messages, {}))
+    num_tokens, fits = 0, ""
+    while num_tokens < left:
+        fits += " sea"
+        num_tokens = len(assembly.prompter.encode_answer(fits))
+    records = decode(
+        config, [ask("fits", "hello", response=fits[:-4]), ask("long", "hello", response=fits + " sea" * 9)]
+    )
+    assert records["fits"].original_rewards is not None
+    assert records["fits"].chosen is not None
+    long = records["long"]
+    assert long.error is None
+    assert long.original_response == fits + " sea" * 9
+    assert long.original_rewards is long.chosen is long.rejected is None
+
+
 def test_without_a_trace_the_statistics_of_the_game_are_left_out(tiny):
     record = decode(config_of(tiny(), PAIR, decoding={"max_new_tokens": 3, "trace": "none"}), [ask("a", "hi")])["a"]
     assert record.kl_per_token is record.covered_mass is record.max_residual is None

@@ -110,10 +110,16 @@ class HostCalls:
         return Reply(partial(self._sum_rewards, scores))
 
     def score_original(self, running: RunningRow) -> None:
-        """Ask for the rewards of a row's existing answer; they are collected with its next token."""
+        """Ask for the rewards of a row's existing answer; they are collected with its next token.
+
+        An answer that does not fit into a role's context is not scored: a part of it has other rewards.
+        """
         if running.row.response is None or not self._topology.principals or running.original_rewards is not None:
             return
-        answer = self._prompter.encode_answer(running.row.response)[: self._prompter.context_left(running.prompts)]
+        answer = self._prompter.encode_answer(running.row.response)
+        left = self._prompter.context_left(running.prompts)
+        if left is not None and len(answer) > left:
+            return
         running.original_scores = self.score(running.prompts, answer)
 
     def collect_original(self, running: RunningRow) -> None:

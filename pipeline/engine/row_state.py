@@ -149,9 +149,17 @@ class RunningRow:
         return self._with_original(record)
 
     def _with_original(self, record: Record) -> Record:
-        """Add the existing answer's rewards and say which of the two has the higher weighted reward."""
+        """Add the existing answer, its rewards, and which of the two has the higher weighted reward.
+
+        There are no rewards where it was not scored (it does not fit into a context), and no pair without them or
+        where both answers are the same.
+        """
+        record = replace(record, original_response=self.row.response)
         original_rewards = self.original_rewards
         if original_rewards is None:
+            return record
+        record = replace(record, original_rewards=self._by_name(original_rewards))
+        if record.response == self.row.response:
             return record
         total = sum(w * float(r or 0.0) for w, r in zip(self.terms.weights, record.rewards.values(), strict=True))
         original_total = sum(w * r for w, r in zip(self.terms.weights, original_rewards, strict=True))
@@ -159,8 +167,6 @@ class RunningRow:
         original = self.row.response
         return replace(
             record,
-            original_response=original,
-            original_rewards=self._by_name(original_rewards),
             chosen=record.response if is_better else original,
             rejected=original if is_better else record.response,
         )
