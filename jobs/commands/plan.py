@@ -12,6 +12,7 @@ from pipeline.config.sections import Config, Transport
 from pipeline.config.variants import lay_out
 from pipeline.hub.descriptions import ModelDescription, describe_model
 from pipeline.hub.embedded import default_cache_folder
+from pipeline.hub.families import PLAIN
 from pipeline.principals.section import TUNED
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostPlan, PrincipalPlan, Scoring
@@ -49,6 +50,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         *_on_text(replica),
         "",
         _hosts(replica),
+        *_decoding(replica),
         "",
         _placement(replica),
         f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
@@ -123,6 +125,19 @@ def _hosts(replica: ReplicaPlan) -> str:
         for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
     ]
     return table(["host", "model", "parameters", "roles, in one forward pass a step"], rows)
+
+
+def _decoding(replica: ReplicaPlan) -> list[str]:
+    """A line for each language model that is not known to be decoded in slots."""
+    lines = []
+    for name, expected in replica.expected.items():
+        if expected.decoding == PLAIN:
+            reason = f": {expected.reason}" if expected.reason else ", as the configuration says"
+            lines.append(f"{name} is decoded one row at a time, which is slow{reason}")
+        elif expected.decoding is None:
+            model_type = replica.facts[name].model_type
+            lines.append(f"{name}: `cage models` does not know {model_type}; it is checked when it is loaded")
+    return lines
 
 
 def _placement(replica: ReplicaPlan) -> str:

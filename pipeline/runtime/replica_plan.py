@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from pipeline.config.sections import Config, Reproducibility
 from pipeline.config.variants import Variant, lay_out
+from pipeline.errors import ConfigurationError
+from pipeline.hub.chat_templates import PromptTemplate, end_of_turn
+from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
 from pipeline.hub.model_facts import ModelFacts, read_model_facts
 from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_model
 from pipeline.hub.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
-from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, stop_token_ids
+from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_stop_ids, stop_token_ids
+from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, Topology
+from pipeline.runtime.prompt_templates import plan_templates
 from pipeline.runtime.reward_specs import specify_reward
 from pipeline.runtime.topology import adapters_of, build_topology, models_of
 
@@ -54,8 +60,11 @@ class ReplicaPlan:
         identities: every model and adapter by content, by its dotted place in the configuration.
         facts: of each host's model, by host name.
         tokenizers: of each host's tokenizer, by host name.
+        templates: how prompts are written, by role.
         stop_ids: token ids that end an answer.
+        end_id: the token that follows a finished answer; None where there is none.
         variants: the ways to answer a row.
+        expected: how each host's model will be decoded, by host name; reward models are left out.
     """
 
     config: Config
@@ -65,8 +74,11 @@ class ReplicaPlan:
     identities: Mapping[str, str]
     facts: Mapping[str, ModelFacts]
     tokenizers: Mapping[str, TokenizerFacts]
+    templates: Mapping[str, PromptTemplate]
     stop_ids: frozenset[int]
+    end_id: int | None
     variants: tuple[Variant, ...]
+    expected: Mapping[str, Expected]
 
 
 def resolve_models(
@@ -99,16 +111,20 @@ def resolve_models(
     return ResolvedModels(models, adapters)
 
 
-def plan_replica(config: Config, resolved: ResolvedModels, cache_folder: Path) -> ReplicaPlan:
+def plan_replica(
+    config: Config, resolved: ResolvedModels, cache_folder: Path, *, now: datetime | None = None
+) -> ReplicaPlan:
     """Compare vocabularies and lay out hosts.
 
     Args:
         config: of the run.
         resolved: its models and adapters.
         cache_folder: where the hosts keep weights that they fetch.
+        now: the time that chat templates are given; None: that of this call.
 
     Raises:
-        ConfigurationError: a tokenizer differs from the base's, or a model is not of the kind that it is used as.
+        ConfigurationError: a tokenizer differs from the base's, a model is not of the kind that it is used as, or a
+            chat template cannot do what is asked of it.
     """
     source_of = {model.model_dump_json(): resolved.models[place] for place, model in models_of(config)}
     topology = build_topology(config, identify=lambda model: source_of[model.model_dump_json()].identity)
@@ -120,7 +136,11 @@ def plan_replica(config: Config, resolved: ResolvedModels, cache_folder: Path) -
     vocab_size = min(
         [len(tokenizers[BASE].token_by_id), *(facts[name].vocab_size for name in facts if name not in read_text)]
     )
+    templates = plan_templates(config, topology, tokenizers, now or datetime.now())
+    ends_turn = _end_of_turn(templates[BASE], tokenizers[BASE])
+    stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], facts[BASE])
     variants = lay_out(config)
+    expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.is_reward_model}
 
     def specify(plan: HostPlan) -> HostSpec:
         return HostSpec(
@@ -148,9 +168,40 @@ def plan_replica(config: Config, resolved: ResolvedModels, cache_folder: Path) -
         identities=resolved.identities,
         facts=facts,
         tokenizers=tokenizers,
-        stop_ids=stop_token_ids(sources[BASE], tokenizers[BASE], facts[BASE]),
+        templates=templates,
+        stop_ids=stop_ids | ends_turn | special_stop_ids(config.decoding.stop, tokenizers[BASE]),
+        end_id=next(iter(ends_turn), tokenizers[BASE].eos_token_id),
         variants=variants,
+        expected=expected,
     )
+
+
+def _end_of_turn(template: PromptTemplate, tokenizer: TokenizerFacts) -> frozenset[int]:
+    """The token that the base's template writes after an answer, if it writes one."""
+    if template.text is None:
+        return frozenset()
+    variables = {**tokenizer.named_tokens, **template.variables}
+    found = end_of_turn(template.text, variables, tokenizer.special_tokens)
+    return frozenset() if found is None else frozenset({found})
+
+
+def _expect(plan: HostPlan, source: ModelSource) -> Expected:
+    """How a language model will be decoded.
+
+    Raises:
+        ConfigurationError: its configuration tells that it cannot be, or not in slots where that is asked for.
+    """
+    config = read_json(LocalTree(Path(source.path)), CONFIG)
+    expected = expect(config)
+    where = f"{source.name} (for {', '.join(plan.serves)}), architecture {config.get('model_type')}"
+    if expected.decoding == REFUSED:
+        raise ConfigurationError(f"{where}, cannot be decoded: {expected.reason}")
+    if expected.decoding == PLAIN and plan.model.attention == "slots":
+        raise ConfigurationError(
+            f"{where}, is not decoded in slots: {expected.reason}; with attention: auto it is decoded one row at a "
+            "time"
+        )
+    return Expected(PLAIN) if plan.model.attention == "plain" else expected
 
 
 def _hosts_that_read_text(topology: Topology, tokenizers: Mapping[str, TokenizerFacts]) -> list[str]:
