@@ -128,9 +128,10 @@ class ReplacedModule(_Adapted):
 
 @contextmanager
 def without_peft_warnings() -> Iterator[None]:
-    """Hide the warning that peft uses a deprecated name of transformers."""
+    """Hide peft's warnings: of its own use of transformers, of merging, and of faults that are errors here."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 

@@ -27,9 +27,8 @@ from transformers import (
 from pipeline.errors import ConfigurationError
 from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
-from pipeline.hub.weight_files import ADAPTER_WEIGHTS, LocalTree, find_model_files
+from pipeline.hub.weight_files import LocalTree, find_model_files
 from pipeline.protocol.specs import HostSpec
-from pipeline.worker.adapters import without_peft_warnings
 
 # what wrappers put before or into the names of a model's weights, where the wrapped model is saved
 WRAPPERS = {
@@ -97,37 +96,6 @@ def load_whole(spec: HostSpec, loader: Any, folder: Path, *, dtype: torch.dtype)
     return model, _describe_faults(report, is_composite=_is_composite(model.config))
 
 
-def check_adapter(model: Any, name: str, folder: Path, title: str) -> None:
-    """Refuse an adapter that is not used whole: names that match nothing, and weights that its own targets lack.
-
-    Args:
-        model: peft's, with the adapter loaded.
-        name: of the adapter in it.
-        folder: of its files.
-        title: names the host in the message.
-
-    Raises:
-        ConfigurationError: with the first names and their number.
-    """
-    from peft import get_peft_model_state_dict
-
-    with without_peft_warnings():
-        of_adapter = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    wanted = {key: tuple(value.shape) for key, value in of_adapter.items()}
-    # beside an adapter of the embeddings peft also writes the embeddings themselves
-    found = {key: shape for key, shape in _shapes_in(folder / ADAPTER_WEIGHTS).items() if ".base_layer." not in key}
-    faults = []
-    if missing := sorted(wanted.keys() - found.keys()):
-        faults.append(f"its file lacks {_listed(missing)}")
-    if unknown := sorted(found.keys() - wanted.keys()):
-        faults.append(f"nothing in the model matches {_listed(unknown)}")
-    if other := sorted(key for key in wanted.keys() & found.keys() if wanted[key] != found[key]):
-        faults.append(f"another shape than in the model: {_listed(other)}")
-    if faults or not found:
-        what = "; ".join(faults) or "its file holds no weights"
-        raise ConfigurationError(f"{title}: the adapter in {folder} cannot be used whole: {what}")
-
-
 def _read(spec: HostSpec, loader: Any, folder: Path, **options: Any) -> Any:
     try:
         return loader.from_pretrained(folder, trust_remote_code=spec.source.trust_remote_code, **options)
@@ -135,7 +103,7 @@ def _read(spec: HostSpec, loader: Any, folder: Path, **options: Any) -> Any:
         raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a safetensors file, by name."""
     with file.open("rb") as handle:
         header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
@@ -145,7 +113,7 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
 def _weight_names(folder: Path) -> list[str]:
     """The names of a checkpoint's weights, of the files that transformers reads."""
     files = find_model_files(LocalTree(folder)).weights
-    return [name for file in files for name in _shapes_in(folder / file)]
+    return [name for file in files for name in shapes_in(folder / file)]
 
 
 def _find_wrappers(names: Sequence[str], title: str) -> dict[str, str]:
@@ -171,9 +139,7 @@ def _find_wrappers(names: Sequence[str], title: str) -> dict[str, str]:
     read_as = Counter(_without(found, name) for name in names)
     if twice := sorted(name for name, count in read_as.items() if count > 1):
         left_by = " and ".join(found.values())
-        raise ConfigurationError(
-            f"{title}: its files hold {_listed(twice)} twice, the names as {left_by} leaves them"
-        )
+        raise ConfigurationError(f"{title}: its files hold {listed(twice)} twice, the names as {left_by} leaves them")
     return found
 
 
@@ -192,16 +158,17 @@ def _describe_faults(report: Mapping[str, Any], *, is_composite: bool) -> str | 
     """What transformers' loading report says that must not be."""
     faults = []
     if missing := sorted(report["missing_keys"] - {name for name, *_ in report["mismatched_keys"]}):
-        faults.append(f"its files lack {_listed(missing)}, which would be random")
+        faults.append(f"its files lack {listed(missing)}, which would be random")
     unexpected = sorted(report["unexpected_keys"])
     if unexpected and not (is_composite and not missing):
-        faults.append(f"its files hold {_listed(unexpected)}, which the model has no place for")
+        faults.append(f"its files hold {listed(unexpected)}, which the model has no place for")
     if mismatched := sorted((name, list(stored), list(own)) for name, stored, own in report["mismatched_keys"]):
         shown = [f"{name} {stored}, not {own}" for name, stored, own in mismatched]
-        faults.append(f"another shape than its configuration says: {_listed(shown)}")
+        faults.append(f"another shape than its configuration says: {listed(shown)}")
     return "; ".join(faults) or None
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The number of some weights and the first of their names."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{len(names)} weight{'s' * (len(names) != 1)} ({', '.join(names[:SHOWN])}{more})"

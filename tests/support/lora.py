@@ -16,11 +16,10 @@ def make_lora(folder: Path, model: Path, *targets: str, seed: int = 0, **options
     base = AutoModelForCausalLM.from_pretrained(model)
     torch.manual_seed(seed)
     config = peft.LoraConfig(
-        target_modules=list(targets),
+        **{"target_modules": list(targets), "r": 4, **options},
         init_lora_weights=False,
         task_type="CAUSAL_LM",
         fan_in_fan_out=base.config.model_type == "gpt2",
-        **{"r": 4, **options},
     )
     wrapped = peft.get_peft_model(base, config)
     with torch.no_grad():  # modules that come as a whole begin as copies
