@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 import torch
@@ -21,12 +22,14 @@ import cage
 from cage.rule_names import RuleName
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
-from pipeline.engine.prompts import ChatPrompter
+from pipeline.engine.prompts import ChatPrompter, HostText
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.hub.model_facts import context_length, text_config
+from pipeline.hub.tokenizer_facts import facts_of_tokenizer
 from pipeline.protocol.messages import Terms
 from pipeline.protocol.topology import BASE
 from pipeline.records import Message
+from pipeline.runtime.prompt_templates import plan_templates
 from pipeline.runtime.topology import build_topology
 from pipeline.sampling.games import as_game, solve, token_rewards
 from pipeline.sampling.proposals import propose_from
@@ -102,11 +105,17 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self._device = next(model.parameters()).device
         sizes = [text_config(each.config).vocab_size for each in models.values()]
         self._vocab_size = min([len(tokenizer), *sizes])
+        facts = facts_of_tokenizer(tokenizer)
+        special = frozenset(facts.special_tokens)
         self._prompter = ChatPrompter(
             self._topology,
-            dict.fromkeys(models, tokenizer),
-            {name: context_length(each.config) for name, each in models.items()},
+            {
+                name: HostText(tokenizer, context_length(each.config), text_config(each.config).vocab_size, special)
+                for name, each in models.items()
+            },
+            plan_templates(config, self._topology, dict.fromkeys(models, facts), datetime.now()),
             frozenset(),
+            None,
         )
         self._passes = [
             RolePasses(models[plan.name], names, vocab_size=self._vocab_size, pad_id=self._pad_id)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 EMBEDDED_MODEL = "smollm2-135m"
+Placement = Literal["auto", "system", "user"]
 
 
 def shortened(value: Any) -> str:
@@ -51,6 +52,9 @@ class BaseConfig(ModelConfig):
     """The agent: the base LLM."""
 
     chat_template: str | None = Field(None, description="Jinja chat template instead of the tokenizer's own")
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="what the chat template reads besides messages, such as enable_thinking"
+    )
 
 
 class ReferenceConfig(ModelConfig):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pipeline.engine.placement import place
+from pipeline.engine.special_text import TextEncoder
 from pipeline.errors import RowError
+from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.protocol.topology import BASE, Role, Topology
 from pipeline.records import Message
 
@@ -41,29 +45,57 @@ class Prompter(Protocol):
         """One token as text, special ones by name."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostText:
+    """What is known of the text that a host's model reads.
+
+    Args:
+        tokenizer: of transformers.
+        context_length: in tokens; None where the model states none.
+        vocab_size: tokens that the model's embedding has.
+        special_tokens: tokens that are no text, as text.
+    """
+
+    tokenizer: Any
+    context_length: int | None
+    vocab_size: int
+    special_tokens: frozenset[str] = frozenset()
+
+
 class ChatPrompter:
     """Renders conversations by the chat template of each role and encodes them.
 
     Args:
         topology: the roles.
-        tokenizers: by host name; all hold the same vocabulary, but for those of reward models.
-        context_lengths: by host name, in tokens; None where the model states none.
+        hosts: by host name; all tokenizers hold the same vocabulary, but for those of reward models.
+        templates: how prompts are written, by role.
         stop_ids: token ids that end an answer.
+        end_id: the token that follows a finished answer; None where there is none.
+        allow_special_tokens: whether special tokens in messages and answers are read as tokens, not as text.
     """
 
     def __init__(
         self,
         topology: Topology,
-        tokenizers: Mapping[str, Any],
-        context_lengths: Mapping[str, int | None],
+        hosts: Mapping[str, HostText],
+        templates: Mapping[str, PromptTemplate],
         stop_ids: frozenset[int],
+        end_id: int | None,
+        *,
+        allow_special_tokens: bool = False,
     ) -> None:
         self._roles = topology.roles
-        self._tokenizers = tokenizers
-        self._context_lengths = context_lengths
-        self._base = tokenizers[BASE]
+        self._hosts = hosts
+        self._templates = templates
+        self._base = hosts[BASE].tokenizer
         self._prefixes: dict[tuple[str, str | None], list[int]] = {}
         self._stop_ids = stop_ids
+        self._end_id = end_id
+        none = frozenset[str]()
+        self._encoders = {
+            name: TextEncoder(host.tokenizer, none if allow_special_tokens else host.special_tokens)
+            for name, host in hosts.items()
+        }
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -74,13 +106,21 @@ class ChatPrompter:
         """Token ids of the prompt by role name; `weights` are in scope of the templates of roles that take them.
 
         Raises:
-            RowError: a template refuses the messages, or a prompt is empty or longer than its role's context.
+            RowError: a template refuses the messages, or a prompt is empty, is longer than its role's context, or has
+                a token that the role's model does not know.
         """
         prompts = {name: self._encode_role(role, messages, weights) for name, role in self._roles.items()}
         for name, ids in prompts.items():
-            limit = self._context_lengths[self._roles[name].host]
+            host = self._hosts[self._roles[name].host]
+            limit = host.context_length
             if not ids:
                 raise RowError(f"the prompt has no tokens for {name}")
+            if (largest := max(ids)) >= host.vocab_size:
+                token = host.tokenizer.convert_ids_to_tokens(largest)
+                raise RowError(
+                    f"the prompt has the token {token!r} ({largest}), and the model of {name} has embeddings for "
+                    f"{host.vocab_size} tokens only"
+                )
             if limit is not None and len(ids) >= limit:
                 raise RowError(
                     f"the prompt has {len(ids)} tokens for {name}, whose context holds {limit} with the answer"
@@ -122,15 +162,14 @@ class ChatPrompter:
         left = [
             limit - len(ids)
             for name, ids in prompts.items()
-            if (limit := self._context_lengths[self._roles[name].host]) is not None
+            if (limit := self._hosts[self._roles[name].host].context_length) is not None
         ]
         return min(left, default=None)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an existing answer, with an end token as a finished answer has."""
-        ids = list(self._base(text, add_special_tokens=False)["input_ids"])
-        end = self._base.eos_token_id
-        return [*ids, end] if end is not None else ids
+        """Token ids of an existing answer, with the end of a turn as a finished answer has."""
+        ids = self._encoders[BASE].encode_text(text)
+        return [*ids, self._end_id] if self._end_id is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
@@ -141,24 +180,24 @@ class ChatPrompter:
         return str(self._base.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _encode_role(self, role: Role, messages: Sequence[Message], weights: Mapping[str, float]) -> list[int]:
-        tokenizer = self._tokenizers[role.host]
-        template = role.chat_template or tokenizer.chat_template or self._base.chat_template
-        if template is None:
-            return list(tokenizer(_plain_text(messages, role.principle))["input_ids"])
-        if role.principle is not None and "principle" not in template:
-            messages = _with_principle(messages, role.principle)
+        tokenizer, encoder = self._hosts[role.host].tokenizer, self._encoders[role.host]
+        template = self._templates[role.name]
+        if template.text is None:
+            return encoder.encode_text(_plain_text(messages, role.principle), starts=True)
+        marked = encoder.mark(list(place(messages, role.principle, template)))
         try:
             text = tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template,
+                marked,
+                chat_template=template.text,
                 tokenize=False,
                 add_generation_prompt=True,
-                principle=role.principle or "",
+                principle=encoder.mark(role.principle or ""),
                 **({"weights": dict(weights)} if role.takes_weights else {}),
+                **template.variables,
             )
         except Exception as error:  # Jinja runs the template's own code: any error is the row's
             raise RowError(f"the chat template of {role.name} refused the messages: {error}") from error
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encoder.encode_marked(text)
 
 
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -166,14 +205,6 @@ def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
     return next(
         (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
-
-
-def _with_principle(messages: Sequence[Message], principle: str) -> list[Message]:
-    """Append the principle to the system message, or add one."""
-    if messages and messages[0]["role"] == "system":
-        system = {"role": "system", "content": f"{messages[0]['content']}\n\n{principle}"}
-        return [system, *messages[1:]]
-    return [{"role": "system", "content": principle}, *messages]
 
 
 def _plain_text(messages: Sequence[Message], principle: str | None) -> str:

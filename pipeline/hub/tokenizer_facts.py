@@ -38,12 +38,21 @@ class TokenizerFacts:
     Attributes:
         token_by_id: every token, added and special ones included.
         eos_token_id: the id that ends a text; None where there is none.
-        has_chat_template: whether it can render a conversation.
+        chat_template: renders conversations; None where there is none.
+        special_tokens: tokens that are no text, by what they look like as text, with their ids.
+        named_tokens: special tokens by the names that templates know, such as "bos_token".
     """
 
     token_by_id: Mapping[int, str]
     eos_token_id: int | None
-    has_chat_template: bool
+    chat_template: str | None
+    special_tokens: Mapping[str, int]
+    named_tokens: Mapping[str, str]
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it can render a conversation."""
+        return self.chat_template is not None
 
 
 def read_tokenizer_facts(source: ModelSource) -> TokenizerFacts:
@@ -60,8 +69,21 @@ def facts_of_tokenizer(tokenizer: Any) -> TokenizerFacts:
     return TokenizerFacts(
         token_by_id={token_id: token for token, token_id in tokenizer.get_vocab().items()},
         eos_token_id=tokenizer.eos_token_id,
-        has_chat_template=bool(tokenizer.chat_template),
+        chat_template=default_template(tokenizer.chat_template),
+        special_tokens={
+            token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        },
+        named_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     )
+
+
+def default_template(stated: Any) -> str | None:
+    """The template of conversations, of one template or several named ones; None where there is none."""
+    if isinstance(stated, list):  # the form of tokenizer_config.json
+        stated = {each["name"]: each["template"] for each in stated}
+    if isinstance(stated, Mapping):
+        stated = stated.get("default")
+    return str(stated) if stated else None
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -89,11 +111,12 @@ def _stated_facts(source: ModelSource) -> TokenizerFacts | None:
         return None
     settings = read_json(tree, TOKENIZER_CONFIG)
     kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    if "auto_map" in settings or kind not in DEFAULT_TOKENS:
+    if "auto_map" in settings or kind not in DEFAULT_TOKENS or any((folder / TEMPLATES).glob("*.jinja")):
         return None
     if kind not in ("TokenizersBackend", "PreTrainedTokenizer") and not settings.get("eos_token"):
         return None  # the class has an end of its own
-    id_by_token = _id_by_token(read_json(tree, TOKENIZER))
+    tokenizer = read_json(tree, TOKENIZER)
+    id_by_token = _id_by_token(tokenizer)
     stated = {token: id_by_token.get(token) for token in (*DEFAULT_TOKENS[kind], *_special_tokens(settings))}
     if None in stated.values():  # transformers would add it
         return None
@@ -101,11 +124,15 @@ def _stated_facts(source: ModelSource) -> TokenizerFacts | None:
         if id_by_token.get(token["content"]) != int(token_id):
             return None
     end = settings.get("eos_token")
+    named = {key: _text(value) for key, value in settings.items() if _names_token(key, value)}
+    marked = [token["content"] for token in tokenizer["added_tokens"] if token["special"]]
+    template = (folder / TEMPLATE).read_text("utf-8") if names.get(TEMPLATE) else settings.get("chat_template")
     return TokenizerFacts(
         token_by_id={token_id: token for token, token_id in id_by_token.items()},
         eos_token_id=None if end is None else id_by_token[_text(end)],
-        has_chat_template=bool(settings.get("chat_template") or names.get(TEMPLATE))
-        or any((folder / TEMPLATES).glob("*.jinja")),
+        chat_template=default_template(template),
+        special_tokens={token: id_by_token[token] for token in (*marked, *_special_tokens(settings))},
+        named_tokens=named,
     )
 
 
@@ -120,11 +147,16 @@ def _id_by_token(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 def _special_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
     """Every token that tokenizer_config.json names, in whatever form."""
     for key, value in settings.items():
-        if key.endswith("_token") and not isinstance(value, bool | None):
+        if _names_token(key, value):
             yield _text(value)
     for key in ("additional_special_tokens", "extra_special_tokens"):
         named = settings.get(key) or []
         yield from map(_text, named.values() if isinstance(named, Mapping) else named)
+
+
+def _names_token(key: str, value: Any) -> bool:
+    """Whether an entry of tokenizer_config.json names a token, as `bos_token` does and `add_bos_token` does not."""
+    return key.endswith("_token") and not isinstance(value, bool | None)
 
 
 def _text(token: Any) -> str:

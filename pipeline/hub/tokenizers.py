@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigurationError
@@ -54,6 +54,22 @@ def stop_token_ids(source: ModelSource, tokenizer: TokenizerFacts, facts: ModelF
     if GENERATION_CONFIG in tree.sizes:
         found |= as_ids(read_json(tree, GENERATION_CONFIG).get("eos_token_id"))
     return found
+
+
+def special_stop_ids(stop: Sequence[str], tokenizer: TokenizerFacts) -> frozenset[int]:
+    """Ids of the stop strings that are special tokens: these are no part of an answer's text, and not found in it.
+
+    Raises:
+        ConfigurationError: a stop string has a special token beside other text.
+    """
+    special = tokenizer.special_tokens
+    for text in stop:
+        if text not in special and (mixed := [token for token in special if token and token in text]):
+            raise ConfigurationError(
+                f"decoding.stop: {text!r} has the special token {max(mixed, key=len)!r} beside other text, and would "
+                "never be found; give the token alone"
+            )
+    return frozenset(special[text] for text in stop if text in special)
 
 
 def _listed(ids: list[int], tokens: Mapping[int, str]) -> str:

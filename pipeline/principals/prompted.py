@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from pipeline.principals.section import REFERENCE, TUNED, PrincipalSection, RoleRequest, log_ratio
-from pipeline.sections import ModelConfig, model_from_name
+from pipeline.sections import ModelConfig, Placement, model_from_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,14 +22,21 @@ class PromptedPrincipal(PrincipalSection):
         "or the principal's template does not use `principle`"
     )
     kind: Literal["prompted"]
-    principle: str = Field(min_length=1, description="what the principal asks for, given as a system message")
+    principle: str = Field(min_length=1, description="what the principal asks for")
+    placement: Placement = Field(
+        "auto",
+        description="where the principle goes: the system message, the first user message, or (auto) the system "
+        "message where the chat template writes it",
+    )
     model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
 
     def roles(self) -> dict[str, RoleRequest]:
         """The model with the principle, and without it: the base itself where model and template are the base's."""
         weighted = self.takes_weights
         return {
-            TUNED: RoleRequest(self.model, principle=self.principle, takes_weights=weighted),
+            TUNED: RoleRequest(
+                self.model, principle=self.principle, takes_weights=weighted, placement=self.placement
+            ),
             REFERENCE: RoleRequest(self.model, takes_weights=weighted),
         }
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from pipeline.protocol.topology import Scoring
-from pipeline.sections import ModelConfig, Section
+from pipeline.sections import ModelConfig, Placement, Section
 
 if TYPE_CHECKING:  # a configuration is read without torch
     from torch import Tensor
@@ -30,10 +30,11 @@ class RoleRequest:
     Args:
         model: the model that gives it; None is the base's.
         adapter: folder, address or hub id of a LoRA adapter on that model.
-        principle: a system message that only this role reads.
+        principle: what the principal asks for, which only this role reads.
         scoring: set for a sequence reward model, which scores candidates where others give log-probabilities.
         takes_weights: whether its output depends on the row's preference weights. They are in scope of its prompt
             template as `weights`, travel with its prompts, and rows of other weights share none of its prefixes.
+        placement: which message the principle goes into: system, user, or auto, which looks at the template.
     """
 
     model: ModelConfig | None = None
@@ -41,6 +42,7 @@ class RoleRequest:
     principle: str | None = None
     scoring: Scoring | None = None
     takes_weights: bool = False
+    placement: Placement = "auto"
 
 
 class PrincipalSection(Section):
@@ -53,6 +55,10 @@ class PrincipalSection(Section):
     weight: float = Field(1.0, ge=0, description="how much its reward counts in rows without weights of their own")
     template: str | None = Field(
         None, description="Jinja chat template for this principal's prompt (messages, principle, weights in scope)"
+    )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="what its chat template reads besides messages; base.chat_template_kwargs hold where it has none",
     )
     kind: str
 

@@ -7,9 +7,10 @@ that need the same output share a role; roles that share weights share a host an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from pipeline.sections import ModelConfig
+from pipeline.sections import ModelConfig, Placement
 
 BASE = "base"  # the name of the base's role, and of its host
 
@@ -56,8 +57,10 @@ class Role:
         name: of the role.
         host: the name of the host that serves it.
         chat_template: Jinja template of its prompt; None is the tokenizer's own.
-        principle: put into the prompt as a system message.
+        principle: put into the prompt.
         takes_weights: whether the row's weights are in scope of the template and travel with the prompt.
+        placement: which message the principle goes into: system, user, or auto, which looks at the template.
+        template_kwargs: values that the template reads besides the messages.
     """
 
     name: str
@@ -65,6 +68,8 @@ class Role:
     chat_template: str | None = None
     principle: str | None = None
     takes_weights: bool = False
+    placement: Placement = "auto"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pipeline.config.sections import Config
 from pipeline.config.variants import Variant
-from pipeline.engine.prompts import ChatPrompter, Prompter
+from pipeline.engine.prompts import ChatPrompter, HostText, Prompter
 from pipeline.hub.model_facts import facts_of_config, load_model_config
 from pipeline.hub.retokeniser import Retokeniser
-from pipeline.hub.tokenizer_facts import load_tokenizer
+from pipeline.hub.tokenizer_facts import default_template, load_tokenizer
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import BASE, Topology
 from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica, resolve_models
@@ -55,12 +55,13 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
         ConfigurationError: transformers refuses a configuration or a tokenizer.
     """
     for spec in plan.hosts:
-        loaded = facts_of_config(load_model_config(spec.source), spec.source.name)
-        assert loaded == plan.facts[spec.name], f"{spec.source.name} is not what it was planned as: {loaded}"
+        config = facts_of_config(load_model_config(spec.source), spec.source.name)
+        assert config == plan.facts[spec.name], f"{spec.source.name} is not what it was planned as: {config}"
     tokenizers = {spec.name: load_tokenizer(spec.source) for spec in plan.hosts}
     for name, facts in plan.tokenizers.items():
-        stated = (len(facts.token_by_id), facts.eos_token_id, facts.has_chat_template)
-        loaded_as = (len(tokenizers[name]), tokenizers[name].eos_token_id, bool(tokenizers[name].chat_template))
+        loaded = tokenizers[name]
+        stated = (len(facts.token_by_id), facts.eos_token_id, facts.chat_template)
+        loaded_as = (len(loaded), loaded.eos_token_id, default_template(loaded.chat_template))
         assert loaded_as == stated, f"the tokenizer of {name} is not what it was planned as: {loaded_as}"
 
     def complete(spec: HostSpec) -> HostSpec:
@@ -69,12 +70,17 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
         retokeniser = Retokeniser(tokenizers[BASE], tokenizers[spec.name], plan.stop_ids)
         return replace(spec, reward=replace(spec.reward, retokeniser=retokeniser))
 
-    context_lengths = {name: facts.context_length for name, facts in plan.facts.items()}
+    hosts = {
+        name: HostText(
+            tokenizers[name], facts.context_length, facts.vocab_size, frozenset(plan.tokenizers[name].special_tokens)
+        )
+        for name, facts in plan.facts.items()
+    }
     return Assembly(
         config=plan.config,
         topology=plan.topology,
         hosts=tuple(map(complete, plan.hosts)),
         identities=plan.identities,
-        prompter=ChatPrompter(plan.topology, tokenizers, context_lengths, plan.stop_ids),
+        prompter=ChatPrompter(plan.topology, hosts, plan.templates, plan.stop_ids, plan.end_id),
         variants=plan.variants,
     )

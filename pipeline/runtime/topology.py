@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.config.sections import Config
 from pipeline.principals.section import TUNED, PrincipalSection, RoleRequest
@@ -65,27 +67,34 @@ class _TopologyBuilder:
 
     def add_base(self) -> None:
         """The base's role, first of all."""
-        self._add_role(BASE, RoleRequest(), self._config.base.chat_template)
+        base = self._config.base
+        self._add_role(BASE, RoleRequest(), base.chat_template, base.chat_template_kwargs)
 
     def add_principal(self, name: str, section: PrincipalSection) -> PrincipalPlan:
         """The roles that the principal needs, those that are there already included."""
         roles = {}
         for part, request in section.roles().items():
             # a reward model reads prompts by its own tokenizer's template, others by the base's
-            inherited = None if request.scoring is not None else self._config.base.chat_template
+            is_own = request.scoring is not None
+            inherited = None if is_own else self._config.base.chat_template
+            kwargs = section.chat_template_kwargs
+            kwargs = kwargs if is_own else {**self._config.base.chat_template_kwargs, **kwargs}
             own = name if part == TUNED else f"{name}.{part}"
-            roles[part] = self._add_role(own, request, section.template or inherited)
+            roles[part] = self._add_role(own, request, section.template or inherited, kwargs)
         return PrincipalPlan(name, section.weight, section.kind, roles)
 
-    def _add_role(self, name: str, request: RoleRequest, template: str | None) -> str:
+    def _add_role(
+        self, name: str, request: RoleRequest, template: str | None, template_kwargs: Mapping[str, Any]
+    ) -> str:
         """The name of a role that gives what is requested: a new one, or one that gives the same."""
         host = self._host(name, request)
         adapter = None if request.adapter is None else self._adapter(host, request.adapter)
         # scores are a principal's own: each has its label, scale and interval
         own = name if request.scoring is not None else None
-        key = (host.name, own, adapter, template, request.principle, request.takes_weights)
+        prompt = (template, request.principle, request.takes_weights, request.placement)
+        key = (host.name, own, adapter, *prompt, json.dumps(template_kwargs, sort_keys=True))
         if key not in self.roles:
-            self.roles[key] = Role(name, host.name, template, request.principle, request.takes_weights)
+            self.roles[key] = Role(name, host.name, *prompt, template_kwargs)
             host.roles.append(HostRole(name, adapter, request.scoring, request.takes_weights))
         return self.roles[key].name
 

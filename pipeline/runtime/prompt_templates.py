@@ -1,0 +1,127 @@
+"""Finds out how each role's prompts are written: by which template, and where a principle goes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from pipeline.config.sections import Config
+from pipeline.errors import ConfigurationError
+from pipeline.hub.chat_templates import (
+    PrincipleIn,
+    PromptTemplate,
+    SystemMessages,
+    pin_clock,
+    reads_clock,
+    system_messages,
+    variables_of,
+)
+from pipeline.hub.tokenizer_facts import TokenizerFacts
+from pipeline.protocol.topology import BASE, Role, Topology
+
+# what `apply_chat_template` and the engine give a template or decide themselves
+RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "principle",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "strftime_now",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+        "weights",
+    }
+)
+
+
+def plan_templates(
+    config: Config, topology: Topology, tokenizers: Mapping[str, TokenizerFacts], now: datetime
+) -> dict[str, PromptTemplate]:
+    """How the prompts of each role are written, by role.
+
+    Args:
+        config: of the run.
+        topology: its roles.
+        tokenizers: facts of each host's tokenizer, by host name.
+        now: the time that templates are given.
+
+    Raises:
+        ConfigurationError: a template is not Jinja, or does not read a value or a principle that it is given.
+    """
+    templates = {}
+    for name, role in topology.roles.items():
+        own = tokenizers[role.host]
+        text = role.chat_template or own.chat_template or tokenizers[BASE].chat_template
+        place = BASE if name == BASE else f"principals.{name.partition('.')[0]}"
+        _check_kwargs(place, _given_kwargs(config, name), text)
+        templates[name] = _plan_template(role, place, text, own, topology.weights, now)
+    return templates
+
+
+def _plan_template(
+    role: Role, place: str, text: str | None, tokenizer: TokenizerFacts, weights: Mapping[str, float], now: datetime
+) -> PromptTemplate:
+    if text is None:
+        if role.placement == "system":
+            raise ConfigurationError(f"{place}.placement: system needs a chat template, and the model has none")
+        return PromptTemplate(None)
+    in_scope = {**({"weights": weights} if role.takes_weights else {}), **role.template_kwargs}
+    names = variables_of(text)
+    pinned = pin_clock(text, now)
+    system = system_messages(pinned, {**tokenizer.named_tokens, **in_scope})
+    principle_in = _place(role, place, names, system) if role.principle is not None else PrincipleIn.SYSTEM
+    return PromptTemplate(pinned, role.template_kwargs, system, principle_in, reads_clock(text))
+
+
+def _place(role: Role, place: str, names: frozenset[str], system: SystemMessages) -> PrincipleIn:
+    """Where the role's principle goes. Raises ConfigurationError where the prompt would not hold it."""
+    if "principle" in names:
+        if role.placement != "auto":
+            raise ConfigurationError(
+                f"{place}.placement: {role.placement} has no effect, because the template places the principle "
+                "itself; leave placement out"
+            )
+        return PrincipleIn.TEMPLATE
+    if "messages" not in names:
+        raise ConfigurationError(
+            f"{place}: its chat template uses neither messages nor principle, so the principle would change nothing"
+        )
+    if role.placement == "system" and system is not SystemMessages.WRITTEN:
+        raise ConfigurationError(
+            f"{place}.placement: system does not work, because system messages are {system} by the chat template; "
+            "use user or auto"
+        )
+    if role.placement == "user" or system is not SystemMessages.WRITTEN:
+        return PrincipleIn.USER
+    return PrincipleIn.SYSTEM
+
+
+def _given_kwargs(config: Config, role: str) -> Mapping[str, Any]:
+    """The values that the configuration names for this role, without those that it inherits."""
+    section = config.base if role == BASE else config.principals[role.partition(".")[0]]
+    return section.chat_template_kwargs
+
+
+def _check_kwargs(place: str, kwargs: Mapping[str, Any], template: str | None) -> None:
+    """Refuse values that would have no effect. Raises ConfigurationError."""
+    if not kwargs:
+        return
+    where = f"{place}.chat_template_kwargs"
+    if template is None:
+        raise ConfigurationError(f"{where} has no effect: the model has no chat template")
+    for name in sorted(kwargs.keys() & RESERVED):
+        raise ConfigurationError(f"{where}.{name} is set by the run itself and cannot be given")
+    known = variables_of(template)
+    for name in sorted(kwargs.keys() - known):
+        others = ", ".join(sorted(known - RESERVED)) or "nothing"
+        raise ConfigurationError(f"{where}.{name} has no effect: the chat template does not use it; it uses {others}")
