@@ -13,9 +13,11 @@ from pathlib import Path
 from pipeline.errors import ConfigurationError
 from pipeline.hub import embedded
 from pipeline.hub.huggingface import fetch_hub_adapter, fetch_hub_model, resolve_on_hub
+from pipeline.hub.packages import check_packages
 from pipeline.hub.remote import fetch, list_remote
 from pipeline.hub.weight_files import (
     ADAPTER_CONFIG,
+    CONFIG,
     FileTree,
     Inventory,
     LocalTree,
@@ -102,11 +104,13 @@ def resolve_model(
     Of a model elsewhere only configuration, tokenizer and the weights' headers are fetched.
 
     Raises:
-        ConfigurationError: there is no such model, or it cannot be used, and why.
+        ConfigurationError: there is no such model, or it cannot be used, and why: a package that its configuration
+            asks for is missing, for instance.
     """
     location = _locate(name, revision)
     if location is Location.HUB:
         folder, commit, counts = resolve_on_hub(name, revision, with_code=trust_remote_code)
+        check_packages(read_json(LocalTree(folder), CONFIG), name)
         identity = f"hub:{name}@{commit}"
         return ModelSource(name, location, str(folder), commit, identity, counts, trust_remote_code)
     if location is Location.REMOTE:
@@ -117,6 +121,7 @@ def resolve_model(
     else:
         folder = _folder_here(name, location, cache_folder, progress)
         inventory = _inventory_here(folder, adapter=False, with_code=trust_remote_code)
+    check_packages(read_json(LocalTree(folder), CONFIG), name)
     identity = embedded.IDENTITY if location is Location.EMBEDDED else inventory.identity
     counts = inventory.num_parameters_by_dtype
     return ModelSource(name, location, str(folder), None, identity, counts, trust_remote_code)

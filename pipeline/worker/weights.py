@@ -52,7 +52,10 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
         ConfigurationError: the checkpoint cannot be read, or lacks weights, or has others.
     """
     folder = fetch_weights(spec.source, cache_folder=spec.cache_folder)
-    config = _read(spec, AutoConfig, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.source.trust_remote_code)
+    except UNREADABLE as error:
+        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
     loaders: list[Any] = []
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or spec.source.trust_remote_code:
         loaders.append(AutoModelForCausalLM)
@@ -73,34 +76,44 @@ def load_whole(spec: HostSpec, loader: Any, folder: Path, *, dtype: torch.dtype)
     Raises:
         ConfigurationError: the checkpoint cannot be read.
     """
-    wrappers = _find_wrappers(_weight_names(folder), spec.title)
+    model, report = read_with_report(
+        spec.title, loader, folder, dtype=dtype, trust_remote_code=spec.source.trust_remote_code
+    )
+    return model, _describe_faults(report, is_composite=_is_composite(model.config))
+
+
+def read_with_report(
+    title: str, loader: Any, folder: Path, *, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[Any, Mapping[str, Any]]:
+    """A model by one of transformers' classes, and transformers' report on its weights.
+
+    Names that wrappers of training have changed are understood, and a warning says so.
+
+    Raises:
+        ConfigurationError: the checkpoint cannot be read.
+    """
+    wrappers = _find_wrappers(_weight_names(folder), title)
     if wrappers:
         warnings.warn(
-            f"{spec.title}: its files hold the weights of a model that was wrapped by "
+            f"{title}: its files hold the weights of a model that was wrapped by "
             f"{' and '.join(dict.fromkeys(wrappers.values()))}; what that added to their names is left out",
             RuntimeWarning,
             stacklevel=2,
         )
     options = {"key_mapping": dict.fromkeys(wrappers, "")} if wrappers else {}
-    # of weights that have another shape, transformers' report has the names, its error has not
-    model, report = _read(
-        spec,
-        loader,
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
-    return model, _describe_faults(report, is_composite=_is_composite(model.config))
-
-
-def _read(spec: HostSpec, loader: Any, folder: Path, **options: Any) -> Any:
     try:
-        return loader.from_pretrained(folder, trust_remote_code=spec.source.trust_remote_code, **options)
+        model, report = loader.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report has their names, transformers' error has not
+            **options,
+        )
     except UNREADABLE as error:
-        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
+        raise ConfigurationError(f"{title}: {reason_of(error)}") from error
+    return model, report
 
 
 def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:

@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import JudgedAnswer
-from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import ModelSource, fetch_weights
 from pipeline.hub.tokenizer_facts import load_tokenizer
 from pipeline.sections import ModelConfig
 from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.weights import read_with_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +109,17 @@ def load_classifier(name: str, source: ModelSource, cache_folder: Path, placemen
         ConfigurationError: the model cannot be loaded, or has no trained head.
     """
     device = pick_device(placement.device)
-    try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            fetch_weights(source, cache_folder=cache_folder),
-            dtype=pick_dtype(placement.dtype, device),
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigurationError(f"judge {name}: {source.name} cannot be loaded: {reason_of(error)}") from error
+    folder = fetch_weights(source, cache_folder=cache_folder)
+    model, found = read_with_report(
+        f"judge {name}: {source.name}",
+        AutoModelForSequenceClassification,
+        folder,
+        dtype=pick_dtype(placement.dtype, device),
+        trust_remote_code=source.trust_remote_code,
+    )
+    if found["mismatched_keys"]:
+        other = ", ".join(sorted(name for name, *_ in found["mismatched_keys"])[:3])
+        raise ConfigurationError(f"judge {name}: {source.name} has weights of another shape than it says: {other}")
     if found["missing_keys"]:
         # transformers fills a missing head with random numbers, and every score would be noise
         missing = ", ".join(sorted(found["missing_keys"])[:3])
