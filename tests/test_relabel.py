@@ -110,12 +110,11 @@ def test_more_bad_rows_than_the_budget_end_the_run_and_keep_what_is_done(tiny, t
     assert run.is_complete
 
 
-def test_duplicate_ids_are_refused_by_name(tiny, tmp_path):
+def test_rows_of_one_id_fail_by_name(tiny, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n')
-    with pytest.raises(ConfigurationError, match=r"a"):
+    with pytest.raises(ErrorBudgetExceeded, match=r"2 x line 1 of prompts\.jsonl: id 'a' is the id of several rows"):
         run_job(job(prompts, tmp_path / "run", tiny()), tmp_path)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_column_is_refused_with_those_that_exist(tiny, tmp_path):

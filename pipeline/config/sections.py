@@ -157,14 +157,21 @@ def _budget(value: Any) -> Any:
 
 
 class ErrorsConfig(Section):
-    budget: Annotated[int | str, BeforeValidator(_budget)] = Field("5%", description="rejected rows allowed")
+    budget: Annotated[int | str, BeforeValidator(_budget)] = Field("5%", description="failed rows allowed")
+    stop_when_all_fail: float | None = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="end the run when no row was answered and this share of the first shard, and at least 8 rows, "
+        "failed for one reason; null: never",
+    )
     max_attempts: int = Field(3, ge=1, le=100, description="attempts of one shard")
     max_host_failures: int = Field(
         20, ge=0, description="hosts that may fail, one after another, while no row is finished in between"
     )
 
     def allowed(self, num_rows: int) -> int:
-        """Number of rejected rows allowed among `num_rows`."""
+        """Number of failed rows allowed among `num_rows`."""
         if isinstance(self.budget, int):
             return self.budget
         return int(num_rows * float(self.budget.rstrip("% ")) / 100)

@@ -72,8 +72,8 @@ def failures_of(failed: Iterable[tuple[str, str | None]]) -> FailuresByKind:
 
 def add_failures(first: FailuresByKind, second: FailuresByKind) -> FailuresByKind:
     """The failures of both, most frequent first."""
-    if not (first and second):
-        return first or second
+    if not (first or second):
+        return first
     return _bounded(
         {kind: first.get(kind, Failures()) + second.get(kind, Failures()) for kind in {**first, **second}}
     )

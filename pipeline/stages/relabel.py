@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from pipeline.config.sections import Config, Reproducibility, Transport
-from pipeline.errors import CageError, ConfigurationError, ErrorBudgetExceeded, RunMismatch, StorageError
+from pipeline.errors import CageError, ConfigurationError, RunMismatch, StorageError
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.progress import Notices, ProgressLine
 from pipeline.monitoring.stall import ended_when_stalled
 from pipeline.monitoring.values import SilenceWatch
 from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_replica, resolve_models
 from pipeline.runtime.wiring import DIRECT, Wiring
+from pipeline.stages.failures import FailureLimit
 from pipeline.storage.input_notes import describe_input
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.run import Run, has_plan
@@ -84,7 +85,7 @@ def relabel(
     Raises:
         RunMismatch: `output.path` holds a run of other settings.
         ConfigurationError: nothing was decoded.
-        ErrorBudgetExceeded: more rows were rejected than `errors.budget` allows.
+        ErrorBudgetExceeded: more rows failed than `errors.budget` allows, or all for one reason.
         CageError: a shard failed for good; everything committed is kept.
     """
     prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
@@ -102,7 +103,7 @@ def relabel(
     if existing is not None:  # another driver may be at work: begin elsewhere than it did
         start = random.randrange(len(todo) or 1)
         todo = todo[start:] + todo[:start]
-    budget = _Budget(config, run, sum(commit.rejected for commit in committed.values()))
+    limit = FailureLimit(config, run, committed.values())
     line = ProgressLine(
         out,
         num_rows=run.plan.num_answers,
@@ -116,9 +117,9 @@ def relabel(
         with (
             streaming as stream,
             line.running(stream.counts, stream.waits),
-            _ended_when_stalled(config, stream, line),
+            _watched(config, stream, line, limit),
         ):
-            _decode(stream, todo, line, budget)
+            _decode(stream, todo, line, limit)
     run.finish()
     return run, True
 
@@ -144,7 +145,7 @@ def _open_run(plan: Plan, places: Sequence[str], wiring: Wiring, *, may_create: 
     raise ConfigurationError(f"{places[0]} and {len(places) - 1} places beside it hold runs of other settings")
 
 
-def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Budget) -> None:
+def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, limit: FailureLimit) -> None:
     """Decode shards until none is left. A shard that failed for good does not keep others from being committed."""
     failures: list[CageError] = []
     with closing(stream.decode(todo)) as outcomes:
@@ -155,7 +156,9 @@ def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, budget: _Bu
                 failures.append(outcome.error)
                 continue
             line.shard_done(num_rows_found=outcome.rows + outcome.rejected if outcome.was_committed else 0)
-            budget.add(outcome.rejected)
+            if error := limit.one_reason(stream.counts()):
+                raise error
+            limit.add(outcome.rejected)
     if failures:
         raise failures[0]
 
@@ -166,12 +169,16 @@ def _silent_principals(run: Run) -> Notices:
     return lambda counts, *, is_last: watch.lines(counts.values, is_last=is_last)
 
 
-def _ended_when_stalled(config: Config, stream: Stream, line: ProgressLine) -> AbstractContextManager[None]:
+def _watched(config: Config, stream: Stream, line: ProgressLine, limit: FailureLimit) -> AbstractContextManager[None]:
+    """Ends a run that makes no progress, or whose rows all fail for one reason before a shard is done."""
+
     def progress() -> tuple[int, int, int]:
         counts = stream.counts()
         return counts.rows, counts.steps, line.shards_done
 
-    return ended_when_stalled(config.cluster.stall_timeout_s, progress, stream.waits)
+    return ended_when_stalled(
+        config.cluster.stall_timeout_s, progress, stream.waits, find_error=lambda: limit.one_reason(stream.counts())
+    )
 
 
 @contextmanager
@@ -188,21 +195,3 @@ def _stream(replica: ReplicaPlan, run: Run, *, is_verbose: bool, wiring: Wiring)
 
     with cluster(assembly, is_verbose=is_verbose):
         yield ShardStream(assembly, run.store.path, is_verbose=is_verbose, wiring=wiring)
-
-
-class _Budget:
-    """Counts rejected answers of the whole run against `errors.budget`."""
-
-    def __init__(self, config: Config, run: Run, num_before: int) -> None:
-        self._num_rejected = num_before
-        self._allowed = config.errors.allowed(run.plan.num_answers)
-
-    def add(self, num_rejected: int) -> None:
-        """Count the rejected answers of a committed shard. Raises ErrorBudgetExceeded."""
-        self._num_rejected += num_rejected
-        if self._num_rejected > self._allowed:
-            raise ErrorBudgetExceeded(
-                f"{self._num_rejected} answers were rejected and errors.budget allows {self._allowed}; "
-                "what is done is kept. Read the reasons with `cage status`, mend the input or raise errors.budget, "
-                "and run the same command"
-            )
