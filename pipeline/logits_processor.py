@@ -116,6 +116,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             plan_templates(config, self._topology, dict.fromkeys(models, facts), datetime.now()),
             frozenset(),
             None,
+            self._vocab_size,
         )
         self._passes = [
             RolePasses(models[plan.name], names, vocab_size=self._vocab_size, pad_id=self._pad_id)

@@ -248,6 +248,8 @@ class Engine:
         weights = running.terms.weights if self._topology.takes_weights else ()
         if running.row is not self._newest.row or weights != self._newest.weights:
             messages = running.row.messages
+            if running.row.response is not None and self._names:
+                self._prompter.encode_answer(running.row.response)  # refused here, not while other rows run
             prompts = self._prompter.encode(messages, dict(zip(self._names, running.terms.weights, strict=True)))
             self._newest = _Encoded(running.row, prompts, self._prompter.shared_prefixes(messages, prompts), weights)
         running.prompts, running.shared_prefixes = self._newest.prompts, self._newest.shared_prefixes

@@ -36,7 +36,10 @@ class Prompter(Protocol):
         """Tokens that fit after the prompt in every role's context; None: no limit."""
 
     def encode_answer(self, text: str) -> Sequence[int]:
-        """Token ids of an existing answer, with an end token as a finished answer has."""
+        """Token ids of an existing answer, with an end token as a finished answer has.
+
+        Raises RowError where the models cannot read it.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
@@ -71,6 +74,7 @@ class ChatPrompter:
         templates: how prompts are written, by role.
         stop_ids: token ids that end an answer.
         end_id: the token that follows a finished answer; None where there is none.
+        answer_vocab_size: tokens that all models know which read answers token by token.
         allow_special_tokens: whether special tokens in messages and answers are read as tokens, not as text.
     """
 
@@ -81,6 +85,7 @@ class ChatPrompter:
         templates: Mapping[str, PromptTemplate],
         stop_ids: frozenset[int],
         end_id: int | None,
+        answer_vocab_size: int,
         *,
         allow_special_tokens: bool = False,
     ) -> None:
@@ -91,6 +96,7 @@ class ChatPrompter:
         self._prefixes: dict[tuple[str, str | None], list[int]] = {}
         self._stop_ids = stop_ids
         self._end_id = end_id
+        self._answer_vocab_size = answer_vocab_size
         none = frozenset[str]()
         self._encoders = {
             name: TextEncoder(host.tokenizer, none if allow_special_tokens else host.special_tokens)
@@ -167,8 +173,18 @@ class ChatPrompter:
         return min(left, default=None)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an existing answer, with the end of a turn as a finished answer has."""
+        """Token ids of an existing answer, with the end of a turn as a finished answer has.
+
+        Raises:
+            RowError: it has a token that some model of the run does not know.
+        """
         ids = self._encoders[BASE].encode_text(text)
+        if (largest := max(ids, default=0)) >= self._answer_vocab_size:
+            token = self._base.convert_ids_to_tokens(largest)
+            raise RowError(
+                f"the existing answer has the token {token!r} ({largest}), and the models of the run know "
+                f"{self._answer_vocab_size} tokens only"
+            )
         return [*ids, self._end_id] if self._end_id is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -184,13 +200,15 @@ class ChatPrompter:
         template = self._templates[role.name]
         if template.text is None:
             return encoder.encode_text(_plain_text(messages, role.principle), starts=True)
+        continues = messages[-1]["role"] == "assistant"  # the answer begins with this message
         marked = encoder.mark(list(place(messages, role.principle, template)))
         try:
             text = tokenizer.apply_chat_template(
                 marked,
                 chat_template=template.text,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
                 principle=encoder.mark(role.principle or ""),
                 **({"weights": dict(weights)} if role.takes_weights else {}),
                 **template.variables,

@@ -81,6 +81,14 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
         topology=plan.topology,
         hosts=tuple(map(complete, plan.hosts)),
         identities=plan.identities,
-        prompter=ChatPrompter(plan.topology, hosts, plan.templates, plan.stop_ids, plan.end_id),
+        prompter=ChatPrompter(
+            plan.topology,
+            hosts,
+            plan.templates,
+            plan.stop_ids,
+            plan.end_id,
+            plan.hosts[0].vocab_size,
+            allow_special_tokens=plan.config.input.allow_special_tokens,
+        ),
         variants=plan.variants,
     )
