@@ -48,6 +48,9 @@ class InputConfig(Section):
     weights: str | None = Field(None, description="column with {principal: weight} for the row")
     response: str | None = Field(None, description="column with an existing answer to compare with")
     limit: int | None = Field(None, ge=1, description="first rows only")
+    allow_special_tokens: bool = Field(
+        False, description="read special tokens that messages and answers spell, such as <|im_end|>, as tokens"
+    )
     split: str = Field("train", description="split, when path is a datasets name")
     subset: str | None = Field(None, description="configuration name, when path is a datasets name")
 
