@@ -1,4 +1,4 @@
-"""What each role reads of a row: where the principle stands, what the template is given, and which tokens are text."""
+"""What each role reads of a row: where the principle is, what the template is given, and which tokens are text."""
 
 from __future__ import annotations
 
