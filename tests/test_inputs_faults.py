@@ -313,14 +313,14 @@ def test_weights_without_principals_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_input_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.txt").write_text("a,b")
     (tmp_path / "none.jsonl").write_bytes(b"")
     (tmp_path / "blank.jsonl").write_bytes(b"\n\n  \n")
     (tmp_path / "zero.parquet").write_bytes(b"")
     (tmp_path / "text.parquet").write_bytes(b"not a table")
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "rows.parquet")
-    assert refusal_of(tmp_path / "empty").startswith("input.path: no Parquet or JSONL file in the folder ")
-    assert refusal_of(tmp_path / "x.csv").endswith("x.csv must end in .parquet, .pq, .jsonl, .ndjson")
+    assert refusal_of(tmp_path / "empty").startswith("input.path: no input file in the folder ")
+    assert "x.txt must end in one of .parquet, .pq, .jsonl, .ndjson, .json, .csv" in refusal_of(tmp_path / "x.txt")
     assert refusal_of(tmp_path / "none.jsonl").endswith("none.jsonl holds no rows")
     assert refusal_of(tmp_path / "blank.jsonl").endswith("blank.jsonl holds no rows")
     assert refusal_of(tmp_path / "rows.parquet").endswith("rows.parquet holds no rows")

@@ -1,10 +1,9 @@
-"""Which files make up an input: a path becomes a list of files with their formats."""
+"""Files of an input: their formats, what a plan keeps of them, and how they are opened."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.storage.addresses import as_storage_error, file_system, split_address
-from pipeline.storage.quoting import one_line, quote
+from pipeline.storage.quoting import one_line
 from pipeline.storage.retries import may_pass
 from pipeline.storage.rows import InputColumns
 
-FORMAT_BY_SUFFIX = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 READ_AHEAD_BYTES = 4 * 2**20
 
@@ -29,7 +27,16 @@ class Format(StrEnum):
     PARQUET = "parquet"
     JSONL = "jsonl"
     BATCH = "batch"  # OpenAI batch requests: custom_id, body.messages
+    JSON = "json"  # an array of objects
+    CSV = "csv"
+    TSV = "tsv"
+    ARROW = "arrow"  # Arrow's file or stream format; Feather is the former
     DATASET = "dataset"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is read by `jsonl`; else by `tabular`."""
+        return self not in (Format.PARQUET, Format.ARROW, Format.DATASET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +50,12 @@ class InputFile:
         columns: which columns are read.
         num_rows: how many rows are used, from the first one.
         identity: changes when the content of these rows does.
-        marks: for JSONL, (byte offset, lines before) of rows 0, stride, 2 * stride, ..., where reading can begin.
+        marks: for text, (byte offset, lines or elements before) of rows 0, stride, 2 * stride, ..., where reading can
+            begin. Offsets count the bytes of the plain UTF-8 text.
         subset: of a data set.
         split: of a data set.
+        layers: the compression and the encoding around the text of a file.
+        header: the columns of a CSV or TSV file, in order.
     """
 
     path: str
@@ -57,6 +67,8 @@ class InputFile:
     marks: tuple[tuple[int, int], ...] = ()
     subset: str | None = None
     split: str | None = None
+    layers: tuple[str, ...] = ()
+    header: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,32 +88,6 @@ class FoundFile:
     format: Format
     size: int
     tag: str | None = None
-
-
-def find_files(path: str) -> list[FoundFile] | None:
-    """List the input files under `path` in order of name; None when there is no such path.
-
-    A folder is not searched below its first level; names that begin with `.` or `_`, and files of other kinds,
-    are left out.
-
-    Raises:
-        ConfigurationError: a file of another kind, or a folder without any input file.
-    """
-    scheme, address = split_address(path)
-    try:
-        found = _list_local(Path(address)) if scheme is None else _list_objects(scheme, address)
-    except (StorageError, OSError) as error:
-        raise ConfigurationError(f"input.path: {error}") from None
-    if found is None:
-        return None
-    is_file, entries = found
-    if is_file and not (entries and _format(entries[0][0])):
-        raise ConfigurationError(f"input.path: {path} must end in {', '.join(FORMAT_BY_SUFFIX)}")
-    _refuse_unfinished_run(path, {entry[0] for entry in entries})
-    files = [_found(*entry) for entry in sorted(entries) if is_file or _is_input(entry[0])]
-    if not files:
-        raise ConfigurationError(f"input.path: no Parquet or JSONL file in the folder {path}")
-    return files
 
 
 def open_bytes(path: str) -> BinaryIO:
@@ -137,56 +123,3 @@ def as_input_error(name: str) -> Iterator[None]:
 def is_dataset_name(path: str) -> bool:
     """Whether `path` could be a `datasets` name: `name` or `owner/name`, without a file's suffix."""
     return bool(DATASET_NAME.fullmatch(path)) and not re.search(r"\.[A-Za-z]\w*$", path)
-
-
-def _found(name: str, path: str, size: int, tag: str | None) -> FoundFile:
-    if not name.isprintable():  # it becomes part of row ids and messages
-        raise ConfigurationError(f"the file name {quote(name)} has characters that cannot be shown; rename the file")
-    kind = _format(name)
-    assert kind is not None
-    return FoundFile(path=path, name=name, format=kind, size=size, tag=tag)
-
-
-def _format(name: str) -> Format | None:
-    kind = FORMAT_BY_SUFFIX.get(Path(name).suffix.lower())
-    return Format(kind) if kind else None
-
-
-def _is_input(name: str) -> bool:
-    return not name.startswith((".", "_")) and _format(name) is not None
-
-
-def _refuse_unfinished_run(path: str, names: set[str]) -> None:
-    if names & {"_plan.json", "plan.json"} and "_SUCCESS" not in names and any(name.startswith("part-") for name in names):
-        raise ConfigurationError(f"input.path: {path} is a run that is not finished; finish it first")
-
-
-Entry = tuple[str, str, int, str | None]  # name, path, size, tag
-
-
-def _list_local(path: Path) -> tuple[bool, list[Entry]] | None:
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links, whose names users know
-    if path.is_file():
-        return True, [(path.name, str(path), path.stat().st_size, None)]
-    if not path.is_dir():
-        return None
-    with os.scandir(path) as entries:
-        return False, [(e.name, e.path, e.stat().st_size, None) for e in entries if e.is_file()]
-
-
-def _list_objects(scheme: str, address: str) -> tuple[bool, list[Entry]] | None:
-    files = file_system(scheme)
-    with as_storage_error(f"list {scheme}://{address}"):
-        try:
-            info = files.info(address)
-            is_file = info["type"] == "file"
-            listing = [info] if is_file else files.ls(address, detail=True)
-        except FileNotFoundError:
-            return None
-    entries: list[Entry] = []
-    for entry in listing:
-        key = str(entry["name"]).strip("/")
-        tag = entry.get("ETag") or entry.get("etag") or entry.get("md5Hash")
-        if entry["type"] == "file" and not str(entry["name"]).endswith("/"):
-            entries.append((key.rpartition("/")[2], f"{scheme}://{key}", int(entry["size"]), tag))
-    return is_file, entries

@@ -15,6 +15,7 @@ from pipeline.storage.quoting import quote
 
 FIRST_ROWS = 100
 SHOWN = 3  # values named in a note
+SHOWN_FILES = 10
 # parameters of requests that are set for the whole run, by the key of `decoding` that sets them
 OF_THE_RUN = {"temperature": "temperature", "top_p": "top_p", "n": "n"}
 
@@ -25,7 +26,14 @@ def describe_input(source: InputSource, config: Config) -> tuple[str, ...]:
     Raises:
         ConfigurationError: the input is gone or damaged.
     """
-    return (*_on_first_rows(source, config), *_on_requests(source, config.decoding))
+    return (*_on_files(source), *_on_first_rows(source, config), *_on_requests(source, config.decoding))
+
+
+def _on_files(source: InputSource) -> Iterator[str]:
+    if source.not_read:
+        shown = ", ".join(quote(name) for name in source.not_read[:SHOWN_FILES])
+        more = len(source.not_read) - SHOWN_FILES
+        yield f"not read: {shown}" + (f" and {more:,} more" if more > 0 else "") + " (no input by their names)"
 
 
 def _on_first_rows(source: InputSource, config: Config) -> Iterator[str]:

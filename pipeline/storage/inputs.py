@@ -1,4 +1,4 @@
-"""The input of a run: rows from Parquet, JSONL, OpenAI batch JSONL, a folder of these, or a `datasets` name."""
+"""The input of a run: rows from files (see `listing`), a folder or pattern of them, or a `datasets` name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
 from pipeline.storage import jsonl, tabular
-from pipeline.storage.input_files import Format, FoundFile, InputFile, find_files, is_dataset_name
+from pipeline.storage.input_files import Format, FoundFile, InputFile, is_dataset_name
+from pipeline.storage.listing import find_files
 from pipeline.storage.quoting import quote
 from pipeline.storage.row_ids import find_repeated_ids
 from pipeline.storage.rows import InputColumns
@@ -25,19 +26,21 @@ class InputSource:
     """Rows by file and position. Plain data: it can be sent to the processes that read.
 
     A row id is the id column's value, a batch request's `custom_id`, or else "file name:row", where the row is the
-    1-based line of a JSONL file and the 0-based row of a Parquet file or data set.
+    1-based line of a text file (element of a JSON array) and the 0-based row of a table or data set.
 
     Args:
         files: in order of name.
-        stride: the distance of the `marks` of JSONL files, in rows.
+        stride: the distance of the `marks` of text files, in rows.
         principal_names: the names that a column of weights may use.
         column_names: every column that the files have, used or not; empty for an input that comes from a plan.
+        not_read: files and folders in the input folder that are no input; empty for an input from a plan.
     """
 
     files: tuple[InputFile, ...]
     stride: int = DEFAULT_STRIDE
     principal_names: tuple[str, ...] = ()
     column_names: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -62,7 +65,7 @@ class InputSource:
         file = self.files[file_index]
         if not 0 <= start <= stop <= file.num_rows:
             raise ValueError(f"rows must be within 0 and {file.num_rows}; got {start} to {stop}")
-        if file.format in (Format.JSONL, Format.BATCH):
+        if file.format.is_text:
             return jsonl.read_rows(file, start, stop, stride=self.stride, principal_names=self.principal_names)
         return tabular.read_rows(file, start, stop, principal_names=self.principal_names)
 
@@ -79,53 +82,55 @@ def open_input(
     Args:
         config: where the input is, and which columns it has.
         principal_names: the names that a column of weights may use.
-        stride: the distance in rows of the places in a JSONL file where reading can begin: rows per shard.
+        stride: the distance in rows of the places in a text file where reading can begin: rows per shard.
 
     Raises:
         ConfigurationError: no such input, missing column, wrong column type, no rows, an id column without ids.
     """
     if config.weights is not None and not principal_names:
         raise ConfigurationError("input.weights names a column of weights, but there are no principals")
-    found = find_files(config.path)
+    found = find_files(config.path, split=config.split)
     column_names: dict[str, None] = {}
     if found is None:
         files = [_open_dataset(config, column_names)]
     else:
-        files = list(_open_files(found, config, column_names, stride=stride))
+        files = list(_open_files(found.files, config, column_names, stride=stride))
     files = [file for file in files if file.num_rows]
     if not files:
         raise ConfigurationError(f"input.path: {config.path} holds no rows")
     if repeated_ids := find_repeated_ids(files):
         files = [replace(file, columns=replace(file.columns, repeated_ids=repeated_ids)) for file in files]
-    return InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names))
+    not_read = () if found is None else found.not_read
+    return InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names), not_read)
 
 
 def _open_files(
-    found: list[FoundFile], config: InputConfig, column_names: dict[str, None], *, stride: int
+    found: Sequence[FoundFile], config: InputConfig, column_names: dict[str, None], *, stride: int
 ) -> Iterator[InputFile]:
     rows_left = config.limit
     for each in found:
         if rows_left == 0:
             return
-        open_one = _open_parquet if each.format is Format.PARQUET else _open_jsonl
+        open_one = _open_text if each.format.is_text else _open_table
         file = open_one(each, config, column_names, stride=stride, limit=rows_left)
         if rows_left is not None:
             rows_left -= file.num_rows
         yield file
 
 
-def _open_jsonl(
+def _open_text(
     found: FoundFile, config: InputConfig, column_names: dict[str, None], *, stride: int, limit: int | None
 ) -> InputFile:
-    format_, keys = jsonl.peek(found.path, found.name)
+    text, keys = jsonl.peek(found)
+    format_ = text.format
     if format_ is Format.BATCH and config.prompt is None and config.messages is None:
         columns = _resolve(config, (*keys, "messages"), found.name)
         columns = replace(columns, id=config.id or "custom_id", body="body")
     else:
-        format_ = Format.JSONL
+        format_ = Format.JSONL if format_ is Format.BATCH else format_
         columns = _resolve(config, keys, found.name) if keys else _unresolved(config)
     column_names.update(dict.fromkeys(keys))
-    scan = jsonl.scan(found.path, found.name, stride=stride, limit=limit)
+    scan = jsonl.scan(text, found.name, stride=stride, limit=limit)
     return InputFile(
         path=found.path,
         name=found.name,
@@ -134,21 +139,23 @@ def _open_jsonl(
         num_rows=scan.num_rows,
         identity=scan.identity,
         marks=scan.marks,
+        layers=text.layers,
+        header=text.header,
     )
 
 
-def _open_parquet(
+def _open_table(
     found: FoundFile, config: InputConfig, column_names: dict[str, None], *, stride: int, limit: int | None
 ) -> InputFile:
-    schema, num_rows = tabular.parquet_schema(found.path, found.name)
+    schema, num_rows = tabular.read_schema(found)
     columns = _check_schema(schema, config, found.name, column_names)
     return InputFile(
         path=found.path,
         name=found.name,
-        format=Format.PARQUET,
+        format=found.format,
         columns=columns,
         num_rows=num_rows if limit is None else min(num_rows, limit),
-        identity=tabular.parquet_identity(found),
+        identity=tabular.content_identity(found),
     )
 
 

@@ -1,29 +1,41 @@
-"""JSON lines: one pass that counts, hashes and marks; then rows from any mark."""
+"""Text inputs (JSON lines, JSON arrays, CSV, TSV): one pass counts, hashes and marks; then rows from any mark."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.records import Row
-from pipeline.storage.input_files import Format, InputFile, as_input_error, open_bytes
+from pipeline.storage.delimited import DELIMITERS, read_header, split_rows
+from pipeline.storage.encodings import find_encoding, open_text
+from pipeline.storage.input_files import Format, FoundFile, InputFile, as_input_error
+from pipeline.storage.json_arrays import is_array, split_items
 from pipeline.storage.rows import FoundId, make_row, read_id
+from pipeline.storage.text_records import LIMIT_BYTES, TextRecord, without_mark
 
-LINE_LIMIT_BYTES = 64 * 2**20
+LINE_LIMIT_BYTES = LIMIT_BYTES
 PEEK_ROWS = 100
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class Line(NamedTuple):
-    """A line that is not blank. `number` is 1-based, `offset` its first byte; `data` is cut at the limit."""
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """How a text file is read.
 
-    number: int
-    offset: int
-    data: bytes
+    Args:
+        path: opens it.
+        format: what it holds.
+        layers: the compression and the encoding around its text (`find_encoding`).
+        header: the columns of a CSV or TSV file.
+    """
+
+    path: str
+    format: Format
+    layers: tuple[str, ...] = ()
+    header: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,34 +47,56 @@ class Scan:
     marks: tuple[tuple[int, int], ...]
 
 
-def peek(path: str, name: str) -> tuple[Format, tuple[str, ...]]:
-    """Distinguish batch requests from plain JSONL; collect the keys of the first objects in order of appearance."""
+def peek(found: FoundFile) -> tuple[TextFile, tuple[str, ...]]:
+    """Find out how a file is read; collect the keys of its first objects in order of appearance.
+
+    Raises:
+        ConfigurationError: it holds something else.
+    """
     keys: dict[str, None] = {}
-    format_, num_objects = Format.JSONL, 0
-    with as_input_error(name), open_bytes(path) as handle:
-        for line in _lines(handle):
-            try:
-                record = parse_line(line.data)
-            except RowError:
-                continue
-            if num_objects == 0 and _is_batch_request(record):
-                format_ = Format.BATCH
-            keys.update(dict.fromkeys(record))
-            num_objects += 1
-            if num_objects == PEEK_ROWS:
-                break
-    return format_, tuple(keys)
+    num_objects = num_broken = 0
+    with as_input_error(found.name):
+        file = _recognise(found)
+        if file.header:
+            return file, file.header
+        with open_text(file.path, file.layers) as handle:
+            for each in _split(handle, file):
+                try:
+                    record = _parse(each.data)
+                except RowError:
+                    num_broken += 1
+                    continue
+                if num_objects == 0 and file.format is Format.JSONL and _is_batch_request(record):
+                    file = replace(file, format=Format.BATCH)
+                keys.update(dict.fromkeys(record))
+                num_objects += 1
+                if num_objects == PEEK_ROWS:
+                    break
+    if num_broken and not num_objects and found.format is Format.JSON and file.format is Format.JSONL:
+        raise ConfigurationError(f"{found.name} holds neither an array of objects nor one object per line")
+    return file, tuple(keys)
 
 
-def scan(path: str, name: str, *, stride: int, limit: int | None) -> Scan:
+def _recognise(found: FoundFile) -> TextFile:
+    """Look at the beginning of a file."""
+    file = TextFile(found.path, found.format, find_encoding(found.path))
+    with open_text(file.path, file.layers) as handle:
+        if found.format in DELIMITERS:
+            return replace(file, header=read_header(handle, DELIMITERS[found.format]))
+        if found.format is Format.JSON and not is_array(handle):
+            return replace(file, format=Format.JSONL)
+    return file
+
+
+def scan(file: TextFile, name: str, *, stride: int, limit: int | None) -> Scan:
     """Count the rows up to `limit`, hash the bytes that hold them, and mark every `stride`-th row."""
     digest = hashlib.sha256()
     marks: list[tuple[int, int]] = []
     num_rows = 0
-    with as_input_error(name), open_bytes(path) as handle:
-        for line in _lines(handle, digest=digest):
+    with as_input_error(name), open_text(file.path, file.layers) as handle:
+        for each in _split(handle, file, digest=digest):
             if num_rows % stride == 0:
-                marks.append((line.offset, line.number - 1))
+                marks.append((each.offset, each.number - 1))
             num_rows += 1
             if num_rows == limit:
                 break
@@ -74,7 +108,7 @@ def read_rows(
 ) -> Iterator[Row]:
     """Yield rows [start, stop) of a file, reading from the last mark before `start`."""
     for line in _lines_from_mark(file, start, stop, stride=stride):
-        place = f"line {line.number} of {file.name}"
+        place = f"{_unit(file)} {line.number} of {file.name}"
         fallback_id = f"{file.name}:{line.number}"
         try:
             record = _record(line.data, file.format)
@@ -88,7 +122,7 @@ def read_ids(file: InputFile) -> Iterator[FoundId]:
     """Yield the id of every row, as `read_rows` would read it."""
     assert file.columns.id is not None
     for line in _lines_from_mark(file, 0, file.num_rows, stride=1):
-        place, position = f"line {line.number} of {file.name}", f"{file.name}:{line.number}"
+        place, position = f"{_unit(file)} {line.number} of {file.name}", f"{file.name}:{line.number}"
         try:
             yield FoundId(read_id(_record(line.data, file.format).get(file.columns.id)), position, place)
         except RowError:
@@ -119,8 +153,18 @@ def _is_batch_request(record: dict[str, Any]) -> bool:
     return "custom_id" in record and isinstance(body, dict) and "messages" in body
 
 
-def _record(data: bytes, format_: Format) -> dict[str, Any]:
-    record = parse_line(data)
+def _unit(file: InputFile) -> str:
+    return "element" if file.format is Format.JSON else "line"
+
+
+def _parse(data: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
+    if isinstance(data, RowError):
+        raise data
+    return parse_line(data) if isinstance(data, bytes) else data
+
+
+def _record(data: bytes | dict[str, Any] | RowError, format_: Format) -> dict[str, Any]:
+    record = _parse(data)
     if format_ is not Format.BATCH:
         return record
     if not _is_batch_request(record):
@@ -128,24 +172,38 @@ def _record(data: bytes, format_: Format) -> dict[str, Any]:
     return {**record, "messages": record["body"]["messages"]}
 
 
-def _lines_from_mark(file: InputFile, start: int, stop: int, *, stride: int) -> Iterator[Line]:
+def _lines_from_mark(file: InputFile, start: int, stop: int, *, stride: int) -> Iterator[TextRecord]:
     if start >= stop:
         return
     mark = start // stride if start else 0
-    offset, line_number = file.marks[mark]
+    offset, number = file.marks[mark]
     skip, wanted = start - mark * stride, stop - start
-    with as_input_error(file.name), open_bytes(file.path) as handle:
-        handle.seek(offset)
-        for index, line in enumerate(_lines(handle, offset=offset, number=line_number)):
+    text = TextFile(file.path, file.format, file.layers, file.header)
+    with as_input_error(file.name), open_text(file.path, file.layers, offset) as handle:
+        for index, each in enumerate(_split(handle, text, offset=offset, number=number)):
             if index >= skip:
-                yield line
+                yield each
             if index + 1 == skip + wanted:
                 return
     raise ConfigurationError(f"{file.name} is shorter than when the run was planned")
 
 
-def _lines(handle: BinaryIO, *, offset: int = 0, number: int = 0, digest: Any = None) -> Iterator[Line]:
-    """Yield the lines that are not blank. `digest` is fed with everything read, before the line is yielded."""
+def _split(
+    handle: BinaryIO, file: TextFile, *, offset: int = 0, number: int = 0, digest: Any = None
+) -> Iterator[TextRecord]:
+    """The records of a file from `offset` on, before which there are `number` lines or elements.
+
+    `digest` is fed with what was read, before a record is yielded.
+    """
+    if file.format in DELIMITERS:
+        header = file.header if offset else ()
+        return split_rows(handle, DELIMITERS[file.format], header=header, offset=offset, number=number, digest=digest)
+    if file.format is Format.JSON:
+        return split_items(handle, offset=offset, number=number, digest=digest)
+    return _split_lines(handle, offset=offset, number=number, digest=digest)
+
+
+def _split_lines(handle: BinaryIO, *, offset: int, number: int, digest: Any) -> Iterator[TextRecord]:
     while piece := handle.readline(LINE_LIMIT_BYTES):
         begin, data = offset, piece
         offset += len(piece)
@@ -158,7 +216,6 @@ def _lines(handle: BinaryIO, *, offset: int = 0, number: int = 0, digest: Any = 
             if digest is not None:
                 digest.update(piece)
         if len(data) < LINE_LIMIT_BYTES:
-            data = data.removeprefix(BYTE_ORDER_MARK) if begin == 0 else data
-            data = data.rstrip()
+            data = without_mark(data, begin).rstrip()
         if data:
-            yield Line(number, begin, data)
+            yield TextRecord(number, begin, data)

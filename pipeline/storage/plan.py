@@ -247,7 +247,6 @@ def _file_to_json(file: InputFile) -> dict[str, Any]:
 
 def _file_from_json(tree: Mapping[str, Any], marks: list[tuple[int, int]]) -> InputFile:
     format_ = Format(tree["format"])
-    has_marks = format_ in (Format.JSONL, Format.BATCH)
     return InputFile(
         path=tree["path"],
         name=tree["name"],
@@ -255,7 +254,9 @@ def _file_from_json(tree: Mapping[str, Any], marks: list[tuple[int, int]]) -> In
         columns=InputColumns(**tree["columns"]),
         num_rows=tree["num_rows"],
         identity=tree["identity"],
-        marks=tuple(marks) if has_marks else (),
+        marks=tuple(marks) if format_.is_text else (),
         subset=tree["subset"],
         split=tree["split"],
+        layers=tuple(tree.get("layers", ())),
+        header=tuple(tree.get("header", ())),
     )

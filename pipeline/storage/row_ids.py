@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import ConfigurationError
 from pipeline.storage import jsonl, tabular
-from pipeline.storage.input_files import Format, InputFile
+from pipeline.storage.input_files import InputFile
 from pipeline.storage.quoting import quote
 from pipeline.storage.rows import ID_ADVICE, FoundId
 
@@ -85,5 +85,5 @@ def _read_all(files: Sequence[InputFile]) -> Iterator[FoundId]:
 def _read_ids(file: InputFile) -> Iterator[FoundId]:
     if file.columns.id is None:
         return (FoundId(f"{file.name}:{row}", f"{file.name}:{row}", "") for row in range(file.num_rows))
-    read = tabular.read_ids if file.format in (Format.PARQUET, Format.DATASET) else jsonl.read_ids
+    read = jsonl.read_ids if file.format.is_text else tabular.read_ids
     return read(file)

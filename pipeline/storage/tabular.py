@@ -1,4 +1,4 @@
-"""Inputs with typed columns: Parquet files and `datasets`. Only the needed columns and row groups are read."""
+"""Inputs with typed columns: Parquet, Arrow, `datasets`. Only the needed columns and row groups are read."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
+from pipeline.storage import arrow_files
 from pipeline.storage.input_files import Format, FoundFile, InputFile, as_input_error, open_bytes
 from pipeline.storage.quoting import one_line, quote
 from pipeline.storage.rows import FoundId, InputColumns, Unreadable, make_row, read_id
 
 BATCH_ROWS = 1024
 HASH_BLOCK_BYTES = 2**20
+# Pages are read one after the other, so that a row group need not fit into memory.
+PARQUET_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 2**20, "arrow_extensions_enabled": True}
 
 
-def parquet_schema(path: str, name: str) -> tuple[pa.Schema, int]:
-    """The schema and the number of rows of a Parquet file, from its footer."""
-    with as_input_error(name), open_bytes(path) as handle, pq.ParquetFile(handle) as file:
-        return file.schema_arrow, file.metadata.num_rows
+def read_schema(found: FoundFile) -> tuple[pa.Schema, int]:
+    """The schema and the number of rows of a Parquet or Arrow file."""
+    with as_input_error(found.name):
+        if found.format is Format.ARROW:
+            return arrow_files.read_schema(found.path)
+        with open_bytes(found.path) as handle, pq.ParquetFile(handle, **PARQUET_OPTIONS) as file:
+            return file.schema_arrow, file.metadata.num_rows
 
 
-def parquet_identity(found: FoundFile) -> str:
+def content_identity(found: FoundFile) -> str:
     """A content hash of a local file; the store's tag and the size of an object."""
     if found.tag is not None:
         return f"etag:{found.tag.strip(chr(34))}:{found.size}"
@@ -143,6 +149,8 @@ def _batches(file: InputFile, names: Sequence[str], start: int, stop: int) -> It
     with as_input_error(file.name):
         if file.format is Format.DATASET:
             yield from _dataset_batches(file, names, start, stop)
+        elif file.format is Format.ARROW:
+            yield from arrow_files.read_batches(file.path, names, start, stop, BATCH_ROWS)
         else:
             yield from _parquet_batches(file, names, start, stop)
 
@@ -155,7 +163,7 @@ def _dataset_batches(file: InputFile, names: Sequence[str], start: int, stop: in
 
 
 def _parquet_batches(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    with open_bytes(file.path) as handle, pq.ParquetFile(handle) as table:
+    with open_bytes(file.path) as handle, pq.ParquetFile(handle, **PARQUET_OPTIONS) as table:
         first = 0
         for group in range(table.num_row_groups):
             last = first + table.metadata.row_group(group).num_rows
