@@ -32,6 +32,7 @@ class Row:
         seed: of the row's draws, in place of the run's.
         stop: strings that end the row's answer, in place of the configured ones.
         not_obeyed: parameters of the row's request that have no effect, by name.
+        num_names: messages whose speaker has a name, which is dropped.
     """
 
     row_id: str
@@ -43,6 +44,7 @@ class Row:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     not_obeyed: tuple[tuple[str, Any], ...] = ()
+    num_names: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,8 @@ def refusal_of(path: Path | str, **fields: Any) -> str:
         (b'{"prompt": null}', "line 2 of x.jsonl: prompt is null"),
         (b'{"prompt": ""}', "line 2 of x.jsonl: prompt is empty"),
         (b'{"prompt": " \\t\\n\\u00a0"}', "line 2 of x.jsonl: prompt is empty"),
-        (b'{"prompt": 3}', "line 2 of x.jsonl: prompt must be text; got 3"),
-        (b'{"prompt": ["x"]}', "line 2 of x.jsonl: prompt must be text; got ['x']"),
+        (b'{"prompt": 3}', "line 2 of x.jsonl: prompt must be text or a list of messages; got 3"),
+        (b'{"prompt": ["x"]}', "line 2 of x.jsonl: prompt[0] must be an object with role and content; got 'x'"),
         (b'{"other": 3}', "line 2 of x.jsonl: there is no prompt"),
         (b'{"prompt": "a\xff"}', "line 2 of x.jsonl is not valid UTF-8"),
         (b'{"prompt": "a\\ud800"}', "line 2 of x.jsonl: prompt has a lone surrogate at character 1"),
@@ -83,22 +83,43 @@ def test_a_bad_line_is_a_row_error_that_names_it(tmp_path: Path, line: bytes, er
     [
         (None, "messages is null"),
         ([], "messages is empty"),
-        ("Hi", "messages must be a list of messages; got 'Hi'"),
+        (
+            "Hi",
+            "messages must be a list of messages, that list as JSON text, or a transcript of Human: and Assistant:; "
+            "got 'Hi'",
+        ),
+        ('{"role": "user"}', "messages must be a list of messages, that list as JSON text, or a transcript"),
+        ("[]", "messages is empty"),
         ({"role": "user"}, "messages must be a list of messages; got {'role': 'user'}"),
         (["Hi"], "messages[0] must be an object with role and content; got 'Hi'"),
         ([{"role": "user"}], "messages[0].content must be text; got None"),
-        ([{"content": "x"}], "messages[0].role must be one of system, user, assistant, tool; got None"),
+        ([{"content": "x"}], "messages[0].role must be one of system, developer, user, assistant, tool; got None"),
         (
             [{"role": "bot", "content": "x"}],
-            "messages[0].role must be one of system, user, assistant, tool; got 'bot'",
+            "messages[0].role must be one of system, developer, user, assistant, tool; got 'bot'",
         ),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "messages[0].content must be text; got [{"),
         (
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
-            "the last of messages is the assistant's; it must be the message to answer",
+            [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {}}]}],
+            "messages[0].content[1] is a part of type 'image_url'; only parts of text are read",
+        ),
+        ([{"role": "user", "content": [7]}], "messages[0].content[0] must be a part with type and text; got 7"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text must be text; got None"),
+        ([{"role": "user", "content": {"text": "x"}}], "messages[0].content must be text; got {'text': 'x'}"),
+        (
+            [{"from": "narrator", "value": "x"}],
+            "messages[0].from must be one of system, human, user, prompter, gpt, assistant, chatgpt, bard, bing, "
+            "model, tool, observation; got 'narrator'",
+        ),
+        ([{"from": "human", "value": None}], "messages[0].value must be text; got None"),
+        (
+            [{"role": "assistant", "content": "y"}],
+            "before the assistant's last of messages there is no message to answer",
+        ),
+        (
+            [{"role": role, "content": role} for role in ("user", "assistant", "assistant")],
+            "before the assistant's last of messages there is no message to answer",
         ),
         ([{"role": "user", "content": " "}], "the last of messages is empty"),
-        ([{"role": "user", "content": "x", "name": "Bo"}], "messages[0] has name, which is not supported"),
         (
             [{"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "tool", "content": "x"}],
             "messages[0] has tool_calls, which is not supported",
@@ -107,7 +128,8 @@ def test_a_bad_line_is_a_row_error_that_names_it(tmp_path: Path, line: bytes, er
     ],
 )
 def test_messages_of_the_wrong_shape_are_row_errors(tmp_path: Path, messages: Any, error: str) -> None:
-    assert error_of(tmp_path, {"messages": messages}).startswith(f"line 2 of x.jsonl: {error}")
+    message = error_of(tmp_path, {"messages": messages}, last_assistant="response")
+    assert message.startswith(f"line 2 of x.jsonl: {error}")
 
 
 def test_notes_in_messages_are_dropped(tmp_path: Path) -> None:
@@ -145,7 +167,7 @@ def test_weights_left_out_keep_the_configured_ones(tmp_path: Path) -> None:
 
 def test_a_response_that_is_not_text_is_a_row_error(tmp_path: Path) -> None:
     message = error_of(tmp_path, {"prompt": "x", "old": 5}, prompt="prompt", response="old")
-    assert message == "line 2 of x.jsonl: response must be text; got 5"
+    assert message == "line 2 of x.jsonl: response must be text or a list of messages; got 5"
     assert (
         rows_of(write_jsonl(tmp_path / "y.jsonl", [{"prompt": "x", "old": None}]), response="old")[0].response is None
     )
@@ -264,16 +286,16 @@ def test_no_prompt_column_at_all_says_what_there_is(tmp_path: Path) -> None:
         ("prompt", pa.array([1]), {}, "the column prompt of x.parquet has type int64; it must hold text"),
         (
             "prompt",
-            pa.array([[{"role": "user", "content": "x"}]]),
+            pa.array([[{"role": "user", "text": "x"}]]),
             {},
-            "it must hold text; name it with input.messages",
+            "it must hold text, or a list of {role, content}",
         ),
         ("prompt", pa.array([b"x"]), {}, "the column prompt of x.parquet has type binary; it must hold text"),
         (
             "messages",
-            pa.array(["x"]),
+            pa.array([1]),
             {},
-            "has type string; it must hold a list of {role, content} with text in both",
+            "has type int64; it must hold a list of {role, content} with text in both, or that list as JSON text",
         ),
         ("messages", pa.array([[{"from": "x"}]]), {}, "it must hold a list of {role, content} with text in both"),
         (

@@ -19,7 +19,7 @@ from pipeline.records import Row
 from pipeline.storage import tabular
 from pipeline.storage.input_files import Format, InputFile
 from pipeline.storage.inputs import InputSource, open_input
-from pipeline.storage.rows import InputColumns
+from pipeline.storage.rows import InputColumns, LastAssistant
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 RECORDS: list[dict[str, Any]] = [
@@ -65,7 +65,7 @@ def test_every_named_column_is_read(data: Path) -> None:
 def test_messages_are_preferred_to_a_prompt_and_read_as_they_are(data: Path) -> None:
     rows = list(opened(data))
     assert all(row.messages == tuple(CHAT) for row in rows)
-    assert opened(data).columns == InputColumns(messages="messages")
+    assert opened(data).columns == InputColumns(messages="messages", last_assistant=LastAssistant.UNEXPECTED)
 
 
 def test_rows_without_an_id_are_named_by_file_and_position(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def retry_config(path: str, overrides: list[str]) -> Config:
     config = {name: run.plan.config[name] for name in Config.model_fields}  # what other jobs add decodes nothing
     tree: dict[str, Any] = json.loads(json.dumps(config))
     tree["input"] = {"path": target.url(INPUT), "id": "id", "messages": "messages"}
+    tree["input"]["last_assistant"] = run.plan.config["input"].get("last_assistant")
     if run.plan.principal_names and not tree["grid"]["weights"]:
         tree["input"]["weights"] = "weights"
     if run.plan.has_response:

@@ -38,12 +38,33 @@ class Transport(StrEnum):
     LOCAL = "local"
 
 
+InputFormat = Literal[
+    "auto",
+    "ultrafeedback",
+    "ultrafeedback-binarized",
+    "ultrafeedback-preferences",
+    "helpsteer2",
+    "pku-saferlhf",
+    "sharegpt",
+    "alpaca",
+    "hh-rlhf",
+]
+
+
 class InputConfig(Section):
     """Where the prompts are: Parquet, JSONL, OpenAI batch JSONL, a folder of them, or a `datasets` name."""
 
     path: str = Field(min_length=1, description="file, folder, s3:// or gs:// address, or a datasets name")
-    prompt: str | None = Field(None, description="column with the prompt text")
-    messages: str | None = Field(None, description="column with OpenAI messages")
+    prompt: str | None = Field(None, description="column with the prompt: a text, or a list of messages")
+    messages: str | None = Field(None, description="column with conversations: lists of messages, or JSON text")
+    format: InputFormat = Field(
+        "auto", description="of the records; auto: recognised by their columns, where prompt and messages are not set"
+    )
+    last_assistant: Literal["response", "prefill", "error"] | None = Field(
+        None,
+        description="what the assistant's message at the end of a conversation is: the existing answer, or the "
+        "beginning of the new one; null: response where one of the first 100 rows ends so",
+    )
     id: str | None = Field(None, description="column with a unique row id")
     weights: str | None = Field(None, description="column with {principal: weight} for the row")
     response: str | None = Field(None, description="column with an existing answer to compare with")

@@ -125,11 +125,15 @@ class RunningRow:
         with_summary: bool,
         with_tokens: bool,
     ) -> Record:
-        """The output row."""
+        """The output row. An answer whose beginning the input gave has it, and the prompt then ends before it."""
         count = len(self.outcomes)
+        prompt, begun = self.row.messages, ""
+        if prompt and prompt[-1]["role"] == "assistant":
+            prompt, begun = prompt[:-1], prompt[-1]["content"]
         record = replace(
             self._blank(),
-            response=text,
+            prompt=prompt,
+            response=begun + text,
             finish_reason=reason,
             num_tokens=count,
             rewards=self._by_name(_sums([outcome.rewards for outcome in self.outcomes])),

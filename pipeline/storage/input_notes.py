@@ -12,6 +12,8 @@ from pipeline.records import Row
 from pipeline.storage.input_files import Format
 from pipeline.storage.inputs import InputSource
 from pipeline.storage.quoting import quote
+from pipeline.storage.record_formats import FORMAT_BY_NAME
+from pipeline.storage.rows import LastAssistant
 
 FIRST_ROWS = 100
 SHOWN = 3  # values named in a note
@@ -40,10 +42,30 @@ def _on_first_rows(source: InputSource, config: Config) -> Iterator[str]:
     rows = list(islice(source, FIRST_ROWS))
     first = f"the first {len(rows):,} rows" if len(rows) < source.num_rows else f"the {len(rows):,} rows"
     configured = {name: principal.weight for name, principal in config.principals.items()}
+    yield from _on_reading(source)
+    num_names = sum(row.num_names for row in rows)
+    if num_names:
+        yield f"messages: the names of speakers are dropped ({num_names:,} in {first})"
     weights = [{**configured, **(row.weights or {})} for row in rows if row.error is None]
     num_zero = sum(not any(each.values()) for each in weights)
     if configured and num_zero:
         yield (f"weights: every principal has weight 0 in {num_zero:,} of {first}: the base answers as it does alone")
+
+
+def _on_reading(source: InputSource) -> Iterator[str]:
+    """How records are read, where the configuration does not say so."""
+    names = dict.fromkeys(file.columns.format for file in source.files)
+    for name in filter(None, names):
+        files = [file for file in source.files if file.columns.format == name]
+        columns = dict.fromkeys(column for file in files for column in file.columns.format_columns)
+        answer = ""
+        if files[0].columns.has_response and files[0].columns.response is None:
+            answer = f"; the existing answer is {FORMAT_BY_NAME[name].answer}"
+        yield f"format: {name}, recognised by its columns; read are {', '.join(columns)}{answer}"
+    if None in names and source.columns.has_response and source.columns.response is None:
+        yield "messages: where the last one is the assistant's, it is the existing answer to compare with"
+    if source.columns.last_assistant is LastAssistant.PREFILL:
+        yield "messages: where the last one is the assistant's, the new answer begins with it"
 
 
 def _on_requests(source: InputSource, decoding: DecodingConfig) -> Iterator[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
+from typing import Any
 
 import pyarrow as pa
 
@@ -12,13 +13,16 @@ from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
 from pipeline.records import Row
 from pipeline.storage import jsonl, tabular
+from pipeline.storage.column_choice import choose_columns, columns_of_unreadable
 from pipeline.storage.input_files import Format, FoundFile, InputFile, is_dataset_name
 from pipeline.storage.listing import find_files
 from pipeline.storage.quoting import quote
+from pipeline.storage.record_formats import WITH_ANSWER_COLUMN
 from pipeline.storage.row_ids import find_repeated_ids
-from pipeline.storage.rows import InputColumns
+from pipeline.storage.rows import InputColumns, LastAssistant
 
 DEFAULT_STRIDE = 1024
+PEEK_ROWS = 100  # rows that show whether conversations end with an existing answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,12 @@ class InputSource:
             return jsonl.read_rows(file, start, stop, stride=self.stride, principal_names=self.principal_names)
         return tabular.read_rows(file, start, stop, principal_names=self.principal_names)
 
+    def reading(self, **columns: Any) -> InputSource:
+        """The same input with other fields of all files' columns."""
+        return replace(
+            self, files=tuple(replace(file, columns=replace(file.columns, **columns)) for file in self.files)
+        )
+
     def __iter__(self) -> Iterator[Row]:
         """Every row in order."""
         return chain.from_iterable(self.read_rows(index, 0, file.num_rows) for index, file in enumerate(self.files))
@@ -98,10 +108,11 @@ def open_input(
     files = [file for file in files if file.num_rows]
     if not files:
         raise ConfigurationError(f"input.path: {config.path} holds no rows")
-    if repeated_ids := find_repeated_ids(files):
-        files = [replace(file, columns=replace(file.columns, repeated_ids=repeated_ids)) for file in files]
     not_read = () if found is None else found.not_read
-    return InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names), not_read)
+    source = InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names), not_read)
+    if repeated_ids := find_repeated_ids(files):
+        source = source.reading(repeated_ids=repeated_ids)
+    return _with_existing_answers(source, config)
 
 
 def _open_files(
@@ -124,11 +135,11 @@ def _open_text(
     text, keys = jsonl.peek(found)
     format_ = text.format
     if format_ is Format.BATCH and config.prompt is None and config.messages is None:
-        columns = _resolve(config, (*keys, "messages"), found.name)
+        columns = choose_columns(config, (*keys, "messages"), found.name)
         columns = replace(columns, id=config.id or "custom_id", body="body")
     else:
         format_ = Format.JSONL if format_ is Format.BATCH else format_
-        columns = _resolve(config, keys, found.name) if keys else _unresolved(config)
+        columns = choose_columns(config, keys, found.name) if keys else columns_of_unreadable(config)
     column_names.update(dict.fromkeys(keys))
     scan = jsonl.scan(text, found.name, stride=stride, limit=limit)
     return InputFile(
@@ -179,32 +190,26 @@ def _open_dataset(config: InputConfig, column_names: dict[str, None]) -> InputFi
 
 
 def _check_schema(schema: pa.Schema, config: InputConfig, name: str, column_names: dict[str, None]) -> InputColumns:
-    columns = _resolve(config, tuple(schema.names), name)
+    columns = choose_columns(config, tuple(schema.names), name)
     tabular.check_types(schema, columns, name)
     column_names.update(dict.fromkeys(schema.names))
     return columns
 
 
-def _resolve(config: InputConfig, names: Sequence[str], file: str) -> InputColumns:
-    """Choose the columns: the configured ones; else `messages` if there is such a column, else `prompt`."""
-    prompt, messages = config.prompt, config.messages
-    if prompt is None and messages is None:
-        messages = "messages" if "messages" in names else None
-        prompt = "prompt" if messages is None and "prompt" in names else None
-    there = f"columns of {file}: {', '.join(quote(name) for name in names) or 'none'}"
-    if prompt is None and messages is None:
-        raise ConfigurationError(
-            f"there is no column messages and no column prompt; name one with input.prompt or input.messages; {there}"
-        )
-    columns = InputColumns(prompt, messages, config.id, config.weights, config.response)
-    for key in ("prompt", "messages", "id", "weights", "response"):
-        column = getattr(columns, key)
-        if column is not None and column not in names:
-            raise ConfigurationError(f"input.{key}: there is no column {quote(column)}; {there}")
-    return columns
+def _with_existing_answers(source: InputSource, config: InputConfig) -> InputSource:
+    """Decide whether the run has existing answers: its output then has columns for them.
 
-
-def _unresolved(config: InputConfig) -> InputColumns:
-    """The columns of a file without one readable object: each of its rows is a row error anyway."""
-    prompt = config.prompt or (None if config.messages else "prompt")
-    return InputColumns(prompt, config.messages, config.id, config.weights, config.response)
+    The assistant's message at the end of a conversation is one where the configuration says so, and by default where
+    one of the first rows has one.
+    """
+    has_response = any(
+        file.columns.response is not None or file.columns.format in WITH_ANSWER_COLUMN for file in source.files
+    )
+    if config.last_assistant not in (None, LastAssistant.RESPONSE):
+        return source.reading(last_assistant=config.last_assistant, has_response=has_response)
+    with_answers = source.reading(last_assistant=LastAssistant.RESPONSE, has_response=True)
+    if has_response or config.last_assistant is not None:
+        return with_answers
+    if any(row.response is not None for row in islice(with_answers, PEEK_ROWS)):
+        return with_answers
+    return source.reading(last_assistant=LastAssistant.UNEXPECTED)

@@ -223,7 +223,7 @@ def make_plan(
         variants=lay_out(config),
         rows_per_shard=config.output.rows_per_shard,
         trace=config.decoding.trace,
-        has_response=config.input.response is not None,
+        has_response=source.columns.has_response,
         models=models,
         config=config.model_dump(mode="json"),
     )

@@ -5,31 +5,44 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from pipeline.errors import RowError
 from pipeline.records import Message, Row
 from pipeline.storage.batch_bodies import read_parameters
+from pipeline.storage.conversations import check_text, count_names, read_conversation
 from pipeline.storage.quoting import quote
-
-ROLES = ("system", "user", "assistant", "tool")
-# Parts of a message that a model would have to see; other keys are the data set's own notes and are dropped.
-UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "name", "audio")
+from pipeline.storage.record_formats import FORMAT_BY_NAME
 
 ID_ADVICE = "without input.id rows are named by file and position"
 
 
+class LastAssistant(StrEnum):
+    """What the assistant's message at the end of a conversation is."""
+
+    RESPONSE = "response"  # the existing answer
+    PREFILL = "prefill"  # the beginning of the new answer
+    ERROR = "error"
+    UNEXPECTED = "unexpected"  # an error, because the run was planned without existing answers
+
+
 @dataclass(frozen=True, slots=True)
 class InputColumns:
-    """The names of the input columns that are read; None for what is not read.
+    """How the rows of a file are read: the names of columns, None for what is not read, and what they mean.
 
     Args:
-        prompt: one text, which becomes a user message. Exactly one of `prompt` and `messages` is set.
+        prompt: one text, which becomes a user message, or a conversation. Exactly one of `prompt`, `messages` and
+            `format` is set.
         messages: a conversation.
+        format: the name of a recognised format, which has columns of its own.
+        format_columns: those of them that the file has.
         id: the row id; None names rows by file and position.
         weights: weights by principal, which replace the configured ones for the row.
         response: an answer to compare with.
         body: an OpenAI batch request's body, for its parameters.
+        last_assistant: what the assistant's message at the end of a conversation is.
+        has_response: whether rows may have an existing answer, wherever it comes from.
         repeated_ids: ids that more than one row has, over all files; these rows fail.
     """
 
@@ -39,15 +52,22 @@ class InputColumns:
     weights: str | None = None
     response: str | None = None
     body: str | None = None
+    format: str | None = None
+    format_columns: tuple[str, ...] = ()
+    last_assistant: LastAssistant = LastAssistant.ERROR
+    has_response: bool = False
     repeated_ids: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "repeated_ids", frozenset(self.repeated_ids))  # a stored plan has a list
+        """A stored plan has lists and strings."""
+        object.__setattr__(self, "repeated_ids", frozenset(self.repeated_ids))
+        object.__setattr__(self, "format_columns", tuple(self.format_columns))
+        object.__setattr__(self, "last_assistant", LastAssistant(self.last_assistant))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every column to read, each once."""
-        all_names = (self.prompt, self.messages, self.id, self.weights, self.response)
+        all_names = (self.prompt, self.messages, *self.format_columns, self.id, self.weights, self.response)
         return tuple(dict.fromkeys(name for name in all_names if name is not None))
 
 
@@ -76,7 +96,7 @@ def make_row(
 ) -> Row:
     """Build a row from a record's values by column name.
 
-    A prompt column gives one user message. A fault gives a row with `error` and without messages.
+    A text as the prompt gives one user message. A fault gives a row with `error` and without messages.
 
     Args:
         record: the values.
@@ -91,11 +111,13 @@ def make_row(
         return Row(row_id=row_id, error=f"{place}: {fault}")
     try:
         parameters = read_parameters(_value(record, columns.body) or {})
+        messages, response = _read_conversation(record, columns)
         return Row(
             row_id=own_id,
-            messages=_read_messages(record, columns),
+            messages=messages,
             weights=_read_weights(_value(record, columns.weights), principal_names),
-            response=_read_response(_value(record, columns.response)),
+            response=response,
+            num_names=count_names(_value(record, columns.messages or columns.prompt)),
             max_new_tokens=parameters.max_new_tokens,
             seed=parameters.seed,
             stop=parameters.stop,
@@ -139,59 +161,62 @@ def _value(record: Mapping[str, Any], column: str | None) -> Any:
     return value
 
 
+def _read_conversation(record: Mapping[str, Any], columns: InputColumns) -> tuple[tuple[Message, ...], str | None]:
+    """The messages to answer, and the existing answer."""
+    if columns.format is None:
+        messages, response = _read_messages(record, columns), None
+        where = columns.messages or columns.prompt or ""
+    else:
+        readable = {name: _value(record, name) for name in columns.format_columns if name in record}
+        read, response = FORMAT_BY_NAME[columns.format].read(readable)
+        messages, where = tuple(read), "the conversation"
+    if columns.response is not None:
+        response = _read_response(_value(record, columns.response), messages)
+    if messages[-1]["role"] == "assistant":
+        messages, response = _end_with_assistant(messages, response, where, columns.last_assistant)
+    if not messages[-1]["content"].strip():
+        raise RowError(f"the last of {where} is empty")
+    return messages, response
+
+
+def _end_with_assistant(
+    messages: tuple[Message, ...], response: str | None, where: str, meaning: LastAssistant
+) -> tuple[tuple[Message, ...], str | None]:
+    """Take the assistant's last message as what `meaning` says."""
+    *before, last = messages
+    if meaning is LastAssistant.ERROR:
+        raise RowError(f"the last of {where} is the assistant's; it must be the message to answer")
+    if meaning is LastAssistant.UNEXPECTED:
+        raise RowError(
+            f"the last of {where} is the assistant's, and the first rows end with the message to answer; say with "
+            "input.last_assistant what it is: response (the existing answer), prefill or error"
+        )
+    if not before or before[-1]["role"] == "assistant":
+        raise RowError(f"before the assistant's last of {where} there is no message to answer")
+    if meaning is LastAssistant.PREFILL:
+        if response is not None:
+            raise RowError(f"the last of {where} is the beginning of an answer, and there is an existing answer, too")
+        return messages, None
+    if response not in (None, last["content"]):
+        raise RowError(f"the last of {where} is the assistant's, and there is another existing answer")
+    return tuple(before), last["content"]
+
+
 def _read_messages(record: Mapping[str, Any], columns: InputColumns) -> tuple[Message, ...]:
     column = columns.messages or columns.prompt
     assert column is not None
     if column not in record:
         raise RowError(f"there is no {column}")
     value = _value(record, column)
-    if columns.messages is not None:
-        return _check_messages(value, column)
+    if columns.messages is not None or isinstance(value, list):
+        return read_conversation(value, column)
     if value is None:
         raise RowError(f"{column} is null")
     if not isinstance(value, str):
-        raise RowError(f"{column} must be text; got {quote(value)}")
+        raise RowError(f"{column} must be text or a list of messages; got {quote(value)}")
     if not value.strip():
         raise RowError(f"{column} is empty")
-    return ({"role": "user", "content": _check_text(value, column)},)
-
-
-def _check_messages(value: Any, column: str) -> tuple[Message, ...]:
-    if value is None:
-        raise RowError(f"{column} is null")
-    if not isinstance(value, list):
-        raise RowError(f"{column} must be a list of messages; got {quote(value)}")
-    if not value:
-        raise RowError(f"{column} is empty")
-    messages = tuple(_check_message(message, f"{column}[{index}]") for index, message in enumerate(value))
-    if messages[-1]["role"] == "assistant":
-        raise RowError(f"the last of {column} is the assistant's; it must be the message to answer")
-    if not messages[-1]["content"].strip():
-        raise RowError(f"the last of {column} is empty")
-    return messages
-
-
-def _check_message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise RowError(f"{where} must be an object with role and content; got {quote(message)}")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowError(f"{where}.role must be one of {', '.join(ROLES)}; got {quote(role)}")
-    if not isinstance(content, str):
-        raise RowError(f"{where}.content must be text; got {quote(content)}")
-    for key in UNSUPPORTED_KEYS:
-        if message.get(key):
-            raise RowError(f"{where} has {key}, which is not supported; only role and content are used")
-    return {"role": role, "content": _check_text(content, f"{where}.content")}
-
-
-def _check_text(text: str, where: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError(f"{where} has a lone surrogate at character {error.start}") from None
-    return text
+    return ({"role": "user", "content": check_text(value, column)},)
 
 
 def _read_weights(value: Any, principal_names: Sequence[str]) -> dict[str, float] | None:
@@ -225,9 +250,17 @@ def _check_weight(weight: Any, name: str) -> float:
     return number
 
 
-def _read_response(value: Any) -> str | None:
+def _read_response(value: Any, messages: Sequence[Message]) -> str | None:
+    """The existing answer: a text, or a list of messages that ends with it and otherwise repeats the prompt."""
     if value is None:
         return None
-    if not isinstance(value, str):
-        raise RowError(f"response must be text; got {quote(value)}")
-    return _check_text(value, "response")
+    if isinstance(value, str):
+        return check_text(value, "response")
+    if not isinstance(value, list):
+        raise RowError(f"response must be text or a list of messages; got {quote(value)}")
+    *before, last = read_conversation(value, "response")
+    if last["role"] != "assistant":
+        raise RowError(f"the last of response must be the assistant's; its role is {last['role']}")
+    if before and before != list(messages):
+        raise RowError("response is a conversation with another prompt")
+    return str(last["content"])

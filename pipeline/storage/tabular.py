@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,9 +15,12 @@ from pipeline.records import Row
 from pipeline.storage import arrow_files
 from pipeline.storage.input_files import Format, FoundFile, InputFile, as_input_error, open_bytes
 from pipeline.storage.quoting import one_line, quote
+from pipeline.storage.record_formats import CONVERSATION_COLUMNS, OTHER_COLUMNS
 from pipeline.storage.rows import FoundId, InputColumns, Unreadable, make_row, read_id
 
 BATCH_ROWS = 1024
+PROMPT = "text, or a list of {role, content}"
+CONVERSATION = "a list of {role, content} with text in both, or that list as JSON text"
 HASH_BLOCK_BYTES = 2**20
 # Pages are read one after the other, so that a row group need not fit into memory.
 PARQUET_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 2**20, "arrow_extensions_enabled": True}
@@ -79,13 +82,18 @@ def check_types(schema: pa.Schema, columns: InputColumns, name: str) -> None:
     Raises:
         ConfigurationError: naming the column, its type and what it must hold.
     """
-    wanted = (
-        (columns.prompt, _is_text, "text"),
-        (columns.messages, _is_messages, "a list of {role, content} with text in both"),
+    wanted: list[tuple[str | None, Callable[[pa.DataType], bool], str]] = [
+        (columns.prompt, _is_text_or_messages, PROMPT),
+        (columns.messages, _is_conversation, CONVERSATION),
         (columns.id, _is_id, "text or whole numbers"),
         (columns.weights, _is_weights, "a struct or map of principal to number"),
-        (columns.response, _is_text, "text"),
-    )
+        (columns.response, _is_text_or_messages, PROMPT),
+    ]
+    for its_column in columns.format_columns:
+        if its_column in CONVERSATION_COLUMNS:
+            wanted.append((its_column, _is_conversation, CONVERSATION))
+        elif its_column not in OTHER_COLUMNS:
+            wanted.append((its_column, _is_text, "text"))
     for column, accepts, what in wanted:
         if column is None:
             continue
@@ -93,11 +101,8 @@ def check_types(schema: pa.Schema, columns: InputColumns, name: str) -> None:
             raise ConfigurationError(f"{name} has more than one column {quote(column)}")
         type_ = schema.field(column).type
         if not (pa.types.is_null(type_) or accepts(type_)):
-            hint = "; name it with input.messages" if column == columns.prompt and _is_messages(type_) else ""
             shown = one_line(str(type_), limit=120)
-            raise ConfigurationError(
-                f"the column {one_line(column)} of {name} has type {shown}; it must hold {what}{hint}"
-            )
+            raise ConfigurationError(f"the column {one_line(column)} of {name} has type {shown}; it must hold {what}")
 
 
 def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequence[str]) -> Iterator[Row]:
@@ -191,12 +196,34 @@ def _is_text(type_: pa.DataType) -> bool:
     return bool(is_text or pa.types.is_null(type_))
 
 
+def _is_conversation(type_: pa.DataType) -> bool:
+    """A list of messages, or the text of one: JSON or a transcript."""
+    return _is_text(type_) or isinstance(type_, pa.JsonType) or _is_messages(type_)
+
+
+def _is_text_or_messages(type_: pa.DataType) -> bool:
+    return _is_text(type_) or _is_messages(type_)
+
+
 def _is_messages(type_: pa.DataType) -> bool:
-    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-    if not is_list or not pa.types.is_struct(type_.value_type):
+    if not _is_list(type_) or not pa.types.is_struct(type_.value_type):
         return False
     fields = {field.name: field.type for field in type_.value_type}
-    return all(name in fields and _is_text(fields[name]) for name in ("role", "content"))
+    return any(
+        speaker in fields and _is_text(fields[speaker]) and said in fields and _is_content(fields[said])
+        for speaker, said in (("role", "content"), ("from", "value"))
+    )
+
+
+def _is_content(type_: pa.DataType) -> bool:
+    """Text, or a list of parts."""
+    return _is_text(type_) or (
+        _is_list(type_) and (pa.types.is_struct(type_.value_type) or _is_text(type_.value_type))
+    )
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
 
 
 def _is_id(type_: pa.DataType) -> bool:
