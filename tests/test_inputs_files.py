@@ -8,11 +8,15 @@ import gzip
 import io
 import json
 import lzma
+import subprocess
+import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -337,3 +341,73 @@ def test_a_saved_data_set_of_several_splits_is_read_by_split(tmp_path: Path) -> 
 def test_the_first_version_of_feather_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.feather").write_bytes(b"FEA1" + b"\0" * 64)
     assert "it has Feather's first version" in refusal_of(tmp_path / "x.feather")
+
+
+def test_uuids_are_ids_in_arrow_and_in_text(tmp_path: Path) -> None:
+    ids = [uuid.UUID(int=at * 2**64 + 7) for at in range(3)]
+    table = pa.table({"id": pa.array([each.bytes for each in ids], pa.uuid()), "prompt": ["a", "b", "c"]})
+    for has_arrow_schema in (True, False):
+        pq.write_table(table, tmp_path / "x.parquet", store_schema=has_arrow_schema)
+        assert [row.row_id for row in opened(tmp_path / "x.parquet", id="id")] == list(map(str, ids))
+    write_jsonl(tmp_path / "x.jsonl", [{"id": str(each), "prompt": "a"} for each in ids])
+    assert [row.row_id for row in opened(tmp_path / "x.jsonl", id="id")] == list(map(str, ids))
+
+
+def test_whole_numbers_that_pandas_made_floats_are_refused_with_the_reason(tmp_path: Path) -> None:
+    pd.DataFrame({"id": [1, None, 3], "prompt": ["a", "b", "c"]}).to_parquet(tmp_path / "x.parquet")
+    message = refusal_of(tmp_path / "x.parquet", id="id")
+    assert message.startswith(
+        "the column id of x.parquet has type double; it must hold text or whole numbers (or UUIDs); "
+    )
+    assert "pandas makes floats of whole numbers where one is missing" in message
+
+
+def test_weights_may_be_json_text(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('prompt,w\na,"{""kind"": 0.5}"\nb,\nc,kind\nd,3\n')
+    rows = list(open_input(InputConfig(path=str(tmp_path / "x.csv"), weights="w"), ("kind",)))
+    assert [row.weights for row in rows] == [{"kind": 0.5}, None, None, None]
+    assert [row.error for row in rows] == [
+        None,
+        None,
+        "line 4 of x.csv: weights must be an object {principal: number} or its JSON text; got 'kind'",
+        "line 5 of x.csv: weights must be an object {principal: number}; got 3",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [*TEXT_BY_SUFFIX, *TABLES])
+def test_a_prompt_of_ten_megabytes_is_a_row_error(tmp_path: Path, suffix: str) -> None:
+    make = {**TEXT_BY_SUFFIX, **TABLES}[suffix]
+    records = [{"key": "a", "prompt": "x" * 10**7}, {"key": "b", "prompt": "fine"}]
+    (tmp_path / f"x{suffix}").write_bytes(make(records))
+    large, fine = opened(tmp_path / f"x{suffix}", id="key")
+    assert str(large.error).endswith("the conversation has 10,000,000 characters; at most 8,388,608 are read")
+    assert fine.error is None
+
+
+PEAK = """
+import resource, sys
+from pipeline.config.sections import InputConfig
+from pipeline.storage.inputs import open_input
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+source = open_input(InputConfig(path=sys.argv[1]))
+before = peak()
+assert sum(len(row.messages[0]["content"]) for row in source) == int(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("num_rows", "length"), [(300, 2**20), (150_000, 2048)])
+def test_a_row_group_of_three_hundred_megabytes_is_read_in_flat_memory(
+    tmp_path: Path, num_rows: int, length: int
+) -> None:
+    with pq.ParquetWriter(
+        tmp_path / "x.parquet", pa.schema([("prompt", pa.string())]), use_dictionary=False, compression="none"
+    ) as writer:
+        writer.write_table(pa.table({"prompt": ["x" * length] * num_rows}), row_group_size=num_rows)
+    assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups == 1
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "x.parquet"), str(num_rows * length)]
+    grown_mib = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert grown_mib < 150

@@ -10,7 +10,7 @@ from pipeline.storage.text_records import LIMIT_BYTES, LIMIT_TEXT, TextRecord, w
 
 CHUNK_BYTES = 2**20
 # What decides where an element ends: whole strings, whose brackets count for nothing, and brackets and commas.
-TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]|"', re.DOTALL)
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]|"', re.DOTALL)
 DEPTH_CHANGE = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 SPACE = b" \t\r\n"
 

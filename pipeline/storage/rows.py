@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from pipeline.errors import RowError
 from pipeline.records import Message, Row
@@ -15,6 +17,7 @@ from pipeline.storage.conversations import check_text, count_names, read_convers
 from pipeline.storage.quoting import quote
 from pipeline.storage.record_formats import FORMAT_BY_NAME
 
+TEXT_LIMIT = 8 * 2**20  # characters of a row's conversation and existing answer
 ID_ADVICE = "without input.id rows are named by file and position"
 
 
@@ -112,6 +115,7 @@ def make_row(
     try:
         parameters = read_parameters(_value(record, columns.body) or {})
         messages, response = _read_conversation(record, columns)
+        _check_size(messages, response)
         return Row(
             row_id=own_id,
             messages=messages,
@@ -128,7 +132,9 @@ def make_row(
 
 
 def read_id(value: Any) -> str | None:
-    """The text of an id: a string or a whole number; None for anything else, blank text included."""
+    """The text of an id: a string, a whole number or a UUID; None for anything else, blank text included."""
+    if isinstance(value, UUID):
+        return str(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
     try:
@@ -219,12 +225,21 @@ def _read_messages(record: Mapping[str, Any], columns: InputColumns) -> tuple[Me
     return ({"role": "user", "content": check_text(value, column)},)
 
 
+def _check_size(messages: tuple[Message, ...], response: str | None) -> None:
+    """Refuse what would take minutes to tokenize and fits no context, while the other rows wait."""
+    size = sum(len(message["content"]) for message in messages) + len(response or "")
+    if size > TEXT_LIMIT:
+        raise RowError(f"the conversation has {size:,} characters; at most {TEXT_LIMIT:,} are read")
+
+
 def _read_weights(value: Any, principal_names: Sequence[str]) -> dict[str, float] | None:
     """Weights by principal; every one that is left out keeps the configured weight."""
     if value is None:
         return None
     if isinstance(value, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
         value = dict(value)  # an Arrow map
+    if isinstance(value, str):  # as CSV has it
+        value = _parse_weights(value)
     if not isinstance(value, dict):
         raise RowError(f"weights must be an object {{principal: number}}; got {quote(value)}")
     weights: dict[str, float] = {}
@@ -234,6 +249,15 @@ def _read_weights(value: Any, principal_names: Sequence[str]) -> dict[str, float
             raise RowError(f"weights name the unknown principal {quote(name)}; principals: {known}")
         weights[name] = _check_weight(weight, name)
     return weights or None
+
+
+def _parse_weights(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowError(
+            f"weights must be an object {{principal: number}} or its JSON text; got {quote(text)}"
+        ) from None
 
 
 def _check_weight(weight: Any, name: str) -> float:

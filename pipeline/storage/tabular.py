@@ -21,7 +21,12 @@ from pipeline.storage.rows import FoundId, InputColumns, Unreadable, make_row, r
 BATCH_ROWS = 1024
 PROMPT = "text, or a list of {role, content}"
 CONVERSATION = "a list of {role, content} with text in both, or that list as JSON text"
+BATCH_BYTES = 32 * 2**20  # of decoded values at once, so that a few large rows cost no more than many small ones
 HASH_BLOCK_BYTES = 2**20
+FLOAT_IDS = (
+    "; pandas makes floats of whole numbers where one is missing: give every row an id, then write the column with "
+    "astype('int64') or astype(str)"
+)
 # Pages are read one after the other, so that a row group need not fit into memory.
 PARQUET_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 2**20, "arrow_extensions_enabled": True}
 
@@ -85,8 +90,8 @@ def check_types(schema: pa.Schema, columns: InputColumns, name: str) -> None:
     wanted: list[tuple[str | None, Callable[[pa.DataType], bool], str]] = [
         (columns.prompt, _is_text_or_messages, PROMPT),
         (columns.messages, _is_conversation, CONVERSATION),
-        (columns.id, _is_id, "text or whole numbers"),
-        (columns.weights, _is_weights, "a struct or map of principal to number"),
+        (columns.id, _is_id, "text or whole numbers (or UUIDs)"),
+        (columns.weights, _is_weights, "a struct or map of principal to number, or that as JSON text"),
         (columns.response, _is_text_or_messages, PROMPT),
     ]
     for its_column in columns.format_columns:
@@ -102,7 +107,10 @@ def check_types(schema: pa.Schema, columns: InputColumns, name: str) -> None:
         type_ = schema.field(column).type
         if not (pa.types.is_null(type_) or accepts(type_)):
             shown = one_line(str(type_), limit=120)
-            raise ConfigurationError(f"the column {one_line(column)} of {name} has type {shown}; it must hold {what}")
+            hint = FLOAT_IDS if column == columns.id and pa.types.is_floating(type_) else ""
+            raise ConfigurationError(
+                f"the column {one_line(column)} of {name} has type {shown}; it must hold {what}{hint}"
+            )
 
 
 def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequence[str]) -> Iterator[Row]:
@@ -180,7 +188,9 @@ def _parquet_batches(file: InputFile, names: Sequence[str], start: int, stop: in
 
 def _group_batches(table: Any, group: int, names: Sequence[str], low: int, high: int) -> Iterator[pa.RecordBatch]:
     seen = 0
-    for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(names), use_threads=False):
+    metadata = table.metadata.row_group(group)
+    batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
+    for batch in table.iter_batches(batch_rows, row_groups=[group], columns=list(names), use_threads=False):
         begin, end = max(low - seen, 0), min(high - seen, batch.num_rows)
         if begin < end:
             yield batch.slice(begin, end - begin)
@@ -227,10 +237,12 @@ def _is_list(type_: pa.DataType) -> bool:
 
 
 def _is_id(type_: pa.DataType) -> bool:
-    return _is_text(type_) or bool(pa.types.is_integer(type_))
+    return _is_text(type_) or bool(pa.types.is_integer(type_)) or isinstance(type_, pa.UuidType)
 
 
 def _is_weights(type_: pa.DataType) -> bool:
+    if _is_text(type_) or isinstance(type_, pa.JsonType):
+        return True
     if pa.types.is_map(type_):
         return _is_text(type_.key_type) and _is_number(type_.item_type)
     return bool(pa.types.is_struct(type_)) and all(_is_number(field.type) for field in type_)
