@@ -45,13 +45,41 @@ def test_the_same_tokens_are_no_difference() -> None:
     compare_tokenizers(facts_of_tokenizer(plain), facts_of_tokenizer(templated), "base", "kind")
 
 
-def test_one_added_token_is_named_on_the_side_that_has_it() -> None:
-    plain, padded = tiny_models.make_tokenizer(), tiny_models.make_tokenizer()
-    padded.add_special_tokens({"pad_token": "<pad>"})
-    message = difference(plain, padded)
-    assert f"({NUM_TINY} and {NUM_TINY + 1} tokens)" in message
-    assert f"only kind (small) has 1 id: {NUM_TINY} ('<pad>')" in message
-    assert f"only base has 1 id: {NUM_TINY} ('<pad>')" in difference(padded, plain)
+def added(*tokens: str, special: bool = True) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_models.make_tokenizer()
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    else:
+        tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+def masked(base: Any, other: Any, **options: Any) -> dict[int, str]:
+    return compare_tokenizers(facts_of_tokenizer(base), facts_of_tokenizer(other), "base", "kind", **options)
+
+
+def test_tokens_that_the_base_cannot_draw_are_no_difference_and_are_named() -> None:
+    plain = tiny_models.make_tokenizer()
+    assert masked(plain, plain) == {}
+    assert masked(plain, added("[PAD]")) == {NUM_TINY: "[PAD]"}
+    assert masked(plain, added("[PAD]", "[MASK]")) == {NUM_TINY: "[PAD]", NUM_TINY + 1: "[MASK]"}
+    assert masked(plain, added("<tool>", special=False)) == {NUM_TINY: "<tool>"}
+    assert masked(added("[PAD]"), plain) == {NUM_TINY: "[PAD]"}
+
+
+def test_tokens_of_the_base_alone_that_answers_may_have_are_a_difference() -> None:
+    plain = tiny_models.make_tokenizer()
+    message = difference(added("<tool>", special=False), plain)
+    assert f"({NUM_TINY + 1} and {NUM_TINY} tokens)" in message
+    assert f"only base has 1 id: {NUM_TINY} ('<tool>')" in message
+    with pytest.raises(ConfigurationError, match="only base has 1 id"):
+        masked(added("<|im_end|>"), plain, ends={NUM_TINY})
+
+
+def test_other_words_are_a_difference_wherever_they_stand() -> None:
+    plain, longer = tiny_models.make_tokenizer(), tiny_models.make_tokenizer(extra=("ab",))
+    assert f"only kind (small) has 1 id: {NUM_TINY} ('ab')" in difference(plain, longer)
+    assert f"1 of {NUM_TINY + 1} ids differ: {NUM_TINY} ('ab' / '[PAD]')" in difference(longer, added("[PAD]"))
 
 
 def test_a_swap_of_two_tokens_is_found_although_sizes_agree() -> None:

@@ -13,6 +13,7 @@ from pipeline.config.variants import lay_out
 from pipeline.hub.descriptions import ModelDescription, describe_model
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.families import PLAIN
+from pipeline.hub.tokenizers import listed_tokens
 from pipeline.principals.section import TUNED
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostPlan, PrincipalPlan, Scoring
@@ -51,6 +52,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         "",
         _hosts(replica),
         *_decoding(replica),
+        *_masked(replica),
         "",
         _placement(replica),
         f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
@@ -138,6 +140,14 @@ def _decoding(replica: ReplicaPlan) -> list[str]:
             model_type = replica.facts[name].model_type
             lines.append(f"{name}: `cage models` does not know {model_type}; it is checked when it is loaded")
     return lines
+
+
+def _masked(replica: ReplicaPlan) -> list[str]:
+    """A line for each model whose tokens are not all the base's: which ones answers do without."""
+    return [
+        f"{name} and base share all tokens but {listed_tokens(sorted(tokens), tokens)}; no answer has these"
+        for name, tokens in replica.masked.items()
+    ]
 
 
 def _placement(replica: ReplicaPlan) -> str:

@@ -41,6 +41,7 @@ class TokenizerFacts:
         chat_template: renders conversations; None where there is none.
         special_tokens: tokens that are no text, by what they look like as text, with their ids.
         named_tokens: special tokens by the names that templates know, such as "bos_token".
+        added_ids: of tokens that were added to the vocabulary, special or not.
     """
 
     token_by_id: Mapping[int, str]
@@ -48,6 +49,7 @@ class TokenizerFacts:
     chat_template: str | None
     special_tokens: Mapping[str, int]
     named_tokens: Mapping[str, str]
+    added_ids: frozenset[int]
 
     @property
     def has_chat_template(self) -> bool:
@@ -74,6 +76,7 @@ def facts_of_tokenizer(tokenizer: Any) -> TokenizerFacts:
             token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         },
         named_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        added_ids=frozenset(tokenizer.added_tokens_decoder),
     )
 
 
@@ -133,6 +136,10 @@ def _stated_facts(source: ModelSource) -> TokenizerFacts | None:
         chat_template=default_template(template),
         special_tokens={token: id_by_token[token] for token in (*marked, *_special_tokens(settings))},
         named_tokens=named,
+        added_ids=frozenset(
+            id_by_token[token]
+            for token in (*(each["content"] for each in tokenizer["added_tokens"]), *_special_tokens(settings))
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigurationError
@@ -15,10 +15,29 @@ GENERATION_CONFIG = "generation_config.json"
 NUM_SHOWN = 5
 
 
-def compare_tokenizers(base: TokenizerFacts, other: TokenizerFacts, base_name: str, other_name: str) -> None:
-    """Check that two tokenizers give every id the same token, added and special ones included.
+def compare_tokenizers(
+    base: TokenizerFacts,
+    other: TokenizerFacts,
+    base_name: str,
+    other_name: str,
+    *,
+    ends: Container[int] = (),
+) -> dict[int, str]:
+    """Check that two tokenizers give every id the same token, and find the ids that answers have to do without.
 
-    A model's own embedding may be larger than its tokenizer (padding); that is no difference.
+    A model's own embedding may be larger than its tokenizer (padding); that is no difference. Nor are tokens that
+    were added to one of the two, behind all others, where answers do not need them: those of the other are none that
+    the base could draw, those of the base must be special tokens that end no answer. Mostly it is a padding token.
+
+    Args:
+        base: of the base.
+        other: of the principal's model.
+        base_name: for messages.
+        other_name: for messages.
+        ends: ids that end an answer.
+
+    Returns:
+        The tokens that only one of them has, by id. They come after all others.
 
     Raises:
         ConfigurationError: with the number of differing ids and the first few, as both spell them.
@@ -27,19 +46,29 @@ def compare_tokenizers(base: TokenizerFacts, other: TokenizerFacts, base_name: s
     both = tokens.keys() & others.keys()
     differing = sorted(token_id for token_id in both if tokens[token_id] != others[token_id])
     only_base, only_other = sorted(tokens.keys() - both), sorted(others.keys() - both)
+    unneeded = {token_id for token_id in base.special_tokens.values() if token_id not in ends}
+    is_served = (
+        not differing
+        and unneeded.issuperset(only_base)
+        and other.added_ids.issuperset(only_other)
+        and all(token_id > max(both, default=-1) for token_id in (*only_base, *only_other))
+    )
+    if is_served:
+        return {
+            token_id: (tokens if token_id in tokens else others)[token_id] for token_id in (*only_base, *only_other)
+        }
     faults = []
     if differing:
         shown = ", ".join(f"{i} ({tokens[i]!r} / {others[i]!r})" for i in differing[:NUM_SHOWN])
         faults.append(f"{len(differing):,} of {len(both):,} ids differ: {shown}{_rest(differing)}")
     if only_base:
-        faults.append(f"only {base_name} has {_listed(only_base, tokens)}")
+        faults.append(f"only {base_name} has {listed_tokens(only_base, tokens)}")
     if only_other:
-        faults.append(f"only {other_name} has {_listed(only_other, others)}")
-    if faults:
-        raise ConfigurationError(
-            f"{base_name} and {other_name} do not share a vocabulary ({len(tokens):,} and {len(others):,} tokens): "
-            f"{'; '.join(faults)}. Principals are paid by token, so every model of a run needs the same tokens"
-        )
+        faults.append(f"only {other_name} has {listed_tokens(only_other, others)}")
+    raise ConfigurationError(
+        f"{base_name} and {other_name} do not share a vocabulary ({len(tokens):,} and {len(others):,} tokens): "
+        f"{'; '.join(faults)}. Principals are paid by token, so every model of a run needs the same tokens"
+    )
 
 
 def share_tokens(base: TokenizerFacts, other: TokenizerFacts) -> bool:
@@ -72,10 +101,11 @@ def special_stop_ids(stop: Sequence[str], tokenizer: TokenizerFacts) -> frozense
     return frozenset(special[text] for text in stop if text in special)
 
 
-def _listed(ids: list[int], tokens: Mapping[int, str]) -> str:
+def listed_tokens(ids: Sequence[int], tokens: Mapping[int, str]) -> str:
+    """The number of some ids and the first of them, with their tokens."""
     noun = "id" if len(ids) == 1 else "ids"
     return f"{len(ids):,} {noun}: " + ", ".join(f"{i} ({tokens[i]!r})" for i in ids[:NUM_SHOWN]) + _rest(ids)
 
 
-def _rest(ids: list[int]) -> str:
+def _rest(ids: Sequence[int]) -> str:
     return ", ..." if len(ids) > NUM_SHOWN else ""
