@@ -5,6 +5,7 @@ The principals' sections build on these; `pipeline.config.sections` puts all of 
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -54,6 +55,9 @@ class BaseConfig(ModelConfig):
     chat_template: str | None = Field(None, description="Jinja chat template instead of the tokenizer's own")
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict, description="what the chat template reads besides messages, such as enable_thinking"
+    )
+    chat_template_time: datetime | None = Field(
+        None, description="the time that chat templates are given by strftime_now; null: when the run begins"
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support import tiny_models
@@ -14,9 +17,12 @@ from support.chat_templates import FAMILIES, GEMMA2, LLAMA32, NAMED, PHI3_MINI, 
 from support.decoding import NOWHERE, ask, config_of, decode, engine_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.config.files import parse_config
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.runtime.assembly import assemble
+from pipeline.stages.relabel import relabel
+from pipeline.storage.plan import Plan
 
 PRINCIPLE = "be kind to everyone"
 KIND = {"kind": {"kind": "prompted", "principle": PRINCIPLE, "weight": 0.8}}
@@ -258,3 +264,41 @@ def test_the_time_in_a_prompt_is_that_of_the_plan(model):
 def test_roles_of_other_values_are_other_roles(model):
     topology = assemble(config_of(model(QWEN3), KIND), NOWHERE).topology
     assert replace(topology.roles["base"], template_kwargs={"enable_thinking": True}) != topology.roles["base"]
+
+
+def test_a_run_keeps_its_time_on_another_day(model, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n')
+    base = {"model": str(model(LLAMA32))}
+
+    def run_in(folder, **given):
+        tree = {
+            "input": {"path": str(tmp_path / "in.jsonl")},
+            "output": {"path": str(folder)},
+            "base": {**base, **given},
+            "decoding": {"max_new_tokens": 4, "trace": "tokens"},
+            "cluster": {"transport": "local"},
+        }
+        run, _ = relabel(parse_config(tree), NOWHERE, io.StringIO())
+        tokens = pq.read_table(next(folder.rglob("part-*.parquet")))["tokens"].to_pylist()
+        return run.plan.template_time, tokens  # with their log-probabilities after this prompt
+
+    begun, today = run_in(tmp_path / "run")
+    assert abs(datetime.now() - begun) < timedelta(minutes=5)
+    other_day = begun - timedelta(days=40)
+    stated_time, expected = run_in(tmp_path / "stated", chat_template_time=other_day.isoformat())
+    assert stated_time is None  # it is in the configuration
+    assert expected != today
+
+    (stored,) = (tmp_path / "run").rglob("*plan.json")
+    begun_run = tmp_path / "begun" / stored.relative_to(tmp_path / "run")
+    begun_run.parent.mkdir(parents=True)
+    begun_run.write_bytes(Plan.from_json(stored.read_bytes()).with_template_time(other_day).to_json())
+    for _ in range(2):  # goes on with a run that has no shard yet, and finds it finished
+        assert run_in(tmp_path / "begun") == (other_day, expected)
+
+
+def test_a_run_is_given_its_time(model):
+    base = {"model": str(model(LLAMA32)), "chat_template_time": "2026-02-03"}
+    assert "Today Date: 03 Feb 2026\n" in prompts_of(base, {}, USER)["base"]
+    with pytest.raises(ConfigurationError, match="chat_template_time has no effect"):
+        prompts_of({**base, "model": str(model(QWEN3))}, {}, USER)

@@ -95,9 +95,14 @@ def relabel(
         return existing, False
     for note in prepared.notes:
         print(note, file=out, flush=True)
-    replica = plan_replica(config, prepared.models, cache_folder)  # refuses what cannot work before a run is created
-    run = existing or _open_run(prepared.plan, places, wiring, may_create=True)
+    # refuses what cannot work before a run is created
+    begun = None if existing is None else existing.plan.template_time
+    replica = plan_replica(config, prepared.models, cache_folder, now=begun)
+    plan = prepared.plan.with_template_time(replica.template_time)
+    run = existing or _open_run(plan, places, wiring, may_create=True)
     assert run is not None
+    if run.plan.template_time != replica.template_time:  # another driver was faster
+        replica = plan_replica(config, prepared.models, cache_folder, now=run.plan.template_time)
     committed = run.committed()
     todo = [shard.index for shard in run.plan.shards if shard.index not in committed]
     if existing is not None:  # another driver may be at work: begin elsewhere than it did

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from pipeline.config.sections import Config, Trace
@@ -22,6 +23,7 @@ from pipeline.storage.rows import InputColumns
 __all__ = ["Plan", "Shard", "explain_mismatch", "make_plan", "refuse_mismatch"]
 
 PLAN_VERSION = 2
+TEMPLATE_TIME = "chat_templates.time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,17 @@ class Plan:
     def num_answers(self) -> int:
         """Records of the whole run: one per row, variant and sample."""
         return self.num_rows * len(self.variants) * self.num_samples
+
+    @property
+    def template_time(self) -> datetime | None:
+        """The time that chat templates are given in every prompt of the run; None where none asks for it."""
+        stated = self.fingerprint.get(TEMPLATE_TIME)
+        return None if stated is None else datetime.fromisoformat(stated)
+
+    def with_template_time(self, time: datetime | None) -> Plan:
+        """The same plan with another time in chat templates."""
+        fields = {name: value for name, value in self.fingerprint.items() if name != TEMPLATE_TIME}
+        return replace(self, fingerprint=fields if time is None else {**fields, TEMPLATE_TIME: time.isoformat()})
 
     @property
     def digest(self) -> str:

@@ -64,6 +64,7 @@ class Run:
                 return cls(store, plan)
             # another driver was faster: its plan is checked like that of any earlier run
         stored = _read_plan(store)
+        plan = plan.with_template_time(stored.template_time)  # a run that goes on another day keeps its time
         refuse_mismatch(store.path, stored.fingerprint, plan.fingerprint)
         if stored != plan:
             store.put(PLAN, plan.to_json())
