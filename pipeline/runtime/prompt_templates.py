@@ -66,7 +66,9 @@ def plan_templates(
         _check_kwargs(place, _given_kwargs(config, name), text)
         templates[name] = _plan_template(role, place, text, own, topology.weights, now)
     if config.base.chat_template_time is not None and not any(each.reads_clock for each in templates.values()):
-        raise ConfigurationError("base.chat_template_time has no effect: no chat template of the run asks for the time")
+        raise ConfigurationError(
+            "base.chat_template_time has no effect: no chat template of the run asks for the time"
+        )
     return templates
 
 

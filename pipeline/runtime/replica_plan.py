@@ -66,6 +66,8 @@ class ReplicaPlan:
         end_id: the token that follows a finished answer; None where there is none.
         variants: the ways to answer a row.
         expected: how each host's model will be decoded, by host name; reward models are left out.
+        masked: tokens by id that a host's model has and the base has not, or the reverse, by host name; no answer has
+            them.
     """
 
     config: Config
@@ -81,6 +83,7 @@ class ReplicaPlan:
     end_id: int | None
     variants: tuple[Variant, ...]
     expected: Mapping[str, Expected]
+    masked: Mapping[str, Mapping[int, str]]
 
 
 def resolve_models(
@@ -132,17 +135,23 @@ def plan_replica(
     topology = build_topology(config, identify=lambda model: source_of[model.model_dump_json()].identity)
     sources = {plan.name: source_of[plan.model.model_dump_json()] for plan in topology.hosts}
     tokenizers = {name: read_tokenizer_facts(source) for name, source in sources.items()}
-    read_text = frozenset(_hosts_that_read_text(topology, tokenizers))
     facts = {name: read_model_facts(source) for name, source in sources.items()}
     adapter_of = {path: resolved.adapters[place] for place, path in adapters_of(config)}
-    vocab_size = min(
-        [len(tokenizers[BASE].token_by_id), *(facts[name].vocab_size for name in facts if name not in read_text)]
-    )
     now = now or datetime.now().replace(microsecond=0)
     templates = plan_templates(config, topology, tokenizers, config.base.chat_template_time or now)
     is_given_time = config.base.chat_template_time is None and any(each.reads_clock for each in templates.values())
     ends_turn = _end_of_turn(templates[BASE], tokenizers[BASE])
-    stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], facts[BASE])
+    stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], facts[BASE]) | ends_turn
+    stop_ids |= special_stop_ids(config.decoding.stop, tokenizers[BASE])
+    read_text = frozenset(_hosts_that_read_text(topology, tokenizers))
+    masked = _masked_tokens(topology, tokenizers, stop_ids)
+    vocab_size = min(
+        [
+            len(tokenizers[BASE].token_by_id),
+            *(facts[name].vocab_size for name in facts if name not in read_text),
+            *(token_id for tokens in masked.values() for token_id in tokens),
+        ]
+    )
     variants = lay_out(config)
     expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.is_reward_model}
 
@@ -174,10 +183,11 @@ def plan_replica(
         tokenizers=tokenizers,
         templates=templates,
         template_time=now if is_given_time else None,
-        stop_ids=stop_ids | ends_turn | special_stop_ids(config.decoding.stop, tokenizers[BASE]),
+        stop_ids=stop_ids,
         end_id=next(iter(ends_turn), tokenizers[BASE].eos_token_id),
         variants=variants,
         expected=expected,
+        masked={name: tokens for name, tokens in masked.items() if tokens},
     )
 
 
@@ -210,14 +220,25 @@ def _expect(plan: HostPlan, source: ModelSource) -> Expected:
 
 
 def _hosts_that_read_text(topology: Topology, tokenizers: Mapping[str, TokenizerFacts]) -> list[str]:
-    """Hosts with tokens of their own, which only a reward model's may be. Raises ConfigurationError."""
-    found = []
-    for plan in topology.hosts[1:]:
-        if not plan.is_reward_model:
-            compare_tokenizers(tokenizers[BASE], tokenizers[plan.name], BASE, f"{plan.name} ({plan.model.model})")
-        elif not share_tokens(tokenizers[BASE], tokenizers[plan.name]):
-            found.append(plan.name)
-    return found
+    """Hosts with tokens of their own, which only a reward model's may be."""
+    return [
+        plan.name
+        for plan in topology.hosts[1:]
+        if plan.is_reward_model and not share_tokens(tokenizers[BASE], tokenizers[plan.name])
+    ]
+
+
+def _masked_tokens(
+    topology: Topology, tokenizers: Mapping[str, TokenizerFacts], ends: frozenset[int]
+) -> dict[str, dict[int, str]]:
+    """Tokens that answers do without, by host. Raises ConfigurationError where vocabularies differ by others."""
+    return {
+        plan.name: compare_tokenizers(
+            tokenizers[BASE], tokenizers[plan.name], BASE, f"{plan.name} ({plan.model.model})", ends=ends
+        )
+        for plan in topology.hosts[1:]
+        if not plan.is_reward_model
+    }
 
 
 def _games(config: Config, topology: Topology, variants: tuple[Variant, ...]) -> GameSpec | None:
