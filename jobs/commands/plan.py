@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.config.variants import lay_out
 from pipeline.hub.descriptions import ModelDescription, describe_model
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.families import PLAIN
+from pipeline.hub.generation_settings import unobeyed_settings
 from pipeline.hub.tokenizers import listed_tokens
 from pipeline.principals.section import TUNED
 from pipeline.protocol.specs import HostSpec
@@ -53,6 +55,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         _hosts(replica),
         *_decoding(replica),
         *_masked(replica),
+        *_unobeyed(replica),
         "",
         _placement(replica),
         f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
@@ -147,6 +150,21 @@ def _masked(replica: ReplicaPlan) -> list[str]:
     return [
         f"{name} and base share all tokens but {listed_tokens(sorted(tokens), tokens)}; no answer has these"
         for name, tokens in replica.masked.items()
+    ]
+
+
+def _unobeyed(replica: ReplicaPlan) -> list[str]:
+    """A line with settings of the base's own that would change what it draws, where it has some."""
+    stated = unobeyed_settings(replica.hosts[0].source)
+    if not stated:
+        return []
+    shown = [
+        f"{key} ({len(value)} values)" if isinstance(value, list | dict) else f"{key} {json.dumps(value)}"
+        for key, value in stated.items()
+    ]
+    return [
+        f"generation_config.json of base says {', '.join(shown)}; that is not obeyed, decoding says how tokens are "
+        "drawn"
     ]
 
 
