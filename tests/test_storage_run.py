@@ -455,3 +455,54 @@ def test_reasons_are_counted_by_kind() -> None:
     many = failures_of((str(index), chr(97 + index) * 3) for index in range(25))
     assert sum(failures.count for failures in many.values()) == 25
     assert len(many) == 21
+
+
+def run_with_answers(folder: Path, name: str, answered: list[bool]) -> Run:
+    """A finished run in which the rows that are `answered` have an existing answer, which is the better one."""
+    lines = [{"prompt": f"{at}", "old": "old" if has else None} for at, has in enumerate(answered)]
+    path = write_jsonl(folder / f"{name}.jsonl", lines)
+    plan = make_plan(make_config(path, folder / name, input={"response": "old"}), {"base": "tiny@abc123"})
+    run = Run.create_or_resume(open_store(str(folder / name)), plan)
+    for shard in run.plan.shards:
+        records = [
+            answer(
+                row, text="new", original_response=row.response, chosen=row.response, rejected=row.response and "new"
+            )
+            for row in run.plan.read_shard(shard)
+        ]
+        run.commit(shard, records)
+    run.finish()
+    return run
+
+
+@pytest.mark.parametrize("answered", [[True, False, True, False, False, False, True], [True] * 4])
+def test_pairs_have_no_nulls_and_are_loaded_by_name(tmp_path: Path, answered: list[bool]) -> None:
+    run_with_answers(tmp_path, "run", answered)
+    cache = str(tmp_path / "hf")
+    pairs = datasets.load_dataset(str(tmp_path / "run"), "pairs", split="train", cache_dir=cache)
+    assert list(pairs["row_id"]) == [f"run.jsonl:{at + 1}" for at, has in enumerate(answered) if has]
+    assert all(pair["chosen"] == [{"role": "assistant", "content": "old"}] for pair in pairs)
+    assert all(pair["rejected"] == [{"role": "assistant", "content": "new"}] for pair in pairs)
+    answers = datasets.load_dataset(str(tmp_path / "run"), "default", split="train", cache_dir=cache)
+    assert len(answers) == len(answered)
+    assert len(pd.read_parquet(tmp_path / "run")) == len(answered)
+    assert len(Run.open(str(tmp_path / "run")).find("run.jsonl:1")) == 1
+
+
+def test_a_run_without_any_pair_is_loaded(tmp_path: Path) -> None:
+    run_with_answers(tmp_path, "run", [False] * 4)
+    assert len(datasets.load_dataset(str(tmp_path / "run"), split="train", cache_dir=str(tmp_path / "hf"))) == 4
+
+
+def test_columns_that_are_null_in_some_files_keep_their_types(tmp_path: Path) -> None:
+    """Whichever file comes first, `load_dataset` takes its types for all."""
+    for answered in ([False] * 3 + [True] * 3, [True] * 3 + [False] * 3):
+        name = f"run-{int(answered[0])}"
+        run_with_answers(tmp_path, name, answered)
+        first, second = (pq.read_schema(file) for file in sorted((tmp_path / name).glob("part-*.parquet")))
+        assert first.equals(second)
+        assert not any(pa.types.is_null(field.type) for field in first)
+        files = sorted(map(str, (tmp_path / name).glob("part-*.parquet")))
+        for order in (files, files[::-1]):
+            rows = datasets.load_dataset("parquet", data_files=order, split="train", cache_dir=str(tmp_path / "hf"))
+            assert sorted(each is not None for each in rows["chosen"]) == sorted(answered)

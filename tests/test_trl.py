@@ -18,14 +18,17 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def written(tiny, tmp_path_factory):
-    """The data set of a run whose input brought answers."""
+    """The folder of a run whose input brought answers to all rows but one."""
     folder = tmp_path_factory.mktemp("trl")
-    rows = [{"id": str(at), "prompt": "hello " * at + "?", "answer": f"answer {at}"} for at in range(6)]
+    answers = ["answer 0", "answer 1", None, "answer 3", "answer 4", "answer 5"]
+    rows = [{"id": str(at), "prompt": "hello " * at + "?", "answer": answer} for at, answer in enumerate(answers)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_job(job(folder / "prompts.jsonl", folder / "run", tiny(), input={"response": "answer"}), folder)
-    return load_dataset(
-        "parquet", data_files=str(folder / "run/part-*.parquet"), split="train", cache_dir=str(folder / "hf")
-    )
+    return folder / "run"
+
+
+def loaded(folder, name):
+    return load_dataset(str(folder), name, split="train", cache_dir=str(folder.parent / "hf"))
 
 
 def options(tmp_path):
@@ -40,7 +43,7 @@ def test_sft_takes_prompt_and_completion(written, tiny, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tiny())
     trainer = SFTTrainer(
-        model, args=SFTConfig(**options(tmp_path)), train_dataset=written,
+        model, args=SFTConfig(**options(tmp_path)), train_dataset=loaded(written, "default"),
         processing_class=AutoTokenizer.from_pretrained(tiny()),
     )  # fmt: skip
     assert trainer.completion_only_loss
@@ -51,8 +54,11 @@ def test_dpo_takes_chosen_and_rejected(written, tiny, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     model = AutoModelForCausalLM.from_pretrained(tiny())
+    pairs = loaded(written, "pairs")
+    assert len(loaded(written, "default")) == 6
+    assert len(pairs) in (4, 5)  # the row without an answer has none, nor one that was drawn just as it was
     trainer = DPOTrainer(
-        model, args=DPOConfig(**options(tmp_path)), train_dataset=written,
+        model, args=DPOConfig(**options(tmp_path)), train_dataset=pairs,
         processing_class=AutoTokenizer.from_pretrained(tiny()),
     )  # fmt: skip
     assert trainer.train().global_step == 1

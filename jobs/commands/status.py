@@ -39,6 +39,8 @@ def describe_status(run: Run) -> str:
     if status.rows_aligned:
         lines.append(f"  look      cage inspect {path} {printable(_some_row_id(run))}")
         lines.append(f'  load      datasets.load_dataset("parquet", data_files="{path}/part-*.parquet")')
+        if run.plan.has_response and run.plan.principal_names:
+            lines.append(f'  pairs     datasets.load_dataset("parquet", data_files="{path}/_pairs/part-*.parquet")')
     return "\n".join(lines)
 
 

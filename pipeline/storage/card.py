@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.monitoring.counts import Recoveries
 from pipeline.storage.commits import CommitRecord
+from pipeline.storage.pairs import PAIRS, has_pairs
 from pipeline.storage.plan import Plan
 from pipeline.storage.tables import output_schema
 
@@ -44,8 +45,9 @@ COLUMN_NOTES = {
 }
 
 
-DATA_FILES = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "part-*.parquet"}]}]}
-LOADING = yaml.safe_dump(DATA_FILES, sort_keys=False)  # names the data files to `datasets`
+def render_loading(plan: Plan) -> bytes:
+    """.huggingface.yaml: names the data files to `datasets`."""
+    return yaml.safe_dump(_data_files(plan), sort_keys=False).encode()
 
 
 def render_manifest(
@@ -78,7 +80,8 @@ def render_manifest(
 
 def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping[str, int]) -> bytes:
     """_README.md: a data set card, README.md once it is on the hub. Values from outside are escaped."""
-    front = {**DATA_FILES, "tags": ["alignment", "common-agency", "synthetic"]}
+    names = _column_names(plan)
+    front = {**_data_files(plan), "tags": ["alignment", "common-agency", "synthetic"]}
     rows = sum(record.rows for record in records.values())
     rejected = sum(record.rejected for record in records.values())
     tokens = sum(record.tokens for record in records.values())
@@ -89,8 +92,9 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
         f"{rows:,} answers of {tokens:,} tokens to {plan.num_rows:,} prompts, in {len(plan.shards):,} files; "
         f"{rejected:,} rejected, with their reasons, in `_rejected/`.",
         "## How to load it\n\n```python\nfrom datasets import load_dataset\n\n"
-        'rows = load_dataset("RUN", split="train")  # this folder, or its name on the hub\n```',
-        "## Columns\n\n" + _table(("column", "what"), [(name, COLUMN_NOTES[name]) for name in _column_names(plan)]),
+        'rows = load_dataset("RUN", split="train")  # this folder, or its name on the hub\n'
+        + ('pairs = load_dataset("RUN", "pairs", split="train")  # for DPO\n```' if has_pairs(names) else "```"),
+        "## Columns\n\n" + _table(("column", "what"), [(name, COLUMN_NOTES[name]) for name in names]),
         "## Models\n\n" + _table(("place", "identity"), list(plan.models.items())),
         "## Input\n\n" + _table(("file", "rows"), [(file.name, f"{file.num_rows:,}") for file in plan.files[:100]]),
         "## Settings\n\n" + _table(("setting", "value"), [(key, _plain(value)) for key, value in shown.items()]),
@@ -100,6 +104,19 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
         parts.append("## Rejected rows\n\n" + _table(("reason", "rows"), counts))
     parts.append(f"Fingerprint `{plan.digest}`; every file's SHA-256 is in `_manifest.json`.")
     return ("\n\n".join(parts) + "\n").encode("utf-8", errors="backslashreplace")
+
+
+def _data_files(plan: Plan) -> dict[str, Any]:
+    """The configurations that `load_dataset` knows, with their files."""
+    patterns = {"default": "part-*.parquet"}
+    if has_pairs(_column_names(plan)):
+        patterns["pairs"] = f"{PAIRS}part-*.parquet"
+    return {
+        "configs": [
+            {"config_name": name, "data_files": [{"split": "train", "path": pattern}]}
+            for name, pattern in patterns.items()
+        ]
+    }
 
 
 def _column_names(plan: Plan) -> list[str]:

@@ -11,7 +11,7 @@ from pipeline.errors import CageError, ConfigurationError
 from pipeline.monitoring.counts import Recoveries
 from pipeline.records import Record
 from pipeline.storage.addresses import split_address
-from pipeline.storage.card import LOADING, render_card, render_manifest
+from pipeline.storage.card import render_card, render_loading, render_manifest
 from pipeline.storage.commits import CommitRecord, order_records
 from pipeline.storage.plan import Plan, Shard, refuse_mismatch
 from pipeline.storage.quoting import quote
@@ -182,7 +182,7 @@ class Run:
         status = self.status(records)
         self.store.put(MANIFEST, render_manifest(self.plan, records, status.errors, status.recoveries, extra or {}))
         self.store.put(CARD, render_card(self.plan, records, status.errors))
-        self.store.put(LOADING_FILE, LOADING.encode())
+        self.store.put(LOADING_FILE, render_loading(self.plan))
         # Last: whoever sees this file finds all the others.
         self.store.put(SUCCESS, f"{self.plan.digest}\n".encode())
 

@@ -28,6 +28,7 @@ from pipeline.monitoring.reasons import failures_of
 from pipeline.monitoring.values import values_of
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, count_tokens, differing_rows, sha256
+from pipeline.storage.pairs import PAIRS, has_pairs, pairs_bytes
 from pipeline.storage.plan import Plan, Shard
 from pipeline.storage.quoting import one_line, quote
 from pipeline.storage.stores import Store
@@ -124,6 +125,11 @@ class ShardWriter:
         self.store.create(name, data)
         return name
 
+    def _write_pairs(self, shard: Shard, aligned: pa.Table) -> None:
+        """Write the pairs of a stored data file, before the commit record: a committed shard has its pairs."""
+        if has_pairs(aligned.schema.names):
+            self.store.create(f"{PAIRS}{self._part(shard.index)}.parquet", pairs_bytes(aligned))
+
     def _write_first(self, shard: Shard, data: bytes, aligned: pa.Table) -> bytes:
         """Create the data file, or take over the one that is already stored; return the stored bytes."""
         name = f"{self._part(shard.index)}.parquet"
@@ -159,6 +165,7 @@ class ShardWriter:
         """The commit record of the stored data file and the rejected rows that it names."""
         name = f"{self._part(shard.index)}.parquet"
         aligned = _read_table(data, self.store.url(name))
+        self._write_pairs(shard, aligned)
         files = {name: data}
         failed: list[tuple[str, str | None]] = []
         if rejected_name := (aligned.schema.metadata or {}).get(REJECTED_KEY.encode(), b"").decode():

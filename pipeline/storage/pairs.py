@@ -1,0 +1,43 @@
+"""Pairs for preference training: what DPOTrainer and its kin read, without rows that have no pair."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from pipeline.storage.tables import write_table_bytes
+
+PAIRS = "_pairs/"
+COLUMNS = (
+    "row_id",
+    "sample",
+    "variant",
+    "rule",
+    "agent_temperature",
+    "prompt",
+    "chosen",
+    "rejected",
+    "weights",
+    "rewards",
+    "original_rewards",
+)
+
+
+def has_pairs(names: list[str]) -> bool:
+    """Whether data files with these columns have pairs."""
+    return "chosen" in names
+
+
+def pairs_bytes(answers: pa.Table) -> bytes:
+    """A Parquet file with the rows of a data file that have both `chosen` and `rejected`.
+
+    A function of the data file: whoever writes it, the bytes are the same.
+    """
+    names = [name for name in COLUMNS if name in answers.schema.names]
+    # Not Table.filter: it would load pyarrow.compute and pandas, which takes longer than the writing.
+    whole = [
+        chosen.is_valid and rejected.is_valid
+        for chosen, rejected in zip(answers.column("chosen"), answers.column("rejected"), strict=True)
+    ]
+    slices = [answers.slice(at, 1) for at, is_whole in enumerate(whole) if is_whole]
+    table = pa.concat_tables([answers.slice(0, 0), *slices]).select(names)
+    return write_table_bytes(table)
