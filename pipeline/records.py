@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-Message = dict[str, Any]  # OpenAI shape: {"role": ..., "content": ...}
+Message = dict[str, Any]  # OpenAI shape: {"role": ..., "content": ...}; calls of tools in "tool_calls"
+Tool = dict[str, Any]  # OpenAI shape: {"type": "function", "function": {"name": ..., ...}}
 
 
 class FinishReason(StrEnum):
@@ -32,6 +33,7 @@ class Row:
         seed: of the row's draws, in place of the run's.
         stop: strings that end the row's answer, in place of the configured ones.
         not_obeyed: parameters of the row's request that have no effect, by name.
+        tools: what the model may call.
         num_names: messages whose speaker has a name, which is dropped.
     """
 
@@ -44,6 +46,7 @@ class Row:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     not_obeyed: tuple[tuple[str, Any], ...] = ()
+    tools: tuple[Tool, ...] = ()
     num_names: int = 0
 
 
@@ -96,6 +99,7 @@ class Record:
         chosen: the answer with the higher weighted reward, of the new and the existing one.
         rejected: the other one.
         tokens: every drawn token, with trace "tokens".
+        tools: what the model could call.
         values: by principal, its lowest and highest q over the drawn tokens, in nats; not a column of the output.
     """
 
@@ -122,6 +126,7 @@ class Record:
     chosen: str | None = None
     rejected: str | None = None
     tokens: tuple[TokenTrace, ...] = field(default=())
+    tools: tuple[Tool, ...] = ()
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property

@@ -122,8 +122,9 @@ def test_a_bad_line_is_a_row_error_that_names_it(tmp_path: Path, line: bytes, er
         ([{"role": "user", "content": " "}], "the last of messages is empty"),
         (
             [{"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "tool", "content": "x"}],
-            "messages[0] has tool_calls, which is not supported",
+            "messages[0].tool_calls[0] must be the call of a function with a name; got {}",
         ),
+        ([{"role": "user", "content": "x", "audio": {"id": "a"}}], "messages[0] has audio, which is not supported"),
         ([{"role": "user", "content": "\ud800"}], "messages[0].content has a lone surrogate at character 0"),
     ],
 )

@@ -16,7 +16,7 @@ from pipeline.config.variants import lay_out
 from pipeline.hub.sources import resolve_adapter, resolve_model
 from pipeline.hub.weight_files import ADAPTER_WEIGHTS
 from pipeline.protocol.specs import GameSpec, HostSpec
-from pipeline.records import Message, Row
+from pipeline.records import Message, Row, Tool
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.topology import build_topology
 from pipeline.worker.adapters import without_peft_warnings
@@ -70,7 +70,9 @@ class GivenPrompts:
     def stop_ids(self) -> frozenset[int]:
         return frozenset()
 
-    def encode(self, messages: Sequence[Message], weights: Mapping[str, float]) -> Mapping[str, Sequence[int]]:
+    def encode(
+        self, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool] = ()
+    ) -> Mapping[str, Sequence[int]]:
         return self._prompts[int(messages[0]["content"])]
 
     def shared_prefixes(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:

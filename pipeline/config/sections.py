@@ -68,6 +68,10 @@ class InputConfig(Section):
     id: str | None = Field(None, description="column with a unique row id")
     weights: str | None = Field(None, description="column with {principal: weight} for the row")
     response: str | None = Field(None, description="column with an existing answer to compare with")
+    tools: str | None = Field(
+        None,
+        description="column with tools that the model may call; null: tools, where messages have such a column",
+    )
     limit: int | None = Field(None, ge=1, description="first rows only")
     allow_special_tokens: bool = Field(
         False, description="read special tokens that messages and answers spell, such as <|im_end|>, as tokens"

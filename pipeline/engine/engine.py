@@ -250,7 +250,8 @@ class Engine:
             messages = running.row.messages
             if running.row.response is not None and self._names:
                 self._prompter.encode_answer(running.row.response)  # refused here, not while other rows run
-            prompts = self._prompter.encode(messages, dict(zip(self._names, running.terms.weights, strict=True)))
+            weights_by_name = dict(zip(self._names, running.terms.weights, strict=True))
+            prompts = self._prompter.encode(messages, weights_by_name, running.row.tools)
             self._newest = _Encoded(running.row, prompts, self._prompter.shared_prefixes(messages, prompts), weights)
         running.prompts, running.shared_prefixes = self._newest.prompts, self._newest.shared_prefixes
         left = self._prompter.context_left(running.prompts)

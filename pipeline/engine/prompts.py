@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from pipeline.engine.placement import place
 from pipeline.engine.special_text import TextEncoder
+from pipeline.engine.tool_check import check_tools_written
 from pipeline.errors import RowError
 from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.protocol.topology import BASE, Role, Topology
-from pipeline.records import Message
+from pipeline.records import Message, Tool
 
 PREFIXES_KEPT = 4096
 
@@ -23,8 +24,10 @@ class Prompter(Protocol):
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end an answer."""
 
-    def encode(self, messages: Sequence[Message], weights: Mapping[str, float]) -> Mapping[str, Sequence[int]]:
-        """Token ids of the prompt by role name; `weights` are the row's, by principal.
+    def encode(
+        self, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool] = ()
+    ) -> Mapping[str, Sequence[int]]:
+        """Token ids of the prompt by role name; `weights` are the row's, by principal, `tools` what it may call.
 
         Raises RowError where a role cannot read the prompt.
         """
@@ -108,14 +111,16 @@ class ChatPrompter:
         """Token ids that end an answer."""
         return self._stop_ids
 
-    def encode(self, messages: Sequence[Message], weights: Mapping[str, float]) -> dict[str, list[int]]:
+    def encode(
+        self, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool] = ()
+    ) -> dict[str, list[int]]:
         """Token ids of the prompt by role name; `weights` are in scope of the templates of roles that take them.
 
         Raises:
             RowError: a template refuses the messages, or a prompt is empty, is longer than its role's context, or has
                 a token that the role's model does not know.
         """
-        prompts = {name: self._encode_role(role, messages, weights) for name, role in self._roles.items()}
+        prompts = {name: self._encode_role(role, messages, weights, tools) for name, role in self._roles.items()}
         for name, ids in prompts.items():
             host = self._hosts[self._roles[name].host]
             limit = host.context_length
@@ -195,27 +200,44 @@ class ChatPrompter:
         """One token as text, special ones by name."""
         return str(self._base.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _encode_role(self, role: Role, messages: Sequence[Message], weights: Mapping[str, float]) -> list[int]:
-        tokenizer, encoder = self._hosts[role.host].tokenizer, self._encoders[role.host]
-        template = self._templates[role.name]
+    def _encode_role(
+        self, role: Role, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        encoder, template = self._encoders[role.host], self._templates[role.name]
+        if template.text is None and tools:
+            raise RowError("tools need a chat template, and the model has none: set base.chat_template")
         if template.text is None:
             return encoder.encode_text(_plain_text(messages, role.principle), starts=True)
-        continues = messages[-1]["role"] == "assistant"  # the answer begins with this message
         marked = encoder.mark(list(place(messages, role.principle, template)))
+
+        def render(messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+            return self._render(role, messages, weights, tools)
+
+        marked_tools = encoder.mark(list(tools))
+        check_tools_written(render, marked, marked_tools, role.name)
+        return encoder.encode_marked(render(marked, marked_tools))
+
+    def _render(
+        self, role: Role, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool]
+    ) -> str:
+        """The text of a conversation up to where the answer goes on."""
+        tokenizer, encoder = self._hosts[role.host].tokenizer, self._encoders[role.host]
+        template = self._templates[role.name]
+        continues = messages[-1]["role"] == "assistant"  # the answer begins with this message
         try:
             text = tokenizer.apply_chat_template(
-                marked,
+                list(messages),
                 chat_template=template.text,
                 tokenize=False,
                 add_generation_prompt=not continues,
                 continue_final_message=continues,
                 principle=encoder.mark(role.principle or ""),
                 **({"weights": dict(weights)} if role.takes_weights else {}),
-                **template.variables,
+                **{**template.variables, **({"tools": list(tools)} if tools else {})},
             )
         except Exception as error:  # Jinja runs the template's own code: any error is the row's
             raise RowError(f"the chat template of {role.name} refused the messages: {error}") from error
-        return encoder.encode_marked(text)
+        return str(text)
 
 
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:

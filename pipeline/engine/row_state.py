@@ -188,6 +188,7 @@ class RunningRow:
             rule=str(self.terms.rule),
             agent_temperature=self.terms.agent_temperature,
             prompt=self.row.messages,
+            tools=self.row.tools,
             response=None,
             finish_reason=FinishReason.ERROR,
             num_tokens=0,

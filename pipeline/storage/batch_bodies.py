@@ -11,7 +11,7 @@ from pipeline.storage.quoting import quote
 
 LENGTH_KEYS = ("max_completion_tokens", "max_tokens")  # the first that is given counts, as at OpenAI
 OBEYED_KEYS = (*LENGTH_KEYS, "seed", "stop")
-READ_KEYS = ("messages",)  # they are no parameters
+READ_KEYS = ("messages", "tools")  # they are no parameters
 SEED_LIMIT = 2**63
 
 

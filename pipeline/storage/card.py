@@ -37,6 +37,7 @@ COLUMN_NOTES = {
     "num_unsolved": "tokens whose game was not solved to tolerance",
     "solver_steps": "mean number of the solver's steps per token",
     "error": "null here; rejected rows have the reason",
+    "tools": "the tools that the model could call, as JSON text",
     "original_response": "the input's answer",
     "original_rewards": "rewards of the input's answer",
     "chosen": "the answer with the higher weighted reward",
@@ -121,7 +122,11 @@ def _data_files(plan: Plan) -> dict[str, Any]:
 
 def _column_names(plan: Plan) -> list[str]:
     schema = output_schema(
-        plan.principal_names, trace=plan.trace, has_response=plan.has_response, has_variants=plan.has_variants
+        plan.principal_names,
+        trace=plan.trace,
+        has_response=plan.has_response,
+        has_variants=plan.has_variants,
+        has_tools=plan.has_tools,
     )
     return list(schema.names)
 

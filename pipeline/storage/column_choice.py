@@ -32,7 +32,9 @@ def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> Inpu
     if recognised is not None:
         present = tuple(column for column in recognised.uses if column in names)
         columns = replace(columns, format=recognised.name, format_columns=present)
-    for key in ("prompt", "messages", "id", "weights", "response"):
+    if config.tools is not None or ("tools" in names and (messages is not None or recognised is not None)):
+        columns = replace(columns, tools=config.tools or "tools")
+    for key in ("prompt", "messages", "id", "weights", "response", "tools"):
         column = getattr(columns, key)
         if column is not None and column not in names:
             raise ConfigurationError(f"input.{key}: there is no column {quote(column)}; {there}")
@@ -42,7 +44,7 @@ def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> Inpu
 def columns_of_unreadable(config: InputConfig) -> InputColumns:
     """The columns of a file without one readable object: each of its rows is a row error anyway."""
     prompt = config.prompt or (None if config.messages else "prompt")
-    return InputColumns(prompt, config.messages, config.id, config.weights, config.response)
+    return InputColumns(prompt, config.messages, config.id, config.weights, config.response, tools=config.tools)
 
 
 def _recognise(config: InputConfig, names: Sequence[str], file: str) -> RecordFormat | None:

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import RowError
 from pipeline.records import Message
 from pipeline.storage.quoting import quote
+from pipeline.storage.tool_use import read_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_BY_SPEAKER = {
@@ -30,8 +31,9 @@ ROLE_BY_SPEAKER = {
     "tool": "tool",
     "observation": "tool",
 }
-# Parts of a message that a model would have to see; other keys are the data set's own notes and are dropped.
-UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "audio")
+# A part of a message that a model would have to see; other keys are the data set's own notes and are dropped.
+UNSUPPORTED_KEYS = ("audio",)
+ANSWER_KEYS = ("tool_call_id", "name")
 TEXT_PARTS = ("text", "input_text", "output_text")
 TURN = re.compile(r"\n\n(Human|Assistant):")
 HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
@@ -56,7 +58,10 @@ def read_conversation(value: Any, where: str) -> tuple[Message, ...]:
 
 def count_names(value: Any) -> int:
     """How many messages of a conversation have the name of a speaker, which is dropped."""
-    return sum(isinstance(message, dict) and bool(message.get("name")) for message in _listed(value))
+    return sum(
+        isinstance(message, dict) and bool(message.get("name")) and message.get("role") != "tool"
+        for message in _listed(value)
+    )
 
 
 def check_text(text: Any, where: str) -> str:
@@ -128,7 +133,15 @@ def _read_message(message: Any, where: str) -> Message:
     for key in UNSUPPORTED_KEYS:
         if message.get(key):
             raise RowError(f"{where} has {key}, which is not supported; only role and content are used")
-    return {"role": role, "content": _read_content(content, place)}
+    calls = read_calls(message, where)
+    if calls and role != "assistant":
+        raise RowError(f"{where} has tool calls, and its role is {role}; only the assistant calls tools")
+    read: Message = {"role": role, "content": "" if content is None and calls else _read_content(content, place)}
+    if calls:
+        read["tool_calls"] = calls
+    if role == "tool":  # which call it answers
+        read |= {key: check_text(message[key], f"{where}.{key}") for key in ANSWER_KEYS if message.get(key)}
+    return read
 
 
 def _read_content(content: Any, where: str) -> str:

@@ -16,6 +16,8 @@ DISTRIBUTION = "cage-align"
 PLACEMENT_KEYS = ("resources", "device")
 # Where the caller gives the identity of a model, it replaces these.
 IDENTITY_KEYS = ("model", "revision", "adapter", "reference")
+# Keys that came later: at their defaults nothing changes, so a run that began without them goes on.
+LATER_KEYS = {"input.format": "auto", "input.last_assistant": None, "input.tools": None}
 
 
 def take_fingerprint(
@@ -34,7 +36,7 @@ def take_fingerprint(
     for section in ("base", "principals", "decoding", "grid"):
         fields.update(_flatten(section, tree[section], models))
     fields["principals"] = list(config.principals)  # their order is the order of columns and of the game
-    return fields
+    return {key: value for key, value in fields.items() if key not in LATER_KEYS or value != LATER_KEYS[key]}
 
 
 def _flatten(place: str, value: Any, models: Mapping[str, str]) -> Iterator[tuple[str, Any]]:

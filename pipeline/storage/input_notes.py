@@ -64,6 +64,10 @@ def _on_reading(source: InputSource) -> Iterator[str]:
         yield f"format: {name}, recognised by its columns; read are {', '.join(columns)}{answer}"
     if None in names and source.columns.has_response and source.columns.response is None:
         yield "messages: where the last one is the assistant's, it is the existing answer to compare with"
+    if source.columns.tools is not None:
+        yield f"tools: the column {quote(source.columns.tools)[1:-1]} has what the model may call"
+    elif "tools" in source.column_names:
+        yield "tools: the column tools is not read; input.tools=tools makes it what the model may call"
     if source.columns.last_assistant is LastAssistant.PREFILL:
         yield "messages: where the last one is the assistant's, the new answer begins with it"
 

@@ -20,6 +20,7 @@ from pipeline.storage.quoting import quote
 from pipeline.storage.record_formats import WITH_ANSWER_COLUMN
 from pipeline.storage.row_ids import find_repeated_ids
 from pipeline.storage.rows import InputColumns, LastAssistant
+from pipeline.storage.tool_use import uses_tools
 
 DEFAULT_STRIDE = 1024
 PEEK_ROWS = 100  # rows that show whether conversations end with an existing answer
@@ -112,7 +113,7 @@ def open_input(
     source = InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names), not_read)
     if repeated_ids := find_repeated_ids(files):
         source = source.reading(repeated_ids=repeated_ids)
-    return _with_existing_answers(source, config)
+    return _with_existing_answers(_with_tools(source), config)
 
 
 def _open_files(
@@ -194,6 +195,15 @@ def _check_schema(schema: pa.Schema, config: InputConfig, name: str, column_name
     tabular.check_types(schema, columns, name)
     column_names.update(dict.fromkeys(schema.names))
     return columns
+
+
+def _with_tools(source: InputSource) -> InputSource:
+    """Decide whether rows may have tools: where there is a column of them, or one of the first rows uses some."""
+    with_tools = source.reading(has_tools=True)
+    if any(file.columns.tools is not None for file in source.files):
+        return with_tools
+    first = islice(with_tools.reading(last_assistant=LastAssistant.RESPONSE), PEEK_ROWS)
+    return with_tools if any(row.tools or uses_tools(row.messages) for row in first) else source
 
 
 def _with_existing_answers(source: InputSource, config: InputConfig) -> InputSource:

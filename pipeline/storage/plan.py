@@ -97,6 +97,11 @@ class Plan:
         return any(self.config["grid"].values())
 
     @property
+    def has_tools(self) -> bool:
+        """Whether rows may have tools or calls of them, for which the output has columns."""
+        return self.files[0].columns.has_tools
+
+    @property
     def num_answers(self) -> int:
         """Records of the whole run: one per row, variant and sample."""
         return self.num_rows * len(self.variants) * self.num_samples

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from pipeline.errors import RowError
-from pipeline.records import Message, Row
+from pipeline.records import Message, Row, Tool
 from pipeline.storage.batch_bodies import read_parameters
 from pipeline.storage.conversations import check_text, count_names, read_conversation
 from pipeline.storage.quoting import quote
 from pipeline.storage.record_formats import FORMAT_BY_NAME
+from pipeline.storage.tool_use import read_tools, uses_tools
 
 TEXT_LIMIT = 8 * 2**20  # characters of a row's conversation and existing answer
 ID_ADVICE = "without input.id rows are named by file and position"
@@ -43,6 +44,8 @@ class InputColumns:
         id: the row id; None names rows by file and position.
         weights: weights by principal, which replace the configured ones for the row.
         response: an answer to compare with.
+        tools: what the model may call.
+        has_tools: whether rows may have tools or calls of them.
         body: an OpenAI batch request's body, for its parameters.
         last_assistant: what the assistant's message at the end of a conversation is.
         has_response: whether rows may have an existing answer, wherever it comes from.
@@ -59,6 +62,8 @@ class InputColumns:
     format_columns: tuple[str, ...] = ()
     last_assistant: LastAssistant = LastAssistant.ERROR
     has_response: bool = False
+    tools: str | None = None
+    has_tools: bool = False
     repeated_ids: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -70,7 +75,8 @@ class InputColumns:
     @property
     def names(self) -> tuple[str, ...]:
         """Every column to read, each once."""
-        all_names = (self.prompt, self.messages, *self.format_columns, self.id, self.weights, self.response)
+        own = (self.prompt, self.messages, *self.format_columns, self.id, self.weights, self.response)
+        all_names = (*own, self.tools)
         return tuple(dict.fromkeys(name for name in all_names if name is not None))
 
 
@@ -115,12 +121,14 @@ def make_row(
     try:
         parameters = read_parameters(_value(record, columns.body) or {})
         messages, response = _read_conversation(record, columns)
+        tools = _read_tools(record, columns, messages)
         _check_size(messages, response)
         return Row(
             row_id=own_id,
             messages=messages,
             weights=_read_weights(_value(record, columns.weights), principal_names),
             response=response,
+            tools=tools,
             num_names=count_names(_value(record, columns.messages or columns.prompt)),
             max_new_tokens=parameters.max_new_tokens,
             seed=parameters.seed,
@@ -185,11 +193,26 @@ def _read_conversation(record: Mapping[str, Any], columns: InputColumns) -> tupl
     return messages, response
 
 
+def _read_tools(record: Mapping[str, Any], columns: InputColumns, messages: tuple[Message, ...]) -> tuple[Tool, ...]:
+    body = _value(record, columns.body)
+    tools = read_tools(_value(record, columns.tools), columns.tools or "tools")
+    if body and body.get("tools"):
+        tools = read_tools(body["tools"], "body.tools")
+    if not columns.has_tools and (tools or uses_tools(messages)):
+        raise RowError(
+            "there are tools or calls of tools, and none in the first rows, so the output has no columns for them; "
+            "name a column of tools with input.tools"
+        )
+    return tools
+
+
 def _end_with_assistant(
     messages: tuple[Message, ...], response: str | None, where: str, meaning: LastAssistant
 ) -> tuple[tuple[Message, ...], str | None]:
     """Take the assistant's last message as what `meaning` says."""
     *before, last = messages
+    if "tool_calls" in last:
+        raise RowError(f"the last of {where} is a call of a tool; what the tool answered must follow")
     if meaning is LastAssistant.ERROR:
         raise RowError(f"the last of {where} is the assistant's; it must be the message to answer")
     if meaning is LastAssistant.UNEXPECTED:

@@ -93,6 +93,7 @@ class ShardWriter:
             trace=self.plan.trace,
             has_response=self.plan.has_response,
             has_variants=self.plan.has_variants,
+            has_tools=self.plan.has_tools,
             metadata={"cage.fingerprint": self.plan.digest, **models},
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import Trace
-from pipeline.records import Message, Record
+from pipeline.records import Record
+from pipeline.storage.tool_use import as_stored
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 MESSAGES = pa.list_(MESSAGE)
+CALL = pa.struct(
+    [
+        ("id", pa.string()),
+        ("type", pa.string()),
+        ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())])),
+    ]
+)
+MESSAGES_WITH_TOOLS = pa.list_(
+    pa.struct([*MESSAGE, ("tool_calls", pa.list_(CALL)), ("tool_call_id", pa.string()), ("name", pa.string())])
+)
 
 
 def output_schema(
@@ -21,6 +33,7 @@ def output_schema(
     trace: Trace = Trace.SUMMARY,
     has_response: bool = False,
     has_variants: bool = False,
+    has_tools: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> pa.Schema:
     """The columns of an output file, in order.
@@ -31,6 +44,8 @@ def output_schema(
     Args:
         principal_names: the fields of the structs, in this order.
         trace: `tokens` adds the column tokens.
+        has_tools: adds tools as JSON text, and to the messages of prompt and messages calls of tools, whose arguments
+            are JSON text, and what answers to calls name.
         has_variants: adds variant, rule and agent_temperature.
         has_response: adds original_response, original_rewards, chosen and rejected.
         metadata: carried by the schema and by every column ("cage.digest"); an entry "cage.models.principals.NAME..."
@@ -42,9 +57,10 @@ def output_schema(
         pa.field("row_id", pa.string()),
         pa.field("sample", pa.int32()),
         *(_variant_fields() if has_variants else []),
-        pa.field("prompt", MESSAGES),
+        pa.field("prompt", MESSAGES_WITH_TOOLS if has_tools else MESSAGES),
         pa.field("completion", MESSAGES),
-        pa.field("messages", MESSAGES),
+        pa.field("messages", MESSAGES_WITH_TOOLS if has_tools else MESSAGES),
+        *([pa.field("tools", pa.string())] if has_tools else []),
         pa.field("response", pa.string()),
         pa.field("finish_reason", pa.string()),
         pa.field("num_tokens", pa.int32()),
@@ -117,7 +133,7 @@ def _token(by_principal: pa.StructType, principal_names: Sequence[str]) -> pa.St
 
 
 def _row(record: Record) -> dict[str, Any]:
-    prompt = [_message(message) for message in record.prompt]
+    prompt = [as_stored(message) for message in record.prompt]
     completion = _answer(record.response)
     return {
         "row_id": record.row_id,
@@ -128,6 +144,7 @@ def _row(record: Record) -> dict[str, Any]:
         "prompt": prompt,
         "completion": completion,
         "messages": None if completion is None else prompt + completion,
+        "tools": json.dumps(record.tools, ensure_ascii=False) if record.tools else None,
         "response": record.response,
         "finish_reason": str(record.finish_reason),
         "num_tokens": record.num_tokens,
@@ -146,10 +163,6 @@ def _row(record: Record) -> dict[str, Any]:
         "rejected": _answer(record.rejected),
         "tokens": [_traced(token) for token in record.tokens],
     }
-
-
-def _message(message: Message) -> dict[str, str]:
-    return {"role": message["role"], "content": message["content"]}
 
 
 def _storable(text: str) -> str:

@@ -94,6 +94,8 @@ def check_types(schema: pa.Schema, columns: InputColumns, name: str) -> None:
         (columns.weights, _is_weights, "a struct or map of principal to number, or that as JSON text"),
         (columns.response, _is_text_or_messages, PROMPT),
     ]
+    if columns.tools is not None:
+        wanted.append((columns.tools, _is_tools, "a list of tools, or that list as JSON text"))
     for its_column in columns.format_columns:
         if its_column in CONVERSATION_COLUMNS:
             wanted.append((its_column, _is_conversation, CONVERSATION))
@@ -223,6 +225,11 @@ def _is_messages(type_: pa.DataType) -> bool:
         speaker in fields and _is_text(fields[speaker]) and said in fields and _is_content(fields[said])
         for speaker, said in (("role", "content"), ("from", "value"))
     )
+
+
+def _is_tools(type_: pa.DataType) -> bool:
+    is_list = _is_list(type_) and pa.types.is_struct(type_.value_type)
+    return is_list or _is_text(type_) or isinstance(type_, pa.JsonType)
 
 
 def _is_content(type_: pa.DataType) -> bool:
