@@ -25,8 +25,6 @@ PAIR = {
 }
 DECODING = {"max_new_tokens": 10, "trace": "tokens", "agent_temperature": 0.7, "candidates": "all"}
 ROWS = [ask("a", "who?"), ask("b", "Tell me about the sea and the wind."), ask("c", "")]
-# their forward pass over a whole text is not what their generate computes, so there is no text to read at once
-READ_STEP_BY_STEP = {}
 TOLERANCE = 2e-3  # nats
 
 
@@ -59,7 +57,7 @@ def test_a_family_is_decoded_as_generate_decodes_it_and_as_the_table_says(name):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_game_of_two_principals_pays_what_plain_passes_say_and_no_bit_depends_on_other_rows(name, tmp_path):
+def test_a_game_of_two_principals_pays_what_generate_says_and_no_bit_depends_on_other_rows(name, tmp_path):
     folder = make_family(tmp_path, name)
     records, assembly = _decode(folder, slots=3)
     alone, _ = _decode(folder, slots=1)
@@ -86,7 +84,12 @@ def _decode(folder, *, slots):
 
 @torch.inference_mode()
 def _logprobs(model, prompt, answer):
-    """Log-probabilities [T] of an answer's tokens, by one plain pass over all of the text."""
-    logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0].double()
-    logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    """Log-probabilities [T] of an answer's tokens where `generate` is made to give it."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(answer), do_sample=False,
+        eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+        prefix_allowed_tokens_fn=lambda _, text: [answer[len(text) - len(prompt)]],
+    )  # fmt: skip
+    logprobs = torch.stack(out.logits)[:, 0].double().log_softmax(-1)
     return logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]

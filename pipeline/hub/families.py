@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("families.json")
-# layers that keep something else than the keys and values of tokens, by the names in a configuration's layer_types
-STATE_LAYERS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"})
+# layers that attend to the keys and values of tokens and keep nothing else, by the names in a configuration's
+# layer_types; what other layers keep or read is their own, and short probes need not show it
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 SLOTS, PLAIN, REFUSED = "slots", "plain", "refused"
 
 
@@ -78,8 +79,10 @@ def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
         return "longrope takes its frequencies from the longest row of a pass"
     if "dynamic" in kinds:
         return "dynamic rope takes its frequencies from the longest row that there ever was"
-    if found := sorted(STATE_LAYERS & {str(each) for each in config.get("layer_types") or ()}):
-        return f"layers of type {' and '.join(found)} keep a state, and slots hold only keys and values"
+    if found := sorted({str(each) for each in config.get("layer_types") or ()} - ATTENTION_LAYERS):
+        return (
+            f"layers of type {' and '.join(found)} keep more than keys and values, or read them in a way of their own"
+        )
     if config.get("attn_temperature_tuning") and str(config.get("model_type")).startswith("llama4"):
         return "its attention temperature counts places in the pass, not positions in a row"
     return None

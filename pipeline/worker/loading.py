@@ -31,7 +31,6 @@ from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.language_model_runner import LanguageModelRunner
 from pipeline.worker.plain_runner import PlainPasses, PlainRunner
 from pipeline.worker.probes import (
-    CROWD,
     TOLERANCE,
     bits_are_a_rows_own,
     has_large_limits,
@@ -203,8 +202,11 @@ class _Loading:
             if not can_pad_experts(self._model):
                 return "its experts' products depend on how many tokens chose them, and it cannot be given others"
             use_padded_experts(self._model)
-        runner = self._make_slot_runner(layers, num_slots=CROWD + 1, needs_whole_vectors=needs_whole)
-        if not bits_are_a_rows_own(runner, self._spec.roles, self._probes):
+
+        def make_runner(num_slots: int) -> LanguageModelRunner:
+            return self._make_slot_runner(layers, num_slots=num_slots, needs_whole_vectors=needs_whole)
+
+        if not bits_are_a_rows_own(make_runner, self._spec.roles, self._probes):
             remedy = f"set {MKL_MODE}={mode} before the process starts, " if (mode := reproducible_mode()) else ""
             return (
                 "in strict mode no bit of a row may depend on the rows beside it, and here some do; "

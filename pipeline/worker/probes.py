@@ -6,8 +6,9 @@ lengths share passes; a prompt is read in parts, another one is copied from a ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -104,28 +105,43 @@ def largest_difference(
 
 
 @torch.inference_mode()
-def bits_are_a_rows_own(runner: LanguageRunner, roles: Sequence[HostRole], probes: Sequence[Sequence[int]]) -> bool:
+def bits_are_a_rows_own(
+    make_runner: Callable[[int], LanguageRunner], roles: Sequence[HostRole], probes: Sequence[Sequence[int]]
+) -> bool:
     """Whether a row's log-probabilities have the same bits alone and beside others, after its prompt and a step.
 
-    Which matrix kernels a processor has decides that, so it is tried rather than assumed.
+    Which matrix kernels a processor has, and what else a model computes, decides that, so it is tried.
 
     Args:
-        runner: with at least `CROWD + 1` slots, none of them used.
+        make_runner: makes a runner with so many slots, none of them used.
         roles: its roles.
         probes: token ids.
     """
-    lone, *crowd = range(CROWD + 1)
-    texts = [probes[0], *(probes[1][at : at + 4] for at in range(len(crowd) - 1))]
-    prompts = [{role.name: text[:-1] for role in roles} for text in texts]
-    runner.advance(Step([Admission(lone, prompts[0])]))
-    after_prompt = runner.logprobs_at([lone], None)
-    runner.advance(Step((), [lone], [probes[0][-1]]))
-    after_step = runner.logprobs_at([lone], None)
-    runner.advance(Step([Admission(slot, prompt) for slot, prompt in zip(crowd, prompts, strict=True)]))
-    if not torch.equal(runner.logprobs_at(crowd[:1], None), after_prompt):
+    *prompt, last = probes[0]
+    lone = make_runner(1)
+    lone.advance(Step([Admission(0, {role.name: prompt for role in roles})]))
+    after_prompt = lone.logprobs_at([0], None)
+    lone.advance(Step((), [0], [last]))
+    after_step = lone.logprobs_at([0], None)
+
+    # the prompt between others of one token to a few: nothing of it is copied from a row that has it already
+    runner, slots = make_runner(CROWD), list(range(CROWD))
+    others = [probes[1][at : at + 1 + at % 5] for at in range(CROWD - 1)]
+    texts = [*others[: CROWD // 2], prompt, *others[CROWD // 2 :]]
+    runner.advance(
+        Step([Admission(slot, {role.name: text for role in roles}) for slot, text in zip(slots, texts, strict=True)])
+    )
+    if not torch.equal(runner.logprobs_at([CROWD // 2], None), after_prompt):
         return False
-    runner.advance(Step((), crowd, [text[-1] for text in texts]))
-    return torch.equal(runner.logprobs_at(crowd[:1], None), after_step)
+    # kernels change with the number of rows: steps of 2, 3, 5 and 6 rows that all have the prompt
+    runner = make_runner(CROWD)
+    runner.advance(Step([Admission(slot, {role.name: prompt for role in roles}) for slot in slots]))
+    for first, end in pairwise((0, 2, 5, 10, CROWD)):
+        runner.advance(Step((), slots[first:end], [last] * (end - first)))
+        found = runner.logprobs_at(slots[first:end], None)
+        if not torch.equal(found, after_step.expand(end - first, -1, -1)):
+            return False
+    return True
 
 
 def _difference(

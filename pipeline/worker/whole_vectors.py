@@ -1,9 +1,9 @@
 """Activation functions whose bits do not depend on a number's place in its tensor.
 
-On a CPU torch computes sigmoid, silu, softplus and similar functions with vector instructions, and the numbers that
-are left at the end of a tensor by other code, with other last bits. In a pass of several rows, which row is at the
-end depends on the others. So in strict mode tensors that do not fill whole vectors are padded. tanh, exp, gelu, log,
-cos and rsqrt give the same bits either way.
+On a CPU torch computes sigmoid, silu, softplus, gelu's approximation and similar functions with vector instructions,
+and the numbers that are left at the end of a tensor by other code, with other last bits. In a pass of several rows,
+which row is at the end depends on the others. So in strict mode tensors that do not fill whole vectors are padded.
+tanh, exp, gelu by erf, log, cos and rsqrt give the same bits either way.
 """
 
 from __future__ import annotations
@@ -30,8 +30,26 @@ SENSITIVE = frozenset(
         functional.hardswish,
         functional.mish,
         functional.elu,
+        functional.gelu,  # its tanh approximation
+        torch.exp2,
+        torch.special.exp2,
+        torch.sinh,
+        torch.pow,
+        torch.Tensor.pow,
+        torch.Tensor.__pow__,
+        torch.Tensor.__rpow__,
     )
 )
+EXACT_POWERS = (2, 3, -1, -2, 0.5, -0.5)  # computed by products and roots
+
+
+def _is_sensitive(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a number's place decides about its bits in this call."""
+    if function not in SENSITIVE or not args or not isinstance(args[0], Tensor):
+        return False
+    exponent = args[1] if len(args) > 1 else None
+    is_power = function in (torch.pow, torch.Tensor.pow, torch.Tensor.__pow__)
+    return not is_power or (not isinstance(exponent, Tensor) and exponent not in EXACT_POWERS)
 
 
 class WholeVectors(TorchFunctionMode):
@@ -40,7 +58,7 @@ class WholeVectors(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function in SENSITIVE and args and isinstance(args[0], Tensor) and args[0].numel() % WHOLE:
+        if _is_sensitive(function, args) and args[0].numel() % WHOLE:
             numbers = args[0]
             padded = torch.cat([numbers.reshape(-1), numbers.new_zeros(-numbers.numel() % WHOLE)])
             options = {name: value for name, value in (kwargs or {}).items() if name != "inplace"}
@@ -58,7 +76,7 @@ class _Detector(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function in SENSITIVE and args and isinstance(args[0], Tensor) and args[0].shape[-1:] != ():
+        if _is_sensitive(function, args) and args[0].shape[-1:] != ():
             self.found |= bool(args[0].shape[-1] % WHOLE)
         return function(*args, **(kwargs or {}))
 
