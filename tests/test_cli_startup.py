@@ -94,7 +94,8 @@ def test_no_model_library_is_imported_for(case: str, folder: Path) -> None:
     command, code = CASES[case]
     done, modules = cage(*command.replace("{}", str(folder)).split())
     assert done.returncode == code, done.stderr
-    assert not modules & HEAVY
+    # a plan shows prompts with their tokens, for which this small library is enough
+    assert not modules & (HEAVY - {"tokenizers"} if command.startswith("plan ") else HEAVY)
 
 
 def test_a_finished_run_is_found_without_its_tokenizer(folder: Path, tiny, tmp_path: Path) -> None:

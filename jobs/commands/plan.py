@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.commands.job_files import load_job
+from jobs.commands.plan_prompts import describe_prompts
 from jobs.commands.text import printable, size, table
 from pipeline.config.sections import Config, Transport
 from pipeline.config.variants import lay_out
@@ -29,7 +30,9 @@ def run_plan(config_file: Path, overrides: list[str]) -> None:
     config = load_job(config_file, overrides)
     cache_folder = default_cache_folder(os.environ)
     prepared = prepare(config, cache_folder)
-    print(describe_plan(prepared.plan, plan_replica(config, prepared.models, cache_folder), prepared.notes))
+    replica = plan_replica(config, prepared.models, cache_folder)
+    print(describe_plan(prepared.plan, replica, prepared.notes))
+    print(describe_prompts(prepared.plan, replica))
 
 
 def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -> str:

@@ -1,0 +1,132 @@
+"""`cage plan` shows what each role will read, and what is odd about templates, before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support import tiny_models
+from support.chat_templates import FAMILIES, GEMMA2, LLAMA32, NAMED, PHI3_MINI, SPECIAL
+from support.decoding import NOWHERE, ask
+
+from jobs.commands import plan_prompts
+from jobs.commands.plan_prompts import describe_prompts
+from pipeline.config.files import parse_config
+from pipeline.errors import RowError
+from pipeline.runtime.assembly import load_assembly
+from pipeline.runtime.prompt_preview import PromptPreviewer, template_notes
+from pipeline.runtime.replica_plan import plan_replica
+from pipeline.stages.relabel import prepare
+
+KIND = {"kind": {"kind": "prompted", "principle": "be kind"}}
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """planned(template, principals, rows) is the plan of a run and of its replica."""
+
+    def make(template, principals=KIND, rows=({"prompt": "hello"},), base=None):
+        tokenizer = tiny_models.make_tokenizer(chat_template=template)
+        tokenizer.add_special_tokens({**NAMED, "additional_special_tokens": list(SPECIAL)})
+        folder = tiny_models.make_model(tmp_path / "model", tokenizer=tokenizer)
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = parse_config(
+            {
+                "input": {"path": str(tmp_path / "in.jsonl")},
+                "output": {"path": str(tmp_path / "run")},
+                "base": {"model": str(folder), **(base or {})},
+                "principals": principals,
+            }
+        )
+        prepared = prepare(config, NOWHERE)
+        return prepared.plan, plan_replica(config, prepared.models, NOWHERE)
+
+    return make
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, None])
+def test_the_plan_shows_the_tokens_that_the_run_reads(family, planned):
+    _, replica = planned(FAMILIES[family][0] if family else None)
+    row = ask("a", "naïve 日本 <|im_end|> </s>")
+    previews = PromptPreviewer(replica).prompts(row)
+    prompter = load_assembly(replica).prompter
+    prompts = prompter.encode(row.messages, replica.topology.weights)
+    for name, ids in prompts.items():
+        tokens = [prompter.token_text(each) for each in ids]
+        special = {*tokens} & {*SPECIAL, *tiny_models.SPECIAL}
+        assert previews[name].num_tokens == len(ids)
+        assert previews[name].special_tokens == {each: tokens.count(each) for each in special}
+        assert "naïve 日本 <|im_end|> </s>" in previews[name].text
+
+
+def test_the_plan_shows_one_conversation_for_every_role(planned):
+    text = describe_prompts(*planned(PHI3_MINI, rows=({"prompt": "hello"}, {"prompt": "more"})))
+    assert "note      system messages are left out by the chat template of base, kind: principles and" in text
+    assert "[base]\n<s><|user|>\nhello<|end|>\n<|assistant|>\n" in text
+    assert "[kind]\n<s><|user|>\nbe kind\n\nhello<|end|>\n<|assistant|>\n" in text
+    assert "<s>, <|user|>, <|end|>, <|assistant|>" in text
+    assert "more" not in text
+
+
+def test_the_first_row_that_can_be_read_is_shown_with_the_reason_of_those_before(planned):
+    rows = ({"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "x"}]},) * 2
+    rows += ({"messages": [{"role": "user", "content": "hello"}]},)
+    text = describe_prompts(*planned(GEMMA2, {}, rows))
+    assert (
+        "in.jsonl:3; rows before it fail: the chat template of base refused the messages: Conversation roles" in text
+    )
+    assert "<start_of_turn>user\nhello<end_of_turn>" in text
+    text = describe_prompts(*planned(GEMMA2, {}, rows[:2]))
+    assert "none of the first rows can be read: the chat template of base refused" in text
+
+
+def test_long_prompts_are_shown_shortened(planned, monkeypatch):
+    monkeypatch.setattr(plan_prompts, "MAX_SHOWN", 100)
+    text = describe_prompts(*planned(PHI3_MINI, {}, ({"prompt": "a" * 60 + "b" * 200 + "c" * 60},)))
+    begin, end = "<s><|user|>\n" + "a" * 38, "c" * 28 + "<|end|>\n<|assistant|>\n"
+    assert f"[base]\n{begin}\n[" in text
+    assert f" characters]\n{end}" in text
+    assert "b" * 50 not in text
+
+
+@pytest.mark.parametrize(
+    ("template", "principals", "note"),
+    [
+        (GEMMA2, KIND, "system messages are refused by the chat template of base, kind"),
+        (None, KIND, "the tokenizer of base has no chat template: base, kind reads the text of a single message"),
+        (LLAMA32, KIND, "chat templates ask for the time; all prompts have that of the run's beginning"),
+        (
+            PHI3_MINI,
+            {"kind": {**KIND["kind"], "template": "{{ principle }}!"}},
+            "principals.kind.template uses no messages: kind reads the same prompt in every row",
+        ),
+        (
+            PHI3_MINI,
+            {"pair": {"kind": "tuned_pair", "model": "MODEL", "reference": "MODEL", "template": "always"}},
+            "principals.pair.template uses neither messages nor principle: pair reads the same prompt in every row",
+        ),
+    ],
+)
+def test_what_is_odd_about_a_template_is_said(template, principals, note, planned, tmp_path):
+    principals = json.loads(json.dumps(principals).replace("MODEL", str(tmp_path / "model")))
+    _, replica = planned(template, principals)
+    assert note in "\n".join(template_notes(replica))
+
+
+def test_nothing_is_said_about_usual_templates(planned):
+    for family in ("chatml", "llama3", "qwen3", "zephyr"):
+        _, replica = planned(FAMILIES[family][0])
+        assert list(template_notes(replica)) == []
+
+
+def test_a_template_of_the_configuration_is_used_where_the_tokenizer_has_none(planned):
+    _, replica = planned(None, base={"chat_template": FAMILIES["chatml"][0]})
+    assert list(template_notes(replica)) == [
+        "the tokenizer of base has no chat template; one of the configuration or of the base is used"
+    ]
+
+
+def test_a_row_that_cannot_be_read_has_no_prompts(planned):
+    _, replica = planned(PHI3_MINI)
+    with pytest.raises(RowError, match="broken"):
+        PromptPreviewer(replica).prompts(ask("a", "x", error="broken"))
