@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from jobs.families.configurations import (
     FAMILIES,
@@ -198,7 +199,9 @@ def _why_no_adapters(spec: HostSpec, folder: Path) -> str | None:
         with without_peft_warnings():
             model = AutoModelForCausalLM.from_pretrained(folder)
             head = model.get_output_embeddings()
-            targets = [at for at, each in model.named_modules() if type(each) is nn.Linear and each is not head]
+            targets = [
+                at for at, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D) and each is not head
+            ]
             config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
             peft.get_peft_model(model, config).save_pretrained(place)
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:

@@ -109,7 +109,9 @@ def learn_layers(model: Any) -> tuple[LayerFacts, ...]:
         device = next(model.parameters()).device
         positions = torch.tensor([[at for length in ROW_LENGTHS for at in range(length)]], device=device)
         with torch.inference_mode():
-            model(input_ids=positions + 1, position_ids=positions, use_cache=False)
+            # as a tensor: asked by a number, some models leave tokens out of layers whose keys others have made
+            kept = torch.arange(sum(ROW_LENGTHS), device=device)
+            model(input_ids=positions + 1, position_ids=positions, use_cache=False, logits_to_keep=kept)
     if not found:
         raise NotServed("its attention does not go through transformers' attention interface")
     return tuple(found)

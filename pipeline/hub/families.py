@@ -16,7 +16,9 @@ from typing import Any
 TABLE = Path(__file__).with_name("families.json")
 # layers that attend to the keys and values of tokens and keep nothing else, by the names in a configuration's
 # layer_types; what other layers keep or read is their own, and short probes need not show it
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+ATTENTION_LAYERS = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe"}  # the last have no keys
+)
 SLOTS, PLAIN, REFUSED = "slots", "plain", "refused"
 
 
@@ -74,14 +76,26 @@ def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
     Args:
         config: the contents of config.json, or transformers' configuration as a mapping, of the text part.
     """
+    if reason := why_layers_differ(config):
+        return reason
     kinds = {str(each.get("rope_type", each.get("type"))) for each in rope_settings(config)}
     if "longrope" in kinds:
         return "longrope takes its frequencies from the longest row of a pass"
     if "dynamic" in kinds:
         return "dynamic rope takes its frequencies from the longest row that there ever was"
-    if found := sorted({str(each) for each in config.get("layer_types") or ()} - ATTENTION_LAYERS):
+    return None
+
+
+def why_layers_differ(config: Mapping[str, Any]) -> str | None:
+    """Why a model's layers are not what attention over many rows computes; None: no reason is known.
+
+    Args:
+        config: likewise.
+    """
+    kinds = {str(each) for name in ("layer_types", "layers_block_type") for each in config.get(name) or ()}
+    if found := sorted(kinds - ATTENTION_LAYERS):
         return (
-            f"layers of type {' and '.join(found)} keep more than keys and values, or read them in a way of their own"
+            f"layers of type {' and '.join(found)} keep more than keys and values, or read them in their own way"
         )
     if config.get("attn_temperature_tuning") and str(config.get("model_type")).startswith("llama4"):
         return "its attention temperature counts places in the pass, not positions in a row"

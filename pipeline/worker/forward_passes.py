@@ -17,6 +17,7 @@ from pipeline.attention.segments import RunningRows, Segment
 from pipeline.attention.slots import SlotCache, SlotPass, serving
 from pipeline.attention.transfers import to_device
 from pipeline.attention.visibility import LayerFacts
+from pipeline.hub.model_facts import stated, text_config
 from pipeline.protocol.messages import DRAWN
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.captured_passes import MIN_ROWS, MOST_SEGMENTS, CapturedPasses
@@ -58,6 +59,7 @@ class Passes:
     ) -> None:
         self._layers = layers
         self._needs_whole_vectors = needs_whole_vectors
+        self._shares_keys = bool(stated(text_config(model.config), "num_kv_shared_layers"))
         self._model = model
         self._vocab_size = vocab_size
         self._adapters = adapters
@@ -170,12 +172,15 @@ class Passes:
             if adapters_T is None:
                 adapters_T = self._adapters_of_rows[slot_pass.token_rows(self.device)]
             self._adapters.of_tokens = adapters_T
+        num_tokens = ids.shape[1]
+        # asked by a number, a model with shared keys leaves the other tokens out of the layers that share
+        kept = torch.arange(num_tokens - keep, num_tokens, device=ids.device) if self._shares_keys else keep
         with serving(slot_pass), WholeVectors() if self._needs_whole_vectors else nullcontext():
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
                 use_cache=False,  # the attention keeps keys and values itself
-                logits_to_keep=keep,
+                logits_to_keep=kept,
             )
         # the last ones: some models give logits of all tokens, whatever they are asked for
         logits: Tensor = output.logits[0, -keep:, : self._vocab_size]

@@ -16,7 +16,7 @@ from pipeline.attention.transfers import on_device
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import rope_settings, why_not_in_slots
-from pipeline.hub.model_facts import reason_of, text_config
+from pipeline.hub.model_facts import reason_of, stated, text_config
 from pipeline.protocol.specs import HostSpec
 from pipeline.worker.adapter_files import add_adapters
 from pipeline.worker.adapters import TokenAdapters, take_adapters
@@ -268,8 +268,10 @@ def exact_context(config: Any) -> int | None:
 
 def as_mapping(config: Any) -> Mapping[str, Any]:
     """The text part of a transformers configuration, with the defaults of its class."""
-    mapping: Mapping[str, Any] = text_config(config).to_dict()
-    return mapping
+    text = text_config(config)
+    # some classes compute these, and do not write them
+    computed = {name: stated(text, name) for name in ("layer_types", "layers_block_type")}
+    return {**text.to_dict(), **{name: value for name, value in computed.items() if value is not None}}
 
 
 def pick_device(device: str) -> torch.device:

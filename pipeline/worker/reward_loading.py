@@ -14,13 +14,14 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.attention.branches import ATTENTION
 from pipeline.attention.visibility import LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
+from pipeline.hub.families import why_layers_differ
 from pipeline.hub.model_facts import context_length, reason_of, text_config
 from pipeline.hub.sources import fetch_weights
 from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec, RewardSpec
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
-from pipeline.worker.loading import exact_context, pick_device, pick_dtype
+from pipeline.worker.loading import as_mapping, exact_context, pick_device, pick_dtype
 from pipeline.worker.probes import probe_tokens, small_limits
 from pipeline.worker.reward_model_runner import RewardModelRunner
 from pipeline.worker.weights import load_whole
@@ -42,6 +43,8 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
     head = getattr(model, "score", None)
     if head is None:
         raise _refused(spec, model, "it has no head named score, as transformers' own sequence classifiers have")
+    if (reason := why_layers_differ(as_mapping(model.config))) is not None:
+        raise _refused(spec, model, reason)
     backbone, float_head = model.base_model, copy.deepcopy(head).float()
     probed = _check(model, backbone, float_head, spec)
     layers = _learn(model, spec)
