@@ -121,6 +121,12 @@ def test_a_model_without_a_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> N
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "bare"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
+    message = (
+        f"^{folder} has no tokenizer, as checkpoints of a training run often .* copy tokenizer.json, tokenizer_config"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        read_tokenizer_facts(source_of(folder))
+    (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigurationError, match=f"the tokenizer of {folder} cannot be loaded"):
         read_tokenizer_facts(source_of(folder))
 

@@ -62,6 +62,12 @@ def plan_templates(
     for name, role in topology.roles.items():
         own = tokenizers[role.host]
         text = role.chat_template or own.chat_template or tokenizers[BASE].chat_template
+        if own.other_templates and not role.chat_template:
+            key = "base.chat_template" if name == BASE else f"principals.{name.partition('.')[0]}.template"
+            raise ConfigurationError(
+                f"the tokenizer of {role.host} has chat templates named {', '.join(own.other_templates)} and none "
+                f"named default; give one of them as {key}"
+            )
         place = BASE if name == BASE else f"principals.{name.partition('.')[0]}"
         _check_kwargs(place, _given_kwargs(config, name), text)
         templates[name] = _plan_template(role, place, text, own, topology.weights, now)
