@@ -57,6 +57,10 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the whole configuration, defaults included, and stop.")
 ]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ID", help="The failed row with this id alone, in RUN-retry-HASH; may be given repeatedly."),
+]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, local or s3://.")]
 
 
@@ -156,15 +160,15 @@ def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, m
 
 
 @app.command()
-def retry(run: RunPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
-    """Try the rejected rows of a finished run again.
+def retry(run: RunPath, overrides: Overrides = None, only: Only = None, verbose: Verbose = False) -> None:
+    """Try the failed rows of a finished run again.
 
     They become a separate run in RUN-retry, with the same settings. Overrides such as cluster.slots=2 change them.
-    RUN is not changed. Rows that could not be read are left out: fix the input for those.
+    RUN is not changed. Failed rows that could not be read are left out: fix the input for those.
     """
     from jobs.commands.retry import run_retry
 
-    run_retry(run, overrides or [], is_verbose=verbose)
+    run_retry(run, overrides or [], only=only or [], is_verbose=verbose)
 
 
 @app.command()

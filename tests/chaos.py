@@ -43,7 +43,7 @@ Disturbance = Callable[[Config, Path, random.Random, Path], Tally]
 
 def compare(expected: Path, found: Path) -> Tally:
     """Rows and files of two finished runs."""
-    patterns = ("part-*.parquet", "_rejected/*.parquet")
+    patterns = ("part-*.parquet", "_failed/*.parquet")
     files = [
         {file.relative_to(run): file.read_bytes() for pattern in patterns for file in run.glob(pattern)}
         for run in (expected, found)

@@ -43,7 +43,7 @@ def test_a_run_is_planned_made_described_and_inspected(config):
 
     made = cage("-c", str(path), module=("-m", "jobs.relabel"))
     assert made.returncode == 0, made.stderr
-    assert "5 aligned, 0 rejected" in made.stdout
+    assert "5 aligned, 0 failed" in made.stdout
     assert "5/5 rows  3/3 shards" in made.stderr
 
     again = cage("relabel", "-c", str(path))

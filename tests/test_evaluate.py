@@ -76,7 +76,7 @@ def test_every_point_is_the_mean_of_what_the_files_hold(job, tmp_path):
     assert metrics["objectives"] == ["kind", "brief"]
     assert [point["rule"] for point in metrics["points"]] == ["linear"] * 4 + ["equilibrium"] * 4 + ["base"]
     answers = pq.read_table(sorted((tmp_path / "run").glob("part-*.parquet"))).to_pylist()
-    scores = pq.read_table(sorted((tmp_path / "run/scores").glob("part-*.parquet"))).to_pylist()
+    scores = pq.read_table(sorted((tmp_path / "run/_scores").glob("part-*.parquet"))).to_pylist()
     assert len(answers) == len(scores) == 5 * 9 * 2
     for point in metrics["points"]:
         mine = [
@@ -133,7 +133,7 @@ def test_scores_go_on_shard_by_shard_and_end_with_the_same_bytes(job, tmp_path):
 
 def test_scores_of_other_answers_are_replaced(job, tmp_path):
     tree, first = job
-    target, other, _ = sorted((tmp_path / "run/scores").iterdir())
+    target, other, _ = sorted((tmp_path / "run/_scores").iterdir())
     whole = target.read_bytes()
     target.write_bytes(other.read_bytes())
     assert run_tree(tree, tmp_path).metrics == first.metrics
@@ -142,15 +142,15 @@ def test_scores_of_other_answers_are_replaced(job, tmp_path):
 
 def test_other_judges_score_the_same_answers_again(job, tmp_path):
     tree, first = job
-    answers, scores = times(tmp_path / "run", "part-*"), tree_bytes(tmp_path / "run/scores")
+    answers, scores = times(tmp_path / "run", "part-*"), tree_bytes(tmp_path / "run/_scores")
     judges = {**JUDGES, "brevity": {"kind": "brevity", "half_words": 2}}
     second = run_tree({**tree, "evaluation": {**EVALUATION, "judges": judges}}, tmp_path)
     assert second.was_run
     assert second.metrics["points"] != first.metrics["points"]
     assert times(tmp_path / "run", "part-*") == answers
-    assert tree_bytes(tmp_path / "run/scores") != scores
+    assert tree_bytes(tmp_path / "run/_scores") != scores
     assert run_tree(tree, tmp_path).metrics == first.metrics
-    assert tree_bytes(tmp_path / "run/scores") == scores
+    assert tree_bytes(tmp_path / "run/_scores") == scores
 
 
 def test_settings_of_the_comparison_judge_nothing_again(job, tmp_path):
@@ -171,7 +171,7 @@ def test_rejected_prompts_are_left_out_of_every_rule(tiny, tmp_path):
     assert metrics["num_prompts"] == 5
     assert metrics["num_rejected"] == 18
     assert all(point["n"] == 5 for point in metrics["points"])
-    assert retry_config(str(tmp_path / "run"), []).input.path.endswith("rejected.jsonl")
+    assert retry_config(str(tmp_path / "run"), []).input.path.endswith("failed.jsonl")
 
 
 def test_a_run_without_a_grid_is_measured_too(tiny, tmp_path):
@@ -235,7 +235,7 @@ def test_model_judges_score_on_actors_as_in_one_process(tiny, tmp_path, ray_clus
     evaluation = {"judges": {"rm": {"kind": "reward_model", "model": str(folder)}}, "objectives": {"kind": "rm"}}
     tree = tree_of(tiny, tmp_path, evaluation, decoding={"max_new_tokens": 4})
     done = run_tree(tree, tmp_path)
-    scored = sorted((tmp_path / "run/scores").iterdir())
+    scored = sorted((tmp_path / "run/_scores").iterdir())
     in_process = [path.read_bytes() for path in scored]
     for path in scored:
         path.unlink()

@@ -87,7 +87,7 @@ def test_bad_rows_are_kept_apart_with_their_reasons(tiny, tmp_path):
     )
     assert aligned["row_id"] == ["g0", "g1", "g2"]
     rejected = [
-        row for path in sorted((tmp_path / "run/_rejected").iterdir()) for row in pq.read_table(path).to_pylist()
+        row for path in sorted((tmp_path / "run/_failed").iterdir()) for row in pq.read_table(path).to_pylist()
     ]
     reasons = {row["row_id"]: row["error"] for row in rejected}
     assert all(row["finish_reason"] == "error" for row in rejected)

@@ -1,4 +1,4 @@
-"""`cage retry`: only the rejected rows, as a run of their own."""
+"""`cage retry`: only the failed rows, as a run of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.runs import job, run_job, write_prompts
 
-from jobs.commands.retry import retry_config
+from jobs.commands.retry import WHERE_ROWS_ARE, retry_config
 from pipeline.errors import ConfigurationError
 from pipeline.storage.run import Run
 
@@ -17,7 +17,7 @@ def rows_of(run):
     return [row for path in sorted(run.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def test_rejected_rows_that_fit_now_get_the_answers_they_would_have_had(tiny, tmp_path):
+def test_failed_rows_that_fit_now_get_the_answers_they_would_have_had(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 5)
     lines = [json.loads(line) for line in prompts.read_text().splitlines()]
     lines[1]["prompt"], lines[3]["prompt"] = None, "x" * 100
@@ -45,9 +45,52 @@ def test_rejected_rows_that_fit_now_get_the_answers_they_would_have_had(tiny, tm
 def test_what_cannot_be_tried_again_is_refused_with_the_reason(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
     run_job(job(prompts, tmp_path / "run", tiny()), tmp_path)
-    with pytest.raises(ConfigurationError, match="no rejected row that can be tried again"):
+    with pytest.raises(ConfigurationError, match="no failed row that can be tried again"):
         retry_config(str(tmp_path / "run"), [])
     (tmp_path / "run/_SUCCESS").unlink()
     assert not Run.open(str(tmp_path / "run")).is_complete
     with pytest.raises(ConfigurationError, match="is not complete"):
         retry_config(str(tmp_path / "run"), [])
+
+
+def test_chosen_failed_rows_are_tried_alone(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 5)
+    lines = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for at in (1, 3, 4):
+        lines[at]["prompt"] = "x" * 100
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    small, large = tiny(seed=3, context=64), tiny(seed=3)
+    run_job(job(prompts, tmp_path / "run", small, errors={"budget": 3}), tmp_path)
+    path, overrides = str(tmp_path / "run"), [f"base={large}"]
+
+    again, _ = run_job(retry_config(path, overrides, only=["r4", "r1"]), tmp_path)
+    assert again.store.path.startswith(f"{path}-retry-")
+    assert [row["row_id"] for row in rows_of(tmp_path / again.store.path)] == ["r1", "r4"]
+    _, was_run = run_job(retry_config(path, overrides, only=["r1", "r4"]), tmp_path)
+    assert not was_run  # the same choice, in whichever order, is the same run
+    third, _ = run_job(retry_config(path, overrides, only=["r3"]), tmp_path)
+    assert [row["row_id"] for row in rows_of(tmp_path / third.store.path)] == ["r3"]
+    with pytest.raises(ConfigurationError, match="no failed row that can be tried again of the id 'r0', 'no such'"):
+        retry_config(path, overrides, only=["r3", "r0", "no such"])
+
+
+def test_a_retry_that_an_earlier_version_began_is_continued(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    prompts.write_text(prompts.read_text() + json.dumps({"id": "long", "prompt": "x" * 100}) + "\n")
+    run_job(job(prompts, tmp_path / "run", tiny(seed=3, context=64), errors={"budget": 1}), tmp_path)
+    config = retry_config(str(tmp_path / "run"), [])
+    assert config.input.path.endswith("_input/failed.jsonl")
+    (tmp_path / "run-retry/_input/failed.jsonl").rename(tmp_path / "run-retry/_input/rejected.jsonl")
+    assert retry_config(str(tmp_path / "run"), []).input.path.endswith("_input/rejected.jsonl")
+    assert not (tmp_path / "run-retry/_input/failed.jsonl").exists()
+
+
+def test_what_rows_mean_holds_for_the_retry_too(tiny, tmp_path):
+    """A key of the input that does not say where values are is kept."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"id": "long", "prompt": "x" * 100}) + "\n")
+    config = job(prompts, tmp_path / "run", tiny(context=64), errors={"budget": 1})
+    run_job(config, tmp_path)
+    again = retry_config(str(tmp_path / "run"), []).input
+    kept = set(type(again).model_fields) - WHERE_ROWS_ARE
+    assert {key: getattr(again, key) for key in kept} == {key: getattr(config.input, key) for key in kept}

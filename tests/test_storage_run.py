@@ -23,10 +23,12 @@ from support.storage import answer, make_config, small_plan, tree_bytes, write_j
 from pipeline.errors import CageError, ConfigurationError, NondeterminismError, StorageError
 from pipeline.monitoring.reasons import failures_of
 from pipeline.records import Record
-from pipeline.storage.commits import CommitRecord
+from pipeline.storage.commits import CommitRecord, sha256
+from pipeline.storage.failed_rows import find_failed_rows
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.stores import LocalStore, Store, open_store
+from pipeline.storage.tables import write_table_bytes
 
 MIXED = [
     {"prompt": "a"},
@@ -67,7 +69,7 @@ def finished(run: Run) -> Run:
 def test_each_row_is_in_one_file_once(tmp_path: Path) -> None:
     run = finished(mixed_run(tmp_path))
     aligned = [row for _, data in sorted(tree_bytes(tmp_path / "run", "part-*").items()) for row in read(data)]
-    rejected = [row for data in tree_bytes(tmp_path / "run" / "_rejected").values() for row in read(data)]
+    rejected = [row for data in tree_bytes(tmp_path / "run" / "_failed").values() for row in read(data)]
     assert [row["row_id"] for row in aligned] == [f"mixed.jsonl:{line}" for line in (1, 4, 5, 6, 7)]
     assert [(row["row_id"], row["error"]) for row in rejected] == [
         ("mixed.jsonl:2", "line 2 of mixed.jsonl: prompt is null"),
@@ -455,6 +457,30 @@ def test_reasons_are_counted_by_kind() -> None:
     many = failures_of((str(index), chr(97 + index) * 3) for index in range(25))
     assert sum(failures.count for failures in many.values()) == 25
     assert len(many) == 21
+
+
+def test_a_run_with_the_earlier_folder_of_failed_rows_is_read_and_resumed(tmp_path: Path) -> None:
+    run = mixed_run(tmp_path)
+    run.commit(0, records_of(run.plan, 0))
+    as_an_earlier_version_wrote_it(tmp_path / "run")
+    resumed = finished(Run.open(str(tmp_path / "run")))
+    assert resumed.status().failed_folders == ("_rejected",)
+    assert {row["error"] is None for row in resumed.find("mixed.jsonl:2")} == {False}
+    assert [row["id"] for row in find_failed_rows(resumed)] == []
+    assert [file.parent.name for file in (tmp_path / "run").glob("*/*.parquet")] == ["_rejected"]
+
+
+def as_an_earlier_version_wrote_it(folder: Path) -> None:
+    """Give the first shard's failed rows their earlier folder, and its record the fields that it had."""
+    (folder / "_failed").rename(folder / "_rejected")
+    data = folder / "part-00000-of-00003.parquet"
+    table = pq.read_table(data)
+    name = table.schema.metadata[b"cage.rejected"].decode().replace("_failed/", "_rejected/")
+    data.write_bytes(write_table_bytes(table, metadata={"cage.rejected": name}))
+    commit = folder / "_commits/part-00000.json"
+    record = json.loads(commit.read_text(encoding="utf-8").replace("_failed/", "_rejected/"))
+    record["sha256_by_file"][data.name] = sha256(data.read_bytes())
+    commit.write_text(json.dumps({key: record[key] for key in record if key not in ("examples", "values")}))
 
 
 def run_with_answers(folder: Path, name: str, answered: list[bool]) -> Run:

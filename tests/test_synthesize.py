@@ -76,7 +76,7 @@ def test_a_prompts_file_becomes_both_kinds_of_data(made):
         assert all(manifest[kind]["rows"].values())
     parts = [pq.read_table(path).to_pylist() for path in sorted((folder / "run").glob("part-*.parquet"))]
     stored = {(row["row_id"], row["variant"], row["sample"]): row for rows in parts for row in rows}
-    rows = load_dataset(str(folder / "run/dataset"), "sft", split="train", cache_dir=str(folder / "hf"))
+    rows = load_dataset(str(folder / "run/_dataset"), "sft", split="train", cache_dir=str(folder / "hf"))
     for row in rows:
         source = stored[row["row_id"], row["variant"], row["sample"]]
         assert row["messages"] == source["messages"]
@@ -115,7 +115,7 @@ def test_the_run_is_that_of_relabel_and_can_be_retried(made, tiny):
     run, was_run = relabel(config.job, folder / "cache", io.StringIO())
     assert not was_run
     assert run.plan == dataset.run.plan
-    with pytest.raises(ConfigurationError, match="no rejected row that can be tried again"):
+    with pytest.raises(ConfigurationError, match="no failed row that can be tried again"):
         retry_config(str(folder / "run"), [])
 
 
@@ -158,9 +158,9 @@ def test_a_job_that_was_killed_while_it_decoded_ends_with_the_same_data_set(made
 
     with pytest.raises(Killed):
         run_job(job_tree(tmp_path, tiny()), tmp_path, wiring=watched(kill))
-    assert not (tmp_path / "run/dataset").exists()
+    assert not (tmp_path / "run/_dataset").exists()
     run_job(job_tree(tmp_path, tiny()), tmp_path)
-    assert tree_bytes(tmp_path / "run/dataset", "**/*.*") == tree_bytes(folder / "run/dataset", "**/*.*")
+    assert tree_bytes(tmp_path / "run/_dataset", "**/*.*") == tree_bytes(folder / "run/_dataset", "**/*.*")
 
 
 def test_the_command_says_what_it_made_and_exports_it(tiny, tmp_path, capfd):
@@ -175,11 +175,11 @@ def test_the_command_says_what_it_made_and_exports_it(tiny, tmp_path, capfd):
     assert "54 looked at" in done.stdout
     for reason, count in manifest["preferences"]["answers_dropped"].items():
         assert any(reason in line and line.split()[-1] == str(count) for line in done.stdout.splitlines())
-    assert f'datasets.load_dataset("{tmp_path}/run/dataset", "sft")' in done.stdout
+    assert f'datasets.load_dataset("{tmp_path}/run/_dataset", "sft")' in done.stdout
     for kind in ("sft", "preferences"):
         exported = load_from_disk(str(target / kind))
         assert {split: len(each) for split, each in exported.items()} == manifest[kind]["rows"]
-        original = load_dataset(str(tmp_path / "run/dataset"), kind, cache_dir=str(tmp_path / "hf"))
+        original = load_dataset(str(tmp_path / "run/_dataset"), kind, cache_dir=str(tmp_path / "hf"))
         assert exported["train"].to_list() == original["train"].to_list()
 
     run_synthesize(file, [], export_to=target)
@@ -187,7 +187,7 @@ def test_the_command_says_what_it_made_and_exports_it(tiny, tmp_path, capfd):
     assert "nothing to do" in shown
     assert "(was there)" in shown
     with pytest.raises(ConfigurationError, match="holds other files"):
-        run_synthesize(file, [], export_to=tmp_path / "run/dataset")
+        run_synthesize(file, [], export_to=tmp_path / "run/_dataset")
     assert (tmp_path / "run/_dataset/manifest.json").exists()
     with pytest.raises(ConfigurationError, match="export of another data set"):
         run_synthesize(file, ["synthesis.seed=5"], export_to=target)
@@ -275,7 +275,7 @@ def test_trl_trains_on_it_as_it_is(made, tiny, tmp_path, kind):
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     folder, _ = made
-    rows = load_dataset(str(folder / "run/dataset"), kind, cache_dir=str(folder / "hf"))
+    rows = load_dataset(str(folder / "run/_dataset"), kind, cache_dir=str(folder / "hf"))
     config, trainer = (SFTConfig, SFTTrainer) if kind == "sft" else (DPOConfig, DPOTrainer)
     training = trainer(
         AutoModelForCausalLM.from_pretrained(tiny()),

@@ -27,7 +27,7 @@ def describe_row(row: dict[str, Any]) -> str:
     parts = [f"row {printable(row['row_id'])}, sample {row['sample']}{_variant(row)}"]
     parts += [f"{printable(message['role'])}:\n{indented(message['content'])}" for message in row["prompt"] or []]
     if row["error"] is not None:
-        return "\n".join([*parts, f"rejected: {printable(row['error'])}"])
+        return "\n".join([*parts, f"failed: {printable(row['error'])}"])
     parts.append(f"answer ({row['finish_reason']}, {row['num_tokens']} tokens):\n{indented(row['response'])}")
     if row.get("original_response") is not None:
         parts.append(f"original answer:\n{indented(row['original_response'])}")

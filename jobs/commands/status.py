@@ -17,13 +17,13 @@ def run_status(path: str) -> None:
 
 
 def describe_status(run: Run) -> str:
-    """A few lines: state, counts, reasons of rejection, where the files are and how to read them."""
+    """A few lines: state, counts, reasons of failures, where the files are and how to read them."""
     status = run.status()
     path = shown_path(status.path)
     lines = [
         f"{path}: {'complete' if status.is_complete else 'not complete; the same command continues it'}",
         f"  shards    {status.shards_done:,} of {status.num_shards:,}",
-        f"  answers   {status.rows_aligned:,} aligned, {status.rows_rejected:,} rejected, of {status.num_rows:,}",
+        f"  answers   {status.rows_aligned:,} aligned, {status.rows_rejected:,} failed, of {status.num_rows:,}",
         f"  tokens    {status.tokens:,}",
     ]
     if status.last_commit_at is not None:
@@ -34,8 +34,8 @@ def describe_status(run: Run) -> str:
     lines += [f"  warning   {printable(line)}" for line in status.silent.values()]
     for kind, failures in list(status.failures.items())[:SHOWN_REASONS]:
         lines.append(f"  failed    {printable(failures.describe(kind))}")
-    if status.rows_rejected:
-        lines.append(f"  rejected rows are in {path}/_rejected")
+    if status.failed_folders:
+        lines.append("  failed rows are in " + ", ".join(f"{path}/{folder}" for folder in status.failed_folders))
     if status.rows_aligned:
         lines.append(f"  look      cage inspect {path} {printable(_some_row_id(run))}")
         lines.append(f'  load      datasets.load_dataset("parquet", data_files="{path}/part-*.parquet")')

@@ -55,9 +55,9 @@ def describe_dataset(dataset: Dataset) -> str:
     path = shown_path(store.path)
     kinds = [kind for kind in ("sft", "preferences") if kind in manifest]
     lines = [
-        f"{path}/dataset: complete",
+        f"{path}/_dataset: complete",
         f"  answers   {manifest['answers']:,} looked at, to {sum(manifest['prompts'].values()):,} prompts; "
-        f"{manifest['answers_rejected_by_the_run']:,} rejected when they were decoded",
+        f"{manifest['answers_rejected_by_the_run']:,} failed when they were decoded",
     ]
     for kind in kinds:
         rows = manifest[kind]["rows"]
@@ -80,7 +80,7 @@ def _loading(path: str, kind: str) -> str:
     """How `datasets` reads one kind: a folder by its card, an object store file by file."""
     if "://" in path:
         return f'load_dataset("parquet", data_files="{path}/_dataset/{kind}/train-*.parquet")'
-    return f'load_dataset("{path}/dataset", "{kind}")'
+    return f'load_dataset("{path}/_dataset", "{kind}")'
 
 
 def _count(number: int | None) -> str:

@@ -13,11 +13,11 @@ from pipeline.reporting.tally import Place
 from pipeline.reporting.text import clipped, visible
 from pipeline.reporting.tokens import describe_token
 from pipeline.storage.run import Run
-from pipeline.storage.shard_files import REJECTED, as_damaged_file
+from pipeline.storage.shard_files import as_damaged_file, is_of_failed_rows
 
 SHOWN_TOKENS = 400
 PROMPT_LIMIT, ANSWER_LIMIT = 1_500, 4_000
-SHOWN_REJECTED = 8
+SHOWN_FAILED = 8
 ROWS_PER_READ = 256
 Row = dict[str, Any]
 
@@ -91,17 +91,17 @@ def describe_example(row: Row, principal_names: Sequence[str], default_rule: str
     }
 
 
-def fetch_rejected(run: Run) -> list[dict[str, str]]:
-    """The first few rejected rows with their reasons."""
+def fetch_failed(run: Run) -> list[dict[str, str]]:
+    """The first few failed rows with their reasons."""
     found: list[dict[str, str]] = []
     for record in run.committed().values():
         for name in record.sha256_by_file:
-            if name.startswith(REJECTED) and len(found) < SHOWN_REJECTED:
-                found += _rejected_of(run, name, SHOWN_REJECTED - len(found))
+            if is_of_failed_rows(name) and len(found) < SHOWN_FAILED:
+                found += _failed_of(run, name, SHOWN_FAILED - len(found))
     return found
 
 
-def _rejected_of(run: Run, name: str, limit: int) -> list[dict[str, str]]:
+def _failed_of(run: Run, name: str, limit: int) -> list[dict[str, str]]:
     with as_damaged_file(run.store.url(name)), run.store.open(name) as handle, pq.ParquetFile(handle) as parquet:
         piece = next(parquet.iter_batches(batch_size=limit, columns=["row_id", "error"]), None)
         rows = [] if piece is None else piece.to_pylist()

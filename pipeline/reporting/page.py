@@ -14,7 +14,7 @@ from pipeline.reporting.columns import data_files, read_batches
 from pipeline.reporting.comparison import describe_metrics
 from pipeline.reporting.dataset import describe_dataset
 from pipeline.reporting.distributions import HEALTH, describe_distribution, shown_quantities
-from pipeline.reporting.examples import fetch_rejected
+from pipeline.reporting.examples import fetch_failed
 from pipeline.reporting.facts import describe_facts, describe_health, describe_principals, describe_settings
 from pipeline.reporting.metrics import Metrics, read_metrics
 from pipeline.reporting.scores import find_judges
@@ -72,7 +72,7 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
         health=describe_health(numbers, names),
         health_charts=health,
         **collect_examples(run, numbers, rule, judges),
-        rejected=fetch_rejected(run),
+        failed=fetch_failed(run),
         reasons=list(run.status().errors.items()),
         settings=describe_settings(run),
         data=text.embeddable(data),

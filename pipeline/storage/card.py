@@ -36,7 +36,7 @@ COLUMN_NOTES = {
     "max_residual": "largest certificate residual of the solved games",
     "num_unsolved": "tokens whose game was not solved to tolerance",
     "solver_steps": "mean number of the solver's steps per token",
-    "error": "null here; rejected rows have the reason",
+    "error": "null here; failed rows have the reason",
     "tools": "the tools that the model could call, as JSON text",
     "original_response": "the input's answer",
     "original_rewards": "rewards of the input's answer",
@@ -84,14 +84,14 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
     names = _column_names(plan)
     front = {**_data_files(plan), "tags": ["alignment", "common-agency", "synthetic"]}
     rows = sum(record.rows for record in records.values())
-    rejected = sum(record.rejected for record in records.values())
+    failed = sum(record.rejected for record in records.values())
     tokens = sum(record.tokens for record in records.values())
     shown = {key: value for key, value in plan.fingerprint.items() if not key.startswith("input.files.")}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         "# Answers aligned at decoding time",
         f"{rows:,} answers of {tokens:,} tokens to {plan.num_rows:,} prompts, in {len(plan.shards):,} files; "
-        f"{rejected:,} rejected, with their reasons, in `_rejected/`.",
+        f"{failed:,} failed, with their reasons, in `_failed/`.",
         "## How to load it\n\n```python\nfrom datasets import load_dataset\n\n"
         'rows = load_dataset("RUN", split="train")  # this folder, or its name on the hub\n'
         + ('pairs = load_dataset("RUN", "pairs", split="train")  # for DPO\n```' if has_pairs(names) else "```"),
@@ -102,7 +102,7 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
     ]
     if errors:
         counts = [(reason, f"{count:,}") for reason, count in errors.items()]
-        parts.append("## Rejected rows\n\n" + _table(("reason", "rows"), counts))
+        parts.append("## Failed rows\n\n" + _table(("reason", "rows"), counts))
     parts.append(f"Fingerprint `{plan.digest}`; every file's SHA-256 is in `_manifest.json`.")
     return ("\n\n".join(parts) + "\n").encode("utf-8", errors="backslashreplace")
 

@@ -17,13 +17,14 @@ from pipeline.storage.plan import Plan, Shard, refuse_mismatch
 from pipeline.storage.quoting import quote
 from pipeline.storage.row_lookup import find_row
 from pipeline.storage.run_status import RunStatus, sum_up
-from pipeline.storage.shard_files import COMMITS, REJECTED, ShardWriter
+from pipeline.storage.shard_files import COMMITS, EARLIER_FAILED, FAILED, ShardWriter, is_of_failed_rows
 from pipeline.storage.stores import Store, open_store
 
 # Readers of Parquet folders skip names that begin with "_" or ".", so that they find the data files only.
 PLAN, MANIFEST, CARD, SUCCESS = "_plan.json", "_manifest.json", "_README.md", "_SUCCESS"
 LOADING_FILE = ".huggingface.yaml"  # `load_dataset(RUN)` reads it; without it, it would take failed rows for data
 EARLIER_PLAN = "plan.json"  # of runs before 2026-11-25, which can be read and resumed
+OWN_INPUT = "_input"  # a folder with the input of a run of failed rows, which is there before the run
 SHOWN = 5  # names of other files in a message
 COMMIT_NAME = re.compile(re.escape(COMMITS) + r"part-(\d+)\.json")
 
@@ -130,7 +131,7 @@ class Run:
 
         Args:
             shard: the shard or its index.
-            records: one per row, variant and sample, in any order. Those with an error go to the rejected file.
+            records: one per row, variant and sample, in any order. Those with an error go to the file of failed rows.
             attempt: the number of this attempt at the shard, from 1.
             seconds: how long it took.
             host: where it ran.
@@ -169,14 +170,14 @@ class Run:
         """
         records = self.committed()
         names = {name for record in records.values() for name in record.sha256_by_file}
-        stored = {*self.store.names("part-"), *self.store.names(REJECTED)}
+        stored = {name for folder in ("part-", FAILED, EARLIER_FAILED) for name in self.store.names(folder)}
         if len(records) < len(self.plan.shards) or not names <= stored:
             missing = len(self.plan.shards) - len(records)
             raise CageError(
                 f"{self.store.path} is not complete: {missing} shards and {len(names - stored)} files missing"
             )
         for name in stored - names:
-            if name.startswith(REJECTED):  # of an attempt that was not the one committed
+            if is_of_failed_rows(name):  # of an attempt that was not the one committed
                 self.store.remove(name)
         self.store.sweep()
         status = self.status(records)
@@ -192,7 +193,7 @@ class Run:
         return sum_up(self.store.path, self.plan, found.values(), is_complete=self.is_complete)
 
     def find(self, row_id: str) -> list[dict[str, Any]]:
-        """The stored records of a row, by variant and sample, aligned or rejected; empty when there is none yet."""
+        """The stored records of a row, by variant and sample, answered or failed; empty when there is none yet."""
         for record in self.committed().values():
             rows = [row for name in record.sha256_by_file for row in find_row(self.store, name, row_id)]
             if rows:
@@ -221,7 +222,7 @@ def _refuse_other_files(store: Store) -> None:
 
     The plan is the first file of a run. Where another driver has just created it, there are files and a plan by now.
     """
-    others = store.entries()
+    others = [name for name in store.entries() if name != OWN_INPUT]
     if others and not has_plan(store):
         shown = ", ".join(quote(name) for name in others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
         raise ConfigurationError(

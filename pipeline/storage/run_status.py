@@ -10,6 +10,7 @@ from pipeline.monitoring.reasons import FailuresByKind, add_failures
 from pipeline.monitoring.values import Values, add_values, describe_silent
 from pipeline.storage.commits import CommitRecord
 from pipeline.storage.plan import Plan
+from pipeline.storage.shard_files import is_of_failed_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class RunStatus:
         tokens: of the aligned rows.
         seconds: summed over the committed shards, which may have been computed side by side.
         failures: the failed rows by kind of reason, most frequent first.
+        failed_folders: the folders with the failed rows; runs of earlier versions have another one.
         silent: one line for each principal that valued no token of the answers, by its name.
         recoveries: from faults, on the way to the committed shards.
         attempts_lost: attempts at shards before the one that was committed.
@@ -44,6 +46,7 @@ class RunStatus:
     tokens: int
     seconds: float
     failures: FailuresByKind
+    failed_folders: tuple[str, ...]
     silent: Mapping[str, str]
     recoveries: Recoveries
     attempts_lost: int
@@ -61,9 +64,11 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
     done = list(records)
     failures: FailuresByKind = {}
     values: Values = {}
+    folders: set[str] = set()
     for record in done:
         failures = add_failures(failures, record.failures)
         values = add_values(values, record.value_ranges)
+        folders.update(name.partition("/")[0] for name in record.sha256_by_file if is_of_failed_rows(name))
     return RunStatus(
         path=path,
         digest=plan.digest,
@@ -75,6 +80,7 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
         tokens=sum(record.tokens for record in done),
         seconds=sum(record.seconds for record in done),
         failures=failures,
+        failed_folders=tuple(sorted(folders)),
         silent=describe_silent(values, plan.config.get("principals", {})),
         recoveries=sum((Recoveries(**record.recoveries) for record in done), Recoveries()),
         attempts_lost=sum(record.attempt - 1 for record in done),

@@ -1,9 +1,9 @@
 """The files of one shard, and the order in which they are written.
 
-1. The file with the rejected rows, if there are any. Its name contains its hash, so that attempts which reject other
-   rows do not collide.
+1. The file with the failed rows, if there are any. Its name contains its hash, so that attempts in which other rows
+   fail do not collide.
 2. The data file. It is created and never replaced, so the first attempt to get here decides the shard. Its footer
-   names the file of step 1: whoever sees the data file finds the rejected rows that belong to it.
+   names the file of step 1: whoever sees the data file finds the failed rows that belong to it.
 3. The commit record. It is made from the data file that is stored, not from the records in memory, so that every
    attempt at a shard arrives at the same record.
 
@@ -15,8 +15,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,8 +35,10 @@ from pipeline.storage.quoting import one_line, quote
 from pipeline.storage.stores import Store
 from pipeline.storage.tables import output_schema, to_table, write_table_bytes
 
-COMMITS, REJECTED = "_commits/", "_rejected/"
-REJECTED_KEY = "cage.rejected"  # in a data file's footer: the name of the file with its rejected rows
+COMMITS, FAILED = "_commits/", "_failed/"
+EARLIER_FAILED = "_rejected/"  # of runs before 2026-11-25, which can be read and resumed
+# In a data file's footer: the name of the file with its failed rows. Another key would change every file's bytes.
+FAILED_KEY = "cage.rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,10 @@ class ShardWriter:
         Returns the record that is stored: this attempt's or, where another one was faster, that one's.
         """
         schema = self._schema
-        rejected = to_table([record for record in ordered if record.is_rejected], schema)
+        failed = to_table([record for record in ordered if record.is_rejected], schema)
         aligned = to_table([record for record in ordered if not record.is_rejected], schema)
-        rejected_name = self._write_rejected(shard, rejected)
-        data = write_table_bytes(aligned, metadata={REJECTED_KEY: rejected_name})
+        failed_name = self._write_failed(shard, failed)
+        data = write_table_bytes(aligned, metadata={FAILED_KEY: failed_name})
         stored = self._write_first(shard, data, aligned)
         record = replace(
             self._record(shard, stored),
@@ -117,12 +120,12 @@ class ShardWriter:
         width = max(5, len(str(len(self.plan.shards))))
         return f"part-{shard:0{width}d}-of-{len(self.plan.shards):0{width}d}"
 
-    def _write_rejected(self, shard: Shard, rejected: pa.Table) -> str:
-        """Write the rejected rows under a name with their hash; return the name, empty when there are none."""
-        if rejected.num_rows == 0:
+    def _write_failed(self, shard: Shard, failed: pa.Table) -> str:
+        """Write the failed rows under a name with their hash; return the name, empty when there are none."""
+        if failed.num_rows == 0:
             return ""
-        data = write_table_bytes(rejected)
-        name = f"{REJECTED}{self._part(shard.index)}-{sha256(data)[:16]}.parquet"
+        data = write_table_bytes(failed)
+        name = f"{FAILED}{self._part(shard.index)}-{sha256(data)[:16]}.parquet"
         self.store.create(name, data)
         return name
 
@@ -146,7 +149,7 @@ class ShardWriter:
     def _compare(self, name: str, stored: bytes, aligned: pa.Table) -> None:
         """Check whether the file of another attempt can be taken over.
 
-        A row may have been rejected in one of the attempts only, for instance because a host died. Where both have
+        A row may have failed in one of the attempts only, for instance because a host died. Where both have
         the row, its values must be equal, or the run is not as reproducible as it claims.
         """
         found = _read_table(stored, self.store.url(name))
@@ -163,18 +166,18 @@ class ShardWriter:
             )
 
     def _record(self, shard: Shard, data: bytes) -> CommitRecord:
-        """The commit record of the stored data file and the rejected rows that it names."""
+        """The commit record of the stored data file and the failed rows that it names."""
         name = f"{self._part(shard.index)}.parquet"
         aligned = _read_table(data, self.store.url(name))
         self._write_pairs(shard, aligned)
         files = {name: data}
         failed: list[tuple[str, str | None]] = []
-        if rejected_name := (aligned.schema.metadata or {}).get(REJECTED_KEY.encode(), b"").decode():
-            rejected_data = self.store.read(rejected_name)
-            if rejected_data is None:
-                raise StorageError(f"{self.store.url(rejected_name)} is missing; remove {name} to go on")
-            files[rejected_name] = rejected_data
-            table = _read_table(rejected_data, self.store.url(rejected_name))
+        if failed_name := (aligned.schema.metadata or {}).get(FAILED_KEY.encode(), b"").decode():
+            failed_data = self.store.read(failed_name)
+            if failed_data is None:
+                raise StorageError(f"{self.store.url(failed_name)} is missing; remove {name} to go on")
+            files[failed_name] = failed_data
+            table = _read_table(failed_data, self.store.url(failed_name))
             columns = (table.column(each).to_pylist() for each in ("row_id", "error"))
             failed = list(zip(*columns, strict=True))
         failures = failures_of(failed)
@@ -205,6 +208,11 @@ class ShardWriter:
                 f"shard {record.shard} of {self.store.path} is committed with other files than those that are there"
             )
         return winner
+
+
+def is_of_failed_rows(name: str) -> bool:
+    """Whether a file of a run holds its failed rows."""
+    return name.startswith((FAILED, EARLIER_FAILED))
 
 
 def _nonzero(recoveries: Recoveries) -> dict[str, int]:

@@ -141,7 +141,7 @@ def _dropped(statistics: DatasetStatistics, num_rejected: int) -> str:
     parts = [
         f"{statistics.num_answers:,} answers were looked at. Of each kind of data every one of them is used or was "
         "dropped for one reason, the first that applied; each dropped answer is in `dropped-*.parquet`. "
-        f"{num_rejected:,} more were rejected when they were decoded."
+        f"{num_rejected:,} more failed when they were decoded."
     ]
     for kind in statistics.settings.write:
         counts = [("used", statistics.used[kind]), *statistics.dropped[kind].most_common()]

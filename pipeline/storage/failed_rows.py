@@ -1,0 +1,94 @@
+"""The failed rows of a run as an input: what `cage retry` decodes again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigurationError
+from pipeline.storage.quoting import quote
+from pipeline.storage.run import OWN_INPUT, Run
+from pipeline.storage.shard_files import as_damaged_file, is_of_failed_rows
+from pipeline.storage.stores import Store, open_store
+
+INPUT, EARLIER_INPUT = f"{OWN_INPUT}/failed.jsonl", f"{OWN_INPUT}/rejected.jsonl"
+SHOWN_IDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRows:
+    """The input of a run of failed rows.
+
+    Args:
+        path: where that run belongs: beside the first one.
+        input: the address of its rows: JSONL with id, messages, weights and response.
+    """
+
+    path: str
+    input: str
+
+
+def write_failed_rows(run: Run, only: Collection[str] = ()) -> FailedRows:
+    """Write the failed rows of a finished run as an input beside it; writing again changes nothing.
+
+    Args:
+        run: the run, which is not changed.
+        only: ids of failed rows; empty: all that can be tried again. Each choice has a place of its own.
+
+    Raises:
+        ConfigurationError: the run is not finished, or has no such row that could be tried again.
+    """
+    path = run.store.path
+    if not run.is_complete:
+        raise ConfigurationError(f"{path} is not complete; the command that began it continues it")
+    rows = {row["id"]: row for row in find_failed_rows(run)}
+    if unknown := [row_id for row_id in only if row_id not in rows]:
+        shown = ", ".join(quote(row_id) for row_id in unknown[:SHOWN_IDS])
+        raise ConfigurationError(f"{path} has no failed row that can be tried again of the id {shown}")
+    if not rows:
+        raise ConfigurationError(f"{path} has no failed row that can be tried again")
+    wanted = set(only or rows)
+    chosen = [row for row_id, row in rows.items() if row_id in wanted]
+    target = open_store(f"{path.rstrip('/')}-retry{_suffix(only)}")
+    name = EARLIER_INPUT if target.read(EARLIER_INPUT) is not None else INPUT
+    target.create(name, b"".join(json.dumps(row).encode() + b"\n" for row in chosen))
+    return FailedRows(target.path, target.url(name))
+
+
+def find_failed_rows(run: Run) -> Iterator[dict[str, Any]]:
+    """Readable rows without any answer, in the order of the run."""
+    for record in run.committed().values():
+        if not record.rejected:
+            continue
+        failed: list[dict[str, Any]] = []
+        answered: Counter[str] = Counter()
+        for name in record.sha256_by_file:
+            if is_of_failed_rows(name):
+                failed += _read(run.store, name).to_pylist()
+            else:
+                answered.update(_read(run.store, name, ["row_id"])["row_id"].to_pylist())
+        for row in {row["row_id"]: row for row in failed}.values():
+            if row["prompt"] and row["row_id"] not in answered:
+                yield {
+                    "id": row["row_id"],
+                    "messages": row["prompt"],
+                    "weights": row.get("weights"),
+                    "response": row.get("original_response"),
+                }
+
+
+def _read(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
+    with as_damaged_file(store.url(name)), store.open(name) as handle, pq.ParquetFile(handle) as file:
+        table: pa.Table = file.read(columns=columns)
+        return table
+
+
+def _suffix(only: Collection[str]) -> str:
+    return f"-{hashlib.sha256(json.dumps(sorted(only)).encode()).hexdigest()[:8]}" if only else ""
