@@ -130,3 +130,10 @@ def test_a_row_that_cannot_be_read_has_no_prompts(planned):
     _, replica = planned(PHI3_MINI)
     with pytest.raises(RowError, match="broken"):
         PromptPreviewer(replica).prompts(ask("a", "x", error="broken"))
+
+
+def test_tools_are_in_the_prompt_that_is_shown(planned):
+    template = "{{ tools | tojson if tools else '' }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    rows = [{"messages": [{"role": "user", "content": "hello"}], "tools": [tool]}]
+    assert '{"type": "function", "function": {"name": "weather"' in describe_prompts(*planned(template, {}, rows))

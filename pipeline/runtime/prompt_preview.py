@@ -62,7 +62,7 @@ class PromptPreviewer:
         if row.error is not None:
             raise RowError(row.error)
         weights = {**self._replica.topology.weights, **(row.weights or {})}
-        prompts = self._prompter.encode(row.messages, weights)
+        prompts = self._prompter.encode(row.messages, weights, row.tools)
         return {name: self._preview(name, ids) for name, ids in prompts.items()}
 
     def _preview(self, role: str, ids: list[int]) -> PromptPreview:
