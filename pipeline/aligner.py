@@ -393,6 +393,7 @@ def _row(prompt: Conversation, row_id: str, weights: Weights | None, answer: str
         messages=None if is_text else "prompt",
         weights="weights",
         response="response",
+        has_tools=True,
     )
     record = {
         "prompt": prompt if is_text else list(prompt),

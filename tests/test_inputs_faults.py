@@ -16,11 +16,14 @@ from support.storage import write_jsonl
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError, StorageError
-from pipeline.records import Row
+from pipeline.records import FinishReason, Record, Row
 from pipeline.storage import jsonl
 from pipeline.storage.input_files import as_input_error
 from pipeline.storage.inputs import open_input
+from pipeline.storage.record_formats import FORMATS
+from pipeline.storage.tables import output_schema, to_table
 
+SCHEMA = output_schema([], has_tools=True)
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -406,7 +409,11 @@ def check_fuzzed(path: Path, **fields: Any) -> list[Row]:
     for row in rows:
         assert bool(row.messages) != bool(row.error)
         assert row.error is None or row.error.isprintable()
-        json.dumps([row.row_id, row.messages, row.weights, row.response], ensure_ascii=False).encode("utf-8")
+        read = [row.row_id, row.messages, row.weights, row.response, row.tools]
+        json.dumps(read, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        to_table(
+            [Record(row.row_id, 0, row.messages, None, FinishReason.ERROR, 0, {}, {}, {}, tools=row.tools)], SCHEMA
+        )
     return rows
 
 
@@ -415,14 +422,37 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
 )
+PART = st.fixed_dictionaries({}, optional={"type": st.sampled_from(["text", "image_url"]) | JSON, "text": JSON})
+FUNCTION = st.fixed_dictionaries({}, optional={"name": st.sampled_from(["f", ""]) | JSON, "arguments": JSON})
+CALL = st.fixed_dictionaries({}, optional={"id": JSON, "function": FUNCTION | JSON})
 MESSAGE = st.fixed_dictionaries(
-    {}, optional={"role": st.sampled_from(["user", "assistant", "x"]) | JSON, "content": JSON}
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "tool", "x"]) | JSON,
+        "content": st.lists(PART | JSON, max_size=2) | JSON,
+        "from": st.sampled_from(["human", "gpt", "x"]) | JSON,
+        "value": JSON,
+        "tool_calls": st.lists(CALL | JSON, max_size=2) | JSON,
+        "tool_call_id": JSON,
+        "name": JSON,
+    },
+)
+CONVERSATION = st.lists(MESSAGE, max_size=3) | st.text().map("\n\nHuman: {}\n\nAssistant: ".format)
+# the columns of every format that is recognised, with any values
+OF_FORMATS = st.sampled_from(FORMATS).flatmap(
+    lambda each: st.fixed_dictionaries(
+        {
+            name: st.sampled_from([0, 1]) | CONVERSATION | JSON
+            for name in sorted({*each.columns, *each.uses, "tools"} - {"messages"})
+        }
+    )
 )
 RECORD = st.fixed_dictionaries(
     {},
     optional={
         "prompt": st.text() | JSON,
-        "messages": st.lists(MESSAGE, max_size=3) | JSON,
+        "messages": CONVERSATION | JSON,
+        "tools": st.lists(st.fixed_dictionaries({"function": FUNCTION}), max_size=2) | JSON,
         "w": st.dictionaries(st.sampled_from(["a", "b", "c"]), JSON, max_size=3) | JSON,
         "old": JSON,
         "key": st.integers(0, 50) | JSON,
@@ -437,7 +467,9 @@ COLUMNS = st.fixed_dictionaries(
         "weights": st.just("w"),
         "response": st.just("old"),
         "id": st.just("key"),
+        "tools": st.just("tools"),
         "limit": st.integers(1, 5),
+        "last_assistant": st.sampled_from(["response", "prefill", "error"]),
     },
 )
 
@@ -458,6 +490,14 @@ def test_any_json_is_rows_or_one_line(
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join(json.dumps(record).encode() for record in records) + b"\n" + garbage)
     check_fuzzed(path, **columns)
+
+
+@given(records=st.lists(OF_FORMATS, min_size=1, max_size=4))
+@FUZZ
+def test_any_records_of_known_formats_are_rows_or_one_line(tmp_path: Path, records: list[Any]) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n".join(json.dumps(record).encode() for record in records))
+    check_fuzzed(path)
 
 
 @given(

@@ -127,7 +127,7 @@ def _read_helpsteer(record: Mapping[str, Any]) -> Read:
 
 def _read_safe_rlhf(record: Mapping[str, Any]) -> Read:
     better = record.get("better_response_id")
-    if isinstance(better, bool) or better not in (0, 1):
+    if isinstance(better, bool) or str(better) not in ("0", "1"):  # text in CSV
         raise RowError(f"better_response_id must be 0 or 1; got {quote(better)}")
     return [{"role": "user", "content": _text(record, "prompt")}], _answer(record, f"response_{better}")
 
