@@ -351,3 +351,11 @@ def test_a_store_that_does_not_answer_is_a_storage_error_within_bounds(monkeypat
             open_store("s3://bucket/run").read("plan.json")
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_file_system_that_takes_no_folders_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        StorageError, match=r"^cannot make the folder /proc/runs: its file system takes no new folders$"
+    ):
+        open_store("/proc/runs").create("_plan.json", b"{}")

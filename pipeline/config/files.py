@@ -23,6 +23,20 @@ UNION_TAG = re.compile(
     r"(ReferenceConfig|ModelConfig|SimplexConfig|literal\[.*\]|constrained-.*|int|str|function-.*|tuple\[.*)"
 )
 
+# By the beginnings of pydantic's types of faults.
+WORDS = {
+    ("bool_",): "must be true or false",
+    ("int_",): "must be a whole number",
+    ("float_", "decimal_"): "must be a number",
+    ("string_type", "string_sub_type", "string_unicode"): "must be text",
+    ("tuple_type", "list_type", "set_type", "frozen_set_type"): "must be a list",
+    ("dict_", "model_", "mapping_"): "must be a mapping, with one key: value per line",
+    ("too_short",): "has too few entries",
+    ("too_long",): "has too many entries",
+    ("datetime_", "date_"): "must be a date and time, such as 2026-11-25T12:00:00",
+}
+PATTERNS = {r"^(auto|cpu|cuda(:\d+)?)$": "auto, cpu, cuda or cuda:N"}
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read and validate a `Config`; see `load_as`."""
@@ -111,11 +125,21 @@ def _describe(fault: Any, kind: type[Config]) -> str:
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kinds = ", ".join(_kinds(*_parent(fault["loc"], kind)))
         return f"{where}.kind must be one of {kinds}; got {shortened(_value_of(fault, 'kind'))}"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "must be").replace("String should", "must")
+    message = _in_plain_words(fault)
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where} {message}; got {shortened(fault['input'])}"
+
+
+def _in_plain_words(fault: Any) -> str:
+    """What would be right, for people who know YAML and not pydantic."""
+    if fault["type"] == "string_pattern_mismatch":
+        return f"must be {PATTERNS[fault['ctx']['pattern']]}"
+    for types, words in WORDS.items():
+        if fault["type"].startswith(types):
+            return words
+    message: str = fault["msg"].removeprefix("Value error, ")
+    return message.replace("Input should be", "must be").replace("String should", "must")
 
 
 def _value_of(fault: Any, key: str) -> Any:

@@ -148,6 +148,8 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise StorageError(f"cannot write to {folder}: it is not a folder") from None
+    except FileNotFoundError:  # /proc says so; for the callers it means that a file has not been written yet
+        raise StorageError(f"cannot make the folder {folder}: its file system takes no new folders") from None
     _sync_folder(folder.parent)
 
 
