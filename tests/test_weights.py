@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.commands import cage
 from support.language_models import spec_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -236,3 +237,23 @@ def test_a_model_with_an_adapter_among_its_files_is_refused_with_what_to_do(tiny
         ConfigurationError, match=r"holds a model and a LoRA adapter.*name that under adapter; delete"
     ):
         resolve_model(str(folder), cache_folder=tmp_path)
+
+
+def test_a_run_ends_with_exit_code_2_and_one_line_before_anything_is_answered(tiny, tmp_path):
+    folder = changed(tiny(), tmp_path / "model", without("lm_head"))
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n')
+    job = {
+        "input": {"path": str(tmp_path / "in.jsonl")},
+        "output": {"path": str(tmp_path / "out")},
+        "base": {"model": str(folder)},
+        "principals": {},
+        "cluster": {"transport": "local"},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    done = cage("relabel", "-c", str(tmp_path / "job.yaml"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"cage: model {folder} (for base): its files lack 1 weight (lm_head.weight), which would be random"
+    )
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("part-*"))
