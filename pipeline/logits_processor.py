@@ -33,7 +33,7 @@ from pipeline.runtime.prompt_templates import plan_templates
 from pipeline.runtime.topology import build_topology
 from pipeline.sampling.games import as_game, solve, token_rewards
 from pipeline.sampling.proposals import propose_from
-from pipeline.worker.padded_passes import RolePasses, pad_left
+from pipeline.worker.padded_passes import pad_left, role_passes
 
 Conversation = str | Sequence[Message]
 
@@ -119,7 +119,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             self._vocab_size,
         )
         self._passes = [
-            RolePasses(models[plan.name], names, vocab_size=self._vocab_size, pad_id=self._pad_id)
+            role_passes(models[plan.name], names, vocab_size=self._vocab_size, pad_id=self._pad_id)
             for plan in self._topology.hosts
             if (names := [role.name for role in plan.roles if role.name != BASE])
         ]

@@ -130,7 +130,10 @@ class _Loading:
         wrapped = add_adapters(self._model, spec)
         for name in spec.adapters:
             wrapped.set_adapter(name)
-            self._expect(wrapped, name)
+            try:
+                self._expect(wrapped, name)
+            except RuntimeError as error:
+                raise _refused(spec, self._model.config, f"with adapter {name}: {reason_of(error)}") from error
         self._adapters = _take_adapters(wrapped, spec)
         self._model = wrapped.get_base_model()
 

@@ -1,19 +1,87 @@
-"""Roles of one model over the batch of `generate`: one forward pass per step, with a cache of its own.
+"""Roles of one model over the batch of `generate`, with caches of their own.
 
-Rows are padded on the left, as `generate` pads them. B rows, R roles, K candidates, T tokens, V vocabulary.
+Where the model's family is decoded in slots, that is one padded forward pass per step. Others keep states, or read
+positions from the pass as a whole: padding would change them, so every row of every role has passes of its own.
+
+B rows, R roles, K candidates, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pipeline.hub.families import SLOTS, family_named, why_not_in_slots
+from pipeline.worker.loading import as_mapping
+from pipeline.worker.plain_runner import PlainPasses
 
-class RolePasses:
-    """Reads every role's own prompt of each row, then the tokens that all roles share.
+
+class RolePasses(Protocol):
+    """Reads every role's own prompt of each row, then the tokens that all roles share."""
+
+    def start(self, prompts: Sequence[Mapping[str, Sequence[int]]]) -> None:
+        """Begin a batch: read the rows' prompts, given by role name."""
+
+    def append(self, tokens_B: Tensor) -> None:
+        """Read one token of each row, in all roles."""
+
+    def logprobs_at(self, ids_BK: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities [B, K] in nats of these tokens as the next, by role name."""
+
+
+def role_passes(model: Any, roles: Sequence[str], *, vocab_size: int, pad_id: int) -> RolePasses:
+    """How to run roles of a model.
+
+    Args:
+        model: a causal LM of transformers.
+        roles: names of the roles; the batch has all rows for each of them.
+        vocab_size: logits beyond it are cut.
+        pad_id: any token id; padding is masked.
+    """
+    family = family_named(model.config.model_type)
+    is_plain_attention = why_not_in_slots(as_mapping(model.config)) is None
+    if family is not None and family.decoding == SLOTS and is_plain_attention:
+        return PaddedPasses(model, roles, vocab_size=vocab_size, pad_id=pad_id)
+    return LonePasses(model, roles, vocab_size=vocab_size)
+
+
+class LonePasses:
+    """Runs each row of each role by itself (`RolePasses`).
+
+    Args:
+        model: a causal LM of transformers.
+        roles: names of the roles.
+        vocab_size: logits beyond it are cut.
+    """
+
+    def __init__(self, model: Any, roles: Sequence[str], *, vocab_size: int) -> None:
+        self._passes = PlainPasses(model)
+        self._roles = tuple(roles)
+        self._vocab_size = vocab_size
+
+    def start(self, prompts: Sequence[Mapping[str, Sequence[int]]]) -> None:
+        """Begin a batch: read the rows' prompts, given by role name."""
+        begun = [self._passes.begin(prompt[role], None) for role in self._roles for prompt in prompts]
+        self._rows = [row for row, _ in begun]
+        self._logits = torch.stack([logits_V for _, logits_V in begun])
+
+    def append(self, tokens_B: Tensor) -> None:
+        """Read one token of each row, in all roles."""
+        tokens = tokens_B.tolist() * len(self._roles)
+        self._logits = torch.stack(
+            [self._passes.append(row, token, None) for row, token in zip(self._rows, tokens, strict=True)]
+        )
+
+    def logprobs_at(self, ids_BK: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities [B, K] in nats of these tokens as the next, by role name."""
+        return _at_candidates(self._logits[:, : self._vocab_size], self._roles, ids_BK.to(self._passes.device))
+
+
+class PaddedPasses:
+    """Runs all rows of all roles in one pass, padded on the left as `generate` pads them (`RolePasses`).
 
     Args:
         model: a causal LM of transformers.
@@ -44,9 +112,7 @@ class RolePasses:
 
     def logprobs_at(self, ids_BK: Tensor) -> dict[str, Tensor]:
         """Log-probabilities [B, K] in nats of these tokens as the next, by role name."""
-        logprobs_RBV = self._logits.log_softmax(-1).view(len(self._roles), len(ids_BK), -1)
-        at_RBK = ids_BK.to(self._device).expand(len(self._roles), -1, -1)
-        return dict(zip(self._roles, logprobs_RBV.gather(-1, at_RBK), strict=True))
+        return _at_candidates(self._logits, self._roles, ids_BK.to(self._device))
 
     def _forward(self, ids: Tensor, positions: Tensor) -> None:
         output = self._model(
@@ -67,3 +133,10 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
     ids = [[pad_id] * (longest - len(sequence)) + list(sequence) for sequence in sequences]
     mask = [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _at_candidates(logits_RBV: Tensor, roles: Sequence[str], ids_BK: Tensor) -> dict[str, Tensor]:
+    """Log-probabilities [B, K] by role, of logits of all rows of the first role, then of the next one."""
+    logprobs_RBV = logits_RBV.log_softmax(-1).view(len(roles), len(ids_BK), -1)
+    at_RBK = ids_BK.expand(len(roles), -1, -1)
+    return dict(zip(roles, logprobs_RBV.gather(-1, at_RBK), strict=True))

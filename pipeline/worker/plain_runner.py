@@ -113,8 +113,8 @@ class PlainPasses:
     @torch.inference_mode()
     def _run(self, row: PlainRow, adapter: str | None, *, num_new: int | None) -> Tensor:
         model = self._model
-        for (module, name), state in zip(self._states, row.states, strict=True):
-            setattr(module, name, state)
+        others = [getattr(module, name) for module, name in self._states]  # of who else runs the model
+        self._set_states(row.states)
         inputs = model.prepare_inputs_for_generation(
             row.ids, next_sequence_length=num_new, is_first_iteration=num_new is None, **row.inputs
         )
@@ -125,9 +125,14 @@ class PlainPasses:
         output = model(**inputs, return_dict=True)
         row.inputs = model._update_model_kwargs_for_generation(output, row.inputs, is_encoder_decoder=False)
         row.states = [getattr(module, name) for module, name in self._states]
+        self._set_states(others)
         self._count(num_tokens, started_s)
         logits: Tensor = output.logits[0, -1]
         return logits.float()
+
+    def _set_states(self, states: Sequence[Any]) -> None:
+        for (module, name), state in zip(self._states, states, strict=True):
+            setattr(module, name, state)
 
     def _use(self, adapter: str | None, num_tokens: int) -> None:
         """Have all tokens of the next pass use one adapter."""
