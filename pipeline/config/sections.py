@@ -72,6 +72,9 @@ class InputConfig(Section):
         None,
         description="column with tools that the model may call; null: tools, where messages have such a column",
     )
+    keep: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)] | Literal["all"] = (
+        Field((), description="columns that are carried into the output as they are: a list of names, or all")
+    )
     limit: int | None = Field(None, ge=1, description="first rows only")
     allow_special_tokens: bool = Field(
         False, description="read special tokens that messages and answers spell, such as <|im_end|>, as tokens"

@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.monitoring.counts import Recoveries
 from pipeline.storage.commits import CommitRecord
+from pipeline.storage.kept import from_text
 from pipeline.storage.pairs import PAIRS, has_pairs
 from pipeline.storage.plan import Plan
 from pipeline.storage.tables import output_schema
@@ -82,6 +83,8 @@ def render_manifest(
 def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping[str, int]) -> bytes:
     """_README.md: a data set card, README.md once it is on the hub. Values from outside are escaped."""
     names = _column_names(plan)
+    kept_names = getattr(from_text(plan.kept), "names", [])
+    kept = [(name, "of the input, as it was") for name in kept_names]
     front = {**_data_files(plan), "tags": ["alignment", "common-agency", "synthetic"]}
     rows = sum(record.rows for record in records.values())
     failed = sum(record.rejected for record in records.values())
@@ -95,7 +98,7 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
         "## How to load it\n\n```python\nfrom datasets import load_dataset\n\n"
         'rows = load_dataset("RUN", split="train")  # this folder, or its name on the hub\n'
         + ('pairs = load_dataset("RUN", "pairs", split="train")  # for DPO\n```' if has_pairs(names) else "```"),
-        "## Columns\n\n" + _table(("column", "what"), [(name, COLUMN_NOTES[name]) for name in names]),
+        "## Columns\n\n" + _table(("column", "what"), [(name, COLUMN_NOTES[name]) for name in names] + kept),
         "## Models\n\n" + _table(("place", "identity"), list(plan.models.items())),
         "## Input\n\n" + _table(("file", "rows"), [(file.name, f"{file.num_rows:,}") for file in plan.files[:100]]),
         "## Settings\n\n" + _table(("setting", "value"), [(key, _plain(value)) for key, value in shown.items()]),

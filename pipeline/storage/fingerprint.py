@@ -17,7 +17,12 @@ PLACEMENT_KEYS = ("resources", "device")
 # Where the caller gives the identity of a model, it replaces these.
 IDENTITY_KEYS = ("model", "revision", "adapter", "reference")
 # Keys that came later: at their defaults nothing changes, so a run that began without them goes on.
-LATER_KEYS = {"input.format": "auto", "input.last_assistant": None, "input.tools": None}
+LATER_KEYS: Mapping[str, Any] = {
+    "input.format": "auto",
+    "input.last_assistant": None,
+    "input.tools": None,
+    "input.keep": [],
+}
 
 
 def take_fingerprint(

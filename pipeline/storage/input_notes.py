@@ -11,6 +11,7 @@ from pipeline.config.sections import Config, DecodingConfig
 from pipeline.records import Row
 from pipeline.storage.input_files import Format
 from pipeline.storage.inputs import InputSource
+from pipeline.storage.kept import AS_JSON
 from pipeline.storage.quoting import quote
 from pipeline.storage.record_formats import FORMAT_BY_NAME
 from pipeline.storage.rows import LastAssistant
@@ -28,7 +29,12 @@ def describe_input(source: InputSource, config: Config) -> tuple[str, ...]:
     Raises:
         ConfigurationError: the input is gone or damaged.
     """
-    return (*_on_files(source), *_on_first_rows(source, config), *_on_requests(source, config.decoding))
+    return (
+        *_on_files(source),
+        *_on_kept(source),
+        *_on_first_rows(source, config),
+        *_on_requests(source, config.decoding),
+    )
 
 
 def _on_files(source: InputSource) -> Iterator[str]:
@@ -36,6 +42,16 @@ def _on_files(source: InputSource) -> Iterator[str]:
         shown = ", ".join(quote(name) for name in source.not_read[:SHOWN_FILES])
         more = len(source.not_read) - SHOWN_FILES
         yield f"not read: {shown}" + (f" and {more:,} more" if more > 0 else "") + " (no input by their names)"
+
+
+def _on_kept(source: InputSource) -> Iterator[str]:
+    if source.kept is not None:
+        shown = ", ".join(
+            quote(field.name) + (" (as JSON text)" if field.metadata == AS_JSON else "")
+            for field in list(source.kept)[:SHOWN_FILES]
+        )
+        more = len(source.kept) - SHOWN_FILES
+        yield f"kept in the output: {shown}" + (f" and {more:,} more" if more > 0 else "")
 
 
 def _on_first_rows(source: InputSource, config: Config) -> Iterator[str]:

@@ -15,6 +15,7 @@ from pipeline.records import Row
 from pipeline.storage import jsonl, tabular
 from pipeline.storage.column_choice import choose_columns, columns_of_unreadable
 from pipeline.storage.input_files import Format, FoundFile, InputFile, is_dataset_name
+from pipeline.storage.kept import choose_kept, read_kept
 from pipeline.storage.listing import find_files
 from pipeline.storage.quoting import quote
 from pipeline.storage.record_formats import WITH_ANSWER_COLUMN
@@ -39,6 +40,7 @@ class InputSource:
         principal_names: the names that a column of weights may use.
         column_names: every column that the files have, used or not; empty for an input that comes from a plan.
         not_read: files and folders in the input folder that are no input; empty for an input from a plan.
+        kept: the columns that are carried into the output; None where there are none.
     """
 
     files: tuple[InputFile, ...]
@@ -46,6 +48,7 @@ class InputSource:
     principal_names: tuple[str, ...] = ()
     column_names: tuple[str, ...] = ()
     not_read: tuple[str, ...] = ()
+    kept: pa.Schema | None = None
 
     @property
     def num_rows(self) -> int:
@@ -73,6 +76,11 @@ class InputSource:
         if file.format.is_text:
             return jsonl.read_rows(file, start, stop, stride=self.stride, principal_names=self.principal_names)
         return tabular.read_rows(file, start, stop, principal_names=self.principal_names)
+
+    def read_kept(self, file_index: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Yield the values of the kept columns of rows [start, stop) of one file, in the order of `read_rows`."""
+        assert self.kept is not None
+        return read_kept(self.kept, self.files[file_index], start, stop, stride=self.stride)
 
     def reading(self, **columns: Any) -> InputSource:
         """The same input with other fields of all files' columns."""
@@ -111,6 +119,7 @@ def open_input(
         raise ConfigurationError(f"input.path: {config.path} holds no rows")
     not_read = () if found is None else found.not_read
     source = InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names), not_read)
+    source = replace(source, kept=choose_kept(config.keep, files, stride=stride))
     if repeated_ids := find_repeated_ids(files):
         source = source.reading(repeated_ids=repeated_ids)
     return _with_existing_answers(_with_tools(source), config)

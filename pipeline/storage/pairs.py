@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from pipeline.storage.kept import is_reserved
 from pipeline.storage.tables import write_table_bytes
 
 PAIRS = "_pairs/"
@@ -32,7 +33,8 @@ def pairs_bytes(answers: pa.Table) -> bytes:
 
     A function of the data file: whoever writes it, the bytes are the same.
     """
-    names = [name for name in COLUMNS if name in answers.schema.names]
+    there = answers.schema.names
+    names = [*(name for name in COLUMNS if name in there), *(name for name in there if not is_reserved(name))]
     # Not Table.filter: it would load pyarrow.compute and pandas, which takes longer than the writing.
     whole = [
         chosen.is_valid and rejected.is_valid

@@ -17,6 +17,7 @@ from pipeline.storage.addresses import normal_address
 from pipeline.storage.fingerprint import explain_mismatch, refuse_mismatch, take_fingerprint
 from pipeline.storage.input_files import Format, InputFile
 from pipeline.storage.inputs import InputSource, open_input
+from pipeline.storage.kept import from_text, to_text
 from pipeline.storage.quoting import quote
 from pipeline.storage.rows import InputColumns
 
@@ -71,6 +72,7 @@ class Plan:
         config: the whole configuration as plain values. Parts of it (cluster, errors, paths) are not in the
             fingerprint, because they do not change results.
         version: of the format of _plan.json.
+        kept: the columns of the input that the output has too, as `kept.to_text` writes them.
     """
 
     fingerprint: Mapping[str, Any]
@@ -85,6 +87,7 @@ class Plan:
     models: Mapping[str, str]
     config: Mapping[str, Any]
     version: int = PLAN_VERSION
+    kept: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -125,7 +128,7 @@ class Plan:
 
     def open_input(self) -> InputSource:
         """The planned input, without looking at it again."""
-        return InputSource(self.files, self.rows_per_shard, self.principal_names)
+        return InputSource(self.files, self.rows_per_shard, self.principal_names, kept=from_text(self.kept))
 
     def read_shard(self, shard: Shard | int) -> Iterator[Row]:
         """Yield the rows of one shard, given itself or by its index, in input order.
@@ -135,6 +138,10 @@ class Plan:
         """
         shard = self.shards[shard] if isinstance(shard, int) else shard
         return self.open_input().read_rows(shard.file, shard.start, shard.stop)
+
+    def read_kept(self, shard: Shard) -> Iterator[dict[str, Any]]:
+        """Yield the values of the kept columns of one shard, in the order of `read_shard`; empty without any."""
+        return self.open_input().read_kept(shard.file, shard.start, shard.stop)
 
     def to_json(self) -> bytes:
         """The plan as stored in _plan.json."""
@@ -151,6 +158,7 @@ class Plan:
             "has_response": self.has_response,
             "models": dict(self.models),
             "config": dict(self.config),
+            "kept": self.kept,
             "files": [_file_to_json(file) for file in self.files],
             "shard_fields": ["file", "start", "stop", "offset", "line"],
             "shards": [[s.file, s.start, s.stop, s.offset, s.line] for s in self.shards],
@@ -195,6 +203,7 @@ class Plan:
             has_response=tree["has_response"],
             models=tree["models"],
             config=tree["config"],
+            kept=tree.get("kept"),
         )
 
 
@@ -244,6 +253,7 @@ def make_plan(
         has_response=source.columns.has_response,
         models=models,
         config=config.model_dump(mode="json"),
+        kept=to_text(source.kept),
     )
 
 

@@ -155,8 +155,15 @@ class Run:
             num_samples=self.plan.num_samples,
             shard=shard.index,
         )
+        kept = dict(zip(row_ids, self.plan.read_kept(shard), strict=True)) if self.plan.kept else {}
         return self._writer.commit(
-            shard, ordered, attempt=attempt, seconds=seconds, host=host, recoveries=recoveries or Recoveries()
+            shard,
+            ordered,
+            kept=kept,
+            attempt=attempt,
+            seconds=seconds,
+            host=host,
+            recoveries=recoveries or Recoveries(),
         )
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> None:

@@ -29,6 +29,7 @@ from pipeline.monitoring.reasons import failures_of
 from pipeline.monitoring.values import values_of
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, count_tokens, differing_rows, sha256
+from pipeline.storage.kept import append_kept, from_text
 from pipeline.storage.pairs import PAIRS, has_pairs, pairs_bytes
 from pipeline.storage.plan import Plan, Shard
 from pipeline.storage.quoting import one_line, quote
@@ -58,6 +59,7 @@ class ShardWriter:
         shard: Shard,
         ordered: Sequence[Record],
         *,
+        kept: Mapping[str, Mapping[str, Any]],
         attempt: int,
         seconds: float,
         host: str,
@@ -65,11 +67,13 @@ class ShardWriter:
     ) -> CommitRecord:
         """Write the records of a shard, which `order_records` has ordered, and commit it; see `Run.commit`.
 
+        `kept` has the values of the kept columns by row id.
+
         Returns the record that is stored: this attempt's or, where another one was faster, that one's.
         """
         schema = self._schema
-        failed = to_table([record for record in ordered if record.is_rejected], schema)
-        aligned = to_table([record for record in ordered if not record.is_rejected], schema)
+        failed = self._table([record for record in ordered if record.is_rejected], schema, kept)
+        aligned = self._table([record for record in ordered if not record.is_rejected], schema, kept)
         failed_name = self._write_failed(shard, failed)
         data = write_table_bytes(aligned, metadata={FAILED_KEY: failed_name})
         stored = self._write_first(shard, data, aligned)
@@ -86,6 +90,11 @@ class ShardWriter:
             },
         )
         return self._create_record(record)
+
+    def _table(self, records: Sequence[Record], schema: pa.Schema, kept: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+        table = to_table(records, schema)
+        columns = from_text(self.plan.kept)
+        return table if columns is None else append_kept(table, columns, [kept[each.row_id] for each in records])
 
     @property
     def _schema(self) -> pa.Schema:

@@ -123,6 +123,20 @@ def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequen
         yield make_row(record, columns, row_id=row_id, place=place, principal_names=principal_names)
 
 
+def schema_of(file: InputFile) -> pa.Schema:
+    """The schema of a file or data set."""
+    if file.format is Format.DATASET:
+        return load_dataset(file.path, file.subset, file.split or "train").features.arrow_schema
+    return read_schema(FoundFile(file.path, file.name, file.format, size=0))[0]
+
+
+def read_values(file: InputFile, names: Sequence[str], start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """Yield the values of rows [start, stop) by column; those columns of `names` that the file has."""
+    there = set(schema_of(file).names)
+    for _, record in _records(file, [name for name in names if name in there], start, stop):
+        yield record
+
+
 def read_ids(file: InputFile) -> Iterator[FoundId]:
     """Yield the id of every row; None: null, blank or not readable."""
     assert file.columns.id is not None
