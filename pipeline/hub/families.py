@@ -94,9 +94,7 @@ def why_layers_differ(config: Mapping[str, Any]) -> str | None:
     """
     kinds = {str(each) for name in ("layer_types", "layers_block_type") for each in config.get(name) or ()}
     if found := sorted(kinds - ATTENTION_LAYERS):
-        return (
-            f"layers of type {' and '.join(found)} keep more than keys and values, or read them in their own way"
-        )
+        return f"layers of type {' and '.join(found)} keep more than keys and values, or read them in their own way"
     if config.get("attn_temperature_tuning") and str(config.get("model_type")).startswith("llama4"):
         return "its attention temperature counts places in the pass, not positions in a row"
     return None

@@ -132,7 +132,7 @@ class _Loading:
             wrapped.set_adapter(name)
             try:
                 self._expect(wrapped, name)
-            except RuntimeError as error:
+            except Exception as error:  # whatever the model, or peft inside it, raises
                 raise _refused(spec, self._model.config, f"with adapter {name}: {reason_of(error)}") from error
         self._adapters = _take_adapters(wrapped, spec)
         self._model = wrapped.get_base_model()
