@@ -94,3 +94,30 @@ def test_what_rows_mean_holds_for_the_retry_too(tiny, tmp_path):
     again = retry_config(str(tmp_path / "run"), []).input
     kept = set(type(again).model_fields) - WHERE_ROWS_ARE
     assert {key: getattr(again, key) for key in kept} == {key: getattr(config.input, key) for key in kept}
+
+
+def test_a_batch_request_keeps_its_parameters_and_tools(tiny, tmp_path):
+    tool = {"type": "function", "function": {"name": "weather"}}
+    own = {"max_tokens": 3, "seed": 9, "stop": ["zzz"], "tools": [tool]}
+    requests = [
+        {"custom_id": name, "body": {"messages": [{"role": "user", "content": text}], **own}}
+        for name, text in (("short", "hello"), ("long", "x" * 100))
+    ]
+    prompts = tmp_path / "requests.jsonl"
+    prompts.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}"
+    small, large = tiny(seed=3, context=64), tiny(seed=3)
+
+    def job_of(output, base):
+        config = job(prompts, tmp_path / output, base, errors={"budget": 1}, input={"id": None})
+        return config.model_copy(update={"base": config.base.model_copy(update={"chat_template": template})})
+
+    run_job(job_of("run", small), tmp_path)
+    run_job(retry_config(str(tmp_path / "run"), [f"base.model={large}"]), tmp_path)
+    (found,) = rows_of(tmp_path / "run-retry")
+    assert (found["row_id"], found["num_tokens"], json.loads(found["tools"])) == ("long", 3, [tool])
+    run_job(job_of("whole", large), tmp_path)
+    assert [row for row in rows_of(tmp_path / "whole") if row["row_id"] == "long"] == [found]
+    prompts.unlink()
+    with pytest.raises(ConfigurationError, match=r"requests\.jsonl does not exist any more"):
+        retry_config(str(tmp_path / "run"), [])

@@ -20,6 +20,7 @@ WHERE_ROWS_ARE = {
     "id",
     "weights",
     "response",
+    "tools",
     "limit",
     "split",
     "subset",
@@ -52,7 +53,10 @@ def retry_config(path: str, overrides: list[str], *, only: Collection[str] = ())
     config = {name: run.plan.config[name] for name in Config.model_fields}  # what other jobs add decodes nothing
     tree: dict[str, Any] = json.loads(json.dumps(config))
     how_rows_are_read = {key: value for key, value in tree["input"].items() if key not in WHERE_ROWS_ARE}
-    tree["input"] = how_rows_are_read | {"path": failed.input, "id": "id", "messages": "messages"}
+    tree["input"] = how_rows_are_read | {"path": failed.input}
+    if not failed.is_batch:  # whose requests say themselves where all this is
+        tree["input"] |= {"id": "id", "messages": "messages"}
+        tree["input"] |= {"tools": "tools"} if run.plan.has_tools else {}
     if run.plan.principal_names and not tree["grid"]["weights"]:
         tree["input"]["weights"] = "weights"
     if run.plan.has_response:

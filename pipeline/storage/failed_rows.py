@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigurationError
+from pipeline.storage.input_files import Format
 from pipeline.storage.quoting import quote
 from pipeline.storage.run import OWN_INPUT, Run
 from pipeline.storage.shard_files import as_damaged_file, is_of_failed_rows
@@ -28,11 +29,13 @@ class FailedRows:
 
     Args:
         path: where that run belongs: beside the first one.
-        input: the address of its rows: JSONL with id, messages, weights and response.
+        input: the address of its rows: JSONL with id, messages, tools, weights and response, or batch requests.
+        is_batch: whether they are batch requests, which have parameters of their own.
     """
 
     path: str
     input: str
+    is_batch: bool
 
 
 def write_failed_rows(run: Run, only: Collection[str] = ()) -> FailedRows:
@@ -48,7 +51,7 @@ def write_failed_rows(run: Run, only: Collection[str] = ()) -> FailedRows:
     path = run.store.path
     if not run.is_complete:
         raise ConfigurationError(f"{path} is not complete; the command that began it continues it")
-    rows = {row["id"]: row for row in find_failed_rows(run)}
+    rows = {row.get("id") or row["custom_id"]: row for row in find_failed_rows(run)}
     if unknown := [row_id for row_id in only if row_id not in rows]:
         shown = ", ".join(quote(row_id) for row_id in unknown[:SHOWN_IDS])
         raise ConfigurationError(f"{path} has no failed row that can be tried again of the id {shown}")
@@ -59,11 +62,16 @@ def write_failed_rows(run: Run, only: Collection[str] = ()) -> FailedRows:
     target = open_store(f"{path.rstrip('/')}-retry{_suffix(only)}")
     name = EARLIER_INPUT if target.read(EARLIER_INPUT) is not None else INPUT
     target.create(name, b"".join(json.dumps(row).encode() + b"\n" for row in chosen))
-    return FailedRows(target.path, target.url(name))
+    return FailedRows(target.path, target.url(name), is_batch="custom_id" in chosen[0])
 
 
 def find_failed_rows(run: Run) -> Iterator[dict[str, Any]]:
-    """Readable rows without any answer, in the order of the run."""
+    """Readable rows without any answer, in the order of the run; batch requests where the run has some.
+
+    Raises:
+        ConfigurationError: the batch requests of the run, which have the parameters of their rows, are gone.
+    """
+    is_batch = any(file.format is Format.BATCH for file in run.plan.files)
     for record in run.committed().values():
         if not record.rejected:
             continue
@@ -74,14 +82,23 @@ def find_failed_rows(run: Run) -> Iterator[dict[str, Any]]:
                 failed += _read(run.store, name).to_pylist()
             else:
                 answered.update(_read(run.store, name, ["row_id"])["row_id"].to_pylist())
-        for row in {row["row_id"]: row for row in failed}.values():
-            if row["prompt"] and row["row_id"] not in answered:
-                yield {
-                    "id": row["row_id"],
-                    "messages": row["prompt"],
-                    "weights": row.get("weights"),
-                    "response": row.get("original_response"),
-                }
+        again = {row["row_id"]: row for row in failed if row["prompt"] and row["row_id"] not in answered}
+        parameters = _parameters(run, record.shard) if is_batch and again else {}
+        for row_id, row in again.items():
+            read = {"weights": row.get("weights"), "response": row.get("original_response")}
+            prompt = {"messages": row["prompt"], **({"tools": row["tools"]} if run.plan.has_tools else {})}
+            if is_batch:
+                yield {"custom_id": row_id, "body": {**prompt, **parameters.get(row_id, {})}, **read}
+            else:
+                yield {"id": row_id, **prompt, **read}
+
+
+def _parameters(run: Run, shard: int) -> dict[str, dict[str, Any]]:
+    """What the requests of a shard ask for themselves, by row id; the output does not have it."""
+    return {
+        row.row_id: {"max_completion_tokens": row.max_new_tokens, "seed": row.seed, "stop": row.stop}
+        for row in run.plan.read_shard(shard)
+    }
 
 
 def _read(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
