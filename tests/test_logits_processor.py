@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from support.decoding import ask, config_of, decode
+from support.families import make_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
+from jobs.families.configurations import model_class
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.logits_processor import CageLogitsProcessor
 
@@ -141,18 +143,24 @@ def test_what_cannot_be_steered_is_refused(tiny):
         generate(short, processor, processor.encode(["why?"]), max_new_tokens=40, min_new_tokens=40)
 
 
-def test_a_model_that_slots_refuse_is_sent_here_and_steered(tiny):
-    folder = tiny("gemma2")
-    with pytest.raises(ConfigurationError, match=r"softcap.*CageLogitsProcessor steers it inside model\.generate"):
-        decode(config_of(folder, PROMPTED), [ask("0", "why?")])
-    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-    steps = []
-    processor = processor_of(model, folder, on_step=steps.append)
-    inputs = processor.encode(TEXTS[:1])
-    generate(model, processor, inputs)
-    assert any(float(step.payments_BJK.max()) > 0.1 for step in steps)
-    unpaid = {name: {**each, "weight": 0.0} for name, each in PROMPTED.items()}
-    processor = processor_of(model, folder, unpaid)
-    unsteered = generate(model, processor, processor.encode(TEXTS[:1]))
-    plain = model.generate(**inputs, do_sample=False, max_new_tokens=12, pad_token_id=tokenizer.pad_token_id or 0)
-    assert torch.equal(unsteered, plain)
+@pytest.mark.parametrize(
+    "family", ["bloom", "mpt", "gptj", "falcon-new", "mamba", "mamba2", "falcon_mamba", "qwen3_next", "qwen3_5_text",
+               "lfm2", "granitemoehybrid", "falcon_h1", "jamba", "nemotron_h", "recurrent_gemma", "deepseek_v32",
+               "llama4_text", "phi3-longrope", "doge"]
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_a_family_that_slots_do_not_decode_is_steered_as_the_pipeline_steers_it(tmp_path, family):
+    folder = make_family(tmp_path, family)
+    decoding = {**DECODING, "rule": "linear", "min_p": 0, "temperature": 0, "max_new_tokens": 8, "trace": "tokens"}
+    record = decode(
+        config_of({"model": str(folder), "attention": "plain"}, PROMPTED, decoding=decoding), [ask("0", TEXTS[1])]
+    )["0"]
+    model, steps = model_class(family).from_pretrained(folder).eval(), []
+    processor = processor_of(model, folder, rule="linear", min_p=0, on_step=steps.append)
+    inputs = processor.encode(TEXTS[1:2])
+    answer = generate(model, processor, inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :].tolist()
+    assert answer[: len(record.tokens)] == [token.token_id for token in record.tokens]
+    assert any(float((step.log_policy_BK - step.base_logprobs_BK).abs().max()) > 1e-3 for step in steps)
+    for step, token in zip(steps, record.tokens, strict=False):
+        (drawn,) = (step.ids_BK[0] == token.token_id).nonzero()[0].tolist()
+        assert float(step.log_policy_BK[0, drawn]) == pytest.approx(token.logprob, abs=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import tiny_models
 from support.decoding import NOWHERE, ask, config_of, decode, engine_of
+from support.families import make_family
 from support.lora import make_lora
 from transformers import AutoModelForCausalLM
 
@@ -158,9 +159,10 @@ def test_a_model_that_does_not_exist_is_refused_with_its_name(tiny):
         assemble(config_of(tiny(), principals), NOWHERE)
 
 
-def test_an_architecture_that_slots_cannot_serve_is_refused_with_the_reason(tiny):
-    with pytest.raises(ConfigurationError, match=r"for base.*gemma2.*slots.*softcap"):
-        engine_of(config_of(tiny("gemma2")))
+def test_an_architecture_that_slots_do_not_decode_is_refused_where_slots_are_asked_for(tmp_path):
+    folder = make_family(tmp_path, "mamba")
+    with pytest.raises(ConfigurationError, match=r"for base.*mamba.*not decoded in slots.*attention: auto"):
+        engine_of(config_of({"model": str(folder), "attention": "slots"}))
 
 
 def test_several_hosts_give_the_same_record_in_one_group_or_two(tiny):

@@ -10,8 +10,10 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 from support import failpoints
 from support.failpoints import DiskFull, Failpoint, KillAlways, KillAt, KillSibling, Poison
+from support.families import make_family
 from support.runs import job, parts, run_job, write_prompts
 from transformers import AutoTokenizer
 
@@ -169,9 +171,13 @@ def rows_of(folder):
 
 def test_a_model_that_its_host_cannot_serve_ends_the_run_with_the_principal_and_the_reason(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
-    principals = {"arm": {"kind": "arm", "model": str(tiny("gemma2")), "reference": "none"}}
+    folder = make_family(tmp_path / "model", "phi3")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    principals = {"arm": {"kind": "arm", "model": str(folder), "reference": "none"}}
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), principals=principals)
-    with pytest.raises(ConfigurationError, match=r"for arm.*gemma2.*softcap"):
+    with pytest.raises(ConfigurationError, match=r"for arm.*lm_head.*random"):
         run_job(config, tmp_path)
 
 
