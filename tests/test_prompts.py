@@ -302,3 +302,17 @@ def test_a_run_is_given_its_time(model):
     assert "Today Date: 03 Feb 2026\n" in prompts_of(base, {}, USER)["base"]
     with pytest.raises(ConfigurationError, match="chat_template_time has no effect"):
         prompts_of({**base, "model": str(model(QWEN3))}, {}, USER)
+
+
+def test_a_reward_model_with_other_tokens_reads_the_end_that_its_own_template_writes(tiny, tmp_path):
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|system|>{% endfor %}"
+    tokenizer = tiny_models.make_pair_tokenizer(chat_template=template)
+    judge = tiny_models.make_reward_model(tmp_path / "judge", tokenizer=tokenizer)
+    principals = {"judge": {"kind": "reward_model", "model": str(judge)}}
+    assembly = assemble(config_of(tiny(), principals), NOWHERE)
+    retokeniser = assembly.hosts[1].reward.retokeniser
+    whole, cut = retokeniser.encode(
+        [assembly.prompter.encode_answer("yes"), assembly.prompter.encode_answer("yes")[:-1]]
+    )
+    assert whole == [*cut, tokenizer.convert_tokens_to_ids("<|system|>")]
+    assert tokenizer.decode(cut) == "yes"

@@ -14,12 +14,14 @@ class Retokeniser:
     Args:
         base: the base's tokenizer.
         own: the reward model's tokenizer.
-        stop_ids: the base's tokens that end an answer; they become the reward model's own end token.
+        stop_ids: the base's tokens that end an answer; they become `end_id`.
+        end_id: what follows an answer that the reward model reads; None: nothing.
     """
 
     base: Any
     own: Any
     stop_ids: frozenset[int]
+    end_id: int | None
 
     def encode(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """The reward model's tokens of every answer; an incomplete character at the end is left out."""
@@ -27,7 +29,5 @@ class Retokeniser:
         bodies = [list(answer[:-1]) if end else list(answer) for answer, end in zip(answers, ended, strict=True)]
         texts = self.base.batch_decode(bodies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         encoded = self.own([text.rstrip("\ufffd") for text in texts], add_special_tokens=False)["input_ids"]
-        mark = self.own.eos_token_id
-        return [
-            [*ids, mark] if end and mark is not None else list(ids) for ids, end in zip(encoded, ended, strict=True)
-        ]
+        mark = [] if self.end_id is None else [self.end_id]
+        return [[*ids, *mark] if end else list(ids) for ids, end in zip(encoded, ended, strict=True)]

@@ -14,6 +14,7 @@ from pipeline.hub.retokeniser import Retokeniser
 from pipeline.hub.tokenizer_facts import default_template, load_tokenizer
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import BASE, Topology
+from pipeline.runtime.prompt_templates import end_of_answer
 from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica, resolve_models
 
 
@@ -67,7 +68,9 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
     def complete(spec: HostSpec) -> HostSpec:
         if spec.reward is None or spec.name not in plan.read_text:
             return spec
-        retokeniser = Retokeniser(tokenizers[BASE], tokenizers[spec.name], plan.stop_ids)
+        template = plan.templates[spec.roles[0].name]
+        end_id = end_of_answer(template, plan.tokenizers[spec.name])
+        retokeniser = Retokeniser(tokenizers[BASE], tokenizers[spec.name], plan.stop_ids, end_id)
         return replace(spec, reward=replace(spec.reward, retokeniser=retokeniser))
 
     hosts = {

@@ -12,6 +12,7 @@ from pipeline.hub.chat_templates import (
     PrincipleIn,
     PromptTemplate,
     SystemMessages,
+    end_of_turn,
     pin_clock,
     reads_clock,
     system_messages,
@@ -76,6 +77,15 @@ def plan_templates(
             "base.chat_template_time has no effect: no chat template of the run asks for the time"
         )
     return templates
+
+
+def end_of_answer(template: PromptTemplate, tokenizer: TokenizerFacts) -> int | None:
+    """What follows a finished answer: the token that the template writes there, or else the tokenizer's end."""
+    if template.text is None:
+        return tokenizer.eos_token_id
+    variables = {**tokenizer.named_tokens, **template.variables}
+    found = end_of_turn(template.text, variables, tokenizer.special_tokens)
+    return tokenizer.eos_token_id if found is None else found
 
 
 def _plan_template(

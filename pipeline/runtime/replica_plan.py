@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.config.sections import Config, Reproducibility
 from pipeline.config.variants import Variant, lay_out
 from pipeline.errors import ConfigurationError
-from pipeline.hub.chat_templates import PromptTemplate, end_of_turn
+from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
 from pipeline.hub.model_facts import ModelFacts, read_model_facts
 from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_model
@@ -23,7 +23,7 @@ from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_st
 from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, Topology
-from pipeline.runtime.prompt_templates import plan_templates
+from pipeline.runtime.prompt_templates import end_of_answer, plan_templates
 from pipeline.runtime.reward_specs import specify_reward
 from pipeline.runtime.topology import adapters_of, build_topology, models_of
 
@@ -140,8 +140,8 @@ def plan_replica(
     now = now or datetime.now().replace(microsecond=0)
     templates = plan_templates(config, topology, tokenizers, config.base.chat_template_time or now)
     is_given_time = config.base.chat_template_time is None and any(each.reads_clock for each in templates.values())
-    ends_turn = _end_of_turn(templates[BASE], tokenizers[BASE])
-    stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], facts[BASE]) | ends_turn
+    end_id = end_of_answer(templates[BASE], tokenizers[BASE])
+    stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], facts[BASE]) | (set() if end_id is None else {end_id})
     stop_ids |= special_stop_ids(config.decoding.stop, tokenizers[BASE])
     read_text = frozenset(_hosts_that_read_text(topology, tokenizers))
     masked = _masked_tokens(topology, tokenizers, stop_ids)
@@ -184,20 +184,11 @@ def plan_replica(
         templates=templates,
         template_time=now if is_given_time else None,
         stop_ids=stop_ids,
-        end_id=next(iter(ends_turn), tokenizers[BASE].eos_token_id),
+        end_id=end_id,
         variants=variants,
         expected=expected,
         masked={name: tokens for name, tokens in masked.items() if tokens},
     )
-
-
-def _end_of_turn(template: PromptTemplate, tokenizer: TokenizerFacts) -> frozenset[int]:
-    """The token that the base's template writes after an answer, if it writes one."""
-    if template.text is None:
-        return frozenset()
-    variables = {**tokenizer.named_tokens, **template.variables}
-    found = end_of_turn(template.text, variables, tokenizer.special_tokens)
-    return frozenset() if found is None else frozenset({found})
 
 
 def _expect(plan: HostPlan, source: ModelSource) -> Expected:
