@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from support.decoding import ask, config_of, engine_of
 from support.families import make_family
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from jobs.commands.models import markdown_table, run_models
 from jobs.families.configurations import FAMILIES, is_installed, model_class
 from jobs.families.measure import measure
 from pipeline.engine.engine import decode_rows
-from pipeline.hub.families import PLAIN, REFUSED, SLOTS, read_table
+from pipeline.errors import ConfigurationError
+from pipeline.hub.families import PLAIN, REFUSED, SLOTS, expect, read_table
 from pipeline.worker.cpu_kernels import has_reproducible_kernels
 
+ROOT = Path(__file__).parent.parent
 NAMES = sorted(name for name in FAMILIES if is_installed(name))
 MADE = [name for name in NAMES if FAMILIES[name].why_not is None]
 PAIR = {
@@ -93,3 +98,37 @@ def _logprobs(model, prompt, answer):
     )  # fmt: skip
     logprobs = torch.stack(out.logits)[:, 0].double().log_softmax(-1)
     return logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def test_the_documentation_has_the_table():
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- families -->\n")[1].split("\n<!-- end of families -->")[0]
+    assert shown == markdown_table(read_table())
+
+
+def test_cage_models_shows_families_and_why(capsys):
+    run_models(["llama", "mamba", "moshi"], measure=False, write=False, markdown=False, json_file=None)
+    shown = capsys.readouterr().out
+    assert re.search(r"^llama +in slots +yes", shown, re.MULTILINE)
+    assert "mamba, decoding: its attention does not go through" in shown
+    assert shown.splitlines()[-1].endswith("1 in slots, 1 row by row, 1 refused")
+    with pytest.raises(ConfigurationError, match=r"llamma is no model family.*did you mean llama"):
+        run_models(["llamma"], measure=False, write=False, markdown=False, json_file=None)
+
+
+@pytest.mark.parametrize(
+    ("config", "decoding", "reason"),
+    [
+        ({"model_type": "llama"}, SLOTS, None),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, PLAIN, "longrope"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}, PLAIN, "dynamic rope"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, PLAIN, "linear_attention"),
+        ({"model_type": "moshi"}, REFUSED, "audio"),
+        ({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}, None, None),
+        ({"model_type": "of_tomorrow"}, None, None),
+    ],
+)
+def test_a_configuration_tells_how_a_model_will_be_decoded(config, decoding, reason):
+    found = expect(config)
+    assert found.decoding == decoding
+    assert found.reason is None if reason is None else reason in found.reason
