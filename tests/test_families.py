@@ -110,7 +110,7 @@ def test_cage_models_shows_families_and_why(capsys):
     run_models(["llama", "mamba", "moshi"], measure=False, write=False, markdown=False, json_file=None)
     shown = capsys.readouterr().out
     assert re.search(r"^llama +in slots +yes", shown, re.MULTILINE)
-    assert "mamba, decoding: its attention does not go through" in shown
+    assert "mamba, decoding: layers of type linear_attention" in shown
     assert shown.splitlines()[-1].endswith("1 in slots, 1 row by row, 1 refused")
     with pytest.raises(ConfigurationError, match=r"llamma is no model family.*did you mean llama"):
         run_models(["llamma"], measure=False, write=False, markdown=False, json_file=None)
