@@ -17,7 +17,7 @@ from pipeline.reporting.page import render_report
 from pipeline.runtime.wiring import DIRECT
 from pipeline.stages.relabel import relabel
 
-DROPS_PRINCIPLE = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
+DROPS_PRINCIPLE = "{{ principle[:0] }}{% for message in messages if message['role'] == 'user' %}x{% endfor %}"
 
 
 @pytest.fixture

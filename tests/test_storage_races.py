@@ -56,7 +56,7 @@ def test_drivers_side_by_side_write_the_files_of_one(tmp_path: Path) -> None:
     run = Run.open(together.path)
     assert run.is_complete
     assert len(run.committed()) == 12
-    assert not list((tmp_path / "together").rglob(".*"))
+    assert [each.name for each in (tmp_path / "together").rglob(".*")] == [".huggingface.yaml"]
 
 
 @pytest.mark.slow

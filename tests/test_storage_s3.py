@@ -102,7 +102,7 @@ def test_the_middle_of_a_large_object_is_read_without_its_beginning(s3: Any, fol
     [
         ("s3://runs/nothing-here", "there is no file or folder 's3://runs/nothing-here'"),
         ("s3://no-such-bucket/x.jsonl", "there is no file or folder 's3://no-such-bucket/x.jsonl'"),
-        ("s3://runs/empty", "no Parquet or JSONL file in the folder s3://runs/empty"),
+        ("s3://runs/empty", "no input file in the folder s3://runs/empty"),
     ],
 )
 def test_a_missing_input_on_s3_is_reported(s3: Any, path: str, why: str) -> None:

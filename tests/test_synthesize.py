@@ -211,7 +211,7 @@ WRONG = [
     ("filters.judges.tone.min=1", "filters.judges.tone: 'tone' is unknown; known: none"),
     ("score=tone", "score: 'tone' is unknown; known: reward, reward_per_token"),
     ("write=dpo", "synthesis.write.0 must be 'sft' or 'preferences'; got 'dpo'"),
-    ("write=[]", "synthesis.write Value should have at least 1 item"),
+    ("write=[]", "synthesis.write has too few entries"),
     ("validation=1", "synthesis.validation must be less than 1; got 1"),
     ("filters.duplicates.near=80", "filters.duplicates.near must be less than or equal to 1; got 80"),
     (
