@@ -124,6 +124,16 @@ def _impossible(reason: str) -> Family:
 
 
 _BERT = Family()
+_QWEN_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [],
+}
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -551,48 +561,21 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family(
         parts={
             "text_config": "qwen3_5_text",
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "depth": 1,
-                "num_heads": 2,
-                "patch_size": 14,
-                "out_hidden_size": 64,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [],
-            },
+            "vision_config": _QWEN_VISION,
         },
         architecture="Qwen3_5ForConditionalGeneration",
     ),
     "qwen3_5_moe": Family(
         parts={
             "text_config": "qwen3_5_moe_text",
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "depth": 1,
-                "num_heads": 2,
-                "patch_size": 14,
-                "out_hidden_size": 64,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [],
-            },
+            "vision_config": _QWEN_VISION,
         },
         architecture="Qwen3_5MoeForConditionalGeneration",
     ),
     "qwen4_exp": Family(
         parts={
             "text_config": "qwen4_exp_text",
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "depth": 1,
-                "num_heads": 2,
-                "patch_size": 14,
-                "out_hidden_size": 64,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [],
-            },
+            "vision_config": _QWEN_VISION,
         },
         architecture="Qwen4ExpForConditionalGeneration",
     ),

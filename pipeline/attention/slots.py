@@ -69,20 +69,20 @@ class SlotPass:
 
 
 @dataclass(slots=True)
-class _PassUnderWay:
+class _ActivePass:
     """The running pass, and how many of its layers have attended."""
 
     slot_pass: SlotPass
     num_layers: int = 0
 
 
-_active: ContextVar[_PassUnderWay] = ContextVar("cage_slot_pass")
+_active: ContextVar[_ActivePass] = ContextVar("cage_slot_pass")
 
 
 @contextmanager
 def serving(slot_pass: SlotPass) -> Iterator[None]:
     """Make `slot_pass` the one that the model's attention serves."""
-    token = _active.set(_PassUnderWay(slot_pass))
+    token = _active.set(_ActivePass(slot_pass))
     try:
         yield
     finally:
@@ -103,7 +103,7 @@ class SlotCache:
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self.num_moves = 0  # how often a buffer was made or made anew
+        self.num_moves = 0  # how often a buffer was allocated or grown
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -197,9 +197,9 @@ def _(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    under_way = _active.get()
-    slot_pass, layer = under_way.slot_pass, under_way.num_layers
-    under_way.num_layers += 1
+    active = _active.get()
+    slot_pass, layer = active.slot_pass, active.num_layers
+    active.num_layers += 1
     facts = slot_pass.layers[layer] if slot_pass.layers else ALL_ALIKE
     terms = AttentionTerms(scaling, facts.visibility, softcap, sinks)
     query_HTD, key_GTD, value_GTD = query[0], key[0], value[0]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cage.rule_names import RuleName
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.metrics import (
@@ -89,7 +88,7 @@ class BootstrapSamples:
         found = []
         for at in variants:
             normal_SM = self.normalised(self.means_SVM[:, at])
-            if self.data.variants[at].rule is RuleName.BASE:
+            if not self.data.variants[at].rule.uses_principals:
                 found += [normal_SM @ vector_M for vector_M in self.weight_vectors()]
             elif np.isfinite(self.weights_VM[at]).all():
                 found.append(normal_SM @ self.weights_VM[at])

@@ -48,11 +48,11 @@ class Sweep:
 def sweeps(samples: BootstrapSamples) -> list[Sweep]:
     """One sweep for each weight vector that every rule but the base was run with; none for a single rule."""
     variants = samples.data.variants
-    rules = [rule for rule in samples.data.rules if rule is not RuleName.BASE]
+    rules = [rule for rule in samples.data.rules if rule.uses_principals]
     base = next(iter(samples.data.indices(RuleName.BASE)), None)
     found: dict[tuple[tuple[str, float], ...], dict[RuleName, list[int]]] = {}
     for at, variant in enumerate(variants):
-        if variant.rule is not RuleName.BASE and np.isfinite(samples.weights_VM[at]).all():
+        if variant.rule.uses_principals and np.isfinite(samples.weights_VM[at]).all():
             by_rule = found.setdefault(tuple((variant.weights or {}).items()), {})
             by_rule.setdefault(variant.rule, []).append(at)
     return [
@@ -82,7 +82,7 @@ def weighted_scores(samples: BootstrapSamples) -> dict[RuleName, Floats]:
     NaN in samples whose curves have no common range of KL; empty where there are no two rules to compare.
     """
     all_sweeps = sweeps(samples)
-    rules = [rule for rule in samples.data.rules if all_sweeps and rule is not RuleName.BASE]
+    rules = [rule for rule in samples.data.rules if all_sweeps and rule.uses_principals]
     scores: dict[RuleName, Floats] = {rule: np.full(len(samples.means_SVM), np.nan) for rule in rules}
     for sample in range(len(samples.means_SVM)):
         for rule in rules:

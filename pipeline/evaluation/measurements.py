@@ -59,7 +59,7 @@ class Measurements:
             at
             for at, variant in enumerate(self.variants)
             if variant.rule is rule
-            and (agent_temperature in (None, variant.agent_temperature) or rule is RuleName.BASE)
+            and (agent_temperature in (None, variant.agent_temperature) or not rule.uses_principals)
         ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cage.rule_names import RuleName
 from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.equal_kl import sweeps
@@ -42,7 +41,7 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], sampl
         found.append(
             f"{samples.data.num_left_out:,} prompts are left out: some rule has no answer or no score for them."
         )
-    if len([rule for rule in samples.data.rules if rule is not RuleName.BASE]) > 1 and not _has_equal_kl(samples):
+    if len([rule for rule in samples.data.rules if rule.uses_principals]) > 1 and not _has_equal_kl(samples):
         found.append("No KL is reached by all rules with the same weights, so there is no comparison at equal KL.")
     return found
 

@@ -105,8 +105,8 @@ def differences(samples: BootstrapSamples, equal_kl_scores: Mapping[RuleName, Fl
     found = []
     for rule, against in pairs_of(samples):
         common = [each for each in temperatures_of(samples, rule) if each in temperatures_of(samples, against)]
-        if RuleName.BASE in (rule, against):
-            common = temperatures_of(samples, against if rule is RuleName.BASE else rule)
+        if not (rule.uses_principals and against.uses_principals):
+            common = temperatures_of(samples, rule if rule.uses_principals else against)
         for temperature in [*common, *([None] if len(common) > 1 else [])]:
             ours, theirs = (samples.data.indices(each, temperature) for each in (rule, against))
             for metric, measure in rule_metrics(samples).items():
@@ -141,7 +141,7 @@ def control(samples: BootstrapSamples) -> list[Json]:
     """Whether raising a principal's weight raises its objective, by rule and agent temperature."""
     found = []
     for rule in samples.data.rules:
-        if rule is RuleName.BASE:
+        if not rule.uses_principals:
             continue
         for temperature in temperatures_of(samples, rule):
             variants = [
@@ -199,8 +199,8 @@ def win_rates(samples: BootstrapSamples) -> list[Json]:
             for theirs in samples.data.indices(against):
                 left, right = variants[ours], variants[theirs]
                 same = (left.agent_temperature, left.weights) == (right.agent_temperature, right.weights)
-                if same or RuleName.BASE in (rule, against):
-                    temperature = (right if rule is RuleName.BASE else left).agent_temperature
+                if same or not (rule.uses_principals and against.uses_principals):
+                    temperature = (left if rule.uses_principals else right).agent_temperature
                     pairs.setdefault(temperature, []).append((ours, theirs))
         for temperature, matched in pairs.items():
             for name, judge in samples.judges.items():

@@ -42,8 +42,6 @@ from pipeline.worker.probes import (
 from pipeline.worker.weights import load_causal_lm
 from pipeline.worker.whole_vectors import watching
 
-ATTENTION_CHOICES = ("auto", "slots", "plain")
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -98,6 +96,7 @@ class _Loading:
         self._adapters: TokenAdapters | None = None
         self._expected: dict[str | None, list[Tensor]] = {}
         self._expected_small: dict[str | None, list[Tensor]] = {}
+        self._tolerance = TOLERANCE.get(self._model.dtype, 0.5)
 
     def run(self) -> LoadedModel:
         spec = self._spec
@@ -145,14 +144,12 @@ class _Loading:
             model.config.pad_token_id = None
         if reason := why_not_in_slots(as_mapping(model.config)):
             raise NotServed(reason)
-        needs_whole = False
         try:
             if has_large_limits(model.config):
                 with small_limits(model.config):
                     layers = self._learn_layers()
                     self._check(self._make_slot_runner(layers, num_slots=len(self._probes) + 1), self._expected_small)
             layers = self._learn_layers()
-            model.set_attn_implementation(ATTENTION)
             probed = self._make_slot_runner(layers, num_slots=len(self._probes) + 1)
             with watching() as watch:
                 self._check(probed, self._expected)
@@ -233,17 +230,16 @@ class _Loading:
             num_slots=spec.num_slots,
             vocab_size=spec.vocab_size,
             # some models' plain forward pass is not what their generate computes: then answers are read step by step
-            reads_whole=difference <= TOLERANCE.get(model.dtype, 0.5),
+            reads_whole=difference <= self._tolerance,
             bytes_per_token=-(-row.num_bytes // len(self._probes[0])),
         )
 
     def _check(self, runner: LanguageModelRunner, expected: Mapping[str | None, Sequence[Tensor]]) -> None:
         """Raise NotServed where the runner does not give what plain passes gave."""
         difference = largest_difference(runner, self._spec.roles, self._probes, expected)
-        tolerance = TOLERANCE.get(self._model.dtype, 0.5)
-        if not difference <= tolerance:
+        if not difference <= self._tolerance:
             raise NotServed(
-                f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {tolerance:g}"
+                f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {self._tolerance:g}"
             )
 
 
