@@ -18,6 +18,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.hub.families import rope_settings, why_not_in_slots
 from pipeline.hub.model_facts import reason_of, stated, text_config
 from pipeline.protocol.specs import HostSpec
+from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapter_files import add_adapters
 from pipeline.worker.adapters import TokenAdapters, take_adapters
 from pipeline.worker.cpu_kernels import (
@@ -93,6 +94,8 @@ class _Loading:
         self._can_forget_padding = _can_be_none(self._model.config, "pad_token_id")
         self._own_attention = self._model.config._attn_implementation
         self._probes = probe_tokens(self._model, spec.vocab_size)
+        # one role of each adapter: others with the same weights compute the same
+        self._probed_roles = tuple({role.adapter: role for role in reversed(spec.roles)}.values())
         self._adapters: TokenAdapters | None = None
         self._expected: dict[str | None, list[Tensor]] = {}
         self._expected_small: dict[str | None, list[Tensor]] = {}
@@ -148,9 +151,9 @@ class _Loading:
             if has_large_limits(model.config):
                 with small_limits(model.config):
                     layers = self._learn_layers()
-                    self._check(self._make_slot_runner(layers, num_slots=len(self._probes) + 1), self._expected_small)
+                    self._check(self._make_probed_runner(layers), self._expected_small)
             layers = self._learn_layers()
-            probed = self._make_slot_runner(layers, num_slots=len(self._probes) + 1)
+            probed = self._make_probed_runner(layers)
             with watching() as watch:
                 self._check(probed, self._expected)
             needs_whole = spec.strict and probed.device.type == "cpu" and watch.found
@@ -162,6 +165,7 @@ class _Loading:
             raise NotServed(reason)
         return self._make_slot_runner(
             layers,
+            spec.roles,
             num_slots=spec.num_slots,
             bytes_per_token=probed.cache_bytes_per_token,
             needs_whole_vectors=needs_whole,
@@ -173,9 +177,13 @@ class _Loading:
             self._adapters.of_tokens = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device=self._model.device)
         return learn_layers(self._model)
 
+    def _make_probed_runner(self, layers: Sequence[LayerFacts]) -> LanguageModelRunner:
+        return self._make_slot_runner(layers, self._probed_roles, num_slots=len(self._probes) + 1)
+
     def _make_slot_runner(
         self,
         layers: Sequence[LayerFacts],
+        roles: Sequence[HostRole],
         *,
         num_slots: int,
         bytes_per_token: int = 0,
@@ -184,7 +192,7 @@ class _Loading:
         self._model.set_attn_implementation(ATTENTION)
         return LanguageModelRunner(
             self._model,
-            self._spec.roles,
+            roles,
             num_slots=num_slots,
             vocab_size=self._spec.vocab_size,
             adapters=self._adapters,
@@ -204,9 +212,11 @@ class _Loading:
             use_padded_experts(self._model)
 
         def make_runner(num_slots: int) -> LanguageModelRunner:
-            return self._make_slot_runner(layers, num_slots=num_slots, needs_whole_vectors=needs_whole)
+            return self._make_slot_runner(
+                layers, self._probed_roles, num_slots=num_slots, needs_whole_vectors=needs_whole
+            )
 
-        if not bits_are_a_rows_own(make_runner, self._spec.roles, self._probes):
+        if not bits_are_a_rows_own(make_runner, self._probed_roles, self._probes):
             remedy = f"set {MKL_MODE}={mode} before the process starts, " if (mode := reproducible_mode()) else ""
             return (
                 "in strict mode no bit of a row may depend on the rows beside it, and here some do; "
@@ -218,10 +228,10 @@ class _Loading:
         """The model one row at a time. Raises ConfigurationError where even that is not what the model says."""
         spec, model = self._spec, self._model
         passes = PlainPasses(model, self._adapters)
-        probed = PlainRunner(passes, spec.roles, num_slots=len(self._probes) + 1, vocab_size=spec.vocab_size)
+        probed = PlainRunner(passes, self._probed_roles, num_slots=len(self._probes) + 1, vocab_size=spec.vocab_size)
         try:
             row, _ = passes.begin(self._probes[0], None)
-            difference = largest_difference(probed, spec.roles, self._probes, self._expected)
+            difference = largest_difference(probed, self._probed_roles, self._probes, self._expected)
         except Exception as error:
             raise _refused(spec, model.config, reason_of(error)) from error
         return PlainRunner(
@@ -236,7 +246,7 @@ class _Loading:
 
     def _check(self, runner: LanguageModelRunner, expected: Mapping[str | None, Sequence[Tensor]]) -> None:
         """Raise NotServed where the runner does not give what plain passes gave."""
-        difference = largest_difference(runner, self._spec.roles, self._probes, expected)
+        difference = largest_difference(runner, self._probed_roles, self._probes, expected)
         if not difference <= self._tolerance:
             raise NotServed(
                 f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {self._tolerance:g}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}  # na
 SMALL = 8  # tokens of windows and chunks while a model is probed
 LENGTHS = (29, 18)  # of the probes: beyond two windows, and not
 NUM_STEPS = 3  # of each probe's last tokens, decoded one by one
-CROWD = 16  # rows of the fullest pass that a row's bits are compared in
+NUM_OTHERS, TOGETHER = 8, (3, 7)  # rows beside the one whose bits are compared: in its prompt's pass, in steps
 LIMITS = ("sliding_window", "attention_chunk_size")
 
 
@@ -117,30 +116,26 @@ def bits_are_a_rows_own(
         roles: its roles.
         probes: token ids.
     """
-    *prompt, last = probes[0]
+    *prompt, last = probes[0][: SMALL + 5]
     lone = make_runner(1)
     lone.advance(Step([Admission(0, {role.name: prompt for role in roles})]))
     after_prompt = lone.logprobs_at([0], None)
     lone.advance(Step((), [0], [last]))
     after_step = lone.logprobs_at([0], None)
 
-    # the prompt between others of one token to a few: nothing of it is copied from a row that has it already
-    runner, slots = make_runner(CROWD), list(range(CROWD))
-    others = [probes[1][at : at + 1 + at % 5] for at in range(CROWD - 1)]
-    texts = [*others[: CROWD // 2], prompt, *others[CROWD // 2 :]]
-    runner.advance(
-        Step([Admission(slot, {role.name: text for role in roles}) for slot, text in zip(slots, texts, strict=True)])
-    )
-    if not torch.equal(runner.logprobs_at([CROWD // 2], None), after_prompt):
+    # among others; where the prompt is read again, what the first of its rows computes is copied
+    others = [probes[1][at : at + 1 + at % 3] for at in range(NUM_OTHERS)]
+    runner, texts = make_runner(NUM_OTHERS + sum(TOGETHER)), [*others, *[prompt] * sum(TOGETHER)]
+    runner.advance(Step([Admission(slot, {role.name: text for role in roles}) for slot, text in enumerate(texts)]))
+    first = NUM_OTHERS
+    if not torch.equal(runner.logprobs_at([first], None), after_prompt):
         return False
-    # kernels change with the number of rows: steps of 2, 3, 5 and 6 rows that all have the prompt
-    runner = make_runner(CROWD)
-    runner.advance(Step([Admission(slot, {role.name: prompt for role in roles}) for slot in slots]))
-    for first, end in pairwise((0, 2, 5, 10, CROWD)):
-        runner.advance(Step((), slots[first:end], [last] * (end - first)))
-        found = runner.logprobs_at(slots[first:end], None)
-        if not torch.equal(found, after_step.expand(end - first, -1, -1)):
+    for num_rows in TOGETHER:
+        slots = list(range(first, first + num_rows))
+        runner.advance(Step((), slots, [last] * num_rows))
+        if not torch.equal(runner.logprobs_at(slots, None), after_step.expand(num_rows, -1, -1)):
             return False
+        first += num_rows
     return True
 
 
