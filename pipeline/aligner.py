@@ -17,12 +17,12 @@ from pipeline.config.sections import Config
 from pipeline.engine.engine import Engine, decode_rows
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.hub.embedded import default_cache_folder
+from pipeline.inputs.rows import InputColumns, make_row
 from pipeline.protocol.hosts import Hosts
 from pipeline.records import Message, Record, Row, TokenTrace
 from pipeline.runtime.assembly import Assembly, assemble
 from pipeline.runtime.engines import make_engine
 from pipeline.runtime.local_hosts import start_hosts
-from pipeline.storage.rows import InputColumns, make_row
 
 Conversation = str | Sequence[Message]
 Weights = Mapping[str, float]

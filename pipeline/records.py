@@ -11,6 +11,42 @@ Message = dict[str, Any]  # OpenAI shape: {"role": ..., "content": ...}; calls o
 Tool = dict[str, Any]  # OpenAI shape: {"type": "function", "function": {"name": ..., ...}}
 
 
+# All columns that a run's output may have, in the order of `pipeline.storage.tables.output_schema`.
+OUTPUT_COLUMNS = (
+    "row_id",
+    "sample",
+    "variant",
+    "rule",
+    "agent_temperature",
+    "prompt",
+    "completion",
+    "messages",
+    "tools",
+    "response",
+    "finish_reason",
+    "num_tokens",
+    "weights",
+    "rewards",
+    "payments",
+    "kl_per_token",
+    "covered_mass",
+    "max_residual",
+    "num_unsolved",
+    "solver_steps",
+    "error",
+    "original_response",
+    "original_rewards",
+    "chosen",
+    "rejected",
+    "tokens",
+)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether the output has a column of this name; many readers do not distinguish upper and lower case."""
+    return name.casefold() in OUTPUT_COLUMNS
+
+
 class FinishReason(StrEnum):
     """Why an answer ended: at an end token or a stop string, at its length limit, or by an error."""
 

@@ -10,9 +10,9 @@ from support.decoding import ask, config_of, decode
 from support.storage import make_config, write_jsonl
 
 from pipeline.config.sections import InputConfig
+from pipeline.inputs.notes import describe_input
+from pipeline.inputs.source import open_input
 from pipeline.records import Row
-from pipeline.storage.input_notes import describe_input
-from pipeline.storage.inputs import open_input
 from pipeline.storage.plan import open_planned_input
 
 TEXT = "tell me a story about the sea"

@@ -14,11 +14,11 @@ from support.storage import make_config, write_jsonl
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
+from pipeline.inputs.notes import describe_input
+from pipeline.inputs.record_formats import FORMATS
+from pipeline.inputs.source import InputSource, open_input
 from pipeline.records import Row
-from pipeline.storage.input_notes import describe_input
-from pipeline.storage.inputs import InputSource, open_input
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
-from pipeline.storage.record_formats import FORMATS
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}

@@ -16,11 +16,11 @@ from support.storage import write_jsonl
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError, StorageError
+from pipeline.inputs import jsonl
+from pipeline.inputs.files import as_input_error
+from pipeline.inputs.record_formats import FORMATS
+from pipeline.inputs.source import open_input
 from pipeline.records import FinishReason, Record, Row
-from pipeline.storage import jsonl
-from pipeline.storage.input_files import as_input_error
-from pipeline.storage.inputs import open_input
-from pipeline.storage.record_formats import FORMATS
 from pipeline.storage.tables import output_schema, to_table
 
 SCHEMA = output_schema([], has_tools=True)

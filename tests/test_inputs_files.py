@@ -27,8 +27,8 @@ from support.storage import make_config, write_jsonl
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
-from pipeline.storage.inputs import InputSource, open_input
-from pipeline.storage.listing import FORMAT_BY_SUFFIX
+from pipeline.inputs.listing import FORMAT_BY_SUFFIX
+from pipeline.inputs.source import InputSource, open_input
 from pipeline.storage.plan import Plan, make_plan
 
 TEXTS = [
@@ -387,7 +387,7 @@ def test_a_prompt_of_ten_megabytes_is_a_row_error(tmp_path: Path, suffix: str) -
 PEAK = """
 import resource, sys
 from pipeline.config.sections import InputConfig
-from pipeline.storage.inputs import open_input
+from pipeline.inputs.source import open_input
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -15,11 +15,11 @@ from support.storage import write_jsonl
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
+from pipeline.inputs import tabular
+from pipeline.inputs.files import Format, InputFile
+from pipeline.inputs.rows import InputColumns, LastAssistant
+from pipeline.inputs.source import InputSource, open_input
 from pipeline.records import Row
-from pipeline.storage import tabular
-from pipeline.storage.input_files import Format, InputFile
-from pipeline.storage.inputs import InputSource, open_input
-from pipeline.storage.rows import InputColumns, LastAssistant
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 RECORDS: list[dict[str, Any]] = [

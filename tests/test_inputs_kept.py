@@ -15,11 +15,11 @@ import pytest
 from support.storage import answer, make_config, tree_bytes, write_jsonl
 
 from pipeline.errors import ConfigurationError
-from pipeline.storage.input_notes import describe_input
-from pipeline.storage.kept import RESERVED
+from pipeline.inputs.notes import describe_input
+from pipeline.records import OUTPUT_COLUMNS
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.run import Run
-from pipeline.storage.stores import open_store
+from pipeline.stores.store import open_store
 
 NUMBERS = [1, 2, None, 4, 5]
 
@@ -130,8 +130,10 @@ def test_all_leaves_out_what_is_read_under_a_name_of_the_output(tmp_path: Path) 
 
 
 def test_every_name_of_the_output_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    assert {"row_id", "rewards", "tokens", "chosen", "variant", "tools", "original_rewards", "error"} <= RESERVED
-    for name in (*sorted(RESERVED), "Rewards"):
+    assert {"row_id", "rewards", "tokens", "chosen", "variant", "tools", "original_rewards", "error"} <= set(
+        OUTPUT_COLUMNS
+    )
+    for name in (*sorted(OUTPUT_COLUMNS), "Rewards"):
         path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", name: 1, "fine": 2}])
         expected = f"input.keep: the output has columns of its own named '{name}'; rename them in the input, or list"
         assert refusal_of(path, [name], prompt="text").startswith(expected)

@@ -11,8 +11,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from support.runs import job, parts, run_job, write_prompts
 
-from pipeline.storage import retries
 from pipeline.storage.run import Run
+from pipeline.stores import retries
 
 
 class HttpError(Exception):

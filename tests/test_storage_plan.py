@@ -18,7 +18,7 @@ from pipeline.config.files import parse_config
 from pipeline.errors import ConfigurationError, RunMismatch
 from pipeline.storage.plan import Plan, explain_mismatch, make_plan
 from pipeline.storage.run import Run
-from pipeline.storage.stores import open_store
+from pipeline.stores.store import open_store
 
 
 @given(

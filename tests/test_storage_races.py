@@ -14,7 +14,7 @@ from support.storage import answer, small_plan, tree_bytes
 from pipeline.errors import NondeterminismError
 from pipeline.storage.plan import Plan
 from pipeline.storage.run import Run
-from pipeline.storage.stores import Store, open_store
+from pipeline.stores.store import Store, open_store
 
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -22,9 +22,9 @@ from werkzeug.serving import make_server
 
 from pipeline.config.files import dump_config
 from pipeline.errors import ExitCode, StorageError
-from pipeline.storage import retries
 from pipeline.storage.run import Run
-from pipeline.storage.stores import open_store
+from pipeline.stores import retries
+from pipeline.stores.store import open_store
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from pipeline.storage.commits import CommitRecord, sha256
 from pipeline.storage.failed_rows import find_failed_rows
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
-from pipeline.storage.stores import LocalStore, Store, open_store
 from pipeline.storage.tables import write_table_bytes
+from pipeline.stores.store import LocalStore, Store, open_store
 
 MIXED = [
     {"prompt": "a"},
@@ -249,7 +249,7 @@ def test_a_run_is_opened_by_the_store_that_the_caller_supplies(tmp_path: Path) -
 OPEN = """
 import sys
 from pipeline.config.sections import InputConfig
-from pipeline.storage.inputs import open_input
+from pipeline.inputs.source import open_input
 from pipeline.storage.run import Run
 run = Run.open(sys.argv[1])
 assert run.status().is_complete and run.find("prompts.jsonl:3")

@@ -16,10 +16,10 @@ from support.storage import MODELS, answer, make_config, s3_server, small_plan, 
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError, RunMismatch
-from pipeline.storage.inputs import open_input
+from pipeline.inputs.source import open_input
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
-from pipeline.storage.stores import Store, open_store
+from pipeline.stores.store import Store, open_store
 
 SPAWN = multiprocessing.get_context("spawn")
 

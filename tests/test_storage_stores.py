@@ -22,8 +22,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from support import storage
 
 from pipeline.errors import ConfigurationError, StorageError
-from pipeline.storage.local_store import ABANDONED_AFTER_S
-from pipeline.storage.stores import LocalStore, ObjectStore, Store, open_store
+from pipeline.stores.local_store import ABANDONED_AFTER_S
+from pipeline.stores.store import LocalStore, ObjectStore, Store, open_store
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -177,7 +177,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from pipeline.errors import StorageError
-from pipeline.storage.stores import LocalStore
+from pipeline.stores.store import LocalStore
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 store = LocalStore(Path(sys.argv[1]))

@@ -12,7 +12,7 @@ import pytest
 from support.storage import PRINCIPALS, answer
 
 from pipeline.config.sections import Trace
-from pipeline.records import Record, Row, TokenTrace
+from pipeline.records import OUTPUT_COLUMNS, Record, Row, TokenTrace
 from pipeline.storage.tables import output_schema, to_table, write_table_bytes
 
 COMMON = ["row_id", "sample", "prompt", "completion", "messages", "response", "finish_reason", "num_tokens"]
@@ -126,3 +126,8 @@ def test_records_of_a_row_keep_their_order(tmp_path: Path) -> None:
     assert [(row["row_id"], row["sample"]) for row in table.to_pylist()] == [
         (record.row_id, record.sample) for record in records
     ]
+
+
+def test_every_column_of_the_output_is_reserved() -> None:
+    schema = output_schema(("a",), trace=Trace.TOKENS, has_response=True, has_variants=True, has_tools=True)
+    assert tuple(schema.names) == OUTPUT_COLUMNS

@@ -14,9 +14,9 @@ from support.storage import answer, make_config, write_jsonl
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import RowError
+from pipeline.inputs.notes import describe_input
+from pipeline.inputs.source import InputSource, open_input
 from pipeline.records import Row
-from pipeline.storage.input_notes import describe_input
-from pipeline.storage.inputs import InputSource, open_input
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.tables import output_schema, to_table
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from jobs.commands.text import shown_path
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.reporting.page import render_report, write_report
-from pipeline.storage.addresses import split_address
 from pipeline.storage.run import Run
-from pipeline.storage.stores import open_store
+from pipeline.stores.addresses import split_address
+from pipeline.stores.store import open_store
 
 
 def run_report(path: str, output: str | None = None) -> None:

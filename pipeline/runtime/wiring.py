@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from pipeline.protocol.hosts import Scores
-from pipeline.storage.stores import Store, open_store
+from pipeline.stores.store import Store, open_store
 
 HostT = TypeVar("HostT", bound=Scores)
 

@@ -9,8 +9,8 @@ from pipeline.config.sections import Config
 from pipeline.errors import ErrorBudgetExceeded
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.reasons import FailuresByKind, add_failures
+from pipeline.quoting import one_line
 from pipeline.storage.commits import CommitRecord
-from pipeline.storage.quoting import one_line
 from pipeline.storage.run import Run
 
 SHOWN_KINDS, SHOWN_CHARACTERS = 3, 1200

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from pipeline.config.sections import Config, Reproducibility, Transport
 from pipeline.errors import CageError, ConfigurationError, RunMismatch, StorageError
+from pipeline.inputs.notes import describe_input
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.progress import Notices, ProgressLine
 from pipeline.monitoring.stall import ended_when_stalled
@@ -19,7 +20,6 @@ from pipeline.monitoring.values import SilenceWatch
 from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_replica, resolve_models
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.failures import FailureLimit
-from pipeline.storage.input_notes import describe_input
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.run import Run, has_plan
 

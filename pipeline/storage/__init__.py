@@ -1,1 +1,1 @@
-"""Storage: inputs, plan, shards, commits; free of Ray and of models."""
+"""The run folder: plan, shards, commits; free of Ray and of models."""

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigurationError
-from pipeline.storage.input_files import Format
-from pipeline.storage.quoting import quote
+from pipeline.inputs.files import Format
+from pipeline.quoting import quote
 from pipeline.storage.run import OWN_INPUT, Run
 from pipeline.storage.shard_files import as_damaged_file, is_of_failed_rows
-from pipeline.storage.stores import Store, open_store
+from pipeline.stores.store import Store, open_store
 
 INPUT, EARLIER_INPUT = f"{OWN_INPUT}/failed.jsonl", f"{OWN_INPUT}/rejected.jsonl"
 SHOWN_IDS = 5

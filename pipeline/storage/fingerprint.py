@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.config.sections import Config
 from pipeline.errors import RunMismatch
-from pipeline.storage.input_files import InputFile
-from pipeline.storage.quoting import quote
+from pipeline.inputs.files import InputFile
+from pipeline.quoting import quote
 
 DISTRIBUTION = "cage-align"
 # These say where a model runs, not what it computes.

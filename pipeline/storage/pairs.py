@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from pipeline.storage.kept import is_reserved
+from pipeline.records import is_reserved
 from pipeline.storage.tables import write_table_bytes
 
 PAIRS = "_pairs/"

@@ -12,14 +12,14 @@ from typing import Any
 from pipeline.config.sections import Config, Trace
 from pipeline.config.variants import Variant, lay_out
 from pipeline.errors import ConfigurationError
+from pipeline.inputs.files import Format, InputFile
+from pipeline.inputs.kept import from_text, to_text
+from pipeline.inputs.rows import InputColumns
+from pipeline.inputs.source import InputSource, open_input
+from pipeline.quoting import quote
 from pipeline.records import Row
-from pipeline.storage.addresses import normal_address
 from pipeline.storage.fingerprint import explain_mismatch, refuse_mismatch, take_fingerprint
-from pipeline.storage.input_files import Format, InputFile
-from pipeline.storage.inputs import InputSource, open_input
-from pipeline.storage.kept import from_text, to_text
-from pipeline.storage.quoting import quote
-from pipeline.storage.rows import InputColumns
+from pipeline.stores.addresses import normal_address
 
 __all__ = ["Plan", "Shard", "explain_mismatch", "make_plan", "refuse_mismatch"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.storage.shard_files import as_damaged_file
-from pipeline.storage.stores import Store
+from pipeline.stores.store import Store
 
 
 def find_row(store: Store, name: str, row_id: str) -> list[dict[str, Any]]:

@@ -9,16 +9,16 @@ from typing import Any
 
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.monitoring.counts import Recoveries
+from pipeline.quoting import quote
 from pipeline.records import Record
-from pipeline.storage.addresses import split_address
 from pipeline.storage.card import render_card, render_loading, render_manifest
 from pipeline.storage.commits import CommitRecord, order_records
 from pipeline.storage.plan import Plan, Shard, refuse_mismatch
-from pipeline.storage.quoting import quote
 from pipeline.storage.row_lookup import find_row
 from pipeline.storage.run_status import RunStatus, sum_up
 from pipeline.storage.shard_files import COMMITS, EARLIER_FAILED, FAILED, ShardWriter, is_of_failed_rows
-from pipeline.storage.stores import Store, open_store
+from pipeline.stores.addresses import split_address
+from pipeline.stores.store import Store, open_store
 
 # Readers of Parquet folders skip names that begin with "_" or ".", so that they find the data files only.
 PLAN, MANIFEST, CARD, SUCCESS = "_plan.json", "_manifest.json", "_README.md", "_SUCCESS"

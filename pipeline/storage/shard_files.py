@@ -24,17 +24,17 @@ import pyarrow.parquet as pq
 
 from pipeline.config.sections import Reproducibility
 from pipeline.errors import NondeterminismError, StorageError
+from pipeline.inputs.kept import append_kept, from_text
 from pipeline.monitoring.counts import Recoveries
 from pipeline.monitoring.reasons import failures_of
 from pipeline.monitoring.values import values_of
+from pipeline.quoting import one_line, quote
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, count_tokens, differing_rows, sha256
-from pipeline.storage.kept import append_kept, from_text
 from pipeline.storage.pairs import PAIRS, has_pairs, pairs_bytes
 from pipeline.storage.plan import Plan, Shard
-from pipeline.storage.quoting import one_line, quote
-from pipeline.storage.stores import Store
 from pipeline.storage.tables import output_schema, to_table, write_table_bytes
+from pipeline.stores.store import Store
 
 COMMITS, FAILED = "_commits/", "_failed/"
 EARLIER_FAILED = "_rejected/"  # of runs before 2026-11-25, which can be read and resumed

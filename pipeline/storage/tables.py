@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import Trace
+from pipeline.inputs.tool_use import as_stored
 from pipeline.records import Record
-from pipeline.storage.tool_use import as_stored
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 MESSAGES = pa.list_(MESSAGE)

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigurationError, StorageError
 from pipeline.storage.commits import sha256
 from pipeline.storage.fingerprint import DISTRIBUTION, explain_mismatch
 from pipeline.storage.run import Run
-from pipeline.storage.stores import Store
+from pipeline.stores.store import Store
 from pipeline.synthesis.candidates import Candidate, by_prompt, data_files
 from pipeline.synthesis.card import render_card
 from pipeline.synthesis.files import FOLDER, DataFile, SplitFiles

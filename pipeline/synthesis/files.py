@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.storage.commits import sha256
-from pipeline.storage.stores import Store
 from pipeline.storage.tables import write_table_bytes
+from pipeline.stores.store import Store
 
 FOLDER = "_dataset/"
 BUFFERED_ROWS = 1024

@@ -21,7 +21,7 @@ import psutil
 from pipeline.protocol.hosts import Reply, Scores
 from pipeline.protocol.messages import Candidates, Position, Step, Terms, TokenOutcome
 from pipeline.runtime.wiring import Wiring
-from pipeline.storage.stores import Store, open_store
+from pipeline.stores.store import Store, open_store
 
 
 class Failpoint(StrEnum):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.records import Record, Row, TokenTrace
 from pipeline.storage.plan import make_plan
 from pipeline.storage.run import Run
-from pipeline.storage.stores import open_store
+from pipeline.stores.store import open_store
 from support.storage import MODELS, PRINCIPALS, answer, make_config, write_jsonl
 
 HOSTILE = (

@@ -15,7 +15,7 @@ from pipeline.records import FinishReason, Record
 from pipeline.stages.judge import judge
 from pipeline.storage.plan import make_plan
 from pipeline.storage.run import Run
-from pipeline.storage.stores import open_store
+from pipeline.stores.store import open_store
 from pipeline.synthesis.candidates import read_candidates
 from pipeline.synthesis.dataset import Dataset, make_dataset
 from pipeline.synthesis.settings import SynthesisConfig

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from pipeline.errors import RowError
-from pipeline.storage.quoting import one_line, quote
-from pipeline.storage.text_records import LIMIT_BYTES, LIMIT_TEXT, TextRecord, without_mark
+from pipeline.inputs.text_records import LIMIT_BYTES, LIMIT_TEXT, TextRecord, without_mark
+from pipeline.quoting import one_line, quote
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.errors import RowError
+from pipeline.quoting import quote
 from pipeline.records import Message
-from pipeline.storage.quoting import quote
 
 
 def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:

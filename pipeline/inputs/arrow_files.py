@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.storage.addresses import split_address
-from pipeline.storage.input_files import open_bytes
+from pipeline.inputs.files import open_bytes
+from pipeline.stores.addresses import split_address
 
 FILE_MARK, FEATHER_1_MARK = b"ARROW1", b"FEA1"
 

@@ -8,13 +8,13 @@ from itertools import islice
 from typing import Any
 
 from pipeline.config.sections import Config, DecodingConfig
+from pipeline.inputs.files import Format
+from pipeline.inputs.kept import AS_JSON
+from pipeline.inputs.record_formats import FORMAT_BY_NAME
+from pipeline.inputs.rows import LastAssistant
+from pipeline.inputs.source import InputSource
+from pipeline.quoting import quote
 from pipeline.records import Row
-from pipeline.storage.input_files import Format
-from pipeline.storage.inputs import InputSource
-from pipeline.storage.kept import AS_JSON
-from pipeline.storage.quoting import quote
-from pipeline.storage.record_formats import FORMAT_BY_NAME
-from pipeline.storage.rows import LastAssistant
 
 FIRST_ROWS = 100
 SHOWN = 3  # values named in a note

@@ -14,7 +14,7 @@ from typing import TypeVar
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_chain, wait_random
 
 from pipeline.errors import CageError, StorageError
-from pipeline.storage.quoting import one_line
+from pipeline.quoting import one_line
 
 WAITS_S = (0.5, 2.0, 8.0)  # between the tries: one more try than waits
 GIVE_UP_S = 120.0  # no further try after so long: a single call may itself take minutes to fail

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import RowError
+from pipeline.inputs.conversations import check_text, read_conversation, split_helpsteer
+from pipeline.quoting import quote
 from pipeline.records import Message
-from pipeline.storage.conversations import check_text, read_conversation, split_helpsteer
-from pipeline.storage.quoting import quote
 
 Read = tuple[Sequence[Message], str | None]  # the conversation, and an existing answer that is not part of it
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from pipeline.errors import ConfigurationError
-from pipeline.storage.addresses import split_address
-from pipeline.storage.local_store import LocalStore
-from pipeline.storage.object_store import ObjectStore
+from pipeline.stores.addresses import split_address
+from pipeline.stores.local_store import LocalStore
+from pipeline.stores.object_store import ObjectStore
 
 __all__ = ["LocalStore", "ObjectStore", "Store", "open_store"]
 

@@ -14,10 +14,10 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 from pipeline.errors import ConfigurationError, StorageError
-from pipeline.storage.addresses import as_storage_error, file_system, split_address
-from pipeline.storage.quoting import one_line
-from pipeline.storage.retries import may_pass
-from pipeline.storage.rows import InputColumns
+from pipeline.inputs.rows import InputColumns
+from pipeline.quoting import one_line
+from pipeline.stores.addresses import as_storage_error, file_system, split_address
+from pipeline.stores.retries import may_pass
 
 DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 READ_AHEAD_BYTES = 4 * 2**20

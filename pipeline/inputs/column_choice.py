@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
-from pipeline.storage.quoting import quote
-from pipeline.storage.record_formats import FORMAT_BY_NAME, RecordFormat, find_format
-from pipeline.storage.rows import InputColumns
+from pipeline.inputs.record_formats import FORMAT_BY_NAME, RecordFormat, find_format
+from pipeline.inputs.rows import InputColumns
+from pipeline.quoting import quote
 
 
 def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> InputColumns:

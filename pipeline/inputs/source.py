@@ -11,17 +11,17 @@ import pyarrow as pa
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
+from pipeline.inputs import jsonl, tabular
+from pipeline.inputs.column_choice import choose_columns, columns_of_unreadable
+from pipeline.inputs.files import Format, FoundFile, InputFile, is_dataset_name
+from pipeline.inputs.kept import choose_kept, read_kept
+from pipeline.inputs.listing import find_files
+from pipeline.inputs.record_formats import WITH_ANSWER_COLUMN
+from pipeline.inputs.row_ids import find_repeated_ids
+from pipeline.inputs.rows import InputColumns, LastAssistant
+from pipeline.inputs.tool_use import uses_tools
+from pipeline.quoting import quote
 from pipeline.records import Row
-from pipeline.storage import jsonl, tabular
-from pipeline.storage.column_choice import choose_columns, columns_of_unreadable
-from pipeline.storage.input_files import Format, FoundFile, InputFile, is_dataset_name
-from pipeline.storage.kept import choose_kept, read_kept
-from pipeline.storage.listing import find_files
-from pipeline.storage.quoting import quote
-from pipeline.storage.record_formats import WITH_ANSWER_COLUMN
-from pipeline.storage.row_ids import find_repeated_ids
-from pipeline.storage.rows import InputColumns, LastAssistant
-from pipeline.storage.tool_use import uses_tools
 
 DEFAULT_STRIDE = 1024
 PEEK_ROWS = 100  # rows that show whether conversations end with an existing answer

@@ -10,19 +10,15 @@ from uuid import UUID
 
 import pyarrow as pa
 
-from pipeline.config.sections import Trace
 from pipeline.errors import ConfigurationError
-from pipeline.storage import jsonl, tabular
-from pipeline.storage.input_files import InputFile
-from pipeline.storage.quoting import one_line, quote
-from pipeline.storage.rows import Unreadable
-from pipeline.storage.tables import output_schema
+from pipeline.inputs import jsonl, tabular
+from pipeline.inputs.files import InputFile
+from pipeline.inputs.rows import Unreadable
+from pipeline.quoting import one_line, quote
+from pipeline.records import is_reserved
 
 AS_JSON = {b"cage.kept": b"json"}  # of a field: its values are JSON text, because their types differ or are nested
 INT64 = range(-(2**63), 2**63)
-RESERVED = frozenset(
-    output_schema(("any",), trace=Trace.TOKENS, has_response=True, has_variants=True, has_tools=True).names
-)
 
 
 def choose_kept(keep: Sequence[str] | Literal["all"], files: Sequence[InputFile], *, stride: int) -> pa.Schema | None:
@@ -52,11 +48,6 @@ def choose_kept(keep: Sequence[str] | Literal["all"], files: Sequence[InputFile]
             "the input, or list in input.keep the columns to keep without them"
         )
     return pa.schema([_one_field(name, schemas, files) for name in names])
-
-
-def is_reserved(name: str) -> bool:
-    """Whether the output has a column of this name; many readers do not distinguish upper and lower case."""
-    return name.casefold() in RESERVED
 
 
 def to_text(schema: pa.Schema | None) -> str | None:

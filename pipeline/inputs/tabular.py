@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigurationError
+from pipeline.inputs import arrow_files
+from pipeline.inputs.files import Format, FoundFile, InputFile, as_input_error, open_bytes
+from pipeline.inputs.record_formats import CONVERSATION_COLUMNS, OTHER_COLUMNS
+from pipeline.inputs.rows import FoundId, InputColumns, Unreadable, make_row, read_id
+from pipeline.quoting import one_line, quote
 from pipeline.records import Row
-from pipeline.storage import arrow_files
-from pipeline.storage.input_files import Format, FoundFile, InputFile, as_input_error, open_bytes
-from pipeline.storage.quoting import one_line, quote
-from pipeline.storage.record_formats import CONVERSATION_COLUMNS, OTHER_COLUMNS
-from pipeline.storage.rows import FoundId, InputColumns, Unreadable, make_row, read_id
 
 BATCH_ROWS = 1024
 PROMPT = "text, or a list of {role, content}"

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import RowError
+from pipeline.inputs.tool_use import read_calls
+from pipeline.quoting import quote
 from pipeline.records import Message
-from pipeline.storage.quoting import quote
-from pipeline.storage.tool_use import read_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_BY_SPEAKER = {

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from pipeline.errors import ConfigurationError, StorageError
-from pipeline.storage.addresses import as_storage_error, file_system, split_address
-from pipeline.storage.encodings import SUFFIXES
-from pipeline.storage.input_files import Format, FoundFile, open_bytes
-from pipeline.storage.quoting import quote
+from pipeline.inputs.encodings import SUFFIXES
+from pipeline.inputs.files import Format, FoundFile, open_bytes
+from pipeline.quoting import quote
+from pipeline.stores.addresses import as_storage_error, file_system, split_address
 
 FORMAT_BY_SUFFIX = {
     ".parquet": Format.PARQUET,

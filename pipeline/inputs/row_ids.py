@@ -11,10 +11,10 @@ from typing import NoReturn
 import numpy as np
 
 from pipeline.errors import ConfigurationError
-from pipeline.storage import jsonl, tabular
-from pipeline.storage.input_files import InputFile
-from pipeline.storage.quoting import quote
-from pipeline.storage.rows import ID_ADVICE, FoundId
+from pipeline.inputs import jsonl, tabular
+from pipeline.inputs.files import InputFile
+from pipeline.inputs.rows import ID_ADVICE, FoundId
+from pipeline.quoting import quote
 
 SHOWN = 5  # ids or places named in a message
 MOST_REPEATED = 1000  # ids that may repeat; they are kept in the plan

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from pipeline.errors import StorageError
-from pipeline.storage.addresses import NAME, check_name, file_system
-from pipeline.storage.retries import http_status, retried
+from pipeline.stores.addresses import NAME, check_name, file_system
+from pipeline.stores.retries import http_status, retried
 
 # Below twice this size an object is written by one request, which also checks the condition of `create`. In parts it
 # would take several, and a killed writer would leave parts behind.

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from pipeline.errors import ConfigurationError
-from pipeline.storage.input_files import open_bytes
-from pipeline.storage.quoting import one_line
+from pipeline.inputs.files import open_bytes
+from pipeline.quoting import one_line
 
 CHUNK_BYTES = 2**20
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}

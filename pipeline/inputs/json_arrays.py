@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from pipeline.storage.text_records import LIMIT_BYTES, LIMIT_TEXT, TextRecord, without_mark
+from pipeline.inputs.text_records import LIMIT_BYTES, LIMIT_TEXT, TextRecord, without_mark
 
 CHUNK_BYTES = 2**20
 # What decides where an element ends: whole strings, whose brackets count for nothing, and brackets and commas.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import RowError
-from pipeline.storage.quoting import quote
+from pipeline.quoting import quote
 
 LENGTH_KEYS = ("max_completion_tokens", "max_tokens")  # the first that is given counts, as at OpenAI
 OBEYED_KEYS = (*LENGTH_KEYS, "seed", "stop")

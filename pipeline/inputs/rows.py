@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from pipeline.errors import RowError
+from pipeline.inputs.batch_bodies import read_parameters
+from pipeline.inputs.conversations import check_text, count_names, read_conversation
+from pipeline.inputs.record_formats import FORMAT_BY_NAME
+from pipeline.inputs.tool_use import read_tools, uses_tools
+from pipeline.quoting import quote
 from pipeline.records import Message, Row, Tool
-from pipeline.storage.batch_bodies import read_parameters
-from pipeline.storage.conversations import check_text, count_names, read_conversation
-from pipeline.storage.quoting import quote
-from pipeline.storage.record_formats import FORMAT_BY_NAME
-from pipeline.storage.tool_use import read_tools, uses_tools
 
 TEXT_LIMIT = 8 * 2**20  # characters of a row's conversation and existing answer
 ID_ADVICE = "without input.id rows are named by file and position"

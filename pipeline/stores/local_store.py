@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StorageError
-from pipeline.storage.addresses import NAME, as_storage_error, check_name
-from pipeline.storage.retries import retried
+from pipeline.stores.addresses import NAME, as_storage_error, check_name
+from pipeline.stores.retries import retried
 
 TEMPORARY_SUFFIX = ".tmp"
 ABANDONED_AFTER_S = 600.0  # no write takes so long: an older temporary file has lost its writer

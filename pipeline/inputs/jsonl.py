@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from pipeline.errors import ConfigurationError, RowError
+from pipeline.inputs.delimited import DELIMITERS, read_header, split_rows
+from pipeline.inputs.encodings import find_encoding, open_text
+from pipeline.inputs.files import Format, FoundFile, InputFile, as_input_error
+from pipeline.inputs.json_arrays import is_array, split_items
+from pipeline.inputs.rows import FoundId, make_row, read_id
+from pipeline.inputs.text_records import LIMIT_BYTES, TextRecord, without_mark
 from pipeline.records import Row
-from pipeline.storage.delimited import DELIMITERS, read_header, split_rows
-from pipeline.storage.encodings import find_encoding, open_text
-from pipeline.storage.input_files import Format, FoundFile, InputFile, as_input_error
-from pipeline.storage.json_arrays import is_array, split_items
-from pipeline.storage.rows import FoundId, make_row, read_id
-from pipeline.storage.text_records import LIMIT_BYTES, TextRecord, without_mark
 
 LINE_LIMIT_BYTES = LIMIT_BYTES
 PEEK_ROWS = 100
