@@ -132,8 +132,6 @@ def test_all_leaves_out_what_is_read_under_a_name_of_the_output(tmp_path: Path) 
 def test_every_name_of_the_output_is_refused_with_a_way_out(tmp_path: Path) -> None:
     names = {"row_id", "rewards", "tokens", "chosen", "variant", "tools", "original_rewards", "error"}
     assert names <= set(OUTPUT_COLUMNS)
-        OUTPUT_COLUMNS
-    )
     for name in (*sorted(OUTPUT_COLUMNS), "Rewards"):
         path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", name: 1, "fine": 2}])
         expected = f"input.keep: the output has columns of its own named '{name}'; rename them in the input, or list"
