@@ -166,6 +166,6 @@ class Record:
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
-    def is_rejected(self) -> bool:
+    def is_failed(self) -> bool:
         """Whether it has an error instead of an answer."""
         return self.error is not None

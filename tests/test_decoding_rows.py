@@ -100,11 +100,11 @@ def test_a_prompt_longer_than_the_context_is_refused_and_its_neighbours_are_not(
     folder = tiny("gpt2", context=64)
     rows = [ask("short", "hi"), ask("long", "x" * 200), ask("other", "hello")]
     records = decode(config_of(folder, PAIR, decoding={"max_new_tokens": 100}), rows)
-    assert records["long"].is_rejected
+    assert records["long"].is_failed
     assert "context holds 64" in records["long"].error
     for row_id in ("short", "other"):
         record = records[row_id]
-        assert not record.is_rejected
+        assert not record.is_failed
         assert record.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         # the longest role's prompt and the answer fill the context
         assert record.num_tokens < 64

@@ -163,13 +163,13 @@ def test_settings_of_the_comparison_judge_nothing_again(job, tmp_path):
     assert times(tmp_path / "run", "**/part-*") == before
 
 
-def test_rejected_prompts_are_left_out_of_every_rule(tiny, tmp_path):
+def test_failed_prompts_are_left_out_of_every_rule(tiny, tmp_path):
     tree = tree_of(tiny, tmp_path, errors={"budget": "50%"})
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write(json.dumps({"id": "long", "prompt": "x" * 600}) + "\n")
     metrics = run_tree(tree, tmp_path).metrics
     assert metrics["num_prompts"] == 5
-    assert metrics["num_rejected"] == 18
+    assert metrics["num_failed"] == 18
     assert all(point["n"] == 5 for point in metrics["points"])
     assert retry_config(str(tmp_path / "run"), []).input.path.endswith("failed.jsonl")
 

@@ -73,7 +73,7 @@ def test_other_failures_are_a_matter_of_the_budget_alone(tiny, tmp_path, prompts
     config = big_shards(tmp_path, prompts, tiny(), errors={"budget": 19}, decoding={"max_new_tokens": 1})
     num_failed = sum(not prompt for prompt in prompts)
     if num_failed <= 19:
-        assert run_job(config, tmp_path)[0].status().rows_rejected == num_failed
+        assert run_job(config, tmp_path)[0].status().rows_failed == num_failed
     else:
         with pytest.raises(ErrorBudgetExceeded, match=r"errors\.budget allows 19"):
             run_job(config, tmp_path)

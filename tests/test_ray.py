@@ -147,7 +147,7 @@ def test_shards_that_another_driver_committed_are_not_decoded_again(tiny, tmp_pa
     assert stream.counts().rows == 3
 
 
-def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, tmp_path):
+def test_a_row_that_kills_its_host_is_failed_and_its_neighbours_are_not(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 5)
     run_job(job(prompts, tmp_path / "whole", tiny()), tmp_path)
     lines = prompts.read_text().splitlines()
@@ -157,7 +157,7 @@ def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, 
     (token,) = AutoTokenizer.from_pretrained(tiny())("!", add_special_tokens=False)["input_ids"]
     run, _ = run_job(config, tmp_path, watch=Poison(token))
     status = run.status()
-    assert (status.rows_aligned, status.rows_rejected) == (4, 1)
+    assert (status.rows_aligned, status.rows_failed) == (4, 1)
     (row,) = run.find("r3")
     assert "its host failed whenever it was decoded" in row["error"]
     assert "serving base, kind, brief" in row["error"]

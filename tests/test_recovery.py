@@ -87,7 +87,7 @@ def test_state_that_is_lost_again_and_again_ends_in_an_error(tiny, num_steps):
 
 @pytest.mark.parametrize("bad", [{"r0"}, {"r3"}, {"r1", "r4"}, {"r0", "r1", "r2", "r3", "r4"}])
 @pytest.mark.parametrize(("slots", "way"), [(1, WAYS[0]), (3, WAYS[0]), (5, WAYS[1]), (3, WAYS[2])])
-def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, bad, slots, way):
+def test_a_row_that_kills_its_host_is_failed_and_its_neighbours_are_not(tiny, bad, slots, way):
     replica = Replica(tiny, slots=slots, **way)
     rows = [ask(f"r{at}", ("!" if f"r{at}" in bad else "?") * (at + 1)) for at in range(5)]
     reference, _ = replica.decode(nothing, rows)
@@ -101,7 +101,7 @@ def test_a_row_that_kills_its_host_is_rejected_and_its_neighbours_are_not(tiny, 
         return None
 
     records, _ = replica.decode(die_of_poison, rows)
-    assert {key for key, record in records.items() if record.is_rejected} == bad
+    assert {key for key, record in records.items() if record.is_failed} == bad
     assert all("alone at last: host base died" in records[key].error for key in bad)
     assert all(records[key] == reference[key] for key in records.keys() - bad)
 
@@ -144,7 +144,7 @@ def test_out_of_memory_halves_the_rows_at_once_and_changes_nothing(tiny, error, 
     assert runner.num_slots == 2
 
 
-def test_a_row_that_does_not_fit_alone_is_rejected(tiny):
+def test_a_row_that_does_not_fit_alone_is_failed(tiny):
     replica = Replica(tiny, slots=4)
     mark = token_of(replica, "!")
     reference, _ = replica.decode(nothing)

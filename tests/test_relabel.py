@@ -81,16 +81,14 @@ def test_bad_rows_are_kept_apart_with_their_reasons(tiny, tmp_path):
     config = job(prompts, tmp_path / "run", tiny(), errors={"budget": 4})
     run, _ = run_job(config, tmp_path)
     status = run.status()
-    assert (status.rows_aligned, status.rows_rejected) == (3, 4)
+    assert (status.rows_aligned, status.rows_failed) == (3, 4)
     aligned = load_dataset(
         "parquet", data_files=str(tmp_path / "run/part-*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
     )
     assert aligned["row_id"] == ["g0", "g1", "g2"]
-    rejected = [
-        row for path in sorted((tmp_path / "run/_failed").iterdir()) for row in pq.read_table(path).to_pylist()
-    ]
-    reasons = {row["row_id"]: row["error"] for row in rejected}
-    assert all(row["finish_reason"] == "error" for row in rejected)
+    failed = [row for path in sorted((tmp_path / "run/_failed").iterdir()) for row in pq.read_table(path).to_pylist()]
+    reasons = {row["row_id"]: row["error"] for row in failed}
+    assert all(row["finish_reason"] == "error" for row in failed)
     assert "null" in reasons["null"]
     assert "empty" in reasons["empty"]
     assert any("line 5" in reason and "UTF-8" in reason for reason in reasons.values())
@@ -132,7 +130,7 @@ def test_existing_answers_are_scored_and_preference_pairs_written(tiny, tmp_path
     written = [row for path in sorted((tmp_path / "run").glob("part-*")) for row in pq.read_table(path).to_pylist()]
     assert [row["original_response"] for row in written] == [row["answer"] for row in rows]
     for row in written:
-        pair = {row["chosen"][0]["content"], row["rejected"][0]["content"]}
+        pair = {row["chosen"][0]["content"], row["failed"][0]["content"]}
         assert pair == {row["response"], row["original_response"]}
         assert set(row["original_rewards"]) == {"kind", "brief"}
 

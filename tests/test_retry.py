@@ -24,7 +24,7 @@ def test_failed_rows_that_fit_now_get_the_answers_they_would_have_had(tiny, tmp_
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     small, large = tiny(seed=3, context=64), tiny(seed=3)
     first, _ = run_job(job(prompts, tmp_path / "run", small, errors={"budget": 2}), tmp_path)
-    assert first.status().rows_rejected == 2
+    assert first.status().rows_failed == 2
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
     config = retry_config(str(tmp_path / "run"), [f"base={large}"])

@@ -69,9 +69,9 @@ def finished(run: Run) -> Run:
 def test_each_row_is_in_one_file_once(tmp_path: Path) -> None:
     run = finished(mixed_run(tmp_path))
     aligned = [row for _, data in sorted(tree_bytes(tmp_path / "run", "part-*").items()) for row in read(data)]
-    rejected = [row for data in tree_bytes(tmp_path / "run" / "_failed").values() for row in read(data)]
+    failed = [row for data in tree_bytes(tmp_path / "run" / "_failed").values() for row in read(data)]
     assert [row["row_id"] for row in aligned] == [f"mixed.jsonl:{line}" for line in (1, 4, 5, 6, 7)]
-    assert [(row["row_id"], row["error"]) for row in rejected] == [
+    assert [(row["row_id"], row["error"]) for row in failed] == [
         ("mixed.jsonl:2", "line 2 of mixed.jsonl: prompt is null"),
         ("mixed.jsonl:3", "line 3 of mixed.jsonl is not valid UTF-8"),
     ]
@@ -105,7 +105,7 @@ def test_a_shard_exists_exactly_if_its_record_exists(tmp_path: Path) -> None:
     record = run.commit(1, records_of(run.plan, 1), attempt=2, seconds=1.25, host="h")
     assert run.committed() == {1: record}
     assert [shard.index for shard in run.pending()] == [0, 2]
-    assert (record.rows, record.rejected, record.attempt, record.seconds, record.host) == (3, 0, 2, 1.25, "h")
+    assert (record.rows, record.failed, record.attempt, record.seconds, record.host) == (3, 0, 2, 1.25, "h")
     (tmp_path / "run" / "part-00000-of-00003.parquet").write_bytes(b"data without a record")
     assert set(run.committed()) == {1}
     assert set(record.sha256_by_file) == {"part-00001-of-00003.parquet"}
@@ -194,7 +194,7 @@ def test_a_row_that_failed_in_one_attempt_only_is_neither_lost_nor_repeated(tmp_
     with pytest.raises(Killed):
         Run(dying, run.plan).commit(0, [bad[0], good[1], good[2]])
     record = run.commit(0, [good[0], good[1], bad[2]])
-    assert (record.rows, record.rejected) == (2, 1)
+    assert (record.rows, record.failed) == (2, 1)
     for shard in (1, 2):
         run.commit(shard, records_of(run.plan, shard))
     run.finish()
@@ -226,7 +226,7 @@ def test_a_run_is_opened_from_its_files_alone(tmp_path: Path) -> None:
     run = Run.open(str(tmp_path / "run"))
     status = run.status()
     assert (status.num_shards, status.shards_done, status.num_rows) == (3, 3, 7)
-    assert (status.rows_aligned, status.rows_rejected, status.is_complete) == (5, 2, True)
+    assert (status.rows_aligned, status.rows_failed, status.is_complete) == (5, 2, True)
     assert status.tokens == sum(record.tokens for record in run.committed().values()) > 0
 
 
@@ -389,14 +389,14 @@ def test_every_sample_of_a_row_is_found(tmp_path: Path) -> None:
     assert run.find("prompts.jsonl:7") == []
 
 
-def test_datasets_loads_a_run_by_its_card_and_leaves_rejected_rows_out(tmp_path: Path) -> None:
+def test_datasets_loads_a_run_by_its_card_and_leaves_failed_rows_out(tmp_path: Path) -> None:
     finished(mixed_run(tmp_path))
     loaded = datasets.load_dataset(str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"))
     assert list(loaded) == ["train"]
     assert loaded["train"]["row_id"][:] == [f"mixed.jsonl:{line}" for line in (1, 4, 5, 6, 7)]
 
 
-def test_a_shard_whose_rows_are_all_rejected_is_an_empty_file(tmp_path: Path) -> None:
+def test_a_shard_whose_rows_all_failed_is_an_empty_file(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     run.commit(0, [answer(row, error="no") for row in run.plan.read_shard(0)])
     for shard in (1, 2):
@@ -431,7 +431,7 @@ def test_the_manifest_names_every_file_with_its_hash(tmp_path: Path) -> None:
     stored = {name: hashlib.sha256(data).hexdigest() for name, data in tree_bytes(tmp_path / "run").items()}
     assert {file["name"]: file["sha256"] for file in manifest["files"]} == stored
     assert manifest["fingerprint_digest"] == run.plan.digest
-    assert (manifest["rows_aligned"], manifest["rows_rejected"]) == (5, 2)
+    assert (manifest["rows_aligned"], manifest["rows_failed"]) == (5, 2)
     assert (tmp_path / "run" / "_SUCCESS").read_text() == f"{run.plan.digest}\n"
 
 
@@ -475,11 +475,13 @@ def as_an_earlier_version_wrote_it(folder: Path) -> None:
     (folder / "_failed").rename(folder / "_rejected")
     data = folder / "part-00000-of-00003.parquet"
     table = pq.read_table(data)
-    name = table.schema.metadata[b"cage.rejected"].decode().replace("_failed/", "_rejected/")
+    name = table.schema.metadata[b"cage.failed"].decode().replace("_failed/", "_rejected/")
+    table = table.replace_schema_metadata({k: v for k, v in table.schema.metadata.items() if k != b"cage.failed"})
     data.write_bytes(write_table_bytes(table, metadata={"cage.rejected": name}))
     commit = folder / "_commits/part-00000.json"
     record = json.loads(commit.read_text(encoding="utf-8").replace("_failed/", "_rejected/"))
     record["sha256_by_file"][data.name] = sha256(data.read_bytes())
+    record["rejected"] = record.pop("failed")
     commit.write_text(json.dumps({key: record[key] for key in record if key not in ("examples", "values")}))
 
 

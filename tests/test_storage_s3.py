@@ -62,7 +62,7 @@ def test_a_run_on_s3_has_the_files_of_a_local_one(s3: Any, folder: str, tmp_path
         run.finish()
     opened = Run.open(f"{folder}/run")
     assert opened.is_complete
-    assert opened.status().rows_rejected == 2
+    assert opened.status().rows_failed == 2
     stored = {name: opened.store.read(name) for name in opened.store.names() if name.endswith(".parquet")}
     assert stored == tree_bytes(tmp_path / "run")
     assert opened.find("x.jsonl:5")[0]["response"] == "answer to x.jsonl:5 (0)"

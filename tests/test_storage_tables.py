@@ -68,7 +68,7 @@ def test_traced_tokens_are_a_list_of_structs() -> None:
     assert row["tokens"] == [{"token_id": 7, "text": "é", "base_logprob": -1.5, "logprob": -0.25, **by_name}]
 
 
-def test_a_rejected_record_has_its_reason_and_no_answer() -> None:
+def test_a_failed_record_has_its_reason_and_no_answer() -> None:
     bad = Row("r", error="line 1 of x.jsonl: prompt is \ud800 null")
     (row,) = to_table([answer(bad)], output_schema(list(PRINCIPALS))).to_pylist()
     assert row["error"] == "line 1 of x.jsonl: prompt is \\ud800 null"
@@ -91,11 +91,11 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_chunked() -> None:
 
 def test_columns_carry_the_fingerprint_and_the_models(tmp_path: Path) -> None:
     schema = output_schema(list(PRINCIPALS), metadata=METADATA)
-    (tmp_path / "x.parquet").write_bytes(write_table_bytes(to_table([], schema), metadata={"cage.rejected": "name"}))
+    (tmp_path / "x.parquet").write_bytes(write_table_bytes(to_table([], schema), metadata={"cage.failed": "name"}))
     read = pq.read_schema(tmp_path / "x.parquet")
     assert {key.decode(): value.decode() for key, value in read.metadata.items()} == {
         **METADATA,
-        "cage.rejected": "name",
+        "cage.failed": "name",
     }
     for field in read:
         assert field.metadata[b"cage.fingerprint"] == b"f" * 64

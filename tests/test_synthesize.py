@@ -70,7 +70,7 @@ def test_a_prompts_file_becomes_both_kinds_of_data(made):
     folder, dataset = made
     manifest = dataset.manifest
     assert manifest["answers"] == 9 * 2 * 3
-    assert manifest["answers_rejected_by_the_run"] == 6
+    assert manifest["answers_failed_in_the_run"] == 6
     for kind in ("sft", "preferences"):
         assert manifest[kind]["answers_used"] + sum(manifest[kind]["answers_dropped"].values()) == 54
         assert all(manifest[kind]["rows"].values())

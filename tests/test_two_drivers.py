@@ -39,14 +39,14 @@ def test_a_driver_that_is_overtaken_decodes_nothing_that_is_committed(tiny, tmp_
     options = {
         "cluster": {"slots": 2},
         "errors": {"budget": 1},
-    }  # a rejected row that counted twice would be too many
+    }  # a failed row that counted twice would be too many
     config = job(prompts, tmp_path / "run", tiny(), **options)
     watch, out = Overtaken(config, tmp_path), io.StringIO()
     run, was_run = relabel(config, tmp_path / "cache", out, wiring=watched(watch))
     assert was_run
-    assert watch.others == [11]  # all but the first shard and the rejected row
+    assert watch.others == [11]  # all but the first shard and the failed row
     assert watch.num_rows <= 6  # the first shard, and the second that was under way
     assert "15/15 rows  5/5 shards" in out.getvalue().splitlines()[-1]
-    assert (run.status().rows_aligned, run.status().rows_rejected) == (14, 1)
+    assert (run.status().rows_aligned, run.status().rows_failed) == (14, 1)
     run_job(job(prompts, tmp_path / "whole", tiny(), **options), tmp_path)
     assert parts(tmp_path / "run") == parts(tmp_path / "whole")

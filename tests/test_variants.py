@@ -104,7 +104,7 @@ def test_files_name_each_answer_by_row_variant_and_sample(tiny, tmp_path):
     named = set(zip(*(table[name].to_pylist() for name in names), strict=True))
     assert named == {(0, "base", 0.5), (1, "linear", 0.5), (2, "linear", 1.0)}
     status = run.status()
-    assert (status.num_rows, status.rows_aligned, status.rows_rejected) == (18, 12, 6)
+    assert (status.num_rows, status.rows_aligned, status.rows_failed) == (18, 12, 6)
     assert [(row["variant"], row["sample"]) for row in run.find("c")] == [(v, s) for v in range(3) for s in range(2)]
     assert Run.open(str(tmp_path / "run")).plan == run.plan
     assert grid_run(tiny, tmp_path)[1] is False

@@ -23,7 +23,7 @@ def describe_status(run: Run) -> str:
     lines = [
         f"{path}: {'complete' if status.is_complete else 'not complete; the same command continues it'}",
         f"  shards    {status.shards_done:,} of {status.num_shards:,}",
-        f"  answers   {status.rows_aligned:,} aligned, {status.rows_rejected:,} failed, of {status.num_rows:,}",
+        f"  answers   {status.rows_aligned:,} aligned, {status.rows_failed:,} failed, of {status.num_rows:,}",
         f"  tokens    {status.tokens:,}",
     ]
     if status.last_commit_at is not None:

@@ -57,7 +57,7 @@ def describe_dataset(dataset: Dataset) -> str:
     lines = [
         f"{path}/_dataset: complete",
         f"  answers   {manifest['answers']:,} looked at, to {sum(manifest['prompts'].values()):,} prompts; "
-        f"{manifest['answers_rejected_by_the_run']:,} failed when they were decoded",
+        f"{manifest['answers_failed_in_the_run']:,} failed when they were decoded",
     ]
     for kind in kinds:
         rows = manifest[kind]["rows"]

@@ -98,7 +98,7 @@ class Coordinator:
         with waiting_for(f"a look whether shard {index} is committed"):
             standing = self._run.commit_of(index)
         if standing is not None:  # by another driver, or by a replica that died before it could say so
-            return ShardOutcome(index, rows=standing.rows, rejected=standing.rejected, was_committed=True)
+            return ShardOutcome(index, rows=standing.rows, failed=standing.failed, was_committed=True)
         job = _Job(index, attempt, Future())
         self._incoming.put(job)
         output = job.done.result()
@@ -112,7 +112,7 @@ class Coordinator:
                 row_ids=output.row_ids,
                 recoveries=output.recoveries,
             )
-        return ShardOutcome(index, rows=record.rows, rejected=record.rejected)
+        return ShardOutcome(index, rows=record.rows, failed=record.failed)
 
     def _serve(self) -> None:
         """Decode until the process ends; after a failure that the decoder cannot recover from, make a new one."""

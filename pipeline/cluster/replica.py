@@ -67,7 +67,7 @@ class Replica:
             "kind": ["" if each.error is None else type(each.error).__name__ for each in outcomes],
             "error": ["" if each.error is None else str(each.error) for each in outcomes],
             "rows": [each.rows for each in outcomes],
-            "rejected": [each.rejected for each in outcomes],
+            "failed": [each.failed for each in outcomes],
             "was_committed": [each.was_committed for each in outcomes],
         }
 

@@ -50,7 +50,7 @@ class ShardStream:
         self._last_counts = Counts()
 
     def counts(self) -> Counts:
-        """Answers, rejected answers and tokens so far; the last known where the cluster is silent."""
+        """Answers, failed answers and tokens so far; the last known where the cluster is silent."""
         with contextlib.suppress(ray.exceptions.RayError):
             self._last_counts = ray.get(self._board.totals.remote(), timeout=BOARD_S)
         return self._last_counts
@@ -98,7 +98,7 @@ class ShardStream:
             try:
                 for row in stream.iter_rows():
                     error = _as_error(row["kind"], row["error"])
-                    yield ShardOutcome(row["shard"], error, row["rows"], row["rejected"], row["was_committed"])
+                    yield ShardOutcome(row["shard"], error, row["rows"], row["failed"], row["was_committed"])
             except ray.exceptions.RayError as error:
                 reason = " ".join(str(error).split())[-600:]
                 raise CageError(

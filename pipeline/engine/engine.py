@@ -122,7 +122,7 @@ class Engine:
         return self._slots.is_empty and not self._ended
 
     def admit(self, row: Row, variant: int = 0, sample: int = 0) -> None:
-        """Queue one answer to a row; a row that cannot be decoded is returned by the next step as rejected.
+        """Queue one answer to a row; a row that cannot be decoded is returned by the next step as failed.
 
         Args:
             row: the input.
@@ -133,7 +133,7 @@ class Engine:
         try:
             self._encode(running)
         except RowError as error:
-            self._ended.append(running.rejected(str(error)))
+            self._ended.append(running.failed(str(error)))
         else:
             self._slots.queue.append(running)
 
@@ -183,7 +183,7 @@ class Engine:
     def recover(self, hosts: Hosts, error: HostError) -> None:
         """Go on with other hosts after a failure: the running rows begin again.
 
-        A row whose host fails repeatedly, in the end with no other row beside it, is rejected.
+        A row whose host fails repeatedly, in the end with no other row beside it, fails.
 
         Args:
             hosts: take the place of all hosts so far.
@@ -199,7 +199,7 @@ class Engine:
         self._consecutive_losses = 0
         poison = self._slots.isolation.host_failed(self._slots.take_back())
         if poison is not None:
-            self._reject(poison, f"its host failed whenever it was decoded, alone at last: {error}")
+            self._fail(poison, f"its host failed whenever it was decoded, alone at last: {error}")
         if self._consecutive_failures > self._max_failures:
             raise CageError(f"{self._consecutive_failures} hosts failed and no row was finished in between; {error}")
         if self._slots.num_slots != self._loaded_slots:
@@ -213,19 +213,19 @@ class Engine:
         self._slots.take_back([group])
 
     def _halve(self) -> None:
-        """Go on with half as many rows at once; a row that does not fit alone is rejected."""
+        """Go on with half as many rows at once; a row that does not fit alone fails."""
         self.recoveries += Recoveries(memory_halved=1)
         was_alone = self._slots.num_slots == 1
         rows = self._slots.halve()
         if was_alone:
             for row in rows:
-                self._reject(row, "its host has no memory for it even when it is decoded alone")
+                self._fail(row, "its host has no memory for it even when it is decoded alone")
         self._calls.resize(self._slots.num_slots)
 
-    def _reject(self, running: RunningRow, reason: str) -> None:
-        """Reject a row that waits to begin again."""
+    def _fail(self, running: RunningRow, reason: str) -> None:
+        """Fail a row that waits to begin again."""
         self._slots.queue.remove(running)
-        self._ended.append(running.rejected(reason))
+        self._ended.append(running.failed(reason))
 
     def _begin(self, row: Row, variant: int, sample: int) -> RunningRow:
         way = self._variants[variant]
@@ -298,7 +298,7 @@ class Engine:
     def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
         """Append the drawn token to its row; return the row's record if that ended it."""
         if outcome.status == cage.Status.NOT_FINITE:
-            return running.rejected(f"token {len(running.tokens)}: {self._not_finite}")
+            return running.failed(f"token {len(running.tokens)}: {self._not_finite}")
         running.append(outcome)
         stop = self._decoding.stop if running.row.stop is None else running.row.stop
         finished = running.finish(self._prompter, stop)

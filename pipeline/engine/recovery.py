@@ -15,7 +15,7 @@ class PoisonRowIsolation:
     """Finds the row that kills its host, by bisection.
 
     The rows that were running when a host failed run again, half as many at once. A row that was running at two
-    failures, and alone at the last one, is quarantined: it is rejected. One failure is never enough, as the host may
+    failures, and alone at the last one, is quarantined: it fails. One failure is never enough, as the host may
     have been lost for another reason; then its rows only begin again.
     """
 

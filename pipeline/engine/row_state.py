@@ -175,7 +175,7 @@ class RunningRow:
             rejected=original if is_better else record.response,
         )
 
-    def rejected(self, reason: str) -> Record:
+    def failed(self, reason: str) -> Record:
         """The output row of one that cannot be aligned."""
         return replace(self._blank(), error=reason, original_response=self.row.response)
 

@@ -26,14 +26,14 @@ class ShardOutcome:
         index: of the shard.
         error: what ended its attempts; None where it is committed.
         rows: committed answers that were aligned.
-        rejected: committed answers that were rejected.
+        failed: committed answers without a result.
         was_committed: whether it had been committed before.
     """
 
     index: int
     error: CageError | None = None
     rows: int = 0
-    rejected: int = 0
+    failed: int = 0
     was_committed: bool = False
 
 
@@ -164,5 +164,5 @@ class ShardDecoder:
 
 def _counted(record: Record) -> Counts:
     """The counts of one answer."""
-    failed = [(record.row_id, record.error)] if record.is_rejected else []
+    failed = [(record.row_id, record.error)] if record.is_failed else []
     return Counts(1, len(failed), record.num_tokens, failures=failures_of(failed), values=values_of([record]))

@@ -42,7 +42,7 @@ def describe_facts(run: Run, tally: Tally) -> dict[str, Any]:
         "counts": [
             ("prompts", plan.num_rows),
             ("answers", status.rows_aligned),
-            ("failed", status.rows_rejected),
+            ("failed", status.rows_failed),
             ("tokens", status.tokens),
         ],
         "pairs": [(label, value) for label, value in facts if value],

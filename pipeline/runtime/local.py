@@ -30,7 +30,7 @@ class LocalStream:
         self._decoder: ShardDecoder | None = None
 
     def counts(self) -> Counts:
-        """Answers, rejected answers and tokens so far."""
+        """Answers, failed answers and tokens so far."""
         return Counts() if self._decoder is None else self._decoder.counts
 
     def waits(self) -> list[str]:
@@ -50,7 +50,7 @@ class LocalStream:
             while waiting and decoder.wants_shard:
                 index = waiting.pop()
                 if (standing := self._run.commit_of(index)) is not None:  # by another driver
-                    yield ShardOutcome(index, rows=standing.rows, rejected=standing.rejected, was_committed=True)
+                    yield ShardOutcome(index, rows=standing.rows, failed=standing.failed, was_committed=True)
                     continue
                 decoder.add(index, self._run.plan.read_shard(index))
             for output in decoder.step():
@@ -63,4 +63,4 @@ class LocalStream:
                         row_ids=output.row_ids,
                         recoveries=output.recoveries,
                     )
-                yield ShardOutcome(output.index, rows=record.rows, rejected=record.rejected)
+                yield ShardOutcome(output.index, rows=record.rows, failed=record.failed)

@@ -23,7 +23,7 @@ from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
 
 METRICS = "_metrics.json"
-VERSION = 1  # raise it when the same scores give another _metrics.json
+VERSION = 2  # raise it when the same scores give another _metrics.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def compute_metrics(run: Run, scores: ScoreFiles, config: EvaluateConfig) -> dic
         "num_prompts": len(data.row_ids),
         "num_prompts_left_out": data.num_left_out,
         "num_answers": data.num_answers,
-        "num_rejected": sum(record.rejected for record in records),
+        "num_failed": sum(record.failed for record in records),
         "tokens_per_second": tokens_per_second(records),
         "reading": reading(differences, samples.confidence),
         "notes": notes(config, scores.panel, run.plan.models, samples),

@@ -35,7 +35,7 @@ class FailureLimit:
         self._num_failed = self._num_answered = 0
         self._failures: FailuresByKind = {}
         for record in committed:
-            self._num_failed += record.rejected
+            self._num_failed += record.failed
             self._num_answered += record.rows
             self._failures = add_failures(self._failures, record.failures)
         self._enough = _enough(config, run)

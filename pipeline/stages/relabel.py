@@ -113,7 +113,7 @@ def relabel(
         out,
         num_rows=run.plan.num_answers,
         num_shards=len(run.plan.shards),
-        rows_before=sum(commit.rows + commit.rejected for commit in committed.values()),
+        rows_before=sum(commit.rows + commit.failed for commit in committed.values()),
         shards_before=len(committed),
         notices=_silent_principals(run),
     )
@@ -160,10 +160,10 @@ def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, limit: Fail
             if outcome.error is not None:
                 failures.append(outcome.error)
                 continue
-            line.shard_done(num_rows_found=outcome.rows + outcome.rejected if outcome.was_committed else 0)
+            line.shard_done(num_rows_found=outcome.rows + outcome.failed if outcome.was_committed else 0)
             if error := limit.one_reason(stream.counts()):
                 raise error
-            limit.add(outcome.rejected)
+            limit.add(outcome.failed)
     if failures:
         raise failures[0]
 

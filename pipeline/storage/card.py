@@ -66,7 +66,7 @@ def render_manifest(
         "fingerprint": dict(plan.fingerprint),
         "num_input_rows": plan.num_rows,
         "rows_aligned": sum(record.rows for record in ordered),
-        "rows_rejected": sum(record.rejected for record in ordered),
+        "rows_failed": sum(record.failed for record in ordered),
         "tokens": sum(record.tokens for record in ordered),
         "errors": dict(errors),
         "recoveries": asdict(recoveries),
@@ -87,7 +87,7 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
     kept = [(name, "of the input, as it was") for name in kept_names]
     front = {**_data_files(plan), "tags": ["alignment", "common-agency", "synthetic"]}
     rows = sum(record.rows for record in records.values())
-    failed = sum(record.rejected for record in records.values())
+    failed = sum(record.failed for record in records.values())
     tokens = sum(record.tokens for record in records.values())
     shown = {key: value for key, value in plan.fingerprint.items() if not key.startswith("input.files.")}
     parts = [

@@ -30,7 +30,7 @@ class CommitRecord:
     Args:
         shard: the shard's index in the plan.
         rows: the number of aligned records, one per row, variant and sample.
-        rejected: the number of records with an error.
+        failed: the number of records with an error.
         tokens: the number of tokens of the aligned records.
         sha256_by_file: the files that belong to the run; what else lies in the folder does not.
         num_bytes: the size of these files together.
@@ -48,7 +48,7 @@ class CommitRecord:
 
     shard: int
     rows: int
-    rejected: int
+    failed: int
     tokens: int
     sha256_by_file: Mapping[str, str]
     num_bytes: int
@@ -87,6 +87,7 @@ class CommitRecord:
         """Read a stored record. Raises StorageError when it is not one."""
         try:
             tree = {**ABSENT_BEFORE, **json.loads(data)}
+            tree.setdefault("failed", tree.get("rejected"))  # as earlier versions called it
             return cls(**{each.name: tree[each.name] for each in fields(cls)})
         except (ValueError, KeyError, TypeError, RecursionError):
             raise StorageError(f"{source} is not a commit record; remove it to compute the shard again") from None
@@ -102,7 +103,7 @@ def order_records(
     """Sort records in the order of `row_ids`, then by variant and sample; each answer is there exactly once.
 
     A row has one record per variant and sample. A row that failed before its first answer may have a single
-    rejected record instead.
+    failed record instead.
 
     Raises:
         CageError: a record is missing, is there twice, or is of no row of the shard. This is a bug of the program;
@@ -120,7 +121,7 @@ def order_records(
             raise CageError(f"shard {shard} got {what} twice")
         answers[key] = record
     for row_id, answers in by_row.items():
-        whole_row_failed = list(answers) == [(0, 0)] and answers[0, 0].is_rejected
+        whole_row_failed = list(answers) == [(0, 0)] and answers[0, 0].is_failed
         if len(answers) != len(wanted) and not whole_row_failed:
             raise CageError(f"shard {shard} got {len(answers)} of {len(wanted)} samples of row {row_id!r}")
     return [answers[key] for answers in by_row.values() for key in sorted(answers)]

@@ -73,7 +73,7 @@ def find_failed_rows(run: Run) -> Iterator[dict[str, Any]]:
     """
     is_batch = any(file.format is Format.BATCH for file in run.plan.files)
     for record in run.committed().values():
-        if not record.rejected:
+        if not record.failed:
             continue
         failed: list[dict[str, Any]] = []
         answered: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib import metadata
 from typing import Any
 
@@ -16,12 +17,17 @@ DISTRIBUTION = "cage-align"
 PLACEMENT_KEYS = ("resources", "device")
 # Where the caller gives the identity of a model, it replaces these.
 IDENTITY_KEYS = ("model", "revision", "adapter", "reference")
-# Keys that came later: at their defaults nothing changes, so a run that began without them goes on.
+# Keys that came later, as patterns: at their defaults nothing changes, so a run that began without them goes on.
 LATER_KEYS: Mapping[str, Any] = {
     "input.format": "auto",
     "input.last_assistant": None,
     "input.tools": None,
     "input.keep": [],
+    "input.allow_special_tokens": False,
+    "base.chat_template_time": None,
+    "base.attention": "auto",
+    "principals.*.attention": "auto",
+    "principals.*.placement": "auto",
 }
 
 
@@ -41,7 +47,16 @@ def take_fingerprint(
     for section in ("base", "principals", "decoding", "grid"):
         fields.update(_flatten(section, tree[section], models))
     fields["principals"] = list(config.principals)  # their order is the order of columns and of the game
-    return {key: value for key, value in fields.items() if key not in LATER_KEYS or value != LATER_KEYS[key]}
+    return without_later_keys(fields)
+
+
+def without_later_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint without the keys of `LATER_KEYS` that have their defaults: what any version compares."""
+    return {key: value for key, value in fields.items() if not _is_later_default(key, value)}
+
+
+def _is_later_default(key: str, value: Any) -> bool:
+    return any(value == default and fnmatchcase(key, pattern) for pattern, default in LATER_KEYS.items())
 
 
 def _flatten(place: str, value: Any, models: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
@@ -76,8 +91,8 @@ def explain_mismatch(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def refuse_mismatch(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise RunMismatch unless the fingerprints are the same."""
-    difference = explain_mismatch(old, new)
+    """Raise RunMismatch unless the fingerprints are the same, but for keys that came later and have no effect."""
+    difference = explain_mismatch(without_later_keys(old), without_later_keys(new))
     if difference:
         raise RunMismatch(
             f"{path} holds a run with other settings (stored -> given):\n{difference}\n"

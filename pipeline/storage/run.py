@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import CageError, ConfigurationError
@@ -67,6 +67,7 @@ class Run:
         stored = _read_plan(store)
         plan = plan.with_template_time(stored.template_time)  # a run that goes on another day keeps its time
         refuse_mismatch(store.path, stored.fingerprint, plan.fingerprint)
+        plan = replace(plan, fingerprint=stored.fingerprint)  # an earlier version's may have more keys or fewer
         if stored != plan:
             store.put(PLAN, plan.to_json())
         return cls(store, plan)

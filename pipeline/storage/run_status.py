@@ -24,7 +24,7 @@ class RunStatus:
         num_rows: in the plan.
         shards_done: committed ones.
         rows_aligned: committed without an error.
-        rows_rejected: committed with an error.
+        rows_failed: committed with an error.
         tokens: of the aligned rows.
         seconds: summed over the committed shards, which may have been computed side by side.
         failures: the failed rows by kind of reason, most frequent first.
@@ -42,7 +42,7 @@ class RunStatus:
     num_rows: int
     shards_done: int
     rows_aligned: int
-    rows_rejected: int
+    rows_failed: int
     tokens: int
     seconds: float
     failures: FailuresByKind
@@ -76,7 +76,7 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
         num_rows=plan.num_answers,
         shards_done=len(done),
         rows_aligned=sum(record.rows for record in done),
-        rows_rejected=sum(record.rejected for record in done),
+        rows_failed=sum(record.failed for record in done),
         tokens=sum(record.tokens for record in done),
         seconds=sum(record.seconds for record in done),
         failures=failures,

@@ -38,8 +38,8 @@ from pipeline.stores.store import Store
 
 COMMITS, FAILED = "_commits/", "_failed/"
 EARLIER_FAILED = "_rejected/"  # of runs before 2026-11-25, which can be read and resumed
-# In a data file's footer: the name of the file with its failed rows. Another key would change every file's bytes.
-FAILED_KEY = "cage.rejected"
+# In a data file's footer: the name of the file with its failed rows
+FAILED_KEY, EARLIER_FAILED_KEY = b"cage.failed", b"cage.rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,10 @@ class ShardWriter:
         Returns the record that is stored: this attempt's or, where another one was faster, that one's.
         """
         schema = self._schema
-        failed = self._table([record for record in ordered if record.is_rejected], schema, kept)
-        aligned = self._table([record for record in ordered if not record.is_rejected], schema, kept)
+        failed = self._table([record for record in ordered if record.is_failed], schema, kept)
+        aligned = self._table([record for record in ordered if not record.is_failed], schema, kept)
         failed_name = self._write_failed(shard, failed)
-        data = write_table_bytes(aligned, metadata={FAILED_KEY: failed_name})
+        data = write_table_bytes(aligned, metadata={FAILED_KEY.decode(): failed_name})
         stored = self._write_first(shard, data, aligned)
         record = replace(
             self._record(shard, stored),
@@ -181,7 +181,7 @@ class ShardWriter:
         self._write_pairs(shard, aligned)
         files = {name: data}
         failed: list[tuple[str, str | None]] = []
-        if failed_name := (aligned.schema.metadata or {}).get(FAILED_KEY.encode(), b"").decode():
+        if failed_name := _failed_name(aligned.schema):
             failed_data = self.store.read(failed_name)
             if failed_data is None:
                 raise StorageError(f"{self.store.url(failed_name)} is missing; remove {name} to go on")
@@ -193,7 +193,7 @@ class ShardWriter:
         return CommitRecord(
             shard=shard.index,
             rows=aligned.num_rows,
-            rejected=len(failed),
+            failed=len(failed),
             tokens=count_tokens(aligned),
             sha256_by_file={name: sha256(content) for name, content in files.items()},
             num_bytes=sum(len(content) for content in files.values()),
@@ -222,6 +222,12 @@ class ShardWriter:
 def is_of_failed_rows(name: str) -> bool:
     """Whether a file of a run holds its failed rows."""
     return name.startswith((FAILED, EARLIER_FAILED))
+
+
+def _failed_name(schema: pa.Schema) -> str:
+    """The file of failed rows that a data file names; empty where it has none."""
+    footer = schema.metadata or {}
+    return (footer.get(FAILED_KEY) or footer.get(EARLIER_FAILED_KEY) or b"").decode()
 
 
 def _nonzero(recoveries: Recoveries) -> dict[str, int]:

@@ -38,7 +38,7 @@ def render_card(
         "## How to load it\n\n" + _loading(kinds),
         "## Where it comes from\n\n" + _provenance(plan, judge_models),
         "## Licences\n\n" + _licences(plan, statistics.settings.licences),
-        "## What was dropped\n\n" + _dropped(statistics, manifest["answers_rejected_by_the_run"]),
+        "## What was dropped\n\n" + _dropped(statistics, manifest["answers_failed_in_the_run"]),
         "## Scores\n\n" + _scores(statistics.histograms()),
         "## Columns\n\n" + markdown_table(("column", "what"), COLUMN_NOTES.items()),
         "## Settings\n\n" + markdown_table(("setting", "value"), _settings(plan, statistics)),
@@ -137,11 +137,11 @@ def _licences(plan: Plan, licences: Mapping[str, str]) -> str:
     return markdown_table(("of", "name or identity", "licence"), rows) + "\n\n" + note
 
 
-def _dropped(statistics: DatasetStatistics, num_rejected: int) -> str:
+def _dropped(statistics: DatasetStatistics, num_failed: int) -> str:
     parts = [
         f"{statistics.num_answers:,} answers were looked at. Of each kind of data every one of them is used or was "
         "dropped for one reason, the first that applied; each dropped answer is in `dropped-*.parquet`. "
-        f"{num_rejected:,} more failed when they were decoded."
+        f"{num_failed:,} more failed when they were decoded."
     ]
     for kind in statistics.settings.write:
         counts = [("used", statistics.used[kind]), *statistics.dropped[kind].most_common()]

@@ -32,7 +32,7 @@ from pipeline.synthesis.tables import DatasetSchemas, dropped_row, pair_row, sft
 
 MANIFEST, CARD = f"{FOLDER}manifest.json", f"{FOLDER}README.md"
 DATA_NAME = re.compile(r"((sft|preferences)/(train|validation)|dropped)-\d+-of-\d+\.parquet")
-FORMAT = 1  # raise it when the same answers and settings give other files
+FORMAT = 2  # raise it when the same answers and settings give other files
 
 ReadCandidates = Callable[[str], Iterator[Candidate]]
 
@@ -106,7 +106,7 @@ def make_dataset(
     manifest: dict[str, Any] = {
         "digest": digest,
         "source": source,
-        "answers_rejected_by_the_run": run.status().rows_rejected,
+        "answers_failed_in_the_run": run.status().rows_failed,
         **statistics.to_json(),
         "files": [asdict(file) for file in files],
     }

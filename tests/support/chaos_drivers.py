@@ -68,7 +68,7 @@ class Tally:
 
 
 def make_job(folder: Path, run: Path, *, transport: str = "local", address: str | None = None) -> Config:
-    """The job of every schedule; one prompt is null, so that a shard has a rejected row."""
+    """The job of every schedule; one prompt is null, so that a shard has a failed row."""
     rows = [{"id": f"r{at}", "prompt": None if at == 4 else "tell me " * (at % 3) + "x"} for at in range(NUM_ROWS)]
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -38,7 +38,7 @@ ATTACK = HOSTILE[1]
 def make_run(
     folder: Path, *, num_rows: int = 7, rows_per_shard: int = 3, path: str | None = None, **sections: Any
 ) -> Run:
-    """A finished run over hostile prompts; the last prompt is rejected."""
+    """A finished run over hostile prompts; the last prompt fails."""
     prompts = write_jsonl(
         folder / "prompts.jsonl",
         ({"id": f"{at} {HOSTILE[at % 7]}", "prompt": HOSTILE[at % 7]} for at in range(num_rows)),
@@ -83,8 +83,8 @@ def records_of(run: Run, row: Row) -> Iterator[Record]:
                 tokens=tuple(_tokens(row.messages[0]["content"], number, has_payments=has_payments)),
             )
             is_last = place == run.plan.num_rows - 1
-            rejected = answer(row, sample=sample, variant=index, error=f"no answer: {ATTACK}")
-            yield rejected if is_last else record
+            failed = answer(row, sample=sample, variant=index, error=f"no answer: {ATTACK}")
+            yield failed if is_last else record
 
 
 def _tokens(text: str, number: float, *, has_payments: bool) -> Iterator[TokenTrace]:

@@ -54,7 +54,7 @@ def small_plan(folder: Path, run: str | Path | None = None, *, num_rows: int = 7
 
 
 def answer(row: Row, *, sample: int = 0, text: str = "", error: str | None = None, **fields: Any) -> Record:
-    """A record for a row, a plain function of the row; rejected where the row is or `error` says so."""
+    """A record for a row, a plain function of the row; failed where the row is or `error` says so."""
     error = error or row.error
     response = None if error else text or f"answer to {row.row_id} ({sample})"
     return Record(
