@@ -112,10 +112,7 @@ class Aligner:
                 "input": {"path": NOWHERE},
                 "output": {"path": NOWHERE},
                 "base": _placed(model, placed),
-                "principals": {
-                    name: {key: _placed(value, placed) if key in MODEL_KEYS else value for key, value in each.items()}
-                    for name, each in (principals or {}).items()
-                },
+                "principals": {name: _placed_models(each, placed) for name, each in (principals or {}).items()},
                 "decoding": {"reproducibility": reproducibility, **decoding},
                 "cluster": {"transport": "local", "slots": slots},
             },
@@ -384,6 +381,16 @@ def _placed(value: Any, placed: Mapping[str, str]) -> Any:
     if isinstance(value, str) and value not in ("backbone", "none"):
         value = {"model": value}
     return {**placed, **value} if isinstance(value, Mapping) else value
+
+
+def _placed_models(section: Mapping[str, Any], placed: Mapping[str, str]) -> dict[str, Any]:
+    """A principal's section with its models placed, those of its terms included."""
+    found = {key: _placed(value, placed) if key in MODEL_KEYS else value for key, value in section.items()}
+    if isinstance(terms := found.get("terms"), Mapping):
+        found["terms"] = {
+            name: _placed_models(term, placed) if isinstance(term, Mapping) else term for name, term in terms.items()
+        }
+    return found
 
 
 def _row(prompt: Conversation, row_id: str, weights: Weights | None, answer: str | None, names: Sequence[str]) -> Row:

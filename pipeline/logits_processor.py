@@ -241,9 +241,15 @@ class _NamedModels:
     def replace(self, principals: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """The principals with names in place of models. Raises ConfigurationError where a model is not loaded."""
         return {
-            name: {key: self._name(value, f"principals.{name}.{key}") for key, value in fields.items()}
+            name: {key: self._replace(value, f"principals.{name}.{key}") for key, value in fields.items()}
             for name, fields in principals.items()
         }
+
+    def _replace(self, value: Any, place: str) -> Any:
+        """A value, with names in place of its models where it is a mapping of terms."""
+        if isinstance(value, Mapping) and ".terms" in place:
+            return {key: self._replace(each, f"{place}.{key}") for key, each in value.items()}
+        return self._name(value, place)
 
     def _name(self, value: Any, place: str) -> Any:
         if not place.endswith((".model", ".reference")) or value in (None, "none"):

@@ -10,6 +10,7 @@ from support.sampling_hosts import FOUR, PAIR, LoneHost, assert_same, config_of_
 import cage
 from cage.rule_names import RuleName
 from pipeline.errors import HostOutOfMemory, StateLost
+from pipeline.principals.kinds import KINDS
 from pipeline.protocol.messages import DRAWN, Admission, Position, Step, Terms
 from pipeline.protocol.specs import GameSpec
 from pipeline.protocol.topology import PrincipalPlan
@@ -102,9 +103,9 @@ def test_a_shorter_graph_is_tried_again_when_it_had_been_enough_for_a_while(tiny
     ],
 )
 def test_a_run_is_captured_if_all_of_its_games_can_be(num_principals, rules, candidates, serves):
+    section = KINDS["prompted"](kind="prompted", principle="be kind")
     principals = tuple(
-        PrincipalPlan(str(at), 1.0, "prompted", {"tuned": str(at), "reference": "base"})
-        for at in range(num_principals)
+        PrincipalPlan(str(at), 1.0, section, {"tuned": str(at), "reference": "base"}) for at in range(num_principals)
     )
     sampling = config_of("m", decoding={"candidates": candidates}).decoding.sampling
     games = GameSpec(sampling, principals, frozenset(map(RuleName, rules)))

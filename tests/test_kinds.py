@@ -18,6 +18,10 @@ EXAMPLES = {
     "arm": {"model": "one", "reference": "other"},
     "tuned_pair": {"model": "one", "reference": "other"},
     "reward_model": {"model": "one"},
+    "formula": {
+        "formula": "one - 0.5 * max(other, base)",
+        "terms": {"one": {"model": "one"}, "other": {"model": "other"}},
+    },
 }
 
 

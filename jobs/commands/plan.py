@@ -101,7 +101,7 @@ def _reward(principal: PrincipalPlan, scoring: Scoring | None) -> str:
     """How a principal's q comes about."""
     if scoring is not None:
         return _score(scoring)
-    return " - ".join(f"log p[{role}]" for role in principal.roles.values())
+    return principal.section.describe(principal.roles)
 
 
 def _score(scoring: Scoring) -> str:

@@ -55,6 +55,5 @@ class ArmPrincipal(PrincipalSection):
             roles[REFERENCE] = RoleRequest(model, takes_weights=weighted)
         return roles
 
-    @staticmethod
-    def rewards(outputs: Mapping[str, Tensor]) -> Tensor:
+    def rewards(self, outputs: Mapping[str, Tensor]) -> Tensor:
         return log_ratio(outputs)

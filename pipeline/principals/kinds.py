@@ -13,13 +13,15 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from pipeline.principals.arm import ArmPrincipal
+from pipeline.principals.formula import FormulaPrincipal
 from pipeline.principals.prompted import PromptedPrincipal
 from pipeline.principals.reward_model import RewardModelPrincipal
 from pipeline.principals.section import PrincipalSection
 from pipeline.principals.tuned_pair import TunedPairPrincipal
 
 Principal = Annotated[
-    PromptedPrincipal | ArmPrincipal | TunedPairPrincipal | RewardModelPrincipal, Field(discriminator="kind")
+    PromptedPrincipal | ArmPrincipal | TunedPairPrincipal | RewardModelPrincipal | FormulaPrincipal,
+    Field(discriminator="kind"),
 ]
 
 KINDS: Mapping[str, type[PrincipalSection]] = MappingProxyType(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.principals.section import REFERENCE, TUNED, PrincipalSection, RoleRequest, log_ratio
 from pipeline.sections import ModelConfig, Placement, model_from_name
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class PromptedPrincipal(PrincipalSection):
-    """q(a) = log pi(a | principle, x) - log pi(a | x), by the base's weights or by `model`."""
+    """q(a) = log pi(a | principle, x) - log pi(a | x), by the base's weights or by `model`.
+
+    With `negative_principle` the second prompt has that principle: q(a) = log pi(a | principle, x) - log pi(a |
+    negative principle, x).
+    """
 
     silent_because: ClassVar[str] = (
         "its prompt is the same with and without the principle, because the chat template drops system messages "
@@ -23,6 +27,9 @@ class PromptedPrincipal(PrincipalSection):
     )
     kind: Literal["prompted"]
     principle: str = Field(min_length=1, description="what the principal asks for")
+    negative_principle: str | None = Field(
+        None, min_length=1, description="what the principal asks not to do; its prompt takes the plain one's place"
+    )
     placement: Placement = Field(
         "auto",
         description="where the principle goes: the system message, the first user message, or (auto) the system "
@@ -30,16 +37,29 @@ class PromptedPrincipal(PrincipalSection):
     )
     model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
 
+    @model_validator(mode="after")
+    def _contrasts(self) -> PromptedPrincipal:
+        if self.negative_principle == self.principle:
+            raise ValueError("negative_principle is the principle itself, so that q would be 0 at every token")
+        return self
+
     def roles(self) -> dict[str, RoleRequest]:
-        """The model with the principle, and without it: the base itself where model and template are the base's."""
+        """The model with the principle, and without it: the base itself where model and template are the base's.
+
+        The second has the negative principle where there is one.
+        """
         weighted = self.takes_weights
         return {
             TUNED: RoleRequest(
                 self.model, principle=self.principle, takes_weights=weighted, placement=self.placement
             ),
-            REFERENCE: RoleRequest(self.model, takes_weights=weighted),
+            REFERENCE: RoleRequest(
+                self.model,
+                principle=self.negative_principle,
+                takes_weights=weighted,
+                placement="auto" if self.negative_principle is None else self.placement,
+            ),
         }
 
-    @staticmethod
-    def rewards(outputs: Mapping[str, Tensor]) -> Tensor:
+    def rewards(self, outputs: Mapping[str, Tensor]) -> Tensor:
         return log_ratio(outputs)

@@ -39,6 +39,5 @@ class RewardModelPrincipal(PrincipalSection):
         scoring = Scoring(self.candidates, self.interval, self.sign * self.scale, self.label)
         return {TUNED: RoleRequest(self.model, scoring=scoring, takes_weights=self.takes_weights)}
 
-    @staticmethod
-    def rewards(outputs: Mapping[str, Tensor]) -> Tensor:
+    def rewards(self, outputs: Mapping[str, Tensor]) -> Tensor:
         return outputs[TUNED].double()

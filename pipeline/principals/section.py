@@ -66,10 +66,13 @@ class PrincipalSection(Section):
     def roles(self) -> dict[str, RoleRequest]:
         """The outputs that it needs, by part; `TUNED` is always one of them and comes first."""
 
-    @staticmethod
     @abstractmethod
-    def rewards(outputs: Mapping[str, Tensor]) -> Tensor:
+    def rewards(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """The token reward q in nats and float64, from the outputs of its roles by part, which have one shape."""
+
+    def describe(self, roles: Mapping[str, str]) -> str:
+        """How q comes about, in a line, with the name of the role for each part."""
+        return " - ".join(f"log p[{role}]" for role in roles.values())
 
     @property
     def takes_weights(self) -> bool:
@@ -85,8 +88,8 @@ class PrincipalSection(Section):
     @property
     def adapters(self) -> dict[str, str]:
         """The adapters that it names, by key of its section."""
-        adapter = getattr(self, "adapter", None)
-        return {} if adapter is None else {"adapter": adapter}
+        values = {key: getattr(self, key) for key in type(self).model_fields if key.endswith("adapter")}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def log_ratio(outputs: Mapping[str, Tensor]) -> Tensor:

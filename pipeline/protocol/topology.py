@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.sections import ModelConfig, Placement
+
+if TYPE_CHECKING:
+    from pipeline.principals.section import PrincipalSection
 
 BASE = "base"  # the name of the base's role, and of its host
 
@@ -79,14 +82,19 @@ class PrincipalPlan:
     Args:
         name: its name in the configuration.
         weight: its configured preference weight.
-        kind: its kind, as `pipeline.principals.kinds` lists them.
+        section: its section, which makes its token reward out of the outputs of its roles.
         roles: the name of a role for each part of its reward.
     """
 
     name: str
     weight: float
-    kind: str
+    section: PrincipalSection
     roles: Mapping[str, str]
+
+    @property
+    def kind(self) -> str:
+        """Its kind, as `pipeline.principals.kinds` lists them."""
+        return self.section.kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class _TopologyBuilder:
             kwargs = kwargs if is_own else {**self._config.base.chat_template_kwargs, **kwargs}
             own = name if part == TUNED else f"{name}.{part}"
             roles[part] = self._add_role(own, request, section.template or inherited, kwargs)
-        return PrincipalPlan(name, section.weight, section.kind, roles)
+        return PrincipalPlan(name, section.weight, section, roles)
 
     def _add_role(
         self, name: str, request: RoleRequest, template: str | None, template_kwargs: Mapping[str, Any]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import cage
 from cage.rule_names import RuleName
-from pipeline.principals.kinds import KINDS
 from pipeline.protocol.messages import Candidates, Terms, TokenOutcome
 from pipeline.protocol.specs import SamplingOptions
 from pipeline.protocol.topology import HostRole, PrincipalPlan
@@ -36,7 +35,7 @@ def by_role(roles: Sequence[HostRole], outputs_BRK: Tensor) -> dict[str, Tensor]
 def token_rewards(principals: Sequence[PrincipalPlan], outputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Value: each principal's q in nats, in float64, from the outputs of its roles (of any one shape)."""
     return [
-        KINDS[principal.kind].rewards({part: outputs[role] for part, role in principal.roles.items()})
+        principal.section.rewards({part: outputs[role] for part, role in principal.roles.items()})
         for principal in principals
     ]
 

@@ -16,7 +16,7 @@ DISTRIBUTION = "cage-align"
 # These say where a model runs, not what it computes.
 PLACEMENT_KEYS = ("resources", "device")
 # Where the caller gives the identity of a model, it replaces these.
-IDENTITY_KEYS = ("model", "revision", "adapter", "reference")
+IDENTITY_KEYS = ("model", "revision", "adapter", "reference", "reference_adapter")
 # Keys that came later, as patterns: at their defaults nothing changes, so a run that began without them goes on.
 LATER_KEYS: Mapping[str, Any] = {
     "input.format": "auto",
@@ -28,6 +28,9 @@ LATER_KEYS: Mapping[str, Any] = {
     "base.attention": "auto",
     "principals.*.attention": "auto",
     "principals.*.placement": "auto",
+    "principals.*.negative_principle": None,
+    "principals.*.adapter": None,
+    "principals.*.reference_adapter": None,
 }
 
 
