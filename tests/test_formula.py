@@ -53,8 +53,8 @@ def test_a_formula_is_arithmetic(text, expected):
 @pytest.mark.parametrize(
     "text",
     ["", "1", "a b", "a * b", "a / b", "a / 0", "1 / a", "a ** 2", "a // 2", "a % 2", "a.b", "a[0]", "f(a)", "max(a)",
-     "max(a, key=b)", "a if b else a", "'a'", "a and b", "__import__('os')", "(a, b)", "a := 2", "lambda: a", "1e999 * a",
-     "not a", "~a", "True * a", "a" * 2001, "(" * 300 + "a" + ")" * 300, "a\nb", "a / (1 - 1)"],
+     "max(a, key=b)", "a if b else a", "'a'", "a and b", "__import__('os')", "(a, b)", "a := 2", "lambda: a",
+     "1e999 * a", "not a", "~a", "True * a", "a" * 2001, "(" * 300 + "a" + ")" * 300, "a\nb", "a / (1 - 1)"],
 )  # fmt: skip
 def test_what_is_no_formula_is_refused_in_one_line(text):
     with pytest.raises(ValueError, match=r"formula|names no term") as caught:
