@@ -54,6 +54,11 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ERROR = "error"
 
+    @property
+    def words(self) -> str:
+        """What happened, for people."""
+        return {self.STOP: "ended", self.LENGTH: "cut at max_new_tokens", self.ERROR: "failed"}[self]
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -134,8 +134,12 @@ def test_rules_by_hand():
     assert rules["linear"]["mip"] == pytest.approx((0.75 * 0.5 + 0 + 1) / 2)
     assert rules["equilibrium"]["mip"] == pytest.approx((0.75 * 1 + 0.25 * 0.25 + 1) / 2)
     assert rules["base"]["mip"] == pytest.approx((0.75 * 0.25 + 0.25 * 0.5 + 0.5) / 2)
-    assert rules["equilibrium"]["worst_principal"] == pytest.approx(0.25)
-    assert rules["linear"]["worst_principal"] == 0
+    # the second point of each rule has weights (0, 1): its first principal asks for nothing
+    assert rules["equilibrium"]["worst_principal"] == pytest.approx((0.25 + 1) / 2)
+    assert rules["linear"]["worst_principal"] == pytest.approx((0 + 1) / 2)
+    assert rules["base"]["worst_principal"] == pytest.approx((0.25 + 0.5) / 2)
+    # the reference point is (-0.4, -0.4), the best mean of each objective 4
+    assert rules["equilibrium"]["normalised_hypervolume"] == pytest.approx((2 * 4.4 * 1.4 - 1.4**2) / 4.4**2)
     reference = -0.4
     assert rules["base"]["hypervolume"] == pytest.approx((1 - reference) * (2 - reference))
     assert rules["equilibrium"]["hypervolume"] == pytest.approx(

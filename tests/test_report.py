@@ -15,15 +15,17 @@ from support.commands import cage
 from support.reports import ATTACK, GRID, HOSTILE, add_evaluation, make_run, metrics_of
 from support.storage import PRINCIPALS, s3_server
 
+from jobs.commands import text as commands_text
 from jobs.commands.report import run_report
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.reporting.columns import data_files, read_batches
-from pipeline.reporting.comparison import table_of
+from pipeline.reporting.comparison import describe_metrics, table_of
 from pipeline.reporting.dataset import describe_dataset
+from pipeline.reporting.existing import ALL, Lead
 from pipeline.reporting.metrics import parse_metrics
 from pipeline.reporting.page import render_report, write_report
 from pipeline.reporting.tally import Tally, tally
-from pipeline.reporting.text import embeddable, visible
+from pipeline.reporting.text import decimal, embeddable, number, plain, visible
 from pipeline.storage.run import Run
 
 
@@ -94,7 +96,7 @@ def test_the_same_files_give_the_same_bytes(evaluated, tmp_path):
 def test_what_comes_from_outside_is_shown_as_text(evaluated, tmp_path):
     for run, texts in (
         (make_run(tmp_path), HOSTILE),
-        (evaluated, [f"a note {ATTACK}", f"no answer: {ATTACK}", f"nothing is told apart {ATTACK}"]),
+        (evaluated, [f"a note {ATTACK}", f"no answer: {ATTACK}", f"nothing is distinguishable {ATTACK}"]),
     ):
         raw = render_report(run)
         page = Page(raw)
@@ -130,12 +132,132 @@ def test_means_extremes_and_shares_are_those_of_the_rows(evaluated):
 
 def test_the_best_and_the_worst_rows_are_found_wherever_they_are(evaluated):
     rows, found = rows_of(evaluated), numbers_of(evaluated)
-    totals = sorted(sum(row["weights"][name] * row["rewards"][name] for name in PRINCIPALS) for row in rows)
-    best, worst = found.by_total.ends()
-    assert [place.score for place in best] == pytest.approx(totals[:-4:-1])
-    assert [place.score for place in worst] == pytest.approx(totals[:3])
-    lowest = sorted(min(row["rewards"].values()) for row in rows)
-    assert found.by_worst.ends()[0][0].score == pytest.approx(lowest[-1])
+    totals, lowest = {}, {}
+    for row in rows:
+        weighted = sum(row["weights"][name] * row["rewards"][name] for name in PRINCIPALS)
+        totals.setdefault(row["row_id"], []).append(weighted / sum(row["weights"].values()))
+        lowest.setdefault(row["row_id"], []).append(
+            min(row["rewards"][name] for name in PRINCIPALS if row["weights"][name])
+        )
+    for ranking, scores in ((found.by_total, totals), (found.by_worst, lowest)):
+        best, worst = ranking.ends()
+        # one answer of each prompt, its best or its worst
+        assert [place.score for place in best] == pytest.approx(sorted(map(max, scores.values()))[:-4:-1])
+        assert [place.score for place in worst] == pytest.approx(sorted(map(min, scores.values()))[:3])
+        for places in (best, worst):
+            assert len({place.row_id for place in places}) == 3
+
+
+def test_weights_say_whose_reward_counts_and_do_not_scale_it(tmp_path):
+    first, second = (
+        make_run(
+            tmp_path / str(factor),
+            principals={
+                name: {**section, "weight": factor * weight}
+                for (name, section), weight in zip(PRINCIPALS.items(), (0.25, 0.75), strict=True)
+            },
+        )
+        for factor in (1, 3)
+        if not (tmp_path / str(factor)).mkdir()
+    )
+    chosen = [
+        [place.score for places in numbers_of(run).by_total.ends() for place in places] for run in (first, second)
+    ]
+    assert chosen[0] == pytest.approx(chosen[1])
+
+
+@pytest.fixture(scope="module")
+def relabelled(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run over rows with existing answers and weights of their own, two samples each."""
+    folder = tmp_path_factory.mktemp("relabelled")
+    return make_run(
+        folder,
+        num_rows=24,
+        rows_per_shard=5,
+        input={"response": "old", "weights": "w"},
+        decoding={"trace": "none", "n": 2, "max_new_tokens": 33},
+    )
+
+
+def test_new_answers_are_compared_with_existing_ones_by_principal_and_by_weight(relabelled):
+    rows = [row for row in rows_of(relabelled) if row["original_rewards"] is not None]
+    leads = numbers_of(relabelled).leads["equilibrium"]
+    for name in (*PRINCIPALS, ALL):
+        by_prompt: dict[str, list[float]] = {}
+        for row in rows:
+            weights = row["weights"] if name == ALL else {name: 1.0}
+            if not (total := sum(weights.values())):
+                continue
+            gain = sum(w * (row["rewards"][of] - row["original_rewards"][of]) for of, w in weights.items()) / total
+            by_prompt.setdefault(row["row_id"], []).append(0.0 if row["chosen"] is None else gain)
+        gains = np.array(list(by_prompt.values()))
+        lead = leads[name]
+        assert (lead.wins, lead.ties, lead.losses) == ((gains > 0).sum(), (gains == 0).sum(), (gains < 0).sum())
+        assert lead.wins
+        assert lead.ties
+        assert lead.losses
+        assert lead.mean == pytest.approx(gains.mean())
+        # prompts have equally many answers, so the interval is that of a mean of prompts' means
+        error = gains.mean(1).std(ddof=1) / np.sqrt(len(gains))
+        assert lead.mean_interval() == pytest.approx((gains.mean() - 1.96 * error, gains.mean() + 1.96 * error))
+        low, high = lead.win_interval()
+        assert 0 <= low < (gains > 0).mean() < high <= 1
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "interval"),
+    [(8, 2, (0.4902, 0.9433)), (0, 10, (0.0, 0.2775)), (10, 0, (0.7225, 1.0)), (1, 0, (0.2065, 1.0))],
+)
+def test_the_interval_of_a_share_of_wins_is_wilsons(wins, losses, interval):
+    lead = Lead()
+    gains = np.array([1.0] * wins + [-1.0] * losses)
+    lead.add(gains, np.arange(len(gains)))
+    assert lead.win_interval() == pytest.approx(interval, abs=1e-4)
+
+
+def test_the_page_of_a_relabelling_has_the_comparison_the_cut_share_and_the_rows_weights(relabelled):
+    rows = rows_of(relabelled)
+    page = Page(render_report(relabelled))
+    shown = " ".join(page.text.split())
+    numbers = numbers_of(relabelled)
+    compared = sum(row["original_rewards"] is not None for row in rows)
+    assert f"{compared} of {len(rows)} answers have an existing answer" in shown
+    for name, label in (("brief", "brief"), ("kind-1", "kind-1"), (ALL, "all, by weight")):
+        lead = numbers.leads["equilibrium"][name]
+        low, high = lead.win_interval()
+        share = 100 * lead.wins / lead.answers
+        assert f"{label}{share:.1f} %{100 * low:.1f} to {100 * high:.1f} {lead.wins}{lead.ties}{lead.losses}" in shown
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    assert f"{cut} of {len(rows)} answers ({100 * cut / len(rows):.0f} %) were cut at max_new_tokens (33" in shown
+    assert "cut at max_new_tokens · " in shown
+    assert " · length" not in shown
+    weights = [row["weights"]["brief"] for row in rows]
+    assert f"{min(weights):.2f} to {max(weights):.2f}, mean {np.mean(weights):.2f}; 1 where a row has none" in shown
+    chart = json.loads(page.scripts[0])["charts"]["weights.brief"]
+    assert sum(chart["groups"][0]["counts"]) == len(rows)
+
+
+def test_a_run_without_existing_answers_or_cut_ones_has_no_word_of_them(tmp_path):
+    plain = make_run(tmp_path, num_rows=2)
+    text = Page(render_report(plain)).text
+    assert "New answers against" not in text
+    assert "Warning" not in text
+    assert "weights of the rows" not in text
+
+
+@pytest.mark.parametrize("value", [-0.0, -1e-12, -0.0004, 0.0])
+def test_nothing_is_minus_zero(value):
+    for shown in (number(value), decimal(value, 3), plain(value), commands_text.number(value)):
+        assert float(shown.replace("\N{MINUS SIGN}", "-")) != 0 or "-" not in shown.replace("\N{MINUS SIGN}", "-")
+
+
+def test_a_judge_of_which_less_is_better_is_named_so_everywhere(evaluated):
+    tree = metrics_of(evaluated)
+    tree["judges"]["vader"]["sign"] = "lower"
+    labels = describe_metrics(parse_metrics(tree), list(PRINCIPALS))["data"]["labels"]
+    assert labels["vader"] == "minus vader"
+    assert labels[ATTACK] == f"{ATTACK} (minus vader)"
+    assert labels["words"] == "words"
 
 
 def test_rules_are_contrasted_at_equal_terms(evaluated):
@@ -144,11 +266,17 @@ def test_rules_are_contrasted_at_equal_terms(evaluated):
     def terms(row):
         return row["row_id"], row["sample"], row["agent_temperature"], tuple(row["weights"].values())
 
-    linear = {terms(row): min(row["rewards"].values()) for row in rows if row["rule"] == "linear"}
-    ours = [row for row in rows if row["rule"] == "equilibrium"]
-    gains = sorted(min(row["rewards"].values()) - linear[terms(row)] for row in ours)
+    def lowest(row):
+        return min(reward for name, reward in row["rewards"].items() if row["weights"][name])
+
+    linear = {terms(row): lowest(row) for row in rows if row["rule"] == "linear"}
+    gains: dict[str, list[float]] = {}
+    for row in rows:
+        if row["rule"] == "equilibrium":
+            gains.setdefault(row["row_id"], []).append(lowest(row) - linear[terms(row)])
     best, worst = found.by_contrast.ends()
-    assert [place.score for place in (*worst, *best)] == pytest.approx([*gains[:3], *gains[:-4:-1]])
+    assert [place.score for place in best] == pytest.approx(sorted(map(max, gains.values()))[:-4:-1])
+    assert [place.score for place in worst] == pytest.approx(sorted(map(min, gains.values()))[:3])
     for place in (*best, *worst):
         table = pq.read_table(Path(evaluated.store.path) / place.file)
         first, second = (table.slice(at, 1).to_pylist()[0] for at in (place.index, place.partner))
@@ -213,7 +341,7 @@ def test_tables_put_intervals_below_their_numbers_and_align_decimals():
         {"rule": "base", "mip": 0.25, "mip_interval": None, "none": None, "objectives": {"kind": None}},
     ]
     table = table_of(entries)
-    assert table["head"] == ["rule", "mip", "kind"]
+    assert table["head"] == ["rule", "mean inner product (MIP)", "kind"]
     assert [[cell["text"] for cell in row] for row in table["rows"]] == [
         ["linear", "1.00", "0.125"],
         ["base", "0.25", "\N{EN DASH}"],

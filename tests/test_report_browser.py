@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from support.reports import ATTACK, GRID, add_evaluation, make_run
+from support.reports import ATTACK, GRID, add_evaluation, make_run, metrics_of
 
 from pipeline.reporting.page import write_report
 
@@ -65,6 +66,69 @@ def test_every_chart_is_drawn(page):
         assert all((shape.bounding_box() or {"width": 0})["width"] > 1 for shape in shapes.all())
     assert marks(page, "#pareto") == 9
     assert page.locator("#pareto polyline").count() == 2  # the rule base has one point
+
+
+def test_the_control_line_goes_through_the_mean_of_each_weight(browser, tmp_path):
+    run = make_run(tmp_path, num_rows=3, grid=GRID)
+    metrics = metrics_of(run)
+    means = {0.0: [0.0, 2.0], 0.5: [3.0], 1.0: [5.0, 6.0]}
+    points = [(weight, value) for weight, values in means.items() for value in values]
+    metrics["points"] = [
+        {
+            "rule": "linear",
+            "agent_temperature": 0.1,
+            "weights": {"brief": w},
+            "objectives": {"vader": v},
+            "kl_per_token": 1,
+        }
+        for w, v in points
+    ]
+    (tmp_path / "run/_metrics.json").write_text(json.dumps(metrics))
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(Path(write_report(run)).as_uri())
+        line = page.locator("#control polyline").get_attribute("points") or ""
+        corners = [tuple(map(float, each.split(","))) for each in line.split()]
+        centres = page.locator("#control .mark circle").evaluate_all(
+            "all => all.map((each) => [+each.getAttribute('cx'), +each.getAttribute('cy')])"
+        )
+        expected: dict[float, list[float]] = {}
+        for x, y in centres:
+            expected.setdefault(x, []).append(y)
+        assert len(corners) == 3
+        assert corners == [(x, pytest.approx(sum(ys) / len(ys))) for x, ys in sorted(expected.items())]
+        assert page.locator("#control .mark.behind").count() == 4  # the points that share a weight
+
+
+def test_bars_show_their_counts(page):
+    data = json.loads(page.locator("#data").text_content() or "")
+    for name in ("num_tokens", "kl_per_token"):
+        chart = page.locator(f"[data-ridge='{name}']")
+        for at, group in enumerate(data["charts"][name]["groups"]):
+            counts = [int(text) for text in chart.locator(".mark").nth(at).locator("text.count").all_text_contents()]
+            assert counts in ([each for each in group["counts"] if each], [max(group["counts"])])
+    assert page.locator("text.count").count() > 10
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_menus_show_their_whole_choice(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    menus = page.locator("select")
+    assert menus.count() == 4
+    for menu in menus.all():
+        for at in range(menu.locator("option").count()):
+            menu.select_option(index=at)
+            wanted, given = menu.evaluate(
+                "(menu) => { const probe = document.createElement('span');"
+                " const style = getComputedStyle(menu); probe.style.font = style.font;"
+                " probe.style.whiteSpace = 'pre';"
+                " probe.style.position = 'absolute'; probe.textContent = menu.selectedOptions[0].textContent;"
+                " document.body.append(probe); const wanted = probe.getBoundingClientRect().width;"
+                " probe.remove();"
+                " const edges = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);"
+                " return [wanted, menu.clientWidth - edges]; }"
+            )
+            assert wanted <= given or given >= width - 80  # as wide as the page allows
 
 
 def test_rules_objectives_and_temperatures_are_chosen(page):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,13 @@ from pipeline.evaluation.config import EvaluateConfig
 
 if TYPE_CHECKING:
     from pipeline.stages.evaluate import Evaluation
+
+
+COLUMNS = (
+    "share: the hypervolume as a share of the box from the reference point to the best mean of each objective; "
+    "MIP: weights times normalised objectives, the mean over all points; worst: the lowest normalised objective of a "
+    "point, without those of weight 0, the mean over all points; KL: to the base, in nats per token"
+)
 
 
 def run_evaluate(
@@ -48,7 +56,8 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         f"{number(metrics['tokens_per_second'], 1)} tokens/s",
         "",
         _rules(metrics),
-        f"reference point of the hypervolume: {reference}",
+        indented(COLUMNS),
+        f"  reference point of the hypervolume: {reference}",
         "",
         *(indented(sentence) for sentence in metrics["reading"]),
         "",
@@ -63,17 +72,20 @@ def describe_evaluation(evaluation: Evaluation) -> str:
 
 
 def _rules(metrics: dict[str, Any]) -> str:
-    head = ["rule, temperature", "hypervolume", "interval", "MIP", "interval", "worst", "KL", "tokens"]
+    head = ["rule, temperature", "hypervolume", "interval", "share", "MIP", "interval", "worst", "KL", "tokens"]
     entries = [(entry["rule"], entry) for entry in metrics["by_temperature"]]
     entries += [(rule, entry) for rule, entry in metrics["rules"].items()]
+    largest = max(entry["hypervolume"] for _, entry in entries)
+    digits = max(1, 2 - math.floor(math.log10(largest))) if largest > 0 else 1  # three significant digits
     rows = []
     for rule, entry in sorted(entries, key=lambda each: list(metrics["rules"]).index(each[0])):
         temperature = entry.get("agent_temperature")
         rows.append(
             [
                 f"{rule} {'all' if temperature is None else f'{temperature:g}'}",
-                number(entry["hypervolume"], 4),
-                _interval(entry["hypervolume_interval"], 4),
+                number(entry["hypervolume"], digits),
+                _interval(entry["hypervolume_interval"], digits),
+                number(entry["normalised_hypervolume"]),
                 number(entry["mip"]),
                 _interval(entry["mip_interval"]),
                 number(entry["worst_principal"]),
@@ -85,4 +97,4 @@ def _rules(metrics: dict[str, Any]) -> str:
 
 
 def _interval(interval: list[float] | None, digits: int = 3) -> str:
-    return "-" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+    return "-" if interval is None else f"{number(interval[0], digits)} to {number(interval[1], digits)}"

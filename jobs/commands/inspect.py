@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.commands.text import indented, number, printable, table
 from pipeline.errors import ConfigurationError
+from pipeline.records import FinishReason
 from pipeline.storage.run import Run
 
 SHOWN_TOKENS = 400
@@ -28,7 +29,8 @@ def describe_row(row: dict[str, Any]) -> str:
     parts += [f"{printable(message['role'])}:\n{indented(message['content'])}" for message in row["prompt"] or []]
     if row["error"] is not None:
         return "\n".join([*parts, f"failed: {printable(row['error'])}"])
-    parts.append(f"answer ({row['finish_reason']}, {row['num_tokens']} tokens):\n{indented(row['response'])}")
+    ending = FinishReason(row["finish_reason"]).words
+    parts.append(f"answer ({ending}, {row['num_tokens']} tokens):\n{indented(row['response'])}")
     if row.get("original_response") is not None:
         parts.append(f"original answer:\n{indented(row['original_response'])}")
     if row.get("weights"):

@@ -95,15 +95,34 @@ class BootstrapSamples:
         return np.mean(found, axis=0) if found else np.full(len(self.means_SVM), np.nan)
 
     def worst_principals(self, variants: Iterable[int]) -> Floats:
-        """The mean over the variants of the lowest normalised objective, [S]."""
-        worst_SV = self.normalised(self.means_SVM[:, list(variants)]).min(2)
-        mean_S: Floats = worst_SV.mean(1)
-        return mean_S
+        """The mean over the variants of the lowest normalised objective whose weight is not 0, [S].
+
+        A principal without weight asks for nothing, so its objective says nothing about how well it is served. The
+        base's one point is averaged over all weight vectors, as in `mean_inner_products`.
+        """
+        found = []
+        for at in variants:
+            normal_SM = self.normalised(self.means_SVM[:, at])
+            uses_principals = self.data.variants[at].rule.uses_principals
+            for vector_M in self.weights_VM[at : at + 1] if uses_principals else self.weight_vectors():
+                if np.isfinite(vector_M).all():
+                    found.append(normal_SM[:, vector_M > 0].min(1))
+        return np.mean(found, axis=0) if found else np.full(len(self.means_SVM), np.nan)
 
     def hypervolumes(self, variants: Iterable[int]) -> Floats:
         """The hypervolume of the variants' points above the reference point, [S]."""
         chosen_SVM = self.means_SVM[:, list(variants)]
         return np.array([hypervolume(points_VM, self.reference_M) for points_VM in chosen_SVM])
+
+    def normalised_hypervolumes(self, variants: Iterable[int]) -> Floats:
+        """The hypervolume as a share of the box from the reference point to the best mean of each objective, [S].
+
+        NaN where the reference point is not below every best mean, so that there is no box.
+        """
+        sides_M = self.high_M - self.reference_M
+        box = float(np.prod(sides_M)) if (sides_M > 0).all() else np.nan
+        shares_S: Floats = self.hypervolumes(variants) / box
+        return shares_S
 
     def sparsity(self, variants: Iterable[int]) -> float | None:
         """The sparsity of the normalised points' Pareto front (see `metrics.gaps`); None for a single point."""

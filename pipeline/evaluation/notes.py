@@ -29,8 +29,8 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], sampl
         + (". " if config.evaluation.reference_point else " of the objective's range. ")
         + "Hypervolumes from different reference points do not compare; noise widens a front, so that resampled "
         "hypervolumes lie above the estimate.",
-        "mip, worst_principal and weighted use objectives normalised from 0, the lowest mean of everything compared, "
-        "to 1, the highest, and weights that sum to 1; the base is held to every weight vector.",
+        "Objectives are normalised from 0, the lowest mean of everything compared, to 1, the highest; weights sum to "
+        "1. The base uses no weights: its metrics are means over all weight vectors.",
         "All rules share batches, so tokens per second are those of the whole run.",
     ]
     found += [
@@ -66,7 +66,7 @@ def _not_independent(judge: JudgeConfig, principal: str) -> str:
     if measured is None:
         return ""
     whose = "its own reward" if measured == principal else f"the reward of the principal {measured}"
-    return f"it is {whose}, which the rules are told to raise"
+    return f"it is {whose}, which the rules optimize"
 
 
 def _has_equal_kl(samples: BootstrapSamples) -> bool:

@@ -34,9 +34,9 @@ def _overall(differences: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
 
 
 def _verdict(differences: Iterable[Mapping[str, Any]]) -> str:
-    said: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    said: dict[str, list[str]] = {"better than": [], "worse than": [], "not distinguishable from": []}
     for each in differences:
         low, high = each["interval"]
-        verdict = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
+        verdict = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
         said[verdict].append(f"{each['against']} ({each['difference']:+.3f}, {low:+.3f} to {high:+.3f})")
     return "; ".join(f"{verdict} {', '.join(rules)}" for verdict, rules in said.items() if rules)

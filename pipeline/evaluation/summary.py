@@ -89,6 +89,9 @@ def temperatures_of(samples: BootstrapSamples, rule: RuleName) -> list[float]:
 def _measures(samples: BootstrapSamples, variants: list[int]) -> Json:
     entry: Json = {"num_points": len(variants)}
     measured = {name: measure(variants) for name, measure in rule_metrics(samples).items()}
+    # a multiple of the hypervolume: a difference of it would say the same as that of the hypervolume
+    normalised_S = samples.normalised_hypervolumes(variants)
+    measured = {"hypervolume": measured["hypervolume"], "normalised_hypervolume": normalised_S, **measured}
     measured["kl_per_token"] = samples.kl_SV[:, variants].mean(1)
     for name, value_S in measured.items():
         entry[name], entry[f"{name}_interval"] = number(value_S[0]), samples.interval(value_S)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.records import FinishReason
 from pipeline.reporting.scores import ScoreFile
 from pipeline.storage.run import Run
 from pipeline.storage.shard_files import as_damaged_file
@@ -29,6 +30,8 @@ PLAIN = (
     "solver_steps",
     "agent_temperature",
 )
+# of the messages of a pair only the role: it says whether there is one, and is short
+PAIR = "chosen.list.element.role"
 BY_PRINCIPAL = ("weights", "rewards", "payments", "original_rewards")
 
 
@@ -42,7 +45,8 @@ class Batch:
         row_ids, samples, rules: of each row.
         hashes: one per row; to order rows by them is to order them at random, in the same way every time.
         numbers: vectors [N] by name: the plain columns; "rewards.NAME", "weights.NAME" and so on by principal;
-            "scores.NAME" by judge.
+            "scores.NAME" by judge; 0 or 1 in "is_cut" (the answer ended at its length limit) and "has_pair" (it is
+            one of a pair with an existing answer).
     """
 
     file: str
@@ -74,7 +78,12 @@ def read_batches(run: Run, file: str, *, rule: str, judges: Sequence[str] = ()) 
     scores = ScoreFile.beside(run, file, judges)
     with as_damaged_file(run.store.url(file)), run.store.open(file) as handle, pq.ParquetFile(handle) as parquet:
         present = parquet.schema_arrow.names
-        wanted = [name for name in ("row_id", "sample", "variant", "rule", *PLAIN, *BY_PRINCIPAL) if name in present]
+        wanted = [
+            name
+            for name in ("row_id", "sample", "variant", "rule", "finish_reason", *PLAIN, *BY_PRINCIPAL)
+            if name in present
+        ]
+        wanted += [PAIR] if "chosen" in present else []
         start = 0
         for piece in parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=wanted):
             yield _batch(piece, file, start, rule, scores)
@@ -89,6 +98,9 @@ def _batch(piece: pa.RecordBatch, file: str, start: int, rule: str, scores: Scor
     for name in BY_PRINCIPAL:
         for field in columns[name].type if name in columns else ():
             numbers[f"{name}.{field.name}"] = _floats(pc.struct_field(columns[name], field.name))
+    numbers["is_cut"] = _floats(pc.equal(columns["finish_reason"], str(FinishReason.LENGTH)))
+    if "chosen" in columns:
+        numbers["has_pair"] = _floats(columns["chosen"].is_valid())
     samples = columns["sample"].to_pylist()
     variants = columns["variant"].to_pylist() if "variant" in columns else [0] * len(row_ids)
     keys = list(zip(row_ids, variants, samples, strict=True))

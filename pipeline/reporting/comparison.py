@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.reporting.metrics import SHOWN_LINES, Interval, Metrics, VariantMetrics, as_interval, as_number
-from pipeline.reporting.text import decimal, plain, visible
+from pipeline.reporting.text import MINUS, ROUNDING, decimal, plain, visible
 
-MAX_DIGITS = 3
+SHOWN_DIGITS = 3  # significant ones of a column's largest number
+MAX_DECIMALS = 6
+HEADS = {
+    "num_points": "points",
+    "normalised_hypervolume": "normalised hypervolume",
+    "mip": "mean inner product (MIP)",
+    "kl_per_token": "KL per token",
+    "num_tokens": "tokens",
+    "equal_kl": "score at equal KL",
+    "is_monotone": "monotone",
+}
+# What the report says below a table that has the column.
+MEANINGS = {
+    "hypervolume": "the volume, in the space of objectives, between the reference point and the rule's Pareto front; "
+    "its unit is the product of the judges' units.",
+    "normalised_hypervolume": "the same as a share of the box from the reference point to the best mean of each "
+    "objective: 0 is nothing, 1 is the best of every objective at once.",
+    "mip": "each point's weights times its objectives, which are normalised from 0 (the lowest mean of everything "
+    "compared) to 1 (the highest); the mean over the points. It rises when a rule gives more to those who have more "
+    "weight.",
+    "worst_principal": "the lowest normalised objective of a point, without those of principals with weight 0; the "
+    "mean over the points.",
+    "sparsity": "how far apart neighbouring points of the Pareto front lie: their mean squared distance by "
+    "objective, summed over normalised objectives. Less is better: weights then choose among denser compromises.",
+    "equal_kl": "the mean inner product at KL levels that all rules reach, read off between agent temperatures.",
+    "spearman": "the rank correlation of weight and objective: 1 where every larger weight has a higher objective.",
+    "is_monotone": "whether the objective never falls as the weight rises.",
+}
 METRICS = {"mip": "mean inner product", "worst_principal": "the worst principal", "equal_kl": "the score at equal KL"}
 
 
@@ -20,23 +49,26 @@ def describe_metrics(metrics: Metrics, principal_names: Sequence[str]) -> dict[s
         principal_names: of the run, to match principals with objectives where the metrics do not.
     """
     shown = metrics.points[:SHOWN_LINES]
+    labels = _labels(metrics)
+    others = [name for name in metrics.judge_names if name not in _measuring(metrics)]
     temperatures = _column([point.agent_temperature for point in shown], [None] * len(shown))
     points = [
-        {**_point_row(point, metrics), "temperature": at} for point, at in zip(shown, temperatures, strict=True)
+        {**_point_row(point, metrics, others), "temperature": at}
+        for point, at in zip(shown, temperatures, strict=True)
     ]
     return {
         "data": {
             "objectives": metrics.objectives,
             "judges": metrics.judge_names,
-            "labels": _labels(metrics),
+            "labels": labels,
             "reference": metrics.reference_point,
             "points": [_point_data(point) for point in metrics.points],
             "control": _control_pairs(metrics, principal_names),
             "differences": [_difference_data(each) for each in metrics.differences],
         },
-        "columns": [visible(name) for name in (*_labels(metrics).values(), *metrics.judge_names)],
+        "columns": [visible(labels[name]) for name in (*metrics.objectives, *others)],
         "reference": [(visible(name), value) for name, value in metrics.reference_point.items()],
-        "normalised_from": [(visible(name), plain(ends)) for name, ends in metrics.normalised_from.items()],
+        "normalised_from": [(visible(name), _span(ends)) for name, ends in metrics.normalised_from.items()],
         "points": points,
         "num_points": len(metrics.points),
         "rules": table_of([{"rule": rule, **values} for rule, values in metrics.rules.items()]),
@@ -47,21 +79,39 @@ def describe_metrics(metrics: Metrics, principal_names: Sequence[str]) -> dict[s
         "equal_kl": table_of(metrics.equal_kl),
         "judges": _judges(metrics.judges),
         "bootstrap": plain(metrics.bootstrap) if metrics.bootstrap else "",
-        "reading": [visible(sentence) for sentence in metrics.reading],
+        "reading": [re.sub(r"-(?=\d)", MINUS, visible(sentence)) for sentence in metrics.reading],
         "notes": [visible(note) for note in metrics.notes],
     }
 
 
 def _labels(metrics: Metrics) -> dict[str, str]:
-    """By objective its label: the name, with the judge that measures it where _metrics.json says which."""
-    judges = {
-        str(objective): judge
-        for judge, section in metrics.judges.items()
-        if isinstance(section, dict) and isinstance(section.get("measures"), list)
-        for objective in section["measures"]
-    }
+    """By judge and by objective the label of its score.
+
+    A judge of which less is better has negated scores, and "minus" says so. An objective has the label of its judge
+    in brackets, where _metrics.json says which it is.
+    """
+    labels = judge_labels(metrics)
+    judge_of = {objective: judge for judge, objectives in _measuring(metrics).items() for objective in objectives}
+    own = {}
+    for name in metrics.objectives:
+        judge = judge_of.get(name, name)
+        own[name] = labels.get(name, name) if judge == name else f"{name} ({labels.get(judge, judge)})"
+    return {**labels, **own}
+
+
+def judge_labels(metrics: Metrics) -> dict[str, str]:
+    """By judge the label of its score."""
+    signs = {name: section.get("sign") for name, section in metrics.judges.items() if isinstance(section, dict)}
+    names = dict.fromkeys([*metrics.judge_names, *metrics.judges])
+    return {name: f"minus {name}" if signs.get(name) == "lower" else name for name in names}
+
+
+def _measuring(metrics: Metrics) -> dict[str, list[str]]:
+    """By judge the objectives that it measures, without judges that measure none."""
     return {
-        name: f"{name} ({judges[name]})" if judges.get(name, name) != name else name for name in metrics.objectives
+        judge: [str(name) for name in section["measures"]]
+        for judge, section in metrics.judges.items()
+        if isinstance(section, dict) and isinstance(section.get("measures"), list) and section["measures"]
     }
 
 
@@ -84,7 +134,8 @@ def table_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         for key in shown
     ]
     return {
-        "head": [visible(key).replace("_", " ") for key in shown],
+        "head": [HEADS.get(key, visible(key).replace("_", " ")) for key in shown],
+        "meanings": [(HEADS.get(key, key.replace("_", " ")), MEANINGS[key]) for key in shown if key in MEANINGS],
         "numeric": [any(cell["number"] is not None for cell in column) for column in columns],
         "rows": [list(row) for row in zip(*columns, strict=True)],
         "num_rows": len(entries),
@@ -93,6 +144,10 @@ def table_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _inner(objectives: Any) -> Mapping[str, Any]:
     return objectives if isinstance(objectives, dict) else {}
+
+
+def _span(ends: Any) -> str:
+    return " to ".join(map(plain, ends)) if isinstance(ends, list) else plain(ends)
 
 
 def _interval_of(key: str) -> str | None:
@@ -105,7 +160,7 @@ def _interval_of(key: str) -> str | None:
 def _column(values: Sequence[Any], intervals: Sequence[Any]) -> list[dict[str, Any]]:
     """Cells with text, interval and the number to sort by; all numbers of a column have the same decimals."""
     found = [as_interval(value, ends) for value, ends in zip(values, intervals, strict=True)]
-    digits = max((_digits(each.mean) for each in found if each.mean is not None), default=0)
+    digits = _decimals([each.mean for each in found if each.mean is not None])
     return [
         {
             "text": plain(value) if each.mean is None else decimal(each.mean, digits),
@@ -118,9 +173,13 @@ def _column(values: Sequence[Any], intervals: Sequence[Any]) -> list[dict[str, A
     ]
 
 
-def _digits(value: float) -> int:
-    """How many decimals a number needs, up to MAX_DIGITS."""
-    return len(f"{value:.{MAX_DIGITS}f}".rstrip("0").partition(".")[2])
+def _decimals(values: Sequence[float]) -> int:
+    """How many decimals show SHOWN_DIGITS digits of the largest number, without zeros that all would end in."""
+    largest = max(map(abs, values), default=0.0)
+    if largest <= ROUNDING:
+        return 0
+    wanted = min(MAX_DECIMALS, max(1, SHOWN_DIGITS - 1 - math.floor(math.log10(largest))))
+    return max(len(f"{value:.{wanted}f}".rstrip("0").partition(".")[2]) for value in values)
 
 
 def _point_data(point: VariantMetrics) -> dict[str, Any]:
@@ -148,14 +207,14 @@ def _difference_data(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _point_row(point: VariantMetrics, metrics: Metrics) -> dict[str, Any]:
+def _point_row(point: VariantMetrics, metrics: Metrics, judges: Sequence[str]) -> dict[str, Any]:
     nothing = Interval(None)
     values = [point.objectives.get(name, nothing) for name in metrics.objectives]
     return {
         "rule": visible(point.rule),
         "weights": ", ".join(f"{visible(name)} {weight:g}" for name, weight in point.weights.items()),
         "num_rows": point.num_rows,
-        "numbers": values + [point.scores.get(name, nothing) for name in metrics.judge_names],
+        "numbers": values + [point.scores.get(name, nothing) for name in judges],
         "kl": point.kl_per_token,
         "tokens": point.num_tokens,
         "worst": point.worst_principal,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,21 @@ class Quantity:
     is_count: bool = False
 
 
-def shown_quantities(principal_names: Sequence[str], judges: Sequence[str]) -> list[Quantity]:
-    """The quantities to draw, in order; one that no row has is left out later."""
+def shown_quantities(
+    principal_names: Sequence[str], judges: Mapping[str, str], *, has_row_weights: bool
+) -> list[Quantity]:
+    """The quantities to draw, in order; one that no row has is left out later.
+
+    Args:
+        principal_names: of the run.
+        judges: by name, the label of the score.
+        has_row_weights: whether rows bring their own weights.
+    """
+    weighted = principal_names if has_row_weights else ()
     return [
         *(Quantity(f"rewards.{name}", f"Reward of {name}", "nats per answer") for name in principal_names),
-        *(Quantity(f"scores.{name}", f"Judge {name}", "score") for name in judges),
+        *(Quantity(f"weights.{name}", f"Weight of {name}", "of a row") for name in weighted),
+        *(Quantity(f"scores.{name}", f"Judge: {label}", "score") for name, label in judges.items()),
         Quantity("num_tokens", "Length", "tokens", is_count=True),
         Quantity("kl_per_token", "KL to the base", "nats per token"),
     ]
@@ -87,7 +97,7 @@ def _edges(values: Floats, quantity: Quantity, num_groups: int) -> Floats:
     if high - low > 3 * (inner_high - inner_low) > 0:
         low, high = float(inner_low), float(inner_high)
     if low == high:
-        low, high = (low - 0.5, high + 0.5)
+        return np.array([low - 0.5, high + 0.5])
     # Rice's rule: twice the cube root of the number of values
     bins = int(np.clip(np.ceil(2 * (values.size / num_groups) ** (1 / 3)), 5, MAX_BINS))
     if quantity.is_count:

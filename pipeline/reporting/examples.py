@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.records import FinishReason
 from pipeline.reporting.scores import ScoreFile
 from pipeline.reporting.tally import Place
 from pipeline.reporting.text import clipped, visible
@@ -70,7 +71,7 @@ def describe_example(row: Row, principal_names: Sequence[str], default_rule: str
         "agent_temperature": row.get("agent_temperature"),
         "messages": [_message(message) for message in messages],
         "answer": clipped(visible(row["response"] or ""), ANSWER_LIMIT),
-        "finish_reason": visible(row["finish_reason"]),
+        "ending": FinishReason(row["finish_reason"]).words,
         "num_tokens": row["num_tokens"],
         "kl_per_token": row.get("kl_per_token"),
         "original": _original(row),

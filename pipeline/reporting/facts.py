@@ -7,8 +7,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.reporting.tally import Summary, Tally
-from pipeline.reporting.text import NOTHING, number, plain, visible
+from pipeline.reporting.text import NOTHING, decimal, number, plain, visible
 from pipeline.storage.run import Run
+
+MANY_CUT = 0.05  # the share of answers cut at their limit from which the report warns
 
 
 def describe_facts(run: Run, tally: Tally) -> dict[str, Any]:
@@ -34,7 +36,6 @@ def describe_facts(run: Run, tally: Tally) -> dict[str, Any]:
         ("Shards", f"{status.shards_done:,} of {status.num_shards:,} committed"),
         ("Last commit", NOTHING if last is None else f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC"),
         ("Program", f"version {plain(print_.get('code.version'))}"),
-        *(("Warning", visible(line)) for line in status.silent.values()),
     ]
     return {
         "title": visible(status.path.rstrip("/").rpartition("/")[2]),
@@ -46,22 +47,73 @@ def describe_facts(run: Run, tally: Tally) -> dict[str, Any]:
             ("tokens", status.tokens),
         ],
         "pairs": [(label, value) for label, value in facts if value],
+        "warnings": [*(visible(line) for line in status.silent.values()), *_cut_warnings(run, tally)],
         "fingerprint": plan.digest,
     }
 
 
-def describe_principals(run: Run) -> list[dict[str, str]]:
-    """Each principal's kind, configured weight, and its principle or models."""
+def describe_principals(run: Run, tally: Tally) -> list[dict[str, str]]:
+    """Each principal's kind, its weights, and its principle or models."""
     configured = run.plan.config.get("principals", {})
-    is_grid = bool(run.plan.config.get("grid", {}).get("weights"))
     return [
         {
             "name": name,
             "kind": plain(section.get("kind")),
-            "weight": "weights of the grid" if is_grid else f"weight {plain(section.get('weight'))}",
+            "weight": _weights(run, tally, name, plain(section.get("weight"))),
             "asks": visible(section.get("principle") or _models(run.plan.models, name)),
         }
         for name, section in ((name, configured.get(name, {})) for name in run.plan.principal_names)
+    ]
+
+
+def has_row_weights(run: Run) -> bool:
+    """Whether rows bring their own weights, which a grid of weights replaces."""
+    return bool(run.plan.config.get("input", {}).get("weights")) and not _has_weight_grid(run)
+
+
+def _has_weight_grid(run: Run) -> bool:
+    return bool(run.plan.config.get("grid", {}).get("weights"))
+
+
+def _weights(run: Run, tally: Tally, name: str, configured: str) -> str:
+    if _has_weight_grid(run):
+        return "weights of the grid"
+    if not has_row_weights(run) or not tally.rows:
+        return f"weight {configured}"
+    column, summaries = f"weights.{name}", tally.by_rule.values()
+    low, high = min(each.lows[column] for each in summaries), max(each.highs[column] for each in summaries)
+    mean = sum(each.sums[column] for each in summaries) / sum(each.counts[column] for each in summaries)
+    if low == high:
+        return f"weight {plain(low)} in every row"
+    span = f"{decimal(low, 2)} to {decimal(high, 2)}, mean {decimal(mean, 2)}"
+    return f"weights of the rows: {span}; {configured} where a row has none"
+
+
+def describe_endings(tally: Tally) -> list[dict[str, Any]]:
+    """One entry per rule: how many answers were cut at their length limit."""
+    return [
+        {
+            "rule": visible(rule),
+            "answers": summary.rows,
+            "cut": int(summary.sums.get("is_cut", 0)),
+            "share": summary.mean("is_cut") or 0.0,
+            "tokens": summary.mean("num_tokens"),
+            "longest": None if "num_tokens" not in summary.highs else int(summary.highs["num_tokens"]),
+        }
+        for rule, summary in tally.by_rule.items()
+    ]
+
+
+def _cut_warnings(run: Run, tally: Tally) -> list[str]:
+    """A line where so many answers were cut that the numbers of the run are those of parts of answers."""
+    cut = int(sum(summary.sums.get("is_cut", 0) for summary in tally.by_rule.values()))
+    if cut <= MANY_CUT * tally.rows:
+        return []
+    limit = plain(run.plan.config.get("decoding", {}).get("max_new_tokens"))
+    return [
+        f"{cut:,} of {tally.rows:,} answers ({100 * cut / tally.rows:.0f} %) were cut at max_new_tokens ({limit}, "
+        "less where a row or the context allows less). They end in the middle, and their rewards are those of a part. "
+        'Raise decoding.max_new_tokens, or leave out rows whose finish_reason is "length".'
     ]
 
 

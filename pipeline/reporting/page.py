@@ -11,11 +11,19 @@ import jinja2
 
 from pipeline.reporting import text
 from pipeline.reporting.columns import data_files, read_batches
-from pipeline.reporting.comparison import describe_metrics
+from pipeline.reporting.comparison import describe_metrics, judge_labels
 from pipeline.reporting.dataset import describe_dataset
 from pipeline.reporting.distributions import HEALTH, describe_distribution, shown_quantities
 from pipeline.reporting.examples import fetch_failed
-from pipeline.reporting.facts import describe_facts, describe_health, describe_principals, describe_settings
+from pipeline.reporting.existing import describe_leads
+from pipeline.reporting.facts import (
+    describe_endings,
+    describe_facts,
+    describe_health,
+    describe_principals,
+    describe_settings,
+    has_row_weights,
+)
 from pipeline.reporting.metrics import Metrics, read_metrics
 from pipeline.reporting.scores import find_judges
 from pipeline.reporting.showcase import collect_examples
@@ -50,7 +58,8 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
     numbers = tally(batches, names, sampled_rows=sampled_rows)
     metrics, dataset = read_metrics(run), describe_dataset(run)
     comparison = describe_metrics(metrics, names) if metrics else None
-    quantities = [*shown_quantities(names, judges), *HEALTH]
+    labels = {name: (judge_labels(metrics) if metrics else {}).get(name, name) for name in judges}
+    quantities = [*shown_quantities(names, labels, has_row_weights=has_row_weights(run)), *HEALTH]
     drawn = {quantity.column: describe_distribution(numbers, quantity) for quantity in quantities}
     charts = {name: chart for name, chart in drawn.items() if chart is not None}
     health = [quantity.column for quantity in HEALTH if quantity.column in charts]
@@ -62,13 +71,16 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
     }
     return _render(
         facts=describe_facts(run, numbers),
-        principals=describe_principals(run),
+        principals=describe_principals(run, numbers),
+        endings=describe_endings(numbers),
+        leads=describe_leads(numbers.leads, names, list(numbers.by_rule)),
         comparison=comparison,
         dataset=dataset,
         distributions=[name for name in charts if name not in health],
         charts=charts,
         sampled=len(numbers.sample.hashes),
         rows=numbers.rows,
+        prompts=run.plan.num_rows,
         health=describe_health(numbers, names),
         health_charts=health,
         **collect_examples(run, numbers, rule, judges),

@@ -20,7 +20,7 @@ def collect_examples(run: Run, tally: Tally, rule: str, judges: Sequence[str]) -
     """
     rankings = {"weighted": tally.by_total, "worst": tally.by_worst, "contrast": tally.by_contrast}
     ends = {name: ranking.ends() for name, ranking in rankings.items() if ranking.highest}
-    by_chance = tally.by_chance.highest
+    by_chance = tally.by_chance.highest[: tally.by_chance.size]
     places = [place for best, worst in ends.values() for place in (*best, *worst)]
     partners = [_partner(place) for place in places if place.partner is not None]
     rows = fetch_rows(run, [*places, *partners, *by_chance], judges)

@@ -6,7 +6,6 @@ their ids, so that the same run gives the same report however its rows are divid
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from cage.rule_names import RuleName
 from pipeline.reporting.columns import Batch
 from pipeline.reporting.contrast import contrast
+from pipeline.reporting.existing import Leads, add_leads, weight_shares
 
 SAMPLED_ROWS = 20_000
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -29,6 +29,7 @@ class Place:
         score: why it was chosen.
         chance: its hash, which orders equal scores.
         file, index: where it is.
+        row_id: the prompt that it answers.
         partner: the index of a row of the same file to show beside it.
     """
 
@@ -36,42 +37,63 @@ class Place:
     chance: int
     file: str = field(compare=False)
     index: int = field(compare=False)
+    row_id: str = field(compare=False)
     partner: int | None = field(compare=False, default=None)
 
 
 @dataclass(slots=True)
 class Ranking:
-    """The rows with the highest and the lowest scores; rows with equal scores in the order of their hashes.
+    """The rows with the highest and the lowest scores, one per prompt; those with equal scores by their hashes.
 
     Args:
         size: how many of each.
-        num_scored: how many rows had a score.
-        highest, lowest: the rows so far.
+        highest, lowest: the rows so far, twice as many, so that no row has to be in both.
     """
 
     size: int
-    num_scored: int = 0
     highest: list[Place] = field(default_factory=list)
     lowest: list[Place] = field(default_factory=list)
 
     def add(self, batch: Batch, scores_N: Floats, partners_N: np.ndarray[Any, Any] | None = None) -> None:
         """Add the rows of a batch; rows without a score (NaN) are ignored."""
         scored = np.flatnonzero(np.isfinite(scores_N))
-        self.num_scored += len(scored)
-        order = scored[np.lexsort((batch.hashes[scored], scores_N[scored]))]
-        ends = np.unique(np.concatenate([order[: self.size], order[-self.size :]]))
-        partners = [None if partners_N is None else batch.start + int(partners_N[at]) for at in ends]
-        places = [
-            Place(float(scores_N[at]), int(batch.hashes[at]), batch.file, batch.start + int(at), partner)
-            for at, partner in zip(ends, partners, strict=True)
-        ]
-        self.highest = heapq.nlargest(self.size, [*self.highest, *places])
-        self.lowest = heapq.nsmallest(self.size, [*self.lowest, *places])
+        rising = scored[np.lexsort((batch.hashes[scored], scores_N[scored]))]
+
+        def place(at: int) -> Place:
+            partner = None if partners_N is None else batch.start + int(partners_N[at])
+            row = batch.start + int(at)
+            return Place(float(scores_N[at]), int(batch.hashes[at]), batch.file, row, batch.row_ids[at], partner)
+
+        num_kept = 2 * self.size
+        lowest = [place(at) for at in _first_of_prompts(rising, batch.row_ids, num_kept)]
+        highest = [place(at) for at in _first_of_prompts(rising[::-1], batch.row_ids, num_kept)]
+        self.lowest = _one_per_prompt(sorted([*self.lowest, *lowest]))[:num_kept]
+        self.highest = _one_per_prompt(sorted([*self.highest, *highest], reverse=True))[:num_kept]
 
     def ends(self) -> tuple[list[Place], list[Place]]:
         """The highest and the lowest rows; no row is in both."""
-        size = min(self.size, (self.num_scored + 1) // 2)
-        return self.highest[:size], self.lowest[: min(size, self.num_scored - size)]
+        num_prompts = len(self.highest)  # all of them, or more than are needed
+        best = self.highest[: min(self.size, (num_prompts + 1) // 2)]
+        taken = {(place.file, place.index) for place in best}
+        others = [place for place in self.lowest if (place.file, place.index) not in taken]
+        return best, others[: min(self.size, num_prompts - len(best))]
+
+
+def _first_of_prompts(ordered: np.ndarray[Any, Any], row_ids: Sequence[str], limit: int) -> list[int]:
+    """The first row of each prompt, for the first `limit` prompts."""
+    found: dict[str, int] = {}
+    for at in ordered:
+        found.setdefault(row_ids[at], int(at))
+        if len(found) == limit:
+            break
+    return list(found.values())
+
+
+def _one_per_prompt(places: Iterable[Place]) -> list[Place]:
+    found: dict[str, Place] = {}
+    for place in places:
+        found.setdefault(place.row_id, place)
+    return list(found.values())
 
 
 @dataclass(slots=True)
@@ -149,14 +171,16 @@ class Tally:
     Args:
         sample: rows for distributions.
         by_rule: exact statistics of each rule.
-        by_total: best and worst rows by weighted reward.
-        by_worst: best and worst rows by the lowest reward of a principal.
+        leads: new answers against existing ones, by rule and principal.
+        by_total: best and worst rows by the mean reward of the principals, by weight.
+        by_worst: best and worst rows by the lowest reward of a principal whose weight is not 0.
         by_contrast: rows of the equilibrium that gained and lost most against the weighted sum.
         by_chance: random rows, those with payments first.
     """
 
     sample: Sample
     by_rule: dict[str, Summary] = field(default_factory=dict)
+    leads: Leads = field(default_factory=dict)
     by_total: Ranking = field(default_factory=lambda: Ranking(3))
     by_worst: Ranking = field(default_factory=lambda: Ranking(3))
     by_contrast: Ranking = field(default_factory=lambda: Ranking(3))
@@ -170,12 +194,15 @@ class Tally:
         """Add the rows of a batch."""
         numbers = dict(batch.numbers)
         if principal_names:
-            rewards = [numbers[f"rewards.{name}"] for name in principal_names]
-            weighted = [numbers[f"weights.{name}"] * numbers[f"rewards.{name}"] for name in principal_names]
-            numbers["weighted_reward"] = np.sum(weighted, axis=0)
-            numbers["worst_reward"] = np.min(rewards, axis=0)
+            rewards_JN = np.stack([numbers[f"rewards.{name}"] for name in principal_names])
+            shares_JN = weight_shares(numbers, principal_names)
+            # as shares, weights say whose reward counts, and twice the weights are not twice the reward
+            numbers["weighted_reward"] = (shares_JN * rewards_JN).sum(0)
+            worst_N = np.where(shares_JN > 0, rewards_JN, np.inf).min(0)
+            numbers["worst_reward"] = np.where(np.isfinite(worst_N), worst_N, np.nan)
             self.by_total.add(batch, numbers["weighted_reward"])
             self.by_worst.add(batch, numbers["worst_reward"])
+            add_leads(self.leads, batch, principal_names)
             difference = contrast(batch, numbers["worst_reward"], principal_names)
             self.by_contrast.add(batch, difference.gains, difference.partners)
         rules_N = np.array(batch.rules, dtype=np.object_)

@@ -35,7 +35,7 @@ def decimal(value: float, digits: int) -> str:
     """A number with `digits` decimals; a smaller one in scientific notation, unless it is a rounding error."""
     if ROUNDING < abs(value) < 0.5 * 10**-digits:
         return scientific(value)
-    return f"{value:,.{digits}f}".replace("-", MINUS)
+    return f"{value:z,.{digits}f}".replace("-", MINUS)  # z: what rounds to -0 is 0
 
 
 def scientific(value: object) -> str:
@@ -50,7 +50,7 @@ def plain(value: object) -> str:
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, float):
-        return f"{value:.4g}".replace("-", MINUS) if math.isfinite(value) else NOTHING
+        return f"{value:z.4g}".replace("-", MINUS) if math.isfinite(value) else NOTHING
     if isinstance(value, dict):
         return ", ".join(f"{visible(key).replace('_', ' ')} {plain(child)}" for key, child in value.items())
     if isinstance(value, (list, tuple)):

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.records import Record, Row, TokenTrace
+from pipeline.records import FinishReason, Record, Row, TokenTrace
 from pipeline.storage.plan import make_plan
 from pipeline.storage.run import Run
 from pipeline.stores.store import open_store
@@ -38,18 +38,30 @@ ATTACK = HOSTILE[1]
 def make_run(
     folder: Path, *, num_rows: int = 7, rows_per_shard: int = 3, path: str | None = None, **sections: Any
 ) -> Run:
-    """A finished run over hostile prompts; the last prompt fails."""
+    """A finished run over hostile prompts; the last prompt fails. Every third row has no existing answer."""
     prompts = write_jsonl(
         folder / "prompts.jsonl",
-        ({"id": f"{at} {HOSTILE[at % 7]}", "prompt": HOSTILE[at % 7]} for at in range(num_rows)),
+        (
+            {
+                "id": f"{at} {HOSTILE[at % 7]}",
+                "prompt": HOSTILE[at % 7],
+                "old": None if at % 3 == 2 else f"an existing answer {ATTACK}",
+                "w": {"brief": at / 4, "kind-1": 0.0 if at % 4 == 3 else 0.5},
+            }
+            for at in range(num_rows)
+        ),
     )
     attacked = {name: {**section, "principle": ATTACK} for name, section in PRINCIPALS.items()}
     config = make_config(
         prompts,
         path or folder / "run",
-        input={"id": "id"},
         output={"rows_per_shard": rows_per_shard},
-        **{"decoding": {"trace": "tokens"}, "principals": attacked, **sections},
+        **{
+            "decoding": {"trace": "tokens"},
+            "principals": attacked,
+            **sections,
+            "input": {"id": "id", **sections.get("input", {})},
+        },
     )
     plan = make_plan(config, MODELS)
     run = Run.create_or_resume(open_store(path or str(folder / "run")), plan)
@@ -73,7 +85,9 @@ def records_of(run: Run, row: Row) -> Iterator[Record]:
                 variant=index,
                 rule=str(variant.rule),
                 agent_temperature=variant.agent_temperature,
-                weights=variant.weights or record.weights,
+                weights=variant.weights or row.weights or record.weights,
+                finish_reason=FinishReason.LENGTH if (place + sample) % 3 == 1 else FinishReason.STOP,
+                num_tokens=10 + place,
                 rewards={"brief": number, "kind-1": number**2 - place / 10},
                 payments=paid,
                 kl_per_token=number**2,
@@ -82,9 +96,26 @@ def records_of(run: Run, row: Row) -> Iterator[Record]:
                 solver_steps=3.5,
                 tokens=tuple(_tokens(row.messages[0]["content"], number, has_payments=has_payments)),
             )
+            if row.response is not None:
+                record = _compared(record, row.response, is_equal=place % 5 == 4)
             is_last = place == run.plan.num_rows - 1
             failed = answer(row, sample=sample, variant=index, error=f"no answer: {ATTACK}")
             yield failed if is_last else record
+
+
+def _compared(record: Record, existing: str, *, is_equal: bool) -> Record:
+    """The record beside an existing answer, which may be the same text: then their rewards differ by rounding."""
+    if is_equal:
+        originals = {name: float(reward or 0.0) - 1e-7 for name, reward in record.rewards.items()}
+        return replace(record, original_response=record.response, original_rewards=originals)
+    originals = {name: float(reward or 0.0) ** 3 - 0.3 for name, reward in record.rewards.items()}
+    return replace(
+        record,
+        original_response=existing,
+        original_rewards=originals,
+        chosen=record.response,
+        rejected=existing,
+    )
 
 
 def _tokens(text: str, number: float, *, has_payments: bool) -> Iterator[TokenTrace]:
@@ -149,7 +180,7 @@ def metrics_of(run: Run) -> dict[str, Any]:
             for metric in ("hypervolume", ATTACK)
             for temperature in (0.1, 0.5, None)
         ],
-        "reading": [f"by hypervolume nothing is told apart {ATTACK}"],
+        "reading": [f"by hypervolume nothing is distinguishable {ATTACK}"],
         "normalised_from": {"vader": [0.0, 1.0]},
         "by_temperature": [
             {"rule": rule, "agent_temperature": 0.1, "hypervolume": 2.0, "mip": 0.5} for rule in rules

@@ -92,4 +92,4 @@ class _CheckedFunction:
             raise CageError(f"judge {self.name} failed: {type(error).__name__}: {error}") from error
         if len(scores) != len(answers):
             raise CageError(f"judge {self.name} must return one score per answer: {len(answers)}; got {len(scores)}")
-        return [self.factor * score for score in scores]
+        return [self.factor * score + 0.0 for score in scores]  # -0.0 becomes 0.0

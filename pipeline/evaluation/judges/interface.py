@@ -129,7 +129,7 @@ class PerAnswerJudge:
     factor: float = 1.0
 
     def score(self, answers: Sequence[JudgedAnswer]) -> list[float]:
-        return [self.factor * self.measure(answer) for answer in answers]
+        return [self.factor * self.measure(answer) + 0.0 for answer in answers]  # -0.0 becomes 0.0
 
 
 def import_package(kind: str, package: str, module: str) -> ModuleType:

@@ -83,6 +83,15 @@ function compare(comparison) {
     });
   }
 
+  // the mean of each x: one weight of a principal has a point for every way to weigh the others
+  function throughMeans(series) {
+    return series.map((each) => {
+      const values = Map.groupBy(each.points, (point) => point.x);
+      const line = [...values].map(([x, points]) => [x, points.reduce((sum, point) => sum + point.y, 0) / points.length]);
+      return { ...each, line, points: each.points.map((point) => ({ ...point, isBehind: values.get(point.x).length > 1 })) };
+    });
+  }
+
   function addChart(grid, title, draw) {
     const host = html("div", { class: "plot" });
     grid.append(html("figure", { class: "chart" }, html("figcaption", {}, title), host));
@@ -120,7 +129,7 @@ function compare(comparison) {
   }
   for (const [principal, name] of control) {
     addChart(byId("control"), `Weight of ${principal} → ${labelled(name)}`, (width) => drawScatter(width, 240,
-      lines(chosen(false).filter((point) => !isBase(point)), (point) => point.temperature, (point) => point.weights[principal], name),
+      throughMeans(lines(chosen(false).filter((point) => !isBase(point)), (point) => point.temperature, (point) => point.weights[principal], name)),
       { x: `weight of ${principal}`, y: "", title: `${name} by the weight of ${principal}` }, { hasIntervals: byId("intervals").checked }));
   }
   for (const metric of new Set(differences.map((each) => each.metric))) {

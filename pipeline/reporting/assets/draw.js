@@ -13,8 +13,9 @@ const html = (tag, attributes = {}, ...children) => fill(document.createElement(
 
 function show(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  const size = Math.abs(value);
-  const text = size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(1) : String(+value.toPrecision(digits));
+  const size = Math.abs(value) < 1e-9 ? 0 : Math.abs(value);  // smaller ones are rounding errors
+  if (size === 0) return "0";
+  const text = size < 1e-3 || size >= 1e6 ? value.toExponential(1) : String(+value.toPrecision(digits));
   return text.replaceAll("-", MINUS);
 }
 

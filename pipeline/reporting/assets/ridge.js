@@ -1,9 +1,9 @@
-// A distribution by rule: one histogram per row over a common axis, with the median and the middle 90 %.
+// A distribution by rule: one histogram per row over a common axis, with counts, the median and the middle 90 %.
 const ruleIndex = (rule) => Math.max(0, DATA.rules.indexOf(rule)) % 8;
 
 function drawRidge(chart, width) {
   const many = chart.groups.length > 1;
-  const rowHeight = many ? 46 : 110, left = many ? 84 : 4, right = 8, foot = 22;
+  const rowHeight = many ? 58 : 120, left = many ? 84 : 4, right = 8, foot = 22;
   const height = chart.groups.length * rowHeight + foot;
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `Distribution: ${chart.label}` });
   const px = scale([chart.low, chart.high], [left, width - right]);
@@ -27,11 +27,21 @@ function drawRidge(chart, width) {
   return root;
 }
 
+const grouped = (count) => count.toLocaleString("en-US");
+
+// The bins whose counts have room above them: all that are not empty, or the tallest alone.
+function countedBins(counts, width) {
+  const filled = counts.flatMap((count, bin) => (count ? [bin] : []));
+  const longest = Math.max(0, ...filled.map((bin) => grouped(counts[bin]).length));
+  if (longest * 6 + 2 <= width) return filled;
+  return filled.length ? [counts.indexOf(Math.max(...counts))] : [];
+}
+
 function drawGroup(chart, group, px, base, rowHeight) {
   const colour = `var(--r${ruleIndex(group.rule)})`;
   const step = (chart.high - chart.low) / group.counts.length;
   const top = Math.max(1, ...group.counts);
-  const py = (count) => base - 9 - (count / top) * (rowHeight - 18);
+  const py = (count) => base - 9 - (count / top) * (rowHeight - 30);
   const outline = group.counts.flatMap((count, bin) => [`${px(chart.low + bin * step)},${py(count)}`, `${px(chart.low + (bin + 1) * step)},${py(count)}`]);
   const points = [`${px(chart.low)},${base - 9}`, ...outline, `${px(chart.high)},${base - 9}`].join(" ");
   const clamp = (value) => px(Math.min(chart.high, Math.max(chart.low, value)));
@@ -42,7 +52,9 @@ function drawGroup(chart, group, px, base, rowHeight) {
     mark.append(svg("line", { x1: clamp(value), x2: clamp(value), y1: base - 9, y2: base - 14, stroke: colour, "stroke-opacity": 0.8 }));
   }
   mark.append(svg("line", { x1: clamp(group.low), x2: clamp(group.high), y1: base - 5, y2: base - 5, stroke: colour, "stroke-width": 2 }),
-    svg("line", { x1: clamp(group.median), x2: clamp(group.median), y1: base - 1, y2: base - rowHeight + 9, stroke: "var(--ink)", "stroke-width": 1.5 }));
+    svg("line", { x1: clamp(group.median), x2: clamp(group.median), y1: base - 1, y2: base - rowHeight + 18, stroke: "var(--ink)", "stroke-width": 1.5 }));
+  const label = (bin) => svg("text", { class: "count", x: px(chart.low + (bin + 0.5) * step), y: py(group.counts[bin]) - 3, "text-anchor": "middle" }, grouped(group.counts[bin]));
+  mark.append(...countedBins(group.counts, px(chart.low + step) - px(chart.low)).map(label));
   return mark;
 }
 
