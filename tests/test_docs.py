@@ -16,6 +16,8 @@ import pytest
 import typer
 import yaml
 
+from pipeline.records import FinishReason
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "infra/README.md"])
 SITE_ONLY = ROOT / "docs"  # its pages are built as a site, which has nothing else of the repository
@@ -212,7 +214,7 @@ def row_from(shown: str) -> dict[str, Any]:
         return re.findall(pattern, shown, re.M)
 
     [(row_id, sample, prompt, reason, num_tokens, response)] = found(
-        r"^row (.+), sample (\d+)\nuser:\n  (.*)\nanswer \((\w+), (\d+) tokens\):\n  (.*)$"
+        r"^row (.+), sample (\d+)\nuser:\n  (.*)\nanswer \(([\w ]+), (\d+) tokens\):\n  (.*)$"
     )
     [(kl, mass, residual, unsolved)] = found(r"base ([\d.]+) nats .* cover ([\d.]+) of .* residual (\S+), (\d+)")
     principals = found(r"^(\w+) +([\d.]+) +([\d.]+) +([\d.]+)$")
@@ -222,7 +224,7 @@ def row_from(shown: str) -> dict[str, Any]:
         "sample": int(sample),
         "error": None,
         "prompt": [{"role": "user", "content": prompt}],
-        "finish_reason": reason,
+        "finish_reason": next(each for each in FinishReason if each.words == reason),
         "num_tokens": int(num_tokens),
         "response": response,
         "weights": {name: float(weight) for name, weight, _, _ in principals},

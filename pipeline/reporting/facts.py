@@ -112,8 +112,8 @@ def _cut_warnings(run: Run, tally: Tally) -> list[str]:
     limit = plain(run.plan.config.get("decoding", {}).get("max_new_tokens"))
     return [
         f"{cut:,} of {tally.rows:,} answers ({100 * cut / tally.rows:.0f} %) were cut at max_new_tokens ({limit}, "
-        "less where a row or the context allows less). They end in the middle, and their rewards are those of a part. "
-        'Raise decoding.max_new_tokens, or leave out rows whose finish_reason is "length".'
+        "less where a row or the context allows less). They end in the middle, and their rewards are those of a "
+        'part. Raise decoding.max_new_tokens, or leave out rows whose finish_reason is "length".'
     ]
 
 
