@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from pipeline.config.sections import Config, Reproducibility, Transport
 from pipeline.errors import CageError, ConfigurationError, RunMismatch, StorageError
+from pipeline.garbage import collection_paused
 from pipeline.inputs.notes import describe_input
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.progress import Notices, ProgressLine
@@ -188,11 +189,13 @@ def _watched(config: Config, stream: Stream, line: ProgressLine, limit: FailureL
 
 @contextmanager
 def _stream(replica: ReplicaPlan, run: Run, *, is_verbose: bool, wiring: Wiring) -> Iterator[Stream]:
-    from pipeline.runtime.assembly import load_assembly  # a run really starts: what follows imports models or ray
+    with collection_paused(is_for_good=True):
+        from pipeline.runtime.assembly import load_assembly  # a run really starts: what follows imports models or ray
 
-    assembly = load_assembly(replica)
+        assembly = load_assembly(replica)
     if assembly.config.cluster.transport is Transport.LOCAL:
-        from pipeline.runtime.local import LocalStream
+        with collection_paused(is_for_good=True):
+            from pipeline.runtime.local import LocalStream
 
         yield LocalStream(assembly, run, wiring=wiring)
         return

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Set
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from pipeline.garbage import collection_paused
 
 WARM_RUNS = 2  # before a capture: libraries set themselves up in their first calls, compilers compile
 
@@ -89,21 +90,10 @@ class CapturedGraph(Generic[Result]):
         main.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         gc.collect()  # a graph or tensor that is freed during a capture would make it fail
-        with _no_collection(), torch.cuda.graph(self._graph):
+        with collection_paused(), torch.cuda.graph(self._graph):
             self._result = function()
 
     def replay(self) -> Result:
         """Run the captured work; the results are in the same tensors every time."""
         self._graph.replay()
         return self._result
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -19,10 +19,10 @@ from pipeline.protocol.topology import HostRole
 from pipeline.worker.hosts import LanguageRunner
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats
-SMALL = 8  # tokens of windows and chunks while a model is probed
-LENGTHS = (29, 18)  # of the probes: beyond two windows, and not
+SMALL = 5  # tokens of windows and chunks while a model is probed
+LENGTHS = (17, 9)  # of the probes: beyond three windows, and not beyond two
 NUM_STEPS = 3  # of each probe's last tokens, decoded one by one
-NUM_OTHERS, TOGETHER = 8, (3, 7)  # rows beside the one whose bits are compared: in its prompt's pass, in steps
+NUM_OTHERS, TOGETHER = 8, 7  # rows beside the one whose bits are compared: in its prompt's pass, in a step
 LIMITS = ("sliding_window", "attention_chunk_size")
 
 
@@ -125,18 +125,13 @@ def bits_are_a_rows_own(
 
     # among others; where the prompt is read again, what the first of its rows computes is copied
     others = [probes[1][at : at + 1 + at % 3] for at in range(NUM_OTHERS)]
-    runner, texts = make_runner(NUM_OTHERS + sum(TOGETHER)), [*others, *[prompt] * sum(TOGETHER)]
+    runner, texts = make_runner(NUM_OTHERS + TOGETHER), [*others, *[prompt] * TOGETHER]
     runner.advance(Step([Admission(slot, {role.name: text for role in roles}) for slot, text in enumerate(texts)]))
-    first = NUM_OTHERS
-    if not torch.equal(runner.logprobs_at([first], None), after_prompt):
+    if not torch.equal(runner.logprobs_at([NUM_OTHERS], None), after_prompt):
         return False
-    for num_rows in TOGETHER:
-        slots = list(range(first, first + num_rows))
-        runner.advance(Step((), slots, [last] * num_rows))
-        if not torch.equal(runner.logprobs_at(slots, None), after_step.expand(num_rows, -1, -1)):
-            return False
-        first += num_rows
-    return True
+    slots = list(range(NUM_OTHERS, NUM_OTHERS + TOGETHER))
+    runner.advance(Step((), slots, [last] * TOGETHER))
+    return torch.equal(runner.logprobs_at(slots, None), after_step.expand(TOGETHER, -1, -1))
 
 
 def _difference(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from pipeline.attention.rows import can_build_for
+from pipeline.garbage import collection_paused
 from pipeline.protocol.hosts import Proposes, Samples, Scores
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.worker.captured_sampling import CapturedSampling
@@ -14,6 +15,7 @@ from pipeline.worker.reward_loading import load_reward_model
 from pipeline.worker.sampling_host import CapturingHost, SamplingHost
 
 
+@collection_paused()
 def start_scoring(spec: HostSpec) -> Scores:
     """A host beside the base's: a language model or a reward model. Raises ConfigurationError."""
     if spec.reward is not None:
@@ -21,11 +23,13 @@ def start_scoring(spec: HostSpec) -> Scores:
     return LanguageModelHost(_load(spec).runner)
 
 
+@collection_paused()
 def start_proposing(spec: HostSpec) -> Proposes:
     """The base's host. Raises ConfigurationError."""
     return LanguageModelHost(_load(spec).runner)
 
 
+@collection_paused()
 def start_sampling(spec: HostSpec, games: GameSpec) -> Samples:
     """A host that holds every role of the run. Raises ConfigurationError.
 
