@@ -8,15 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from support.decoding import ask, config_of, engine_of
-from support.families import make_family
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from jobs.commands.models import markdown_table, run_models
-from jobs.families.configurations import FAMILIES, is_installed, model_class
+from jobs.families.configurations import FAMILIES, is_installed
 from jobs.families.measure import measure
-from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import PLAIN, REFUSED, SLOTS, expect, read_table
 from pipeline.worker.cpu_kernels import has_reproducible_kernels
@@ -24,13 +20,6 @@ from pipeline.worker.cpu_kernels import has_reproducible_kernels
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(name for name in FAMILIES if is_installed(name))
 MADE = [name for name in NAMES if FAMILIES[name].why_not is None]
-PAIR = {
-    "kind": {"kind": "prompted", "principle": "Be kind, and speak of the sea and of the wind.", "weight": 0.6},
-    "brief": {"kind": "prompted", "principle": "Brief.", "weight": 0.3},
-}
-DECODING = {"max_new_tokens": 10, "trace": "tokens", "agent_temperature": 0.7, "candidates": "all"}
-ROWS = [ask("a", "who?"), ask("b", "Tell me about the sea and the wind."), ask("c", "")]
-TOLERANCE = 2e-3  # nats
 
 
 @pytest.fixture(autouse=True)
@@ -59,45 +48,6 @@ def test_a_family_is_decoded_as_generate_decodes_it_and_as_the_table_says(name):
         return
     assert replace(found, reasons={}) == replace(said, reasons={})
     assert set(found.reasons) == set(said.reasons)
-
-
-@pytest.mark.parametrize("name", MADE)
-def test_a_game_of_two_principals_pays_what_generate_says_and_no_bit_depends_on_other_rows(name, tmp_path):
-    folder = make_family(tmp_path, name)
-    records, assembly = _decode(folder, slots=3)
-    alone, _ = _decode(folder, slots=1)
-    assert records == alone
-    model = model_class(name).from_pretrained(folder).eval()
-    for row in ROWS:
-        record = records[row.row_id]
-        assert record.error is None
-        answer = [token.token_id for token in record.tokens]
-        prompts = assembly.prompter.encode(row.messages, record.weights)
-        scores = {role: _logprobs(model, prompt, answer) for role, prompt in prompts.items()}
-        assert [token.base_logprob for token in record.tokens] == pytest.approx(
-            scores["base"].tolist(), abs=TOLERANCE
-        )
-        for principal in PAIR:
-            reward = float((scores[principal] - scores["base"]).sum())
-            assert record.rewards[principal] == pytest.approx(reward, abs=TOLERANCE * len(answer))
-
-
-def _decode(folder, *, slots):
-    engine, assembly = engine_of(config_of(folder, PAIR, decoding=DECODING, cluster={"slots": slots}))
-    return {record.row_id: record for record in decode_rows(engine, ROWS)}, assembly
-
-
-@torch.inference_mode()
-def _logprobs(model, prompt, answer):
-    """Log-probabilities [T] of an answer's tokens where `generate` is made to give it."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(answer), do_sample=False,
-        eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=lambda _, text: [answer[len(text) - len(prompt)]],
-    )  # fmt: skip
-    logprobs = torch.stack(out.logits)[:, 0].double().log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 def test_the_documentation_has_the_table():

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import ray
-from support.decoding import NOWHERE, ask, config_of
+from support.decoding import NOWHERE, ask, config_of, decode
+from support.families import make_family
 
 from jobs.bench.coordination import measure
-from pipeline.cluster.host_actors import KEPT_OUTCOMES, HostActor, RayHost, hosts_of
+from pipeline.cluster.host_actors import KEPT_OUTCOMES, HostActor, RayHost, hosts_of, one_replica
 from pipeline.engine.engine import decode_rows
 from pipeline.protocol.hosts import Hosts, Reply
 from pipeline.protocol.messages import Position, Step
@@ -80,6 +81,21 @@ def test_answers_of_a_device_that_goes_on_are_those_of_one_process(tiny):
     ]  # fmt: skip
     assert len(collected) > 18
     assert len(behind) > 0.8 * len(collected)
+
+
+def test_a_mixture_of_experts_has_the_same_bits_over_ray_and_with_other_slots(tmp_path):
+    folder = make_family(tmp_path, "qwen2_moe")
+
+    def config(slots):
+        decoding = {"max_new_tokens": 8, "trace": "tokens", "agent_temperature": 0.7, "candidates": "all"}
+        return config_of(folder, PAIR, decoding=decoding, cluster={"slots": slots})
+
+    expected = decode(config(3), ROWS)
+    assembly = assemble(config(9), NOWHERE)
+    with one_replica(assembly) as hosts:
+        found = {record.row_id: record for record in decode_rows(make_engine(assembly, hosts), ROWS[::-1])}
+    assert all(record.error is None for record in found.values())
+    assert found == expected
 
 
 def test_outcomes_that_nobody_collects_are_let_go():

@@ -354,7 +354,9 @@ FAMILIES: dict[str, Family] = {
     "inkling2_text": Family({"layer_types": ["hybrid_sliding", "hybrid"]}),
     "inkling_text": Family({"layer_types": ["hybrid_sliding", "hybrid"]}),
     "jamba": Family({"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
-    "kimi_linear": Family({"layer_types": LINEAR_FULL, "mlp_layer_types": DENSE_SPARSE}),
+    "kimi_linear": Family(
+        {"layer_types": LINEAR_FULL, "mlp_layer_types": DENSE_SPARSE, "linear_num_heads": 4, "linear_head_dim": 16}
+    ),
     "lfm2": Family({"layer_types": ["conv", "full_attention"]}),
     "lfm2_moe": Family({"layer_types": ["conv", "full_attention"]}),
     "lfm3": Family({"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "full_attention"]}),

@@ -121,7 +121,7 @@ def _measure(name: str, folder: Path) -> ServedFamily:
         is_strict=is_strict,
         takes_adapters="lora" not in reasons,
         is_reward_model="reward_model" not in reasons,
-        has_fixed_passes=loaded.slot_runner is not None and not _reads_of_host(loaded.slot_runner),
+        has_fixed_passes=loaded.slot_runner is not None and _has_fixed_passes(loaded.slot_runner, spec),
         reasons=reasons,
     )
 
@@ -141,13 +141,15 @@ def _spec(folder: Path) -> HostSpec:
     )
 
 
-def _decode(runner: LanguageRunner, rows: Sequence[int]) -> tuple[list[list[int]], list[Tensor]]:
+def _decode(
+    runner: LanguageRunner, rows: Sequence[int], num_new: int = NUM_NEW
+) -> tuple[list[list[int]], list[Tensor]]:
     """Greedy answers of some of the prompts in one batch; and each row's log-probabilities of its last token."""
     slots, texts = list(range(len(rows))), [prompts()[row] for row in rows]
     role = HostRole("base").name
     runner.advance(Step([Admission(slot, {role: text}) for slot, text in zip(slots, texts, strict=True)]))
     answers: list[list[int]] = [[] for _ in rows]
-    for step in range(NUM_NEW):
+    for step in range(num_new):
         if step:
             runner.advance(Step((), slots, [answer[-1] for answer in answers]))
         logprobs_BV = runner.logprobs_at(slots, None)[:, 0]
@@ -168,6 +170,16 @@ class _CountHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += bool(self.depth) and func._schema.name in HOST_READS
         return func(*args, **(kwargs or {}))
+
+
+def _has_fixed_passes(runner: LanguageModelRunner, spec: HostSpec) -> bool:
+    """Whether a step waits for nothing inside the model, with the experts that a GPU computes: the model's own."""
+    if not _reads_of_host(runner):
+        return True
+    relaxed = load_language_model(replace(spec, strict=False)).slot_runner  # never has other experts than its own
+    assert relaxed is not None
+    _decode(relaxed, range(len(LENGTHS)), num_new=1)
+    return not _reads_of_host(relaxed)
 
 
 def _reads_of_host(runner: LanguageModelRunner) -> int:

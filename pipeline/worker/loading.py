@@ -161,8 +161,10 @@ class _Loading:
             raise
         except Exception as error:
             raise NotServed(reason_of(error)) from error
-        if spec.strict and (reason := self._why_not_strict(layers, needs_whole)):
-            raise NotServed(reason)
+        if spec.strict and probed.device.type == "cpu":
+            needs_whole = self._pad_experts() or needs_whole
+            if reason := self._why_not_strict(layers, needs_whole):
+                raise NotServed(reason)
         return self._make_slot_runner(
             layers,
             spec.roles,
@@ -202,14 +204,17 @@ class _Loading:
             needs_whole_vectors=needs_whole_vectors,
         )
 
+    def _pad_experts(self) -> bool:
+        """Have few tokens of an expert computed as more; whether `WholeVectors` has to do it."""
+        if has_reproducible_kernels() or not needs_own_experts(self._model):
+            return False
+        if can_pad_experts(self._model):
+            use_padded_experts(self._model)
+            return False
+        return True
+
     def _why_not_strict(self, layers: Sequence[LayerFacts], needs_whole: bool) -> str | None:
         """Why a row's bits would depend on the batch composition, if they would."""
-        if self._model.device.type != "cpu":
-            return None
-        if needs_own_experts(self._model) and not has_reproducible_kernels():
-            if not can_pad_experts(self._model):
-                return "its experts' products depend on how many tokens chose them, and it cannot be given others"
-            use_padded_experts(self._model)
 
         def make_runner(num_slots: int) -> LanguageModelRunner:
             return self._make_slot_runner(

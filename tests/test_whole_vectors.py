@@ -1,0 +1,79 @@
+"""Activations and narrow products: the same bits wherever a row stands in its tensor, and the values of torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pipeline.worker.whole_vectors import WholeVectors, watching
+
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "sigmoid in place": lambda x: x.clone().sigmoid_(),
+    "silu": functional.silu,
+    "softplus": functional.softplus,
+    "mish": functional.mish,
+    "elu": functional.elu,
+    "celu": functional.celu,
+    "selu": functional.selu,
+    "gelu": lambda x: functional.gelu(x, approximate="tanh"),
+    "exp2": torch.exp2,
+    "sinh": torch.sinh,
+    "cosh": torch.cosh,
+    "power": lambda x: x.abs() ** 1.5,
+    "power of a number": lambda x: 2.0**x,
+}
+
+
+def rows_of(width):
+    return 3 * torch.randn(67, width, generator=torch.Generator().manual_seed(width))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("width", [1, 5, 24, 100])
+def test_an_activation_of_a_row_is_its_own(name, width):
+    activation, numbers = ACTIVATIONS[name], rows_of(width)
+    half = torch.cat([numbers, -numbers], -1)[:, :width]  # with gaps, as half of a gated layer is
+    with WholeVectors():
+        expected = activation(numbers)
+        for start, stop in ((0, 1), (1, 4), (7, 15), (33, 66)):
+            assert torch.equal(activation(numbers[start:stop]), expected[start:stop])
+            assert torch.equal(activation(half[start:stop]), expected[start:stop])
+    torch.testing.assert_close(expected, activation(numbers))
+    with watching() as watch:
+        activation(numbers)
+    assert watch.found
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2, 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_of_a_row_is_its_own_for_one_output_and_for_one_row(num_outputs, bias):
+    states = rows_of(96)
+    layer = torch.nn.Linear(96, num_outputs, bias=bias).requires_grad_(False)
+    with WholeVectors():
+        expected = layer(states)
+        for start, stop in ((0, 1), (5, 7), (1, 9), (20, 67)):
+            assert torch.equal(layer(states[start:stop]), expected[start:stop])
+            assert torch.equal(layer(states[None, start:stop])[0], expected[start:stop])
+    torch.testing.assert_close(expected, layer(states))
+    with watching() as watch:
+        layer(states)
+    assert watch.found == (num_outputs == 1)
+
+
+def test_a_product_by_the_operator_is_its_own_from_one_row_on():
+    states, matrix = rows_of(64), rows_of(67).t().contiguous()[:64].contiguous()
+    with WholeVectors():
+        expected = states @ matrix
+        for stop in (1, 2, 3, 4, 9):
+            assert torch.equal(states[:stop] @ matrix, expected[:stop])
+
+
+def test_what_fills_whole_vectors_needs_no_care():
+    with watching() as watch:
+        functional.silu(rows_of(128))
+        functional.linear(rows_of(64), torch.ones(3, 64))
+        rows_of(5).tanh()
+        rows_of(5) ** 2
+    assert not watch.found
