@@ -59,14 +59,14 @@ EXACT_POWERS = (2, 3, -1, -2, 0.5, -0.5)  # computed by products and roots
 
 def _is_narrow(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether a call is a linear map to one number."""
-    return function is functional.linear and len(args) > 1 and args[1].shape[0] == 1
+    return function is functional.linear and len(args) > 1 and bool(args[1].shape[0] == 1)
 
 
 def _is_short(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether a call is a product of a few rows with a matrix."""
     if function not in PRODUCTS or len(args) < 2 or args[1].dim() != 2:
         return False
-    return args[0].dim() > 1 and 0 < args[0].shape[:-1].numel() < MIN_ROWS
+    return bool(args[0].dim() > 1 and 0 < args[0].shape[:-1].numel() < MIN_ROWS)
 
 
 def _product(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
