@@ -53,6 +53,14 @@ NewRun = Annotated[
         "--new-run", help="If output.path holds a run with other settings, write to PATH-2 (or PATH-3, ...)."
     ),
 ]
+Extend = Annotated[
+    bool,
+    typer.Option(
+        "--extend",
+        help="If the input has grown since the run was planned (new files, or rows at the end of files), answer its "
+        "new rows in the same run. A larger --limit needs no option.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and its workers.")]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the whole configuration, defaults included, and stop.")
@@ -76,6 +84,7 @@ def relabel(
     trust_remote_code: TrustRemoteCode = False,
     print_config: PrintConfig = False,
     new_run: NewRun = False,
+    extend: Extend = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer every prompt with the aligned policy and write Parquet.
@@ -92,7 +101,14 @@ def relabel(
         "base.dtype": dtype,
         "base.trust_remote_code": trust_remote_code or None,
     }
-    run_relabel(config, _merge(overrides, flags), print_config=print_config, is_new_run=new_run, is_verbose=verbose)
+    run_relabel(
+        config,
+        _merge(overrides, flags),
+        print_config=print_config,
+        is_new_run=new_run,
+        may_extend=extend,
+        is_verbose=verbose,
+    )
 
 
 @app.command()
@@ -104,6 +120,7 @@ def evaluate(
     model: Model = None,
     print_config: PrintConfig = False,
     new_run: NewRun = False,
+    extend: Extend = False,
     verbose: Verbose = False,
 ) -> None:
     """Compare rules: answer every prompt with each rule of a grid, judge the answers, write _metrics.json.
@@ -113,7 +130,14 @@ def evaluate(
     from jobs.commands.evaluate import run_evaluate
 
     flags = {"input.limit": limit, "decoding.seed": seed, "base.model": model}
-    run_evaluate(config, _merge(overrides, flags), print_config=print_config, is_new_run=new_run, is_verbose=verbose)
+    run_evaluate(
+        config,
+        _merge(overrides, flags),
+        print_config=print_config,
+        is_new_run=new_run,
+        may_extend=extend,
+        is_verbose=verbose,
+    )
 
 
 @app.command()
@@ -127,6 +151,7 @@ def synthesize(
         Path | None, typer.Option(help="Also write the data set to this folder, for datasets.load_from_disk.")
     ] = None,
     new_run: NewRun = False,
+    extend: Extend = False,
     print_config: PrintConfig = False,
     verbose: Verbose = False,
 ) -> None:
@@ -143,6 +168,7 @@ def synthesize(
         _merge(overrides, flags),
         print_config=print_config,
         is_new_run=new_run,
+        may_extend=extend,
         export_to=export,
         is_verbose=verbose,
     )

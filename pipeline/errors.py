@@ -31,6 +31,10 @@ class RunMismatch(ConfigurationError):
     """The run directory belongs to another configuration."""
 
 
+class InputChanged(ConfigurationError):
+    """Rows that a run has are not in its input any more as they were."""
+
+
 class ErrorBudgetExceeded(CageError):
     """More rows failed than `errors.budget` allows; everything done so far is kept."""
 

@@ -130,7 +130,7 @@ def test_existing_answers_are_scored_and_preference_pairs_written(tiny, tmp_path
     written = [row for path in sorted((tmp_path / "run").glob("part-*")) for row in pq.read_table(path).to_pylist()]
     assert [row["original_response"] for row in written] == [row["answer"] for row in rows]
     for row in written:
-        pair = {row["chosen"][0]["content"], row["failed"][0]["content"]}
+        pair = {row["chosen"][0]["content"], row["rejected"][0]["content"]}
         assert pair == {row["response"], row["original_response"]}
         assert set(row["original_rewards"]) == {"kind", "brief"}
 

@@ -18,7 +18,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from support.storage import answer, make_config, small_plan, tree_bytes, write_jsonl
+from support.storage import DyingStore, Killed, answer, make_config, small_plan, tree_bytes, write_jsonl
 
 from pipeline.errors import CageError, ConfigurationError, NondeterminismError, StorageError
 from pipeline.monitoring.reasons import failures_of
@@ -28,7 +28,7 @@ from pipeline.storage.failed_rows import find_failed_rows
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.tables import write_table_bytes
-from pipeline.stores.store import LocalStore, Store, open_store
+from pipeline.stores.store import LocalStore, open_store
 
 MIXED = [
     {"prompt": "a"},
@@ -117,36 +117,6 @@ def test_committing_again_changes_nothing(tmp_path: Path) -> None:
     before = tree_bytes(tmp_path / "run", "**/*.*")
     assert run.commit(0, records_of(run.plan, 0), attempt=2, seconds=9.0) == first
     assert tree_bytes(tmp_path / "run", "**/*.*") == before
-
-
-class Killed(Exception):
-    """Stands for SIGKILL between two writes."""
-
-
-@dataclasses.dataclass
-class DyingStore:
-    """A store that dies at its n-th write, before or after it took effect."""
-
-    store: Store
-    dies_at: int
-    is_after: bool
-    num_writes: int = 0
-
-    def __getattr__(self, name: str) -> Any:
-        inner = getattr(self.store, name)
-        return self._write(inner) if name in ("create", "put") else inner
-
-    def _write(self, inner: Any) -> Any:
-        def write(name: str, data: bytes) -> Any:
-            self.num_writes += 1
-            if self.num_writes == self.dies_at and not self.is_after:
-                raise Killed
-            answer = inner(name, data)
-            if self.num_writes == self.dies_at:
-                raise Killed
-            return answer
-
-        return write
 
 
 @pytest.mark.parametrize("is_after", [False, True])

@@ -24,7 +24,13 @@ COLUMNS = (
 
 
 def run_evaluate(
-    config_file: Path, overrides: list[str], *, print_config: bool, is_new_run: bool = False, is_verbose: bool
+    config_file: Path,
+    overrides: list[str],
+    *,
+    print_config: bool,
+    is_new_run: bool = False,
+    may_extend: bool = False,
+    is_verbose: bool,
 ) -> None:
     """Read the configuration, run the evaluation to its end, and say what it found."""
     config = load_as(EvaluateConfig, config_file, overrides)
@@ -38,7 +44,9 @@ def run_evaluate(
     cache_folder = default_cache_folder(os.environ)
     # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
     with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
-        evaluation = evaluate(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=is_new_run)
+        evaluation = evaluate(
+            config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=is_new_run, may_extend=may_extend
+        )
     if not evaluation.was_run:
         print("nothing to do: the evaluation is complete")
     if evaluation.was_run or not evaluation.run.store.names(REPORT):

@@ -11,17 +11,23 @@ from pipeline.config.sections import Config
 
 
 def run_relabel(
-    config_file: Path, overrides: list[str], *, print_config: bool, is_new_run: bool, is_verbose: bool
+    config_file: Path,
+    overrides: list[str],
+    *,
+    print_config: bool,
+    is_new_run: bool,
+    may_extend: bool,
+    is_verbose: bool,
 ) -> None:
     """Read the configuration, run the job, say what was written and how to look at it."""
     config = load_config(config_file, overrides)
     if print_config:
         sys.stdout.write(dump_config(config))
         return
-    run_config(config, is_new_run=is_new_run, is_verbose=is_verbose)
+    run_config(config, is_new_run=is_new_run, may_extend=may_extend, is_verbose=is_verbose)
 
 
-def run_config(config: Config, *, is_new_run: bool = False, is_verbose: bool) -> None:
+def run_config(config: Config, *, is_new_run: bool = False, may_extend: bool = False, is_verbose: bool) -> None:
     """Run the job to its end and describe the run."""
     from jobs.commands.status import describe_status
     from pipeline.hub.embedded import default_cache_folder
@@ -30,7 +36,9 @@ def run_config(config: Config, *, is_new_run: bool = False, is_verbose: bool) ->
     cache_folder = default_cache_folder(os.environ)
     # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
     with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
-        run, was_run = relabel(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=is_new_run)
+        run, was_run = relabel(
+            config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=is_new_run, may_extend=may_extend
+        )
     if not was_run:
         print("nothing to do: the run is complete")
     print(describe_status(run))

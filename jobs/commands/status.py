@@ -26,6 +26,9 @@ def describe_status(run: Run) -> str:
         f"  answers   {status.rows_aligned:,} aligned, {status.rows_failed:,} failed, of {status.num_rows:,}",
         f"  tokens    {status.tokens:,}",
     ]
+    if len(status.prompts) > 1:
+        *before, now = (f"{number:,}" for number in status.prompts)
+        lines.append(f"  extended  from {', '.join(before)} to {now} prompts")
     if status.last_commit_at is not None:
         lines.append(f"  last      {datetime.fromtimestamp(status.last_commit_at, UTC):%Y-%m-%d %H:%M:%S} UTC")
     repeats = f"attempts of shards lost {status.attempts_lost:,}" if status.attempts_lost else ""

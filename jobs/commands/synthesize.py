@@ -21,6 +21,7 @@ def run_synthesize(
     *,
     print_config: bool = False,
     is_new_run: bool = False,
+    may_extend: bool = False,
     export_to: Path | None = None,
     is_verbose: bool = False,
 ) -> None:
@@ -37,7 +38,12 @@ def run_synthesize(
     # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
     with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
         dataset, was_decoded = synthesize(
-            config, default_cache_folder(os.environ), out, is_verbose=is_verbose, may_begin_beside=is_new_run
+            config,
+            default_cache_folder(os.environ),
+            out,
+            is_verbose=is_verbose,
+            may_begin_beside=is_new_run,
+            may_extend=may_extend,
         )
     if not (was_decoded or dataset.was_made):
         print("nothing to do: the data set is complete")

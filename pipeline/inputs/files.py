@@ -50,8 +50,8 @@ class InputFile:
         columns: which columns are read.
         num_rows: how many rows are used, from the first one.
         identity: changes when the content of these rows does.
-        marks: for text, (byte offset, lines or elements before) of rows 0, stride, 2 * stride, ..., where reading can
-            begin. Offsets count the bytes of the plain UTF-8 text.
+        marks: for text, the rows where reading can begin, from row 0 on: (row, byte offset, lines or elements before
+            it). Offsets count the bytes of the plain UTF-8 text.
         subset: of a data set.
         split: of a data set.
         layers: the compression and the encoding around the text of a file.
@@ -64,7 +64,7 @@ class InputFile:
     columns: InputColumns
     num_rows: int
     identity: str
-    marks: tuple[tuple[int, int], ...] = ()
+    marks: tuple[tuple[int, int, int], ...] = ()
     subset: str | None = None
     split: str | None = None
     layers: tuple[str, ...] = ()

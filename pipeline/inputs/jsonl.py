@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -13,6 +13,7 @@ from pipeline.inputs.delimited import DELIMITERS, read_header, split_rows
 from pipeline.inputs.encodings import find_encoding, open_text
 from pipeline.inputs.files import Format, FoundFile, InputFile, as_input_error
 from pipeline.inputs.json_arrays import is_array, split_items
+from pipeline.inputs.prefix_digest import PrefixDigest
 from pipeline.inputs.rows import FoundId, make_row, read_id
 from pipeline.inputs.text_records import LIMIT_BYTES, TextRecord, without_mark
 from pipeline.records import Row
@@ -40,11 +41,15 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What one pass over a file finds: see the fields of `InputFile` with the same names."""
+    """What one pass over a file finds: see the fields of `InputFile` with the same names.
+
+    `has_known_rows` says whether the file begins with the rows that were known before.
+    """
 
     num_rows: int
     identity: str
-    marks: tuple[tuple[int, int], ...]
+    marks: tuple[tuple[int, int, int], ...]
+    has_known_rows: bool = True
 
 
 def peek(found: FoundFile) -> tuple[TextFile, tuple[str, ...]]:
@@ -88,26 +93,32 @@ def _recognise(found: FoundFile) -> TextFile:
     return file
 
 
-def scan(file: TextFile, name: str, *, stride: int, limit: int | None) -> Scan:
-    """Count the rows up to `limit`, hash the bytes that hold them, and mark every `stride`-th row."""
-    digest = hashlib.sha256()
-    marks: list[tuple[int, int]] = []
+def scan(file: TextFile, name: str, *, stride: int, limit: int | None, known: InputFile | None = None) -> Scan:
+    """Count the rows up to `limit`, hash the bytes that hold them, and mark the rows where reading can begin.
+
+    Every `stride`-th row is marked; of a file that was `known` with fewer rows, the rows that were marked then, and
+    every `stride`-th of the others.
+    """
+    starts = {row for row, _, _ in known.marks} if known else set()
+    num_known = known.num_rows if known else 0
+    digest = PrefixDigest(num_known)
+    marks: list[tuple[int, int, int]] = []
     num_rows = 0
     with as_input_error(name), open_text(file.path, file.layers) as handle:
         for each in _split(handle, file, digest=digest):
-            if num_rows % stride == 0:
-                marks.append((each.offset, each.number - 1))
+            if num_rows in starts or (num_rows >= num_known and (num_rows - num_known) % stride == 0):
+                marks.append((num_rows, each.offset, each.number - 1))
+            digest.end_row(num_rows)
             num_rows += 1
             if num_rows == limit:
                 break
-    return Scan(num_rows, f"sha256:{digest.hexdigest()}", tuple(marks))
+    has_known = known is None or known.identity in digest.prefixes()
+    return Scan(num_rows, digest.identity, tuple(marks), has_known)
 
 
-def read_rows(
-    file: InputFile, start: int, stop: int, *, stride: int, principal_names: Sequence[str]
-) -> Iterator[Row]:
+def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequence[str]) -> Iterator[Row]:
     """Yield rows [start, stop) of a file, reading from the last mark before `start`."""
-    for line in _lines_from_mark(file, start, stop, stride=stride):
+    for line in _lines_from_mark(file, start, stop):
         place = f"{_unit(file)} {line.number} of {file.name}"
         fallback_id = f"{file.name}:{line.number}"
         try:
@@ -118,9 +129,9 @@ def read_rows(
         yield make_row(record, file.columns, row_id=fallback_id, place=place, principal_names=principal_names)
 
 
-def read_values(file: InputFile, start: int, stop: int, *, stride: int) -> Iterator[dict[str, Any]]:
+def read_values(file: InputFile, start: int, stop: int) -> Iterator[dict[str, Any]]:
     """Yield the values of rows [start, stop) by column, as they are; none of a row that cannot be read."""
-    for line in _lines_from_mark(file, start, stop, stride=stride):
+    for line in _lines_from_mark(file, start, stop):
         try:
             yield _parse(line.data)
         except RowError:
@@ -130,7 +141,7 @@ def read_values(file: InputFile, start: int, stop: int, *, stride: int) -> Itera
 def read_ids(file: InputFile) -> Iterator[FoundId]:
     """Yield the id of every row, as `read_rows` would read it."""
     assert file.columns.id is not None
-    for line in _lines_from_mark(file, 0, file.num_rows, stride=1):
+    for line in _lines_from_mark(file, 0, file.num_rows):
         place, position = f"{_unit(file)} {line.number} of {file.name}", f"{file.name}:{line.number}"
         try:
             yield FoundId(read_id(_record(line.data, file.format).get(file.columns.id)), position, place)
@@ -181,12 +192,11 @@ def _record(data: bytes | dict[str, Any] | RowError, format_: Format) -> dict[st
     return {**record, "messages": record["body"]["messages"]}
 
 
-def _lines_from_mark(file: InputFile, start: int, stop: int, *, stride: int) -> Iterator[TextRecord]:
+def _lines_from_mark(file: InputFile, start: int, stop: int) -> Iterator[TextRecord]:
     if start >= stop:
         return
-    mark = start // stride if start else 0
-    offset, number = file.marks[mark]
-    skip, wanted = start - mark * stride, stop - start
+    row, offset, number = file.marks[bisect_right(file.marks, start, key=lambda mark: mark[0]) - 1]
+    skip, wanted = start - row, stop - start
     text = TextFile(file.path, file.format, file.layers, file.header)
     with as_input_error(file.name), open_text(file.path, file.layers, offset) as handle:
         for index, each in enumerate(_split(handle, text, offset=offset, number=number)):

@@ -21,7 +21,7 @@ AS_JSON = {b"cage.kept": b"json"}  # of a field: its values are JSON text, becau
 INT64 = range(-(2**63), 2**63)
 
 
-def choose_kept(keep: Sequence[str] | Literal["all"], files: Sequence[InputFile], *, stride: int) -> pa.Schema | None:
+def choose_kept(keep: Sequence[str] | Literal["all"], files: Sequence[InputFile]) -> pa.Schema | None:
     """The columns to carry over, with one type for all files; None where there are none.
 
     Text is read as a whole for this: a type must hold every value.
@@ -31,7 +31,7 @@ def choose_kept(keep: Sequence[str] | Literal["all"], files: Sequence[InputFile]
     """
     if not keep:
         return None
-    schemas = [_schema_of(file, stride=stride) for file in files]
+    schemas = [_schema_of(file) for file in files]
     there = dict.fromkeys(name for schema in schemas for name in schema.names)
     if keep == "all":
         # What is read under a name of the output is there already.
@@ -60,10 +60,10 @@ def from_text(text: str | None) -> pa.Schema | None:
     return None if text is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
 
 
-def read_kept(schema: pa.Schema, file: InputFile, start: int, stop: int, *, stride: int) -> Iterator[dict[str, Any]]:
+def read_kept(schema: pa.Schema, file: InputFile, start: int, stop: int) -> Iterator[dict[str, Any]]:
     """Yield the values to carry over of the rows [start, stop); those of a row that cannot be read are null."""
     if file.format.is_text:
-        records: Iterable[Mapping[str, Any]] = jsonl.read_values(file, start, stop, stride=stride)
+        records: Iterable[Mapping[str, Any]] = jsonl.read_values(file, start, stop)
     else:
         records = tabular.read_values(file, schema.names, start, stop)
     as_json = {field.name for field in schema if field.metadata == AS_JSON}
@@ -89,13 +89,13 @@ def append_kept(table: pa.Table, schema: pa.Schema, values: Sequence[Mapping[str
     return table
 
 
-def _schema_of(file: InputFile, *, stride: int) -> pa.Schema:
+def _schema_of(file: InputFile) -> pa.Schema:
     if not file.format.is_text:
         return pa.schema([pa.field(field.name, _plain(field.type)) for field in tabular.schema_of(file)])
     if file.header:
         return pa.schema([(name, pa.string()) for name in file.header])
     kinds: dict[str, set[str]] = {}
-    for record in jsonl.read_values(file, 0, file.num_rows, stride=stride):
+    for record in jsonl.read_values(file, 0, file.num_rows):
         for name, value in record.items():
             kinds.setdefault(name, set()).add(_kind(value))
     return pa.schema([_field_of_kinds(name, found - {"null"}) for name, found in kinds.items()])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.config.sections import InputConfig
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, InputChanged
 from pipeline.inputs import jsonl, tabular
 from pipeline.inputs.column_choice import choose_columns, columns_of_unreadable
 from pipeline.inputs.files import Format, FoundFile, InputFile, is_dataset_name
@@ -24,6 +25,7 @@ from pipeline.quoting import quote
 from pipeline.records import Row
 
 DEFAULT_STRIDE = 1024
+NOTHING_KNOWN: Mapping[str, InputFile] = MappingProxyType({})
 PEEK_ROWS = 100  # rows that show whether conversations end with an existing answer
 
 
@@ -36,7 +38,6 @@ class InputSource:
 
     Args:
         files: in order of name.
-        stride: the distance of the `marks` of text files, in rows.
         principal_names: the names that a column of weights may use.
         column_names: every column that the files have, used or not; empty for an input that comes from a plan.
         not_read: files and folders in the input folder that are no input; empty for an input from a plan.
@@ -44,7 +45,6 @@ class InputSource:
     """
 
     files: tuple[InputFile, ...]
-    stride: int = DEFAULT_STRIDE
     principal_names: tuple[str, ...] = ()
     column_names: tuple[str, ...] = ()
     not_read: tuple[str, ...] = ()
@@ -74,13 +74,13 @@ class InputSource:
         if not 0 <= start <= stop <= file.num_rows:
             raise ValueError(f"rows must be within 0 and {file.num_rows}; got {start} to {stop}")
         if file.format.is_text:
-            return jsonl.read_rows(file, start, stop, stride=self.stride, principal_names=self.principal_names)
+            return jsonl.read_rows(file, start, stop, principal_names=self.principal_names)
         return tabular.read_rows(file, start, stop, principal_names=self.principal_names)
 
     def read_kept(self, file_index: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Yield the values of the kept columns of rows [start, stop) of one file, in the order of `read_rows`."""
         assert self.kept is not None
-        return read_kept(self.kept, self.files[file_index], start, stop, stride=self.stride)
+        return read_kept(self.kept, self.files[file_index], start, stop)
 
     def reading(self, **columns: Any) -> InputSource:
         """The same input with other fields of all files' columns."""
@@ -94,7 +94,11 @@ class InputSource:
 
 
 def open_input(
-    config: InputConfig, principal_names: Sequence[str] = (), *, stride: int = DEFAULT_STRIDE
+    config: InputConfig,
+    principal_names: Sequence[str] = (),
+    *,
+    stride: int = DEFAULT_STRIDE,
+    known: Mapping[str, InputFile] = NOTHING_KNOWN,
 ) -> InputSource:
     """Find and check the input. Its rows are read only as far as counting, hashing and ids need.
 
@@ -102,8 +106,10 @@ def open_input(
         config: where the input is, and which columns it has.
         principal_names: the names that a column of weights may use.
         stride: the distance in rows of the places in a text file where reading can begin: rows per shard.
+        known: files by name as a run knows them, which must begin with the rows that they had.
 
     Raises:
+        InputChanged: a known file is gone, has fewer rows, or others.
         ConfigurationError: no such input, missing column, wrong column type, no rows, an id column without ids.
     """
     if config.weights is not None and not principal_names:
@@ -111,36 +117,52 @@ def open_input(
     found = find_files(config.path, split=config.split)
     column_names: dict[str, None] = {}
     if found is None:
-        files = [_open_dataset(config, column_names)]
+        files = [_open_dataset(config, column_names, known)]
     else:
-        files = list(_open_files(found.files, config, column_names, stride=stride))
+        files = list(_open_files(found.files, config, column_names, stride=stride, known=known))
     files = [file for file in files if file.num_rows]
     if not files:
         raise ConfigurationError(f"input.path: {config.path} holds no rows")
+    for name in known.keys() - {file.name for file in files}:
+        raise InputChanged(f"{name} is not in the input any more")
     not_read = () if found is None else found.not_read
-    source = InputSource(tuple(files), stride, tuple(principal_names), tuple(column_names), not_read)
-    source = replace(source, kept=choose_kept(config.keep, files, stride=stride))
+    source = InputSource(tuple(files), tuple(principal_names), tuple(column_names), not_read)
+    source = replace(source, kept=choose_kept(config.keep, files))
     if repeated_ids := find_repeated_ids(files):
         source = source.reading(repeated_ids=repeated_ids)
     return _with_existing_answers(_with_tools(source), config)
 
 
 def _open_files(
-    found: Sequence[FoundFile], config: InputConfig, column_names: dict[str, None], *, stride: int
+    found: Sequence[FoundFile],
+    config: InputConfig,
+    column_names: dict[str, None],
+    *,
+    stride: int,
+    known: Mapping[str, InputFile],
 ) -> Iterator[InputFile]:
     rows_left = config.limit
     for each in found:
         if rows_left == 0:
             return
-        open_one = _open_text if each.format.is_text else _open_table
-        file = open_one(each, config, column_names, stride=stride, limit=rows_left)
+        earlier = known.get(each.name)
+        if each.format.is_text:
+            file = _open_text(each, config, column_names, stride=stride, limit=rows_left, known=earlier)
+        else:
+            file = _open_table(each, config, column_names, limit=rows_left, known=earlier)
         if rows_left is not None:
             rows_left -= file.num_rows
         yield file
 
 
 def _open_text(
-    found: FoundFile, config: InputConfig, column_names: dict[str, None], *, stride: int, limit: int | None
+    found: FoundFile,
+    config: InputConfig,
+    column_names: dict[str, None],
+    *,
+    stride: int,
+    limit: int | None,
+    known: InputFile | None,
 ) -> InputFile:
     text, keys = jsonl.peek(found)
     format_ = text.format
@@ -151,7 +173,9 @@ def _open_text(
         format_ = Format.JSONL if format_ is Format.BATCH else format_
         columns = choose_columns(config, keys, found.name) if keys else columns_of_unreadable(config)
     column_names.update(dict.fromkeys(keys))
-    scan = jsonl.scan(text, found.name, stride=stride, limit=limit)
+    scan = jsonl.scan(text, found.name, stride=stride, limit=limit, known=known)
+    if known is not None:
+        _check_known(known, scan.num_rows, has_known_rows=scan.has_known_rows)
     return InputFile(
         path=found.path,
         name=found.name,
@@ -166,11 +190,16 @@ def _open_text(
 
 
 def _open_table(
-    found: FoundFile, config: InputConfig, column_names: dict[str, None], *, stride: int, limit: int | None
+    found: FoundFile,
+    config: InputConfig,
+    column_names: dict[str, None],
+    *,
+    limit: int | None,
+    known: InputFile | None,
 ) -> InputFile:
     schema, num_rows = tabular.read_schema(found)
     columns = _check_schema(schema, config, found.name, column_names)
-    return InputFile(
+    file = InputFile(
         path=found.path,
         name=found.name,
         format=found.format,
@@ -178,9 +207,23 @@ def _open_table(
         num_rows=num_rows if limit is None else min(num_rows, limit),
         identity=tabular.content_identity(found),
     )
+    if known is not None:
+        _check_known(known, file.num_rows, has_known_rows=file.identity == known.identity)
+    return file
 
 
-def _open_dataset(config: InputConfig, column_names: dict[str, None]) -> InputFile:
+def _check_known(known: InputFile, num_rows: int, *, has_known_rows: bool) -> None:
+    if num_rows < known.num_rows:
+        raise InputChanged(f"{known.name} has {num_rows:,} rows and had {known.num_rows:,}")
+    if not has_known_rows:
+        hint = (
+            "" if known.format.is_text or known.format is Format.DATASET
+            else "; a table is compared as a whole, so add rows in a file of their own"
+        )  # fmt: skip
+        raise InputChanged(f"{known.name} has changed in its first {known.num_rows:,} rows{hint}")
+
+
+def _open_dataset(config: InputConfig, column_names: dict[str, None], known: Mapping[str, InputFile]) -> InputFile:
     if not is_dataset_name(config.path):
         raise ConfigurationError(f"input.path: there is no file or folder {quote(config.path)}")
     dataset = tabular.load_dataset(config.path, config.subset, config.split)
@@ -196,6 +239,9 @@ def _open_dataset(config: InputConfig, column_names: dict[str, None]) -> InputFi
         subset=config.subset,
         split=config.split,
     )
+    if (earlier := known.get(name)) is not None:
+        before = replace(file, num_rows=min(file.num_rows, earlier.num_rows))
+        _check_known(earlier, file.num_rows, has_known_rows=tabular.dataset_identity(before) == earlier.identity)
     return replace(file, identity=tabular.dataset_identity(file))
 
 

@@ -48,6 +48,7 @@ def evaluate(
     *,
     is_verbose: bool = False,
     may_begin_beside: bool = False,
+    may_extend: bool = False,
 ) -> Evaluation:
     """Start or continue an evaluation, and finish it.
 
@@ -56,7 +57,7 @@ def evaluate(
         cache_folder: where downloaded and converted weights are kept.
         out: where progress is printed.
         is_verbose: whether Ray's own log is shown.
-        may_begin_beside: as in `relabel`.
+        may_begin_beside, may_extend: as in `relabel`.
 
     Raises:
         RunMismatch: `output.path` holds a run with other settings.
@@ -67,7 +68,9 @@ def evaluate(
     panel = resolve_panel(
         config.evaluation.judges, cache_folder, progress=lambda line: print(line, file=out, flush=True)
     )
-    run, was_decoded = relabel(config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside)
+    run, was_decoded = relabel(
+        config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside, may_extend=may_extend
+    )
     scores = ScoreFiles(run, panel)
     num_scored = judge(scores, config, out, is_verbose=is_verbose)
     digest = _digest(run, panel, config)

@@ -21,6 +21,7 @@ from pipeline.monitoring.values import SilenceWatch
 from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_replica, resolve_models
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.failures import FailureLimit
+from pipeline.storage.extension import describe_extension, extend_plan, is_extension
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.run import Run, has_plan
 
@@ -76,11 +77,13 @@ def relabel(
     *,
     is_verbose: bool = False,
     may_begin_beside: bool = False,
+    may_extend: bool = False,
     wiring: Wiring = DIRECT,
 ) -> tuple[Run, bool]:
     """Start or continue a run and bring it to its end; the run, and whether there was anything to do.
 
     Where `output.path` holds a run of other settings, this one `may_begin_beside` it, in PATH-2, PATH-3 and so on.
+    Where it holds one whose input has grown, this one `may_extend` it by the new rows; a larger `input.limit` does.
     `wiring` says how stores are opened and hosts are started, in whichever process does so.
 
     Raises:
@@ -91,8 +94,9 @@ def relabel(
     """
     prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
     places = _places(config.output.path, may_begin_beside=may_begin_beside)
-    existing = _open_run(prepared.plan, places, wiring, may_create=False)
-    if existing is not None and existing.is_complete:
+    existing = _open_run(prepared.plan, places, wiring, may_create=False, may_extend=may_extend)
+    extended = None if existing is None else _extended(existing, prepared.plan, config)
+    if existing is not None and extended is None and existing.is_complete:
         return existing, False
     for note in prepared.notes:
         print(note, file=out, flush=True)
@@ -102,11 +106,33 @@ def relabel(
     plan = prepared.plan.with_template_time(replica.template_time)
     run = existing or _open_run(plan, places, wiring, may_create=True)
     assert run is not None
+    if extended is not None:
+        run = run.extend(extended)
+        print(describe_extension(run.plan), file=out, flush=True)
     if run.plan.template_time != replica.template_time:  # another driver was faster
         replica = plan_replica(config, prepared.models, cache_folder, now=run.plan.template_time)
+    run.begin()
+    _work(config, run, replica, out, is_first=existing is None, is_verbose=is_verbose, wiring=wiring)
+    run.finish()
+    if run.is_superseded:
+        print("another command has extended the run meanwhile, and goes on with it", file=out, flush=True)
+    return run, True
+
+
+def _work(
+    config: Config,
+    run: Run,
+    replica: ReplicaPlan,
+    out: TextIO,
+    *,
+    is_first: bool,
+    is_verbose: bool,
+    wiring: Wiring,
+) -> None:
+    """Decode the shards that are not committed."""
     committed = run.committed()
     todo = [shard.index for shard in run.plan.shards if shard.index not in committed]
-    if existing is not None:  # another driver may be at work: begin elsewhere than it did
+    if not is_first:  # another driver may be at work: begin elsewhere than it did
         start = random.randrange(len(todo) or 1)
         todo = todo[start:] + todo[:start]
     limit = FailureLimit(config, run, committed.values())
@@ -126,8 +152,6 @@ def relabel(
             _watched(config, stream, line, limit),
         ):
             _decode(stream, todo, line, limit)
-    run.finish()
-    return run, True
 
 
 def _places(path: str, *, may_begin_beside: bool) -> list[str]:
@@ -136,8 +160,13 @@ def _places(path: str, *, may_begin_beside: bool) -> list[str]:
     return [path, *beside] if may_begin_beside else [path]
 
 
-def _open_run(plan: Plan, places: Sequence[str], wiring: Wiring, *, may_create: bool) -> Run | None:
-    """The run of the plan at the first place that is free or its own; None where it would have to be created."""
+def _open_run(
+    plan: Plan, places: Sequence[str], wiring: Wiring, *, may_create: bool, may_extend: bool = False
+) -> Run | None:
+    """The run of the plan at the first place that is free or its own; None where it would have to be created.
+
+    A run whose input is a part of the plan's is its own, too, where the plan `may_extend` it.
+    """
     for place in places:
         store = wiring.open_store(place)
         if not may_create and not has_plan(store):
@@ -145,10 +174,27 @@ def _open_run(plan: Plan, places: Sequence[str], wiring: Wiring, *, may_create: 
         config = {**plan.config, "output": {**plan.config["output"], "path": place}}
         try:
             return Run.create_or_resume(store, replace(plan, config=config))
-        except RunMismatch:
+        except RunMismatch as mismatch:
+            begun = Run.open(place, open_store=wiring.open_store)
+            if is_extension(begun.plan, plan, with_new_rows=may_extend, with_limit=len(places) == 1 or may_extend):
+                return begun
             if len(places) == 1:
-                raise
+                raise _with_way_out(begun, plan, mismatch) from None
     raise ConfigurationError(f"{places[0]} and {len(places) - 1} places beside it hold runs of other settings")
+
+
+def _with_way_out(run: Run, plan: Plan, mismatch: RunMismatch) -> RunMismatch:
+    if not is_extension(run.plan, plan, with_new_rows=True):
+        return mismatch
+    return RunMismatch(f"{mismatch}\nIf the input has only grown, add --extend to answer its new rows in this run.")
+
+
+def _extended(run: Run, plan: Plan, config: Config) -> Plan | None:
+    """The run's plan with what is new in the input; None where it has all of that."""
+    if not is_extension(run.plan, plan, with_new_rows=True):
+        return None
+    plan = replace(plan, config={**plan.config, "output": run.plan.config["output"]})
+    return extend_plan(run.store.path, run.plan, plan, config)
 
 
 def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, limit: FailureLimit) -> None:

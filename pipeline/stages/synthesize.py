@@ -25,6 +25,7 @@ def synthesize(
     *,
     is_verbose: bool = False,
     may_begin_beside: bool = False,
+    may_extend: bool = False,
     wiring: Wiring = DIRECT,
 ) -> tuple[Dataset, bool]:
     """Start or continue a run, judge its answers and make the data set.
@@ -37,7 +38,7 @@ def synthesize(
         cache_folder: where downloaded and converted weights are kept.
         out: where progress is printed.
         is_verbose: whether Ray's own log is shown.
-        may_begin_beside, wiring: as in `relabel`.
+        may_begin_beside, may_extend, wiring: as in `relabel`.
 
     Returns:
         The data set, and whether anything was decoded or judged.
@@ -56,7 +57,13 @@ def synthesize(
         check_installed()
     panel = resolve_panel(settings.judges, cache_folder, progress=report)
     run, was_decoded = relabel(
-        config.job, cache_folder, out, is_verbose=is_verbose, may_begin_beside=may_begin_beside, wiring=wiring
+        config.job,
+        cache_folder,
+        out,
+        is_verbose=is_verbose,
+        may_begin_beside=may_begin_beside,
+        may_extend=may_extend,
+        wiring=wiring,
     )
     num_judged = judge(ScoreFiles(run, panel), config, out, is_verbose=is_verbose) if settings.judges else 0
     dataset = make_dataset(

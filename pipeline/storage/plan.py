@@ -53,10 +53,28 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run computes, fixed before it begins. Two plans with the same digest give the same output files.
+class Extent:
+    """What a plan comprised before it was extended: its first shards, which keep their names and their digest.
 
-    A plan is plain data: it is stored as _plan.json and sent to the processes that compute.
+    Args:
+        num_shards: how many these are.
+        num_rows: of the input.
+        digest: of the plan's fingerprint at that time.
+        repeated_ids: those that several rows had at that time.
+    """
+
+    num_shards: int
+    num_rows: int
+    digest: str
+    repeated_ids: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run computes, fixed before it begins. Two plans of one digest answer the same rows in the same way.
+
+    A plan is plain data: it is stored as _plan.json and sent to the processes that compute. One that was extended is
+    stored as _plan.1.json, then _plan.2.json and so on, beside the earlier ones.
 
     Args:
         fingerprint: everything that changes results, as dotted fields with plain values.
@@ -73,6 +91,7 @@ class Plan:
             fingerprint, because they do not change results.
         version: of the format of _plan.json.
         kept: the columns of the input that the output has too, as `kept.to_text` writes them.
+        earlier: what the plan was before each extension, in order.
     """
 
     fingerprint: Mapping[str, Any]
@@ -88,6 +107,21 @@ class Plan:
     config: Mapping[str, Any]
     version: int = PLAN_VERSION
     kept: str | None = None
+    earlier: tuple[Extent, ...] = ()
+
+    @property
+    def revision(self) -> int:
+        """How often the plan was extended."""
+        return len(self.earlier)
+
+    @property
+    def extent(self) -> Extent:
+        """What the plan comprises now."""
+        return Extent(len(self.shards), self.num_rows, self.digest, self.files[0].columns.repeated_ids)
+
+    def extent_of(self, shard: int) -> Extent:
+        """What the plan comprised when it got the shard."""
+        return next((each for each in self.earlier if shard < each.num_shards), self.extent)
 
     @property
     def num_rows(self) -> int:
@@ -120,6 +154,12 @@ class Plan:
         fields = {name: value for name, value in self.fingerprint.items() if name != TEMPLATE_TIME}
         return replace(self, fingerprint=fields if time is None else {**fields, TEMPLATE_TIME: time.isoformat()})
 
+    def moved_to(self, other: Plan) -> Plan:
+        """This plan with what `other`, which computes the same, says of places: paths, cluster, limits of errors."""
+        path_by_name = {file.name: file.path for file in other.files}
+        files = tuple(replace(file, path=path_by_name[file.name]) for file in self.files)
+        return replace(self, files=files, models=other.models, config=other.config)
+
     @property
     def digest(self) -> str:
         """Hexadecimal SHA-256 of the fingerprint."""
@@ -128,7 +168,7 @@ class Plan:
 
     def open_input(self) -> InputSource:
         """The planned input, without looking at it again."""
-        return InputSource(self.files, self.rows_per_shard, self.principal_names, kept=from_text(self.kept))
+        return InputSource(self.files, self.principal_names, kept=from_text(self.kept))
 
     def read_shard(self, shard: Shard | int) -> Iterator[Row]:
         """Yield the rows of one shard, given itself or by its index, in input order.
@@ -137,7 +177,10 @@ class Plan:
             ConfigurationError: the input is gone, damaged or shorter than when the run was planned.
         """
         shard = self.shards[shard] if isinstance(shard, int) else shard
-        return self.open_input().read_rows(shard.file, shard.start, shard.stop)
+        source = self.open_input()
+        if self.earlier:  # a row that came later must not make an earlier one fail
+            source = source.reading(repeated_ids=self.extent_of(shard.index).repeated_ids)
+        return source.read_rows(shard.file, shard.start, shard.stop)
 
     def read_kept(self, shard: Shard) -> Iterator[dict[str, Any]]:
         """Yield the values of the kept columns of one shard, in the order of `read_shard`; empty without any."""
@@ -159,6 +202,7 @@ class Plan:
             "models": dict(self.models),
             "config": dict(self.config),
             "kept": self.kept,
+            "earlier": [[e.num_shards, e.num_rows, e.digest, sorted(e.repeated_ids)] for e in self.earlier],
             "files": [_file_to_json(file) for file in self.files],
             "shard_fields": ["file", "start", "stop", "offset", "line"],
             "shards": [[s.file, s.start, s.stop, s.offset, s.line] for s in self.shards],
@@ -188,9 +232,9 @@ class Plan:
     @classmethod
     def _from_tree(cls, tree: Mapping[str, Any]) -> Plan:
         shards = tuple(Shard(index, *fields) for index, fields in enumerate(tree["shards"]))
-        marks: dict[int, list[tuple[int, int]]] = {}
+        marks: dict[int, list[tuple[int, int, int]]] = {}
         for shard in shards:
-            marks.setdefault(shard.file, []).append((shard.offset, shard.line))
+            marks.setdefault(shard.file, []).append((shard.start, shard.offset, shard.line))
         return cls(
             fingerprint=tree["fingerprint"],
             files=tuple(_file_from_json(each, marks[index]) for index, each in enumerate(tree["files"])),
@@ -204,6 +248,9 @@ class Plan:
             models=tree["models"],
             config=tree["config"],
             kept=tree.get("kept"),
+            earlier=tuple(
+                Extent(shards, rows, digest, frozenset(ids)) for shards, rows, digest, ids in tree.get("earlier", ())
+            ),
         )
 
 
@@ -259,11 +306,22 @@ def make_plan(
 
 def _cut(files: Sequence[InputFile], rows_per_shard: int) -> Iterator[Shard]:
     index = 0
-    for number, file in enumerate(files):
-        for position, start in enumerate(range(0, file.num_rows, rows_per_shard)):
-            offset, line = file.marks[position] if file.marks else (0, 0)
-            yield Shard(index, number, start, min(start + rows_per_shard, file.num_rows), offset, line)
+    for number in range(len(files)):
+        for shard in cut_file(files, number, 0, rows_per_shard, index=index):
+            yield shard
             index += 1
+
+
+def cut_file(
+    files: Sequence[InputFile], number: int, first_row: int, rows_per_shard: int, *, index: int
+) -> Iterator[Shard]:
+    """Cut the rows of one file from `first_row` on into shards, which are numbered from `index`."""
+    file = files[number]
+    place_by_row = {row: (offset, line) for row, offset, line in file.marks}
+    for start in range(first_row, file.num_rows, rows_per_shard):
+        offset, line = place_by_row[start] if file.marks else (0, 0)
+        yield Shard(index, number, start, min(start + rows_per_shard, file.num_rows), offset, line)
+        index += 1
 
 
 def _file_to_json(file: InputFile) -> dict[str, Any]:
@@ -273,7 +331,7 @@ def _file_to_json(file: InputFile) -> dict[str, Any]:
     return tree
 
 
-def _file_from_json(tree: Mapping[str, Any], marks: list[tuple[int, int]]) -> InputFile:
+def _file_from_json(tree: Mapping[str, Any], marks: list[tuple[int, int, int]]) -> InputFile:
     format_ = Format(tree["format"])
     return InputFile(
         path=tree["path"],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from pipeline.errors import CageError, ConfigurationError
+from pipeline.errors import CageError, ConfigurationError, StorageError
 from pipeline.monitoring.counts import Recoveries
 from pipeline.quoting import quote
 from pipeline.records import Record
@@ -39,7 +40,7 @@ class Run:
 
     Args:
         store: the directory.
-        plan: as stored in its _plan.json. Use `create_or_resume` or `open`, which see to that.
+        plan: the newest that is stored. Use `create_or_resume` or `open`, which see to that.
     """
 
     store: Store
@@ -67,14 +68,34 @@ class Run:
         stored = _read_plan(store)
         plan = plan.with_template_time(stored.template_time)  # a run that goes on another day keeps its time
         refuse_mismatch(store.path, stored.fingerprint, plan.fingerprint)
-        plan = replace(plan, fingerprint=stored.fingerprint)  # an earlier version's may have more keys or fewer
+        plan = stored.moved_to(plan)
         if stored != plan:
-            store.put(PLAN, plan.to_json())
+            store.put(plan_name(plan.revision), plan.to_json())
         return cls(store, plan)
+
+    def extend(self, plan: Plan) -> Run:
+        """Add shards to the run: write the next revision of its plan, beside the earlier ones.
+
+        Args:
+            plan: this run's plan with more shards, as `extend_plan` makes it.
+
+        Raises:
+            StorageError: another command has extended the run in another way.
+        """
+        name = plan_name(plan.revision)
+        if not self.store.create(name, plan.to_json()):
+            standing = _read_plan(self.store)
+            if standing.fingerprint != plan.fingerprint:
+                raise StorageError(
+                    f"another command has extended {self.store.path} at the same time; the same command goes on"
+                )
+            plan = standing
+        self.store.remove(SUCCESS)  # of the shards before
+        return Run(self.store, plan)
 
     @classmethod
     def open(cls, path: str, *, open_store: Callable[[str], Store] = open_store) -> Run:
-        """Open an existing run. Only _plan.json is read; neither the input nor the models have to be there.
+        """Open an existing run. Only its plan is read; neither the input nor the models have to be there.
 
         Args:
             path: the run directory, local or in an object store.
@@ -88,8 +109,22 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether `finish` has come to its end, by whichever process; reads the store."""
-        return self.store.read(SUCCESS) is not None
+        """Whether `finish` has come to its end for this plan, by whichever process; reads the store."""
+        return self.store.read(SUCCESS) == self._success
+
+    def begin(self) -> None:
+        """Take away the mark of a finished run, which is of the shards before an extension, or there for nothing."""
+        if not self.is_complete:
+            self.store.remove(SUCCESS)
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether the run was extended beyond this plan, by another command; reads the store."""
+        return self.store.read(plan_name(self.plan.revision + 1)) is not None
+
+    @property
+    def _success(self) -> bytes:
+        return f"{self.plan.digest}\n".encode()
 
     def committed(self) -> dict[int, CommitRecord]:
         """The commit records by shard. Costs one listing and the reading of every record.
@@ -99,6 +134,8 @@ class Run:
         """
         names = [name for name in self.store.names(COMMITS) if COMMIT_NAME.fullmatch(name)]
         found = self.store.read_many(names)
+        if self.is_superseded:
+            found = {name: data for name, data in found.items() if _shard_of(name) < len(self.plan.shards)}
         records = [self._writer.read_record(name, data) for name, data in found.items()]
         return {record.shard: record for record in sorted(records, key=lambda record: record.shard)}
 
@@ -176,6 +213,8 @@ class Run:
         Raises:
             CageError: shards are not committed, or files of committed ones are missing.
         """
+        if self.is_superseded:  # whoever extended the run, or resumes it, finishes it
+            return
         records = self.committed()
         names = {name for record in records.values() for name in record.sha256_by_file}
         stored = {name for folder in ("part-", FAILED, EARLIER_FAILED) for name in self.store.names(folder)}
@@ -185,7 +224,8 @@ class Run:
                 f"{self.store.path} is not complete: {missing} shards and {len(names - stored)} files missing"
             )
         for name in stored - names:
-            if is_of_failed_rows(name):  # of an attempt that was not the one committed
+            # of an attempt that was not the one committed
+            if is_of_failed_rows(name) and _shard_of(name) < len(self.plan.shards):
                 self.store.remove(name)
         self.store.sweep()
         status = self.status(records)
@@ -193,7 +233,7 @@ class Run:
         self.store.put(CARD, render_card(self.plan, records, status.errors))
         self.store.put(LOADING_FILE, render_loading(self.plan))
         # Last: whoever sees this file finds all the others.
-        self.store.put(SUCCESS, f"{self.plan.digest}\n".encode())
+        self.store.put(SUCCESS, self._success)
 
     def status(self, records: Mapping[int, CommitRecord] | None = None) -> RunStatus:
         """Sum up the commit records: those given, or those in the directory when None."""
@@ -218,11 +258,29 @@ def has_plan(store: Store) -> bool:
     return any(store.read(name) is not None for name in (PLAN, EARLIER_PLAN))
 
 
+def plan_name(revision: int) -> str:
+    """The file of a plan that was extended so many times."""
+    return f"_plan.{revision}.json" if revision else PLAN
+
+
 def _read_plan(store: Store) -> Plan:
-    for name in (PLAN, EARLIER_PLAN):
-        if (data := store.read(name)) is not None:
-            return Plan.from_json(data, source=store.url(name))
-    raise ConfigurationError(f"there is no run in {store.path}: it has no {PLAN}")
+    """The newest revision of the plan. Revisions are created one after the other, so the first gap is the end."""
+    found = next(((name, data) for name in (PLAN, EARLIER_PLAN) if (data := store.read(name)) is not None), None)
+    if found is None:
+        raise ConfigurationError(f"there is no run in {store.path}: it has no {PLAN}")
+    name, data = found
+    for revision in count(1):
+        later = store.read(plan_name(revision))
+        if later is None:
+            break
+        name, data = plan_name(revision), later
+    return Plan.from_json(data, source=store.url(name))
+
+
+def _shard_of(name: str) -> int:
+    """The shard that a commit record or a file of rows belongs to."""
+    found = re.search(r"part-(\d+)", name)
+    return -1 if found is None else int(found[1])
 
 
 def _refuse_other_files(store: Store) -> None:

@@ -34,6 +34,7 @@ class RunStatus:
         attempts_lost: attempts at shards before the one that was committed.
         last_commit_at: Unix time; None before the first commit.
         is_complete: whether manifest and `_SUCCESS` are written, too.
+        prompts: rows of the input: before each extension of the run, and now.
     """
 
     path: str
@@ -52,6 +53,7 @@ class RunStatus:
     attempts_lost: int
     last_commit_at: float | None
     is_complete: bool
+    prompts: tuple[int, ...]
 
     @property
     def errors(self) -> dict[str, int]:
@@ -86,4 +88,5 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
         attempts_lost=sum(record.attempt - 1 for record in done),
         last_commit_at=max((record.committed_at for record in done), default=None),
         is_complete=is_complete,
+        prompts=(*(extent.num_rows for extent in plan.earlier), plan.num_rows),
     )

@@ -71,7 +71,7 @@ class ShardWriter:
 
         Returns the record that is stored: this attempt's or, where another one was faster, that one's.
         """
-        schema = self._schema
+        schema = self._schema(shard.index)
         failed = self._table([record for record in ordered if record.is_failed], schema, kept)
         aligned = self._table([record for record in ordered if not record.is_failed], schema, kept)
         failed_name = self._write_failed(shard, failed)
@@ -96,9 +96,8 @@ class ShardWriter:
         columns = from_text(self.plan.kept)
         return table if columns is None else append_kept(table, columns, [kept[each.row_id] for each in records])
 
-    @property
-    def _schema(self) -> pa.Schema:
-        """The schema of the data files; its metadata carries fingerprint and model identities."""
+    def _schema(self, shard: int) -> pa.Schema:
+        """The schema of a shard's files; its metadata carries fingerprint and model identities."""
         models = {f"cage.models.{place}": identity for place, identity in self.plan.models.items()}
         return output_schema(
             self.plan.principal_names,
@@ -106,7 +105,7 @@ class ShardWriter:
             has_response=self.plan.has_response,
             has_variants=self.plan.has_variants,
             has_tools=self.plan.has_tools,
-            metadata={"cage.fingerprint": self.plan.digest, **models},
+            metadata={"cage.fingerprint": self._digest(shard), **models},
         )
 
     def read_record(self, name: str, data: bytes) -> CommitRecord:
@@ -117,7 +116,7 @@ class ShardWriter:
         """
         url = self.store.url(name)
         record = CommitRecord.from_json(data, source=url)
-        if record.digest != self.plan.digest or not 0 <= record.shard < len(self.plan.shards):
+        if not 0 <= record.shard < len(self.plan.shards) or record.digest != self._digest(record.shard):
             raise StorageError(f"{url} belongs to another run; remove it to go on")
         return record
 
@@ -125,9 +124,15 @@ class ShardWriter:
         """The name of a shard's commit record."""
         return f"{COMMITS}{self._part(shard).partition('-of-')[0]}.json"
 
+    def _digest(self, shard: int) -> str:
+        """Of the plan that has the shard first."""
+        return self.plan.extent_of(shard).digest
+
     def _part(self, shard: int) -> str:
-        width = max(5, len(str(len(self.plan.shards))))
-        return f"part-{shard:0{width}d}-of-{len(self.plan.shards):0{width}d}"
+        """The beginning of the names of a shard's files; a shard keeps it when the run is extended."""
+        num_shards = self.plan.extent_of(shard).num_shards
+        width = max(5, len(str(num_shards)))
+        return f"part-{shard:0{width}d}-of-{num_shards:0{width}d}"
 
     def _write_failed(self, shard: Shard, failed: pa.Table) -> str:
         """Write the failed rows under a name with their hash; return the name, empty when there are none."""
@@ -152,17 +157,17 @@ class ShardWriter:
         if stored is None:
             raise StorageError(f"{self.store.url(name)} disappeared while it was being committed")
         if stored != data:
-            self._compare(name, stored, aligned)
+            self._compare(shard, name, stored, aligned)
         return stored
 
-    def _compare(self, name: str, stored: bytes, aligned: pa.Table) -> None:
+    def _compare(self, shard: Shard, name: str, stored: bytes, aligned: pa.Table) -> None:
         """Check whether the file of another attempt can be taken over.
 
         A row may have failed in one of the attempts only, for instance because a host died. Where both have
         the row, its values must be equal, or the run is not as reproducible as it claims.
         """
         found = _read_table(stored, self.store.url(name))
-        if (found.schema.metadata or {}).get(b"cage.fingerprint", b"").decode() != self.plan.digest:
+        if (found.schema.metadata or {}).get(b"cage.fingerprint", b"").decode() != self._digest(shard.index):
             raise StorageError(f"{self.store.url(name)} belongs to another run; remove it to go on")
         if self.plan.fingerprint["decoding.reproducibility"] != Reproducibility.STRICT:
             return
@@ -197,7 +202,7 @@ class ShardWriter:
             tokens=count_tokens(aligned),
             sha256_by_file={name: sha256(content) for name, content in files.items()},
             num_bytes=sum(len(content) for content in files.values()),
-            digest=self.plan.digest,
+            digest=self._digest(shard.index),
             committed_at=round(time.time(), 3),
             pyarrow=pa.__version__,
             errors={kind: each.count for kind, each in failures.items()},

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.records import FinishReason, Record, Row
 from pipeline.storage.plan import Plan, make_plan
+from pipeline.stores.store import Store
 
 PRINCIPALS = {
     "brief": {"kind": "prompted", "principle": "be brief"},
@@ -113,3 +115,33 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
         else:
             return
     raise RuntimeError("the S3 server does not answer")
+
+
+class Killed(Exception):
+    """Stands for SIGKILL between two writes."""
+
+
+@dataclass
+class DyingStore:
+    """A store that dies at its n-th write, before or after it took effect."""
+
+    store: Store
+    dies_at: int
+    is_after: bool
+    num_writes: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        inner = getattr(self.store, name)
+        return self._write(inner) if name in ("create", "put") else inner
+
+    def _write(self, inner: Any) -> Any:
+        def write(name: str, data: bytes) -> Any:
+            self.num_writes += 1
+            if self.num_writes == self.dies_at and not self.is_after:
+                raise Killed
+            answer = inner(name, data)
+            if self.num_writes == self.dies_at:
+                raise Killed
+            return answer
+
+        return write
