@@ -9,7 +9,7 @@ from typing import Any
 class PrefixDigest:
     """A SHA-256 over the bytes of a text file, as a reader feeds them record by record.
 
-    A shorter file with the first N records ended somewhere between the last byte of the N-th record and the first byte
+    A shorter file with the first N records ended somewhere between the last byte of its N-th one and the first byte
     of the next: without a line break, with one, or after blank lines. `prefixes` has the hashes of these endings.
 
     Args:
