@@ -37,10 +37,12 @@ class AlignedAnswer:
 
     Attributes:
         text: the answer; None where there is an error.
-        num_tokens: tokens drawn, the end token included.
-        finish_reason: "stop", "length" (cut at max_new_tokens) or "error".
+        reasoning: what the model wrote before the answer; None where it wrote none.
+        num_tokens: tokens drawn, reasoning and end token included.
+        finish_reason: "stop", "length" (cut at max_new_tokens), "reasoning" (ended in its reasoning, with an empty
+            text) or "error".
         rewards: by principal, the sum of q over the answer in nats, before weights.
-        payments: by principal, nats paid for the drawn tokens; None under a rule without payments.
+        payments: by principal, nats paid for the answer's tokens; None under a rule without payments.
         kl_per_token: KL divergence to the base, in nats per token; None with trace "none".
         error: why there is no answer.
         tokens: with trace "tokens", every drawn token with its log-probabilities and payments.
@@ -54,6 +56,7 @@ class AlignedAnswer:
     kl_per_token: float | None
     error: str | None
     tokens: tuple[TokenTrace, ...]
+    reasoning: str | None = None
 
     @classmethod
     def of(cls, record: Record) -> AlignedAnswer:
@@ -67,6 +70,7 @@ class AlignedAnswer:
             record.kl_per_token,
             record.error,
             record.tokens,
+            record.reasoning,
         )
 
 
@@ -310,8 +314,8 @@ class AlignBatch:
 
     A batch needs a column `id` and a column `prompt` (texts) or `messages` (conversations), and may have `weights`.
     Ids must differ between all rows of the dataset: they key the draws, so an answer does not depend on how rows are
-    put into batches. The columns response, finish_reason, num_tokens, rewards, payments, kl_per_token and error are
-    added.
+    put into batches. The columns response, reasoning, finish_reason, num_tokens, rewards, payments, kl_per_token and
+    error are added.
 
     Args:
         model: as in `Aligner`.
@@ -367,6 +371,7 @@ def _columns(answers: Sequence[AlignedAnswer]) -> dict[str, list[Any]]:
     """The columns that answers add to a batch."""
     return {
         "response": [answer.text for answer in answers],
+        "reasoning": [answer.reasoning for answer in answers],
         "finish_reason": [answer.finish_reason for answer in answers],
         "num_tokens": [answer.num_tokens for answer in answers],
         "rewards": [dict(answer.rewards) for answer in answers],

@@ -23,8 +23,10 @@ OUTPUT_COLUMNS = (
     "messages",
     "tools",
     "response",
+    "reasoning",
     "finish_reason",
     "num_tokens",
+    "num_reasoning_tokens",
     "weights",
     "rewards",
     "payments",
@@ -48,16 +50,25 @@ def is_reserved(name: str) -> bool:
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended: at an end token or a stop string, at its length limit, or by an error."""
+    """Why an answer ended: at an end token or a stop string, at its length limit, in its reasoning, or by an error.
+
+    What ended within its reasoning, at an end token or its limit, has no answer: its text is empty.
+    """
 
     STOP = "stop"
     LENGTH = "length"
+    REASONING = "reasoning"
     ERROR = "error"
 
     @property
     def words(self) -> str:
         """What happened, for people."""
-        return {self.STOP: "ended", self.LENGTH: "cut at max_new_tokens", self.ERROR: "failed"}[self]
+        return {
+            self.STOP: "ended",
+            self.LENGTH: "cut at max_new_tokens",
+            self.REASONING: "ended in its reasoning, without an answer",
+            self.ERROR: "failed",
+        }[self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,7 @@ class Row:
         stop: strings that end the row's answer, in place of the configured ones.
         not_obeyed: parameters of the row's request that have no effect, by name.
         tools: what the model may call.
+        template_kwargs: what the row's chat templates read besides the messages, in place of the base's, key by key.
         num_names: messages whose speaker has a name, which is dropped.
     """
 
@@ -89,6 +101,7 @@ class Row:
     not_obeyed: tuple[tuple[str, Any], ...] = ()
     tools: tuple[Tool, ...] = ()
     num_names: int = 0
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +111,16 @@ class TokenTrace:
     Args:
         token_id: of the token.
         text: the token as text.
-        base_logprob: log-probability under the base, in nats.
-        logprob: log-probability under the policy that drew it, in nats.
+        base_logprob: log-probability under the base, in nats; None where it was not drawn, but closes reasoning.
+        logprob: log-probability under the policy that drew it, in nats; None likewise.
         payments: by principal, nats paid for the token; None under a rule without payments.
         thresholds: by principal, the value in nats above which it pays; None under a rule without payments.
     """
 
     token_id: int
     text: str
-    base_logprob: float
-    logprob: float
+    base_logprob: float | None
+    logprob: float | None
     payments: Mapping[str, float | None]
     thresholds: Mapping[str, float | None]
 
@@ -125,7 +138,7 @@ class Record:
         num_tokens: tokens drawn, the end token included.
         weights: preference weights by principal.
         rewards: by principal, the sum of q over the answer in nats, before weights.
-        payments: by principal, nats paid for the drawn tokens; None under a rule without payments.
+        payments: by principal, nats paid for the answer's tokens; None under a rule without payments.
         kl_per_token: KL divergence of the policy to the base, in nats per token; None without a trace.
         covered_mass: mean base probability of the candidates; None without a trace.
         max_residual: largest residual of the answer's games; None without a trace.
@@ -141,6 +154,8 @@ class Record:
         rejected: the other one.
         tokens: every drawn token, with trace "tokens".
         tools: what the model could call.
+        reasoning: what the model wrote before the answer; None where it wrote none.
+        num_reasoning_tokens: tokens drawn before the answer, markers included.
         values: by principal, its lowest and highest q over the drawn tokens, in nats; not a column of the output.
     """
 
@@ -168,6 +183,8 @@ class Record:
     rejected: str | None = None
     tokens: tuple[TokenTrace, ...] = field(default=())
     tools: tuple[Tool, ...] = ()
+    reasoning: str | None = None
+    num_reasoning_tokens: int = 0
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property

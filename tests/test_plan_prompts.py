@@ -25,7 +25,7 @@ KIND = {"kind": {"kind": "prompted", "principle": "be kind"}}
 def planned(tmp_path):
     """planned(template, principals, rows) is the plan of a run and of its replica."""
 
-    def make(template, principals=KIND, rows=({"prompt": "hello"},), base=None):
+    def make(template, principals=KIND, rows=({"prompt": "hello"},), base=None, decoding=None):
         tokenizer = tiny_models.make_tokenizer(chat_template=template)
         tokenizer.add_special_tokens({**NAMED, "additional_special_tokens": list(SPECIAL)})
         folder = tiny_models.make_model(tmp_path / "model", tokenizer=tokenizer)
@@ -36,6 +36,7 @@ def planned(tmp_path):
                 "output": {"path": str(tmp_path / "run")},
                 "base": {"model": str(folder), **(base or {})},
                 "principals": principals,
+                "decoding": decoding or {},
             }
         )
         prepared = prepare(config, NOWHERE)
@@ -114,9 +115,20 @@ def test_what_is_odd_about_a_template_is_said(template, principals, note, planne
 
 
 def test_nothing_is_said_about_usual_templates(planned):
-    for family in ("chatml", "llama3", "qwen3", "zephyr"):
+    for family in ("chatml", "llama3", "zephyr"):
         _, replica = planned(FAMILIES[family][0])
         assert list(template_notes(replica)) == []
+
+
+def test_the_plan_says_what_becomes_of_reasoning(planned):
+    _, replica = planned(FAMILIES["qwen3"][0])
+    assert list(template_notes(replica)) == [
+        "the base may reason before it answers (<think> ... </think>): its reasoning is the column reasoning, and no "
+        "part of response, principals steer both"
+    ]
+    _, replica = planned(FAMILIES["qwen3"][0], decoding={"thinking": {"steer": False, "max_tokens": 9}})
+    (note,) = template_notes(replica)
+    assert note.endswith("principals leave it alone, it is closed after 9 tokens")
 
 
 def test_a_template_of_the_configuration_is_used_where_the_tokenizer_has_none(planned):

@@ -13,6 +13,7 @@ import torch
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config, Reproducibility
 from pipeline.config.variants import lay_out
+from pipeline.engine.prompter import NOTHING
 from pipeline.hub.sources import resolve_adapter, resolve_model
 from pipeline.hub.weight_files import ADAPTER_WEIGHTS
 from pipeline.protocol.specs import GameSpec, HostSpec
@@ -71,7 +72,11 @@ class GivenPrompts:
         return frozenset()
 
     def encode(
-        self, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Message],
+        weights: Mapping[str, float],
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] = NOTHING,
     ) -> Mapping[str, Sequence[int]]:
         return self._prompts[int(messages[0]["content"])]
 
@@ -83,6 +88,15 @@ class GivenPrompts:
 
     def encode_answer(self, text: str) -> list[int]:
         return [int(token) for token in text.split()]
+
+    def encode_existing(self, row: Row, prompts: Mapping[str, Sequence[int]]) -> tuple[list[int], int]:
+        return self.encode_answer(row.response or ""), 0
+
+    def begin_turn(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> None:
+        return None
+
+    def raw_text(self, ids: Sequence[int]) -> str:
+        return self.decode(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -29,6 +29,8 @@ def describe_row(row: dict[str, Any]) -> str:
     parts += [f"{printable(message['role'])}:\n{indented(message['content'])}" for message in row["prompt"] or []]
     if row["error"] is not None:
         return "\n".join([*parts, f"failed: {printable(row['error'])}"])
+    if row.get("reasoning") is not None:
+        parts.append(f"reasoning ({row['num_reasoning_tokens']} tokens):\n{indented(row['reasoning'])}")
     ending = FinishReason(row["finish_reason"]).words
     parts.append(f"answer ({ending}, {row['num_tokens']} tokens):\n{indented(row['response'])}")
     if row.get("original_response") is not None:

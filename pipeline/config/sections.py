@@ -98,6 +98,40 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Marker = Annotated[str, Field(min_length=1)]
+
+
+class ThinkingConfig(Section):
+    """How the reasoning of a model that reasons before it answers is treated."""
+
+    markers: Literal["auto", "none"] | tuple[Marker, Marker] = Field(
+        "auto",
+        description="what the base writes before and after its reasoning, as [start, end]; auto: found in its chat "
+        "template or tokenizer; none: reasoning is part of the answer",
+    )
+    steer: bool = Field(True, description="whether principals steer the reasoning; false: the base alone draws it")
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="tokens of reasoning after which its end is written in the model's place; null: no limit",
+    )
+    in_answers: bool = Field(
+        False,
+        description="whether response, completion, messages, chosen, rejected and rewards contain the reasoning with "
+        "its markers, and so what judges and filters read; it is a column of its own in any case",
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> ThinkingConfig:
+        if self.markers == "none" and (self.in_answers or self.max_tokens is not None or not self.steer):
+            raise ValueError("with markers: none, steer, max_tokens and in_answers have no effect; leave them out")
+        return self
+
+    @property
+    def is_default(self) -> bool:
+        return self == ThinkingConfig()
+
+
 class DecodingConfig(Section):
     """How a row is decoded. Every field changes results and is part of the fingerprint."""
 
@@ -113,6 +147,17 @@ class DecodingConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     reproducibility: Reproducibility = Reproducibility.STRICT
     trace: Trace = Trace.SUMMARY
+    thinking: ThinkingConfig = ThinkingConfig()
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> DecodingConfig:
+        limit = self.thinking.max_tokens
+        if limit is not None and limit >= self.max_new_tokens:
+            raise ValueError(
+                f"thinking.max_tokens must be below max_new_tokens ({self.max_new_tokens}), or no answer fits behind "
+                f"the reasoning; got {limit}"
+            )
+        return self
 
     @property
     def sampling(self) -> SamplingOptions:

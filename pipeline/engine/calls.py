@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from pipeline.engine.prompts import Prompter
+from pipeline.engine.prompter import Prompter
 from pipeline.engine.row_state import RunningRow
 from pipeline.engine.scheduler import Call, Group
 from pipeline.protocol.hosts import Hosts, Reply, SamplingClient
@@ -40,6 +40,7 @@ class HostCalls:
         hosts: the clients of the topology's hosts.
         prompter: encodes existing answers.
         options: candidates and draws.
+        counts_reasoning: whether the rewards of an existing answer count the reasoning before it.
 
     Attributes:
         hosts: may be replaced after a failure.
@@ -47,12 +48,21 @@ class HostCalls:
         wait_s: seconds in which replies were waited for.
     """
 
-    def __init__(self, topology: Topology, hosts: Hosts, prompter: Prompter, options: SamplingOptions) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        hosts: Hosts,
+        prompter: Prompter,
+        options: SamplingOptions,
+        *,
+        counts_reasoning: bool = False,
+    ) -> None:
         self.hosts = hosts
         self.solve_s = self.wait_s = 0.0
         self._topology = topology
         self._prompter = prompter
         self._options = options
+        self._counts_reasoning = counts_reasoning
 
     def advance(self, at: Position, group: Group) -> Call:
         """Send every host parts of new prompts and the newest tokens, and ask for the next tokens.
@@ -67,7 +77,7 @@ class HostCalls:
         rows = [group.running[slot] for slot in slots]
         if not slots:  # long prompts take several steps
             return Call(at, slots, rows, self._advance(at, group, first=0), Reply.of([]))
-        terms, uniforms = [row.terms for row in rows], [row.uniform for row in rows]
+        terms, uniforms = [row.step_terms for row in rows], [row.uniform for row in rows]
         if (sampler := self.hosts.sampler) is not None:
             return Call(at, slots, rows, [], self._sample(sampler, at, group, slots, terms, uniforms))
         base, *others = self._topology.hosts
@@ -96,18 +106,21 @@ class HostCalls:
             self._wait(reply)
         return self._wait(call.outcomes) if self.hosts.sampler is not None else call.outcomes.result()
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Reply[list[float]]:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], first: int = 0
+    ) -> Reply[list[float]]:
         """Ask every host about an existing answer; the reply is its reward by principal, in nats, summed over it.
 
         Args:
             prompts: token ids by role.
             answer: the answer's token ids.
+            first: the first of them that counts; those before it are read alone.
         """
         scores = [
             client.score(self._of_host(plan.name, prompts), answer)
             for plan, client in zip(self._topology.hosts, self.hosts.all, strict=True)
         ]
-        return Reply(partial(self._sum_rewards, scores))
+        return Reply(partial(self._sum_rewards, scores, first))
 
     def score_original(self, running: RunningRow) -> None:
         """Ask for the rewards of a row's existing answer; they are collected with its next token.
@@ -116,11 +129,11 @@ class HostCalls:
         """
         if running.row.response is None or not self._topology.principals or running.original_rewards is not None:
             return
-        answer = self._prompter.encode_answer(running.row.response)
+        answer, first = self._prompter.encode_existing(running.row, running.prompts)
         left = self._prompter.context_left(running.prompts)
         if left is not None and len(answer) > left:
             return
-        running.original_scores = self.score(running.prompts, answer)
+        running.original_scores = self.score(running.prompts, answer, 0 if self._counts_reasoning else first)
 
     def collect_original(self, running: RunningRow) -> None:
         """Wait for the rewards of an existing answer, if they were asked for."""
@@ -199,12 +212,12 @@ class HostCalls:
         """The prompts of a host's roles."""
         return {name: prompts[name] for name, role in self._topology.roles.items() if role.host == host}
 
-    def _sum_rewards(self, scores: Sequence[Reply[Tensor]]) -> list[float]:
+    def _sum_rewards(self, scores: Sequence[Reply[Tensor]], first: int) -> list[float]:
         outputs_T: dict[str, Tensor] = {}
         for plan, reply in zip(self._topology.hosts, scores, strict=True):
             scores_RT = self._wait(reply)
             outputs_T |= dict(zip((role.name for role in plan.roles), scores_RT, strict=True))
-        return [float(reward_T.sum()) for reward_T in token_rewards(self._topology.principals, outputs_T)]
+        return [float(reward_T[first:].sum()) for reward_T in token_rewards(self._topology.principals, outputs_T)]
 
     def _wait(self, reply: Reply[T]) -> T:
         started_s = time.perf_counter()

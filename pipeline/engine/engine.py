@@ -20,7 +20,7 @@ import cage
 from pipeline.config.sections import DecodingConfig, Reproducibility, Trace
 from pipeline.config.variants import Variant
 from pipeline.engine.calls import HostCalls
-from pipeline.engine.prompts import Prompter
+from pipeline.engine.prompter import Prompter
 from pipeline.engine.recovery import MAX_CONSECUTIVE_LOSSES
 from pipeline.engine.row_state import RunningRow
 from pipeline.engine.scheduler import Call, Group, Slots
@@ -77,7 +77,9 @@ class Engine:
         loaded_slots: int | None = None,
     ) -> None:
         self._topology = topology
-        self._calls = HostCalls(topology, hosts, prompter, decoding.sampling)
+        self._calls = HostCalls(
+            topology, hosts, prompter, decoding.sampling, counts_reasoning=decoding.thinking.in_answers
+        )
         self._prompter = prompter
         self._decoding = decoding
         self._variants = variants
@@ -148,11 +150,12 @@ class Engine:
         self._encode(running)
         if row.response is None:
             raise RowError("there is no answer to score")
-        answer = self._prompter.encode_answer(row.response)
+        answer, first = self._prompter.encode_existing(row, running.prompts)
         left = self._prompter.context_left(running.prompts)
         if left is not None and len(answer) > left:
             raise RowError(f"the answer has {len(answer)} tokens and the context holds {left} after the prompt")
-        return dict(zip(self._names, self._calls.score(running.prompts, answer).result(), strict=True))
+        first = 0 if self._decoding.thinking.in_answers else first
+        return dict(zip(self._names, self._calls.score(running.prompts, answer, first).result(), strict=True))
 
     def step(self) -> list[Record]:
         """Advance one group by one token and return the records of the rows that ended.
@@ -165,7 +168,9 @@ class Engine:
         group = self._slots.next_group()
         lacks_memory = False
         try:
-            if len(group.calls) > self._num_ahead:
+            # a row whose reasoning is left alone, or about to be closed, cannot be sent ahead
+            num_ahead = 0 if any(row.must_wait for row in group.running.values()) else self._num_ahead
+            while len(group.calls) > num_ahead:
                 self._ended += self._complete(group)
             if call := self._launch(group):
                 group.calls.append(call)
@@ -248,12 +253,14 @@ class Engine:
         weights = running.terms.weights if self._topology.takes_weights else ()
         if running.row is not self._newest.row or weights != self._newest.weights:
             messages = running.row.messages
-            if running.row.response is not None and self._names:
-                self._prompter.encode_answer(running.row.response)  # refused here, not while other rows run
             weights_by_name = dict(zip(self._names, running.terms.weights, strict=True))
-            prompts = self._prompter.encode(messages, weights_by_name, running.row.tools)
+            row = running.row
+            prompts = self._prompter.encode(messages, weights_by_name, row.tools, row.template_kwargs)
+            if row.response is not None and self._names:
+                self._prompter.encode_existing(row, prompts)  # refused here, not while other rows run
             self._newest = _Encoded(running.row, prompts, self._prompter.shared_prefixes(messages, prompts), weights)
         running.prompts, running.shared_prefixes = self._newest.prompts, self._newest.shared_prefixes
+        running.reasoning = self._prompter.begin_turn(running.row.messages, running.prompts)
         left = self._prompter.context_left(running.prompts)
         limit = self._decoding.max_new_tokens
         running.max_tokens = min(each for each in (limit, left, running.row.max_new_tokens) if each is not None)
@@ -309,6 +316,7 @@ class Engine:
             self._prompter,
             with_summary=self._decoding.trace is not Trace.NONE,
             with_tokens=self._decoding.trace is Trace.TOKENS,
+            in_answers=self._decoding.thinking.in_answers,
         )
 
 

@@ -4,51 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from pipeline.config.sections import ThinkingConfig
 from pipeline.engine.placement import place
+from pipeline.engine.prompter import NOTHING
+from pipeline.engine.reasoning import (
+    OPENING_TOKENS,
+    Phase,
+    ReasoningControl,
+    ReasoningTrack,
+    phase_of_prefill,
+    phase_of_prompt,
+)
 from pipeline.engine.special_text import TextEncoder
 from pipeline.engine.tool_check import check_tools_written
 from pipeline.errors import RowError
-from pipeline.hub.chat_templates import PromptTemplate
+from pipeline.hub.chat_templates import ANSWER_PROBE, RESERVED, PromptTemplate, variables_of
+from pipeline.hub.reasoning import ReasoningFormat
 from pipeline.protocol.topology import BASE, Role, Topology
-from pipeline.records import Message, Tool
+from pipeline.records import Message, Row, Tool
 
 PREFIXES_KEPT = 4096
-
-
-class Prompter(Protocol):
-    """What the engine needs to know of prompts and answers. `ChatPrompter` implements it for conversations."""
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Token ids that end an answer."""
-
-    def encode(
-        self, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool] = ()
-    ) -> Mapping[str, Sequence[int]]:
-        """Token ids of the prompt by role name; `weights` are the row's, by principal, `tools` what it may call.
-
-        Raises RowError where a role cannot read the prompt.
-        """
-
-    def shared_prefixes(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """By role, how many first tokens the prompt has in common with every other prompt of its system message."""
-
-    def context_left(self, prompts: Mapping[str, Sequence[int]]) -> int | None:
-        """Tokens that fit after the prompt in every role's context; None: no limit."""
-
-    def encode_answer(self, text: str) -> Sequence[int]:
-        """Token ids of an existing answer, with an end token as a finished answer has.
-
-        Raises RowError where the models cannot read it.
-        """
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of an answer without special tokens."""
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text, special ones by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +56,8 @@ class ChatPrompter:
         end_id: the token that follows a finished answer; None where there is none.
         answer_vocab_size: tokens that all models know which read answers token by token.
         allow_special_tokens: whether special tokens in messages and answers are read as tokens, not as text.
+        reasoning: how the base marks its reasoning; None where it does not reason.
+        thinking: how reasoning is treated; None: by the defaults.
     """
 
     def __init__(
@@ -91,6 +70,8 @@ class ChatPrompter:
         answer_vocab_size: int,
         *,
         allow_special_tokens: bool = False,
+        reasoning: ReasoningFormat | None = None,
+        thinking: ThinkingConfig | None = None,
     ) -> None:
         self._roles = topology.roles
         self._hosts = hosts
@@ -105,6 +86,12 @@ class ChatPrompter:
             name: TextEncoder(host.tokenizer, none if allow_special_tokens else host.special_tokens)
             for name, host in hosts.items()
         }
+        self._control: ReasoningControl | None = None
+        if reasoning is not None:
+            closing = self._ids(reasoning.end + reasoning.resume)
+            how = thinking or ThinkingConfig()
+            ends_turns = closing[0] in stop_ids
+            self._control = ReasoningControl(reasoning, tuple(closing), how.steer, how.max_tokens, ends_turns)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -112,15 +99,26 @@ class ChatPrompter:
         return self._stop_ids
 
     def encode(
-        self, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Message],
+        weights: Mapping[str, float],
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] = NOTHING,
     ) -> dict[str, list[int]]:
         """Token ids of the prompt by role name; `weights` are in scope of the templates of roles that take them.
 
+        `template_kwargs` take the place of the base's, key by key, in all roles that have them from the base.
+
         Raises:
             RowError: a template refuses the messages, or a prompt is empty, is longer than its role's context, or has
-                a token that the role's model does not know.
+                a token that the role's model does not know; no template reads what is given.
         """
-        prompts = {name: self._encode_role(role, messages, weights, tools) for name, role in self._roles.items()}
+        if template_kwargs:
+            self._check_kwargs(template_kwargs)
+        prompts = {
+            name: self._encode_role(role, messages, weights, tools, template_kwargs)
+            for name, role in self._roles.items()
+        }
         for name, ids in prompts.items():
             host = self._hosts[self._roles[name].host]
             limit = host.context_length
@@ -192,16 +190,94 @@ class ChatPrompter:
             )
         return [*ids, self._end_id] if self._end_id is not None else ids
 
+    def encode_existing(self, row: Row, prompts: Mapping[str, Sequence[int]]) -> tuple[list[int], int]:
+        """Token ids that follow the prompts of a row for its existing answer, and how many come before the answer.
+
+        Reasoning in the answer's text is read with its markers as tokens. An answer without any follows what the
+        template writes before such an answer, an empty block or the header of a channel.
+
+        Raises:
+            RowError: it has a token that some model of the run does not know.
+        """
+        assert row.response is not None
+        if self._control is None:
+            return self.encode_answer(row.response), 0
+        form = self._control.form
+        is_open = self._phase(row.messages, prompts) is Phase.REASONING
+        reasoning, answer = form.split(row.response)
+        if reasoning is None:
+            before = self._ids(self._written_before_answer(row, is_open=is_open))
+            return [*before, *self.encode_answer(row.response)], len(before)
+        start = [] if is_open else self._ids(f"{form.start}\n")
+        before = [*start, *self._encoders[BASE].encode_text(f"{reasoning}\n"), *self._ids(f"{form.end}\n\n")]
+        return [*before, *self.encode_answer(answer)], len(before)
+
+    def begin_turn(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> ReasoningTrack | None:
+        """What follows the reasoning in an answer to these prompts; None where the base does not reason."""
+        if self._control is None:
+            return None
+        return ReasoningTrack(self._control, self, self._phase(messages, prompts))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
         return str(self._base.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def raw_text(self, ids: Sequence[int]) -> str:
+        """Text of tokens with special ones by name."""
+        return str(self._base.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones by name."""
         return str(self._base.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def _phase(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> Phase:
+        """Where in a turn the answer to these prompts begins."""
+        assert self._control is not None
+        if messages and messages[-1]["role"] == "assistant":
+            return phase_of_prefill(self._control.form, messages[-1]["content"])
+        return phase_of_prompt(self._control.form, self.raw_text(prompts[BASE][-OPENING_TOKENS:]))
+
+    def _written_before_answer(self, row: Row, *, is_open: bool) -> str:
+        """What the base's template writes between the prompt and an answer without reasoning."""
+        assert self._control is not None
+        end = f"\n{self._control.form.end}\n\n" if is_open else ""
+        role, messages = self._roles[BASE], place(row.messages, None, self._templates[BASE])
+        if self._templates[BASE].text is None:
+            return end
+        try:
+            prompt = self._render(role, messages, {}, row.tools, row.template_kwargs)
+            answer = {"role": "assistant", "content": ANSWER_PROBE}
+            whole = self._render(role, [*messages, answer], {}, row.tools, row.template_kwargs, continues=False)
+        except RowError:
+            return end
+        if not whole.startswith(prompt) or ANSWER_PROBE not in whole:
+            return end
+        return whole[len(prompt) :].rpartition(ANSWER_PROBE)[0]
+
+    def _ids(self, text: str) -> list[int]:
+        """Tokens of text that the run itself writes, special ones included."""
+        return list(self._base(text, add_special_tokens=False)["input_ids"])
+
+    def _check_kwargs(self, template_kwargs: Mapping[str, Any]) -> None:
+        """Refuse what a row gives its templates where none of them reads it. Raises RowError."""
+        texts = [self._templates[name].text for name, role in self._roles.items() if role.has_base_kwargs]
+        known = frozenset[str]().union(*(variables_of(text) for text in texts if text is not None))
+        for name in template_kwargs:
+            if name in RESERVED:
+                raise RowError(f"chat_template_kwargs.{name} is set by the run itself and cannot be given")
+            if name not in known:
+                others = ", ".join(sorted(known - RESERVED)) or "nothing"
+                raise RowError(
+                    f"chat_template_kwargs.{name} has no effect: the chat template does not use it; it uses {others}"
+                )
+
     def _encode_role(
-        self, role: Role, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool] = ()
+        self,
+        role: Role,
+        messages: Sequence[Message],
+        weights: Mapping[str, float],
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] = NOTHING,
     ) -> list[int]:
         encoder, template = self._encoders[role.host], self._templates[role.name]
         if template.text is None and tools:
@@ -211,29 +287,42 @@ class ChatPrompter:
         marked = encoder.mark(list(place(messages, role.principle, template)))
 
         def render(messages: Sequence[Message], tools: Sequence[Tool]) -> str:
-            return self._render(role, messages, weights, tools)
+            return self._render(role, messages, weights, tools, encoder.mark(dict(template_kwargs)))
 
         marked_tools = encoder.mark(list(tools))
         check_tools_written(render, marked, marked_tools, role.name)
         return encoder.encode_marked(render(marked, marked_tools))
 
     def _render(
-        self, role: Role, messages: Sequence[Message], weights: Mapping[str, float], tools: Sequence[Tool]
+        self,
+        role: Role,
+        messages: Sequence[Message],
+        weights: Mapping[str, float],
+        tools: Sequence[Tool],
+        template_kwargs: Mapping[str, Any] = NOTHING,
+        *,
+        continues: bool | None = None,
     ) -> str:
-        """The text of a conversation up to where the answer goes on."""
+        """The text of a conversation up to where the answer goes on.
+
+        It `continues` the last message, by default where that is the assistant's; else a new turn begins after a
+        message to answer, and none after an answer.
+        """
         tokenizer, encoder = self._hosts[role.host].tokenizer, self._encoders[role.host]
         template = self._templates[role.name]
-        continues = messages[-1]["role"] == "assistant"  # the answer begins with this message
+        is_answered = messages[-1]["role"] == "assistant"
+        continues = is_answered if continues is None else continues
+        own = {**template.variables, **(role.with_base_kwargs(template_kwargs) if template_kwargs else {})}
         try:
             text = tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=template.text,
                 tokenize=False,
-                add_generation_prompt=not continues,
+                add_generation_prompt=not is_answered,
                 continue_final_message=continues,
                 principle=encoder.mark(role.principle or ""),
                 **({"weights": dict(weights)} if role.takes_weights else {}),
-                **{**template.variables, **({"tools": list(tools)} if tools else {})},
+                **{**own, **({"tools": list(tools)} if tools else {})},
             )
         except Exception as error:  # Jinja runs the template's own code: any error is the row's
             raise RowError(f"the chat template of {role.name} refused the messages: {error}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cage import Status
-from pipeline.engine.prompts import Prompter
+from pipeline.engine.prompter import Prompter
+from pipeline.engine.reasoning import ReasoningTrack, Turn
 from pipeline.protocol.hosts import Reply
 from pipeline.protocol.messages import CHUNK, DRAWN, Terms, TokenOutcome, num_parts
 from pipeline.records import FinishReason, Record, Row, TokenTrace
@@ -32,6 +34,7 @@ class RunningRow:
         tokens: drawn so far.
         outcomes: of the drawn tokens.
         original_rewards: of the existing answer, by principal, once they are known.
+        reasoning: follows the row's turn; None where the base does not reason.
     """
 
     row: Row
@@ -48,6 +51,7 @@ class RunningRow:
     tokens: list[int] = field(default_factory=list)
     outcomes: list[TokenOutcome] = field(default_factory=list)
     original_rewards: list[float] | None = None
+    reasoning: ReasoningTrack | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -63,6 +67,18 @@ class RunningRow:
     def newest_token(self) -> int:
         """The token that the next step appends; DRAWN while only the host knows it."""
         return DRAWN if self.num_pending else self.tokens[-1]
+
+    @property
+    def step_terms(self) -> Terms:
+        """What the game of the next token is decided by. With weights of 0 the base alone draws it."""
+        if self.reasoning is None or self.reasoning.is_steered:
+            return self.terms
+        return replace(self.terms, weights=(0.0,) * len(self.terms.weights))
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether its next step cannot be sent before the pending tokens are known."""
+        return self.reasoning is not None and self.reasoning.must_wait(self.num_pending)
 
     @property
     def is_at_its_end(self) -> bool:
@@ -86,58 +102,92 @@ class RunningRow:
         if not keeps_tokens:
             self.tokens.clear()
             self.outcomes.clear()
+            if self.reasoning is not None:
+                self.reasoning.reset()
 
     def append(self, outcome: TokenOutcome) -> None:
-        """Take a token that was requested."""
+        """Take a token that was requested, or the one that closes reasoning which is too long in its place."""
+        forced = None if self.reasoning is None else self.reasoning.forced_token()
+        if forced is not None:
+            outcome = _forced(outcome, forced)
         self.num_pending -= 1
         self.tokens.append(outcome.token_id)
         self.outcomes.append(outcome)
+        if self.reasoning is not None:
+            self.reasoning.advance(self.tokens)
 
-    def finish(self, prompter: Prompter, stop: Sequence[str]) -> tuple[FinishReason, str] | None:
-        """The finish reason and the text, if the newest token ends the row."""
-        if self.tokens[-1] in prompter.stop_ids:
-            return FinishReason.STOP, prompter.decode(self.tokens[:-1])
+    def finish(self, prompter: Prompter, stop: Sequence[str]) -> tuple[FinishReason, Turn] | None:
+        """The finish reason and what was written, if the newest token ends the row."""
+        # a marker of the reasoning may be the token that ends a turn elsewhere
+        if self.tokens[-1] in prompter.stop_ids and not self._has_just_closed:
+            return self._ended(FinishReason.STOP, self._read(self.tokens[:-1], prompter))
         cut = self._text_before_stop(prompter, stop)
         if cut is not None:
-            return FinishReason.STOP, cut
+            turn = self._read(self.tokens, prompter)
+            text = turn.text.removesuffix(turn.answer[len(cut) :])
+            return FinishReason.STOP, replace(turn, answer=cut, text=text)
         if len(self.tokens) >= self.max_tokens:
-            return FinishReason.LENGTH, prompter.decode(self.tokens)
+            return self._ended(FinishReason.LENGTH, self._read(self.tokens, prompter))
         return None
 
+    @property
+    def _has_just_closed(self) -> bool:
+        return self.reasoning is not None and self.reasoning.num_closed == len(self.tokens)
+
+    def _ended(self, reason: FinishReason, turn: Turn) -> tuple[FinishReason, Turn]:
+        return reason if turn.is_closed else FinishReason.REASONING, turn
+
+    def _read(self, tokens: Sequence[int], prompter: Prompter) -> Turn:
+        """What tokens without the one that ends the turn say."""
+        if self.reasoning is not None:
+            return self.reasoning.read(tokens)
+        text = prompter.decode(tokens)
+        return Turn(None, text, 0, True, text)
+
     def _text_before_stop(self, prompter: Prompter, stop: Sequence[str]) -> str | None:
+        """The answer before a stop string; reasoning is not searched."""
         if not stop:
             return None
+        tokens = self.tokens if self.reasoning is None else self.reasoning.answer_tokens(self.tokens)
         # a token is at least one byte, so a stop string that the newest token ends lies within this window
         window = max(len(text.encode()) for text in stop) + 8
-        tail = prompter.decode(self.tokens[-window:])
+        tail = prompter.decode(tokens[-window:])
         if not any(text in tail for text in stop):
             return None
-        whole = prompter.decode(self.tokens)
+        whole = self._read(self.tokens, prompter).answer
         found = [at for text in stop if (at := whole.find(text)) >= 0]
         return whole[: min(found)] if found else None
 
     def record(
         self,
         reason: FinishReason,
-        text: str,
+        turn: Turn,
         prompter: Prompter,
         *,
         with_summary: bool,
         with_tokens: bool,
+        in_answers: bool = False,
     ) -> Record:
-        """The output row. An answer whose beginning the input gave has it, and the prompt then ends before it."""
+        """The output row. An answer whose beginning the input gave has it, and the prompt then ends before it.
+
+        Rewards and payments count the answer's tokens, and those of its reasoning where that is `in_answers`.
+        """
         count = len(self.outcomes)
         prompt, begun = self.row.messages, ""
         if prompt and prompt[-1]["role"] == "assistant":
             prompt, begun = prompt[:-1], prompt[-1]["content"]
+        turn = turn if self.reasoning is None else self.reasoning.complete(turn, begun, in_answers=in_answers)
+        answered = self.outcomes[0 if in_answers else turn.num_reasoning_tokens :]
         record = replace(
             self._blank(),
             prompt=prompt,
-            response=begun + text,
+            response=begun + turn.answer if self.reasoning is None else turn.answer,
+            reasoning=turn.reasoning,
+            num_reasoning_tokens=turn.num_reasoning_tokens,
             finish_reason=reason,
             num_tokens=count,
-            rewards=self._by_name(_sums([outcome.rewards for outcome in self.outcomes])),
-            payments=self._payments(),
+            rewards=self._by_name(self._sums([outcome.rewards for outcome in answered])),
+            payments=self._payments(answered),
             num_unsolved=sum(outcome.status != Status.CONVERGED for outcome in self.outcomes),
             tokens=tuple(self._trace(outcome, prompter) for outcome in self.outcomes) if with_tokens else (),
             values=self._values(),
@@ -150,25 +200,27 @@ class RunningRow:
                 max_residual=max(outcome.residual for outcome in self.outcomes),
                 solver_steps=sum(outcome.num_steps for outcome in self.outcomes) / count,
             )
-        return self._with_original(record)
+        return self._with_original(record, in_answers=in_answers)
 
-    def _with_original(self, record: Record) -> Record:
+    def _with_original(self, record: Record, *, in_answers: bool) -> Record:
         """Add the existing answer, its rewards, and which of the two has the higher weighted reward.
 
-        There are no rewards where it was not scored (it does not fit into a context), and no pair without them or
-        where both answers are the same.
+        There are no rewards where it was not scored (it does not fit into a context), and no pair without them,
+        without a new answer, or where both answers are the same.
         """
         record = replace(record, original_response=self.row.response)
         original_rewards = self.original_rewards
         if original_rewards is None:
             return record
         record = replace(record, original_rewards=self._by_name(original_rewards))
-        if record.response == self.row.response:
+        original = self.row.response
+        if self.reasoning is not None and original is not None and not in_answers:
+            original = self.reasoning.control.form.split(original)[1]
+        if record.response == original or record.finish_reason is FinishReason.REASONING:
             return record
         total = sum(w * float(r or 0.0) for w, r in zip(self.terms.weights, record.rewards.values(), strict=True))
         original_total = sum(w * r for w, r in zip(self.terms.weights, original_rewards, strict=True))
         is_better = total >= original_total
-        original = self.row.response
         return replace(
             record,
             chosen=record.response if is_better else original,
@@ -205,18 +257,17 @@ class RunningRow:
             for name, rewards in zip(self.principal_names, by_principal, strict=True)
         }
 
-    def _payments(self) -> dict[str, float | None]:
-        paid = [outcome.payments for outcome in self.outcomes if outcome.payments is not None]
-        if len(paid) < len(self.outcomes):
+    def _payments(self, answered: Sequence[TokenOutcome]) -> dict[str, float | None]:
+        if not self.terms.rule.pays:
             return dict.fromkeys(self.principal_names)
-        return self._by_name(_sums(paid))
+        return self._by_name(self._sums([outcome.payments for outcome in answered if outcome.payments is not None]))
 
     def _trace(self, outcome: TokenOutcome, prompter: Prompter) -> TokenTrace:
         return TokenTrace(
             token_id=outcome.token_id,
             text=prompter.token_text(outcome.token_id),
-            base_logprob=outcome.base_logprob,
-            logprob=outcome.logprob,
+            base_logprob=None if math.isnan(outcome.base_logprob) else outcome.base_logprob,
+            logprob=None if math.isnan(outcome.logprob) else outcome.logprob,
             payments=self._by_name(outcome.payments),
             thresholds=self._by_name(outcome.thresholds),
         )
@@ -226,6 +277,23 @@ class RunningRow:
             return dict.fromkeys(self.principal_names)
         return dict(zip(self.principal_names, numbers, strict=True))
 
+    def _sums(self, numbers_TJ: Sequence[Sequence[float]]) -> list[float]:
+        if not numbers_TJ:
+            return [0.0] * len(self.principal_names)
+        return [sum(column) for column in zip(*numbers_TJ, strict=True)]
 
-def _sums(numbers_TJ: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) for column in zip(*numbers_TJ, strict=True)]
+
+def _forced(outcome: TokenOutcome, token_id: int) -> TokenOutcome:
+    """The outcome of a token that was not drawn: nobody values it, nobody pays for it, and no policy moved."""
+    nothing = [0.0] * len(outcome.rewards)
+    return replace(
+        outcome,
+        token_id=token_id,
+        rewards=nothing,
+        payments=None if outcome.payments is None else nothing,
+        base_logprob=math.nan,
+        logprob=math.nan,
+        kl=0.0,
+        residual=0.0,
+        status=int(Status.CONVERGED),
+    )

@@ -56,7 +56,9 @@ class ScoreFiles:
             record: the committed shard.
             judges: what `panel.load()` returned.
         """
-        answers = self._read(_part_of(record), JUDGED_COLUMNS)
+        # judges see the answer; its length counts the reasoning where that is part of it
+        length = () if self.run.plan.reasons_in_answers else ("num_reasoning_tokens",)
+        answers = self._read(_part_of(record), (*JUDGED_COLUMNS, *length))
         metadata = {JUDGES_KEY: self.panel.digest, ANSWERS_KEY: record.sha256_by_file[_part_of(record)]}
         data = write_table_bytes(judge_table(answers, judges), metadata=metadata)
         name = self._name(record)
@@ -101,7 +103,12 @@ class ScoreFiles:
 def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> pa.Table:
     """A table of scores, one row per answer and one column per judge; null where a judge gave none."""
     rows = [
-        JudgedAnswer(row["prompt"], row["response"], row["num_tokens"], row.get("rewards") or {})
+        JudgedAnswer(
+            row["prompt"],
+            row["response"],
+            row["num_tokens"] - (row.get("num_reasoning_tokens") or 0),
+            row.get("rewards") or {},
+        )
         for row in answers.to_pylist()
     ]
     variants = answers["variant"] if "variant" in answers.column_names else pa.array([0] * len(rows), pa.int32())

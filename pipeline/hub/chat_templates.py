@@ -27,6 +27,28 @@ if TYPE_CHECKING:
 SYSTEM_PROBE, USER_PROBE, ANSWER_PROBE = "qsystemq", "quserq", "qanswerq"
 CALLS_CLOCK = re.compile(r"strftime_now\s*\(")
 CLOCK = re.compile(r"""strftime_now\s*\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+# what `apply_chat_template` and the engine give a template or decide themselves
+RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "principle",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "strftime_now",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+        "weights",
+    }
+)
 
 
 class SystemMessages(StrEnum):

@@ -64,6 +64,8 @@ class Role:
         takes_weights: whether the row's weights are in scope of the template and travel with the prompt.
         placement: which message the principle goes into: system, user, or auto, which looks at the template.
         template_kwargs: values that the template reads besides the messages.
+        own_kwargs: names of those that are the principal's own; the others are the base's.
+        has_base_kwargs: whether the base's values, and a row's in their place, are given to its template.
     """
 
     name: str
@@ -73,6 +75,12 @@ class Role:
     takes_weights: bool = False
     placement: Placement = "auto"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    own_kwargs: frozenset[str] = frozenset()
+    has_base_kwargs: bool = True
+
+    def with_base_kwargs(self, row_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row's values change in this role's: a principal's own values come first."""
+        return {k: v for k, v in row_kwargs.items() if self.has_base_kwargs and k not in self.own_kwargs}
 
 
 @dataclass(frozen=True, slots=True)

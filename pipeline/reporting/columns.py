@@ -23,6 +23,7 @@ from pipeline.storage.shard_files import as_damaged_file
 ROWS_PER_BATCH = 32_768
 PLAIN = (
     "num_tokens",
+    "num_reasoning_tokens",
     "kl_per_token",
     "covered_mass",
     "max_residual",
@@ -32,6 +33,7 @@ PLAIN = (
 )
 # of the messages of a pair only the role: it says whether there is one, and is short
 PAIR = "chosen.list.element.role"
+UNANSWERED = "unanswered"  # 1 where an answer ended within its reasoning
 BY_PRINCIPAL = ("weights", "rewards", "payments", "original_rewards")
 
 
@@ -45,8 +47,8 @@ class Batch:
         row_ids, samples, rules: of each row.
         hashes: one per row; to order rows by them is to order them at random, in the same way every time.
         numbers: vectors [N] by name: the plain columns; "rewards.NAME", "weights.NAME" and so on by principal;
-            "scores.NAME" by judge; 0 or 1 in "is_cut" (the answer ended at its length limit) and "has_pair" (it is
-            one of a pair with an existing answer).
+            "scores.NAME" by judge; 0 or 1 in "is_cut" (the answer ended at its length limit), "has_pair" (it is one of
+            a pair with an existing answer) and, where the base reasons, "unanswered".
     """
 
     file: str
@@ -95,6 +97,8 @@ def _batch(piece: pa.RecordBatch, file: str, start: int, rule: str, scores: Scor
     row_ids = columns["row_id"].to_pylist()
     rules = columns["rule"].to_pylist() if "rule" in columns else [rule] * len(row_ids)
     numbers = {name: _floats(columns[name]) for name in PLAIN if name in columns}
+    if "num_reasoning_tokens" in columns:
+        numbers[UNANSWERED] = _floats(pc.equal(columns["finish_reason"], str(FinishReason.REASONING)))
     for name in BY_PRINCIPAL:
         for field in columns[name].type if name in columns else ():
             numbers[f"{name}.{field.name}"] = _floats(pc.struct_field(columns[name], field.name))

@@ -71,6 +71,7 @@ def describe_example(row: Row, principal_names: Sequence[str], default_rule: str
         "agent_temperature": row.get("agent_temperature"),
         "messages": [_message(message) for message in messages],
         "answer": clipped(visible(row["response"] or ""), ANSWER_LIMIT),
+        "reasoning": clipped(visible(row.get("reasoning") or ""), ANSWER_LIMIT),
         "ending": FinishReason(row["finish_reason"]).words,
         "num_tokens": row["num_tokens"],
         "kl_per_token": row.get("kl_per_token"),

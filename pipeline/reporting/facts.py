@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from pipeline.reporting.columns import UNANSWERED
 from pipeline.reporting.tally import Summary, Tally
 from pipeline.reporting.text import NOTHING, decimal, number, plain, visible
 from pipeline.storage.run import Run
@@ -33,6 +34,7 @@ def describe_facts(run: Run, tally: Tally) -> dict[str, Any]:
         ),
         ("Input", ", ".join(f"{visible(file.name)} ({file.num_rows:,} rows)" for file in plan.files[:5])),
         ("Tokens", f"{status.tokens:,}" + _speed(status.tokens, status.seconds)),
+        ("Reasoning", _reasoning(list(tally.by_rule.values()))),
         ("Shards", f"{status.shards_done:,} of {status.num_shards:,} committed"),
         ("Last commit", NOTHING if last is None else f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC"),
         ("Program", f"version {plain(print_.get('code.version'))}"),
@@ -164,6 +166,17 @@ def _paid(summary: Summary, principal_names: Sequence[str]) -> list[dict[str, An
 def _models(models: Mapping[str, str], name: str) -> str:
     place = f"principals.{name}."
     return "; ".join(f"{key.removeprefix(place)} {value}" for key, value in models.items() if key.startswith(place))
+
+
+def _reasoning(summaries: Sequence[Summary]) -> str:
+    """How long answers reasoned and how many ended within their reasoning; empty where the base does not reason."""
+    rows = sum(summary.counts.get(UNANSWERED, 0) for summary in summaries)
+    if not rows:
+        return ""
+    tokens = sum(summary.sums.get("num_reasoning_tokens", 0.0) for summary in summaries)
+    unanswered = int(sum(summary.sums.get(UNANSWERED, 0.0) for summary in summaries))
+    share = f"; {unanswered:,} of {rows:,} answers ended within it and have no text" if unanswered else ""
+    return f"{number(tokens / rows, 1)} tokens per answer{share}"
 
 
 def _span(summaries: Sequence[Summary], name: str) -> str:

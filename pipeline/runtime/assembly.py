@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline.config.sections import Config
 from pipeline.config.variants import Variant
-from pipeline.engine.prompts import ChatPrompter, HostText, Prompter
+from pipeline.engine.prompter import Prompter
+from pipeline.engine.prompts import ChatPrompter, HostText
 from pipeline.hub.model_facts import facts_of_config, load_model_config
 from pipeline.hub.retokeniser import Retokeniser
 from pipeline.hub.tokenizer_facts import default_template, load_tokenizer
@@ -92,6 +93,8 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
             plan.end_id,
             plan.hosts[0].vocab_size,
             allow_special_tokens=plan.config.input.allow_special_tokens,
+            reasoning=plan.reasoning,
+            thinking=plan.config.decoding.thinking,
         ),
         variants=plan.variants,
     )

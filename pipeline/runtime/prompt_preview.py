@@ -55,6 +55,8 @@ class PromptPreviewer:
             replica.end_id,
             replica.hosts[0].vocab_size,
             allow_special_tokens=replica.config.input.allow_special_tokens,
+            reasoning=replica.reasoning,
+            thinking=replica.config.decoding.thinking,
         )
 
     def prompts(self, row: Row) -> dict[str, PromptPreview]:
@@ -62,7 +64,7 @@ class PromptPreviewer:
         if row.error is not None:
             raise RowError(row.error)
         weights = {**self._replica.topology.weights, **(row.weights or {})}
-        prompts = self._prompter.encode(row.messages, weights, row.tools)
+        prompts = self._prompter.encode(row.messages, weights, row.tools, row.template_kwargs)
         return {name: self._preview(name, ids) for name, ids in prompts.items()}
 
     def _preview(self, role: str, ids: list[int]) -> PromptPreview:
@@ -103,5 +105,20 @@ def template_notes(replica: ReplicaPlan) -> Iterator[str]:
             also = "" if "principle" in variables_of(section.template) else " nor principle"
             word = "neither messages" if also else "no messages"
             yield f"principals.{name}.template uses {word}{also}: {name} reads the same prompt in every row"
+    if replica.reasoning is not None:
+        yield _reasoning_note(replica)
     if replica.template_time is not None:
         yield "chat templates ask for the time; all prompts have that of the run's beginning"
+
+
+def _reasoning_note(replica: ReplicaPlan) -> str:
+    """What becomes of the base's reasoning."""
+    assert replica.reasoning is not None
+    thinking = replica.config.decoding.thinking
+    markers = replica.reasoning.describe()
+    parts = [f"the base may reason before it answers ({markers}): its reasoning is the column reasoning"]
+    parts.append("and part of response as well" if thinking.in_answers else "and no part of response")
+    parts.append("principals steer both" if thinking.steer else "principals leave it alone")
+    if thinking.max_tokens is not None:
+        parts.append(f"it is closed after {thinking.max_tokens:,} tokens")
+    return ", ".join(parts)

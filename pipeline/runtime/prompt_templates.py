@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
 from pipeline.hub.chat_templates import (
+    RESERVED,
     PrincipleIn,
     PromptTemplate,
     SystemMessages,
@@ -20,29 +21,6 @@ from pipeline.hub.chat_templates import (
 )
 from pipeline.hub.tokenizer_facts import TokenizerFacts
 from pipeline.protocol.topology import BASE, Role, Topology
-
-# what `apply_chat_template` and the engine give a template or decide themselves
-RESERVED = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "max_length",
-        "messages",
-        "padding",
-        "principle",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "sanitize_control_tokens",
-        "strftime_now",
-        "tokenize",
-        "tokenizer_kwargs",
-        "truncation",
-        "weights",
-    }
-)
 
 
 def plan_templates(

@@ -17,6 +17,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
 from pipeline.hub.model_facts import ModelFacts, read_model_facts
+from pipeline.hub.reasoning import ReasoningFormat, find_reasoning
 from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_model
 from pipeline.hub.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
 from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_stop_ids, stop_token_ids
@@ -66,6 +67,7 @@ class ReplicaPlan:
         end_id: the token that follows a finished answer; None where there is none.
         variants: the ways to answer a row.
         expected: how each host's model will be decoded, by host name; reward models are left out.
+        reasoning: how the base marks its reasoning; None where it does not reason.
         masked: tokens by id that a host's model has and the base has not, or the reverse, by host name; no answer has
             them.
     """
@@ -83,6 +85,7 @@ class ReplicaPlan:
     end_id: int | None
     variants: tuple[Variant, ...]
     expected: Mapping[str, Expected]
+    reasoning: ReasoningFormat | None
     masked: Mapping[str, Mapping[int, str]]
 
 
@@ -187,6 +190,7 @@ def plan_replica(
         end_id=end_id,
         variants=variants,
         expected=expected,
+        reasoning=_reasoning(config, templates[BASE].text, tokenizers[BASE]),
         masked={name: tokens for name, tokens in masked.items() if tokens},
     )
 
@@ -208,6 +212,22 @@ def _expect(plan: HostPlan, source: ModelSource) -> Expected:
             "time"
         )
     return Expected(PLAIN) if plan.model.attention == "plain" else expected
+
+
+def _reasoning(config: Config, template: str | None, tokenizer: TokenizerFacts) -> ReasoningFormat | None:
+    """How the base marks its reasoning. Raises ConfigurationError where settings of it would have no effect."""
+    thinking = config.decoding.thinking
+    if thinking.markers == "none":
+        return None
+    if thinking.markers != "auto":
+        return ReasoningFormat(*thinking.markers)
+    found = find_reasoning(template, tokenizer)
+    if found is None and not thinking.is_default:
+        raise ConfigurationError(
+            "decoding.thinking has no effect: neither the chat template nor the tokenizer of the base has markers of "
+            "reasoning, such as <think>; name them with decoding.thinking.markers: [start, end]"
+        )
+    return found
 
 
 def _hosts_that_read_text(topology: Topology, tokenizers: Mapping[str, TokenizerFacts]) -> list[str]:

@@ -68,7 +68,7 @@ class _TopologyBuilder:
     def add_base(self) -> None:
         """The base's role, first of all."""
         base = self._config.base
-        self._add_role(BASE, RoleRequest(), base.chat_template, base.chat_template_kwargs)
+        self._add_role(BASE, RoleRequest(), base.chat_template, base.chat_template_kwargs, own_kwargs=frozenset())
 
     def add_principal(self, name: str, section: PrincipalSection) -> PrincipalPlan:
         """The roles that the principal needs, those that are there already included."""
@@ -79,12 +79,25 @@ class _TopologyBuilder:
             inherited = None if is_own else self._config.base.chat_template
             kwargs = section.chat_template_kwargs
             kwargs = kwargs if is_own else {**self._config.base.chat_template_kwargs, **kwargs}
-            own = name if part == TUNED else f"{name}.{part}"
-            roles[part] = self._add_role(own, request, section.template or inherited, kwargs)
+            roles[part] = self._add_role(
+                name if part == TUNED else f"{name}.{part}",
+                request,
+                section.template or inherited,
+                kwargs,
+                own_kwargs=frozenset(section.chat_template_kwargs),
+                has_base_kwargs=not is_own,
+            )
         return PrincipalPlan(name, section.weight, section, roles)
 
     def _add_role(
-        self, name: str, request: RoleRequest, template: str | None, template_kwargs: Mapping[str, Any]
+        self,
+        name: str,
+        request: RoleRequest,
+        template: str | None,
+        template_kwargs: Mapping[str, Any],
+        *,
+        own_kwargs: frozenset[str],
+        has_base_kwargs: bool = True,
     ) -> str:
         """The name of a role that gives what is requested: a new one, or one that gives the same."""
         host = self._host(name, request)
@@ -92,9 +105,9 @@ class _TopologyBuilder:
         # scores are a principal's own: each has its label, scale and interval
         own = name if request.scoring is not None else None
         prompt = (template, request.principle, request.takes_weights, request.placement)
-        key = (host.name, own, adapter, *prompt, json.dumps(template_kwargs, sort_keys=True))
+        key = (host.name, own, adapter, *prompt, json.dumps(template_kwargs, sort_keys=True), own_kwargs)
         if key not in self.roles:
-            self.roles[key] = Role(name, host.name, *prompt, template_kwargs)
+            self.roles[key] = Role(name, host.name, *prompt, template_kwargs, own_kwargs, has_base_kwargs)
             host.roles.append(HostRole(name, adapter, request.scoring, request.takes_weights))
         return self.roles[key].name
 

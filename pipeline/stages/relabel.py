@@ -22,7 +22,7 @@ from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_repl
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.failures import FailureLimit
 from pipeline.storage.extension import describe_extension, extend_plan, is_extension
-from pipeline.storage.plan import Plan, make_plan, open_planned_input
+from pipeline.storage.plan import Plan, make_plan, open_planned_input, refuse_mismatch
 from pipeline.storage.run import Run, has_plan
 
 if TYPE_CHECKING:  # imports torch: seconds
@@ -103,7 +103,11 @@ def relabel(
     # refuses what cannot work before a run is created
     begun = None if existing is None else existing.plan.template_time
     replica = plan_replica(config, prepared.models, cache_folder, now=begun)
-    plan = prepared.plan.with_template_time(replica.template_time)
+    markers = None if replica.reasoning is None else replica.reasoning.describe()
+    plan = prepared.plan.with_template_time(replica.template_time).with_reasoning(markers)
+    if existing is not None:
+        begun_with = existing.plan.fingerprint
+        refuse_mismatch(existing.store.path, begun_with, existing.plan.with_reasoning(markers).fingerprint)
     run = existing or _open_run(plan, places, wiring, may_create=True)
     assert run is not None
     if extended is not None:

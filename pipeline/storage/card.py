@@ -25,13 +25,15 @@ COLUMN_NOTES = {
     "agent_temperature": "of the rule, in nats of weighted reward",
     "prompt": "the conversation that was answered",
     "completion": "the answer, as one assistant message",
+    "reasoning": "what the model wrote before the answer; null where it wrote none",
+    "num_reasoning_tokens": "tokens drawn before the answer, markers included",
     "messages": "prompt and answer",
     "response": "the answer's text",
-    "finish_reason": "stop or length",
-    "num_tokens": "tokens of the answer",
+    "finish_reason": "stop, length (cut at max_new_tokens) or reasoning (ended in its reasoning, without an answer)",
+    "num_tokens": "tokens drawn, reasoning and end token included",
     "weights": "weight of each principal",
     "rewards": "by principal: sum of the token reward q over the answer, in nats, before weights",
-    "payments": "by principal: what it paid for the drawn tokens, in nats",
+    "payments": "by principal: what it paid for the answer's tokens, in nats",
     "kl_per_token": "divergence of the policy from the base, nats per token",
     "covered_mass": "mean probability of the base on the candidates",
     "max_residual": "largest certificate residual of the solved games",
@@ -130,6 +132,7 @@ def _column_names(plan: Plan) -> list[str]:
         has_response=plan.has_response,
         has_variants=plan.has_variants,
         has_tools=plan.has_tools,
+        has_reasoning=plan.reasoning is not None,
     )
     return list(schema.names)
 

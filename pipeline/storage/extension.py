@@ -33,7 +33,7 @@ def is_extension(stored: Plan, fresh: Plan, *, with_new_rows: bool, with_limit: 
         with_limit: whether `input.limit` may be larger, so that more of the input's rows are used.
     """
     before = without_later_keys(stored.fingerprint)
-    after = without_later_keys(fresh.with_template_time(stored.template_time).fingerprint)
+    after = without_later_keys(fresh.as_begun(stored).fingerprint)
     differing = {key for key in before.keys() | after.keys() if before.get(key, ABSENT) != after.get(key, ABSENT)}
     if not differing or any(key != LIMIT and not key.startswith(FILES) for key in differing):
         return False
@@ -76,7 +76,7 @@ def extend_plan(path: str, stored: Plan, fresh: Plan, config: Config) -> Plan:
     order = [*known, *(file.name for file in files if file.name not in known)]
     by_name = {file.name: file for file in files}
     files = tuple(by_name[name] for name in order)
-    fresh = fresh.with_template_time(stored.template_time)
+    fresh = fresh.as_begun(stored)
     return replace(
         stored,
         fingerprint=fresh.fingerprint,

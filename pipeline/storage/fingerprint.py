@@ -31,6 +31,11 @@ LATER_KEYS: Mapping[str, Any] = {
     "principals.*.negative_principle": None,
     "principals.*.adapter": None,
     "principals.*.reference_adapter": None,
+    "input.chat_template_kwargs": None,
+    "decoding.thinking.markers": "auto",
+    "decoding.thinking.steer": True,
+    "decoding.thinking.max_tokens": None,
+    "decoding.thinking.in_answers": False,
 }
 
 

@@ -25,6 +25,7 @@ __all__ = ["Plan", "Shard", "explain_mismatch", "make_plan", "refuse_mismatch"]
 
 PLAN_VERSION = 2
 TEMPLATE_TIME = "chat_templates.time"
+REASONING = "reasoning.markers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,25 @@ class Plan:
         path_by_name = {file.name: file.path for file in other.files}
         files = tuple(replace(file, path=path_by_name[file.name]) for file in self.files)
         return replace(self, files=files, models=other.models, config=other.config)
+
+    @property
+    def reasoning(self) -> str | None:
+        """The markers of the base's reasoning, for which the output has columns; None where it does not reason."""
+        return self.fingerprint.get(REASONING)
+
+    @property
+    def reasons_in_answers(self) -> bool:
+        """Whether answers contain the reasoning, so that their numbers count it."""
+        return bool(self.config["decoding"].get("thinking", {}).get("in_answers", False))
+
+    def as_begun(self, stored: Plan) -> Plan:
+        """The same plan with what a run that has begun found out then: its time, and how its base reasons."""
+        return self.with_template_time(stored.template_time).with_reasoning(stored.reasoning)
+
+    def with_reasoning(self, markers: str | None) -> Plan:
+        """The same plan for a base that marks its reasoning so."""
+        fields = {name: value for name, value in self.fingerprint.items() if name != REASONING}
+        return replace(self, fingerprint=fields if markers is None else {**fields, REASONING: markers})
 
     @property
     def digest(self) -> str:

@@ -66,7 +66,9 @@ class Run:
                 return cls(store, plan)
             # another driver was faster: its plan is checked like that of any earlier run
         stored = _read_plan(store)
-        plan = plan.with_template_time(stored.template_time)  # a run that goes on another day keeps its time
+        # a run that goes on another day keeps its time; whether its base reasons as before is seen when models are
+        # looked at (`pipeline.stages.relabel`)
+        plan = plan.as_begun(stored)
         refuse_mismatch(store.path, stored.fingerprint, plan.fingerprint)
         plan = stored.moved_to(plan)
         if stored != plan:

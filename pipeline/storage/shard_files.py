@@ -105,6 +105,7 @@ class ShardWriter:
             has_response=self.plan.has_response,
             has_variants=self.plan.has_variants,
             has_tools=self.plan.has_tools,
+            has_reasoning=self.plan.reasoning is not None,
             metadata={"cage.fingerprint": self._digest(shard), **models},
         )
 

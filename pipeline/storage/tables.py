@@ -34,6 +34,7 @@ def output_schema(
     has_response: bool = False,
     has_variants: bool = False,
     has_tools: bool = False,
+    has_reasoning: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> pa.Schema:
     """The columns of an output file, in order.
@@ -47,6 +48,7 @@ def output_schema(
         has_tools: adds tools as JSON text, and to the messages of prompt and messages calls of tools, whose arguments
             are JSON text, and what answers to calls name.
         has_variants: adds variant, rule and agent_temperature.
+        has_reasoning: adds reasoning and num_reasoning_tokens.
         has_response: adds original_response, original_rewards, chosen and rejected.
         metadata: carried by the schema and by every column ("cage.digest"); an entry "cage.models.principals.NAME..."
             also by the fields of that principal.
@@ -62,8 +64,10 @@ def output_schema(
         pa.field("messages", MESSAGES_WITH_TOOLS if has_tools else MESSAGES),
         *([pa.field("tools", pa.string())] if has_tools else []),
         pa.field("response", pa.string()),
+        *([pa.field("reasoning", pa.string())] if has_reasoning else []),
         pa.field("finish_reason", pa.string()),
         pa.field("num_tokens", pa.int32()),
+        *([pa.field("num_reasoning_tokens", pa.int32())] if has_reasoning else []),
         *(pa.field(name, by_principal) for name in ("weights", "rewards", "payments") if principal_names),
         pa.field("kl_per_token", pa.float64()),
         pa.field("covered_mass", pa.float64()),
@@ -146,6 +150,8 @@ def _row(record: Record) -> dict[str, Any]:
         "messages": None if completion is None else prompt + completion,
         "tools": json.dumps(record.tools, ensure_ascii=False) if record.tools else None,
         "response": record.response,
+        "reasoning": record.reasoning,
+        "num_reasoning_tokens": record.num_reasoning_tokens,
         "finish_reason": str(record.finish_reason),
         "num_tokens": record.num_tokens,
         "weights": dict(record.weights),

@@ -34,7 +34,7 @@ class Candidate:
         prompt: the conversation before it.
         text: the answer.
         finish_reason: `stop` or `length`.
-        num_tokens: its length, the end token included.
+        num_tokens: its length, the end token included; without the reasoning, where that is no part of it.
         rewards: by principal, the sum of its token reward q in nats, before weights; None where not recorded.
         kl_per_token: divergence of the policy from the base, in nats.
         judged: by judge, its score; NaN where a judge gave none.
@@ -89,10 +89,11 @@ def read_candidates(run: Run, name: str, scores_folder: str | None = None) -> It
     Raises:
         CageError: the score file belongs to other answers.
     """
+    columns = COLUMNS if run.plan.reasons_in_answers else (*COLUMNS, "num_reasoning_tokens")
     if scores_folder is None:
-        yield from (_candidate(row, run.plan.variants) for row in _rows(run, name, COLUMNS))
+        yield from (_candidate(row, run.plan.variants) for row in _rows(run, name, columns))
         return
-    for row, scores in zip(_rows(run, name, COLUMNS), _rows(run, scores_folder + name), strict=True):
+    for row, scores in zip(_rows(run, name, columns), _rows(run, scores_folder + name), strict=True):
         key = [scores.pop(column) for column in ("row_id", "variant", "sample")]
         if key != [row["row_id"], row.get("variant", 0), row["sample"]]:
             raise CageError(f"{run.store.url(scores_folder + name)} scores other answers; remove it")
@@ -134,7 +135,7 @@ def _candidate(
         prompt=row["prompt"],
         text=row["response"],
         finish_reason=row["finish_reason"],
-        num_tokens=row["num_tokens"],
+        num_tokens=row["num_tokens"] - (row.get("num_reasoning_tokens") or 0),
         weights=row.get("weights") or {},
         rewards=row.get("rewards") or {},
         kl_per_token=row["kl_per_token"],
