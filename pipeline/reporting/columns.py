@@ -47,7 +47,7 @@ class Batch:
         row_ids, samples, rules: of each row.
         hashes: one per row; to order rows by them is to order them at random, in the same way every time.
         numbers: vectors [N] by name: the plain columns; "rewards.NAME", "weights.NAME" and so on by principal;
-            "scores.NAME" by judge; 0 or 1 in "is_cut" (the answer ended at its length limit), "has_pair" (it is one of
+            "scores.NAME" by judge; 0 or 1 in "is_cut" (the answer ended at its limit), "has_pair" (it is one of
             a pair with an existing answer) and, where the base reasons, "unanswered".
     """
 
