@@ -36,6 +36,7 @@ def test_every_case_is_measured_and_written(tmp_path, candidates, capsys):
     assert measured["cases"]["local"]["forwards_per_step"] == 1
     assert (measured["principals"], measured["adapters"]) == (2, 1)
     assert measured["full_batch"]["to_one_row"] > 0
+    assert measured["full_batch"]["row_by_row"] > 0.5
     assert "of the floor" in capsys.readouterr().out
 
 

@@ -72,6 +72,11 @@ def test_cage_models_shows_families_and_why(capsys):
         ({"model_type": "llama"}, SLOTS, None),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, PLAIN, "longrope"),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}, PLAIN, "dynamic rope"),
+        (
+            {"model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}, "max_position_embeddings": 64},
+            SLOTS,
+            None,
+        ),
         ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, PLAIN, "linear_attention"),
         ({"model_type": "moshi"}, REFUSED, "audio"),
         ({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}, None, None),

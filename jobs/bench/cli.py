@@ -28,7 +28,7 @@ def bench_decode(
     model: Annotated[
         str | None, typer.Option(help="Folder, hub id, or smollm2-135m; without it, random weights.")
     ] = None,
-    shape: Annotated[str, typer.Option(help="Shape of random weights: 1M, 135M, 1B or 7B.")] = "135M",
+    shape: Annotated[str, typer.Option(help="Shape of random weights: 1M, 135M, 180M-MoE, 1B or 7B.")] = "135M",
     principals: Annotated[int, typer.Option(min=0, help="Prompted principals.")] = 2,
     adapters: Annotated[
         int, typer.Option(min=0, help="Principals that are LoRA adapters; floor and plain loop go without.")

@@ -42,6 +42,7 @@ from pipeline.runtime.engines import make_engine
 from pipeline.runtime.local_hosts import start_hosts
 
 FULL_BATCH_STEPS, FULL_BATCH_ROUNDS = 16, 3
+ROW_BY_ROW_STEPS = 4  # each has as many passes as rows
 HEAD = ("slots", "principals", "adapters", "rows", "threads", "candidates")
 
 
@@ -59,7 +60,7 @@ class Setup:
     work: Work
     cache_folder: Path
 
-    def assembly(self, *, strict: bool = True, slots: int | None = None) -> Assembly:
+    def assembly(self, *, strict: bool = True, slots: int | None = None, attention: str = "auto") -> Assembly:
         config = make_config(
             self.model,
             num_principals=self.num_principals,
@@ -69,7 +70,7 @@ class Setup:
             strict=strict,
             candidates=self.candidates,
         )
-        return make_assembly(config, self.work, self.vocab_size, self.cache_folder)
+        return make_assembly(config, self.work, self.vocab_size, self.cache_folder, attention=attention)
 
 
 def run_bench_decode(
@@ -172,6 +173,10 @@ def measure_full_batch(setup: Setup, plain: Any, engines: Mapping[str, Engine]) 
         "of_floor": {name: _ratio(times["floor"], times[name]) for name in engines if name != "one row"},
         "to_one_row": setup.slots * _ratio(times["one row"], times["strict"]),
     }  # fmt: skip
+    row_by_row = _local_engine(setup.assembly(attention="plain"))
+    row_by_row_s = _time_steps(row_by_row, setup, num_steps=ROW_BY_ROW_STEPS)
+    measured["step_ms"]["row by row"] = row_by_row_s * 1e3
+    measured["row_by_row"] = row_by_row_s / step_s["strict"]
     if "relaxed" in engines:
         measured["strict_of_relaxed"] = _ratio(times["relaxed"], times["strict"])
     if plain.device.type == "cuda":
@@ -204,15 +209,15 @@ def _local_engine(assembly: Assembly) -> Engine:
     return make_engine(assembly, start_hosts(assembly))
 
 
-def _time_steps(engine: Engine, setup: Setup) -> float:
+def _time_steps(engine: Engine, setup: Setup, *, num_steps: int = FULL_BATCH_STEPS) -> float:
     """Median seconds of a step while every slot runs."""
     torch.set_num_threads(setup.threads)
     for row in setup.work.first(engine.num_slots).rows:
-        engine.admit(replace(row, max_new_tokens=FULL_BATCH_STEPS + 8))
+        engine.admit(replace(row, max_new_tokens=num_steps + 8))
     while engine.num_waiting:
         engine.step()
     seconds = []
-    for _ in range(FULL_BATCH_STEPS):
+    for _ in range(num_steps):
         started_s = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - started_s)
@@ -287,6 +292,7 @@ def print_tables(measured: dict[str, Any]) -> None:
     if "strict_of_relaxed" in full:
         shares.append(f"strict against relaxed {full['strict_of_relaxed']:.1%}")
     console.print("; ".join([*shares, f"tokens/s to one row at a time {full['to_one_row']:.2f} x"]))
+    console.print(f"row by row, as families are decoded that slots do not serve: {full['row_by_row']:.1f} x the time")
     if "of_memory_bound" in full:
         console.print(
             f"of what memory allows ({full['bandwidth_tb_per_s']:.2f} TB/s in a copy): "

@@ -23,7 +23,7 @@ from pipeline.runtime.topology import build_topology
 from pipeline.worker.adapters import without_peft_warnings
 from pipeline.worker.loading import pick_device, pick_dtype
 
-# Llama architectures; the names say how many parameters they have.
+# Llama architectures, and a mixture of experts that chooses 2 of 16; the names say how many parameters they have.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "1M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
            "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": True},
@@ -31,6 +31,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
              "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True},
+    "180M-MoE": {"model_type": "qwen3_moe", "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 12,
+                 "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 32_000,
+                 "tie_word_embeddings": True, "num_experts": 16, "num_experts_per_tok": 2,
+                 "moe_intermediate_size": 512},
     "7B": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 32_000, "tie_word_embeddings": False},
 }  # fmt: skip
@@ -106,15 +110,16 @@ class GivenPrompts:
 
 
 def save_random_model(shape: str, folder: Path) -> Path:
-    """Write a Llama of this shape with random weights. Raises KeyError for an unknown shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Write a model of this shape with random weights. Raises KeyError for an unknown shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    settings = {"model_type": "llama", "max_position_embeddings": 8192, **SHAPES[shape]}
     device = pick_device("auto")
     torch.manual_seed(0)
     torch.set_default_dtype(pick_dtype("auto", device))
     try:
         with device:
-            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], max_position_embeddings=8192))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     finally:
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
@@ -193,8 +198,10 @@ def make_config(
     )
 
 
-def make_assembly(config: Config, work: Work, vocab_size: int, cache_folder: Path) -> Assembly:
-    """A replica on paper whose prompts are given."""
+def make_assembly(
+    config: Config, work: Work, vocab_size: int, cache_folder: Path, *, attention: str = "auto"
+) -> Assembly:
+    """A replica on paper whose prompts are given; `attention` is that of a model section."""
     source = resolve_model(config.base.model, cache_folder=cache_folder)
     topology = build_topology(config)
     (plan,) = topology.hosts
@@ -213,6 +220,7 @@ def make_assembly(config: Config, work: Work, vocab_size: int, cache_folder: Pat
         cache_folder=cache_folder,
         adapters={name: resolve_adapter(folder, cache_folder=cache_folder) for name, folder in plan.adapters.items()},
         games=GameSpec(config.decoding.sampling, topology.principals, rules),
+        attention=attention,
     )
     return Assembly(config, topology, (spec,), {}, GivenPrompts(work.prompts), variants)
 

@@ -99,7 +99,7 @@ def _save(model: Any, folder: Path) -> None:
 
 def _measure(name: str, folder: Path) -> ServedFamily:
     expected = generated(name, folder)
-    spec = _spec(folder)
+    spec = host_spec(folder)
     try:
         loaded = load_language_model(spec)
     except ConfigurationError as error:
@@ -126,7 +126,8 @@ def _measure(name: str, folder: Path) -> ServedFamily:
     )
 
 
-def _spec(folder: Path) -> HostSpec:
+def host_spec(folder: Path) -> HostSpec:
+    """A host of the tiny model in a folder, in strict mode."""
     return HostSpec(
         name="base",
         serves=("base",),

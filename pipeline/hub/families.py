@@ -81,7 +81,8 @@ def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
     kinds = {str(each.get("rope_type", each.get("type"))) for each in rope_settings(config)}
     if "longrope" in kinds:
         return "longrope takes its frequencies from the longest row of a pass"
-    if "dynamic" in kinds:
+    # dynamic rope changes its frequencies beyond max_position_embeddings alone, where every row ends
+    if "dynamic" in kinds and not isinstance(config.get("max_position_embeddings"), int):
         return "dynamic rope takes its frequencies from the longest row that there ever was"
     return None
 

@@ -16,6 +16,7 @@ from torch.nn.functional import linear, pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pipeline.worker.captured_passes import MIN_ROWS
+from pipeline.worker.cpu_kernels import has_reproducible_kernels
 
 PADDED = "cage_padded"
 NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
@@ -33,9 +34,18 @@ def can_pad_experts(model: Any) -> bool:
     return bool(can is not None and can())
 
 
-def use_padded_experts(model: Any) -> None:
-    """Have the model compute its experts by `padded_experts`."""
-    model.set_experts_implementation(PADDED)
+def pad_experts(model: Any) -> bool:
+    """Have few tokens of an expert computed as more, where this CPU needs it.
+
+    Returns:
+        Whether the model computes its experts by code of its own, so that `WholeVectors` has to do it.
+    """
+    if has_reproducible_kernels() or not needs_own_experts(model):
+        return False
+    if can_pad_experts(model):
+        model.set_experts_implementation(PADDED)
+        return False
+    return True
 
 
 def padded_experts(module: Any, states_TH: Tensor, experts_TC: Tensor, weights_TC: Tensor) -> Tensor:

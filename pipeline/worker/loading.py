@@ -24,10 +24,9 @@ from pipeline.worker.adapters import TokenAdapters, take_adapters
 from pipeline.worker.cpu_kernels import (
     MKL_MODE,
     choose_reproducible_kernels,
-    has_reproducible_kernels,
     reproducible_mode,
 )
-from pipeline.worker.experts import can_pad_experts, needs_own_experts, use_padded_experts
+from pipeline.worker.experts import pad_experts
 from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.language_model_runner import LanguageModelRunner
 from pipeline.worker.plain_runner import PlainPasses, PlainRunner
@@ -162,7 +161,7 @@ class _Loading:
         except Exception as error:
             raise NotServed(reason_of(error)) from error
         if spec.strict and probed.device.type == "cpu":
-            needs_whole = self._pad_experts() or needs_whole
+            needs_whole = pad_experts(self._model) or needs_whole
             if reason := self._why_not_strict(layers, needs_whole):
                 raise NotServed(reason)
         return self._make_slot_runner(
@@ -204,15 +203,6 @@ class _Loading:
             needs_whole_vectors=needs_whole_vectors,
         )
 
-    def _pad_experts(self) -> bool:
-        """Have few tokens of an expert computed as more; whether `WholeVectors` has to do it."""
-        if has_reproducible_kernels() or not needs_own_experts(self._model):
-            return False
-        if can_pad_experts(self._model):
-            use_padded_experts(self._model)
-            return False
-        return True
-
     def _why_not_strict(self, layers: Sequence[LayerFacts], needs_whole: bool) -> str | None:
         """Why a row's bits would depend on the batch composition, if they would."""
 
@@ -222,11 +212,7 @@ class _Loading:
             )
 
         if not bits_are_a_rows_own(make_runner, self._probed_roles, self._probes):
-            remedy = f"set {MKL_MODE}={mode} before the process starts, " if (mode := reproducible_mode()) else ""
-            return (
-                "in strict mode no bit of a row may depend on the rows beside it, and here some do; "
-                f"{remedy}or choose decoding.reproducibility=relaxed"
-            )
+            return why_not_strict()
         return None
 
     def _plain_runner(self) -> PlainRunner:
@@ -246,6 +232,7 @@ class _Loading:
             vocab_size=spec.vocab_size,
             # some models' plain forward pass is not what their generate computes: then answers are read step by step
             reads_whole=difference <= self._tolerance,
+            exact_context=exact_context(model.config),
             bytes_per_token=-(-row.num_bytes // len(self._probes[0])),
         )
 
@@ -256,6 +243,15 @@ class _Loading:
             raise NotServed(
                 f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {self._tolerance:g}"
             )
+
+
+def why_not_strict() -> str:
+    """What to say where bits depend on the batch composition, and what helps."""
+    remedy = f"set {MKL_MODE}={mode} before the process starts, " if (mode := reproducible_mode()) else ""
+    return (
+        "in strict mode no bit of a row may depend on the rows beside it, and here some do; "
+        f"{remedy}or choose decoding.reproducibility=relaxed"
+    )
 
 
 def _can_be_none(config: Any, name: str) -> bool:
@@ -273,10 +269,12 @@ def exact_context(config: Any) -> int | None:
     """Tokens up to which rows of one pass do not change each other's rotary positions; None: any number."""
     text = as_mapping(config)
     settings = rope_settings(text)
-    if not any(str(each.get("rope_type", each.get("type"))) in ("longrope", "dynamic") for each in settings):
+    kinds = {str(each.get("rope_type", each.get("type"))) for each in settings}
+    stated_by = [text.get("max_position_embeddings")]
+    if "longrope" in kinds:
+        stated_by = [each.get("original_max_position_embeddings") for each in (*settings, text)] + stated_by
+    elif "dynamic" not in kinds:
         return None
-    stated_by = [each.get("original_max_position_embeddings") for each in settings]
-    stated_by += [text.get("original_max_position_embeddings"), text.get("max_position_embeddings")]
     return next((int(each) for each in stated_by if isinstance(each, int)), None)
 
 

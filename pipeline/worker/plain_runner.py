@@ -156,6 +156,8 @@ class PlainRunner:
         vocab_size: number of token ids that all models share; logits beyond it are cut.
         reads_whole: whether one forward pass over a text gives the logits of its steps; otherwise existing answers
             are scored token by token.
+        exact_context: tokens behind which keys are computed in another way (longrope); None: there is no such place.
+            An answer that crosses it is scored token by token.
         bytes_per_token: what one token of one row takes, as far as it grows with the text.
     """
 
@@ -167,12 +169,14 @@ class PlainRunner:
         num_slots: int,
         vocab_size: int,
         reads_whole: bool = True,
+        exact_context: int | None = None,
         bytes_per_token: int = 0,
     ) -> None:
         self._passes = passes
         self._roles = tuple(roles)
         self._vocab_size = vocab_size
         self._reads_whole = reads_whole
+        self._exact_context = exact_context
         self._bytes_per_token = bytes_per_token
         self._lay_out(num_slots)
 
@@ -247,7 +251,9 @@ class PlainRunner:
 
     def _logits_of_answer(self, prompt: Sequence[int], answer: Sequence[int], adapter: str | None) -> Tensor:
         """The logits [T, V] from which each token of the answer would be drawn."""
-        if self._reads_whole:
+        limit = self._exact_context
+        crosses = limit is not None and len(prompt) <= limit < len(prompt) + len(answer) - 1
+        if self._reads_whole and not crosses:
             return self._passes.read([*prompt, *answer[:-1]], adapter)[len(prompt) - 1 :]
         row, logits_V = self._passes.begin(prompt, adapter)
         steps = [logits_V]

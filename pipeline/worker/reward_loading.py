@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec, RewardSpec
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
-from pipeline.worker.loading import as_mapping, exact_context, pick_device, pick_dtype
-from pipeline.worker.probes import probe_tokens, small_limits
+from pipeline.worker.experts import pad_experts
+from pipeline.worker.loading import as_mapping, exact_context, pick_device, pick_dtype, why_not_strict
+from pipeline.worker.probes import NUM_OTHERS, SMALL, probe_tokens, small_limits
 from pipeline.worker.reward_model_runner import RewardModelRunner
 from pipeline.worker.weights import load_whole
+from pipeline.worker.whole_vectors import watching
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of the scores' size
+NUM_CANDIDATES = 3  # of each row in the check that bits are a row's own
 
 
 def load_reward_model(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
@@ -46,9 +50,18 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
     if (reason := why_layers_differ(as_mapping(model.config))) is not None:
         raise _refused(spec, model, reason)
     backbone, float_head = model.base_model, copy.deepcopy(head).float()
-    probed = _check(model, backbone, float_head, spec)
+    with watching() as watch:
+        probed = _check(model, backbone, float_head, spec)
     layers = _learn(model, spec)
     model.set_attn_implementation(ATTENTION)
+    needs_whole = False
+    if spec.strict and device.type == "cpu":
+        needs_whole = pad_experts(model) or watch.found
+        _check_strict(
+            model,
+            partial(RewardModelRunner, backbone, float_head, layers=layers, needs_whole_vectors=needs_whole),
+            spec,
+        )
     contexts = [each for each in (context_length(model.config), exact_context(model.config)) if each is not None]
     return RewardModelRunner(
         backbone,
@@ -60,6 +73,7 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
         strict=spec.strict,
         bytes_per_token=probed.cache_bytes_per_token,
         layers=layers,
+        needs_whole_vectors=needs_whole,
     )
 
 
@@ -142,6 +156,28 @@ def _compare(
             f"that read from left to right can be scored so",
         )
     return runner
+
+
+def _check_strict(model: Any, make_runner: Callable[..., RewardModelRunner], spec: HostSpec) -> None:
+    """Raise where a row's rewards have other bits beside other rows than alone."""
+    ids = _probe_tokens(model)
+    probes = [ids[: SMALL + 5], *(ids[at : at + 2 + at % 5] for at in range(NUM_OTHERS))]
+    role = HostRole("label 0")
+
+    @torch.inference_mode()
+    def rewards(texts: Sequence[Sequence[int]]) -> Tensor:
+        """Of the first text, [K]: its candidates are scored with those of the others."""
+        runner, slots = make_runner([role], RewardSpec((0,)), num_slots=len(texts)), list(range(len(texts)))
+        runner.advance(Step([Admission(slot, {role.name: text[:-1]}) for slot, text in enumerate(texts)]))
+        runner.advance(Step((), slots, [text[-1] for text in texts]))
+        return runner.rewards_at(slots, torch.tensor([ids[-NUM_CANDIDATES:]] * len(texts)))[0, 0]
+
+    try:
+        alone, *beside = [rewards(texts) for texts in (probes[:1], probes[:3], probes)]
+    except Exception as error:
+        raise _refused(spec, model, reason_of(error)) from error
+    if not all(torch.equal(each, alone) for each in beside):
+        raise _refused(spec, model, why_not_strict())
 
 
 def _refused(spec: HostSpec, model: Any, reason: str) -> ConfigurationError:

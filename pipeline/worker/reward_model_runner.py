@@ -14,6 +14,7 @@ B rows of a call, R roles of the host, N candidates, T tokens, L labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from operator import itemgetter
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipeline.protocol.topology import HostRole
 from pipeline.worker.captured_passes import MIN_ROWS
 from pipeline.worker.memory import budget_of
 from pipeline.worker.reward_rows import RewardRow, ScoringRequest, lay_out
+from pipeline.worker.whole_vectors import WholeVectors
 
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
 PADDING = 64  # tokens of one padding row
@@ -48,6 +50,7 @@ class RewardModelRunner:
         strict: pad passes, so that no row's bits depend on the batch composition.
         bytes_per_token: what one token of one row takes in the cache.
         layers: what each attention call of a pass asks for, as `learn_layers` found.
+        needs_whole_vectors: whether activations have to be padded for a row's bits to be its own; see `WholeVectors`.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class RewardModelRunner:
         strict: bool = True,
         bytes_per_token: int = 0,
         layers: Sequence[LayerFacts] = (),
+        needs_whole_vectors: bool = False,
     ) -> None:
         self._layers = layers
+        self._needs_whole_vectors = needs_whole_vectors
         self._backbone = backbone
         self._head = head
         self._roles = tuple(roles)
@@ -253,11 +258,12 @@ class RewardModelRunner:
         padded = [*readings, *self._padding(sum(counts))]
         ids = torch.tensor([[token for each in padded for token in each.tokens]], device=self._device)
         positions = torch.tensor([[at for each in padded for at in each.positions]], device=self._device)
-        with reading(padded, self._layers):
-            output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
-        states = torch.split(output.last_hidden_state[0, : sum(counts)].float(), counts)
-        # one row at a time: the head has few columns, and the bits of such a product depend on the number of rows
-        return [self._head(states_TH) for states_TH in states]
+        with WholeVectors() if self._needs_whole_vectors else nullcontext():
+            with reading(padded, self._layers):
+                output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
+            states = torch.split(output.last_hidden_state[0, : sum(counts)].float(), counts)
+            # one row at a time: the head has few columns, and the bits of such a product depend on the number of rows
+            return [self._head(states_TH) for states_TH in states]
 
     def _padding(self, num_tokens: int) -> list[Reading]:
         """Padding rows that bring a strict pass of `num_tokens` tokens to its size."""
