@@ -44,9 +44,13 @@ OUTPUT_COLUMNS = (
 )
 
 
+# What the files of failed rows have besides.
+FAILED_COLUMNS = ("input_file", "input_row", "given")
+
+
 def is_reserved(name: str) -> bool:
     """Whether the output has a column of this name; many readers do not distinguish upper and lower case."""
-    return name.casefold() in OUTPUT_COLUMNS
+    return name.casefold() in (*OUTPUT_COLUMNS, *FAILED_COLUMNS)
 
 
 class FinishReason(StrEnum):
@@ -73,7 +77,9 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One input row. A row that could not be read carries `error` and nothing to decode.
+    """One input row. A row that could not be read carries `error` and is not decoded.
+
+    It then has what of it could be read: messages, existing answer and weights, None where one is no number.
 
     Args:
         row_id: identifies the row; it keys the draws.
@@ -88,11 +94,14 @@ class Row:
         tools: what the model may call.
         template_kwargs: what the row's chat templates read besides the messages, in place of the base's, key by key.
         num_names: messages whose speaker has a name, which is dropped.
+        file: the name of the file that it is from; empty where it is from no file.
+        number: its line or element, from 1, or its row in a table, from 0: as messages count.
+        given: of a row that could not be read, the values of its columns as JSON text, or the line.
     """
 
     row_id: str
     messages: tuple[Message, ...] = ()
-    weights: Mapping[str, float] | None = None
+    weights: Mapping[str, float | None] | None = None
     response: str | None = None
     error: str | None = None
     max_new_tokens: int | None = None
@@ -102,6 +111,9 @@ class Row:
     tools: tuple[Tool, ...] = ()
     num_names: int = 0
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+    number: int | None = None
+    given: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +148,7 @@ class Record:
         response: the answer; None where there is an error.
         finish_reason: why the answer ended.
         num_tokens: tokens drawn, the end token included.
-        weights: preference weights by principal.
+        weights: preference weights by principal; None where a failed row has one that is no number.
         rewards: by principal, the sum of q over the answer in nats, before weights.
         payments: by principal, nats paid for the answer's tokens; None under a rule without payments.
         kl_per_token: KL divergence of the policy to the base, in nats per token; None without a trace.
@@ -157,6 +169,7 @@ class Record:
         reasoning: what the model wrote before the answer; None where it wrote none.
         num_reasoning_tokens: tokens drawn before the answer, markers included.
         values: by principal, its lowest and highest q over the drawn tokens, in nats; not a column of the output.
+        file, number, given: of the input row, where there is an error.
     """
 
     row_id: str
@@ -165,7 +178,7 @@ class Record:
     response: str | None
     finish_reason: FinishReason
     num_tokens: int
-    weights: Mapping[str, float]
+    weights: Mapping[str, float | None]
     rewards: Mapping[str, float | None]
     payments: Mapping[str, float | None]
     kl_per_token: float | None = None
@@ -186,6 +199,9 @@ class Record:
     reasoning: str | None = None
     num_reasoning_tokens: int = 0
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    file: str = ""
+    number: int | None = None
+    given: str | None = None
 
     @property
     def is_failed(self) -> bool:

@@ -38,7 +38,7 @@ def error_of(folder: Path, record: Any, **fields: Any) -> str:
     assert first.error is None
     assert last.error is None
     assert bad.error is not None
-    assert bad.messages == ()
+    assert bad.given is not None
     assert bad.row_id == "x.jsonl:2"
     return bad.error
 
@@ -407,7 +407,7 @@ def check_fuzzed(path: Path, **fields: Any) -> list[Row]:
     assert message.isprintable()
     assert len({row.row_id for row in rows}) == len(rows)
     for row in rows:
-        assert bool(row.messages) != bool(row.error)
+        assert row.messages if row.error is None else row.given is not None
         assert row.error is None or row.error.isprintable()
         read = [row.row_id, row.messages, row.weights, row.response, row.tools]
         json.dumps(read, ensure_ascii=False, allow_nan=False).encode("utf-8")

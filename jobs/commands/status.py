@@ -35,6 +35,8 @@ def describe_status(run: Run) -> str:
     if overcome := ", ".join(filter(None, [status.recoveries.describe(), repeats])):
         lines.append(f"  overcome  {overcome}")
     lines += [f"  warning   {printable(line)}" for line in status.silent.values()]
+    if status.unsteered:
+        lines.append(f"  warning   the weights of {status.unsteered:,} answers are all 0: no principal steered them")
     for kind, failures in list(status.failures.items())[:SHOWN_REASONS]:
         lines.append(f"  failed    {printable(failures.describe(kind))}")
     if status.failed_folders:

@@ -234,7 +234,8 @@ class Engine:
 
     def _begin(self, row: Row, variant: int, sample: int) -> RunningRow:
         way = self._variants[variant]
-        weights = way.weights or {**self._topology.weights, **(row.weights or {})}
+        own = {name: weight for name, weight in (row.weights or {}).items() if weight is not None}
+        weights = way.weights or {**self._topology.weights, **own}
         return RunningRow(
             row=row,
             sample=sample,

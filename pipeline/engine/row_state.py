@@ -228,8 +228,18 @@ class RunningRow:
         )
 
     def failed(self, reason: str) -> Record:
-        """The output row of one that cannot be aligned."""
-        return replace(self._blank(), error=reason, original_response=self.row.response)
+        """The output row of one that cannot be aligned: with all that the input has of it."""
+        blank, row = self._blank(), self.row
+        weights = {**blank.weights, **(row.weights or {})} if row.error is not None else blank.weights
+        return replace(
+            blank,
+            error=reason,
+            weights=weights,
+            original_response=row.response,
+            file=row.file,
+            number=row.number,
+            given=row.given,
+        )
 
     def _blank(self) -> Record:
         """The output row as far as it is known without an answer."""

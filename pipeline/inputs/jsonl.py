@@ -12,6 +12,7 @@ from pipeline.errors import ConfigurationError, RowError
 from pipeline.inputs.delimited import DELIMITERS, read_header, split_rows
 from pipeline.inputs.encodings import find_encoding, open_text
 from pipeline.inputs.files import Format, FoundFile, InputFile, as_input_error
+from pipeline.inputs.given import given_text
 from pipeline.inputs.json_arrays import is_array, split_items
 from pipeline.inputs.prefix_digest import PrefixDigest
 from pipeline.inputs.rows import FoundId, make_row, read_id
@@ -124,9 +125,11 @@ def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequen
         try:
             record = _record(line.data, file.format)
         except RowError as fault:
-            yield Row(row_id=fallback_id, error=f"{place} {fault}")
-            continue
-        yield make_row(record, file.columns, row_id=fallback_id, place=place, principal_names=principal_names)
+            given = given_text(line.data) if isinstance(line.data, (bytes, dict)) else None
+            row = Row(row_id=fallback_id, error=f"{place} {fault}", given=given)
+        else:
+            row = make_row(record, file.columns, row_id=fallback_id, place=place, principal_names=principal_names)
+        yield replace(row, file=file.name, number=line.number)
 
 
 def read_values(file: InputFile, start: int, stop: int) -> Iterator[dict[str, Any]]:

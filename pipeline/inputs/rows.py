@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from uuid import UUID
 from pipeline.errors import RowError
 from pipeline.inputs.batch_bodies import read_parameters
 from pipeline.inputs.conversations import check_text, count_names, read_conversation
+from pipeline.inputs.given import given_text, readable_weights
 from pipeline.inputs.record_formats import FORMAT_BY_NAME
 from pipeline.inputs.tool_use import read_tools, uses_tools
 from pipeline.quoting import quote
@@ -117,7 +119,7 @@ def make_row(
     try:
         own_id = row_id if columns.id is None else _own_id(record, columns)
     except RowError as fault:
-        return Row(row_id=row_id, error=f"{place}: {fault}")
+        return _unreadable_row(record, columns, row_id, f"{place}: {fault}", principal_names)
     try:
         parameters = read_parameters(_value(record, columns.body) or {})
         messages, response = _read_conversation(record, columns)
@@ -136,7 +138,35 @@ def make_row(
             not_obeyed=parameters.not_obeyed,
         )
     except RowError as fault:
-        return Row(row_id=own_id, error=f"{place}: {fault}")
+        return _unreadable_row(record, columns, own_id, f"{place}: {fault}", principal_names)
+
+
+def _unreadable_row(
+    record: Mapping[str, Any], columns: InputColumns, row_id: str, error: str, principal_names: Sequence[str]
+) -> Row:
+    """A row with an error, and with what of it can be read all the same."""
+    messages: tuple[Message, ...] = ()
+    response: str | None = None
+    try:
+        messages, response = _read_conversation(record, columns)
+    except RowError:
+        with contextlib.suppress(RowError):
+            messages = _read_messages(record, columns) if columns.format is None else ()
+        with contextlib.suppress(RowError):
+            response = _read_response(_value(record, columns.response), messages)
+    try:
+        _check_size(messages, response)
+    except RowError:
+        messages, response = (), None
+    names = (*columns.names, *((columns.body,) if columns.body else ()))
+    return Row(
+        row_id=row_id,
+        error=error,
+        messages=messages,
+        response=response if columns.has_response else None,
+        weights=readable_weights(record.get(columns.weights or ""), principal_names),
+        given=given_text({name: record[name] for name in names if name in record}),
+    )
 
 
 def read_id(value: Any) -> str | None:

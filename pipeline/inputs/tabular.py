@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -120,7 +121,8 @@ def read_rows(file: InputFile, start: int, stop: int, *, principal_names: Sequen
     columns = file.columns
     for number, record in _records(file, columns.names, start, stop):
         place, row_id = f"row {number} of {file.name}", f"{file.name}:{number}"
-        yield make_row(record, columns, row_id=row_id, place=place, principal_names=principal_names)
+        row = make_row(record, columns, row_id=row_id, place=place, principal_names=principal_names)
+        yield replace(row, file=file.name, number=number)
 
 
 def schema_of(file: InputFile) -> pa.Schema:

@@ -63,7 +63,8 @@ class PromptPreviewer:
         """The prompts of a row, by role. Raises RowError where a role cannot read it."""
         if row.error is not None:
             raise RowError(row.error)
-        weights = {**self._replica.topology.weights, **(row.weights or {})}
+        own = {name: weight for name, weight in (row.weights or {}).items() if weight is not None}
+        weights = {**self._replica.topology.weights, **own}
         prompts = self._prompter.encode(row.messages, weights, row.tools, row.template_kwargs)
         return {name: self._preview(name, ids) for name, ids in prompts.items()}
 

@@ -17,7 +17,13 @@ from pipeline.monitoring.values import ValueRange
 from pipeline.records import Record
 
 # Fields that records of earlier versions do not have.
-ABSENT_BEFORE: Mapping[str, Any] = {"recoveries": {}, "examples": {}, "values": {}}
+ABSENT_BEFORE: Mapping[str, Any] = {
+    "recoveries": {},
+    "examples": {},
+    "values": {},
+    "unsteered": 0,
+    "failed_at": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,9 @@ class CommitRecord:
         examples: by kind of reason, the first rows that failed, each as row id and reason.
         values: by principal, over the drawn tokens: answers, tokens, lowest and highest q in nats.
         recoveries: how often each kind of fault was recovered from, where it is not 0.
+        unsteered: answers whose weights are all 0.
+        failed_at: of the rows without any answer, their places among the rows of the shard, from 0; None in a record
+            of an earlier version.
     """
 
     shard: int
@@ -62,6 +71,8 @@ class CommitRecord:
     examples: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)
     recoveries: Mapping[str, int] = field(default_factory=dict)
+    unsteered: int = 0
+    failed_at: Sequence[int] | None = None
 
     @property
     def failures(self) -> dict[str, Failures]:

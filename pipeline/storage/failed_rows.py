@@ -82,7 +82,7 @@ def find_failed_rows(run: Run) -> Iterator[dict[str, Any]]:
                 failed += _read(run.store, name).to_pylist()
             else:
                 answered.update(_read(run.store, name, ["row_id"])["row_id"].to_pylist())
-        again = {row["row_id"]: row for row in failed if row["prompt"] and row["row_id"] not in answered}
+        again = {row["row_id"]: row for row in failed if _was_read(row) and row["row_id"] not in answered}
         parameters = _parameters(run, record.shard) if is_batch and again else {}
         for row_id, row in again.items():
             read = {"weights": row.get("weights"), "response": row.get("original_response")}
@@ -91,6 +91,11 @@ def find_failed_rows(run: Run) -> Iterator[dict[str, Any]]:
                 yield {"custom_id": row_id, "body": {**prompt, **parameters.get(row_id, {})}, **read}
             else:
                 yield {"id": row_id, **prompt, **read}
+
+
+def _was_read(row: dict[str, Any]) -> bool:
+    """Whether a failed row could be read; of an earlier version, a row that could not be has no prompt."""
+    return bool(row["prompt"]) and row.get("given") is None
 
 
 def _parameters(run: Run, shard: int) -> dict[str, dict[str, Any]]:

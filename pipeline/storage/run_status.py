@@ -34,6 +34,7 @@ class RunStatus:
         attempts_lost: attempts at shards before the one that was committed.
         last_commit_at: Unix time; None before the first commit.
         is_complete: whether manifest and `_SUCCESS` are written, too.
+        unsteered: aligned rows whose weights are all 0.
         prompts: rows of the input: before each extension of the run, and now.
     """
 
@@ -53,6 +54,7 @@ class RunStatus:
     attempts_lost: int
     last_commit_at: float | None
     is_complete: bool
+    unsteered: int
     prompts: tuple[int, ...]
 
     @property
@@ -88,5 +90,6 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
         attempts_lost=sum(record.attempt - 1 for record in done),
         last_commit_at=max((record.committed_at for record in done), default=None),
         is_complete=is_complete,
+        unsteered=sum(record.unsteered for record in done),
         prompts=(*(extent.num_rows for extent in plan.earlier), plan.num_rows),
     )

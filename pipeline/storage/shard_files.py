@@ -33,7 +33,7 @@ from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, count_tokens, differing_rows, sha256
 from pipeline.storage.pairs import PAIRS, has_pairs, pairs_bytes
 from pipeline.storage.plan import Plan, Shard
-from pipeline.storage.tables import output_schema, to_table, write_table_bytes
+from pipeline.storage.tables import failed_schema, output_schema, to_table, write_table_bytes
 from pipeline.stores.store import Store
 
 COMMITS, FAILED = "_commits/", "_failed/"
@@ -72,7 +72,7 @@ class ShardWriter:
         Returns the record that is stored: this attempt's or, where another one was faster, that one's.
         """
         schema = self._schema(shard.index)
-        failed = self._table([record for record in ordered if record.is_failed], schema, kept)
+        failed = self._table([record for record in ordered if record.is_failed], failed_schema(schema), kept)
         aligned = self._table([record for record in ordered if not record.is_failed], schema, kept)
         failed_name = self._write_failed(shard, failed)
         data = write_table_bytes(aligned, metadata={FAILED_KEY.decode(): failed_name})
@@ -83,6 +83,7 @@ class ShardWriter:
             seconds=round(seconds, 3),
             host=host,
             recoveries=_nonzero(recoveries),
+            failed_at=_failed_at(ordered),
             values={
                 name: [found.answers, found.tokens, found.low, found.high]
                 for name, found in values_of(ordered).items()
@@ -206,6 +207,7 @@ class ShardWriter:
             digest=self._digest(shard.index),
             committed_at=round(time.time(), 3),
             pyarrow=pa.__version__,
+            unsteered=_unsteered(aligned),
             errors={kind: each.count for kind, each in failures.items()},
             examples={kind: [[e.row_id, e.reason] for e in each.examples] for kind, each in failures.items()},
         )
@@ -234,6 +236,21 @@ def _failed_name(schema: pa.Schema) -> str:
     """The file of failed rows that a data file names; empty where it has none."""
     footer = schema.metadata or {}
     return (footer.get(FAILED_KEY) or footer.get(EARLIER_FAILED_KEY) or b"").decode()
+
+
+def _unsteered(answers: pa.Table) -> int:
+    """How many answers have weights that are all 0."""
+    if "weights" not in answers.schema.names:
+        return 0
+    return sum(not any((each or {"": 1}).values()) for each in answers.column("weights").to_pylist())
+
+
+def _failed_at(ordered: Sequence[Record]) -> list[int]:
+    """The places of the rows that have no answer, among the rows in their order."""
+    has_answer: dict[str, bool] = {}
+    for record in ordered:
+        has_answer[record.row_id] = has_answer.get(record.row_id, False) or not record.is_failed
+    return [at for at, is_answered in enumerate(has_answer.values()) if not is_answered]
 
 
 def _nonzero(recoveries: Recoveries) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.sections import Trace
 from pipeline.inputs.tool_use import as_stored
-from pipeline.records import Record
+from pipeline.records import FAILED_COLUMNS, Record
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 MESSAGES = pa.list_(MESSAGE)
@@ -85,6 +85,16 @@ def output_schema(
         fields.append(pa.field("tokens", pa.list_(_token(by_principal, principal_names))))
     common = {key: value for key, value in carried.items() if not key.startswith("cage.models.principals.")}
     return pa.schema([field.with_metadata(common) for field in fields], metadata=carried)
+
+
+def failed_schema(schema: pa.Schema) -> pa.Schema:
+    """The columns of a file of failed rows: those of the answers, the row's place in the input and what it was given.
+
+    `given` is null where the row could be read.
+    """
+    for name, type_ in zip(FAILED_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True):
+        schema = schema.append(pa.field(name, type_))
+    return schema
 
 
 def to_table(records: Sequence[Record], schema: pa.Schema) -> pa.Table:
@@ -168,6 +178,9 @@ def _row(record: Record) -> dict[str, Any]:
         "chosen": _answer(record.chosen),
         "rejected": _answer(record.rejected),
         "tokens": [_traced(token) for token in record.tokens],
+        "input_file": record.file or None,
+        "input_row": record.number,
+        "given": record.given,
     }
 
 
