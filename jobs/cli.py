@@ -175,6 +175,26 @@ def synthesize(
 
 
 @app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    model: Model = None,
+    print_config: PrintConfig = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train principals from preference pairs: a LoRA adapter for each objective.
+
+    The same command continues an interrupted training. It ends with each principal's accuracy on pairs that were
+    held out, and the lines for a configuration that uses it.
+    """
+    from jobs.commands.train import run_train
+
+    flags = {"input.limit": limit, "base.model": model}
+    run_train(config, _merge(overrides, flags), print_config=print_config, is_verbose=verbose)
+
+
+@app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
     """Show what `relabel`, `evaluate` or `synthesize` would run, without running it.
 

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
-from pipeline.sections import shortened
+from pipeline.sections import Section, shortened
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=Section)
 UNION_TAG = re.compile(
     r"(ReferenceConfig|ModelConfig|SimplexConfig|literal\[.*\]|constrained-.*|int|str|function-.*|tuple\[.*)"
 )
@@ -112,7 +112,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
-def _describe(fault: Any, kind: type[Config]) -> str:
+def _describe(fault: Any, kind: type[Section]) -> str:
     """One line: where, what was given, what would be right."""
     where, section = _locate(fault["loc"], kind)
     if fault["type"] == "extra_forbidden":
@@ -151,7 +151,7 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def _locate(loc: tuple[int | str, ...], kind: type[Config]) -> tuple[str, type[BaseModel] | None]:
+def _locate(loc: tuple[int | str, ...], kind: type[Section]) -> tuple[str, type[BaseModel] | None]:
     """The dotted place of a fault, without the union tags that pydantic adds, and its section's class."""
     section: type[BaseModel] | None = kind
     names: list[str] = []
@@ -170,7 +170,7 @@ def _locate(loc: tuple[int | str, ...], kind: type[Config]) -> tuple[str, type[B
     return ".".join(names), section
 
 
-def _parent(loc: tuple[int | str, ...], kind: type[Config]) -> tuple[type[BaseModel] | None, str]:
+def _parent(loc: tuple[int | str, ...], kind: type[Section]) -> tuple[type[BaseModel] | None, str]:
     """The section that holds a mapping of sections with a `kind` each, and the mapping's name there."""
     return _locate(loc[:-1], kind)[1], str(loc[-2])
 

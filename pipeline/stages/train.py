@@ -1,0 +1,110 @@
+"""The job that trains principals: preference data in, adapters and a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.config.sections import Transport
+from pipeline.errors import ConfigurationError
+from pipeline.training.data import Preferences, TrainingData, open_preferences, read_data
+from pipeline.training.folders import TrainingFolder
+from pipeline.training.report import render_report
+from pipeline.training.settings import TrainConfig
+
+PACKAGES = ("trl", "peft", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The principals of a training.
+
+    Args:
+        folder: where they are.
+        data: what they were trained on.
+        results: what is stated beside each of them.
+        was_trained: whether anything was trained now.
+    """
+
+    folder: TrainingFolder
+    data: TrainingData
+    results: Sequence[Mapping[str, Any]]
+    was_trained: bool
+
+
+def train(
+    config: TrainConfig, cache_folder: Path, out: TextIO, *, is_main: bool = True, is_verbose: bool = False
+) -> Trained | None:
+    """Train a principal for each objective, or go on; what is finished stays.
+
+    Args:
+        config: the data, the backbone and how to train.
+        cache_folder: where downloaded and converted weights are kept.
+        out: where progress is printed.
+        is_main: whether this process writes and prints, of several that train together.
+        is_verbose: whether Ray's own log is shown.
+
+    Returns:
+        What was trained; None in a process that is not the main one.
+
+    Raises:
+        ConfigurationError: the data, the model or the folder cannot be used.
+    """
+
+    def say(line: str) -> None:
+        if is_main:
+            print(line, file=out, flush=True)
+
+    _check_packages()
+    folder = TrainingFolder.at(config.output.path)
+    found = open_preferences(config.input)
+    from pipeline.training.backbone import find_backbone  # imports torch and transformers: seconds
+
+    backbone = find_backbone(config, cache_folder, now=folder.template_time(), progress=say)
+    data = read_data(found, config, backbone.encode)
+    folder.begin(_fingerprint(config, found, backbone.source.identity), backbone.template_time)
+    _describe_data(data, say)
+    from pipeline.training.fit import Task, fit  # imports TRL: seconds
+
+    tasks = [Task(name, backbone, config.training, *data.of(name), folder) for name in data.objectives]
+    pending = [task for task in tasks if folder.facts(task.name) is None]
+    if config.cluster.transport is Transport.RAY and pending:
+        from pipeline.cluster.training import fit_all  # imports ray: seconds
+
+        fit_all(pending, config, say, is_verbose=is_verbose)
+    results = [fit(task, say) for task in tasks]
+    if not is_main:
+        return None
+    trained = Trained(folder, data, results, bool(pending))
+    folder.write_report(render_report(config, data, results))
+    return trained
+
+
+def _check_packages() -> None:
+    for package in PACKAGES:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise ConfigurationError(
+                f"training needs the package {package}: install cage-align with the extra `train`"
+            ) from None
+
+
+def _fingerprint(config: TrainConfig, found: Preferences, model: str) -> dict[str, Any]:
+    """Everything that decides the adapters, as dotted fields with plain values."""
+    fields = {f"versions.{name}": metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
+    fields["models.base"] = model
+    for file in found.records.files:
+        fields[f"input.files.{file.name}"] = f"{file.format} {file.num_rows} rows {file.identity}"
+    return {**fields, **config.fields()}
+
+
+def _describe_data(data: TrainingData, say: Callable[[str], None]) -> None:
+    for name in data.objectives:
+        train, held_out = data.of(name)
+        say(f"{name}: {len(train):,} pairs to train on, {len(held_out):,} held out, by prompt")
+    for line in (*data.drops.describe(), *data.notes):
+        say(f"  {line}")

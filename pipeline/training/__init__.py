@@ -1,0 +1,1 @@
+"""Principals out of preference data: pairs in, LoRA adapters and a report out."""
