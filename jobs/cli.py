@@ -196,7 +196,7 @@ def train(
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
-    """Show what `relabel`, `evaluate` or `synthesize` would run, without running it.
+    """Show what `relabel`, `evaluate`, `synthesize` or `train` would run, without running it.
 
     Rows, shards, principals, hosts and their roles, placement and memory. No weights are loaded.
     """

@@ -148,7 +148,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(config, tmp_path, numb
     assert len(list(run.glob("part-*.parquet"))) == 400
 
 
-@pytest.mark.parametrize("job", ["relabel", "evaluate", "synthesize"])
+@pytest.mark.parametrize("job", ["relabel", "evaluate", "synthesize", "train"])
 def test_each_job_is_a_module_too(job):
     shown = cage("--help", module=("-m", f"jobs.{job}"))
     assert shown.returncode == 0

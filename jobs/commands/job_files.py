@@ -10,16 +10,20 @@ from pipeline.config.files import load_as
 from pipeline.config.sections import Config
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.synthesis.settings import SynthesizeConfig
+from pipeline.training.settings import TrainConfig
 
+TRAINING = "training"
 KIND_BY_SECTION: dict[str, type[Config]] = {"evaluation": EvaluateConfig, "synthesis": SynthesizeConfig}
 
 
-def load_job(path: Path, overrides: list[str] | None = None) -> Config:
+def load_job(path: Path, overrides: list[str] | None = None) -> Config | TrainConfig:
     """Read a configuration of any job. Raises ConfigurationError."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         tree = None  # load_as reports the error
     sections = tree if isinstance(tree, dict) else {}
+    if TRAINING in sections:
+        return load_as(TrainConfig, path, overrides)
     kind = next((kind for section, kind in KIND_BY_SECTION.items() if section in sections), Config)
     return load_as(kind, path, overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,15 +25,45 @@ from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica
 from pipeline.sections import ModelConfig
 from pipeline.stages.relabel import prepare
 from pipeline.storage.plan import Plan
+from pipeline.training.settings import TrainConfig
 
 
 def run_plan(config_file: Path, overrides: list[str]) -> None:
     config = load_job(config_file, overrides)
     cache_folder = default_cache_folder(os.environ)
+    if isinstance(config, TrainConfig):
+        print(describe_training(config, cache_folder))
+        return
     prepared = prepare(config, cache_folder)
     replica = plan_replica(config, prepared.models, cache_folder)
     print(describe_plan(prepared.plan, replica, prepared.notes))
     print(describe_prompts(prepared.plan, replica))
+
+
+def describe_training(config: TrainConfig, cache_folder: Path) -> str:
+    """The pairs of each objective and what was left out, the backbone, and the steps of each training."""
+    from pipeline.training.backbone import find_backbone  # imports torch: seconds
+    from pipeline.training.data import open_preferences, read_data
+
+    found = open_preferences(config.input)
+    backbone = find_backbone(config, cache_folder)
+    data = read_data(found, config, backbone.encode)
+    training = config.training
+    lines = [
+        f"input     {printable(config.input.path)}: {found.records.num_rows:,} rows, shape {found.layout.shape}",
+        *(f"          {printable(line)}" for line in (*data.drops.describe(), *data.notes)),
+        f"output    {printable(config.output.path)}",
+        f"base      {printable(config.base.model)}, on {backbone.device}",
+        f"loss      {training.loss}, beta {training.effective_beta:g}, rank {training.rank}",
+        "",
+    ]
+    rows = []
+    for name in data.objectives:
+        train, held_out = data.of(name)
+        tokens = sum(2 * len(pair.prompt_ids) + sum(map(len, pair.answer_ids)) for pair in train)
+        steps = math.ceil(math.ceil(len(train) / training.batch_size) * training.epochs)
+        rows.append([name, f"{len(train):,}", f"{len(held_out):,}", f"{tokens:,}", f"{steps:,}"])
+    return "\n".join([*lines, table(["objective", "pairs", "held out", "tokens an epoch", "steps"], rows)])
 
 
 def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -> str:

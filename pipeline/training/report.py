@@ -40,8 +40,9 @@ def configuration_lines(config: TrainConfig, results: Sequence[Mapping[str, Any]
     lines = ["base:", f"  model: {config.base.model}", "principals:"]
     for facts in results:
         name, reference = facts["name"], best_reference(facts)
+        kind = "tuned_pair" if facts["loss"] == Loss.DPO else "arm"
         adapter = f"{config.output.path.rstrip('/')}/{name}"
-        lines.append(f"  {name}: {{kind: arm, adapter: {adapter}, reference: {reference}, weight: {weight}}}")
+        lines.append(f"  {name}: {{kind: {kind}, adapter: {adapter}, reference: {reference}, weight: {weight}}}")
     return "\n".join(lines)
 
 
