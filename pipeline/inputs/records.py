@@ -52,7 +52,7 @@ class RecordFiles:
         """Yield every row in order with its values of the columns `names`, those of them that its file has."""
         for file in self.files:
             if file.format.is_text:
-                values = jsonl.read_values(file, 0, file.num_rows, stride=STRIDE)
+                values = jsonl.read_values(file, 0, file.num_rows)
             else:
                 values = tabular.read_values(file, names, 0, file.num_rows)
             for number, record in enumerate(values, start=1):

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from pipeline.config.sections import Config, InputConfig, OutputConfig
-from pipeline.engine.prompts import Prompter
-from pipeline.errors import ConfigurationError
+from pipeline.engine.prompter import Prompter
+from pipeline.errors import ConfigurationError, RowError
 from pipeline.hub.sources import ModelSource
 from pipeline.hub.tokenizer_facts import load_tokenizer
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import BASE
-from pipeline.records import Message
+from pipeline.records import Message, Row
 from pipeline.runtime.assembly import load_assembly
 from pipeline.runtime.replica_plan import plan_replica, resolve_models
 from pipeline.training.settings import TrainConfig
@@ -42,9 +42,20 @@ class Backbone:
     template_time: datetime | None
 
     def encode(self, prompt: Sequence[Message], answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of a prompt, and of answers to it with the end of a turn. Raises RowError."""
-        prompt_ids = list(self.prompter.encode(prompt, {})[BASE])
-        return prompt_ids, [list(self.prompter.encode_answer(text)) for text in answers]
+        """Token ids of a prompt, and of answers to it with the end of a turn.
+
+        What a reasoning model writes before an answer without reasoning counts to the prompt.
+
+        Raises:
+            RowError: the model cannot read them, or the answers come after different reasoning.
+        """
+        prompts = self.prompter.encode(prompt, {})
+        rows = [Row("", tuple(prompt), response=text) for text in answers]
+        encoded = [self.prompter.encode_existing(row, prompts) for row in rows]
+        before = [list(ids[:count]) for ids, count in encoded]
+        if any(each != before[0] for each in before):
+            raise RowError("its answers come after different reasoning")
+        return [*prompts[BASE], *before[0]], [list(ids[count:]) for ids, count in encoded]
 
     @property
     def device(self) -> torch.device:
