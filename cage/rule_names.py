@@ -16,6 +16,7 @@ class _Facts:
     pays: bool = False
     uses_principals: bool = True
     has_fixed_step_solver: bool = False
+    takes_k: bool = False
 
 
 class RuleName(StrEnum):
@@ -45,6 +46,15 @@ class RuleName(StrEnum):
     LINEAR = "linear", _Facts(summary="tilt the base policy by the weighted sum of all rewards")
     MIXTURE = "mixture", _Facts(summary="average one tilted policy per principal, by weight")
     MAXIMIN = "maximin", _Facts(summary="tilt the base policy towards the principal that is worst off")
+    SOFT_THRESHOLD = (
+        "soft_threshold",
+        _Facts(
+            summary="tilt the base policy by what rewards exceed a threshold of their own by; no game is solved",
+            pays=True,
+            takes_k=True,
+        ),
+    )
+    SOLO = "solo", _Facts(summary="each principal pays as if it were alone; the payments are summed", pays=True)
     BASE = "base", _Facts(summary="keep the base policy as it is", uses_principals=False)
 
     @property
@@ -61,6 +71,11 @@ class RuleName(StrEnum):
     def uses_principals(self) -> bool:
         """Whether values, weights and agent temperature change the rule's answers."""
         return self._facts.uses_principals
+
+    @property
+    def takes_k(self) -> bool:
+        """Whether the rule has the option k: how many agent temperatures above its mean a value must be to count."""
+        return self._facts.takes_k
 
     @property
     def has_fixed_step_solver(self) -> bool:

@@ -29,7 +29,7 @@ from cage.maximin import find_shares, tilted
 from cage.newton import ThresholdNewton
 from cage.normalization import LOWEST_VALUE, Measures, excess, log_base, measure, scale
 from cage.rule_names import RuleName
-from cage.solution import Solution, Status
+from cage.solution import Solution, SolutionBuilder, Status
 
 _ALL = slice(None)
 
@@ -152,6 +152,65 @@ class Equilibrium:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SoftThreshold:
+    """Tilt by the part of each value above a fixed threshold: c_j = E_pi0[v_j] + k_j tau, and no game is solved.
+
+    This is soft-thresholding as it is used to denoise sparse signals. At k = 1 the thresholds are those at which
+    nobody pays in the game; for k far below 0 every token is paid for, and the rule becomes `linear`.
+
+    k: agent temperatures; a number, or a tensor that broadcasts to [B, J].
+    """
+
+    k: float | Tensor = 1.0
+
+    def __call__(self, game: Game, weights: Tensor | None = None) -> Decision:
+        measures = measure(game)
+        k_BJ = torch.as_tensor(self.k, dtype=measures.mean.dtype, device=measures.mean.device)
+        return _at_thresholds(game, measures, measures.no_offer_thresholds - 1.0 + k_BJ)
+
+
+@dataclass(frozen=True, slots=True)
+class Solo:
+    """Let each principal pay what it would pay if it were the only one, and sum the payments.
+
+    method: how to find each principal's own equilibrium.
+    """
+
+    method: Method = field(default_factory=ThresholdNewton)
+
+    def __call__(self, game: Game, weights: Tensor | None = None) -> Decision:
+        measures = measure(game)
+        num_rows, num_principals, num_tokens = game.values.shape
+        if num_principals == 0:
+            return replace(base(game), thresholds=measures.best)
+        alone = Game(
+            game.base_logprobs.repeat_interleave(num_principals, 0),
+            game.values.reshape(num_rows * num_principals, 1, num_tokens),
+            game.row_temperatures.repeat_interleave(num_principals),
+        )
+        solution = self.method.solve(alone)
+        thresholds_BJ = solution.thresholds.view(num_rows, num_principals)
+        scaled_BJ = (thresholds_BJ - measures.best) / measures.temperature[:, None]
+        decision = _at_thresholds(game, measures, scaled_BJ.nan_to_num(nan=1.0))
+        residual_B, status_B, num_steps_B = (
+            each.view(num_rows, num_principals) for each in (solution.residual, solution.status, solution.num_steps)
+        )
+        return replace(
+            decision,
+            residual=decision.residual + residual_B.amax(1),
+            status=torch.maximum(decision.status, status_B.amax(1).to(decision.status)),
+            num_steps=num_steps_B.sum(1).to(torch.int32),
+        )
+
+
+def _at_thresholds(game: Game, measures: Measures, scaled_BJ: Tensor) -> Decision:
+    """Return the decision when each principal pays what exceeds its scaled threshold [B, J]."""
+    builder = SolutionBuilder(game, measures)
+    builder.set_thresholds(scaled_BJ)
+    return replace(_closed_form(builder.log_policy, measures.finite), thresholds=measures.thresholds(scaled_BJ))
+
+
 def _tilts(game: Game, measures: Measures) -> Iterator[Tensor]:
     """Yield (v_j - max v_j) / tau [B, V] of one principal after another; the constant drops out of a softmax."""
     at_best_B1 = torch.zeros_like(measures.temperature)[:, None]
@@ -184,12 +243,16 @@ def _closed_form(logits_BV: Tensor, finite_B: Tensor) -> Decision:
 
 maximin = Maximin()
 equilibrium = Equilibrium()
+soft_threshold = SoftThreshold()
+solo = Solo()
 by_name: Mapping[str, Rule] = MappingProxyType(
     {
         RuleName.EQUILIBRIUM: equilibrium,
         RuleName.LINEAR: linear,
         RuleName.MIXTURE: mixture,
         RuleName.MAXIMIN: maximin,
+        RuleName.SOFT_THRESHOLD: soft_threshold,
+        RuleName.SOLO: solo,
         RuleName.BASE: base,
     }
 )

@@ -99,6 +99,48 @@ def test_base_and_linear_are_their_formulas():
     assert torch.allclose(rules.linear(at_half).log_policy, expected)
 
 
+@pytest.mark.parametrize("k", [-1.0, 0.0, 1.0, 2.5])
+@pytest.mark.parametrize("tau", [0.3, 2.0])
+def test_soft_threshold_is_its_formula(k, tau):
+    game = small_games(3)
+    decision = rules.SoftThreshold(k)(cage.Game(game.base_logprobs, game.values, tau))
+    policy = torch.softmax(game.base_logprobs, -1)
+    thresholds = (policy[:, None] * game.values).sum(-1) + k * tau
+    paid = (game.values - thresholds[..., None]).clamp(min=0)
+    assert torch.allclose(decision.thresholds, thresholds)
+    assert torch.allclose(decision.log_policy, torch.log_softmax(game.base_logprobs + paid.sum(1) / tau, -1))
+
+
+def test_soft_threshold_far_below_every_value_is_the_weighted_sum_and_at_1_is_silent_where_nobody_pays():
+    game = small_games(2)
+    low = rules.SoftThreshold(-1e4)(game)
+    assert torch.allclose(low.log_policy, rules.linear(game).log_policy, atol=1e-9)
+    calm = cage.Game(game.base_logprobs, game.values, 100.0)
+    for rule in (rules.soft_threshold, rules.solo, rules.equilibrium):
+        assert torch.allclose(rule(calm).log_policy, rules.base(calm).log_policy)
+
+
+def test_soft_threshold_takes_a_k_for_each_principal_and_row():
+    game = small_games(2)
+    k = torch.tensor([0.0, 2.0], dtype=torch.float64).expand(game.num_rows, 2)
+    decision = rules.SoftThreshold(k)(game)
+    for j, each in enumerate((0.0, 2.0)):
+        assert torch.equal(decision.thresholds[:, j], rules.SoftThreshold(each)(game).thresholds[:, j])
+
+
+def test_solo_pays_what_each_principal_pays_alone():
+    game = small_games(3, value_scale=4.0)
+    decision = rules.solo(game)
+    paid = torch.zeros_like(game.values[:, 0])
+    for j in range(3):
+        alone = cage.solve(cage.Game(game.base_logprobs, game.values[:, [j]], 1.0))
+        assert torch.allclose(decision.thresholds[:, j], alone.thresholds[:, 0])
+        paid += alone.incentives[:, 0]
+    assert torch.allclose(decision.log_policy, torch.log_softmax(game.base_logprobs + paid, -1))
+    lone = cage.Game(game.base_logprobs, game.values[:, :1], 1.0)
+    assert torch.allclose(rules.solo(lone).log_policy, rules.equilibrium(lone).log_policy)
+
+
 def test_mixture_mixes_the_tilted_policies_of_the_rewards():
     game = small_games(3)
     weights = some_weights(game)

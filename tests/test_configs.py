@@ -87,7 +87,7 @@ def test_the_evaluation_is_judged_by_what_no_principal_is_told_to_raise() -> Non
     judges = [config.evaluation.judges[name] for name in config.objectives.values()]
     assert all(judge.measured_principal is judge.required_model is None for judge in judges)
     assert list(config.objectives) == list(config.principals)
-    assert set(config.grid.rules) == set(RuleName)
+    assert {RuleName.BASE, RuleName.LINEAR, RuleName.EQUILIBRIUM} < set(config.grid.rules)
     assert len([variant for variant in lay_out(config) if variant.rule is RuleName.LINEAR]) == 10
     assert (config.input.limit or 0) >= 40
 

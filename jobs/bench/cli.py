@@ -23,6 +23,18 @@ def bench_solver(
     run_bench_solver(quick=quick, games_per_cell=sweep, threads=threads, json_file=json_file)
 
 
+@bench.command("rules")
+def bench_rules(
+    games: Annotated[int, typer.Option(min=1, help="Games of each kind.")] = 600,
+    principals: Annotated[int, typer.Option(min=1, help="Principals of each game.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
+) -> None:
+    """What each rule gains at equal KL when token rewards are a true signal and noise."""
+    from jobs.bench.rules import run_bench_rules
+
+    run_bench_rules(games=games, principals=principals, json_file=json_file)
+
+
 @bench.command("decode")
 def bench_decode(
     model: Annotated[

@@ -98,6 +98,7 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Marker = Annotated[str, Field(min_length=1)]
 
 
@@ -137,6 +138,17 @@ class DecodingConfig(Section):
 
     rule: RuleName = RuleName.EQUILIBRIUM
     agent_temperature: float = Field(0.1, gt=0, description="tau, in nats of weighted reward")
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="nats per token by which the policy is to leave the base: the agent temperature of a row follows "
+        "its own KL so far, beginning at agent_temperature; null keeps it as it is",
+    )
+    soft_threshold: Finite | dict[str, Finite] = Field(
+        1.0,
+        description="for rule soft_threshold: agent temperatures above its mean under the base that a value must be "
+        "to count; one number, or one for each principal",
+    )
     candidates: Annotated[int, Field(ge=1)] | Literal["all"] = Field(50, description="top-k of the base, or all")
     min_p: float = Field(0.0, ge=0, lt=1, description="drop candidates below min_p times the most likely one")
     max_new_tokens: int = Field(256, ge=1)
@@ -272,6 +284,14 @@ class Config(Section):
                 raise ValueError(
                     f"a principal's name has letters, digits, _ and -, and starts with a letter; got {name!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_fit(self) -> Config:
+        given = self.decoding.soft_threshold
+        if isinstance(given, dict) and set(given) != set(self.principals):
+            known, named = (", ".join(names) or "none" for names in (self.principals, given))
+            raise ValueError(f"decoding.soft_threshold must name every principal once ({known}); got {named}")
         return self
 
     @model_validator(mode="after")

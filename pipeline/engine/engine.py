@@ -84,6 +84,8 @@ class Engine:
         self._decoding = decoding
         self._variants = variants
         self._names = tuple(principal.name for principal in topology.principals)
+        given = decoding.soft_threshold
+        self._k = tuple(given[name] if isinstance(given, dict) else given for name in self._names)
         is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
         self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
         self._not_finite = "the rewards or the base's logits are not finite"
@@ -168,7 +170,7 @@ class Engine:
         group = self._slots.next_group()
         lacks_memory = False
         try:
-            # a row whose reasoning is left alone, or about to be closed, cannot be sent ahead
+            # a row whose reasoning is left alone, or about to be closed, or that follows its own KL, is not sent ahead
             num_ahead = 0 if any(row.must_wait for row in group.running.values()) else self._num_ahead
             while len(group.calls) > num_ahead:
                 self._ended += self._complete(group)
@@ -241,7 +243,13 @@ class Engine:
             sample=sample,
             variant=variant,
             principal_names=self._names,
-            terms=Terms(way.rule, way.agent_temperature, tuple(float(weights[name]) for name in self._names)),
+            terms=Terms(
+                way.rule,
+                way.agent_temperature,
+                tuple(float(weights[name]) for name in self._names),
+                self._k if way.rule.takes_k else (),
+            ),
+            target_kl=self._decoding.target_kl,
             # the variants of a prompt share its draws, so that what differs between them comes from the rule alone
             uniforms=Uniforms(self._decoding.seed if row.seed is None else row.seed, row.row_id, sample),
         )

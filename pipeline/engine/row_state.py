@@ -13,6 +13,7 @@ from pipeline.protocol.hosts import Reply
 from pipeline.protocol.messages import CHUNK, DRAWN, Terms, TokenOutcome, num_parts
 from pipeline.records import FinishReason, Record, Row, TokenTrace
 from pipeline.sampling.draws import Uniforms
+from pipeline.sampling.kl_control import steered_to
 
 
 @dataclass(slots=True)
@@ -24,7 +25,8 @@ class RunningRow:
         sample: which of the row's samples this is.
         variant: which of the row's variants this is.
         principal_names: in the principals' order.
-        terms: what its games are decided by.
+        terms: what its games are decided by; with a target for KL, what they begin with.
+        target_kl: nats per token that its agent temperature aims at.
         uniforms: its draws.
         prompts: token ids by role.
         shared_prefixes: by role, the length of the prefix that other prompts may share.
@@ -35,6 +37,7 @@ class RunningRow:
         outcomes: of the drawn tokens.
         original_rewards: of the existing answer, by principal, once they are known.
         reasoning: follows the row's turn; None where the base does not reason.
+        spent_kl: nats by which the policy of each steered token so far left the base.
     """
 
     row: Row
@@ -43,6 +46,7 @@ class RunningRow:
     principal_names: tuple[str, ...]
     terms: Terms
     uniforms: Uniforms
+    target_kl: float | None = None
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     shared_prefixes: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 0
@@ -52,6 +56,7 @@ class RunningRow:
     outcomes: list[TokenOutcome] = field(default_factory=list)
     original_rewards: list[float] | None = None
     reasoning: ReasoningTrack | None = None
+    spent_kl: list[float] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -72,12 +77,14 @@ class RunningRow:
     def step_terms(self) -> Terms:
         """What the game of the next token is decided by. With weights of 0 the base alone draws it."""
         if self.reasoning is None or self.reasoning.is_steered:
-            return self.terms
+            return self.terms if self.target_kl is None else steered_to(self.terms, self.target_kl, self.spent_kl)
         return replace(self.terms, weights=(0.0,) * len(self.terms.weights))
 
     @property
     def must_wait(self) -> bool:
         """Whether its next step cannot be sent before the pending tokens are known."""
+        if self.target_kl is not None and self.num_pending:
+            return True
         return self.reasoning is not None and self.reasoning.must_wait(self.num_pending)
 
     @property
@@ -102,11 +109,14 @@ class RunningRow:
         if not keeps_tokens:
             self.tokens.clear()
             self.outcomes.clear()
+            self.spent_kl.clear()
             if self.reasoning is not None:
                 self.reasoning.reset()
 
     def append(self, outcome: TokenOutcome) -> None:
         """Take a token that was requested, or the one that closes reasoning which is too long in its place."""
+        if self.reasoning is None or self.reasoning.is_steered:
+            self.spent_kl.append(outcome.kl)
         forced = None if self.reasoning is None else self.reasoning.forced_token()
         if forced is not None:
             outcome = _forced(outcome, forced)

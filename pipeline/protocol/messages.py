@@ -137,11 +137,13 @@ class Terms:
         rule: which rule turns base and values into a policy.
         agent_temperature: tau, in nats of weighted reward.
         weights: the preference weight of each principal, in the principals' order.
+        k: of each principal, for rules that take it; empty for others.
     """
 
     rule: RuleName
     agent_temperature: float
     weights: tuple[float, ...]
+    k: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def solve(base_BK: Tensor, rewards_BJK: Tensor, terms: Sequence[Terms]) -> Solve
     weights_BJ = as_numbers([each.weights for each in terms]).view(len(terms), rewards_BJK.shape[1])
     values_BJK = weights_BJ[..., None] * rewards_BJK
     game = cage.Game(base_BK, values_BJK, temperatures[0] if is_shared else as_numbers(temperatures))
-    return SolvedStep(game, rewards_BJK, _decide(game, weights_BJ, [each.rule for each in terms]))
+    return SolvedStep(game, rewards_BJK, _decide(game, weights_BJ, terms))
 
 
 def sample(options: SamplingOptions, proposal: Candidates, solved: SolvedStep, uniforms_B: Tensor) -> SampledStep:
@@ -177,10 +177,11 @@ def sample(options: SamplingOptions, proposal: Candidates, solved: SolvedStep, u
     return SampledStep(torch.stack([column.double() for column in columns], 1))
 
 
-def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> cage.rules.Decision:
+def _decide(game: cage.Game, weights_BJ: Tensor, terms: Sequence[Terms]) -> cage.rules.Decision:
     """Apply every row's rule, one call per rule; thresholds are NaN in the rows whose rule has none."""
+    rules = [each.rule for each in terms]
     if len(set(rules)) == 1:
-        return cage.rules.by_name[rules[0]](game, weights_BJ)
+        return _rule(rules[0], terms, weights_BJ)(game, weights_BJ)
     decision = cage.rules.Decision(
         log_policy=torch.empty_like(game.base_logprobs),
         thresholds=torch.full_like(weights_BJ, torch.nan),
@@ -189,14 +190,22 @@ def _decide(game: cage.Game, weights_BJ: Tensor, rules: Sequence[RuleName]) -> c
         num_steps=torch.empty_like(game.base_logprobs[:, 0], dtype=torch.int32),
     )
     for rule in dict.fromkeys(rules):
-        at_R = torch.tensor([row for row, other in enumerate(rules) if other == rule], device=weights_BJ.device)
-        part = cage.rules.by_name[rule](
+        rows = [row for row, other in enumerate(rules) if other == rule]
+        at_R = torch.tensor(rows, device=weights_BJ.device)
+        part = _rule(rule, [terms[row] for row in rows], weights_BJ)(
             cage.Game(game.base_logprobs[at_R], game.values[at_R], game.row_temperatures[at_R]), weights_BJ[at_R]
         )
         for name in ("log_policy", "thresholds", "residual", "status", "num_steps"):
             if getattr(part, name) is not None:
                 getattr(decision, name)[at_R] = getattr(part, name).to(getattr(decision, name).dtype)
     return decision
+
+
+def _rule(name: RuleName, terms: Sequence[Terms], like: Tensor) -> cage.rules.Rule:
+    """The rule of some rows, with their options; tensors are made in the type and on the device of `like`."""
+    if not name.takes_k:
+        return cage.rules.by_name[name]
+    return cage.rules.SoftThreshold(like.new_tensor([each.k for each in terms]).view(len(terms), -1))
 
 
 def _kl(log_policy_BK: Tensor, base_BK: Tensor) -> Tensor:

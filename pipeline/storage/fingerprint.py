@@ -19,6 +19,8 @@ PLACEMENT_KEYS = ("resources", "device")
 IDENTITY_KEYS = ("model", "revision", "adapter", "reference", "reference_adapter")
 # Keys that came later, as patterns: at their defaults nothing changes, so a run that began without them goes on.
 LATER_KEYS: Mapping[str, Any] = {
+    "decoding.target_kl": None,
+    "decoding.soft_threshold": 1.0,
     "input.format": "auto",
     "input.last_assistant": None,
     "input.tools": None,
