@@ -170,7 +170,7 @@ class Engine:
         group = self._slots.next_group()
         lacks_memory = False
         try:
-            # a row whose reasoning is left alone, or about to be closed, or that follows its own KL, is not sent ahead
+            # a row whose reasoning is left alone or about to be closed, or that follows its own KL, is not sent ahead
             num_ahead = 0 if any(row.must_wait for row in group.running.values()) else self._num_ahead
             while len(group.calls) > num_ahead:
                 self._ended += self._complete(group)
