@@ -93,6 +93,7 @@ class Row:
         not_obeyed: parameters of the row's request that have no effect, by name.
         tools: what the model may call.
         template_kwargs: what the row's chat templates read besides the messages, in place of the base's, key by key.
+        wished_kwargs: like them, and without effect where no template reads them.
         num_names: messages whose speaker has a name, which is dropped.
         file: the name of the file that it is from; empty where it is from no file.
         number: its line or element, from 1, or its row in a table, from 0: as messages count.
@@ -114,6 +115,7 @@ class Row:
     file: str = ""
     number: int | None = None
     given: str | None = None
+    wished_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def notes_of(folder: Path, records: list[Any], **fields: Any) -> list[str]:
 )
 @pytest.mark.parametrize("column", ["messages", "prompt"])
 def test_every_shape_of_messages_is_read(tmp_path: Path, messages: Any, expected: str, column: str) -> None:
-    if column == "prompt" and isinstance(messages, str):
+    if column == "prompt" and isinstance(messages, str) and not messages.startswith("["):
         assert read(tmp_path, {"prompt": messages}).messages == ({"role": "user", "content": messages},)
     else:
         assert read(tmp_path, {column: messages}).messages == ({"role": "user", "content": expected},)
@@ -76,11 +76,19 @@ def test_every_shape_of_messages_is_read(tmp_path: Path, messages: Any, expected
         "tool",
         "observation",
         "prompter",
+        "ai",
+        "bot",
+        "Human",
+        "GPT",
+        "function",
+        "function_response",
+        "tool_response",
     ],
 )
 def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path, speaker: str) -> None:
     row = read(tmp_path, {"conversations": [{"from": speaker, "value": "x"}, {"from": "human", "value": "y"}]})
-    role = {"human": "user", "prompter": "user", "observation": "tool"}.get(speaker, speaker)
+    answers = dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool")
+    role = {"human": "user", "prompter": "user", **answers}.get(speaker.lower(), speaker.lower())
     role = "assistant" if role not in ("system", "user", "tool") else role
     assert row.messages == ({"role": role, "content": "x"}, {"role": "user", "content": "y"})
 
@@ -89,6 +97,63 @@ def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path, speaker: str) -> N
 def test_every_role_is_kept(tmp_path: Path, role: str) -> None:
     said = {"role": role, "content": "x"}
     assert read(tmp_path, {"messages": [said, USER]}).messages == (said, USER)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize("speaker", ["function_call", "function-call", "tool_call"])
+@pytest.mark.parametrize(
+    ("value", "calls"),
+    [
+        ('{"name": "f", "arguments": {"x": 1}}', [CALL]),
+        ('{"name": "f", "arguments": "{\\"x\\": 1}"}', [CALL]),
+        ('[{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]', [CALL, None]),
+    ],
+)
+def test_calls_of_sharegpt_are_calls(tmp_path: Path, speaker: str, value: str, calls: list[Any]) -> None:
+    record = {
+        "conversations": [
+            {"from": "human", "value": "x"},
+            {"from": speaker, "value": value},
+            {"from": "observation", "value": "7"},
+            {"from": "human", "value": "y"},
+        ]
+    }
+    messages = read(tmp_path, record).messages
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "user"]
+    assert messages[1]["content"] == ""
+    assert messages[1]["tool_calls"][0] == calls[0]
+    assert len(messages[1]["tool_calls"]) == len(calls)
+    assert messages[2]["content"] == "7"
+
+
+@pytest.mark.parametrize("value", ["f(x)", "", "[]", "7", None, "[7]"])
+def test_a_call_of_sharegpt_that_is_none_is_the_row_s_error(tmp_path: Path, value: Any) -> None:
+    said = [
+        {"from": "human", "value": "x"},
+        {"from": "function_call", "value": value},
+        {"from": "human", "value": "y"},
+    ]
+    (row,) = opened(tmp_path, [{"conversations": said}])
+    error = row.error
+    assert error is not None
+    assert "conversations[1].value must be the call of a function, {name, arguments}, as JSON text" in error
+
+
+def test_the_older_role_of_an_answer_to_a_call_is_read(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    answered = {"role": "function", "name": "f", "content": "7"}
+    messages = read(tmp_path, {"messages": [USER, called, answered, USER], "tools": [CALL]}).messages
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert messages[2] == {"role": "tool", "name": "f", "content": "7"}
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "[]", '["a"]', '[{"role": "user"}]', '[{"role": "user", "content": "a"}] what is this?', "[x"]
+)
+def test_a_prompt_that_looks_like_a_list_stays_text(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, {"prompt": text}).messages == ({"role": "user", "content": text},)
 
 
 def test_names_of_speakers_are_dropped_and_counted(tmp_path: Path) -> None:

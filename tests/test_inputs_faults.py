@@ -111,7 +111,8 @@ def test_a_bad_line_is_a_row_error_that_names_it(tmp_path: Path, line: bytes, er
         (
             [{"from": "narrator", "value": "x"}],
             "messages[0].from must be one of system, human, user, prompter, gpt, assistant, chatgpt, bard, bing, "
-            "model, tool, observation; got 'narrator'",
+            "model, ai, bot, chatbot, claude, instruction, function_call, function-call, tool_call, tool, "
+            "observation, function, function_response, function-response, tool_response; got 'narrator'",
         ),
         ([{"from": "human", "value": None}], "messages[0].value must be text; got None"),
         (
@@ -409,7 +410,7 @@ def check_fuzzed(path: Path, **fields: Any) -> list[Row]:
     for row in rows:
         assert row.messages if row.error is None else row.given is not None
         assert row.error is None or row.error.isprintable()
-        read = [row.row_id, row.messages, row.weights, row.response, row.tools]
+        read = [row.row_id, row.messages, row.weights, row.response, row.tools, row.template_kwargs]
         json.dumps(read, ensure_ascii=False, allow_nan=False).encode("utf-8")
         to_table(
             [Record(row.row_id, 0, row.messages, None, FinishReason.ERROR, 0, {}, {}, {}, tools=row.tools)], SCHEMA
@@ -428,13 +429,33 @@ CALL = st.fixed_dictionaries({}, optional={"id": JSON, "function": FUNCTION | JS
 MESSAGE = st.fixed_dictionaries(
     {},
     optional={
-        "role": st.sampled_from(["user", "assistant", "tool", "x"]) | JSON,
+        "role": st.sampled_from(["user", "assistant", "tool", "function", "x"]) | JSON,
         "content": st.lists(PART | JSON, max_size=2) | JSON,
-        "from": st.sampled_from(["human", "gpt", "x"]) | JSON,
-        "value": JSON,
+        "from": st.sampled_from(["human", "gpt", "function_call", "observation", "x"]) | JSON,
+        "value": JSON | JSON.map(json.dumps),
+        "function_call": FUNCTION | JSON,
         "tool_calls": st.lists(CALL | JSON, max_size=2) | JSON,
         "tool_call_id": JSON,
         "name": JSON,
+    },
+)
+ITEM = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["message", "function_call", "function_call_output", "reasoning", "x"]) | JSON,
+        "role": st.sampled_from(["user", "assistant", "developer"]) | JSON,
+        "content": st.lists(PART | JSON, max_size=2) | JSON,
+        **dict.fromkeys(("call_id", "name", "arguments", "output"), JSON),
+    },
+)
+BODY = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": st.lists(MESSAGE, max_size=2),
+        "input": st.lists(ITEM | JSON, max_size=3) | JSON,
+        "chat_template_kwargs": JSON,
+        "reasoning": st.fixed_dictionaries({"effort": JSON}) | JSON,
+        **dict.fromkeys(("instructions", "tools", "functions", "temperature", "max_output_tokens", "prompt"), JSON),
     },
 )
 CONVERSATION = st.lists(MESSAGE, max_size=3) | st.text().map("\n\nHuman: {}\n\nAssistant: ".format)
@@ -450,14 +471,16 @@ OF_FORMATS = st.sampled_from(FORMATS).flatmap(
 RECORD = st.fixed_dictionaries(
     {},
     optional={
-        "prompt": st.text() | JSON,
+        "prompt": st.text() | JSON | st.lists(MESSAGE, max_size=2).map(json.dumps),
+        "chat_template_kwargs": JSON | JSON.map(json.dumps),
+        "url": st.sampled_from(["/v1/responses", "/v1/chat/completions", "/v1/embeddings"]) | JSON,
         "messages": CONVERSATION | JSON,
         "tools": st.lists(st.fixed_dictionaries({"function": FUNCTION}), max_size=2) | JSON,
         "w": st.dictionaries(st.sampled_from(["a", "b", "c"]), JSON, max_size=3) | JSON,
         "old": JSON,
         "key": st.integers(0, 50) | JSON,
         "custom_id": JSON,
-        "body": st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=2)}) | JSON,
+        "body": BODY | JSON,
     },
 )
 COLUMNS = st.fixed_dictionaries(
@@ -468,6 +491,7 @@ COLUMNS = st.fixed_dictionaries(
         "response": st.just("old"),
         "id": st.just("key"),
         "tools": st.just("tools"),
+        "chat_template_kwargs": st.sampled_from(["chat_template_kwargs", "w"]),
         "limit": st.integers(1, 5),
         "last_assistant": st.sampled_from(["response", "prefill", "error"]),
     },

@@ -93,6 +93,9 @@ class GivenPrompts:
     def encode_answer(self, text: str) -> list[int]:
         return [int(token) for token in text.split()]
 
+    def kwargs_of(self, row: Row) -> Mapping[str, Any]:
+        return NOTHING
+
     def encode_existing(self, row: Row, prompts: Mapping[str, Sequence[int]]) -> tuple[list[int], int]:
         return self.encode_answer(row.response or ""), 0
 

@@ -21,6 +21,7 @@ WHERE_ROWS_ARE = {
     "weights",
     "response",
     "tools",
+    "chat_template_kwargs",
     "limit",
     "split",
     "subset",

@@ -72,6 +72,11 @@ class InputConfig(Section):
         None,
         description="column with tools that the model may call; null: tools, where messages have such a column",
     )
+    chat_template_kwargs: str | None = Field(
+        None,
+        description="column with an object of values that the row's chat templates read besides the messages, in "
+        "place of base.chat_template_kwargs key by key; null: chat_template_kwargs, where there is such a column",
+    )
     keep: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)] | Literal["all"] = (
         Field((), description="columns that are carried into the output as they are: a list of names, or all")
     )

@@ -264,7 +264,7 @@ class Engine:
             messages = running.row.messages
             weights_by_name = dict(zip(self._names, running.terms.weights, strict=True))
             row = running.row
-            prompts = self._prompter.encode(messages, weights_by_name, row.tools, row.template_kwargs)
+            prompts = self._prompter.encode(messages, weights_by_name, row.tools, self._prompter.kwargs_of(row))
             if row.response is not None and self._names:
                 self._prompter.encode_existing(row, prompts)  # refused here, not while other rows run
             self._newest = _Encoded(running.row, prompts, self._prompter.shared_prefixes(messages, prompts), weights)

@@ -44,6 +44,9 @@ class Prompter(Protocol):
         Raises RowError where the models cannot read it.
         """
 
+    def kwargs_of(self, row: Row) -> Mapping[str, Any]:
+        """What the row gives its chat templates, without wishes that none of them reads."""
+
     def encode_existing(self, row: Row, prompts: Mapping[str, Sequence[int]]) -> tuple[Sequence[int], int]:
         """Token ids that follow the prompts of a row for its existing answer, and how many come before the answer.
 

@@ -245,9 +245,9 @@ class ChatPrompter:
         if self._templates[BASE].text is None:
             return end
         try:
-            prompt = self._render(role, messages, {}, row.tools, row.template_kwargs)
+            prompt = self._render(role, messages, {}, row.tools, self.kwargs_of(row))
             answer = {"role": "assistant", "content": ANSWER_PROBE}
-            whole = self._render(role, [*messages, answer], {}, row.tools, row.template_kwargs, continues=False)
+            whole = self._render(role, [*messages, answer], {}, row.tools, self.kwargs_of(row), continues=False)
         except RowError:
             return end
         if not whole.startswith(prompt) or ANSWER_PROBE not in whole:
@@ -258,15 +258,25 @@ class ChatPrompter:
         """Tokens of text that the run itself writes, special ones included."""
         return list(self._base(text, add_special_tokens=False)["input_ids"])
 
+    def kwargs_of(self, row: Row) -> dict[str, Any]:
+        """What the row gives its chat templates, without wishes that none of them reads."""
+        wished = row.wished_kwargs
+        known = self._known_kwargs() if wished else frozenset[str]()
+        return {**{key: each for key, each in wished.items() if key in known}, **row.template_kwargs}
+
+    def _known_kwargs(self) -> frozenset[str]:
+        """The names that templates with values of the base and the rows take from outside."""
+        texts = [self._templates[name].text for name, role in self._roles.items() if role.has_base_kwargs]
+        return frozenset[str]().union(*(variables_of(text) for text in texts if text is not None)) - RESERVED
+
     def _check_kwargs(self, template_kwargs: Mapping[str, Any]) -> None:
         """Refuse what a row gives its templates where none of them reads it. Raises RowError."""
-        texts = [self._templates[name].text for name, role in self._roles.items() if role.has_base_kwargs]
-        known = frozenset[str]().union(*(variables_of(text) for text in texts if text is not None))
+        known = self._known_kwargs()
         for name in template_kwargs:
             if name in RESERVED:
                 raise RowError(f"chat_template_kwargs.{name} is set by the run itself and cannot be given")
             if name not in known:
-                others = ", ".join(sorted(known - RESERVED)) or "nothing"
+                others = ", ".join(sorted(known)) or "nothing"
                 raise RowError(
                     f"chat_template_kwargs.{name} has no effect: the chat template does not use it; it uses {others}"
                 )

@@ -93,6 +93,7 @@ def render(template: str, messages: Sequence[Message], variables: Mapping[str, A
     return _compiled(template).render(messages=list(messages), add_generation_prompt=asks, **values)
 
 
+@lru_cache(maxsize=256)
 def variables_of(template: str) -> frozenset[str]:
     """The names that a template takes from outside. Raises ConfigurationError where it is no Jinja template."""
     from jinja2 import TemplateSyntaxError, meta

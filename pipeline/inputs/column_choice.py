@@ -11,6 +11,8 @@ from pipeline.inputs.record_formats import FORMAT_BY_NAME, RecordFormat, find_fo
 from pipeline.inputs.rows import InputColumns
 from pipeline.quoting import quote
 
+KWARGS = "chat_template_kwargs"  # the column that is read where the configuration names none
+
 
 def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> InputColumns:
     """Choose among a file's columns: the configured ones, a recognised format's, `messages`, or else `prompt`.
@@ -34,8 +36,10 @@ def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> Inpu
         columns = replace(columns, format=recognised.name, format_columns=present)
     if config.tools is not None or ("tools" in names and (messages is not None or recognised is not None)):
         columns = replace(columns, tools=config.tools or "tools")
-    for key in ("prompt", "messages", "id", "weights", "response", "tools"):
-        column = getattr(columns, key)
+    if config.chat_template_kwargs is not None or KWARGS in names:
+        columns = replace(columns, template_kwargs=config.chat_template_kwargs or KWARGS)
+    for key in ("prompt", "messages", "id", "weights", "response", "tools", KWARGS):
+        column = columns.template_kwargs if key == KWARGS else getattr(columns, key)
         if column is not None and column not in names:
             raise ConfigurationError(f"input.{key}: there is no column {quote(column)}; {there}")
     return columns
@@ -44,7 +48,8 @@ def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> Inpu
 def columns_of_unreadable(config: InputConfig) -> InputColumns:
     """The columns of a file without one readable object: each of its rows is a row error anyway."""
     prompt = config.prompt or (None if config.messages else "prompt")
-    return InputColumns(prompt, config.messages, config.id, config.weights, config.response, tools=config.tools)
+    columns = InputColumns(prompt, config.messages, config.id, config.weights, config.response, tools=config.tools)
+    return replace(columns, template_kwargs=config.chat_template_kwargs)
 
 
 def _recognise(config: InputConfig, names: Sequence[str], file: str) -> RecordFormat | None:

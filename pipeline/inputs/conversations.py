@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import RowError
-from pipeline.inputs.tool_use import read_calls
+from pipeline.inputs.tool_use import parse_calls, read_calls
 from pipeline.quoting import quote
 from pipeline.records import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+OLD_ROLES = {"function": "tool"}  # how OpenAI named the answer to a call before
 ROLE_BY_SPEAKER = {
     "system": "system",
     "human": "user",
@@ -28,9 +29,22 @@ ROLE_BY_SPEAKER = {
     "bard": "assistant",
     "bing": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "claude": "assistant",
+    "instruction": "user",
+    "function_call": "assistant",  # the value is the call, as JSON text
+    "function-call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "function-response": "tool",
+    "tool_response": "tool",
 }
+CALLING_SPEAKERS = ("function_call", "function-call", "tool_call")
 # A part of a message that a model would have to see; other keys are the data set's own notes and are dropped.
 UNSUPPORTED_KEYS = ("audio",)
 ANSWER_KEYS = ("tool_call_id", "name")
@@ -54,6 +68,26 @@ def read_conversation(value: Any, where: str) -> tuple[Message, ...]:
     if not value:
         raise RowError(f"{where} is empty")
     return tuple(_read_message(message, f"{where}[{index}]") for index, message in enumerate(value))
+
+
+def as_json_messages(text: str) -> list[Any] | None:
+    """The messages in a text that is the JSON of a conversation and nothing else; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_conversation = isinstance(value, list) and value and all(map(_looks_like_message, value))
+    return value if is_conversation else None
+
+
+def _looks_like_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return (isinstance(value.get("role"), str) and "content" in value) or (
+        isinstance(value.get("from"), str) and "value" in value
+    )
 
 
 def count_names(value: Any) -> int:
@@ -122,12 +156,15 @@ def _read_message(message: Any, where: str) -> Message:
         raise RowError(f"{where} must be an object with role and content; got {quote(message)}")
     if message.get("role") is None and message.get("from") is not None:
         speaker = message["from"]
-        role = ROLE_BY_SPEAKER.get(speaker) if isinstance(speaker, str) else None
+        role = ROLE_BY_SPEAKER.get(speaker.lower()) if isinstance(speaker, str) else None
         content, place = message.get("value"), f"{where}.value"
+        if isinstance(speaker, str) and speaker.lower() in CALLING_SPEAKERS:
+            message, content = {"tool_calls": parse_calls(content, place)}, None
         if role is None:
             raise RowError(f"{where}.from must be one of {', '.join(ROLE_BY_SPEAKER)}; got {quote(speaker)}")
     else:
         role, content, place = message.get("role"), message.get("content"), f"{where}.content"
+        role = OLD_ROLES.get(role, role) if isinstance(role, str) else role
         if not isinstance(role, str) or role not in ROLES:
             raise RowError(f"{where}.role must be one of {', '.join(ROLES)}; got {quote(role)}")
     for key in UNSUPPORTED_KEYS:

@@ -15,8 +15,10 @@ from pipeline.inputs.files import Format, FoundFile, InputFile, as_input_error
 from pipeline.inputs.given import given_text
 from pipeline.inputs.json_arrays import is_array, split_items
 from pipeline.inputs.prefix_digest import PrefixDigest
-from pipeline.inputs.rows import FoundId, make_row, read_id
+from pipeline.inputs.responses_items import as_chat_body, is_responses_request
+from pipeline.inputs.rows import FoundId, Unreadable, make_row, read_id
 from pipeline.inputs.text_records import LIMIT_BYTES, TextRecord, without_mark
+from pipeline.quoting import quote
 from pipeline.records import Row
 
 LINE_LIMIT_BYTES = LIMIT_BYTES
@@ -172,8 +174,8 @@ def parse_line(data: bytes) -> dict[str, Any]:
 
 
 def _is_batch_request(record: dict[str, Any]) -> bool:
-    body = record.get("body")
-    return "custom_id" in record and isinstance(body, dict) and "messages" in body
+    """Whether it is a request of chat, or of another kind that is read or refused as one."""
+    return "custom_id" in record and isinstance(record.get("body"), dict)
 
 
 def _unit(file: InputFile) -> str:
@@ -192,7 +194,16 @@ def _record(data: bytes | dict[str, Any] | RowError, format_: Format) -> dict[st
         return record
     if not _is_batch_request(record):
         raise RowError("is not a batch request with custom_id and body.messages")
-    return {**record, "messages": record["body"]["messages"]}
+    try:
+        body = as_chat_body(record["body"]) if is_responses_request(record) else record["body"]
+    except RowError as fault:  # its id is known
+        return {**record, "messages": Unreadable(str(fault))}
+    if "messages" not in body:
+        url = record.get("url")
+        named = f"{quote(url)} is not read" if isinstance(url, str) else "it has no body.messages"
+        fault_text = f"{named}; only requests of /v1/chat/completions and /v1/responses are"
+        return {**record, "messages": Unreadable(fault_text)}
+    return {**record, "messages": body["messages"], "body": body}
 
 
 def _lines_from_mark(file: InputFile, start: int, stop: int) -> Iterator[TextRecord]:

@@ -84,17 +84,21 @@ def _on_reading(source: InputSource) -> Iterator[str]:
         yield f"tools: the column {quote(source.columns.tools)[1:-1]} has what the model may call"
     elif "tools" in source.column_names:
         yield "tools: the column tools is not read; input.tools=tools makes it what the model may call"
+    if source.columns.template_kwargs is not None:
+        column = quote(source.columns.template_kwargs)[1:-1]
+        yield f"chat templates: the column {column} has values that they read besides the messages"
     if source.columns.last_assistant is LastAssistant.PREFILL:
         yield "messages: where the last one is the assistant's, the new answer begins with it"
 
 
 def _on_requests(source: InputSource, decoding: DecodingConfig) -> Iterator[str]:
     """What of the parameters of batch requests has no effect."""
-    num_obeyed = num_cut = 0
+    num_obeyed = num_cut = num_efforts = 0
     ignored: Counter[str] = Counter()
     values: dict[str, dict[str, None]] = {}
     for row in _requests(source):
         num_obeyed += any(each is not None for each in (row.max_new_tokens, row.seed, row.stop))
+        num_efforts += bool(row.wished_kwargs)
         num_cut += (row.max_new_tokens or 0) > decoding.max_new_tokens
         for name, value in row.not_obeyed:
             if name not in OF_THE_RUN or value != getattr(decoding, OF_THE_RUN[name]):
@@ -109,6 +113,8 @@ def _on_requests(source: InputSource, decoding: DecodingConfig) -> Iterator[str]
             f"requests: the length limits of {num_cut:,} requests are above decoding.max_new_tokens, "
             f"so their answers end at {decoding.max_new_tokens:,} tokens"
         )
+    if num_efforts:
+        yield f"requests: reasoning_effort of {num_efforts:,} requests goes to the chat templates that read it"
     for name, count in ignored.items():
         note = f"requests: {quote(name)[1:-1]} of {count:,} requests is not obeyed ({_shown(values[name])})"
         if name in OF_THE_RUN:

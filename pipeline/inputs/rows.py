@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from pipeline.errors import RowError
-from pipeline.inputs.batch_bodies import read_parameters
-from pipeline.inputs.conversations import check_text, count_names, read_conversation
+from pipeline.inputs.batch_bodies import RequestParameters, read_parameters, read_template_kwargs
+from pipeline.inputs.conversations import as_json_messages, check_text, count_names, read_conversation
 from pipeline.inputs.given import given_text, readable_weights
 from pipeline.inputs.record_formats import FORMAT_BY_NAME
 from pipeline.inputs.tool_use import read_tools, uses_tools
@@ -47,6 +47,7 @@ class InputColumns:
         weights: weights by principal, which replace the configured ones for the row.
         response: an answer to compare with.
         tools: what the model may call.
+        template_kwargs: what chat templates read besides the messages.
         has_tools: whether rows may have tools or calls of them.
         body: an OpenAI batch request's body, for its parameters.
         last_assistant: what the assistant's message at the end of a conversation is.
@@ -67,6 +68,7 @@ class InputColumns:
     tools: str | None = None
     has_tools: bool = False
     repeated_ids: frozenset[str] = frozenset()
+    template_kwargs: str | None = None
 
     def __post_init__(self) -> None:
         """A stored plan has lists and strings."""
@@ -78,7 +80,7 @@ class InputColumns:
     def names(self) -> tuple[str, ...]:
         """Every column to read, each once."""
         own = (self.prompt, self.messages, *self.format_columns, self.id, self.weights, self.response)
-        all_names = (*own, self.tools)
+        all_names = (*own, self.tools, self.template_kwargs)
         return tuple(dict.fromkeys(name for name in all_names if name is not None))
 
 
@@ -136,6 +138,8 @@ def make_row(
             seed=parameters.seed,
             stop=parameters.stop,
             not_obeyed=parameters.not_obeyed,
+            template_kwargs=_read_kwargs(record, columns, parameters),
+            wished_kwargs=parameters.wished_kwargs,
         )
     except RowError as fault:
         return _unreadable_row(record, columns, own_id, f"{place}: {fault}", principal_names)
@@ -226,14 +230,25 @@ def _read_conversation(record: Mapping[str, Any], columns: InputColumns) -> tupl
 def _read_tools(record: Mapping[str, Any], columns: InputColumns, messages: tuple[Message, ...]) -> tuple[Tool, ...]:
     body = _value(record, columns.body)
     tools = read_tools(_value(record, columns.tools), columns.tools or "tools")
-    if body and body.get("tools"):
-        tools = read_tools(body["tools"], "body.tools")
+    for key in ("tools", "functions"):  # the latter is how OpenAI named them before
+        if body and body.get(key):
+            tools = read_tools(body[key], f"body.{key}")
+            break
     if not columns.has_tools and (tools or uses_tools(messages)):
         raise RowError(
             "there are tools or calls of tools, and none in the first rows, so the output has no columns for them; "
             "name a column of tools with input.tools"
         )
     return tools
+
+
+def _read_kwargs(
+    record: Mapping[str, Any], columns: InputColumns, parameters: RequestParameters
+) -> Mapping[str, Any]:
+    """What the row's templates read besides the messages: an object, also as JSON text; nulls are left out."""
+    if columns.template_kwargs is None:
+        return parameters.template_kwargs
+    return read_template_kwargs(_value(record, columns.template_kwargs), columns.template_kwargs)
 
 
 def _end_with_assistant(
@@ -275,6 +290,8 @@ def _read_messages(record: Mapping[str, Any], columns: InputColumns) -> tuple[Me
         raise RowError(f"{column} must be text or a list of messages; got {quote(value)}")
     if not value.strip():
         raise RowError(f"{column} is empty")
+    if (messages := as_json_messages(value)) is not None:
+        return read_conversation(messages, column)
     return ({"role": "user", "content": check_text(value, column)},)
 
 

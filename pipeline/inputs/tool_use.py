@@ -52,6 +52,26 @@ def read_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     return read
 
 
+def parse_calls(text: Any, where: str) -> list[Any]:
+    """The calls that a speaker of ShareGPT's makes: {"name", "arguments"}, or a list of them, as JSON text.
+
+    Raises:
+        RowError: it is no such text.
+    """
+    value = text
+    if isinstance(text, str):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise RowError(
+            f"{where} must be the call of a function, {{name, arguments}}, as JSON text; got {quote(text)}"
+        )
+    return calls
+
+
 def tool_name(tool: Mapping[str, Any]) -> str | None:
     """The name of a tool, or of the tool that a call calls."""
     function = tool.get("function", tool)

@@ -65,7 +65,7 @@ class PromptPreviewer:
             raise RowError(row.error)
         own = {name: weight for name, weight in (row.weights or {}).items() if weight is not None}
         weights = {**self._replica.topology.weights, **own}
-        prompts = self._prompter.encode(row.messages, weights, row.tools, row.template_kwargs)
+        prompts = self._prompter.encode(row.messages, weights, row.tools, self._prompter.kwargs_of(row))
         return {name: self._preview(name, ids) for name, ids in prompts.items()}
 
     def _preview(self, role: str, ids: list[int]) -> PromptPreview:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigurationError
+from pipeline.inputs.column_choice import KWARGS
 from pipeline.inputs.files import Format
 from pipeline.quoting import quote
 from pipeline.storage.run import OWN_INPUT, Run
@@ -72,6 +73,7 @@ def find_failed_rows(run: Run) -> Iterator[dict[str, Any]]:
         ConfigurationError: the batch requests of the run, which have the parameters of their rows, are gone.
     """
     is_batch = any(file.format is Format.BATCH for file in run.plan.files)
+    has_kwargs = any(file.columns.template_kwargs is not None for file in run.plan.files)
     for record in run.committed().values():
         if not record.failed:
             continue
@@ -83,14 +85,15 @@ def find_failed_rows(run: Run) -> Iterator[dict[str, Any]]:
             else:
                 answered.update(_read(run.store, name, ["row_id"])["row_id"].to_pylist())
         again = {row["row_id"]: row for row in failed if _was_read(row) and row["row_id"] not in answered}
-        parameters = _parameters(run, record.shard) if is_batch and again else {}
+        parameters = _parameters(run, record.shard) if (is_batch or has_kwargs) and again else {}
         for row_id, row in again.items():
             read = {"weights": row.get("weights"), "response": row.get("original_response")}
             prompt = {"messages": row["prompt"], **({"tools": row["tools"]} if run.plan.has_tools else {})}
             if is_batch:
                 yield {"custom_id": row_id, "body": {**prompt, **parameters.get(row_id, {})}, **read}
             else:
-                yield {"id": row_id, **prompt, **read}
+                kwargs = {KWARGS: parameters[row_id][KWARGS]} if has_kwargs else {}
+                yield {"id": row_id, **prompt, **read, **kwargs}
 
 
 def _was_read(row: dict[str, Any]) -> bool:
@@ -101,7 +104,13 @@ def _was_read(row: dict[str, Any]) -> bool:
 def _parameters(run: Run, shard: int) -> dict[str, dict[str, Any]]:
     """What the requests of a shard ask for themselves, by row id; the output does not have it."""
     return {
-        row.row_id: {"max_completion_tokens": row.max_new_tokens, "seed": row.seed, "stop": row.stop}
+        row.row_id: {
+            "max_completion_tokens": row.max_new_tokens,
+            "seed": row.seed,
+            "stop": row.stop,
+            KWARGS: dict(row.template_kwargs) or None,
+            **row.wished_kwargs,
+        }
         for row in run.plan.read_shard(shard)
     }
 
