@@ -105,13 +105,13 @@ def test_the_input_is_looked_at_before_the_models(config):
     assert "/no/model" not in result.stderr
 
 
-def test_another_vocabulary_is_refused_before_a_run_is_created(config, tmp_path):
+def test_another_vocabulary_beside_all_candidates_is_refused_before_a_run_is_created(config, tmp_path):
     path, run = config
     tokenizer = tiny_models.make_tokenizer(extra=("<extra>",))
     other = tiny_models.make_model(tmp_path / "other", tokenizer=tokenizer)
-    result = cage("relabel", "-c", str(path), f"principals.kind.model={other}")
+    result = cage("relabel", "-c", str(path), f"principals.kind.model={other}", "decoding.candidates=all")
     assert result.returncode == 2
-    assert "do not share a vocabulary" in result.stderr
+    assert "candidates: all needs models with the base's tokens" in result.stderr
     assert not run.exists()
 
 

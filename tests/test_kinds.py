@@ -18,6 +18,7 @@ EXAMPLES = {
     "arm": {"model": "one", "reference": "other"},
     "tuned_pair": {"model": "one", "reference": "other"},
     "reward_model": {"model": "one"},
+    "value": {"model": "one"},
     "formula": {
         "formula": "one - 0.5 * max(other, base)",
         "terms": {"one": {"model": "one"}, "other": {"model": "other"}},

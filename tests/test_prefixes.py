@@ -15,7 +15,7 @@ from pipeline.engine import scheduler
 from pipeline.engine.engine import decode_rows
 from pipeline.protocol import messages
 from pipeline.runtime.assembly import assemble
-from pipeline.worker import language_model_runner, reward_model_runner
+from pipeline.worker import branch_runner, language_model_runner
 from pipeline.worker.forward_batch import ForwardBatch
 
 PAIR = {
@@ -40,7 +40,7 @@ def share_nothing(monkeypatch):
 
 def read_in_parts(monkeypatch):
     """From now on a few words are a long prompt. Models are loaded before, as their probes are read in one part."""
-    for module in (messages, language_model_runner, reward_model_runner):
+    for module in (messages, language_model_runner, branch_runner):
         monkeypatch.setattr(module, "CHUNK", 16)
     monkeypatch.setattr(scheduler, "PROMPT_TOKENS_PER_STEP", 40)
 
@@ -146,7 +146,7 @@ def test_a_reward_model_reads_long_prompts_in_parts_to_the_same_answers(
         longest.append(max(len(each.trunk) for each in readings))
         return reading(readings, *args)
 
-    monkeypatch.setattr(reward_model_runner, "reading", watched)
+    monkeypatch.setattr(branch_runner, "reading", watched)
     judges = {"judge": {"kind": "reward_model", "model": str(judge(kind)), "candidates": 4}}
     systems = [None, "be brief " * 5, "be brief " * 5, "be kind"]  # what they begin with takes several parts, too
     rows = [

@@ -18,8 +18,8 @@ from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, StateLost
 from pipeline.protocol import messages
 from pipeline.protocol.messages import Admission, Candidates, Position, Step
-from pipeline.worker import language_model_runner, reward_model_runner
-from pipeline.worker.reward_rows import lay_out
+from pipeline.worker import branch_runner, language_model_runner
+from pipeline.worker.branch_rows import lay_out
 
 ROWS = [ask(f"r{at}", text) for at, text in enumerate(["why?", "tell me a story", "hi", "and then what is it?"])]
 DECODING = {"max_new_tokens": 7, "candidates": 20, "agent_temperature": 0.7, "seed": 3, "trace": "tokens"}
@@ -47,7 +47,8 @@ def test_any_text_before_and_after_another_is_scored_as_if_read_alone(tiny, judg
             prefix, continuations = [*stem, *sequence(6)], [[*stem, *sequence(9)] for _ in range(3)]
             continuations += [prefix, prefix[:-1] or prefix, [*prefix, 9]]
             reading, places = lay_out(cache, prefix, continuations)
-            [scores_TL] = runner._read([reading])
+            [states_TH] = runner.read([(reading, 0)])
+            scores_TL = model.score(states_TH)
             known = float(scores_TL[len(reading.trunk) - 1]) if reading.trunk else known
             assert cache.tokens == prefix
             found = [known if place is None else float(scores_TL[place]) for place in places]
@@ -108,7 +109,7 @@ def test_a_lost_state_changes_no_token(tiny, judge, monkeypatch, pairs, reproduc
     decoding = {**DECODING, "max_new_tokens": 6, "reproducibility": reproducibility}
     config = config_of(tiny("llama"), principals, decoding=decoding, cluster={"slots": 2})
     undisturbed, replica = RewardReplica.start(config), RewardReplica.start(config)
-    for module in (messages, language_model_runner, reward_model_runner):
+    for module in (messages, language_model_runner, branch_runner):
         monkeypatch.setattr(module, "CHUNK", 8)  # so that rows come back in parts; models are loaded before
     expected = {record.row_id: record for record in decode_rows(undisturbed.engine, ROWS)}
     engine = replica.engine
@@ -152,7 +153,7 @@ def refused(tiny, folder, **fields):
 
 
 def test_what_is_no_reward_model_is_refused_with_the_reason(tiny, judge, tmp_path):
-    assert "needs a sequence classifier" in refused(tiny, tiny("llama"))
+    assert "hold no head that gives scores; it needs a sequence classifier" in refused(tiny, tiny("llama"))
     assert "label is missing: the model has 3 outputs, 0 (LABEL_0)" in refused(tiny, judge(num_labels=3))
     assert "label must be one of 0 (LABEL_0)" in refused(tiny, judge(), label=1)
     silent = tiny_models.make_reward_model(

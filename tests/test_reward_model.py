@@ -20,7 +20,7 @@ from pipeline.engine.engine import decode_rows
 from pipeline.runtime.replica_plan import plan_replica
 from pipeline.sampling.draws import Uniforms
 from pipeline.stages.relabel import prepare
-from pipeline.worker import reward_model_runner
+from pipeline.worker import branch_runner
 
 ROWS = [ask(f"r{at}", text) for at, text in enumerate(["why?", "tell me a story", "hi", "and then what is it?"])]
 DECODING = {"max_new_tokens": 7, "candidates": 20, "agent_temperature": 0.7, "seed": 3, "trace": "tokens"}
@@ -156,9 +156,9 @@ def test_passes_of_one_shape_give_the_same_bits_in_any_batch(tiny, judge, monkey
         shapes.append(sum(len(each.tokens) for each in readings))
         return reading(readings, *args)
 
-    monkeypatch.setattr(reward_model_runner, "reading", watched)
-    monkeypatch.setattr(reward_model_runner, "PASS_TOKENS", 32)
-    monkeypatch.setattr(reward_model_runner.RewardModelRunner, "_has_one_shape", True)
+    monkeypatch.setattr(branch_runner, "reading", watched)
+    monkeypatch.setattr(branch_runner, "PASS_TOKENS", 32)
+    monkeypatch.setattr(branch_runner.BranchRunner, "_has_one_shape", True)
     principals = {"judge": {"kind": "reward_model", "model": str(judge(pairs=pairs)), **fields}}
     rows = [*ROWS, ask("long", "tell me more " * (10 if pairs else 5))]
     configs = [
@@ -169,7 +169,7 @@ def test_passes_of_one_shape_give_the_same_bits_in_any_batch(tiny, judge, monkey
     assert {shape % 32 for shape in shapes} == {0}
     assert 32 in shapes
     assert max(shapes) > 64
-    monkeypatch.setattr(reward_model_runner.RewardModelRunner, "_has_one_shape", False)
+    monkeypatch.setattr(branch_runner.BranchRunner, "_has_one_shape", False)
     for row_id, record in decode(configs[0], rows).items():
         assert record.response == expected[row_id].response
 

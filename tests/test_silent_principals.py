@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
+from support.heads import with_head
 from support.runs import PRINCIPALS, job, run_job, write_prompts
 from support.tiny_models import make_model, make_reward_model
 
@@ -26,10 +28,19 @@ def silent_by_kind(tmp_path):
     model = str(make_model(tmp_path / "model", seed=5))
     make_reward_model(tmp_path / "flat")
     _flatten(tmp_path / "flat")
+    valueless = with_head(
+        tmp_path / "model", tmp_path / "valued", {"v_head.summary.weight": torch.zeros(1, 64)}, drop=()
+    )
     return {
         "prompted": {"kind": "prompted", "principle": "be kind", "template": DROPS_PRINCIPLE, "model": model},
         "tuned_pair": {"kind": "tuned_pair", "model": model, "reference": model},
         "arm": {"kind": "arm", "model": model, "reference": model},
+        "formula": {
+            "kind": "formula",
+            "formula": "one - other",
+            "terms": {"one": {"model": model}, "other": {"model": model}},
+        },
+        "value": {"kind": "value", "model": str(valueless), "candidates": 3},
         "reward_model": {"kind": "reward_model", "model": str(tmp_path / "flat"), "candidates": 3},
     }
 

@@ -194,8 +194,8 @@ REWARD_FAULTS = {
     "no MLP in a layer": (without("layers.1.mlp"), {}, r"its files lack 3 weights \(model.layers.1.mlp.down_proj"),
     "one more": (lambda weights: {**weights, "bias": torch.zeros(1)}, {}, r"hold 1 weight \(bias\), which the model"),
     "another head": (
-        renamed(lambda name: name.replace("score.", "value_head.")), {},
-        r"lack 1 weight \(score.weight\).*hold 1 weight \(value_head.weight\)",
+        renamed(lambda name: name.replace("score.", "thing.")), {},
+        r"lack 1 weight \(score.weight\).*hold 1 weight \(thing.weight\)",
     ),
     "another shape": (
         lambda weights: {**weights, "score.weight": torch.zeros(3, 64)}, {},
@@ -213,7 +213,9 @@ def test_a_reward_model_that_is_not_whole_is_refused_with_names_and_counts(judge
 
 
 def test_a_language_model_is_no_reward_model_and_the_reverse(tiny, judge):
-    with pytest.raises(ConfigurationError, match=r"lack 1 weight \(score.weight\).*hold 1 weight \(lm_head.weight\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"hold no head that gives scores, and a LlamaForCausalLM is no sequence"
+    ):
         load_reward_model(reward_spec(tiny()), RewardSpec((0,)))
     with pytest.raises(ConfigurationError, match=r"lack 1 weight \(lm_head.weight\).*hold 1 weight \(score.weight\)"):
         load_language_model(spec_of(judge()))

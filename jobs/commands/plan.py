@@ -143,14 +143,21 @@ def _score(scoring: Scoring) -> str:
 
 
 def _on_text(replica: ReplicaPlan) -> list[str]:
-    """A line for each reward model whose tokens are not the base's: that it reads text, and what that costs."""
-    return [
-        f"{', '.join(plan.serves)} is scored on text, its tokens are not the base's: "
-        f"{1 + max(role.scoring.candidates for role in plan.roles if role.scoring)} texts per row and scored step "
-        f"are tokenized again, and branches may have several tokens"
-        for plan in replica.topology.hosts
-        if plan.name in replica.read_text
-    ]
+    """A line for each model whose tokens are not the base's: that it reads text, and what that costs."""
+    lines = []
+    for plan in replica.topology.hosts:
+        if plan.name not in replica.read_text:
+            continue
+        scored = [role.scoring.candidates for role in plan.roles if role.scoring]
+        candidates = max(scored) if scored else replica.config.decoding.candidates
+        assert candidates != "all"
+        each = "scored step" if scored else "step"
+        lines.append(
+            f"{', '.join(plan.serves)} is scored on text, its tokens are not the base's: "
+            f"{(1 + candidates) * max(1, len(plan.roles) - len(scored)):,} texts per row and {each} "
+            "are tokenized again, and branches may have several tokens"
+        )
+    return lines
 
 
 def _hosts(replica: ReplicaPlan) -> str:

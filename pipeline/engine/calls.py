@@ -186,7 +186,7 @@ class HostCalls:
 
     def _needs_proposal(self, plan: HostPlan) -> bool:
         """Whether a host must be sent the candidates. A language model knows the whole vocabulary without them."""
-        return self._options.num_candidates is not None or plan.is_reward_model
+        return self._options.num_candidates is not None or plan.scores_branches
 
     def _step(self, plan: HostPlan, group: Group) -> Step:
         """What is new for a host."""

@@ -91,6 +91,8 @@ class Engine:
         self._not_finite = "the rewards or the base's logits are not finite"
         if any(plan.is_reward_model for plan in topology.hosts):
             self._not_finite += ", or the text is longer than the context of a reward model"
+        elif any(plan.scores_branches for plan in topology.hosts):
+            self._not_finite += ", or the text is longer than the context of a model with other tokens"
         self._num_ahead = int(hosts.runs_ahead)
         self._loaded_slots = loaded_slots or num_slots
         self._max_failures = max_failures

@@ -14,6 +14,7 @@ from pipeline.hub.weight_files import (
     CONFIG,
     INDEX,
     SMALL,
+    VALUE_HEAD,
     WEIGHTS,
     LocalTree,
     find_model_files,
@@ -46,12 +47,12 @@ def resolve_on_hub(name: str, revision: str | None, *, with_code: bool) -> tuple
 def fetch_hub_model(name: str, commit: str | None, *, with_code: bool) -> Path:
     """Fetch all of a model whose small files are there already."""
     small = _snapshot(name, commit, _small_patterns(with_code))
-    return _snapshot(name, commit, [*_small_patterns(with_code), *_weight_names(small)])
+    return _snapshot(name, commit, [*_small_patterns(with_code), *_weight_names(small), VALUE_HEAD])
 
 
 def fetch_hub_adapter(name: str, revision: str | None) -> tuple[Path, str]:
     """Fetch a PEFT adapter; give its folder and commit."""
-    folder = _snapshot(name, revision, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    folder = _snapshot(name, revision, [ADAPTER_CONFIG, ADAPTER_WEIGHTS, VALUE_HEAD])
     return folder, folder.name
 
 

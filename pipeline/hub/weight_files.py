@@ -18,6 +18,7 @@ from pipeline.errors import ConfigurationError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+VALUE_HEAD = "value_head.safetensors"  # a head on the hidden states, beside a model or an adapter
 SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what transformers reads besides the weights
 LEFTOVERS = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -77,10 +78,11 @@ class ModelFiles:
 
     small: tuple[str, ...]
     weights: tuple[str, ...]
+    heads: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.small, *self.weights)
+        return (*self.small, *self.weights, *self.heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def find_model_files(tree: FileTree, *, with_code: bool = False) -> ModelFiles:
     refuse_adapter_beside(tree.address, sizes)
     suffixes = (*SMALL, ".py") if with_code else SMALL
     small = tuple(sorted(name for name in sizes if name.endswith(suffixes) and name not in LEFTOVERS))
-    return ModelFiles(small, _weight_files(tree, sizes))
+    return ModelFiles(small, _weight_files(tree, sizes), _heads(sizes))
 
 
 def find_adapter_files(tree: FileTree) -> ModelFiles:
@@ -119,7 +121,11 @@ def find_adapter_files(tree: FileTree) -> ModelFiles:
         raise ConfigurationError(f"{tree.address} has no {ADAPTER_CONFIG}, so it is no adapter. {_contents(sizes)}")
     if ADAPTER_WEIGHTS not in sizes:
         raise _no_weights(tree.address, sizes, ADAPTER_WEIGHTS)
-    return ModelFiles((ADAPTER_CONFIG,), (ADAPTER_WEIGHTS,))
+    return ModelFiles((ADAPTER_CONFIG,), (ADAPTER_WEIGHTS,), _heads(sizes))
+
+
+def _heads(sizes: Container[str]) -> tuple[str, ...]:
+    return (VALUE_HEAD,) if VALUE_HEAD in sizes else ()
 
 
 def refuse_adapter_beside(address: str, names: Container[str]) -> None:
@@ -148,6 +154,13 @@ def read_json(tree: FileTree, name: str) -> dict[str, Any]:
     return value
 
 
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, by name."""
+    with file.open("rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
 def take_inventory(tree: FileTree, files: ModelFiles) -> Inventory:
     """Count parameters and fingerprint the files: the small ones whole, of the weights the header and samples.
 
@@ -160,7 +173,7 @@ def take_inventory(tree: FileTree, files: ModelFiles) -> Inventory:
     for name, block in zip(files.small, blocks, strict=True):
         digest.update(f"{name} {hashlib.sha256(block).hexdigest()}\n".encode())
     num_parameters: Counter[str] = Counter()
-    for name in files.weights:
+    for name in (*files.weights, *files.heads):
         raw, header = _read_header(tree, name, sizes[name])
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}
         for tensor in tensors.values():

@@ -18,9 +18,10 @@ from pipeline.principals.prompted import PromptedPrincipal
 from pipeline.principals.reward_model import RewardModelPrincipal
 from pipeline.principals.section import PrincipalSection
 from pipeline.principals.tuned_pair import TunedPairPrincipal
+from pipeline.principals.value import ValuePrincipal
 
 Principal = Annotated[
-    PromptedPrincipal | ArmPrincipal | TunedPairPrincipal | RewardModelPrincipal | FormulaPrincipal,
+    PromptedPrincipal | ArmPrincipal | TunedPairPrincipal | RewardModelPrincipal | FormulaPrincipal | ValuePrincipal,
     Field(discriminator="kind"),
 ]
 

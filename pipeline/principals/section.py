@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, JsonValue
 
@@ -20,6 +20,7 @@ from pipeline.sections import ModelConfig, Placement, Section
 if TYPE_CHECKING:  # a configuration is read without torch
     from torch import Tensor
 
+Label = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] | None  # an output: number or name
 TUNED, REFERENCE = "tuned", "reference"  # parts: what the principal's model says, and what it is compared with
 
 

@@ -52,11 +52,28 @@ class RewardSpec:
     """How a sequence reward model scores.
 
     Args:
-        labels: the index of each role's output, in the order of the roles.
+        labels: each role's output by its number or name, in the order of the roles; None where there is one.
+        ends: whether each role scores a text as if it ended there; None: as the head was trained.
+        end_id: the token that it reads at the end of an answer; None where there is none.
         retokeniser: reads the base's tokens where the model's own differ; None: they are the same.
+        stop_ids: the base's tokens that end an answer.
     """
 
-    labels: tuple[int, ...]
+    labels: tuple[int | str | None, ...]
+    ends: tuple[bool | None, ...] = ()
+    end_id: int | None = None
+    retokeniser: Retokeniser | None = None
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """How a language model reads the base's answers whose own tokens are others.
+
+    Args:
+        retokeniser: reads the base's tokens; None while a replica is planned.
+    """
+
     retokeniser: Retokeniser | None = None
 
 
@@ -77,6 +94,7 @@ class HostSpec:
         cache_folder: where weights are fetched to that are not on the machine.
         adapters: LoRA adapters by the names that roles use.
         reward: set for a sequence reward model.
+        text: set for a language model whose tokens are not the base's.
         games: set for a host that holds every role of the run.
         attention: as configured: "auto", "slots" or "plain".
     """
@@ -93,6 +111,7 @@ class HostSpec:
     cache_folder: Path
     adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
     reward: RewardSpec | None = None
+    text: TextSpec | None = None
     games: GameSpec | None = None
     attention: str = "auto"
 

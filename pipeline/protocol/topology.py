@@ -26,13 +26,15 @@ class Scoring:
         candidates: how many of the base's likeliest candidates it scores.
         interval: tokens from one scored step to the next.
         factor: nats that one point of its score is worth; negative where a lower score is better.
-        label: which of its outputs counts; None where it has one.
+        label: which of its outputs counts, by its number or name; None where it has one.
+        ends: whether a text is scored as if it ended there; None: as the head was trained.
     """
 
     candidates: int
     interval: int
     factor: float
-    label: int | None = None
+    label: int | str | None = None
+    ends: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class HostPlan:
         roles: what it serves; the base's comes first where it is the base's host.
         adapters: adapter folders by the names that roles use.
         serves: the principals (and "base") that need it, for messages.
+        reads_text: whether its tokens are not the base's, so that it reads answers as text.
     """
 
     name: str
@@ -122,11 +125,17 @@ class HostPlan:
     roles: tuple[HostRole, ...]
     adapters: Mapping[str, str]
     serves: tuple[str, ...]
+    reads_text: bool = False
 
     @property
     def is_reward_model(self) -> bool:
         """Whether it scores candidates, instead of giving log-probabilities."""
         return any(role.scoring is not None for role in self.roles)
+
+    @property
+    def scores_branches(self) -> bool:
+        """Whether it needs the base's candidates, which it reads as branches of each row."""
+        return self.is_reward_model or self.reads_text
 
 
 @dataclass(frozen=True, slots=True)

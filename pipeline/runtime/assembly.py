@@ -12,8 +12,9 @@ from pipeline.engine.prompter import Prompter
 from pipeline.engine.prompts import ChatPrompter, HostText
 from pipeline.hub.model_facts import facts_of_config, load_model_config
 from pipeline.hub.retokeniser import Retokeniser
+from pipeline.hub.token_bytes import token_bytes
 from pipeline.hub.tokenizer_facts import default_template, load_tokenizer
-from pipeline.protocol.specs import HostSpec
+from pipeline.protocol.specs import HostSpec, TextSpec
 from pipeline.protocol.topology import BASE, Topology
 from pipeline.runtime.prompt_templates import end_of_answer
 from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica, resolve_models
@@ -44,7 +45,7 @@ def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], No
     """Find models, plan a replica and load its tokenizers.
 
     Raises:
-        ConfigurationError: a model is missing or its tokenizer differs from the base's.
+        ConfigurationError: a model is missing, or cannot be used.
     """
     resolved = resolve_models(config, cache_folder, progress=progress)
     return load_assembly(plan_replica(config, resolved, cache_folder))
@@ -67,12 +68,20 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
         assert loaded_as == stated, f"the tokenizer of {name} is not what it was planned as: {loaded_as}"
 
     def complete(spec: HostSpec) -> HostSpec:
-        if spec.reward is None or spec.name not in plan.read_text:
+        if spec.reward is None and spec.text is None:
             return spec
         template = plan.templates[spec.roles[0].name]
         end_id = end_of_answer(template, plan.tokenizers[spec.name])
-        retokeniser = Retokeniser(tokenizers[BASE], tokenizers[spec.name], plan.stop_ids, end_id)
-        return replace(spec, reward=replace(spec.reward, retokeniser=retokeniser))
+        base, own = tokenizers[BASE], tokenizers[spec.name]
+        if spec.reward is not None:
+            retokeniser = None
+            if spec.name in plan.read_text:
+                retokeniser = Retokeniser(base, own, plan.stop_ids, end_id)
+            reward = replace(spec.reward, end_id=end_id, stop_ids=plan.stop_ids, retokeniser=retokeniser)
+            return replace(spec, reward=reward)
+        token_bytes(own, spec.source.name)  # refused before its host loads any weights
+        base_bytes = token_bytes(base, plan.hosts[0].source.name)
+        return replace(spec, text=TextSpec(Retokeniser(base, own, plan.stop_ids, end_id, base_bytes)))
 
     hosts = {
         name: HostText(

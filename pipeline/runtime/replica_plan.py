@@ -25,8 +25,9 @@ from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, Topology
 from pipeline.runtime.prompt_templates import end_of_answer, plan_templates
-from pipeline.runtime.reward_specs import specify_reward
+from pipeline.runtime.reward_specs import specify_reward, specify_text
 from pipeline.runtime.topology import adapters_of, build_topology, models_of
+from pipeline.sections import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,9 @@ class ReplicaPlan:
     Args:
         config: of the run.
         topology: roles and hosts.
-        hosts: how to start each host, in the topology's order; reward models of `read_text` lack what reads the
-            base's tokens for them.
-        read_text: names of the hosts whose reward model has tokens of its own, and so reads answers as text.
+        hosts: how to start each host, in the topology's order; those of `read_text` lack what reads the base's tokens
+            for them.
+        read_text: names of the hosts whose model has tokens of its own, and so reads answers as text.
         identities: every model and adapter by content, by its dotted place in the configuration.
         facts: of each host's model, by host name.
         tokenizers: of each host's tokenizer, by host name.
@@ -66,7 +67,7 @@ class ReplicaPlan:
         stop_ids: token ids that end an answer.
         end_id: the token that follows a finished answer; None where there is none.
         variants: the ways to answer a row.
-        expected: how each host's model will be decoded, by host name; reward models are left out.
+        expected: how each host's model will be decoded, by host name; models that score branches are left out.
         reasoning: how the base marks its reasoning; None where it does not reason.
         masked: tokens by id that a host's model has and the base has not, or the reverse, by host name; no answer has
             them.
@@ -131,13 +132,18 @@ def plan_replica(
         now: the time that chat templates are given where the configuration states none; None: that of this call.
 
     Raises:
-        ConfigurationError: a tokenizer differs from the base's, a model is not of the kind that it is used as, or a
+        ConfigurationError: a model is not of the kind that it is used as, or a
             chat template cannot do what is asked of it.
     """
     source_of = {model.model_dump_json(): resolved.models[place] for place, model in models_of(config)}
-    topology = build_topology(config, identify=lambda model: source_of[model.model_dump_json()].identity)
+    tokens = _Tokens(source_of, config.base)
+    topology = build_topology(
+        config,
+        identify=lambda model: source_of[model.model_dump_json()].identity,
+        reads_text=tokens.differ,
+    )
     sources = {plan.name: source_of[plan.model.model_dump_json()] for plan in topology.hosts}
-    tokenizers = {name: read_tokenizer_facts(source) for name, source in sources.items()}
+    tokenizers = {name: tokens.of(source) for name, source in sources.items()}
     facts = {name: read_model_facts(source) for name, source in sources.items()}
     adapter_of = {path: resolved.adapters[place] for place, path in adapters_of(config)}
     now = now or datetime.now().replace(microsecond=0)
@@ -146,7 +152,7 @@ def plan_replica(
     end_id = end_of_answer(templates[BASE], tokenizers[BASE])
     stop_ids = stop_token_ids(sources[BASE], tokenizers[BASE], facts[BASE]) | (set() if end_id is None else {end_id})
     stop_ids |= special_stop_ids(config.decoding.stop, tokenizers[BASE])
-    read_text = frozenset(_hosts_that_read_text(topology, tokenizers))
+    read_text = frozenset(plan.name for plan in topology.hosts if plan.reads_text)
     masked = _masked_tokens(topology, tokenizers, stop_ids)
     vocab_size = min(
         [
@@ -156,7 +162,7 @@ def plan_replica(
         ]
     )
     variants = lay_out(config)
-    expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.is_reward_model}
+    expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.scores_branches}
 
     def specify(plan: HostPlan) -> HostSpec:
         return HostSpec(
@@ -172,7 +178,16 @@ def plan_replica(
             strict=config.decoding.reproducibility is Reproducibility.STRICT,
             cache_folder=cache_folder,
             adapters={name: adapter_of[path] for name, path in plan.adapters.items()},
-            reward=specify_reward(plan, topology, config, tokenizers, facts[plan.name]),
+            reward=specify_reward(
+                plan,
+                topology,
+                config,
+                tokenizers,
+                facts[plan.name],
+                sources[plan.name],
+                {name: adapter_of[path] for name, path in plan.adapters.items()},
+            ),
+            text=specify_text(plan, topology, config, tokenizers),
             games=_games(config, topology, variants),
         )
 
@@ -230,13 +245,38 @@ def _reasoning(config: Config, template: str | None, tokenizer: TokenizerFacts) 
     return found
 
 
-def _hosts_that_read_text(topology: Topology, tokenizers: Mapping[str, TokenizerFacts]) -> list[str]:
-    """Hosts with tokens of their own, which only a reward model's may be."""
-    return [
-        plan.name
-        for plan in topology.hosts[1:]
-        if plan.is_reward_model and not share_tokens(tokenizers[BASE], tokenizers[plan.name])
-    ]
+class _Tokens:
+    """Which models have the base's tokens.
+
+    Args:
+        source_of: resolved models by their sections as JSON.
+        base: the base's section.
+    """
+
+    def __init__(self, source_of: Mapping[str, ModelSource], base: ModelConfig) -> None:
+        self._source_of = source_of
+        self._facts: dict[str, TokenizerFacts] = {}
+        source = source_of[base.model_dump_json()]
+        self._base = self.of(source)
+        self._ends = stop_token_ids(source, self._base, read_model_facts(source))
+
+    def of(self, source: ModelSource) -> TokenizerFacts:
+        """The facts of a model's tokenizer, which are read once."""
+        if source.path not in self._facts:
+            self._facts[source.path] = read_tokenizer_facts(source)
+        return self._facts[source.path]
+
+    def differ(self, model: ModelConfig, scores: bool) -> bool:
+        """Whether a model reads answers as text: a reward model with any other token, a language model with tokens
+        that answers cannot do without."""
+        own = self.of(self._source_of[model.model_dump_json()])
+        if scores:
+            return not share_tokens(self._base, own)
+        try:
+            compare_tokenizers(self._base, own, BASE, model.model, ends=self._ends)
+        except ConfigurationError:
+            return True
+        return False
 
 
 def _masked_tokens(
@@ -248,7 +288,7 @@ def _masked_tokens(
             tokenizers[BASE], tokenizers[plan.name], BASE, f"{plan.name} ({plan.model.model})", ends=ends
         )
         for plan in topology.hosts[1:]
-        if not plan.is_reward_model
+        if not plan.scores_branches
     }
 
 

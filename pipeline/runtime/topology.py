@@ -13,18 +13,30 @@ from pipeline.protocol.topology import BASE, HostPlan, HostRole, PrincipalPlan, 
 from pipeline.sections import ModelConfig
 
 
-def build_topology(config: Config, identify: Callable[[ModelConfig], str] = lambda model: model.model) -> Topology:
+def build_topology(
+    config: Config,
+    identify: Callable[[ModelConfig], str] = lambda model: model.model,
+    reads_text: Callable[[ModelConfig, bool], bool] = lambda model, scores: False,
+) -> Topology:
     """Lay out roles and hosts.
 
     Args:
         config: base and principals.
         identify: names a model's weights; models of one name, dtype and device share a host.
+        reads_text: whether a model, which scores or not, has other tokens than the base.
     """
-    builder = _TopologyBuilder(config, identify)
+    builder = _TopologyBuilder(config, identify, reads_text)
     builder.add_base()
     principals = tuple(builder.add_principal(name, section) for name, section in config.principals.items())
     hosts = tuple(
-        HostPlan(each.name, each.model, tuple(each.roles), dict(each.adapters), tuple(dict.fromkeys(each.serves)))
+        HostPlan(
+            each.name,
+            each.model,
+            tuple(each.roles),
+            dict(each.adapters),
+            tuple(dict.fromkeys(each.serves)),
+            each.reads_text,
+        )
         for each in builder.hosts.values()
     )
     return Topology(hosts, {role.name: role for role in builder.roles.values()}, principals)
@@ -54,14 +66,21 @@ class _HostBuilder:
     roles: list[HostRole] = field(default_factory=list)
     adapters: dict[str, str] = field(default_factory=dict)
     serves: list[str] = field(default_factory=list)
+    reads_text: bool = False
 
 
 class _TopologyBuilder:
     """Collects roles and hosts, without repeating any."""
 
-    def __init__(self, config: Config, identify: Callable[[ModelConfig], str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        identify: Callable[[ModelConfig], str],
+        reads_text: Callable[[ModelConfig, bool], bool],
+    ) -> None:
         self._config = config
         self._identify = identify
+        self._reads_text = reads_text
         self.hosts: dict[tuple[object, ...], _HostBuilder] = {}
         self.roles: dict[tuple[object, ...], Role] = {}
 
@@ -74,8 +93,8 @@ class _TopologyBuilder:
         """The roles that the principal needs, those that are there already included."""
         roles = {}
         for part, request in section.roles().items():
-            # a reward model reads prompts by its own tokenizer's template, others by the base's
-            is_own = request.scoring is not None
+            # reward models and those with other tokens read prompts by their own template, others by the base's
+            is_own = request.scoring is not None or self._reads_text(request.model or self._config.base, False)
             inherited = None if is_own else self._config.base.chat_template
             kwargs = section.chat_template_kwargs
             kwargs = kwargs if is_own else {**self._config.base.chat_template_kwargs, **kwargs}
@@ -117,7 +136,7 @@ class _TopologyBuilder:
         scores = request.scoring is not None
         key = (self._identify(model), model.dtype, model.device, model.trust_remote_code, scores)
         if key not in self.hosts:
-            self.hosts[key] = _HostBuilder(name, model)
+            self.hosts[key] = _HostBuilder(name, model, reads_text=self._reads_text(model, scores))
         self.hosts[key].serves.append(name.partition(".")[0])
         return self.hosts[key]
 

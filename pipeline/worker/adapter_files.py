@@ -19,10 +19,10 @@ from torch import Tensor
 from pipeline.errors import ConfigurationError
 from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
-from pipeline.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LocalTree, read_json
+from pipeline.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LocalTree, read_json, shapes_in
 from pipeline.protocol.specs import HostSpec
 from pipeline.worker.adapters import without_peft_warnings
-from pipeline.worker.weights import UNREADABLE, listed, shapes_in
+from pipeline.worker.weights import UNREADABLE, listed
 
 PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
 

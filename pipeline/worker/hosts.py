@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.attention.transfers import on_device
 from pipeline.errors import HostOutOfMemory, StateLost
 from pipeline.protocol.messages import Candidates, MemoryBudget, Position, Step
-from pipeline.worker.reward_model_runner import RewardModelRunner
+from pipeline.worker.branch_runner import BranchRunner
 from pipeline.worker.reward_values import due_rows, rewards_of_answer, spread_rewards
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # messages of libraries, in lower case
@@ -186,14 +186,14 @@ class LanguageModelHost(GuardedHost[LanguageRunner]):
             return self._runner.score(prompts, answer)
 
 
-class RewardModelHost(GuardedHost[RewardModelRunner]):
+class RewardModelHost(GuardedHost[BranchRunner]):
     """A sequence reward model's host: it scores (`Scores`). Its values are rewards in nats, scaled and signed.
 
     Args:
         runner: the model; each of its roles has a `Scoring`.
     """
 
-    def __init__(self, runner: RewardModelRunner) -> None:
+    def __init__(self, runner: BranchRunner) -> None:
         super().__init__(runner)
         self._scorings = [role.scoring for role in runner.roles if role.scoring is not None]
 
@@ -222,6 +222,37 @@ class RewardModelHost(GuardedHost[RewardModelRunner]):
         """Rewards [R, T] of an answer's tokens, by the same rule as while decoding; NaN where it does not fit."""
         with self._guard.all_or_nothing():
             return rewards_of_answer(self._runner.score(prompts, answer), self._scorings)
+
+
+class TextModelHost(GuardedHost[BranchRunner]):
+    """The host of a language model whose tokens are not the base's: it scores (`Scores`).
+
+    Its values are log-probabilities in nats of the candidates' texts after the text of the answer so far.
+
+    Args:
+        runner: the model.
+    """
+
+    def values_at(
+        self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Candidates | None
+    ) -> Tensor:
+        """Log-probabilities [B, R, K] of every role at the candidates; 0 where min_p has dropped one."""
+        self._guard.check(at)
+        if proposal is None or proposal.ids_BK is None:
+            raise ValueError("a model that reads text needs the base's candidates")
+        base_BK = proposal.base_logprobs_BK
+        with self._guard.all_or_nothing():
+            kept_BK = base_BK > -torch.inf
+            wanted = [ids_K[kept_K].tolist() for ids_K, kept_K in zip(proposal.ids_BK, kept_BK, strict=True)]
+            values_BRK = base_BK.new_zeros(len(slots), len(self._runner.roles), base_BK.shape[1])
+            for row, found_RN in enumerate(self._runner.gains(slots, wanted)):
+                values_BRK[row, :, kept_BK[row]] = found_RN.to(values_BRK)
+            return values_BRK
+
+    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+        """What each token of an answer adds to each role's log-probability, [R, T]; NaN where it does not fit."""
+        with self._guard.all_or_nothing():
+            return self._runner.score(prompts, answer)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,74 +1,96 @@
-"""From a `HostSpec` to a `RewardModelRunner`, and a probe that its scores are those of the plain model."""
+"""From a `HostSpec` to the runner of a reward model, and a probe that its scores are those of the plain model."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from torch import Tensor, nn
 
 from pipeline.attention.branches import ATTENTION
-from pipeline.attention.visibility import LayerFacts, NotServed, learn_layers
+from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import why_layers_differ
 from pipeline.hub.model_facts import context_length, reason_of, text_config
+from pipeline.hub.reward_heads import choose_output
 from pipeline.hub.sources import fetch_weights
 from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec, RewardSpec
 from pipeline.protocol.topology import HostRole
+from pipeline.worker.adapter_files import add_adapters
+from pipeline.worker.adapters import TokenAdapters, take_adapters
+from pipeline.worker.branch_probes import bits_are_a_rows_own
+from pipeline.worker.branch_runner import BranchRunner
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
 from pipeline.worker.experts import pad_experts
+from pipeline.worker.head_scorer import HeadScorer, RoleHead
 from pipeline.worker.loading import as_mapping, exact_context, pick_device, pick_dtype, why_not_strict
-from pipeline.worker.probes import NUM_OTHERS, SMALL, probe_tokens, small_limits
-from pipeline.worker.reward_model_runner import RewardModelRunner
-from pipeline.worker.weights import load_whole
+from pipeline.worker.probes import probe_tokens, small_limits
+from pipeline.worker.scoring_models import ScoringModel, load_scoring_model, load_value_head
 from pipeline.worker.whole_vectors import watching
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of the scores' size
-NUM_CANDIDATES = 3  # of each row in the check that bits are a row's own
 
 
-def load_reward_model(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
-    """Load the classifier onto the device and check that branches score as a plain forward pass does.
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model on its device, with all of its heads.
+
+    Args:
+        model: with the adapters' layers in it.
+        found: as it was loaded: the backbone, and what its own head's outputs are called.
+        heads: in float32, by the name of the adapter; None is the model's own.
+        adapters: which tokens have which.
+        ids: of the probe.
+        expected: by adapter, scores [L] of the probe without its last token and with it, from plain passes.
+        expected_small: the same with small windows and chunks.
+    """
+
+    model: Any
+    found: ScoringModel
+    heads: Mapping[str | None, nn.Module]
+    adapters: TokenAdapters | None
+    ids: Sequence[int]
+    expected: Mapping[str | None, list[Tensor]]
+    expected_small: Mapping[str | None, list[Tensor]]
+
+
+def load_reward_model(spec: HostSpec, reward: RewardSpec) -> BranchRunner:
+    """Load a model with a head onto the device and check that branches score as a plain forward pass does.
 
     Raises:
-        ConfigurationError: it is no sequence classifier, or its backbone cannot be read in branches.
+        ConfigurationError: it has no head, or one that does not fit, or its backbone cannot be read in branches.
     """
     device = pick_device(spec.device)
     if spec.strict and device.type == "cpu":
         choose_reproducible_kernels()
         torch.set_num_threads(1)  # with more, a row's bits depend on the work beside it
-    model = _load_classifier(spec).to(device).eval().requires_grad_(False)
-    head = getattr(model, "score", None)
-    if head is None:
-        raise _refused(spec, model, "it has no head named score, as transformers' own sequence classifiers have")
+    loaded = _load(spec, device)
+    model = loaded.model
     if (reason := why_layers_differ(as_mapping(model.config))) is not None:
         raise _refused(spec, model, reason)
-    backbone, float_head = model.base_model, copy.deepcopy(head).float()
+    role_heads = [_role_head(loaded, role, at, reward) for at, role in enumerate(spec.roles)]
     with watching() as watch:
-        probed = _check(model, backbone, float_head, spec)
-    layers = _learn(model, spec)
+        probed = _check(loaded, spec)
+    layers = _learn(loaded, spec)
     model.set_attn_implementation(ATTENTION)
     needs_whole = False
     if spec.strict and device.type == "cpu":
         needs_whole = pad_experts(model) or watch.found
-        _check_strict(
-            model,
-            partial(RewardModelRunner, backbone, float_head, layers=layers, needs_whole_vectors=needs_whole),
-            spec,
-        )
+        _check_strict(loaded, layers, spec, needs_whole_vectors=needs_whole)
     contexts = [each for each in (context_length(model.config), exact_context(model.config)) if each is not None]
-    return RewardModelRunner(
-        backbone,
-        float_head,  # differences of scores need more digits than a half type has
+    return BranchRunner(
+        loaded.found.backbone,
+        HeadScorer(role_heads),
         spec.roles,
-        reward,
         num_slots=spec.num_slots,
+        retokeniser=reward.retokeniser,
+        stop_ids=reward.stop_ids,
+        adapters=loaded.adapters,
         context_length=min(contexts, default=None),
         strict=spec.strict,
         bytes_per_token=probed.cache_bytes_per_token,
@@ -77,30 +99,82 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> RewardModelRunner:
     )
 
 
-def _load_classifier(spec: HostSpec) -> Any:
+def _load(spec: HostSpec, device: torch.device) -> _Loaded:
     folder = fetch_weights(spec.source, cache_folder=spec.cache_folder)
-    dtype = pick_dtype(spec.dtype, pick_device(spec.device))
-    model, fault = load_whole(spec, AutoModelForSequenceClassification, folder, dtype=dtype)
-    if fault is not None:
-        raise _refused(spec, model, fault)
-    return model
+    found = load_scoring_model(
+        spec.title,
+        folder,
+        dtype=pick_dtype(spec.dtype, device),
+        trust_remote_code=spec.source.trust_remote_code,
+        takes_adapters=bool(spec.adapters),
+    )
+    model = found.model.to(device).eval().requires_grad_(False)
+    if found.head is None and not spec.adapters:
+        raise _refused(
+            spec, model, "it has no head that scores each token from left to right, as score.weight is for instance"
+        )
+    heads: dict[str | None, nn.Module] = {} if found.head is None else {None: found.float_head()}
+    ids = _probe_tokens(model)
+    expected: dict[str | None, list[Tensor]] = {}
+    small: dict[str | None, list[Tensor]] = {}
+
+    def expect(name: str | None) -> None:
+        for scores, limits in ((expected, nullcontext()), (small, small_limits(model.config))):
+            with limits:
+                scores[name] = [
+                    _plain_scores(found, heads[name], part, is_own=name is None) for part in (ids[:-1], ids)
+                ]
+
+    if None in heads:
+        expect(None)
+    if not spec.adapters:
+        return _Loaded(model, found, heads, None, ids, expected, small)
+    wrapped = add_adapters(model, spec)
+    for name, adapter in spec.adapters.items():
+        title = f"{spec.title}: adapter {adapter.name}"
+        heads[name] = load_value_head(fetch_weights(adapter, cache_folder=spec.cache_folder), title).to(device)
+        wrapped.set_adapter(name)
+        try:
+            expect(name)
+        except Exception as error:  # whatever the model, or peft inside it, raises
+            raise _refused(spec, model, f"with adapter {adapter.name}: {reason_of(error)}") from error
+    try:
+        adapters = take_adapters(wrapped, list(spec.adapters))
+    except NotImplementedError as error:
+        raise ConfigurationError(f"{spec.title}: {error}") from error
+    return _Loaded(wrapped.get_base_model(), found, heads, adapters, ids, expected, small)
 
 
-def _check(model: Any, backbone: Any, head: Any, spec: HostSpec) -> RewardModelRunner:
+def _role_head(loaded: _Loaded, role: HostRole, at: int, reward: RewardSpec) -> RoleHead:
+    """The head and the output of a role. Raises ConfigurationError where there is no such."""
+    place = f"principals.{role.name}"
+    if role.adapter not in loaded.heads:
+        raise ConfigurationError(f"{place}: the model has no head of its own, only its adapters have")
+    names = loaded.found.names if role.adapter is None else ("score",)
+    ends = reward.ends[at] if at < len(reward.ends) else None
+    is_at_end = loaded.found.ends and role.adapter is None if ends is None else ends
+    if is_at_end and reward.end_id is None:
+        raise ConfigurationError(f"{place}: its tokenizer has no end of text, at which it would be scored")
+    return RoleHead(
+        loaded.heads[role.adapter],
+        choose_output(reward.labels[at], names, place),
+        reward.end_id if is_at_end else None,
+    )
+
+
+def _check(loaded: _Loaded, spec: HostSpec) -> BranchRunner:
     """Compare scores in branches with plain forward passes, beyond every window and chunk; the runner that gave them.
 
     Windows and chunks are made small for that, and the same is done with them as they are.
     """
-    ids = _probe_tokens(model)
-    own_attention = model.config._attn_implementation
-    for limits in (small_limits(model.config), nullcontext()):
+    for expected, limits in (
+        (loaded.expected_small, small_limits(loaded.model.config)),
+        (loaded.expected, nullcontext()),
+    ):
         with limits:
-            model.set_attn_implementation(own_attention)
-            with torch.inference_mode():
-                plain = [_plain_scores(model, ids[:-1]), _plain_scores(model, ids)]
-            layers = _learn(model, spec)
-            model.set_attn_implementation(ATTENTION)
-            runner = _compare(backbone, head, plain, ids, layers, spec, model)
+            layers = _learn(loaded, spec)
+            loaded.model.set_attn_implementation(ATTENTION)
+            runner = _compare(loaded, expected, layers, spec)
     return runner
 
 
@@ -112,72 +186,80 @@ def _probe_tokens(model: Any) -> list[int]:
     return [token if token != pad_id else (token + 1) % vocab_size for token in first]
 
 
-def _plain_scores(model: Any, ids: Sequence[int]) -> Tensor:
-    """The model's own scores [L] of a text."""
-    ids_1T = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    scores: Tensor = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T)).logits[0].float()
-    return scores
+@torch.inference_mode()
+def _plain_scores(found: ScoringModel, head: Any, ids: Sequence[int], *, is_own: bool) -> Tensor:
+    """Scores [L] of a text by a plain pass: the model's own where it gives them, or else its head's at the end."""
+    device = next(found.backbone.parameters()).device
+    ids_1T = torch.tensor([list(ids)], device=device)
+    mask_1T = torch.ones_like(ids_1T)
+    if is_own and found.gives_scores:
+        scores: Tensor = found.model(input_ids=ids_1T, attention_mask=mask_1T).logits[0].float()
+        return scores
+    states_TH = found.backbone(input_ids=ids_1T, attention_mask=mask_1T, use_cache=False).last_hidden_state[0].float()
+    by_head: Tensor = head.to(device)(states_TH[-1:])[0]
+    return by_head
 
 
-def _learn(model: Any, spec: HostSpec) -> tuple[LayerFacts, ...]:
+def _learn(loaded: _Loaded, spec: HostSpec) -> tuple[LayerFacts, ...]:
+    if loaded.adapters is not None:
+        loaded.adapters.of_tokens = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device=loaded.model.device)
     try:
-        return learn_layers(model)
+        return learn_layers(loaded.model)
     except Exception as error:
         reason = str(error) if isinstance(error, NotServed) else reason_of(error)
-        raise _refused(spec, model, reason) from error
+        raise _refused(spec, loaded.model, reason) from error
 
 
 def _compare(
-    backbone: Any,
-    head: Any,
-    plain: Sequence[Tensor],
-    ids: Sequence[int],
-    layers: Sequence[LayerFacts],
-    spec: HostSpec,
-    model: Any,
-) -> RewardModelRunner:
+    loaded: _Loaded, expected: Mapping[str | None, list[Tensor]], layers: Sequence[LayerFacts], spec: HostSpec
+) -> BranchRunner:
     """Read all but two tokens, append one, fork the last; compare with plain passes over all but one and over all."""
-    tolerance = PROBE_TOLERANCE.get(model.dtype, 0.3) * (1 + max(score_L.abs().max().item() for score_L in plain))
-    labels = tuple(range(len(plain[0])))
-    roles = [HostRole(f"label {label}") for label in labels]
-    runner = RewardModelRunner(backbone, head, roles, RewardSpec(labels), num_slots=1, layers=layers)
+    model, ids = loaded.model, loaded.ids
+    outputs = [(name, label) for name, plain in expected.items() for label in range(len(plain[0]))]
+    roles = [HostRole(f"{name} {label}", name) for name, label in outputs]
+    scorer = HeadScorer([RoleHead(loaded.heads[name], label) for name, label in outputs])
+    runner = BranchRunner(loaded.found.backbone, scorer, roles, num_slots=1, layers=layers, adapters=loaded.adapters)
     try:
         runner.advance(Step([Admission(0, {role.name: ids[:-2] for role in roles})]))
         runner.advance(Step((), [0], [ids[-2]]))
-        found_L = runner.rewards_at([0], torch.tensor([[ids[-1]]]))[0, :, 0]
+        found_R = runner.rewards_at([0], torch.tensor([[ids[-1]]]))[0, :, 0]
     except Exception as error:
         raise _refused(spec, model, reason_of(error)) from error
-    difference = (found_L - (plain[1] - plain[0])).abs().max().item()
-    if not difference <= tolerance:
-        raise _refused(
-            spec,
-            model,
-            f"its scores in branches differ from those of a plain forward pass by {difference:.2g}; only models "
-            f"that read from left to right can be scored so",
-        )
+    for (name, label), found in zip(outputs, found_R, strict=True):
+        before, after = expected[name]
+        size = 1 + max(score_L.abs().max().item() for score_L in (before, after))
+        difference = abs((found - (after[label] - before[label])).item())
+        if not difference <= PROBE_TOLERANCE.get(model.dtype, 0.3) * size:
+            raise _refused(
+                spec,
+                model,
+                f"its scores in branches differ from those of a plain forward pass by {difference:.2g}; only models "
+                f"that read from left to right can be scored so",
+            )
     return runner
 
 
-def _check_strict(model: Any, make_runner: Callable[..., RewardModelRunner], spec: HostSpec) -> None:
+def _check_strict(
+    loaded: _Loaded, layers: Sequence[LayerFacts], spec: HostSpec, *, needs_whole_vectors: bool
+) -> None:
     """Raise where a row's rewards have other bits beside other rows than alone."""
-    ids = _probe_tokens(model)
-    probes = [ids[: SMALL + 5], *(ids[at : at + 2 + at % 5] for at in range(NUM_OTHERS))]
-    role = HostRole("label 0")
-
-    @torch.inference_mode()
-    def rewards(texts: Sequence[Sequence[int]]) -> Tensor:
-        """Of the first text, [K]: its candidates are scored with those of the others."""
-        runner, slots = make_runner([role], RewardSpec((0,)), num_slots=len(texts)), list(range(len(texts)))
-        runner.advance(Step([Admission(slot, {role.name: text[:-1]}) for slot, text in enumerate(texts)]))
-        runner.advance(Step((), slots, [text[-1] for text in texts]))
-        return runner.rewards_at(slots, torch.tensor([ids[-NUM_CANDIDATES:]] * len(texts)))[0, 0]
-
+    roles = [HostRole(str(name), name) for name in loaded.heads]
+    scorer = HeadScorer([RoleHead(head, 0) for head in loaded.heads.values()])
+    make_runner = partial(
+        BranchRunner,
+        loaded.found.backbone,
+        scorer,
+        roles,
+        layers=layers,
+        adapters=loaded.adapters,
+        needs_whole_vectors=needs_whole_vectors,
+    )
     try:
-        alone, *beside = [rewards(texts) for texts in (probes[:1], probes[:3], probes)]
+        is_own = bits_are_a_rows_own(make_runner, roles, loaded.ids)
     except Exception as error:
-        raise _refused(spec, model, reason_of(error)) from error
-    if not all(torch.equal(each, alone) for each in beside):
-        raise _refused(spec, model, why_not_strict())
+        raise _refused(spec, loaded.model, reason_of(error)) from error
+    if not is_own:
+        raise _refused(spec, loaded.model, why_not_strict())
 
 
 def _refused(spec: HostSpec, model: Any, reason: str) -> ConfigurationError:

@@ -9,17 +9,25 @@ from pipeline.garbage import collection_paused
 from pipeline.protocol.hosts import Proposes, Samples, Scores
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.worker.captured_sampling import CapturedSampling
-from pipeline.worker.hosts import LanguageModelHost, RewardModelHost
+from pipeline.worker.hosts import LanguageModelHost, RewardModelHost, TextModelHost
 from pipeline.worker.loading import LoadedModel, load_language_model
 from pipeline.worker.reward_loading import load_reward_model
 from pipeline.worker.sampling_host import CapturingHost, SamplingHost
+from pipeline.worker.text_loading import load_text_model
 
 
 @collection_paused()
 def start_scoring(spec: HostSpec) -> Scores:
-    """A host beside the base's: a language model or a reward model. Raises ConfigurationError."""
+    """A host beside the base's: a language model, also one with other tokens, or a reward model.
+
+    Raises:
+        ConfigurationError: the model cannot be served.
+    """
     if spec.reward is not None:
         return RewardModelHost(load_reward_model(spec, spec.reward))
+    if spec.text is not None:
+        assert spec.text.retokeniser is not None
+        return TextModelHost(load_text_model(spec, spec.text.retokeniser))
     return LanguageModelHost(_load(spec).runner)
 
 

@@ -7,7 +7,6 @@ does not begin, and the message names the first of them.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -27,7 +26,7 @@ from transformers import (
 from pipeline.errors import ConfigurationError
 from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
-from pipeline.hub.weight_files import LocalTree, find_model_files
+from pipeline.hub.weight_files import LocalTree, find_model_files, shapes_in
 from pipeline.protocol.specs import HostSpec
 
 # what wrappers put before or into the names of a model's weights, where the wrapped model is saved
@@ -79,7 +78,7 @@ def load_whole(spec: HostSpec, loader: Any, folder: Path, *, dtype: torch.dtype)
     model, report = read_with_report(
         spec.title, loader, folder, dtype=dtype, trust_remote_code=spec.source.trust_remote_code
     )
-    return model, _describe_faults(report, is_composite=_is_composite(model.config))
+    return model, describe_faults(report, is_composite=is_composite(model.config))
 
 
 def read_with_report(
@@ -114,13 +113,6 @@ def read_with_report(
     except UNREADABLE as error:
         raise ConfigurationError(f"{title}: {reason_of(error)}") from error
     return model, report
-
-
-def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a safetensors file, by name."""
-    with file.open("rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _weight_names(folder: Path) -> list[str]:
@@ -162,12 +154,12 @@ def _without(patterns: Iterable[str], name: str) -> str:
     return name
 
 
-def _is_composite(config: Any) -> bool:
+def is_composite(config: Any) -> bool:
     """Whether a configuration has parts beside its text: their weights are not read."""
     return any(name.endswith("_config") and name != "text_config" for name in getattr(config, "sub_configs", {}))
 
 
-def _describe_faults(report: Mapping[str, Any], *, is_composite: bool) -> str | None:
+def describe_faults(report: Mapping[str, Any], *, is_composite: bool) -> str | None:
     """What transformers' loading report says that must not be."""
     faults = []
     if missing := sorted(report["missing_keys"] - {name for name, *_ in report["mismatched_keys"]}):

@@ -12,9 +12,9 @@ from pipeline.protocol.hosts import Hosts
 from pipeline.runtime.assembly import Assembly, assemble
 from pipeline.runtime.engines import make_engine
 from pipeline.runtime.local_hosts import LocalHost, LocalProposingHost
+from pipeline.worker.branch_runner import BranchRunner
 from pipeline.worker.hosts import RewardModelHost
 from pipeline.worker.reward_loading import load_reward_model
-from pipeline.worker.reward_model_runner import RewardModelRunner
 from pipeline.worker.start import start_proposing
 from support.decoding import NOWHERE
 
@@ -33,7 +33,7 @@ class RewardReplica:
     assembly: Assembly
     engine: Engine
     host: RewardModelHost
-    runner: RewardModelRunner
+    runner: BranchRunner
 
     @classmethod
     def start(cls, config: Config) -> RewardReplica:

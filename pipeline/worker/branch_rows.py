@@ -1,14 +1,14 @@
-"""A row as a reward model reads it: a prompt and the base's answer so far, with candidates as branches after it.
+"""A row as a model reads it that scores branches: a prompt and the base's answer so far, candidates after it.
 
-N candidates, T tokens of a reading, L labels.
+T tokens of a reading, H the width of the hidden states, N texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from pipeline.attention.branches import Branch, Reading, RowCache
@@ -16,50 +16,59 @@ from pipeline.attention.prefixes import Prompt
 
 
 @dataclass(slots=True)
-class RewardRow:
+class BranchRow:
     """A row of one role.
 
     Args:
         prompt: what it begins with. Tokens that the row kept when it was admitted again may be at its end.
         answer: the base's tokens after the prompt.
-        label: the index of the model's output that counts.
+        role: the index of its role.
+        adapter: the number of its role's adapter; 0 is none.
         cache: keys and values of what was read.
-        score: of the newest token in the cache.
+        known: what its scorer remembers of the cached tokens.
         scored: the last candidates and what each adds to the score, so that a repeated call returns the same.
     """
 
     prompt: Prompt
     answer: list[int]
-    label: int
+    role: int
+    adapter: int = 0
     cache: RowCache = field(default_factory=RowCache)
-    score: Tensor | None = None
+    known: Any = None
     scored: tuple[list[int], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class ScoringRequest:
-    """Candidates of a row that are to be scored.
+class Text:
+    """A prompt and an answer as a model reads them.
 
     Args:
-        row: the row.
-        ids: the candidates.
-        reading: of the prefix's new tokens and the candidates.
-        places: of each candidate's last token in the reading; None where that is the prefix's last token.
+        tokens: of both, in the model's own vocabulary; the end of a finished answer is the last one.
+        is_ended: whether the answer is finished.
+        pending: bytes of a character that is not complete yet, which no token stands for.
     """
 
-    row: RewardRow
-    ids: list[int]
-    reading: Reading
-    places: Sequence[int | None]
+    tokens: list[int]
+    is_ended: bool = False
+    pending: bytes = b""
 
-    def finish(self, scores_TL: Tensor) -> None:
-        """Store the prefix's score and what each candidate adds to it, from the scores of the reading's tokens."""
-        row, scores_T = self.row, scores_TL[:, self.row.label]
-        if self.reading.trunk:
-            row.score = scores_T[len(self.reading.trunk) - 1]
-        assert row.score is not None
-        after = [row.score if place is None else scores_T[place] for place in self.places]
-        row.scored = (self.ids, torch.stack(after) - row.score if after else scores_T[:0])
+
+class ScoringRequest(Protocol):
+    """Texts of a row that are to be scored: what is read for them, and their scores from its hidden states."""
+
+    @property
+    def reading(self) -> Reading:
+        """The tokens that a pass reads for them."""
+
+    def finish(self, states_TH: Tensor) -> Tensor:
+        """The score [N] of each text, from the hidden state of each token of the reading."""
+
+
+class Scorer(Protocol):
+    """Makes scores of texts out of hidden states."""
+
+    def request(self, row: BranchRow, prefix: Text, texts: Sequence[Text]) -> ScoringRequest:
+        """What has to be read so that texts can be scored; the row keeps the tokens of `prefix`."""
 
 
 def lay_out(

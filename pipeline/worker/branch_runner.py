@@ -1,14 +1,14 @@
-"""Runs one sequence reward model, which scores the base's candidates for the next token.
+"""Runs one model that scores the base's candidates for the next token as branches of each row's cached prefix.
 
 It keeps the keys and values of every row's prefix. Candidates are branches of it: they are read with the newest
-tokens in one pass, and each is scored at its own last token. A score is the model's output for a role's label.
+tokens in one pass. A scorer says what their scores are: the output of a head, or the log-probability of a text.
 
 A step is one pass, and more where prompts of new rows are read: all of a prompt but its last token, in parts of
 limited length. What another row has cached of a prompt is copied. Every row attends to its own keys alone, so that on
 a CPU its bits do not depend on the batch composition as long as a pass has a few tokens. On a GPU matrix kernels
 depend on the number of tokens, so strict passes all have the same number.
 
-B rows of a call, R roles of the host, N candidates, T tokens, L labels.
+B rows of a call, R roles of the host, N candidates, T tokens, H the width of the hidden states.
 """
 
 from __future__ import annotations
@@ -25,26 +25,30 @@ from pipeline.attention.branches import Reading, RowCache, reading
 from pipeline.attention.capacity import capacity_for
 from pipeline.attention.prefixes import Key, Prefixes, Prompt
 from pipeline.attention.visibility import LayerFacts
+from pipeline.hub.retokeniser import Retokeniser
 from pipeline.protocol.messages import CHUNK, Admission, MemoryBudget, Step
-from pipeline.protocol.specs import RewardSpec
 from pipeline.protocol.topology import HostRole
+from pipeline.worker.adapters import TokenAdapters
+from pipeline.worker.branch_rows import BranchRow, Scorer, ScoringRequest, Text
 from pipeline.worker.captured_passes import MIN_ROWS
 from pipeline.worker.memory import budget_of
-from pipeline.worker.reward_rows import RewardRow, ScoringRequest, lay_out
 from pipeline.worker.whole_vectors import WholeVectors
 
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
 PADDING = 64  # tokens of one padding row
+AdaptedReading = tuple[Reading, int]  # with the number of its adapter
 
 
-class RewardModelRunner:
-    """Runs one sequence classifier for `num_slots` rows and several roles.
+class BranchRunner:
+    """Runs one model for `num_slots` rows and several roles.
 
     Args:
-        backbone: the classifier without its head, in eval mode, with the attention of branches.
-        head: from hidden states to scores, in float32.
+        backbone: the model without its head, in eval mode, with the attention of branches.
+        scorer: makes scores out of its hidden states.
         roles: what it serves.
-        spec: each role's label, and how to read the base's tokens where the vocabularies differ.
+        retokeniser: reads the base's tokens where the model's own differ; None: they are the same.
+        stop_ids: the base's tokens that end an answer.
+        adapters: of the model, where a role has one.
         num_slots: rows at once.
         context_length: longest sequence that the model reads; what is longer is scored NaN.
         strict: pad passes, so that no row's bits depend on the batch composition.
@@ -56,11 +60,13 @@ class RewardModelRunner:
     def __init__(
         self,
         backbone: Any,
-        head: Any,
+        scorer: Scorer,
         roles: Sequence[HostRole],
-        spec: RewardSpec,
         *,
         num_slots: int,
+        retokeniser: Retokeniser | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        adapters: TokenAdapters | None = None,
         context_length: int | None = None,
         strict: bool = True,
         bytes_per_token: int = 0,
@@ -70,9 +76,11 @@ class RewardModelRunner:
         self._layers = layers
         self._needs_whole_vectors = needs_whole_vectors
         self._backbone = backbone
-        self._head = head
+        self._scorer = scorer
         self._roles = tuple(roles)
-        self._spec = spec
+        self._retokeniser = retokeniser
+        self._stop_ids = stop_ids
+        self._adapters = adapters
         self._context_length = context_length
         self._strict = strict
         self._bytes_per_token = bytes_per_token
@@ -101,7 +109,7 @@ class RewardModelRunner:
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
-        self._rows: list[list[RewardRow]] = [[] for _ in range(num_slots)]
+        self._rows: list[list[BranchRow]] = [[] for _ in range(num_slots)]
         self._prefixes: Prefixes[RowCache] = Prefixes()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -126,13 +134,18 @@ class RewardModelRunner:
                 row.answer.append(token)
                 row.scored = None
 
-    @torch.inference_mode()
     def rewards_at(self, slots: Sequence[int], ids_BN: Tensor) -> Tensor:
         """What each candidate adds to its row's score: score(prefix + a) - score(prefix), [B, R, N]."""
-        wanted = [(row, ids) for slot, ids in zip(slots, ids_BN.tolist(), strict=True) for row in self._rows[slot]]
+        return torch.stack(self.gains(slots, ids_BN.tolist()))
+
+    @torch.inference_mode()
+    def gains(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The same, [R, N] for each row, which may have any number of candidates."""
+        wanted = [(row, list(each)) for slot, each in zip(slots, ids, strict=True) for row in self._rows[slot]]
         self._score_candidates([(row, ids) for row, ids in wanted if row.scored is None or row.scored[0] != ids])
         added = [row.scored[1] for row, _ in wanted if row.scored is not None]
-        return torch.stack(added).view(len(slots), len(self._roles), -1)
+        count = len(self._roles)
+        return [torch.stack(added[at : at + count]) for at in range(0, len(added), count)]
 
     @torch.inference_mode()
     def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
@@ -142,14 +155,16 @@ class RewardModelRunner:
         """
         answers = [answer[:count] for count in range(len(answer) + 1)]
         rewards = []
-        for role, label in zip(self._roles, self._spec.labels, strict=True):
-            sequences = self._sequences(prompts[role.name], answers)
-            if not self._fits(sequences):
+        for at, role in enumerate(self._roles):
+            prompt = Prompt.of(role.adapter, prompts[role.name], 0)
+            row = BranchRow(prompt, [], at, self._number(role))
+            texts = self._texts(row, answers)
+            if not self._fits(texts):
                 rewards.append(torch.full((len(answer),), torch.nan, device=self._device))
                 continue
-            whole, places = lay_out(RowCache(), sequences[-1], sequences)
-            [scores_TL] = self._read([whole])
-            rewards.append(scores_TL[:, label][torch.tensor(places, device=self._device)].diff())
+            request = self._scorer.request(row, texts[-1], texts)
+            [states_TH] = self.read([(request.reading, row.adapter)])
+            rewards.append(request.finish(states_TH).diff())
         return torch.stack(rewards)
 
     def _replace(self, admissions: Sequence[Admission]) -> list[RowCache]:
@@ -164,34 +179,37 @@ class RewardModelRunner:
                 self._prefixes.drop(cache)
         return [cache for cache in gone if cache in wanted]
 
-    def _begin(self, admission: Admission) -> list[RewardRow]:
+    def _begin(self, admission: Admission) -> list[BranchRow]:
         """A row for each role, which has read nothing yet.
 
         Tokens that the row kept are read with its prompt, unless the model has a vocabulary of its own.
         """
-        is_own = self._spec.retokeniser is None
+        is_own = self._retokeniser is None
         kept = list(admission.answer)
         return [
-            RewardRow(
+            BranchRow(
                 Prompt.of(
-                    None,
+                    role.adapter,
                     [*admission.prompts[role.name], *(kept if is_own else [])],
                     admission.shared_prefixes.get(role.name, 0),
                     weights=admission.weights if role.takes_weights else (),
                 ),
                 [] if is_own else list(kept),
-                label,
+                at,
+                self._number(role),
             )
-            for role, label in zip(self._roles, self._spec.labels, strict=True)
+            for at, role in enumerate(self._roles)
         ]
 
-    def _fill(self, parts: Sequence[tuple[RewardRow, int]]) -> list[tuple[RewardRow, int]]:
+    def _fill(self, parts: Sequence[tuple[BranchRow, int]]) -> list[tuple[BranchRow, int]]:
         """Read prompts up to a number of tokens; returns the rows that wait for a prefix that another row reads."""
         begun: set[Key] = set()
         later, filled, readings = [], [], []
         for row, limit in parts:
             stop = min(limit, len(row.prompt.tokens) - 1)
-            piece = Prompt.of(None, row.prompt.tokens[: stop + 1], row.prompt.shared, weights=row.prompt.weights)
+            piece = Prompt.of(
+                row.prompt.adapter, row.prompt.tokens[: stop + 1], row.prompt.shared, weights=row.prompt.weights
+            )
             found = [self._prefixes.find(prompt, preferred=row.cache) for prompt in (row.prompt, piece)]
             source, held = max(found, key=itemgetter(1))
             start = max(held, len(row.cache.tokens))
@@ -203,7 +221,8 @@ class RewardModelRunner:
             if start < stop:
                 begun.update(piece.keys)
                 readings += [
-                    Reading(row.cache, first, piece.tokens[first:last]) for first, last in piece.segments(start, stop)
+                    (Reading(row.cache, first, piece.tokens[first:last]), row.adapter)
+                    for first, last in piece.segments(start, stop)
                 ]
             filled.append((row.cache, piece))
         self._read_all(readings)
@@ -211,31 +230,32 @@ class RewardModelRunner:
             self._prefixes.put(cache, piece)
         return later
 
-    def _score_candidates(self, wanted: Sequence[tuple[RewardRow, list[int]]]) -> None:
+    def _score_candidates(self, wanted: Sequence[tuple[BranchRow, list[int]]]) -> None:
         """Compute what each candidate adds to the score of its row, for all rows in as few passes as possible."""
-        requests = []
+        requests: list[tuple[BranchRow, list[int], ScoringRequest]] = []
         for row, ids in wanted:
-            answers = [row.answer, *([*row.answer, token] for token in ids)]
-            prefix, *continuations = self._sequences(row.prompt.tokens, answers)
-            if self._fits([prefix, *continuations]):
-                requests.append(ScoringRequest(row, ids, *lay_out(row.cache, prefix, continuations)))
+            texts = self._texts(row, [row.answer, *([*row.answer, token] for token in ids)])
+            if self._fits(texts):
+                requests.append((row, ids, self._scorer.request(row, texts[0], texts)))
             else:
                 row.scored = (ids, torch.full((len(ids),), torch.nan, device=self._device))
-        for request, scores_TL in zip(requests, self._read_all([each.reading for each in requests]), strict=True):
-            request.finish(scores_TL)
+        states = self._read_all([(request.reading, row.adapter) for row, _, request in requests])
+        for (row, ids, request), states_TH in zip(requests, states, strict=True):
+            scores_N = request.finish(states_TH)
+            row.scored = (ids, (scores_N[1:] - scores_N[0]).float())
 
-    def _read_all(self, readings: Sequence[Reading]) -> list[Tensor]:
-        """Scores [T, L] of every token of each reading. A row may have two readings, in order."""
-        return [scores_TL for part in self._passes(readings) for scores_TL in self._read(part)]
+    def _read_all(self, readings: Sequence[AdaptedReading]) -> list[Tensor]:
+        """Hidden states [T, H] of every token of each reading. A row may have two readings, in order."""
+        return [states_TH for part in self._passes(readings) for states_TH in self.read(part)]
 
-    def _passes(self, readings: Sequence[Reading]) -> list[list[Reading]]:
+    def _passes(self, readings: Sequence[AdaptedReading]) -> list[list[AdaptedReading]]:
         """The readings of each pass: all in one, or as many as fit into passes of one shape."""
         if not self._has_one_shape:
             return [[*readings]] if readings else []
-        parts: list[list[Reading]] = []
+        parts: list[list[AdaptedReading]] = []
         left = 0  # tokens that still fit into the newest pass
         for each in readings:
-            count = len(each.tokens)
+            count = len(each[0].tokens)
             if not parts or count > left:
                 parts.append([])
                 left = -(-count // PASS_TOKENS) * PASS_TOKENS
@@ -248,22 +268,24 @@ class RewardModelRunner:
     def _has_one_shape(self) -> bool:
         return self._strict and self._device.type != "cpu"
 
-    def _read(self, readings: Sequence[Reading]) -> Sequence[Tensor]:
-        """Scores [T, L] of every token of each reading, in one forward pass."""
-        counts = [len(each.tokens) for each in readings]
+    def read(self, adapted: Sequence[AdaptedReading]) -> list[Tensor]:
+        """Hidden states [T, H] of every token of each reading, in one forward pass, in float32."""
+        counts = [len(each.tokens) for each, _ in adapted]
         if not sum(counts):
-            return [torch.zeros(0, max(self._spec.labels) + 1, device=self._device) for _ in readings]
+            return [torch.zeros(0, 0, device=self._device) for _ in adapted]
         self.num_forwards += 1
         self.num_tokens += sum(counts)
+        readings = [each for each, _ in adapted]
         padded = [*readings, *self._padding(sum(counts))]
         ids = torch.tensor([[token for each in padded for token in each.tokens]], device=self._device)
         positions = torch.tensor([[at for each in padded for at in each.positions]], device=self._device)
-        with WholeVectors() if self._needs_whole_vectors else nullcontext():
-            with reading(padded, self._layers):
-                output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
-            states = torch.split(output.last_hidden_state[0, : sum(counts)].float(), counts)
-            # one row at a time: the head has few columns, and the bits of such a product depend on the number of rows
-            return [self._head(states_TH) for states_TH in states]
+        if self._adapters is not None:
+            numbers = [number for each, number in adapted for _ in each.tokens]
+            numbers += [0] * (ids.shape[1] - len(numbers))
+            self._adapters.of_tokens = torch.tensor(numbers, device=self._device)
+        with WholeVectors() if self._needs_whole_vectors else nullcontext(), reading(padded, self._layers):
+            output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
+        return list(torch.split(output.last_hidden_state[0, : sum(counts)].float(), counts))
 
     def _padding(self, num_tokens: int) -> list[Reading]:
         """Padding rows that bring a strict pass of `num_tokens` tokens to its size."""
@@ -275,11 +297,19 @@ class RewardModelRunner:
         longest = min(PADDING, self._context_length or PADDING)
         return [Reading(RowCache(), 0, [0] * min(longest, missing - at)) for at in range(0, missing, longest)]
 
-    def _sequences(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[list[int]]:
-        """What the model reads for each answer, in its own tokens."""
-        if self._spec.retokeniser is not None:
-            answers = self._spec.retokeniser.encode(answers)
-        return [[*prompt, *answer] for answer in answers]
+    def _texts(self, row: BranchRow, answers: Sequence[Sequence[int]]) -> list[Text]:
+        """What the model reads for each answer of the base, in its own tokens."""
+        prompt = row.prompt.tokens
+        if self._retokeniser is None:
+            return [
+                Text([*prompt, *answer], is_ended=bool(answer) and answer[-1] in self._stop_ids) for answer in answers
+            ]
+        read = self._retokeniser.read(answers)
+        return [Text([*prompt, *each.ids], is_ended=each.is_ended, pending=each.pending) for each in read]
 
-    def _fits(self, sequences: Sequence[Sequence[int]]) -> bool:
-        return self._context_length is None or max(map(len, sequences)) <= self._context_length
+    def _number(self, role: HostRole) -> int:
+        """The number of a role's adapter; 0 is none."""
+        return 0 if self._adapters is None else self._adapters.number(role.adapter)
+
+    def _fits(self, texts: Sequence[Text]) -> bool:
+        return self._context_length is None or max(len(each.tokens) for each in texts) <= self._context_length
