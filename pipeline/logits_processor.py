@@ -34,6 +34,7 @@ from pipeline.runtime.topology import build_topology
 from pipeline.sampling.games import as_game, solve, token_rewards
 from pipeline.sampling.proposals import propose_from
 from pipeline.worker.padded_passes import pad_left, role_passes
+from pipeline.worker.token_holes import without_holes
 
 Conversation = str | Sequence[Message]
 
@@ -104,8 +105,9 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self._pad_id = tokenizer.pad_token_id or 0
         self._device = next(model.parameters()).device
         sizes = [text_config(each.config).vocab_size for each in models.values()]
-        self._vocab_size = min([len(tokenizer), *sizes])
         facts = facts_of_tokenizer(tokenizer)
+        self._vocab_size = min([max(facts.token_by_id) + 1, *sizes])
+        self._holes = [each for each in range(self._vocab_size) if each not in facts.token_by_id]
         special = frozenset(facts.special_tokens)
         self._prompter = ChatPrompter(
             self._topology,
@@ -119,7 +121,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             self._vocab_size,
         )
         self._passes = [
-            role_passes(models[plan.name], names, vocab_size=self._vocab_size, pad_id=self._pad_id)
+            role_passes(models[plan.name], names, vocab_size=self._vocab_size, pad_id=self._pad_id, holes=self._holes)
             for plan in self._topology.hosts
             if (names := [role.name for role in plan.roles if role.name != BASE])
         ]
@@ -204,7 +206,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         """Solve every row's game over the base's candidates."""
         options = self._options
         count = min(options.num_candidates or self._vocab_size, self._vocab_size)
-        logits_B1V = scores[:, None, : self._vocab_size].float()
+        logits_B1V = without_holes(scores[:, None, : self._vocab_size].float(), self._holes)
         proposal = propose_from(logits_B1V, self._vocab_size, num_candidates=count, min_p=options.min_p)
         own_BK = proposal.role_logprobs_BRK[:, 0]
         ids_BK = proposal.ids_BK

@@ -385,7 +385,7 @@ def test_our_own_output_is_read_back_with_its_answers(tmp_path: Path) -> None:
     for fields in ({}, {"prompt": "prompt", "response": "response"}, {"prompt": "prompt", "response": "completion"}):
         pq.write_table(pa.Table.from_pylist([record]), tmp_path / "part-0.parquet")
         (row,) = open_input(InputConfig(path=str(tmp_path / "part-0.parquet"), id="row_id", **fields))
-        assert row == Row("a", (USER,), response="Hello.")
+        assert row == Row("a", (USER,), response="Hello.", file="part-0.parquet", number=0)
 
 
 def test_an_answer_goes_on_from_its_given_beginning(tiny: Any) -> None:

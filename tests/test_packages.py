@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.commands import cage
+from support.decoding import NOWHERE, config_of
 from support.language_models import spec_of
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from pipeline.errors import ConfigurationError
-from pipeline.hub.packages import ATTENTION, NOT_READ, QUANTISATION, check_packages
+from pipeline.hub import packages
+from pipeline.hub.packages import ATTENTION, NOT_READ, QUANTISATION, WITHOUT_PACKAGES, Need, check_needs, find_needs
 from pipeline.hub.sources import resolve_model
+from pipeline.runtime.assembly import assemble
 from pipeline.worker.weights import load_causal_lm
 
 Tiny = Callable[..., Path]
@@ -30,6 +36,12 @@ def quantised(method: str) -> dict[str, Any]:
     if method.startswith("bitsandbytes"):
         config[f"load_in_{method[-4:]}"] = True
     return {**config, "bits": 4} if method == "gptq" else config
+
+
+def check_packages(
+    config: Mapping[str, Any], name: str, *, is_installed: Callable[[str], bool] = packages.is_installed
+) -> None:
+    check_needs(find_needs(config, name), name, is_installed=is_installed)
 
 
 def refusal(config: Mapping[str, Any], *, has: Callable[[str], bool] = lambda module: False) -> str:
@@ -57,8 +69,8 @@ def test_a_quantised_model_names_what_to_install(method: str) -> None:
     config = quantised(method)
     name = config["quant_method"]
     for place in ({"quantization_config": config}, {"text_config": {"quantization_config": config}}):
-        if packages := QUANTISATION.get(name):
-            expected = f"a/model has weights quantised with {name}: pip install {' '.join(packages.values())}"
+        if installed := QUANTISATION.get(name):
+            expected = f"a/model has weights quantised with {name}: pip install {' '.join(installed.values())}"
             assert refusal(place) == expected
         if name not in NOT_READ:
             check_packages(place, "a/model", is_installed=lambda module: True)
@@ -103,8 +115,50 @@ def test_an_attention_that_is_not_installed_is_refused_with_both_ways_out(attent
 
 def test_an_attention_of_a_kernel_repository_needs_kernels_and_torchs_own_need_nothing() -> None:
     assert "pip install kernels" in refusal({"attn_implementation": "kernels-community/flash-attn3"})
-    for attention in ("eager", "sdpa", "flex_attention", None):
+    for attention in (*WITHOUT_PACKAGES, "paged|sdpa", None, 7, {"": "eager", "text_config": "sdpa"}):
         check_packages({"attn_implementation": attention}, "a/model", is_installed=lambda module: False)
+
+
+def test_every_attention_of_transformers_is_known() -> None:
+    known = {name.removeprefix("paged|") for name in ALL_ATTENTION_FUNCTIONS}
+    assert known - {"slots"} <= {*WITHOUT_PACKAGES, *ATTENTION}
+
+
+@pytest.mark.parametrize(
+    "attention", ["xformers", "flash_attn", "", "SDPA", "triton\nx", {"text_config": "xformers"}]
+)
+def test_an_attention_that_transformers_does_not_know_is_refused_with_those_that_it_knows(attention: Any) -> None:
+    message = refusal({"attn_implementation": attention}, has=lambda module: True)
+    assert (
+        "which transformers does not know: delete that key from config.json, or name one of eager, sdpa," in message
+    )
+
+
+GONE = Need("has weights quantised with gptq", {"a_module_that_is_nowhere": "gptqmodel"})
+
+
+def test_a_host_says_it_as_well_where_only_its_machine_lacks_the_package(tiny: Tiny) -> None:
+    spec = spec_of(tiny())
+    spec = replace(spec, source=replace(spec.source, needs=(GONE,)))
+    line = f"{tiny()} has weights quantised with gptq: pip install gptqmodel on machine {platform.node()}"
+    with pytest.raises(ConfigurationError) as caught:
+        load_causal_lm(spec, dtype=torch.float32)
+    assert str(caught.value) == line
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_over_ray_a_host_s_line_reaches_the_driver_as_it_is(tiny: Tiny) -> None:
+    from pipeline.cluster.host_actors import one_replica
+
+    assembly = assemble(config_of(tiny()), NOWHERE)
+    (spec,) = assembly.hosts
+    lacking = replace(spec, source=replace(spec.source, needs=(GONE,)))
+    line = f"{tiny()} has weights quantised with gptq: pip install gptqmodel on machine {platform.node()}"
+    with pytest.raises(ConfigurationError) as caught, one_replica(replace(assembly, hosts=(lacking,))):
+        pass
+    assert str(caught.value) == line  # an error of the configuration ends the command with 2
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("transport", ["local", "ray"])

@@ -6,11 +6,13 @@ Here that is known from config.json, without importing transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 from pipeline.errors import ConfigurationError
+from pipeline.quoting import quote
 
 # what transformers' quantizers import, by quant_method: modules, and what is installed for them
 ACCELERATE = {"accelerate": "accelerate"}
@@ -45,7 +47,8 @@ NOT_READ = {
     "gguf": "GGUF files are not read; name the model that they were made from",
     "nvfp4": "transformers does not load such checkpoints; name the model that it was made from",
 }
-# by attn_implementation; what is not here needs no package
+# by attn_implementation
+WITHOUT_PACKAGES = ("eager", "sdpa", "flex_attention")
 ATTENTION: Mapping[str, Mapping[str, str]] = {
     "flash_attention_2": {"flash_attn": "flash-attn"},
     "flash_attention_3": {"flash_attn_interface": "flash-attn-3"},
@@ -61,41 +64,81 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def check_packages(
-    config: Mapping[str, Any], name: str, *, is_installed: Callable[[str], bool] = is_installed
-) -> None:
-    """Check that what a model's config.json asks for is installed.
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a model asks for.
+
+    Args:
+        asked: in words that go on from the model's name.
+        packages: what is installed for it, by the module that is then there.
+        or_else: what helps instead, in words; empty where nothing does.
+    """
+
+    asked: str
+    packages: Mapping[str, str] = field(hash=False)
+    or_else: str = ""
+
+
+def find_needs(config: Mapping[str, Any], name: str) -> tuple[Need, ...]:
+    """What a model asks for in its config.json beyond transformers and torch.
 
     Args:
         config: of config.json.
         name: of the model, for messages.
+
+    Raises:
+        ConfigurationError: something that no package gives.
+    """
+    found = [need for part in _parts(config) for need in (*_of_quantisation(part, name), *_of_attention(part, name))]
+    return tuple(need for need in found if need.packages)
+
+
+def check_needs(
+    needs: Iterable[Need],
+    name: str,
+    *,
+    machine: str | None = None,
+    is_installed: Callable[[str], bool] = is_installed,
+) -> None:
+    """Check that what a model asks for is installed for this process.
+
+    Args:
+        needs: as `find_needs` gives them.
+        name: of the model, for messages.
+        machine: where this is, for messages; None where that is plain.
         is_installed: whether a module can be imported.
 
     Raises:
         ConfigurationError: something is not, and what to install.
     """
-    for part in _parts(config):
-        for asked, packages, or_else in (*_of_quantisation(part, name), *_of_attention(part)):
-            if missing := [package for module, package in packages.items() if not is_installed(module)]:
-                raise ConfigurationError(f"{name} {asked}: pip install {' '.join(missing)}{or_else}")
+    for need in needs:
+        if missing := [package for module, package in need.packages.items() if not is_installed(module)]:
+            where = "" if machine is None else f" on machine {machine}"
+            raise ConfigurationError(f"{name} {need.asked}: pip install {' '.join(missing)}{where}{need.or_else}")
 
 
-def _of_quantisation(config: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, str], str]]:
-    """What is asked for, its packages, and what else helps. Raises ConfigurationError where nothing does."""
+def _of_quantisation(config: Mapping[str, Any], name: str) -> Iterator[Need]:
+    """What is asked for. Raises ConfigurationError where nothing gives it."""
     quantisation = config.get("quantization_config")
     if isinstance(quantisation, Mapping):
         method = _method(quantisation)
         if method not in QUANTISATION:
             reason = NOT_READ.get(method, f"that is not one of {', '.join(QUANTISATION)}")
             raise ConfigurationError(f"{name} has weights quantised with {method}: {reason}")
-        yield f"has weights quantised with {method}", QUANTISATION[method], ""
+        yield Need(f"has weights quantised with {method}", QUANTISATION[method])
 
 
-def _of_attention(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, str], str]]:
+def _of_attention(config: Mapping[str, Any], name: str) -> Iterator[Need]:
     for attention in _attentions(config):
+        asked = f"asks for attn_implementation {quote(attention)[1:-1]} in its config.json"
+        if "/" not in attention and attention not in (*ATTENTION, *WITHOUT_PACKAGES):
+            known = ", ".join((*WITHOUT_PACKAGES, *ATTENTION))
+            raise ConfigurationError(
+                f"{name} {asked}, which transformers does not know: delete that key from config.json, or name one of "
+                f"{known}"
+            )
         packages = KERNELS if "/" in attention else ATTENTION.get(attention, {})
-        asked = f"asks for attn_implementation {attention} in its config.json"
-        yield asked, packages, ", or delete that key from config.json"
+        yield Need(asked, packages, ", or delete that key from config.json")
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

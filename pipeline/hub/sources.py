@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.errors import ConfigurationError
 from pipeline.hub import embedded
 from pipeline.hub.huggingface import fetch_hub_adapter, fetch_hub_model, resolve_on_hub
-from pipeline.hub.packages import check_packages
+from pipeline.hub.packages import Need, check_needs, find_needs
 from pipeline.hub.remote import fetch, list_remote
 from pipeline.hub.weight_files import (
     ADAPTER_CONFIG,
@@ -63,6 +63,8 @@ class ModelSource:
         revision: the commit on the hub; None elsewhere.
         identity: fingerprint of the content.
         num_parameters_by_dtype: as stored, by safetensors' dtype names.
+        trust_remote_code: whether code of the model's own is run.
+        needs: packages that it asks for, wherever it is loaded.
     """
 
     name: str
@@ -72,6 +74,7 @@ class ModelSource:
     identity: str
     num_parameters_by_dtype: Mapping[str, int] = field(hash=False)
     trust_remote_code: bool = False
+    needs: tuple[Need, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,9 @@ def resolve_model(
     location = _locate(name, revision)
     if location is Location.HUB:
         folder, commit, counts = resolve_on_hub(name, revision, with_code=trust_remote_code)
-        check_packages(read_json(LocalTree(folder), CONFIG), name)
+        needs = _needs(folder, name)
         identity = f"hub:{name}@{commit}"
-        return ModelSource(name, location, str(folder), commit, identity, counts, trust_remote_code)
+        return ModelSource(name, location, str(folder), commit, identity, counts, trust_remote_code, needs)
     if location is Location.REMOTE:
         tree = list_remote(name)
         files = find_model_files(tree, with_code=trust_remote_code)
@@ -121,10 +124,17 @@ def resolve_model(
     else:
         folder = _folder_here(name, location, cache_folder, progress)
         inventory = _inventory_here(folder, adapter=False, with_code=trust_remote_code)
-    check_packages(read_json(LocalTree(folder), CONFIG), name)
+    needs = _needs(folder, name)
     identity = embedded.IDENTITY if location is Location.EMBEDDED else inventory.identity
     counts = inventory.num_parameters_by_dtype
-    return ModelSource(name, location, str(folder), None, identity, counts, trust_remote_code)
+    return ModelSource(name, location, str(folder), None, identity, counts, trust_remote_code, needs)
+
+
+def _needs(folder: Path, name: str) -> tuple[Need, ...]:
+    """What a model asks for. Raises ConfigurationError where that is not installed here, as hosts mostly are alike."""
+    needs = find_needs(read_json(LocalTree(folder), CONFIG), name)
+    check_needs(needs, name)
+    return needs
 
 
 def resolve_adapter(
@@ -175,8 +185,11 @@ def fetch_weights(source: Source, *, cache_folder: Path, progress: Progress = _s
     """The folder with all of the model on this machine, fetched where it is missing: what `from_pretrained` reads.
 
     Raises:
-        ConfigurationError: it cannot be had here, or is not the content that was resolved.
+        ConfigurationError: it cannot be had here, is not the content that was resolved, or needs a package that this
+            process does not have.
     """
+    if isinstance(source, ModelSource):
+        check_needs(source.needs, source.name, machine=platform.node())
     is_adapter = isinstance(source, AdapterSource)
     with_code = isinstance(source, ModelSource) and source.trust_remote_code
     if source.location is Location.HUB:  # a commit cannot change

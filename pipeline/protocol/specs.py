@@ -90,6 +90,7 @@ class HostSpec:
         roles: what it serves.
         num_slots: rows at once.
         vocab_size: token ids that all models of the run share.
+        holes: ids among these that no token has.
         strict: whether a row's bits must not depend on the batch composition.
         cache_folder: where weights are fetched to that are not on the machine.
         adapters: LoRA adapters by the names that roles use.
@@ -114,6 +115,7 @@ class HostSpec:
     text: TextSpec | None = None
     games: GameSpec | None = None
     attention: str = "auto"
+    holes: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:

@@ -156,11 +156,13 @@ def plan_replica(
     masked = _masked_tokens(topology, tokenizers, stop_ids)
     vocab_size = min(
         [
-            len(tokenizers[BASE].token_by_id),
+            max(tokenizers[BASE].token_by_id, default=-1) + 1,
             *(facts[name].vocab_size for name in facts if name not in read_text),
             *(token_id for tokens in masked.values() for token_id in tokens),
         ]
     )
+    _check_ends(end_id, stop_ids, vocab_size, {name: facts[name].vocab_size for name in facts}, tokenizers[BASE])
+    holes = tuple(each for each in range(vocab_size) if each not in tokenizers[BASE].token_by_id)
     variants = lay_out(config)
     expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.scores_branches}
 
@@ -189,6 +191,7 @@ def plan_replica(
             ),
             text=specify_text(plan, topology, config, tokenizers),
             games=_games(config, topology, variants),
+            holes=holes,
         )
 
     return ReplicaPlan(
@@ -227,6 +230,28 @@ def _expect(plan: HostPlan, source: ModelSource) -> Expected:
             "time"
         )
     return Expected(PLAIN) if plan.model.attention == "plain" else expected
+
+
+def _check_ends(
+    end_id: int | None,
+    stop_ids: frozenset[int],
+    vocab_size: int,
+    rows_by_host: Mapping[str, int],
+    tokenizer: TokenizerFacts,
+) -> None:
+    """Refuse models that could not end an answer: their embeddings lack the token for it."""
+    if end_id is not None and end_id >= vocab_size:
+        beyond = {end_id}
+    elif stop_ids and min(stop_ids) >= vocab_size:
+        beyond = set(stop_ids)
+    else:
+        return
+    shown = ", ".join(f"{tokenizer.token_by_id.get(each)!r} (id {each})" for each in sorted(beyond))
+    host = min(rows_by_host, key=lambda name: rows_by_host[name])
+    raise ConfigurationError(
+        f"the token that ends an answer, {shown}, is beyond the embedding of {host}, which has "
+        f"{rows_by_host[host]:,} rows: the tokenizer has tokens that the model was not resized for"
+    )
 
 
 def _reasoning(config: Config, template: str | None, tokenizer: TokenizerFacts) -> ReasoningFormat | None:

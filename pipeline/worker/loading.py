@@ -39,6 +39,7 @@ from pipeline.worker.probes import (
     probe_tokens,
     small_limits,
 )
+from pipeline.worker.token_holes import close_holes
 from pipeline.worker.weights import load_causal_lm
 from pipeline.worker.whole_vectors import watching
 
@@ -89,6 +90,7 @@ class _Loading:
         self._spec = spec
         model = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device))
         self._model = model.to(device).eval().requires_grad_(False)
+        close_holes(self._model, spec.holes)
         self._pad_id = self._model.config.pad_token_id
         self._can_forget_padding = _can_be_none(self._model.config, "pad_token_id")
         self._own_attention = self._model.config._attn_implementation

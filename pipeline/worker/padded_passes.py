@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.hub.families import SLOTS, family_named, why_not_in_slots
 from pipeline.worker.loading import as_mapping
 from pipeline.worker.plain_runner import PlainPasses
+from pipeline.worker.token_holes import without_holes
 
 
 class RolePasses(Protocol):
@@ -32,7 +33,9 @@ class RolePasses(Protocol):
         """Log-probabilities [B, K] in nats of these tokens as the next, by role name."""
 
 
-def role_passes(model: Any, roles: Sequence[str], *, vocab_size: int, pad_id: int) -> RolePasses:
+def role_passes(
+    model: Any, roles: Sequence[str], *, vocab_size: int, pad_id: int, holes: Sequence[int] = ()
+) -> RolePasses:
     """How to run roles of a model.
 
     Args:
@@ -40,12 +43,13 @@ def role_passes(model: Any, roles: Sequence[str], *, vocab_size: int, pad_id: in
         roles: names of the roles; the batch has all rows for each of them.
         vocab_size: logits beyond it are cut.
         pad_id: any token id; padding is masked.
+        holes: ids that no token has.
     """
     family = family_named(model.config.model_type)
     is_plain_attention = why_not_in_slots(as_mapping(model.config)) is None
     if family is not None and family.decoding == SLOTS and is_plain_attention:
-        return PaddedPasses(model, roles, vocab_size=vocab_size, pad_id=pad_id)
-    return LonePasses(model, roles, vocab_size=vocab_size)
+        return PaddedPasses(model, roles, vocab_size=vocab_size, pad_id=pad_id, holes=holes)
+    return LonePasses(model, roles, vocab_size=vocab_size, holes=holes)
 
 
 class LonePasses:
@@ -55,9 +59,11 @@ class LonePasses:
         model: a causal LM of transformers.
         roles: names of the roles.
         vocab_size: logits beyond it are cut.
+        holes: ids that no token has.
     """
 
-    def __init__(self, model: Any, roles: Sequence[str], *, vocab_size: int) -> None:
+    def __init__(self, model: Any, roles: Sequence[str], *, vocab_size: int, holes: Sequence[int] = ()) -> None:
+        self._holes = list(holes)
         self._passes = PlainPasses(model)
         self._roles = tuple(roles)
         self._vocab_size = vocab_size
@@ -77,7 +83,8 @@ class LonePasses:
 
     def logprobs_at(self, ids_BK: Tensor) -> dict[str, Tensor]:
         """Log-probabilities [B, K] in nats of these tokens as the next, by role name."""
-        return _at_candidates(self._logits[:, : self._vocab_size], self._roles, ids_BK.to(self._passes.device))
+        logits = without_holes(self._logits[:, : self._vocab_size], self._holes)
+        return _at_candidates(logits, self._roles, ids_BK.to(self._passes.device))
 
 
 class PaddedPasses:
@@ -88,9 +95,13 @@ class PaddedPasses:
         roles: names of the roles; the batch has all rows for each of them.
         vocab_size: logits beyond it are cut.
         pad_id: any token id; padding is masked.
+        holes: ids that no token has.
     """
 
-    def __init__(self, model: Any, roles: Sequence[str], *, vocab_size: int, pad_id: int) -> None:
+    def __init__(
+        self, model: Any, roles: Sequence[str], *, vocab_size: int, pad_id: int, holes: Sequence[int] = ()
+    ) -> None:
+        self._holes = list(holes)
         self._model = model
         self._roles = tuple(roles)
         self._vocab_size = vocab_size
@@ -124,7 +135,7 @@ class PaddedPasses:
             logits_to_keep=1,
         )
         self._cache = output.past_key_values
-        self._logits = output.logits[:, -1, : self._vocab_size].float()
+        self._logits = without_holes(output.logits[:, -1, : self._vocab_size].float(), self._holes)
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
