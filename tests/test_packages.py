@@ -120,8 +120,8 @@ def test_an_attention_of_a_kernel_repository_needs_kernels_and_torchs_own_need_n
 
 
 def test_every_attention_of_transformers_is_known() -> None:
-    known = {name.removeprefix("paged|") for name in ALL_ATTENTION_FUNCTIONS}
-    assert known - {"slots"} <= {*WITHOUT_PACKAGES, *ATTENTION}
+    known = {name.removeprefix("paged|") for name in ALL_ATTENTION_FUNCTIONS if not name.startswith("cage_")}
+    assert known <= {*WITHOUT_PACKAGES, *ATTENTION}
 
 
 @pytest.mark.parametrize(

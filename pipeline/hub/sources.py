@@ -131,7 +131,7 @@ def resolve_model(
 
 
 def _needs(folder: Path, name: str) -> tuple[Need, ...]:
-    """What a model asks for. Raises ConfigurationError where that is not installed here, as hosts mostly are alike."""
+    """What a model asks for. Raises ConfigurationError where it is not installed here: hosts mostly are alike."""
     needs = find_needs(read_json(LocalTree(folder), CONFIG), name)
     check_needs(needs, name)
     return needs
