@@ -14,14 +14,15 @@ from typing import Any, Literal, TypeVar, overload
 
 from pipeline.config.files import load_config, parse_config
 from pipeline.config.sections import Config
-from pipeline.engine.engine import Engine, decode_rows
+from pipeline.engine.decoding import DecodingEngine
+from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.inputs.rows import InputColumns, make_row
 from pipeline.protocol.hosts import Hosts
-from pipeline.records import Message, Record, Row, TokenTrace
+from pipeline.records import Message, Proposal, Record, Row, TokenTrace
 from pipeline.runtime.assembly import Assembly, assemble
-from pipeline.runtime.engines import make_engine
+from pipeline.runtime.engines import make_decoding_engine
 from pipeline.runtime.local_hosts import start_hosts
 
 Conversation = str | Sequence[Message]
@@ -46,6 +47,7 @@ class AlignedAnswer:
         kl_per_token: KL divergence to the base, in nats per token; None with trace "none".
         error: why there is no answer.
         tokens: with trace "tokens", every drawn token with its log-probabilities and payments.
+        proposals: with unit "block" or "answer", what each game was about and what was chosen.
     """
 
     text: str | None
@@ -57,6 +59,7 @@ class AlignedAnswer:
     error: str | None
     tokens: tuple[TokenTrace, ...]
     reasoning: str | None = None
+    proposals: tuple[Proposal, ...] = ()
 
     @classmethod
     def of(cls, record: Record) -> AlignedAnswer:
@@ -71,6 +74,7 @@ class AlignedAnswer:
             record.error,
             record.tokens,
             record.reasoning,
+            record.proposals,
         )
 
 
@@ -158,7 +162,7 @@ class Aligner:
             )
         self._progress = progress
         self._hosts: Hosts | None = None
-        self._engine: Engine | None = None
+        self._engine: DecodingEngine | None = None
         folder = default_cache_folder(os.environ) if cache_folder is None else Path(cache_folder)
         self._assembly: Assembly = assemble(config, folder, progress=self._report)
         self._hosts = start_hosts(self._assembly)
@@ -258,15 +262,15 @@ class Aligner:
         self.close()
 
     @contextmanager
-    def _engine_in_use(self) -> Iterator[Engine]:
+    def _engine_in_use(self) -> Iterator[DecodingEngine]:
         """The engine. A call that fails leaves rows in it, so the next call starts with a new engine."""
         if self._hosts is None:
             raise ConfigurationError("this aligner is closed")
         engine, self._engine = self._engine, None
         if engine is None:
-            engine = make_engine(self._assembly, self._hosts)
+            engine = make_decoding_engine(self._assembly, self._hosts)
             # the hosts may still hold rows of the engine that failed, or fewer slots, if it had halved them
-            engine.calls.resize(engine.num_slots)
+            engine.resize()
         yield engine
         self._engine = engine
 

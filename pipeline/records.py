@@ -40,6 +40,7 @@ OUTPUT_COLUMNS = (
     "original_rewards",
     "chosen",
     "rejected",
+    "proposals",
     "tokens",
 )
 
@@ -140,6 +141,27 @@ class TokenTrace:
 
 
 @dataclass(frozen=True, slots=True)
+class Proposal:
+    """A block or an answer that a game was about.
+
+    Args:
+        game: the number of the game in its answer.
+        text: of the block, or of the answer.
+        count: how often the base drew it.
+        probability: under the policy that the game led to.
+        is_chosen: whether it was drawn.
+        rewards: by principal, in nats, before weights.
+    """
+
+    game: int
+    text: str
+    count: int
+    probability: float
+    is_chosen: bool
+    rewards: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One output row. Numbers are float64 sums or means over the answer's tokens.
 
@@ -170,6 +192,7 @@ class Record:
         tools: what the model could call.
         reasoning: what the model wrote before the answer; None where it wrote none.
         num_reasoning_tokens: tokens drawn before the answer, markers included.
+        proposals: what the games over blocks or answers were about.
         values: by principal, its lowest and highest q over the drawn tokens, in nats; not a column of the output.
         file, number, given: of the input row, where there is an error.
     """
@@ -200,6 +223,7 @@ class Record:
     tools: tuple[Tool, ...] = ()
     reasoning: str | None = None
     num_reasoning_tokens: int = 0
+    proposals: tuple[Proposal, ...] = ()
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     file: str = ""
     number: int | None = None

@@ -129,7 +129,5 @@ def test_records_of_a_row_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_every_column_of_the_output_is_reserved() -> None:
-    schema = output_schema(
-        ("a",), trace=Trace.TOKENS, has_response=True, has_variants=True, has_tools=True, has_reasoning=True
-    )
-    assert tuple(schema.names) == OUTPUT_COLUMNS
+    has = {f"has_{name}": True for name in ("response", "variants", "tools", "reasoning", "proposals")}
+    assert tuple(output_schema(("a",), trace=Trace.TOKENS, **has).names) == OUTPUT_COLUMNS

@@ -27,6 +27,14 @@ class Reproducibility(StrEnum):
     RELAXED = "relaxed"
 
 
+class Unit(StrEnum):
+    """What a game is about."""
+
+    TOKEN = "token"
+    BLOCK = "block"
+    ANSWER = "answer"
+
+
 class Trace(StrEnum):
     NONE = "none"
     SUMMARY = "summary"
@@ -143,6 +151,14 @@ class DecodingConfig(Section):
 
     rule: RuleName = RuleName.EQUILIBRIUM
     agent_temperature: float = Field(0.1, gt=0, description="tau, in nats of weighted reward")
+    unit: Unit = Field(
+        Unit.TOKEN,
+        description="what a game is about: the next token, the next block of the answer, or the whole answer",
+    )
+    proposals: int = Field(
+        8, ge=2, le=1024, description="blocks or answers that the base draws for each game (unit block or answer)"
+    )
+    block_tokens: int = Field(16, ge=1, description="tokens of a block (unit block)")
     target_kl: float | None = Field(
         None,
         gt=0,
@@ -176,10 +192,23 @@ class DecodingConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fits_its_unit(self) -> DecodingConfig:
+        given, thinking = self.model_fields_set, self.thinking
+        if self.unit is Unit.TOKEN and (unused := given & {"proposals", "block_tokens"}):
+            raise ValueError(f"{', '.join(sorted(unused))}: no effect with unit: token; choose unit: block or answer")
+        if self.unit is Unit.ANSWER and "block_tokens" in given:
+            raise ValueError("block_tokens: no effect with unit: answer; choose unit: block")
+        if self.unit is not Unit.TOKEN and (thinking.max_tokens is not None or not thinking.steer):
+            raise ValueError(f"thinking.max_tokens and thinking.steer need unit: token; got unit: {self.unit}")
+        return self
+
     @property
     def sampling(self) -> SamplingOptions:
         """How candidates are chosen and tokens drawn."""
         count = None if self.candidates == "all" else self.candidates
+        if self.unit is not Unit.TOKEN:  # proposals are samples of the base; what is taken is drawn from the game
+            return SamplingOptions(count, self.min_p)
         return SamplingOptions(count, self.min_p, self.temperature, self.top_p)
 
 

@@ -20,7 +20,9 @@ import cage
 from pipeline.config.sections import DecodingConfig, Reproducibility, Trace
 from pipeline.config.variants import Variant
 from pipeline.engine.calls import HostCalls
+from pipeline.engine.decoding import DecodingEngine
 from pipeline.engine.prompter import Prompter
+from pipeline.engine.reasoning import Turn
 from pipeline.engine.recovery import MAX_CONSECUTIVE_LOSSES
 from pipeline.engine.row_state import RunningRow
 from pipeline.engine.scheduler import Call, Group, Slots
@@ -29,7 +31,7 @@ from pipeline.monitoring.counts import Recoveries
 from pipeline.protocol.hosts import Hosts
 from pipeline.protocol.messages import Terms, TokenOutcome
 from pipeline.protocol.topology import Topology
-from pipeline.records import Record, Row
+from pipeline.records import FinishReason, Record, Row
 from pipeline.sampling.draws import Uniforms
 
 
@@ -41,6 +43,23 @@ class _Encoded:
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     shared_prefixes: Mapping[str, int] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A row that ended.
+
+    Args:
+        running: the row.
+        reason: why it ended; None where it failed.
+        turn: what was written; None where it failed.
+        error: why it failed.
+    """
+
+    running: RunningRow
+    reason: FinishReason | None = None
+    turn: Turn | None = None
+    error: str | None = None
 
 
 class Engine:
@@ -97,7 +116,7 @@ class Engine:
         self._loaded_slots = loaded_slots or num_slots
         self._max_failures = max_failures
         self._consecutive_failures = self._consecutive_losses = 0
-        self._ended: list[Record] = []
+        self._ended: list[Ended] = []
         self._newest = _Encoded()
         self.num_steps = self.num_row_steps = 0
         self.recoveries = Recoveries()
@@ -135,13 +154,30 @@ class Engine:
             variant: the index of one of the engine's variants.
             sample: which of the row's samples it is.
         """
-        running = self._begin(row, variant, sample)
         try:
-            self._encode(running)
+            running = self.begin(row, variant, sample)
         except RowError as error:
-            self._ended.append(running.failed(str(error)))
+            self._ended.append(Ended(self._begin(row, variant, sample), error=str(error)))
         else:
-            self._slots.queue.append(running)
+            self.enqueue(running)
+
+    def begin(self, row: Row, variant: int = 0, sample: int = 0) -> RunningRow:
+        """A row with its prompts, which is not queued. Raises RowError where it cannot be decoded."""
+        running = self._begin(row, variant, sample)
+        self._encode(running)
+        return running
+
+    def enqueue(self, running: RunningRow) -> None:
+        """Queue a row that has its prompts."""
+        self._slots.queue.append(running)
+
+    def failed(self, row: Row, variant: int, sample: int, reason: str) -> Record:
+        """The record of a row that cannot be decoded."""
+        return self._begin(row, variant, sample).failed(reason)
+
+    def resize(self) -> None:
+        """Have the hosts forget their rows and hold as many as there are slots."""
+        self._calls.resize(self.num_slots)
 
     def score(self, row: Row) -> dict[str, float]:
         """The rewards of a row's existing answer by principal, in nats, summed over it; nothing is drawn.
@@ -162,7 +198,11 @@ class Engine:
         return dict(zip(self._names, self._calls.score(running.prompts, answer, first).result(), strict=True))
 
     def step(self) -> list[Record]:
-        """Advance one group by one token and return the records of the rows that ended.
+        """Advance one group by one token and return the records of the rows that ended, as `step_rows` does."""
+        return [self.record(ended) for ended in self.step_rows()]
+
+    def step_rows(self) -> list[Ended]:
+        """Advance one group by one token and return the rows that ended.
 
         A host that lost its state, or has no memory for the rows, is dealt with here: rows begin again.
 
@@ -234,7 +274,7 @@ class Engine:
     def _fail(self, running: RunningRow, reason: str) -> None:
         """Fail a row that waits to begin again."""
         self._slots.queue.remove(running)
-        self._ended.append(running.failed(reason))
+        self._ended.append(Ended(running, error=reason))
 
     def _begin(self, row: Row, variant: int, sample: int) -> RunningRow:
         way = self._variants[variant]
@@ -292,7 +332,7 @@ class Engine:
         self.num_row_steps += num_rows
         return call
 
-    def _complete(self, group: Group) -> list[Record]:
+    def _complete(self, group: Group) -> list[Ended]:
         """Collect the tokens of the oldest call; free the slots of the rows that ended."""
         call = group.calls.popleft()
         outcomes = self._calls.outcomes(call)
@@ -302,28 +342,33 @@ class Engine:
         rows = list(compress(zip(call.slots, call.rows, outcomes, strict=True), going_on))
         for _, running, _ in rows:
             self._calls.collect_original(running)
-        records = []
+        all_ended = []
         for slot, running, outcome in rows:
-            if record := self._apply(running, outcome):
-                records.append(record)
+            if ended := self._apply(running, outcome):
+                all_ended.append(ended)
                 self._slots.isolation.finished(running)
                 self._consecutive_failures = self._consecutive_losses = 0
                 del group.running[slot]
                 group.free.append(slot)
         group.free.sort()
-        return records
+        return all_ended
 
-    def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Record | None:
-        """Append the drawn token to its row; return the row's record if that ended it."""
+    def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Ended | None:
+        """Append the drawn token to its row; say how the row ended if that ended it."""
         if outcome.status == cage.Status.NOT_FINITE:
-            return running.failed(f"token {len(running.tokens)}: {self._not_finite}")
+            return Ended(running, error=f"token {len(running.tokens)}: {self._not_finite}")
         running.append(outcome)
         stop = self._decoding.stop if running.row.stop is None else running.row.stop
         finished = running.finish(self._prompter, stop)
-        if finished is None:
-            return None
-        return running.record(
-            *finished,
+        return None if finished is None else Ended(running, *finished)
+
+    def record(self, ended: Ended) -> Record:
+        """The record of a row that ended."""
+        if ended.reason is None or ended.turn is None:
+            return ended.running.failed(str(ended.error))
+        return ended.running.record(
+            ended.reason,
+            ended.turn,
             self._prompter,
             with_summary=self._decoding.trace is not Trace.NONE,
             with_tokens=self._decoding.trace is Trace.TOKENS,
@@ -332,7 +377,7 @@ class Engine:
 
 
 def decode_rows(
-    engine: Engine, rows: Iterable[Row], *, num_variants: int = 1, num_samples: int = 1
+    engine: DecodingEngine, rows: Iterable[Row], *, num_variants: int = 1, num_samples: int = 1
 ) -> Iterator[Record]:
     """Decode every answer to every row; records are yielded as they end. Rows are read when slots become free.
 

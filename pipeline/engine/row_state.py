@@ -81,6 +81,11 @@ class RunningRow:
         return replace(self.terms, weights=(0.0,) * len(self.terms.weights))
 
     @property
+    def next_game_terms(self) -> Terms:
+        """What the game over its next block, or over its answers, is decided by."""
+        return self.terms if self.target_kl is None else steered_to(self.terms, self.target_kl, self.spent_kl)
+
+    @property
     def must_wait(self) -> bool:
         """Whether its next step cannot be sent before the pending tokens are known."""
         if self.target_kl is not None and self.num_pending:
@@ -125,6 +130,11 @@ class RunningRow:
         self.outcomes.append(outcome)
         if self.reasoning is not None:
             self.reasoning.advance(self.tokens)
+
+    def take(self, outcome: TokenOutcome) -> None:
+        """Take a token that was not requested: of a proposal that was chosen."""
+        self.num_pending += 1
+        self.append(outcome)
 
     def finish(self, prompter: Prompter, stop: Sequence[str]) -> tuple[FinishReason, Turn] | None:
         """The finish reason and what was written, if the newest token ends the row."""
@@ -196,7 +206,7 @@ class RunningRow:
             num_reasoning_tokens=turn.num_reasoning_tokens,
             finish_reason=reason,
             num_tokens=count,
-            rewards=self._by_name(self._sums([outcome.rewards for outcome in answered])),
+            rewards=self._by_name(self.sums([outcome.rewards for outcome in answered])),
             payments=self._payments(answered),
             num_unsolved=sum(outcome.status != Status.CONVERGED for outcome in self.outcomes),
             tokens=tuple(self._trace(outcome, prompter) for outcome in self.outcomes) if with_tokens else (),
@@ -280,7 +290,7 @@ class RunningRow:
     def _payments(self, answered: Sequence[TokenOutcome]) -> dict[str, float | None]:
         if not self.terms.rule.pays:
             return dict.fromkeys(self.principal_names)
-        return self._by_name(self._sums([outcome.payments for outcome in answered if outcome.payments is not None]))
+        return self._by_name(self.sums([outcome.payments for outcome in answered if outcome.payments is not None]))
 
     def _trace(self, outcome: TokenOutcome, prompter: Prompter) -> TokenTrace:
         return TokenTrace(
@@ -297,7 +307,8 @@ class RunningRow:
             return dict.fromkeys(self.principal_names)
         return dict(zip(self.principal_names, numbers, strict=True))
 
-    def _sums(self, numbers_TJ: Sequence[Sequence[float]]) -> list[float]:
+    def sums(self, numbers_TJ: Sequence[Sequence[float]]) -> list[float]:
+        """Sums over tokens, by principal."""
         if not numbers_TJ:
             return [0.0] * len(self.principal_names)
         return [sum(column) for column in zip(*numbers_TJ, strict=True)]

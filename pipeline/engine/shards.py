@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from pipeline.engine.engine import Engine
+from pipeline.engine.decoding import DecodingEngine
 from pipeline.errors import CageError, HostError
 from pipeline.monitoring.counts import Counts, Recoveries
 from pipeline.monitoring.reasons import failures_of
@@ -84,7 +84,7 @@ class ShardDecoder:
         num_samples: samples per row and variant.
     """
 
-    def __init__(self, engine: Engine, *, num_variants: int = 1, num_samples: int = 1) -> None:
+    def __init__(self, engine: DecodingEngine, *, num_variants: int = 1, num_samples: int = 1) -> None:
         self._engine = engine
         self._answers = list(product(range(num_variants), range(num_samples)))
         self._unread: deque[_OpenShard] = deque()

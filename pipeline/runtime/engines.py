@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.config.sections import Config
+from pipeline.config.sections import Config, Unit
+from pipeline.engine.choices import ChoiceEngine
+from pipeline.engine.decoding import DecodingEngine
 from pipeline.engine.engine import Engine
 from pipeline.engine.shards import ShardDecoder
 from pipeline.protocol.hosts import Hosts
@@ -38,10 +40,21 @@ def make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
     )
 
 
+def make_decoding_engine(assembly: Assembly, hosts: Hosts) -> DecodingEngine:
+    """An engine whose games are over the run's unit: tokens, blocks or answers. Raises HostError."""
+    engine, decoding = make_engine(assembly, hosts), assembly.config.decoding
+    if decoding.unit is Unit.TOKEN:
+        return engine
+    return ChoiceEngine(engine, assembly.topology, assembly.prompter, decoding)
+
+
 def make_decoder(assembly: Assembly, hosts: Hosts) -> ShardDecoder:
     """An engine for whole shards: every variant and sample of every row."""
-    engine = make_engine(assembly, hosts)
-    return ShardDecoder(engine, num_variants=len(assembly.variants), num_samples=assembly.config.decoding.n)
+    return ShardDecoder(
+        make_decoding_engine(assembly, hosts),
+        num_variants=len(assembly.variants),
+        num_samples=assembly.config.decoding.n,
+    )
 
 
 def agree_on_slots(config: Config, hosts: Hosts) -> int:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.config.sections import Config, Reproducibility
+from cage.rule_names import RuleName
+from pipeline.config.sections import Config, Reproducibility, Unit
 from pipeline.config.variants import Variant, lay_out
 from pipeline.errors import ConfigurationError
 from pipeline.hub.chat_templates import PromptTemplate
@@ -322,4 +323,6 @@ def _games(config: Config, topology: Topology, variants: tuple[Variant, ...]) ->
     if len(topology.hosts) > 1:
         return None
     rules = frozenset(variant.rule for variant in variants)
+    if config.decoding.unit is not Unit.TOKEN:
+        rules = frozenset({RuleName.BASE})  # hosts draw proposals; games are played by the coordinator
     return GameSpec(config.decoding.sampling, topology.principals, rules)

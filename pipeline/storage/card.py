@@ -45,6 +45,8 @@ COLUMN_NOTES = {
     "original_rewards": "rewards of the input's answer",
     "chosen": "the answer with the higher weighted reward",
     "rejected": "the other answer",
+    "proposals": "the blocks or answers that games were about: text, how often the base drew it, its final "
+    "probability, its rewards, and whether it was chosen",
     "tokens": "the drawn tokens with log-probabilities, payments and thresholds",
 }
 
@@ -133,6 +135,7 @@ def _column_names(plan: Plan) -> list[str]:
         has_variants=plan.has_variants,
         has_tools=plan.has_tools,
         has_reasoning=plan.reasoning is not None,
+        has_proposals=plan.has_proposals,
     )
     return list(schema.names)
 

@@ -135,6 +135,11 @@ class Plan:
         return any(self.config["grid"].values())
 
     @property
+    def has_proposals(self) -> bool:
+        """Whether games are over blocks or answers, for which the output has a column."""
+        return bool(self.config["decoding"].get("unit", "token") != "token")
+
+    @property
     def has_tools(self) -> bool:
         """Whether rows may have tools or calls of them, for which the output has columns."""
         return self.files[0].columns.has_tools

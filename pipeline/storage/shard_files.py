@@ -107,6 +107,7 @@ class ShardWriter:
             has_variants=self.plan.has_variants,
             has_tools=self.plan.has_tools,
             has_reasoning=self.plan.reasoning is not None,
+            has_proposals=self.plan.has_proposals,
             metadata={"cage.fingerprint": self._digest(shard), **models},
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +36,7 @@ def output_schema(
     has_variants: bool = False,
     has_tools: bool = False,
     has_reasoning: bool = False,
+    has_proposals: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> pa.Schema:
     """The columns of an output file, in order.
@@ -49,6 +51,7 @@ def output_schema(
             are JSON text, and what answers to calls name.
         has_variants: adds variant, rule and agent_temperature.
         has_reasoning: adds reasoning and num_reasoning_tokens.
+        has_proposals: adds proposals.
         has_response: adds original_response, original_rewards, chosen and rejected.
         metadata: carried by the schema and by every column ("cage.digest"); an entry "cage.models.principals.NAME..."
             also by the fields of that principal.
@@ -81,6 +84,8 @@ def output_schema(
         if principal_names:
             fields.append(pa.field("original_rewards", by_principal))
             fields += [pa.field("chosen", MESSAGES), pa.field("rejected", MESSAGES)]
+    if has_proposals:
+        fields.append(pa.field("proposals", pa.list_(_proposal(by_principal, principal_names))))
     if trace is Trace.TOKENS:
         fields.append(pa.field("tokens", pa.list_(_token(by_principal, principal_names))))
     common = {key: value for key, value in carried.items() if not key.startswith("cage.models.principals.")}
@@ -135,6 +140,17 @@ def _by_principal(principal_names: Sequence[str], metadata: Mapping[str, str]) -
     return pa.struct(fields)
 
 
+def _proposal(by_principal: pa.StructType, principal_names: Sequence[str]) -> pa.StructType:
+    fields = [
+        pa.field("game", pa.int32()),
+        pa.field("text", pa.string()),
+        pa.field("count", pa.int32()),
+        pa.field("probability", pa.float64()),
+        pa.field("is_chosen", pa.bool_()),
+    ]
+    return pa.struct([*fields, *([pa.field("rewards", by_principal)] if principal_names else [])])
+
+
 def _token(by_principal: pa.StructType, principal_names: Sequence[str]) -> pa.StructType:
     fields = [
         pa.field("token_id", pa.int32()),
@@ -177,6 +193,7 @@ def _row(record: Record) -> dict[str, Any]:
         "original_rewards": None if record.original_rewards is None else dict(record.original_rewards),
         "chosen": _answer(record.chosen),
         "rejected": _answer(record.rejected),
+        "proposals": [{**asdict(each), "rewards": dict(each.rewards)} for each in record.proposals],
         "tokens": [_traced(token) for token in record.tokens],
         "input_file": record.file or None,
         "input_row": record.number,

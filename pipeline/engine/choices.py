@@ -1,0 +1,336 @@
+"""Games over blocks of text or whole answers: the base proposes several, one game decides which one is taken.
+
+The proposals of a game are samples of the base, so its base policy is their empirical measure: equal ones are merged
+by count. A principal's value of a proposal is what it adds to the answer's reward. With more proposals the game over
+whole answers converges to the game over all answers.
+
+A block is answered like a prompt of its own: the tokens that were taken so far belong to the prompts of its
+proposals. Proposals, values, game and draw depend on the row alone, so the same answers come again after a restart.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+import cage
+from cage.rule_names import RuleName
+from pipeline.config.sections import DecodingConfig, Unit
+from pipeline.engine.engine import Ended, Engine
+from pipeline.engine.prompter import Prompter
+from pipeline.engine.row_state import RunningRow
+from pipeline.errors import HostError, RowError
+from pipeline.monitoring.counts import Recoveries
+from pipeline.protocol.hosts import Hosts
+from pipeline.protocol.messages import TokenOutcome
+from pipeline.protocol.topology import Topology
+from pipeline.records import Proposal, Record, Row
+from pipeline.sampling.draws import Uniforms, draw
+from pipeline.sampling.games import solve
+
+CHOICE = 2**40  # added to the number of a game: the step of its draw, beyond those of any token
+SAMPLES = 2**20  # of one row in one round, so that the proposals of different rounds have draws of their own
+KEPT_MENUS = 256  # games that are over and may be played again, by other rules, temperatures or weights
+
+MenuKey = tuple[str, int, int, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class _Path:
+    """An answer on its way.
+
+    Args:
+        whole: its row, with the tokens that were taken so far.
+        games: what the games so far were about.
+    """
+
+    whole: RunningRow
+    games: list[Proposal] = field(default_factory=list)
+    num_games: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Proposals with the same tokens.
+
+    Args:
+        tokens: of the proposal, the end token included.
+        text: what an answer with it reads like.
+        count: how often the base drew it.
+        outcomes: of its tokens, as the base drew them.
+        rewards: by principal, in nats.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    count: int
+    outcomes: tuple[TokenOutcome, ...]
+    rewards: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class _Menu:
+    """The proposals of one game, and the answers that wait for them.
+
+    Args:
+        num_waiting: proposals that have not ended.
+        prompts: token ids by role that all of them begin with.
+        ended: by number.
+        paths: answers that are to choose among them.
+        choices: once they are known.
+        error: why there is no choice.
+        original_rewards: of the row's existing answer, where it was scored.
+    """
+
+    num_waiting: int
+    prompts: Mapping[str, Sequence[int]]
+    ended: dict[int, Ended] = field(default_factory=dict)
+    paths: list[_Path] = field(default_factory=list)
+    choices: tuple[_Choice, ...] | None = None
+    error: str | None = None
+    original_rewards: list[float] | None = None
+
+
+class ChoiceEngine:
+    """Decodes rows as `Engine` does, with one game per block or per answer instead of one per token.
+
+    Args:
+        engine: draws the proposals.
+        topology: roles and principals.
+        prompter: text of answers.
+        decoding: the unit, the number of proposals, and how one of them is drawn.
+    """
+
+    def __init__(self, engine: Engine, topology: Topology, prompter: Prompter, decoding: DecodingConfig) -> None:
+        self._engine = engine
+        self._prompter = prompter
+        self._decoding = decoding
+        self._shares_menus = not topology.takes_weights
+        self._scores_whole = any(plan.is_reward_model for plan in topology.hosts)
+        self._menus: OrderedDict[MenuKey, _Menu] = OrderedDict()
+        self._menu_of: dict[tuple[str, int, int], tuple[MenuKey, int]] = {}
+        self._ready: deque[_Menu] = deque()
+        self._records: list[Record] = []
+
+    @property
+    def num_slots(self) -> int:
+        """Proposals at once."""
+        return self._engine.num_slots
+
+    @property
+    def num_steps(self) -> int:
+        """Steps so far, over all groups."""
+        return self._engine.num_steps
+
+    @property
+    def recoveries(self) -> Recoveries:
+        """Faults that were overcome so far."""
+        return self._engine.recoveries
+
+    @property
+    def wants_row(self) -> bool:
+        """Whether a free slot waits for a row."""
+        return self._engine.wants_row and not self._ready
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no row waits or runs and no record waits to be returned."""
+        return self._engine.is_idle and not self._menu_of and not self._ready and not self._records
+
+    def resize(self) -> None:
+        """Have the hosts forget their rows."""
+        self._engine.resize()
+
+    def admit(self, row: Row, variant: int = 0, sample: int = 0) -> None:
+        """Queue one answer to a row, as `Engine.admit` does."""
+        try:
+            whole = self._engine.begin(row, variant, sample)
+        except RowError as error:
+            self._records.append(self._engine.failed(row, variant, sample, str(error)))
+        else:
+            self._propose(_Path(whole))
+
+    def score(self, row: Row) -> dict[str, float]:
+        """The rewards of a row's existing answer by principal, as `Engine.score` has them."""
+        return self._engine.score(row)
+
+    def step(self) -> list[Record]:
+        """Advance the proposals by one token and play the games that have theirs; return the answers that ended.
+
+        Raises:
+            HostError: a host cannot be used any more. No row is lost: call `recover` with other hosts.
+        """
+        for ended in self._engine.step_rows():
+            self._file(ended)
+        while self._ready:
+            self._play(self._ready[0])  # stays in the queue where a host fails
+            self._ready.popleft()
+        records, self._records = self._records, []
+        return records
+
+    def recover(self, hosts: Hosts, error: HostError) -> None:
+        """Go on with other hosts after a failure, as `Engine.recover` does."""
+        self._engine.recover(hosts, error)
+
+    def _propose(self, path: _Path) -> None:
+        """Have the base draw the proposals of an answer's next game, unless another answer's are the same."""
+        whole = path.whole
+        taken, row_id = tuple(whole.tokens), whole.row.row_id
+        key = (row_id, 0 if self._shares_menus else whole.variant, whole.sample, taken)
+        menu = self._menus.get(key)
+        if menu is None:
+            count = self._decoding.proposals
+            prompts = {role: [*prompt, *taken] for role, prompt in whole.prompts.items()} if taken else whole.prompts
+            menu = self._menus[key] = _Menu(count, prompts)
+            for number in range(count):
+                inner = self._proposal(whole, prompts, number, first=path.num_games * SAMPLES)
+                self._menu_of[inner.key] = key, number
+                self._engine.enqueue(inner)
+        menu.paths.append(path)
+        self._menus.move_to_end(key)
+        if menu.num_waiting == 0:
+            self._ready.append(menu)
+
+    def _proposal(
+        self, whole: RunningRow, prompts: Mapping[str, Sequence[int]], number: int, *, first: int
+    ) -> RunningRow:
+        """A row that the base answers as far as the game's unit reaches."""
+        row, sample = whole.row, whole.sample * self._decoding.proposals + number + first
+        if number or whole.tokens:
+            row = replace(row, response=None)  # the existing answer is scored once
+        left = whole.max_tokens - len(whole.tokens)
+        is_answer = self._decoding.unit is Unit.ANSWER
+        seed = self._decoding.seed if row.seed is None else row.seed
+        return RunningRow(
+            row=row,
+            sample=sample,
+            variant=whole.variant,
+            principal_names=whole.principal_names,
+            terms=replace(whole.terms, rule=RuleName.BASE, k=()),
+            uniforms=Uniforms(seed, row.row_id, sample),
+            prompts=prompts,
+            shared_prefixes=whole.shared_prefixes,
+            max_tokens=left if is_answer else min(left, self._decoding.block_tokens),
+            reasoning=self._prompter.begin_turn(row.messages, prompts) if is_answer else None,
+        )
+
+    def _file(self, ended: Ended) -> None:
+        key, number = self._menu_of.pop(ended.running.key)
+        menu = self._menus[key]
+        menu.ended[number] = ended
+        menu.num_waiting -= 1
+        if menu.num_waiting == 0:
+            self._ready.append(menu)
+
+    def _play(self, menu: _Menu) -> None:
+        """Decide what each waiting answer takes. Raises HostError before anything is decided."""
+        if menu.choices is None:
+            menu.choices = self._choices(menu)
+        paths, menu.paths = menu.paths, []
+        for path in paths:
+            if record := self._take(path, menu):
+                self._records.append(record)
+            else:
+                self._propose(path)
+        while len(self._menus) > KEPT_MENUS and next(iter(self._menus.values())).num_waiting == 0:
+            self._menus.popitem(last=False)
+
+    def _choices(self, menu: _Menu) -> tuple[_Choice, ...]:
+        """The different proposals that ended well, in the order in which they were asked for."""
+        choices: dict[tuple[int, ...], _Choice] = {}
+        for _, ended in sorted(menu.ended.items()):
+            running = ended.running
+            if running.original_rewards is not None:
+                menu.original_rewards = running.original_rewards
+            if ended.error is not None:
+                menu.error = ended.error
+                continue
+            tokens = tuple(running.tokens)
+            if tokens in choices:
+                choices[tokens] = replace(choices[tokens], count=choices[tokens].count + 1)
+                continue
+            assert ended.turn is not None
+            rewards = self._rewards(menu, running, ended.turn.num_reasoning_tokens)
+            choices[tokens] = _Choice(tokens, ended.turn.text, 1, tuple(running.outcomes), rewards)
+        menu.ended.clear()
+        return tuple(choices.values())
+
+    def _rewards(self, menu: _Menu, running: RunningRow, num_reasoning: int) -> tuple[float, ...]:
+        """What a proposal adds to each principal's reward, without its reasoning.
+
+        Reward models are asked about the text as a whole: token by token they see the likeliest candidates alone.
+        """
+        first = 0 if self._decoding.thinking.in_answers else num_reasoning
+        if self._scores_whole:
+            return tuple(self._engine.calls.score(menu.prompts, running.tokens, first).result())
+        return tuple(running.sums([outcome.rewards for outcome in running.outcomes[first:]]))
+
+    def _take(self, path: _Path, menu: _Menu) -> Record | None:
+        """Solve an answer's game and append what it takes; return the record if that ended it."""
+        whole, choices = path.whole, menu.choices
+        if not choices:
+            return whole.failed(f"no proposal of the base could be used: {menu.error}")
+        if menu.original_rewards is not None:
+            whole.original_rewards = menu.original_rewards
+        num_drawn = sum(choice.count for choice in choices)
+        base_1C = torch.tensor([[choice.count / num_drawn for choice in choices]], dtype=torch.float64).log()
+        rewards_1JC = torch.tensor([choice.rewards for choice in choices], dtype=torch.float64).T[None]
+        rewards_1JC = rewards_1JC.reshape(1, len(whole.principal_names), len(choices))
+        solved = solve(base_1C, rewards_1JC, [whole.next_game_terms])
+        decision = solved.decision
+        if int(decision.status) == cage.Status.NOT_FINITE:
+            return whole.failed(f"proposal {len(whole.tokens)}: the rewards are not finite")
+        uniform = torch.tensor([whole.uniforms.at(CHOICE + path.num_games)], dtype=torch.float64)
+        decoding = self._decoding
+        at = int(draw(decision.log_policy, uniform, temperature=decoding.temperature, top_p=decoding.top_p))
+        probabilities = decision.log_policy.exp()[0].tolist()
+        path.games += [
+            Proposal(
+                game=path.num_games,
+                text=choice.text,
+                count=choice.count,
+                probability=probability,
+                is_chosen=index == at,
+                rewards=dict(zip(whole.principal_names, choice.rewards, strict=True)),
+            )
+            for index, (choice, probability) in enumerate(zip(choices, probabilities, strict=True))
+        ]
+        path.num_games += 1
+        self._append(whole, choices[at], solved.game, decision, at)
+        return self._ended(path)
+
+    def _append(
+        self, whole: RunningRow, choice: _Choice, game: cage.Game, decision: cage.rules.Decision, at: int
+    ) -> None:
+        """Append a proposal's tokens; what its game was worth counts at the last of them."""
+        nothing = (0.0,) * len(choice.rewards)
+        pays = decision.thresholds is not None
+        paid = None if decision.thresholds is None else (game.values[0, :, at] - decision.thresholds[0]).clamp(min=0)
+        policy_C, base_C = decision.log_policy[0], game.base_logprobs[0]
+        kl = float(torch.where(policy_C.exp() > 0, policy_C.exp() * (policy_C - base_C), 0.0).sum().clamp(min=0))
+        for outcome in choice.outcomes[:-1]:
+            whole.take(replace(outcome, rewards=nothing, payments=nothing if pays else None, kl=0.0))
+        last = replace(
+            choice.outcomes[-1],
+            rewards=choice.rewards,
+            payments=None if paid is None else paid.tolist(),
+            thresholds=None if decision.thresholds is None else decision.thresholds[0].tolist(),
+            kl=kl,
+            residual=float(decision.residual),
+            status=int(decision.status),
+            num_steps=int(decision.num_steps),
+        )
+        whole.take(last)
+
+    def _ended(self, path: _Path) -> Record | None:
+        """The record of an answer that has ended."""
+        whole = path.whole
+        stop = self._decoding.stop if whole.row.stop is None else whole.row.stop
+        finished = whole.finish(self._prompter, stop)
+        if finished is None:
+            return None
+        record = self._engine.record(Ended(whole, *finished))
+        return replace(record, proposals=tuple(path.games))

@@ -1,0 +1,232 @@
+"""Games over blocks and whole answers: against enumeration, by restarts and slots, and with what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from itertools import product
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from support.decoding import ask, config_of
+
+import cage
+from pipeline import Aligner
+from pipeline.config.files import load_config
+from pipeline.engine.engine import decode_rows
+from pipeline.errors import ConfigurationError, HostError
+from pipeline.records import FinishReason
+from pipeline.runtime.assembly import assemble
+from pipeline.runtime.engines import make_decoding_engine
+from pipeline.runtime.local_hosts import start_hosts
+from pipeline.stages.relabel import relabel
+
+PAIR = {
+    "brief": {"kind": "prompted", "principle": "be brief", "weight": 0.7},
+    "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.4},
+}
+PROMPTS = ["hello", "what is ice made of?", "x"]
+RULES = ["base", "linear", "mixture", "maximin", "equilibrium", "soft_threshold", "solo"]
+
+
+def answers(tiny, *, principals=PAIR, slots=4, n=1, prompts=PROMPTS, seed=0, **decoding):
+    options = {"unit": "answer", "proposals": 6, "max_new_tokens": 6, "agent_temperature": 0.5, **decoding}
+    with Aligner(str(tiny("llama", seed=seed)), principals, slots=slots, **options) as aligner:
+        return aligner.generate(prompts, n=n)
+
+
+def games_of(answer):
+    """The proposals of an answer by game."""
+    games = {}
+    for proposal in answer.proposals:
+        games.setdefault(proposal.game, []).append(proposal)
+    return list(games.values())
+
+
+def policy_of(game, *, rule="equilibrium", temperature=0.5):
+    """What a rule makes of the proposals of a game, computed from what the record has."""
+    counts = torch.tensor([[each.count for each in game]], dtype=torch.float64)
+    rewards = torch.tensor([[[each.rewards[name] for each in game] for name in PAIR]], dtype=torch.float64)
+    weights = torch.tensor([[PAIR[name]["weight"] for name in PAIR]], dtype=torch.float64)
+    values = weights[..., None] * rewards
+    return cage.rules.by_name[rule](cage.Game((counts / counts.sum()).log(), values, temperature), weights)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("unit", ["block", "answer"])
+def test_a_game_is_what_its_rule_makes_of_the_proposals(tiny, rule, unit):
+    options = {"block_tokens": 3} if unit == "block" else {}
+    for answer in answers(tiny, rule=rule, unit=unit, **options):
+        for game in games_of(answer):
+            assert sum(each.count for each in game) == 6
+            assert sum(each.is_chosen for each in game) == 1
+            expected = policy_of(game, rule=rule).log_policy.exp()[0].tolist()
+            assert [each.probability for each in game] == pytest.approx(expected, abs=1e-12)
+        chosen = [each for each in answer.proposals if each.is_chosen]
+        assert answer.rewards == pytest.approx({name: sum(each.rewards[name] for each in chosen) for name in PAIR})
+        assert len(games_of(answer)) == (1 if unit == "answer" else -(-answer.num_tokens // 3))
+
+
+def test_the_rewards_of_an_answer_are_those_that_scoring_it_gives(tiny):
+    options = {"unit": "answer", "proposals": 4, "max_new_tokens": 8, "agent_temperature": 0.5}
+    with Aligner(str(tiny("llama")), PAIR, slots=4, **options) as aligner:
+        (answer,) = aligner.generate(["hello"])
+        ended = [each for each in answer.proposals if answer.finish_reason == "stop" and each.is_chosen]
+        for each in ended:
+            (scored,) = aligner.score(["hello"], [each.text])
+            assert scored == pytest.approx(each.rewards, abs=1e-3)
+    assert answer.payments is not None
+
+
+@pytest.mark.parametrize("unit", ["block", "answer"])
+def test_no_bit_depends_on_the_slots_and_samples_have_games_of_their_own(tiny, unit):
+    options = {"block_tokens": 2} if unit == "block" else {}
+    many = answers(tiny, unit=unit, slots=7, n=2, **options)
+    assert many == answers(tiny, unit=unit, slots=1, n=2, **options)
+    assert many[0][0].proposals != many[0][1].proposals
+    alone = answers(tiny, unit=unit, slots=7, n=1, **options)
+    assert [first for first, _ in many] == alone
+
+
+def test_greedy_takes_the_likeliest_proposal(tiny):
+    for answer in answers(tiny, temperature=0.0, agent_temperature=0.05):
+        chosen = next(each for each in answer.proposals if each.is_chosen)
+        assert chosen.probability == max(each.probability for each in answer.proposals)
+        assert chosen.text == answer.text
+
+
+def test_many_proposals_come_to_the_game_over_all_answers(tiny):
+    """Two tokens of two candidates each: the model's own probabilities give the base policy over all answers."""
+    from transformers import AutoModelForCausalLM
+
+    folder = str(tiny("llama", seed=1))  # one whose answers of two tokens read differently
+    options = {"max_new_tokens": 2, "candidates": 2, "prompts": ["hello"], "slots": 32, "seed": 1}
+    (few,), (many,) = (answers(tiny, proposals=count, **options) for count in (16, 1024))
+    config = config_of(folder, PAIR, decoding={"candidates": 2, "max_new_tokens": 2})
+    assembly = assemble(config, tiny("llama"))
+    prompt = assembly.prompter.encode(({"role": "user", "content": "hello"},), dict.fromkeys(PAIR, 1.0))["base"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    @torch.no_grad()
+    def step(tokens):
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].double().log_softmax(-1)
+        best = logits.topk(2)
+        return dict(zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True))
+
+    exact = Counter()
+    for (first, p), at in product(step([]).items(), range(2)):
+        if first in assembly.prompter.stop_ids:
+            exact[assembly.prompter.decode([])] += p / 2
+            continue
+        second, q = list(step([first]).items())[at]
+        exact[assembly.prompter.decode([first, second])] += p * q
+    shares = {each.text: each.count / 1024 for each in many.proposals}
+    assert len(exact) == 4
+    assert set(shares) <= set(exact)
+    assert all(abs(shares.get(text, 0.0) - p) < 4 * (p / 1024) ** 0.5 + 1e-9 for text, p in exact.items())
+    whole = [each for each in many.proposals if each.text in exact]
+    base = torch.tensor([[exact[each.text] for each in whole]], dtype=torch.float64).log()
+    rewards = torch.tensor([[[each.rewards[name] for each in whole] for name in PAIR]], dtype=torch.float64)
+    weights = torch.tensor([PAIR[name]["weight"] for name in PAIR], dtype=torch.float64)
+    policy = cage.solve(cage.Game(base, weights[:, None] * rewards, 0.5)).policy[0].tolist()
+    limit = dict(zip([each.text for each in whole], policy, strict=True))
+
+    def distance(answer):
+        found = {each.text: each.probability for each in answer.proposals}
+        return sum(abs(found.get(text, 0.0) - p) for text, p in limit.items()) / 2
+
+    assert distance(many) < 0.06
+    assert distance(many) < distance(few)
+
+
+def test_a_reward_model_judges_whole_answers(tiny, judge):
+    principals = {"liked": {"kind": "reward_model", "model": str(judge("llama")), "candidates": 2, "scale": 3.0}}
+    options = {"unit": "answer", "proposals": 4, "max_new_tokens": 5, "agent_temperature": 0.5}
+    with Aligner(str(tiny("llama")), principals, slots=3, **options) as aligner:
+        for prompt, answer in zip(PROMPTS, aligner.generate(PROMPTS), strict=True):
+            assert answer.error is None
+            chosen = next(each for each in answer.proposals if each.is_chosen)
+            assert answer.rewards == chosen.rewards
+            if answer.finish_reason == "stop":
+                (scored,) = aligner.score([prompt], [chosen.text])
+                assert scored == pytest.approx(dict(chosen.rewards), abs=1e-4)
+            assert len({each.rewards["liked"] for each in answer.proposals}) > 1
+
+
+@pytest.mark.parametrize("unit", ["block", "answer"])
+def test_a_lost_host_costs_no_answer_and_changes_none(tiny, unit):
+    blocks = {"block_tokens": 2} if unit == "block" else {}
+    decoding = {"unit": unit, "proposals": 4, "max_new_tokens": 6, **blocks}
+    config = config_of(str(tiny("llama")), PAIR, decoding=decoding)
+    assembly = assemble(config, tiny("llama"))
+    rows = [ask(f"r{at}", text) for at, text in enumerate(PROMPTS)]
+    calm = {each.row_id: each for each in decode_rows(make_decoding_engine(assembly, start_hosts(assembly)), rows)}
+    engine = make_decoding_engine(assembly, start_hosts(assembly))
+    for row in rows:
+        engine.admit(row)
+    found, steps = {}, 0
+    while not engine.is_idle:
+        found |= {each.row_id: each for each in engine.step()}
+        steps += 1
+        if steps in (3, 9):
+            engine.recover(start_hosts(assembly), HostError("gone"))
+    assert found == calm
+
+
+def test_variants_choose_among_the_same_answers_and_files_have_them(tiny, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": p, "prompt": p}) + "\n" for p in PROMPTS))
+    tree = {
+        "input": {"path": str(tmp_path / "in.jsonl"), "id": "id"},
+        "output": {"path": str(tmp_path / "run")},
+        "base": str(tiny("llama")),
+        "principals": PAIR,
+        "decoding": {"unit": "answer", "proposals": 5, "max_new_tokens": 5},
+        "grid": {"rules": ["base", "linear", "equilibrium"], "weights": {"step": 0.5}},
+        "cluster": {"transport": "local", "slots": 3},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    relabel(load_config(tmp_path / "job.yaml"), tmp_path / "cache", io.StringIO())
+    rows = [row for part in tmp_path.glob("run/part-*.parquet") for row in pq.read_table(part).to_pylist()]
+    assert len(rows) == 3 * (2 * 3 + 1)
+    for prompt in PROMPTS:
+        menus = {
+            json.dumps([(p["text"], p["count"]) for p in row["proposals"]]) for row in rows if row["row_id"] == prompt
+        }
+        assert len(menus) == 1
+
+
+def test_an_answer_that_was_there_is_compared_with_the_chosen_one(tiny, tmp_path):
+    config = config_of(str(tiny("llama")), PAIR, decoding={"unit": "answer", "proposals": 3, "max_new_tokens": 4})
+    assembly = assemble(config, tiny("llama"))
+    engine = make_decoding_engine(assembly, start_hosts(assembly))
+    row = ask("r", "hello", response="yes")
+    (record,) = decode_rows(engine, [row])
+    assert record.original_response == "yes"
+    assert record.original_rewards == pytest.approx(engine.score(row))
+    assert {record.chosen, record.rejected} == {"yes", record.response}
+
+
+def test_a_row_that_cannot_be_read_fails_alone(tiny):
+    good, bad = answers(tiny, prompts=["hello", "x" * 5000])
+    assert good.error is None
+    assert bad.finish_reason == FinishReason.ERROR
+    assert "context" in str(bad.error)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "said"),
+    [
+        ({"proposals": 4}, "no effect with unit: token"),
+        ({"block_tokens": 4}, "no effect with unit: token"),
+        ({"unit": "answer", "block_tokens": 4}, "no effect with unit: answer"),
+        ({"unit": "sentence"}, "unit"),
+        ({"unit": "answer", "proposals": 1}, "proposals"),
+        ({"unit": "block", "thinking": {"max_tokens": 3}}, "need unit: token"),
+    ],
+)
+def test_options_without_effect_are_refused(tiny, decoding, said):
+    with pytest.raises(ConfigurationError, match=said):
+        Aligner(str(tiny("llama")), PAIR, **decoding)
