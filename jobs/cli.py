@@ -67,7 +67,16 @@ PrintConfig = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option(metavar="ID", help="The failed row with this id alone, in RUN-retry-HASH; may be given repeatedly."),
+    typer.Option(metavar="ID", help="The row with this id alone; may be given repeatedly."),
+]
+Mended = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="A mended input with the same ids (file, folder or s3://): its rows that failed in RUN, or that RUN "
+        "has with other content, are run again.",
+    ),
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, local or s3://.")]
 
@@ -206,15 +215,18 @@ def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, m
 
 
 @app.command()
-def retry(run: RunPath, overrides: Overrides = None, only: Only = None, verbose: Verbose = False) -> None:
-    """Try the failed rows of a finished run again.
+def retry(
+    run: RunPath, overrides: Overrides = None, only: Only = None, mended: Mended = None, verbose: Verbose = False
+) -> None:
+    """Run rows of a run again: those that failed, or those of a mended input.
 
-    They become a separate run in RUN-retry, with the same settings. Overrides such as cluster.slots=2 change them.
-    RUN is not changed. Failed rows that could not be read are left out: fix the input for those.
+    They take the place of those before, as new revisions of their shards; the files before are kept in _superseded/.
+    Rows that could not be read need a mended input. With overrides that change results, such as base.model=..., the
+    failed rows become a run of their own in RUN-retry instead, and RUN is not changed.
     """
     from jobs.commands.retry import run_retry
 
-    run_retry(run, overrides or [], only=only or [], is_verbose=verbose)
+    run_retry(run, overrides or [], only=only or [], mended=mended, is_verbose=verbose)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from support.runs import job, run_job
 
 from jobs.commands.status import describe_status
 from pipeline.inputs.given import GIVEN_LIMIT, given_text
-from pipeline.storage.failed_rows import find_failed_rows
+from pipeline.storage.failed_rows import failed_of
 
 USER = [{"role": "user", "content": "hello"}]
 CONFIGURED = {"kind": 0.7, "brief": 0.4}
@@ -70,7 +70,7 @@ def test_a_failed_row_has_its_place_and_what_it_was_given(ran):
 
 
 def test_rows_that_could_not_be_read_are_not_tried_again_as_they_are(ran):
-    assert [row["id"] for row in find_failed_rows(ran[0])] == ["too long"]
+    assert [row["row_id"] for _, rows in failed_of(ran[0]) for row in rows] == ["too long"]
 
 
 def test_answers_have_no_column_of_failed_rows(ran):

@@ -24,7 +24,7 @@ from pipeline.errors import CageError, ConfigurationError, NondeterminismError, 
 from pipeline.monitoring.reasons import failures_of
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, sha256
-from pipeline.storage.failed_rows import find_failed_rows
+from pipeline.storage.failed_rows import failed_of
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.tables import write_table_bytes
@@ -436,7 +436,7 @@ def test_a_run_with_the_earlier_folder_of_failed_rows_is_read_and_resumed(tmp_pa
     resumed = finished(Run.open(str(tmp_path / "run")))
     assert resumed.status().failed_folders == ("_rejected",)
     assert {row["error"] is None for row in resumed.find("mixed.jsonl:2")} == {False}
-    assert [row["id"] for row in find_failed_rows(resumed)] == []
+    assert not list(failed_of(resumed))
     assert [file.parent.name for file in (tmp_path / "run").glob("*/*.parquet")] == ["_rejected"]
 
 

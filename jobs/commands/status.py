@@ -29,6 +29,12 @@ def describe_status(run: Run) -> str:
     if len(status.prompts) > 1:
         *before, now = (f"{number:,}" for number in status.prompts)
         lines.append(f"  extended  from {', '.join(before)} to {now} prompts")
+    if status.revised_shards:
+        newest = max(run.revisions().values())
+        lines.append(
+            f"  revised   {status.revised_shards:,} shards: {status.reruns:,} rows were run again (newest revision "
+            f"{newest}); the files before are in {path}/_superseded"
+        )
     if status.last_commit_at is not None:
         lines.append(f"  last      {datetime.fromtimestamp(status.last_commit_at, UTC):%Y-%m-%d %H:%M:%S} UTC")
     repeats = f"attempts of shards lost {status.attempts_lost:,}" if status.attempts_lost else ""

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config.sections import InputConfig
-from pipeline.errors import ConfigurationError, InputChanged
+from pipeline.errors import ConfigurationError, InputChanged, StorageError
 from pipeline.inputs import jsonl, tabular
 from pipeline.inputs.column_choice import choose_columns, columns_of_unreadable
 from pipeline.inputs.files import Format, FoundFile, InputFile, is_dataset_name
@@ -131,6 +131,21 @@ def open_input(
     if repeated_ids := find_repeated_ids(files):
         source = source.reading(repeated_ids=repeated_ids)
     return _with_existing_answers(_with_tools(source), config)
+
+
+def is_unchanged(file: InputFile) -> bool:
+    """Whether a planned file is there and has the rows that it had."""
+    try:
+        if file.format is Format.DATASET:
+            return tabular.dataset_identity(file) == file.identity
+        if file.format.is_text:
+            text = jsonl.TextFile(file.path, file.format, file.layers, file.header)
+            found = jsonl.scan(text, file.name, stride=DEFAULT_STRIDE, limit=file.num_rows, known=file)
+            return found.has_known_rows
+        listed = find_files(file.path)
+        return listed is not None and tabular.content_identity(listed.files[0]) == file.identity
+    except (ConfigurationError, StorageError):
+        return False
 
 
 def _open_files(

@@ -13,8 +13,9 @@ from pipeline.reporting.scores import ScoreFile
 from pipeline.reporting.tally import Place
 from pipeline.reporting.text import clipped, visible
 from pipeline.reporting.tokens import describe_token
+from pipeline.storage.names import is_of_failed_rows
 from pipeline.storage.run import Run
-from pipeline.storage.shard_files import as_damaged_file, is_of_failed_rows
+from pipeline.storage.shard_files import as_damaged_file
 
 SHOWN_TOKENS = 400
 PROMPT_LIMIT, ANSWER_LIMIT = 1_500, 4_000

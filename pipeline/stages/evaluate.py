@@ -140,7 +140,8 @@ def _describe_judges(config: EvaluateConfig, panel: Panel, run: Run) -> dict[str
 def _digest(run: Run, panel: Panel, config: EvaluateConfig) -> str:
     """A hash of everything that decides _metrics.json."""
     settings = config.evaluation.model_dump(mode="json", exclude={"judges"})
-    text = json.dumps([VERSION, run.plan.digest, panel.digest, settings, config.objectives], sort_keys=True)
+    answers = [sorted(record.sha256_by_file.items()) for record in run.committed().values()]
+    text = json.dumps([VERSION, run.plan.digest, answers, panel.digest, settings, config.objectives], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

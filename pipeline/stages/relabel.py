@@ -14,6 +14,7 @@ from pipeline.config.sections import Config, Reproducibility, Transport
 from pipeline.errors import CageError, ConfigurationError, RunMismatch, StorageError
 from pipeline.garbage import collection_paused
 from pipeline.inputs.notes import describe_input
+from pipeline.inputs.source import InputSource
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.progress import Notices, ProgressLine
 from pipeline.monitoring.stall import ended_when_stalled
@@ -23,7 +24,8 @@ from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.failures import FailureLimit
 from pipeline.storage.extension import describe_extension, extend_plan, is_extension
 from pipeline.storage.plan import Plan, make_plan, open_planned_input, refuse_mismatch
-from pipeline.storage.run import Run, has_plan
+from pipeline.storage.plan_files import has_plan
+from pipeline.storage.run import Run
 
 if TYPE_CHECKING:  # imports torch: seconds
     from pipeline.engine.shards import ShardOutcome
@@ -53,15 +55,21 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def prepare(config: Config, cache_folder: Path, progress: Callable[[str], None] = lambda line: None) -> Prepared:
+def prepare(
+    config: Config,
+    cache_folder: Path,
+    progress: Callable[[str], None] = lambda line: None,
+    *,
+    source: InputSource | None = None,
+) -> Prepared:
     """Read the input's metadata, find the models and plan the shards.
 
-    The input comes first: models may have to be fetched.
+    The input comes first: models may have to be fetched. It is opened here unless `source` is given.
 
     Raises:
         ConfigurationError: the input, a model or the output cannot be used.
     """
-    source = open_planned_input(config)
+    source = source or open_planned_input(config)
     notes = describe_input(source, config)
     models = resolve_models(config, cache_folder, progress=progress)
     versions = {}
@@ -94,7 +102,7 @@ def relabel(
     """
     prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
     places = _places(config.output.path, may_begin_beside=may_begin_beside)
-    existing = _open_run(prepared.plan, places, wiring, may_create=False, may_extend=may_extend)
+    existing = open_run(prepared.plan, places, wiring, may_create=False, may_extend=may_extend)
     extended = None if existing is None else _extended(existing, prepared.plan, config)
     if existing is not None and extended is None and existing.is_complete:
         return existing, False
@@ -108,7 +116,7 @@ def relabel(
     if existing is not None:
         begun_with = existing.plan.fingerprint
         refuse_mismatch(existing.store.path, begun_with, existing.plan.with_reasoning(markers).fingerprint)
-    run = existing or _open_run(plan, places, wiring, may_create=True)
+    run = existing or open_run(plan, places, wiring, may_create=True)
     assert run is not None
     if extended is not None:
         run = run.extend(extended)
@@ -116,14 +124,14 @@ def relabel(
     if run.plan.template_time != replica.template_time:  # another driver was faster
         replica = plan_replica(config, prepared.models, cache_folder, now=run.plan.template_time)
     run.begin()
-    _work(config, run, replica, out, is_first=existing is None, is_verbose=is_verbose, wiring=wiring)
+    work(config, run, replica, out, is_first=existing is None, is_verbose=is_verbose, wiring=wiring)
     run.finish()
     if run.is_superseded:
         print("another command has extended the run meanwhile, and goes on with it", file=out, flush=True)
     return run, True
 
 
-def _work(
+def work(
     config: Config,
     run: Run,
     replica: ReplicaPlan,
@@ -164,7 +172,7 @@ def _places(path: str, *, may_begin_beside: bool) -> list[str]:
     return [path, *beside] if may_begin_beside else [path]
 
 
-def _open_run(
+def open_run(
     plan: Plan, places: Sequence[str], wiring: Wiring, *, may_create: bool, may_extend: bool = False
 ) -> Run | None:
     """The run of the plan at the first place that is free or its own; None where it would have to be created.

@@ -13,7 +13,8 @@ import yaml
 from pipeline.inputs.kept import from_text
 from pipeline.monitoring.counts import Recoveries
 from pipeline.storage.commits import CommitRecord
-from pipeline.storage.pairs import PAIRS, has_pairs
+from pipeline.storage.names import PAIRS
+from pipeline.storage.pairs import has_pairs
 from pipeline.storage.plan import Plan
 from pipeline.storage.tables import output_schema
 

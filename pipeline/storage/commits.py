@@ -23,6 +23,8 @@ ABSENT_BEFORE: Mapping[str, Any] = {
     "values": {},
     "unsteered": 0,
     "failed_at": None,
+    "revision": 0,
+    "reruns": 0,
 }
 
 
@@ -53,6 +55,8 @@ class CommitRecord:
         unsteered: answers whose weights are all 0.
         failed_at: of the rows without any answer, their places among the rows of the shard, from 0; None in a record
             of an earlier version.
+        revision: 0, or how often rows of the shard were run again and took the place of those before.
+        reruns: how many rows were, over all revisions.
     """
 
     shard: int
@@ -73,6 +77,8 @@ class CommitRecord:
     recoveries: Mapping[str, int] = field(default_factory=dict)
     unsteered: int = 0
     failed_at: Sequence[int] | None = None
+    revision: int = 0
+    reruns: int = 0
 
     @property
     def failures(self) -> dict[str, Failures]:

@@ -15,11 +15,10 @@ from pipeline.inputs.kept import from_text
 from pipeline.inputs.record_formats import WITH_ANSWER_COLUMN
 from pipeline.inputs.source import InputSource, open_input
 from pipeline.quoting import one_line, quote
-from pipeline.storage.fingerprint import without_later_keys
+from pipeline.storage.fingerprint import differing_fields
 from pipeline.storage.plan import Plan, Shard, cut_file
 
 FILES, LIMIT = "input.files.", "input.limit"
-ABSENT = object()
 NEW_RUN = "answer these rows in a new run, at another output.path"
 
 
@@ -32,9 +31,8 @@ def is_extension(stored: Plan, fresh: Plan, *, with_new_rows: bool, with_limit: 
         with_new_rows: whether the input may have more rows than it had.
         with_limit: whether `input.limit` may be larger, so that more of the input's rows are used.
     """
-    before = without_later_keys(stored.fingerprint)
-    after = without_later_keys(fresh.as_begun(stored).fingerprint)
-    differing = {key for key in before.keys() | after.keys() if before.get(key, ABSENT) != after.get(key, ABSENT)}
+    before, after = stored.fingerprint, fresh.as_begun(stored).fingerprint
+    differing = differing_fields(before, after)
     if not differing or any(key != LIMIT and not key.startswith(FILES) for key in differing):
         return False
     if LIMIT not in differing:

@@ -93,6 +93,12 @@ def _code_version() -> str:
         return "not installed"
 
 
+def differing_fields(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The fields in which two fingerprints differ, but for keys that came later and have no effect."""
+    left, right = without_later_keys(first), without_later_keys(second)
+    return sorted(key for key in {*left, *right} if key not in left or key not in right or left[key] != right[key])
+
+
 def explain_mismatch(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say field by field how two fingerprints differ, one line each; empty when they do not."""
     lines = []

@@ -7,7 +7,6 @@ import pyarrow as pa
 from pipeline.records import is_reserved
 from pipeline.storage.tables import write_table_bytes
 
-PAIRS = "_pairs/"
 COLUMNS = (
     "row_id",
     "sample",

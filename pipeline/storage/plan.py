@@ -93,6 +93,7 @@ class Plan:
         version: of the format of _plan.json.
         kept: the columns of the input that the output has too, as `kept.to_text` writes them.
         earlier: what the plan was before each extension, in order.
+        only: ids of the rows that are answered, of those in the shards; None for all.
     """
 
     fingerprint: Mapping[str, Any]
@@ -109,6 +110,7 @@ class Plan:
     version: int = PLAN_VERSION
     kept: str | None = None
     earlier: tuple[Extent, ...] = ()
+    only: frozenset[str] | None = None
 
     @property
     def revision(self) -> int:
@@ -127,7 +129,7 @@ class Plan:
     @property
     def num_rows(self) -> int:
         """Input rows, over all files."""
-        return sum(file.num_rows for file in self.files)
+        return sum(file.num_rows for file in self.files) if self.only is None else len(self.only)
 
     @property
     def has_variants(self) -> bool:
@@ -205,11 +207,16 @@ class Plan:
         source = self.open_input()
         if self.earlier:  # a row that came later must not make an earlier one fail
             source = source.reading(repeated_ids=self.extent_of(shard.index).repeated_ids)
-        return source.read_rows(shard.file, shard.start, shard.stop)
+        rows = source.read_rows(shard.file, shard.start, shard.stop)
+        return rows if self.only is None else (row for row in rows if row.row_id in self.only)
 
     def read_kept(self, shard: Shard) -> Iterator[dict[str, Any]]:
         """Yield the values of the kept columns of one shard, in the order of `read_shard`; empty without any."""
-        return self.open_input().read_kept(shard.file, shard.start, shard.stop)
+        kept = self.open_input().read_kept(shard.file, shard.start, shard.stop)
+        if self.only is None:
+            return kept
+        rows = self.open_input().read_rows(shard.file, shard.start, shard.stop)
+        return (each for row, each in zip(rows, kept, strict=True) if row.row_id in self.only)
 
     def to_json(self) -> bytes:
         """The plan as stored in _plan.json."""
@@ -228,6 +235,7 @@ class Plan:
             "config": dict(self.config),
             "kept": self.kept,
             "earlier": [[e.num_shards, e.num_rows, e.digest, sorted(e.repeated_ids)] for e in self.earlier],
+            "only": None if self.only is None else sorted(self.only),
             "files": [_file_to_json(file) for file in self.files],
             "shard_fields": ["file", "start", "stop", "offset", "line"],
             "shards": [[s.file, s.start, s.stop, s.offset, s.line] for s in self.shards],
@@ -262,7 +270,7 @@ class Plan:
             marks.setdefault(shard.file, []).append((shard.start, shard.offset, shard.line))
         return cls(
             fingerprint=tree["fingerprint"],
-            files=tuple(_file_from_json(each, marks[index]) for index, each in enumerate(tree["files"])),
+            files=tuple(_file_from_json(each, marks.get(index, [])) for index, each in enumerate(tree["files"])),
             shards=shards,
             principal_names=tuple(tree["principal_names"]),
             num_samples=tree["num_samples"],
@@ -273,6 +281,7 @@ class Plan:
             models=tree["models"],
             config=tree["config"],
             kept=tree.get("kept"),
+            only=None if tree.get("only") is None else frozenset(tree["only"]),
             earlier=tuple(
                 Extent(shards, rows, digest, frozenset(ids)) for shards, rows, digest, ids in tree.get("earlier", ())
             ),
@@ -316,7 +325,7 @@ def make_plan(
     return Plan(
         fingerprint=take_fingerprint(config, models, dict(versions or {}), source.files),
         files=source.files,
-        shards=tuple(_cut(source.files, config.output.rows_per_shard)),
+        shards=tuple(cut(source.files, config.output.rows_per_shard)),
         principal_names=tuple(config.principals),
         num_samples=config.decoding.n,
         variants=lay_out(config),
@@ -329,7 +338,8 @@ def make_plan(
     )
 
 
-def _cut(files: Sequence[InputFile], rows_per_shard: int) -> Iterator[Shard]:
+def cut(files: Sequence[InputFile], rows_per_shard: int) -> Iterator[Shard]:
+    """Cut all files into shards, in order."""
     index = 0
     for number in range(len(files)):
         for shard in cut_file(files, number, 0, rows_per_shard, index=index):

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
-from pipeline.errors import CageError, ConfigurationError, StorageError
+from pipeline.errors import CageError, StorageError
 from pipeline.monitoring.counts import Recoveries
-from pipeline.quoting import quote
 from pipeline.records import Record
 from pipeline.storage.card import render_card, render_loading, render_manifest
 from pipeline.storage.commits import CommitRecord, order_records
+from pipeline.storage.names import (
+    CARD,
+    COMMIT_NAME,
+    COMMITS,
+    EARLIER_FAILED,
+    FAILED,
+    LOADING_FILE,
+    MANIFEST,
+    PLAN,
+    SUCCESS,
+    commit_name,
+    data_name,
+    is_of_failed_rows,
+    shard_of,
+)
 from pipeline.storage.plan import Plan, Shard, refuse_mismatch
+from pipeline.storage.plan_files import check_exclusive, has_plan, plan_name, read_plan, refuse_other_files
+from pipeline.storage.revisions import Rerun, Reviser
 from pipeline.storage.row_lookup import find_row
 from pipeline.storage.run_status import RunStatus, sum_up
-from pipeline.storage.shard_files import COMMITS, EARLIER_FAILED, FAILED, ShardWriter, is_of_failed_rows
-from pipeline.stores.addresses import split_address
+from pipeline.storage.shard_files import ShardWriter
 from pipeline.stores.store import Store, open_store
-
-# Readers of Parquet folders skip names that begin with "_" or ".", so that they find the data files only.
-PLAN, MANIFEST, CARD, SUCCESS = "_plan.json", "_manifest.json", "_README.md", "_SUCCESS"
-LOADING_FILE = ".huggingface.yaml"  # `load_dataset(RUN)` reads it; without it, it would take failed rows for data
-EARLIER_PLAN = "plan.json"  # of runs before 2026-11-25, which can be read and resumed
-OWN_INPUT = "_input"  # a folder with the input of a run of failed rows, which is there before the run
-SHOWN = 5  # names of other files in a message
-COMMIT_NAME = re.compile(re.escape(COMMITS) + r"part-(\d+)\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +65,12 @@ class Run:
             ConfigurationError: it holds other files and no run, or the store cannot create-only.
         """
         if not has_plan(store):
-            _refuse_other_files(store)
+            refuse_other_files(store)
             if store.create(PLAN, plan.to_json()):
-                _check_exclusive(store, plan)
+                check_exclusive(store, plan)
                 return cls(store, plan)
             # another driver was faster: its plan is checked like that of any earlier run
-        stored = _read_plan(store)
+        stored = read_plan(store)
         # a run that goes on another day keeps its time; whether its base reasons as before is seen when models are
         # looked at (`pipeline.stages.relabel`)
         plan = plan.as_begun(stored)
@@ -86,7 +91,7 @@ class Run:
         """
         name = plan_name(plan.revision)
         if not self.store.create(name, plan.to_json()):
-            standing = _read_plan(self.store)
+            standing = read_plan(self.store)
             if standing.fingerprint != plan.fingerprint:
                 raise StorageError(
                     f"another command has extended {self.store.path} at the same time; the same command goes on"
@@ -107,7 +112,7 @@ class Run:
             ConfigurationError: there is no run, or its plan is damaged or of another version.
         """
         store = open_store(path)
-        return cls(store, _read_plan(store))
+        return cls(store, read_plan(store))
 
     @property
     def is_complete(self) -> bool:
@@ -118,6 +123,10 @@ class Run:
         """Take away the mark of a finished run, which is of the shards before an extension, or there for nothing."""
         if not self.is_complete:
             self.store.remove(SUCCESS)
+
+    def reopen(self) -> None:
+        """Take away the mark of a finished run before rows of it are replaced; `finish` writes it again."""
+        self.store.remove(SUCCESS)
 
     @property
     def is_superseded(self) -> bool:
@@ -134,18 +143,37 @@ class Run:
         Raises:
             StorageError: a record is damaged, or of another run.
         """
-        names = [name for name in self.store.names(COMMITS) if COMMIT_NAME.fullmatch(name)]
-        found = self.store.read_many(names)
+        revisions = self.revisions()
         if self.is_superseded:
-            found = {name: data for name, data in found.items() if _shard_of(name) < len(self.plan.shards)}
+            revisions = {shard: number for shard, number in revisions.items() if shard < len(self.plan.shards)}
+        names = [commit_name(self.plan, shard, revision) for shard, revision in revisions.items()]
+        found = self.store.read_many(names)
         records = [self._writer.read_record(name, data) for name, data in found.items()]
         return {record.shard: record for record in sorted(records, key=lambda record: record.shard)}
 
+    def revisions(self) -> dict[int, int]:
+        """The newest revision of each committed shard, 0 for the first: costs a listing.
+
+        A revision counts when its data file stands in the place of the one before. A command that was killed in
+        between has left neither, and the newest counts; `finish` puts its file there.
+        """
+        found: dict[int, list[int]] = {}
+        for name in self.store.names(COMMITS):
+            if match := COMMIT_NAME.fullmatch(name):
+                found.setdefault(int(match[1]), []).append(int(match[2] or 0))
+        revised = {shard: numbers for shard, numbers in found.items() if len(numbers) > 1}
+        newest = {shard: max(numbers) for shard, numbers in found.items()}
+        if revised:
+            published = set(self.store.names("part-"))
+            for shard, numbers in revised.items():
+                there = [number for number in numbers if data_name(self.plan, shard, number) in published]
+                newest[shard] = max(there or numbers)
+        return newest
+
     def commit_of(self, shard: int) -> CommitRecord | None:
         """The shard's commit record, or None when it is not committed."""
-        writer = self._writer
-        data = self.store.read(name := writer.commit_name(shard))
-        return None if data is None else writer.read_record(name, data)
+        data = self.store.read(name := commit_name(self.plan, shard))
+        return None if data is None else self._writer.read_record(name, data)
 
     def pending(self) -> list[Shard]:
         """The shards that are not committed, in order. Costs one listing; no record is read."""
@@ -218,6 +246,7 @@ class Run:
         if self.is_superseded:  # whoever extended the run, or resumes it, finishes it
             return
         records = self.committed()
+        self._publish(records)
         names = {name for record in records.values() for name in record.sha256_by_file}
         stored = {name for folder in ("part-", FAILED, EARLIER_FAILED) for name in self.store.names(folder)}
         if len(records) < len(self.plan.shards) or not names <= stored:
@@ -226,8 +255,9 @@ class Run:
                 f"{self.store.path} is not complete: {missing} shards and {len(names - stored)} files missing"
             )
         for name in stored - names:
-            # of an attempt that was not the one committed
-            if is_of_failed_rows(name) and _shard_of(name) < len(self.plan.shards):
+            # of an attempt that was not the one committed, or that came after a revision
+            is_late = shard_of(name) in records and records[shard_of(name)].revision > 0
+            if (is_of_failed_rows(name) or is_late) and shard_of(name) < len(self.plan.shards):
                 self.store.remove(name)
         self.store.sweep()
         status = self.status(records)
@@ -236,6 +266,21 @@ class Run:
         self.store.put(LOADING_FILE, render_loading(self.plan))
         # Last: whoever sees this file finds all the others.
         self.store.put(SUCCESS, self._success)
+
+    def _publish(self, records: Mapping[int, CommitRecord]) -> None:
+        """Publish the revisions that a killed command has committed and not published."""
+        newest = [record for record in records.values() if record.revision]
+        if not newest:
+            return
+        reviser, there = Reviser(self.store, self.plan), set(self.store.names("part-"))
+        for record in newest:
+            if data_name(self.plan, record.shard, record.revision) not in there:
+                reviser.publish(record)
+        reviser.sweep(records)
+
+    def revise(self, record: CommitRecord, rerun: Rerun) -> CommitRecord:
+        """Commit the next revision of a shard with rows that were run again; see `Reviser.revise`."""
+        return Reviser(self.store, self.plan).revise(record, rerun)
 
     def status(self, records: Mapping[int, CommitRecord] | None = None) -> RunStatus:
         """Sum up the commit records: those given, or those in the directory when None."""
@@ -253,56 +298,3 @@ class Run:
     @property
     def _writer(self) -> ShardWriter:
         return ShardWriter(self.store, self.plan)
-
-
-def has_plan(store: Store) -> bool:
-    """Whether the store holds a run."""
-    return any(store.read(name) is not None for name in (PLAN, EARLIER_PLAN))
-
-
-def plan_name(revision: int) -> str:
-    """The file of a plan that was extended so many times."""
-    return f"_plan.{revision}.json" if revision else PLAN
-
-
-def _read_plan(store: Store) -> Plan:
-    """The newest revision of the plan. Revisions are created one after the other, so the first gap is the end."""
-    found = next(((name, data) for name in (PLAN, EARLIER_PLAN) if (data := store.read(name)) is not None), None)
-    if found is None:
-        raise ConfigurationError(f"there is no run in {store.path}: it has no {PLAN}")
-    name, data = found
-    for revision in count(1):
-        later = store.read(plan_name(revision))
-        if later is None:
-            break
-        name, data = plan_name(revision), later
-    return Plan.from_json(data, source=store.url(name))
-
-
-def _shard_of(name: str) -> int:
-    """The shard that a commit record or a file of rows belongs to."""
-    found = re.search(r"part-(\d+)", name)
-    return -1 if found is None else int(found[1])
-
-
-def _refuse_other_files(store: Store) -> None:
-    """Refuse a directory with other files, which a run could overwrite or mix with its own.
-
-    The plan is the first file of a run. Where another driver has just created it, there are files and a plan by now.
-    """
-    others = [name for name in store.entries() if name != OWN_INPUT]
-    if others and not has_plan(store):
-        shown = ", ".join(quote(name) for name in others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
-        raise ConfigurationError(
-            f"output.path: {store.path} holds other files and no run: {shown}; choose an empty or a new folder"
-        )
-
-
-def _check_exclusive(store: Store, plan: Plan) -> None:
-    """Refuse a store that lets a second writer win: some S3-compatible ones ignore If-None-Match.
-
-    The plan was just created, so creating it again must fail.
-    """
-    is_object_store = split_address(store.path)[0] is not None
-    if is_object_store and store.create(PLAN, plan.to_json()):
-        raise ConfigurationError(f"{store.path} is in a store without create-only writes (If-None-Match)")

@@ -9,8 +9,8 @@ from pipeline.monitoring.counts import Recoveries
 from pipeline.monitoring.reasons import FailuresByKind, add_failures
 from pipeline.monitoring.values import Values, add_values, describe_silent
 from pipeline.storage.commits import CommitRecord
+from pipeline.storage.names import is_of_failed_rows
 from pipeline.storage.plan import Plan
-from pipeline.storage.shard_files import is_of_failed_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class RunStatus:
         last_commit_at: Unix time; None before the first commit.
         is_complete: whether manifest and `_SUCCESS` are written, too.
         unsteered: aligned rows whose weights are all 0.
+        revised_shards: shards with rows that were run again.
+        reruns: how many such rows there are, over all revisions.
         prompts: rows of the input: before each extension of the run, and now.
     """
 
@@ -55,6 +57,8 @@ class RunStatus:
     last_commit_at: float | None
     is_complete: bool
     unsteered: int
+    revised_shards: int
+    reruns: int
     prompts: tuple[int, ...]
 
     @property
@@ -91,5 +95,7 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
         last_commit_at=max((record.committed_at for record in done), default=None),
         is_complete=is_complete,
         unsteered=sum(record.unsteered for record in done),
+        revised_shards=sum(record.revision > 0 for record in done),
+        reruns=sum(record.reruns for record in done),
         prompts=(*(extent.num_rows for extent in plan.earlier), plan.num_rows),
     )

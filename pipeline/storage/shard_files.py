@@ -31,13 +31,12 @@ from pipeline.monitoring.values import values_of
 from pipeline.quoting import one_line, quote
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, count_tokens, differing_rows, sha256
-from pipeline.storage.pairs import PAIRS, has_pairs, pairs_bytes
+from pipeline.storage.names import FAILED, PAIRS, commit_name, data_name, part_name
+from pipeline.storage.pairs import has_pairs, pairs_bytes
 from pipeline.storage.plan import Plan, Shard
 from pipeline.storage.tables import failed_schema, output_schema, to_table, write_table_bytes
 from pipeline.stores.store import Store
 
-COMMITS, FAILED = "_commits/", "_failed/"
-EARLIER_FAILED = "_rejected/"  # of runs before 2026-11-25, which can be read and resumed
 # In a data file's footer: the name of the file with its failed rows
 FAILED_KEY, EARLIER_FAILED_KEY = b"cage.failed", b"cage.rejected"
 
@@ -71,19 +70,24 @@ class ShardWriter:
 
         Returns the record that is stored: this attempt's or, where another one was faster, that one's.
         """
-        schema = self._schema(shard.index)
+        revised = self.store.read(commit_name(self.plan, shard.index, 1))
+        if revised is not None:  # a late attempt must not bring back the file that the revision has replaced
+            return self.read_record(commit_name(self.plan, shard.index, 1), revised)
+        schema = self.schema(shard.index)
         failed = self._table([record for record in ordered if record.is_failed], failed_schema(schema), kept)
         aligned = self._table([record for record in ordered if not record.is_failed], schema, kept)
-        failed_name = self._write_failed(shard, failed)
+        failed_name = self.write_failed(shard.index, failed)
         data = write_table_bytes(aligned, metadata={FAILED_KEY.decode(): failed_name})
         stored = self._write_first(shard, data, aligned)
+        order = list(dict.fromkeys(record.row_id for record in ordered))
+        name = data_name(self.plan, shard.index)
+        self.write_pairs(name, read_table(stored, self.store.url(name)))  # a committed shard has its pairs
         record = replace(
-            self._record(shard, stored),
+            self.describe(shard.index, name, stored, order),
             attempt=attempt,
             seconds=round(seconds, 3),
             host=host,
             recoveries=_nonzero(recoveries),
-            failed_at=_failed_at(ordered),
             values={
                 name: [found.answers, found.tokens, found.low, found.high]
                 for name, found in values_of(ordered).items()
@@ -97,7 +101,7 @@ class ShardWriter:
         columns = from_text(self.plan.kept)
         return table if columns is None else append_kept(table, columns, [kept[each.row_id] for each in records])
 
-    def _schema(self, shard: int) -> pa.Schema:
+    def schema(self, shard: int) -> pa.Schema:
         """The schema of a shard's files; its metadata carries fingerprint and model identities."""
         models = {f"cage.models.{place}": identity for place, identity in self.plan.models.items()}
         return output_schema(
@@ -123,37 +127,27 @@ class ShardWriter:
             raise StorageError(f"{url} belongs to another run; remove it to go on")
         return record
 
-    def commit_name(self, shard: int) -> str:
-        """The name of a shard's commit record."""
-        return f"{COMMITS}{self._part(shard).partition('-of-')[0]}.json"
-
     def _digest(self, shard: int) -> str:
         """Of the plan that has the shard first."""
         return self.plan.extent_of(shard).digest
 
-    def _part(self, shard: int) -> str:
-        """The beginning of the names of a shard's files; a shard keeps it when the run is extended."""
-        num_shards = self.plan.extent_of(shard).num_shards
-        width = max(5, len(str(num_shards)))
-        return f"part-{shard:0{width}d}-of-{num_shards:0{width}d}"
-
-    def _write_failed(self, shard: Shard, failed: pa.Table) -> str:
+    def write_failed(self, shard: int, failed: pa.Table) -> str:
         """Write the failed rows under a name with their hash; return the name, empty when there are none."""
         if failed.num_rows == 0:
             return ""
         data = write_table_bytes(failed)
-        name = f"{FAILED}{self._part(shard.index)}-{sha256(data)[:16]}.parquet"
+        name = f"{FAILED}{part_name(self.plan, shard)}-{sha256(data)[:16]}.parquet"
         self.store.create(name, data)
         return name
 
-    def _write_pairs(self, shard: Shard, aligned: pa.Table) -> None:
-        """Write the pairs of a stored data file, before the commit record: a committed shard has its pairs."""
+    def write_pairs(self, name: str, aligned: pa.Table) -> None:
+        """Write the pairs of the data file `name`, if it can have some."""
         if has_pairs(aligned.schema.names):
-            self.store.create(f"{PAIRS}{self._part(shard.index)}.parquet", pairs_bytes(aligned))
+            self.store.create(f"{PAIRS}{name}", pairs_bytes(aligned))
 
     def _write_first(self, shard: Shard, data: bytes, aligned: pa.Table) -> bytes:
         """Create the data file, or take over the one that is already stored; return the stored bytes."""
-        name = f"{self._part(shard.index)}.parquet"
+        name = data_name(self.plan, shard.index)
         if self.store.create(name, data):
             return data
         stored = self.store.read(name)
@@ -169,7 +163,7 @@ class ShardWriter:
         A row may have failed in one of the attempts only, for instance because a host died. Where both have
         the row, its values must be equal, or the run is not as reproducible as it claims.
         """
-        found = _read_table(stored, self.store.url(name))
+        found = read_table(stored, self.store.url(name))
         if (found.schema.metadata or {}).get(b"cage.fingerprint", b"").decode() != self._digest(shard.index):
             raise StorageError(f"{self.store.url(name)} belongs to another run; remove it to go on")
         if self.plan.fingerprint["decoding.reproducibility"] != Reproducibility.STRICT:
@@ -182,11 +176,10 @@ class ShardWriter:
                 f"first row {quote(row_id)}, sample {sample}; remove it and its commit record to compute it again"
             )
 
-    def _record(self, shard: Shard, data: bytes) -> CommitRecord:
-        """The commit record of the stored data file and the failed rows that it names."""
-        name = f"{self._part(shard.index)}.parquet"
-        aligned = _read_table(data, self.store.url(name))
-        self._write_pairs(shard, aligned)
+    def describe(self, shard: int, name: str, data: bytes, order: Sequence[str]) -> CommitRecord:
+        """The commit record of a data file and the failed rows that it names; `order` has the shard's row ids."""
+        aligned = read_table(data, self.store.url(name))
+        answered = set(aligned.column("row_id").to_pylist())
         files = {name: data}
         failed: list[tuple[str, str | None]] = []
         if failed_name := _failed_name(aligned.schema):
@@ -194,27 +187,28 @@ class ShardWriter:
             if failed_data is None:
                 raise StorageError(f"{self.store.url(failed_name)} is missing; remove {name} to go on")
             files[failed_name] = failed_data
-            table = _read_table(failed_data, self.store.url(failed_name))
+            table = read_table(failed_data, self.store.url(failed_name))
             columns = (table.column(each).to_pylist() for each in ("row_id", "error"))
             failed = list(zip(*columns, strict=True))
         failures = failures_of(failed)
         return CommitRecord(
-            shard=shard.index,
+            shard=shard,
             rows=aligned.num_rows,
             failed=len(failed),
             tokens=count_tokens(aligned),
             sha256_by_file={name: sha256(content) for name, content in files.items()},
             num_bytes=sum(len(content) for content in files.values()),
-            digest=self._digest(shard.index),
+            digest=self._digest(shard),
             committed_at=round(time.time(), 3),
             pyarrow=pa.__version__,
             unsteered=_unsteered(aligned),
+            failed_at=[at for at, row_id in enumerate(order) if row_id not in answered],
             errors={kind: each.count for kind, each in failures.items()},
             examples={kind: [[e.row_id, e.reason] for e in each.examples] for kind, each in failures.items()},
         )
 
     def _create_record(self, record: CommitRecord) -> CommitRecord:
-        name = self.commit_name(record.shard)
+        name = commit_name(self.plan, record.shard)
         if self.store.create(name, record.to_json()):
             return record
         stored = self.store.read(name)
@@ -226,11 +220,6 @@ class ShardWriter:
                 f"shard {record.shard} of {self.store.path} is committed with other files than those that are there"
             )
         return winner
-
-
-def is_of_failed_rows(name: str) -> bool:
-    """Whether a file of a run holds its failed rows."""
-    return name.startswith((FAILED, EARLIER_FAILED))
 
 
 def _failed_name(schema: pa.Schema) -> str:
@@ -246,19 +235,12 @@ def _unsteered(answers: pa.Table) -> int:
     return sum(not any((each or {"": 1}).values()) for each in answers.column("weights").to_pylist())
 
 
-def _failed_at(ordered: Sequence[Record]) -> list[int]:
-    """The places of the rows that have no answer, among the rows in their order."""
-    has_answer: dict[str, bool] = {}
-    for record in ordered:
-        has_answer[record.row_id] = has_answer.get(record.row_id, False) or not record.is_failed
-    return [at for at, is_answered in enumerate(has_answer.values()) if not is_answered]
-
-
 def _nonzero(recoveries: Recoveries) -> dict[str, int]:
     return {name: count for name, count in asdict(recoveries).items() if count}
 
 
-def _read_table(data: bytes, source: str) -> pa.Table:
+def read_table(data: bytes, source: str) -> pa.Table:
+    """The table in a Parquet file that was read from `source`. Raises StorageError."""
     with as_damaged_file(source), pq.ParquetFile(pa.BufferReader(data)) as file:
         table: pa.Table = file.read()
         return table

@@ -132,14 +132,14 @@ class DyingStore:
 
     def __getattr__(self, name: str) -> Any:
         inner = getattr(self.store, name)
-        return self._write(inner) if name in ("create", "put") else inner
+        return self._write(inner) if name in ("create", "put", "remove") else inner
 
     def _write(self, inner: Any) -> Any:
-        def write(name: str, data: bytes) -> Any:
+        def write(*given: Any) -> Any:
             self.num_writes += 1
             if self.num_writes == self.dies_at and not self.is_after:
                 raise Killed
-            answer = inner(name, data)
+            answer = inner(*given)
             if self.num_writes == self.dies_at:
                 raise Killed
             return answer
