@@ -14,13 +14,13 @@ from support.storage import tree_bytes
 
 from jobs.commands.evaluate import describe_evaluation, run_evaluate
 from jobs.commands.plan import run_plan
-from jobs.commands.retry import retry_config
 from pipeline.config.files import parse_as
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.panel import resolve_panel
 from pipeline.evaluation.scores import ScoreFiles
 from pipeline.stages.evaluate import evaluate
+from pipeline.stages.retry import Retry, retry
 
 JUDGES = {
     "words": {"kind": "length"},
@@ -171,7 +171,10 @@ def test_failed_prompts_are_left_out_of_every_rule(tiny, tmp_path):
     assert metrics["num_prompts"] == 5
     assert metrics["num_failed"] == 18
     assert all(point["n"] == 5 for point in metrics["points"])
-    assert retry_config(str(tmp_path / "run"), []).input.path.endswith("failed.jsonl")
+    run, was_run = retry(Retry(str(tmp_path / "run")), tmp_path / "cache", io.StringIO())
+    assert (was_run, run.status().reruns, run.status().rows_failed) == (True, 1, 18)  # it fails as before
+    again = run_tree(tree, tmp_path)
+    assert again.metrics["points"] == metrics["points"]
 
 
 def test_a_run_without_a_grid_is_measured_too(tiny, tmp_path):

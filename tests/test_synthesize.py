@@ -17,11 +17,11 @@ from support.judge_models import save_reward_model
 from support.storage import tree_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs.commands.retry import retry_config
 from jobs.commands.synthesize import run_synthesize
 from pipeline.config.files import dump_config, load_as, parse_as
 from pipeline.errors import ConfigurationError
 from pipeline.stages.relabel import relabel
+from pipeline.stages.retry import Retry, retry
 from pipeline.stages.synthesize import synthesize
 from pipeline.synthesis.settings import SynthesizeConfig
 
@@ -116,7 +116,7 @@ def test_the_run_is_that_of_relabel_and_can_be_retried(made, tiny):
     assert not was_run
     assert run.plan == dataset.run.plan
     with pytest.raises(ConfigurationError, match="no failed row that can be tried again"):
-        retry_config(str(folder / "run"), [])
+        retry(Retry(str(folder / "run")), folder / "cache", io.StringIO())
 
 
 def test_a_reward_model_ranks_the_answers_and_is_named_in_the_card(made, tiny, tmp_path):

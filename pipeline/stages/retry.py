@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
+from pydantic import BaseModel
 
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
@@ -108,6 +109,11 @@ def _take_over(run: Run, again: Run, choice: Choice) -> None:
 def _config(run: Run, asked: Retry) -> Config:
     """The settings of the run, with overrides."""
     tree: dict[str, Any] = json.loads(json.dumps({name: run.plan.config[name] for name in Config.model_fields}))
+    for name, given in tree.items():  # a default that is written out may be refused as one without effect
+        default = Config.model_fields[name].default
+        if isinstance(default, BaseModel):
+            usual = default.model_dump(mode="json")
+            tree[name] = {key: value for key, value in given.items() if key not in usual or value != usual[key]}
     tree["errors"] |= UNLIMITED
     if asked.mended is not None:
         tree["input"] |= {"path": asked.mended, "limit": None}

@@ -160,9 +160,10 @@ class _StoredRows:
     def differs(self, shard: int, row: Row, kept: Mapping[str, Any]) -> bool:
         """Whether a row is another one than the run has answered, or may be: its parameters are not stored."""
         plan, stored = self.run.plan, self._rows(shard)[row.row_id]
-        if any(file.format is Format.BATCH for file in plan.files) or row.error is not None:
-            return True
-        if any(value is not None for value in (row.max_new_tokens, row.seed, row.stop)) or row.template_kwargs:
+        has_parameters = any(
+            file.format is Format.BATCH or file.columns.template_kwargs is not None for file in plan.files
+        )
+        if has_parameters or row.error is not None:
             return True
         messages, begun = list(row.messages), ""
         if messages[-1]["role"] == "assistant":

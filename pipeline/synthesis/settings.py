@@ -143,7 +143,8 @@ class SynthesizeConfig(Config):
     @property
     def job(self) -> Config:
         """The run alone, as `cage relabel` would make it, so that other data can be made from it later."""
-        return Config.model_validate(self.model_dump(exclude={"synthesis"}))
+        # sections as they are: a default that is written out may be refused as one without effect
+        return Config(**{name: getattr(self, name) for name in Config.model_fields})
 
     @model_validator(mode="after")
     def _names_known(self) -> SynthesizeConfig:
