@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs.commands.job_files import load_job
 from jobs.commands.plan_prompts import describe_prompts
-from jobs.commands.text import printable, size, table
+from jobs.commands.text import printable, table
 from pipeline.config.sections import Config, Transport
 from pipeline.config.variants import lay_out
 from pipeline.hub.descriptions import ModelDescription, describe_model
@@ -21,6 +21,7 @@ from pipeline.hub.tokenizers import listed_tokens
 from pipeline.principals.section import TUNED
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostPlan, PrincipalPlan, Scoring
+from pipeline.quoting import size
 from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica
 from pipeline.sections import ModelConfig
 from pipeline.stages.relabel import prepare

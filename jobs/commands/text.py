@@ -44,11 +44,3 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:z.{digits}f}"  # z: what rounds to -0 is 0
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people: 538 MB, 1.3 GB (powers of ten)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}" if num_bytes < 10 * scale else f"{num_bytes / scale:,.0f} {unit}"
-    return f"{num_bytes:.0f} B"

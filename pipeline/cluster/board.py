@@ -85,13 +85,14 @@ class ProgressBoard:
         return sum((report.counts for report in self._reports.values()), Counts())
 
     def waits(self) -> list[str]:
-        """What the replicas that reported last wait for, one line per wait; silent ones are marked."""
+        """What the replicas that reported last wait for, one line per wait, with names where there are several."""
         now_s = time.monotonic()
         lines = []
         for name, report in sorted(self._reports.items(), key=lambda item: -item[1].heard_s)[: self._num_replicas]:
             silent_s = now_s - report.heard_s
             since = f", last heard {silent_s:.0f} s ago" if silent_s > SILENT_S else ""
-            lines += [f"replica {name}{since}: {what}" for what in report.waits or ["a shard"]]
+            named = f"replica {name}{since}: " if self._num_replicas > 1 or since else ""
+            lines += [f"{named}{what}" for what in report.waits or ["a shard"]]
         return lines
 
 

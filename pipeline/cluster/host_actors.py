@@ -168,9 +168,10 @@ class RayHost:
         self._plan = plan
         self._timeout_s = timeout_s
 
-    def load(self) -> Reply[None]:
-        """Ask the actor to load its weights."""
-        return self._reply("load", self.actor.load.remote())
+    def load(self, wait: str) -> Reply[None]:
+        """Ask the actor to load its weights; `wait` is what is waited for until the reply."""
+        reference = self.actor.load.remote()
+        return Reply(lambda: self._get("load", reference, self._timeout_s, wait=wait), handle=reference)
 
     def advance(self, at: Position, step: Step) -> Reply[None]:
         return self._reply("advance", self.actor.advance.remote(at, step))
@@ -220,10 +221,10 @@ class RayHost:
     def _reply(self, message: str, reference: Any) -> Reply[Any]:
         return Reply(lambda: self._get(message, reference, self._timeout_s), handle=reference)
 
-    def _get(self, message: str, reference: Any, timeout_s: float) -> Any:
+    def _get(self, message: str, reference: Any, timeout_s: float, *, wait: str = "") -> Any:
         """Wait for an answer. Raises HostError, which names the host, or ConfigurationError as the host raised it."""
         try:
-            with waiting_for(f"an answer of host {self._plan.name} to {message}"):
+            with waiting_for(wait or f"an answer of host {self._plan.name} to {message}"):
                 return ray.get(reference, timeout=timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, ConfigurationError):
@@ -251,6 +252,7 @@ class HostLaunch:
     Args:
         specs: a reference to the specs of all hosts, in a tuple so that Ray does not replace it by its value.
         plans: of the hosts.
+        loads: what is waited for while each of them loads.
         cluster: time limits.
         places: one placement group per replica. The driver creates and removes them: a group that a replica creates
             is left behind with its CPUs and GPUs when the replica dies, as Ray keeps the groups of an actor that can
@@ -261,6 +263,7 @@ class HostLaunch:
 
     specs: tuple[Any]
     plans: tuple[HostPlan, ...]
+    loads: tuple[str, ...]
     cluster: ClusterConfig
     places: tuple[PlacementGroup, ...]
     has_gpus: bool
@@ -285,14 +288,17 @@ class HostGroup:
         self._place = launch.places[replica]
         bundles = [bundle_of(plan, has_gpus=launch.has_gpus) for plan in launch.plans]
         timeout_s = launch.cluster.start_timeout_s
-        with waiting_for(f"a placement of {_sum_text(bundles)} in the cluster"):
+        with waiting_for(f"{_sum_text(bundles)} of the cluster for the hosts"):
             is_placed = self._place.wait(timeout_s)
         if not is_placed:
             raise ConfigurationError(
                 f"the cluster did not provide {_sum_text(bundles)} for a replica within {timeout_s:g} s"
             )
         self._actors = [self._start_actor(index, bundle) for index, bundle in enumerate(bundles)]
-        self._loads = [RayHost(actor, plan, timeout_s).load() for actor, plan in self._planned()]
+        self._loads = [
+            RayHost(actor, plan, timeout_s).load(wait)
+            for (actor, plan), wait in zip(self._planned(), launch.loads, strict=True)
+        ]
 
     def wait(self) -> Hosts:
         """Wait until every host has loaded its weights, and return their clients.
@@ -336,7 +342,9 @@ def one_replica(assembly: Assembly) -> Iterator[Hosts]:
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     plans = assembly.topology.hosts
     with placed(plans, num_replicas=1, has_gpus=has_gpus) as places:
-        launch = HostLaunch((ray.put(assembly.hosts),), plans, assembly.config.cluster, places, has_gpus)
+        launch = HostLaunch(
+            (ray.put(assembly.hosts),), plans, assembly.loads, assembly.config.cluster, places, has_gpus
+        )
         group = HostGroup(launch, 0)
         try:
             yield group.wait()

@@ -42,12 +42,13 @@ class Replica:
         context = ray.get_runtime_context()
         self._name = f"{context.get_node_id()[:8]}-{os.getpid()}"
         self._coordinator: Any = None
-        threading.Thread(target=self._keep_reporting, name="report", daemon=True).start()
-        self._num_starts: int = ask(board.start.remote())
-        self._max_starts = launch.cluster.replicas + STARTS_PER_ATTEMPT * max_attempts
-        replica: int = ask(board.lease.remote(context.get_actor_id()))
-        first_hosts = _started(launch, replica)
-        with waiting_for("the coordinator's imports and the plan of the run"):
+        with waiting_for("starting a replica"):
+            threading.Thread(target=self._keep_reporting, name="report", daemon=True).start()
+            self._num_starts: int = ask(board.start.remote())
+            self._max_starts = launch.cluster.replicas + STARTS_PER_ATTEMPT * max_attempts
+            replica: int = ask(board.lease.remote(context.get_actor_id()))
+            first_hosts = _started(launch, replica)
+        with waiting_for("; ".join(launch.loads)):  # the hosts load meanwhile, and that takes longer
             from pipeline.cluster.coordinator import Coordinator  # takes seconds, in which the hosts load
 
             self._coordinator = Coordinator(

@@ -13,6 +13,7 @@ import ray
 
 from pipeline.config.sections import ClusterConfig
 from pipeline.errors import CageError, ConfigurationError
+from pipeline.monitoring.waits import waiting_for
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def joined(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> Itera
         yield
         return
     with contextlib.nullcontext() if is_verbose else _silent_stderr():
-        _start(config, num_cpus=num_cpus, is_verbose=is_verbose)
+        with waiting_for("starting Ray" if config.address is None else f"the Ray cluster at {config.address}"):
+            _start(config, num_cpus=num_cpus, is_verbose=is_verbose)
         try:
             yield
         finally:

@@ -62,7 +62,7 @@ class ShardStream:
         except ray.exceptions.RayError as error:
             return [f"the progress board, which does not answer ({type(error).__name__})"]
         cpus = self._assembly.config.cluster.coordinator_cpus
-        return found or [f"Ray to start a replica ({cpus:g} CPU for its coordinator)"]
+        return found or [f"starting a replica ({cpus:g} CPU for its coordinator)"]
 
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
         """Decode and commit shards; yield each one's outcome when it is done, in any order.
@@ -77,7 +77,13 @@ class ShardStream:
         plans = self._assembly.topology.hosts
         with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as places:
             launch = HostLaunch(
-                (ray.put(self._assembly.hosts),), plans, config.cluster, places, self._has_gpus, self._wiring
+                (ray.put(self._assembly.hosts),),
+                plans,
+                self._assembly.loads,
+                config.cluster,
+                places,
+                self._has_gpus,
+                self._wiring,
             )
             assembly = (ray.put(self._assembly),)
             stream = ray.data.from_items(

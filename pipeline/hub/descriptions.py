@@ -20,6 +20,11 @@ STORED_BYTES = {
 CONVERTED = ("F64", "F32", "F16", "BF16")  # these are loaded in the configured dtype, others as they are stored
 
 
+def stored_bytes(num_parameters_by_dtype: Mapping[str, int]) -> int:
+    """Bytes of weights in files, from the number of parameters by safetensors' dtype names."""
+    return int(sum(count * STORED_BYTES.get(dtype, 4.0) for dtype, count in num_parameters_by_dtype.items()))
+
+
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
     """Sizes of a model. Of attention with a window or a compressed cache, the KV cache is an upper bound."""
@@ -36,7 +41,7 @@ class ModelDescription:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weights in the files."""
-        return int(sum(count * STORED_BYTES.get(dtype, 4.0) for dtype, count in self.num_parameters_by_dtype.items()))
+        return stored_bytes(self.num_parameters_by_dtype)
 
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of the weights once loaded as "float32", "bfloat16" or "float16"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import threading
@@ -16,6 +17,9 @@ TERMINAL_S = 0.5
 LOG_S = 30.0
 LOOK_S = 2.0  # from one look for new warnings to the next
 FIRST_STEPS = 2  # steps that are sent before the first one is answered
+SETTLED_S = 1.0  # after so long, and so many of the rows, there is a speed and an estimate
+SETTLED_SHARE = 0.05
+RAISED, RAISED_S = 2.0, 60.0  # the time left is raised only where it is off by this factor and so many seconds
 
 
 class Notices(Protocol):
@@ -60,6 +64,8 @@ class ProgressLine:
         self._began_s: float | None = None  # when the first step was seen: loading says nothing about the speed
         self._rows_seen = 0
         self._ends_s: float | None = None
+        self._shards_before = shards_before
+        self._stage, self._stage_s = "", 0.0  # what was waited for last, and since when
         self._is_terminal = out.isatty()
         self._width = 0
 
@@ -75,26 +81,46 @@ class ProgressLine:
 
     def text(self, counts: Counts, waits: Sequence[str] = ()) -> str:
         """The line for these counts; before the first tokens it says what is waited for."""
-        now_s = time.monotonic()
+        self._note(counts)
         rows = min(self._rows_before + counts.rows, self._num_rows)
         done = f"{rows:,}/{self._num_rows:,} rows  {self.shards_done:,}/{self._num_shards:,} shards  "
-        if not counts.rows and counts.steps <= FIRST_STEPS and waits:
-            return f"{done}waiting for {_plain_wait(waits[0])}"
-        if self._began_s is None and (counts.rows or counts.steps):
-            self._began_s = now_s
-        elapsed_s = max(now_s - (self._began_s or now_s), 1e-9)
-        speed = counts.tokens / elapsed_s if elapsed_s > 1e-3 else 0.0
-        left = self._left(counts.rows, self._num_rows - rows, elapsed_s, now_s)
-        return f"{done}{speed:,.0f} tokens/s  {left} left  {counts.failed:,} failed"
+        if _is_starting(counts):
+            self._enter(_stage_of(waits))
+            return f"{done}{self._stage} ({duration(time.monotonic() - self._stage_s)})"
+        failed = f"{counts.failed:,} failed"
+        if not counts.rows:
+            return f"{done}step {counts.steps:,} of the first rows  {failed}"
+        elapsed_s = 0.0 if self._began_s is None else time.monotonic() - self._began_s
+        # within the first moment there is no speed yet
+        speed = f"{counts.tokens / elapsed_s:,.0f}" if elapsed_s >= SETTLED_S else "--"
+        left = f"  {left} left" if (left := self._left(self._num_rows - rows)) else ""
+        return f"{done}{speed} tokens/s{left}  {failed}"
 
-    def _left(self, num_rows: int, rows_left: int, elapsed_s: float, now_s: float) -> str:
-        """The time left. It is estimated when rows have ended, and counts down until the next ones have."""
-        if num_rows > self._rows_seen:
-            self._rows_seen = num_rows
-            self._ends_s = now_s + rows_left * elapsed_s / num_rows
-        if self._ends_s is None or not rows_left or self._ends_s < now_s:
-            return "--"
-        return duration(self._ends_s - now_s)
+    def _note(self, counts: Counts) -> None:
+        """Remember when the first step was seen, and estimate the end when more rows have ended."""
+        now_s = time.monotonic()
+        if self._began_s is None and not _is_starting(counts):
+            self._began_s = now_s
+        if self._began_s is None or counts.rows <= self._rows_seen:
+            return
+        self._rows_seen = counts.rows
+        num_left = self._num_rows - self._rows_before - counts.rows
+        elapsed_s = now_s - self._began_s
+        # the first rows that end are the short ones: they say little about the others
+        if elapsed_s < SETTLED_S or counts.rows < SETTLED_SHARE * (counts.rows + num_left):
+            return
+        left_s = num_left * elapsed_s / counts.rows
+        shown_s = math.inf if self._ends_s is None else max(0.0, self._ends_s - now_s)
+        if left_s > RAISED * shown_s + RAISED_S:  # far off: a wrong time would be shown for long
+            shown_s = left_s
+        self._ends_s = now_s + min(left_s, shown_s)
+
+    def _left(self, rows_left: int) -> str:
+        """The time left. It counts down and is not raised, unless it is far off."""
+        if self._ends_s is None or not rows_left:
+            return ""
+        left_s = self._ends_s - time.monotonic()
+        return duration(left_s) if left_s >= 1 else "some seconds"
 
     def show(self, counts: Counts, *, waits: Sequence[str] = (), is_last: bool = False) -> None:
         """Print the line now."""
@@ -110,11 +136,22 @@ class ProgressLine:
     def notify(self, counts: Counts, *, is_last: bool = False) -> None:
         """Print the notices that are new."""
         for notice in self._notices(counts, is_last=is_last):
-            if self._is_terminal and self._width:
-                self._out.write("\r" + " " * self._width + "\r")
-                self._width = 0
+            self._clear()
             self._out.write(notice + "\n")
             self._out.flush()
+
+    def _clear(self) -> None:
+        """Remove the line from a terminal."""
+        if self._is_terminal and self._width:
+            self._out.write("\r" + " " * self._width + "\r")
+            self._out.flush()
+            self._width = 0
+
+    def _enter(self, stage: str) -> bool:
+        """Remember what is waited for and since when; returns whether it is something new."""
+        if is_new := stage != self._stage:
+            self._stage, self._stage_s = stage, time.monotonic()
+        return is_new
 
     @contextmanager
     def running(
@@ -133,11 +170,13 @@ class ProgressLine:
             shown_s = time.monotonic()
             while not ended.wait(min(every_s, LOOK_S)):
                 counts = read_counts()
+                self._note(counts)
                 self.notify(counts)
-                if (now_s := time.monotonic()) - shown_s >= every_s:
+                waits = read_waits() if _is_starting(counts) else ()
+                is_new = _is_starting(counts) and self._enter(_stage_of(waits))
+                if (now_s := time.monotonic()) - shown_s >= every_s or is_new:
                     shown_s = now_s
-                    is_waiting = not counts.rows and counts.steps <= FIRST_STEPS
-                    self.show(counts, waits=read_waits() if is_waiting else ())
+                    self.show(counts, waits=waits)
 
         thread = threading.Thread(target=keep_showing, name="progress", daemon=True)
         thread.start()
@@ -147,13 +186,28 @@ class ProgressLine:
             ended.set()
             thread.join()
             counts = read_counts()
-            self.show(counts, is_last=True)
+            if not _is_starting(counts) or self.shards_done > self._shards_before:
+                self.show(counts, is_last=True)
+            else:  # it ended before anything was done: what was waited for says nothing now
+                self._clear()
             self.notify(counts, is_last=True)
 
 
-def _plain_wait(wait: str) -> str:
-    """A wait as the progress line shows it: a host's first answer is its first pass."""
-    return re.sub(r"an answer of host (\S+) to (advance|values_at|score)\w*", r"the first pass of \1", wait)
+def _is_starting(counts: Counts) -> bool:
+    """Whether no token has been drawn: the first steps are sent before the first one is answered."""
+    return not counts.rows and counts.steps <= FIRST_STEPS
+
+
+def _stage_of(waits: Sequence[str]) -> str:
+    """What is waited for, without the seconds: a model that loads, or else the longest wait.
+
+    A host's first answer is its first pass.
+    """
+    if not waits:
+        return "starting"
+    wait = next((each for each in waits if "loading " in each), waits[0])
+    without_seconds = re.sub(r" \(\d+ s\)$", "", wait)
+    return re.sub(r"an answer of host (\S+) to \w+", r"first pass of \1", without_seconds)
 
 
 def duration(seconds: float) -> str:

@@ -100,5 +100,5 @@ class _StallCheck:
         more = f"; and {len(waits) - SHOWN_WAITS} more" if len(waits) > SHOWN_WAITS else ""
         return (
             f"no row was finished and no token drawn for {self._limit_s:g} s (cluster.stall_timeout_s); "
-            f"waiting for {shown}{more}. What is committed is kept, and the same command continues"
+            f"waiting for: {shown}{more}. What is committed is kept, and the same command continues"
         )

@@ -10,12 +10,14 @@ from pipeline.config.sections import Config
 from pipeline.config.variants import Variant
 from pipeline.engine.prompter import Prompter
 from pipeline.engine.prompts import ChatPrompter, HostText
+from pipeline.hub.descriptions import stored_bytes
 from pipeline.hub.model_facts import facts_of_config, load_model_config
 from pipeline.hub.retokeniser import Retokeniser
 from pipeline.hub.token_bytes import token_bytes
 from pipeline.hub.tokenizer_facts import default_template, load_tokenizer
 from pipeline.protocol.specs import HostSpec, TextSpec
 from pipeline.protocol.topology import BASE, Topology
+from pipeline.quoting import size
 from pipeline.runtime.prompt_templates import end_of_answer
 from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica, resolve_models
 
@@ -39,6 +41,14 @@ class Assembly:
     identities: Mapping[str, str]
     prompter: Prompter
     variants: tuple[Variant, ...]
+
+    @property
+    def loads(self) -> tuple[str, ...]:
+        """What is waited for while each host loads, with the size of its weights in the files."""
+        return tuple(
+            f"loading {plan.name} ({size(stored_bytes(spec.source.num_parameters_by_dtype))})"
+            for plan, spec in zip(self.topology.hosts, self.hosts, strict=True)
+        )
 
 
 def assemble(config: Config, cache_folder: Path, *, progress: Callable[[str], None] = lambda line: None) -> Assembly:

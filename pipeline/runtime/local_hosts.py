@@ -37,15 +37,15 @@ def start_hosts(assembly: Assembly, *, wiring: Wiring = DIRECT) -> Hosts:
         ConfigurationError: a model cannot be served.
     """
     plans, specs = assembly.topology.hosts, assembly.hosts
-    (plan, *other_plans), (spec, *other_specs) = plans, specs
-    with waiting_for(f"host {plan.name} to load"):
+    (plan, *other_plans), (spec, *other_specs), (load, *other_loads) = plans, specs, assembly.loads
+    with waiting_for(load):
         if spec.games is not None:
             sampler = wiring.wrap_host(start_sampling(spec, spec.games))
             return Hosts.lone(LocalSamplingHost(sampler, plan), runs_ahead=sampler.runs_ahead)
         base = LocalProposingHost(wiring.wrap_host(start_proposing(spec)), plan)
     others = []
-    for other, other_spec in zip(other_plans, other_specs, strict=True):
-        with waiting_for(f"host {other.name} to load"):
+    for other, other_spec, load in zip(other_plans, other_specs, other_loads, strict=True):
+        with waiting_for(load):
             others.append(LocalHost(wiring.wrap_host(start_scoring(other_spec)), other))
     return Hosts(base, tuple(others))
 

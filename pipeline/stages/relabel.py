@@ -19,6 +19,8 @@ from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.progress import Notices, ProgressLine
 from pipeline.monitoring.stall import ended_when_stalled
 from pipeline.monitoring.values import SilenceWatch
+from pipeline.monitoring.waits import waiting_for, waits
+from pipeline.quoting import one_line
 from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_replica, resolve_models
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.failures import FailureLimit
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # imports torch: seconds
     from pipeline.engine.shards import ShardOutcome
 
 MAX_BESIDE = 100
+SHOWN_FAILURES = 3  # kinds of reasons that are shown as soon as they occur
+LONGEST_NOTICE = 300
 
 
 class Stream(Protocol):
@@ -41,6 +45,32 @@ class Stream(Protocol):
     def waits(self) -> Sequence[str]: ...
 
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]: ...
+
+
+class _Feed:
+    """What the progress line shows: counts and waits of a stream while there is one, and else of this process."""
+
+    def __init__(self) -> None:
+        self._stream: Stream | None = None
+        self._last = Counts()
+
+    def counts(self) -> Counts:
+        if (stream := self._stream) is not None:
+            self._last = stream.counts()
+        return self._last
+
+    def waits(self) -> Sequence[str]:
+        return waits() if (stream := self._stream) is None else stream.waits()
+
+    @contextmanager
+    def following(self, stream: Stream) -> Iterator[None]:
+        """Show a stream for the block, and its last counts afterwards."""
+        self._stream = stream
+        try:
+            yield
+        finally:
+            self.counts()
+            self._stream = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +184,14 @@ def work(
         num_shards=len(run.plan.shards),
         rows_before=sum(commit.rows + commit.failed for commit in committed.values()),
         shards_before=len(committed),
-        notices=_silent_principals(run),
+        notices=_notices(run),
     )
     if todo:
-        streaming = _stream(replica, run, is_verbose=is_verbose, wiring=wiring)
+        feed = _Feed()
         with (
-            streaming as stream,
-            line.running(stream.counts, stream.waits),
+            line.running(feed.counts, feed.waits),
+            _stream(replica, run, is_verbose=is_verbose, wiring=wiring) as stream,
+            feed.following(stream),
             _watched(config, stream, line, limit),
         ):
             _decode(stream, todo, line, limit)
@@ -227,10 +258,19 @@ def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, limit: Fail
         raise failures[0]
 
 
-def _silent_principals(run: Run) -> Notices:
-    """Says once which principals value no token, as soon as the first answers show it."""
+def _notices(run: Run) -> Notices:
+    """Says once what the first failed rows failed for, and which principals value no token."""
     watch = SilenceWatch(run.plan.config["principals"])
-    return lambda counts, *, is_last: watch.lines(counts.values, is_last=is_last)
+    kinds: set[str] = set()
+
+    def lines(counts: Counts, *, is_last: bool) -> Sequence[str]:
+        new = [kind for kind in counts.failures if kind not in kinds][: SHOWN_FAILURES - len(kinds)]
+        kinds.update(new)
+        examples = [example for kind in new for example in counts.failures[kind].examples[:1]]
+        failed = [one_line(f"row {each.row_id} failed: {each.reason}", limit=LONGEST_NOTICE) for each in examples]
+        return [*failed, *watch.lines(counts.values, is_last=is_last)]
+
+    return lines
 
 
 def _watched(config: Config, stream: Stream, line: ProgressLine, limit: FailureLimit) -> AbstractContextManager[None]:
@@ -247,17 +287,18 @@ def _watched(config: Config, stream: Stream, line: ProgressLine, limit: FailureL
 
 @contextmanager
 def _stream(replica: ReplicaPlan, run: Run, *, is_verbose: bool, wiring: Wiring) -> Iterator[Stream]:
-    with collection_paused(is_for_good=True):
+    with waiting_for("loading tokenizers"), collection_paused(is_for_good=True):
         from pipeline.runtime.assembly import load_assembly  # a run really starts: what follows imports models or ray
 
         assembly = load_assembly(replica)
     if assembly.config.cluster.transport is Transport.LOCAL:
-        with collection_paused(is_for_good=True):
+        with waiting_for("loading torch"), collection_paused(is_for_good=True):
             from pipeline.runtime.local import LocalStream
 
         yield LocalStream(assembly, run, wiring=wiring)
         return
-    from pipeline.cluster.stream import ShardStream, cluster
+    with waiting_for("starting Ray"):
+        from pipeline.cluster.stream import ShardStream, cluster
 
     with cluster(assembly, is_verbose=is_verbose):
         yield ShardStream(assembly, run.store.path, is_verbose=is_verbose, wiring=wiring)
