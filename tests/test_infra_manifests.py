@@ -19,15 +19,19 @@ import yaml
 
 from pipeline.config.files import load_config
 from pipeline.config.sections import Config
+from pipeline.errors import ExitCode
 from pipeline.runtime.topology import build_topology
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
 IMAGE = "your-registry/cage-align:0.1.0"
+MOUNTED = Path("/etc/cage/job.yaml")  # where the ConfigMap is mounted
+NO_RETRY = [ExitCode.CONFIGURATION, ExitCode.ERROR_BUDGET]  # no other attempt can mend these
 RESUMABLE = "relabel"  # the command that goes on where it stopped
 
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
-QUANTITIES = {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"}}
+QUANTITY = {"type": "string", "pattern": r"^\d+(m|Mi|Gi)?$"}
+QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
 
 
 def record(required: str, **properties: Any) -> dict[str, Any]:
@@ -66,22 +70,70 @@ CONTAINER = record(
     securityContext=record(
         "allowPrivilegeEscalation capabilities", allowPrivilegeEscalation={"const": False}, capabilities={}
     ),
-    volumeMounts=array(record("name mountPath", name=TEXT, mountPath=TEXT)),
+    command=array(TEXT),
+    volumeMounts=array(record("name mountPath", name=TEXT, mountPath=TEXT, readOnly=FLAG)),
 )
+TOLERATION = record(
+    "key operator effect", key=TEXT, operator={"const": "Exists"}, effect={"enum": ["NoSchedule", "NoExecute"]}
+)
+VOLUME = {
+    "oneOf": [
+        record("name emptyDir", name=TEXT, emptyDir=record("", sizeLimit=QUANTITY, medium={"enum": ["Memory"]})),
+        record("name configMap", name=TEXT, configMap=record("name", name=TEXT)),
+    ]
+}
 POD = record(
     "containers serviceAccountName securityContext",
     containers=array(CONTAINER),
+    restartPolicy={"enum": ["Always", "OnFailure", "Never"]},
+    nodeSelector=STRINGS,
+    tolerations=array(TOLERATION),
     serviceAccountName=TEXT,
     terminationGracePeriodSeconds=COUNT,
     securityContext=record("runAsNonRoot", runAsNonRoot={"const": True}, runAsUser=COUNT, fsGroup=COUNT),
-    volumes=array(record("name emptyDir", name=TEXT, emptyDir=record("", sizeLimit=TEXT))),
+    volumes=array(VOLUME),
+)
+NAME = {"type": "string", "maxLength": 47, "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}
+# The fields of batch/v1 that are used here. Of onExitCodes a rule has one, and of onPodConditions.
+FAILURE_RULE = {
+    "oneOf": [
+        record(
+            "action onExitCodes",
+            action={"enum": ["FailJob", "Ignore", "Count"]},
+            onExitCodes=record(
+                "operator values",
+                containerName=TEXT,
+                operator={"enum": ["In", "NotIn"]},
+                values={"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 1, "maximum": 255}},
+            ),
+        ),
+        record(
+            "action onPodConditions",
+            action={"enum": ["FailJob", "Ignore", "Count"]},
+            onPodConditions=array(record("type", type=TEXT, status={"enum": ["True", "False", "Unknown"]})),
+        ),
+    ]
+}
+JOB = record(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "batch/v1"},
+    kind={"const": "Job"},
+    metadata=record("name", name=NAME),
+    spec=record(
+        "template backoffLimit podFailurePolicy",
+        backoffLimit=COUNT,
+        activeDeadlineSeconds=COUNT,
+        ttlSecondsAfterFinished=COUNT,
+        podFailurePolicy=record("rules", rules=array(FAILURE_RULE)),
+        template=record("spec", spec=POD, metadata={}),
+    ),
 )
 # The fields of ray.io/v1 that are used here, named as KubeRay's reference names them.
 RAY_JOB = record(
     "apiVersion kind metadata spec",
     apiVersion={"const": "ray.io/v1"},
     kind={"const": "RayJob"},
-    metadata=record("name", name={"type": "string", "maxLength": 47, "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}),
+    metadata=record("name", name=NAME),
     spec=record(
         "entrypoint rayClusterSpec backoffLimit shutdownAfterJobFinishes",
         entrypoint=TEXT,
@@ -115,15 +167,27 @@ def job() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def plain_job() -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((INFRA / "job.yaml").read_text(encoding="utf-8"))
+    return tree
+
+
+@pytest.fixture(scope="module")
 def cluster() -> dict[str, Any]:
     tree: dict[str, Any] = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text(encoding="utf-8"))
     return tree
 
 
-def containers(job: dict[str, Any]) -> list[dict[str, Any]]:
+def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pods of a RayJob, the head's first, or of a Job."""
+    if "template" in job["spec"]:
+        return [job["spec"]["template"]["spec"]]
     spec = job["spec"]["rayClusterSpec"]
-    pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-    return [container for pod in pods for container in pod["template"]["spec"]["containers"]]
+    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
+def containers(job: dict[str, Any]) -> list[dict[str, Any]]:
+    return [container for pod in pods(job) for container in pod["containers"]]
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
@@ -140,8 +204,23 @@ def check_command(words: list[str]) -> Config:
     name, *arguments = words[1:]
     assert name in group.commands, f"no command cage {name}"
     given = group.commands[name].make_context(name, arguments).params
-    file = ROOT / Path(given["config"]).relative_to("/app" if given["config"].is_absolute() else "")
-    return load_config(file, given["overrides"])
+    path = given["config"]
+    if path == MOUNTED:
+        return load_config(ROOT / mounted_configuration(), given["overrides"])
+    return load_config(ROOT / path.relative_to("/app" if path.is_absolute() else ""), given["overrides"])
+
+
+def mounted_configuration() -> str:
+    """The file that the manifests' and the README's commands put into the ConfigMap."""
+    found = {
+        file
+        for name in ("ray-job.yaml", "job.yaml", "README.md")
+        for file in re.findall(
+            r"kubectl create configmap cage-job --from-file=job\.yaml=(\S+)", (INFRA / name).read_text()
+        )
+    }
+    [only] = found
+    return only
 
 
 def gpus_needed(config: Config) -> tuple[float, float]:
@@ -167,17 +246,89 @@ def test_the_ray_cluster_follows_the_schema_that_ray_ships(cluster: dict[str, An
 
 
 def test_the_ray_job_runs_a_command_that_resumes(job: dict[str, Any]) -> None:
-    words = shlex.split(job["spec"]["entrypoint"])
+    retry, attempts, *words = shlex.split(job["spec"]["entrypoint"])
+    assert retry == "/app/infra/retry.sh"
+    assert int(attempts) > 1
     assert words[:2] == ["cage", RESUMABLE]
     config = check_command(words)
     assert config.cluster.address == "auto"
     assert config.output.path.startswith("s3://")
-    assert job["spec"]["backoffLimit"] >= 1
     assert job["spec"]["shutdownAfterJobFinishes"]
+    # `ray job submit` ends with 1 whatever the command's code is, so KubeRay must not try again
+    assert job["spec"]["backoffLimit"] == 0
+
+
+def test_the_plain_job_has_the_fields_of_kubernetes_and_tries_again_what_can_succeed(
+    plain_job: dict[str, Any],
+) -> None:
+    jsonschema.Draft202012Validator(JOB).validate(plain_job)
+    spec = plain_job["spec"]
+    [pod] = pods(plain_job)
+    assert pod["restartPolicy"] == "Never"  # Kubernetes refuses a podFailurePolicy otherwise
+    [container] = pod["containers"]
+    codes, conditions = spec["podFailurePolicy"]["rules"]
+    assert codes["action"] == "FailJob"
+    assert codes["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": NO_RETRY}
+    assert conditions == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert spec["backoffLimit"] >= 1
+    words = container["command"]
+    assert words[:2] == ["cage", RESUMABLE]
+    config = check_command(words)
+    assert config.cluster.address is None
+    of_one, of_all = gpus_needed(config)
+    assert of_one == of_all == float(container["resources"]["limits"]["nvidia.com/gpu"])
+
+
+@pytest.mark.parametrize(
+    ("codes", "attempts", "ends", "calls"),
+    [
+        ([0], 4, 0, 1),
+        ([1, 75, 0], 4, 0, 3),
+        ([1, 1, 1, 1], 3, 1, 3),
+        ([2], 4, 2, 1),
+        ([3], 4, 3, 1),
+        ([137, 2, 0], 4, 2, 2),
+    ],
+)
+def test_a_command_is_repeated_unless_its_code_says_that_it_cannot_succeed(tmp_path, codes, attempts, ends, calls):
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    command = tmp_path / "command.sh"
+    command.write_text(
+        'echo "$@" >>calls; code=$(head -n 1 codes); tail -n +2 codes >rest; mv rest codes; exit "$code"\n'
+    )
+    done = subprocess.run(
+        ["sh", INFRA / "retry.sh", str(attempts), "sh", command, "relabel", "two words"],
+        cwd=tmp_path, env={"PATH": os.environ["PATH"], "RETRY_WAIT_S": "0"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == ends
+    assert (tmp_path / "calls").read_text().splitlines() == ["relabel two words"] * calls
+    assert os.access(INFRA / "retry.sh", os.X_OK)
+
+
+def test_manifests_mount_the_configuration_where_the_command_runs(
+    job: dict[str, Any], plain_job: dict[str, Any]
+) -> None:
+    for pod in (pods(job)[0], pods(plain_job)[0]):
+        [volume] = [each["name"] for each in pod["volumes"] if each.get("configMap") == {"name": "cage-job"}]
+        [container] = pod["containers"]
+        assert {"name": volume, "mountPath": str(MOUNTED.parent), "readOnly": True} in container["volumeMounts"]
+    for pod in (*pods(job), *pods(plain_job)):
+        mounted = [mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]]
+        assert sorted(mounted) == sorted(volume["name"] for volume in pod["volumes"])
+
+
+def test_pods_with_gpus_go_to_nodes_with_gpus_and_no_others_do(
+    job: dict[str, Any], plain_job: dict[str, Any]
+) -> None:
+    for pod in (*pods(job), *pods(plain_job)):
+        has_gpus = any("nvidia.com/gpu" in each["resources"]["limits"] for each in pod["containers"])
+        assert (pod.get("nodeSelector") == {"nvidia.com/gpu.present": "true"}) == has_gpus
+        tolerated = [each["key"] for each in pod.get("tolerations", [])]
+        assert tolerated == (["nvidia.com/gpu"] if has_gpus else [])
 
 
 def test_the_ray_job_has_the_gpus_of_its_configuration(job: dict[str, Any]) -> None:
-    of_one, of_all = gpus_needed(check_command(shlex.split(job["spec"]["entrypoint"])))
+    of_one, of_all = gpus_needed(check_command(shlex.split(job["spec"]["entrypoint"])[2:]))
     held = 0.0
     for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
         [container] = group["template"]["spec"]["containers"]
@@ -204,9 +355,12 @@ def test_every_command_of_the_readme_exists() -> None:
         check_command(words)
 
 
-def test_every_node_has_the_same_image_and_cache(job: dict[str, Any], cluster: dict[str, Any]) -> None:
-    assert {container["image"] for container in containers(job)} == {cluster["docker"]["image"]} == {IMAGE}
-    for container in containers(job):
+def test_every_node_has_the_same_image_and_cache(
+    job: dict[str, Any], plain_job: dict[str, Any], cluster: dict[str, Any]
+) -> None:
+    every = [*containers(job), *containers(plain_job)]
+    assert {container["image"] for container in every} == {cluster["docker"]["image"]} == {IMAGE}
+    for container in every:
         variables = {each["name"]: each.get("value") for each in container["env"]}
         assert variables["CAGE_CACHE"] in [mount["mountPath"] for mount in container["volumeMounts"]]
     assert "--env CAGE_CACHE=/cache" in cluster["docker"]["run_options"]

@@ -16,8 +16,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.cluster.ray_errors import first_reason
 from pipeline.errors import CageError
 from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.progress import IDLE
 
 ANSWER_S = 60.0  # without an answer for so long the board counts as lost
 SILENT_S = 10.0  # after so long without a report a replica is shown as silent
@@ -92,7 +94,7 @@ class ProgressBoard:
             silent_s = now_s - report.heard_s
             since = f", last heard {silent_s:.0f} s ago" if silent_s > SILENT_S else ""
             named = f"replica {name}{since}: " if self._num_replicas > 1 or since else ""
-            lines += [f"{named}{what}" for what in report.waits or ["a shard"]]
+            lines += [f"{named}{what}" for what in report.waits or [IDLE]]
         return lines
 
 
@@ -107,7 +109,6 @@ def ask(answer: Any) -> Any:
     try:
         return ray.get(answer, timeout=ANSWER_S)
     except RayError as error:
-        reason = " ".join(str(error).split())[:200]
         raise CageError(
-            f"the progress board, on the driver's machine, does not answer: {type(error).__name__}: {reason}"
+            f"the progress board, on the driver's machine, does not answer: {first_reason(error)}"
         ) from None

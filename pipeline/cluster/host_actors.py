@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.serialization import register_serializer
 
+from pipeline.cluster.ray_errors import lost_actor
 from pipeline.config.sections import ClusterConfig
 from pipeline.errors import CageError, ConfigurationError, HostError
 from pipeline.monitoring.waits import waiting_for
@@ -234,7 +235,7 @@ class RayHost:
             waited = HostError(f"no answer within {self._timeout_s:g} s")
             raise describe_failure(self._plan, message, waited) from None
         except RayError as error:
-            raise describe_failure(self._plan, message, error) from None
+            raise describe_failure(self._plan, message, HostError(lost_actor(error))) from None
 
 
 def hosts_of(clients: Sequence[RayHost]) -> Hosts:

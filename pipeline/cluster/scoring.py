@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 
 import ray
 
+from pipeline.cluster.ray_errors import first_reason
 from pipeline.cluster.session import joined
 from pipeline.config.sections import Config
 from pipeline.errors import CageError
@@ -77,8 +78,7 @@ def score_shards(
                     raise error
                 yield
         except ray.exceptions.RayError as error:
-            reason = " ".join(str(error).split())[-600:]
-            raise CageError(f"the judges' actors failed; what is scored is kept: {reason}") from error
+            raise CageError(f"the judges' actors failed; what is scored is kept: {first_reason(error)}") from error
         finally:
             for actor in actors:
                 ray.kill(actor)

@@ -6,14 +6,20 @@ import contextlib
 import logging
 import math
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TextIO, cast
 
 import ray
 
+from pipeline.cluster.ray_errors import first_reason
 from pipeline.config.sections import ClusterConfig
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.monitoring.waits import waiting_for
+
+LISTENER = "ray_listen_error_messages"  # Ray's thread that prints errors of its processes
 
 
 @contextmanager
@@ -34,7 +40,7 @@ def joined(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> Itera
     if ray.is_initialized():
         yield
         return
-    with contextlib.nullcontext() if is_verbose else _silent_stderr():
+    with contextlib.nullcontext() if is_verbose else _quiet():
         with waiting_for("starting Ray" if config.address is None else f"the Ray cluster at {config.address}"):
             _start(config, num_cpus=num_cpus, is_verbose=is_verbose)
         try:
@@ -55,12 +61,44 @@ def _start(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> None:
                 **logging_options,
             )
         except Exception as error:  # Ray raises plain ones where its processes do not start
-            raise CageError(f"Ray could not be started on this machine: {' '.join(str(error).split())}") from error
+            raise CageError(f"Ray could not be started on this machine: {first_reason(error)}") from error
     else:
         try:
             ray.init(address=config.address, **logging_options)
         except ConnectionError as error:
             raise ConfigurationError(f"no Ray cluster answers at cluster.address {config.address}: {error}") from None
+
+
+class _WithoutRay:
+    """Standard output without what Ray's listener prints: a line for every worker that dies, also by intention.
+
+    Failures reach the user as errors of the run, with their reasons.
+
+    Args:
+        stream: the real one.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        is_rays = threading.current_thread().name == LISTENER
+        return len(text) if is_rays else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray's own messages out of the terminal."""
+    stdout = sys.stdout
+    with _silent_stderr():
+        sys.stdout = cast(TextIO, _WithoutRay(stdout))
+        try:
+            yield
+        finally:
+            sys.stdout = stdout
 
 
 @contextmanager

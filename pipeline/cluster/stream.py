@@ -16,6 +16,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from pipeline import errors
 from pipeline.cluster.board import start_board
 from pipeline.cluster.host_actors import HostLaunch, bundle_of, placed
+from pipeline.cluster.ray_errors import first_reason
 from pipeline.cluster.replica import Replica
 from pipeline.cluster.session import joined
 from pipeline.engine.shards import ShardOutcome
@@ -106,10 +107,7 @@ class ShardStream:
                     error = _as_error(row["kind"], row["error"])
                     yield ShardOutcome(row["shard"], error, row["rows"], row["failed"], row["was_committed"])
             except ray.exceptions.RayError as error:
-                reason = " ".join(str(error).split())[-600:]
-                raise CageError(
-                    f"Ray ended the stream; what is committed is kept: {type(error).__name__}: {reason}"
-                ) from error
+                raise CageError(f"Ray ended the stream; what is committed is kept: {first_reason(error)}") from error
 
     def _rows_per_shard(self) -> int:
         config = self._assembly.config

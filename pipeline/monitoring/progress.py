@@ -16,6 +16,7 @@ from pipeline.monitoring.counts import Counts
 TERMINAL_S = 0.5
 LOG_S = 30.0
 LOOK_S = 2.0  # from one look for new warnings to the next
+IDLE = "a shard"  # what a replica without work waits for
 FIRST_STEPS = 2  # steps that are sent before the first one is answered
 SETTLED_S = 1.0  # after so long, and so many of the rows, there is a speed and an estimate
 SETTLED_SHARE = 0.05
@@ -203,6 +204,7 @@ def _stage_of(waits: Sequence[str]) -> str:
 
     A host's first answer is its first pass.
     """
+    waits = [wait for wait in waits if not wait.endswith(IDLE)]
     if not waits:
         return "starting"
     wait = next((each for each in waits if "loading " in each), waits[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.errors import HostError, HostOutOfMemory, StateLost
+from pipeline.errors import CageError, HostError, HostOutOfMemory, StateLost
 from pipeline.protocol.topology import HostPlan
 
 
@@ -16,7 +16,8 @@ def describe_failure(plan: HostPlan, message: str, error: BaseException) -> Host
         message: what it was asked, such as "advance".
         error: what it raised.
     """
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    named = str(error) if isinstance(error, CageError) else f"{type(error).__name__}: {error}"
+    what = " ".join(named.split())[:1000]
     kept = next((each for each in (StateLost, HostOutOfMemory) if isinstance(error, each)), HostError)
     failure = kept(
         f"host {plan.name} ({plan.model.model}, serving {', '.join(plan.serves)}) failed in {message}: {what}"

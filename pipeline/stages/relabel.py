@@ -48,11 +48,12 @@ class Stream(Protocol):
 
 
 class _Feed:
-    """What the progress line shows: counts and waits of a stream while there is one, and else of this process."""
+    """What the progress line shows: counts and waits of a stream, and before there is one of this process."""
 
     def __init__(self) -> None:
         self._stream: Stream | None = None
         self._last = Counts()
+        self._is_over = False
 
     def counts(self) -> Counts:
         if (stream := self._stream) is not None:
@@ -60,7 +61,9 @@ class _Feed:
         return self._last
 
     def waits(self) -> Sequence[str]:
-        return waits() if (stream := self._stream) is None else stream.waits()
+        if (stream := self._stream) is not None:
+            return stream.waits()
+        return ["stopping"] if self._is_over else waits()
 
     @contextmanager
     def following(self, stream: Stream) -> Iterator[None]:
@@ -70,7 +73,7 @@ class _Feed:
             yield
         finally:
             self.counts()
-            self._stream = None
+            self._stream, self._is_over = None, True
 
 
 @dataclass(frozen=True, slots=True)
