@@ -184,6 +184,28 @@ def synthesize(
 
 
 @app.command()
+def compare(
+    systems: Annotated[
+        list[str], typer.Argument(help="Finished runs, and JSONL files with an id and an answer per line.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="YAML file with judges."),
+    ] = None,
+    output: Annotated[
+        list[Path] | None, typer.Option("--output", "-o", help="Also write FILE.json, FILE.csv or FILE.tex.")
+    ] = None,
+) -> None:
+    """Compare runs, and answers from elsewhere, by the same judges: each one with the first, paired by prompt.
+
+    A run with a grid is compared variant by variant. Prompts that a system did not answer are left out for all.
+    """
+    from jobs.commands.compare import run_compare
+
+    run_compare(systems, config_file=config, outputs=output or [])
+
+
+@app.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,

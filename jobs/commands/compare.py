@@ -1,0 +1,165 @@
+"""`cage compare`: runs and answers from elsewhere, judged by the same judges."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.commands.text import indented, number, printable, table
+from pipeline.config.files import parse_as
+from pipeline.errors import ConfigurationError
+from pipeline.evaluation.compare import compare, score_systems
+from pipeline.evaluation.config import BootstrapConfig
+from pipeline.evaluation.judges.table import AnyJudge
+from pipeline.evaluation.panel import resolve_panel
+from pipeline.evaluation.systems import read_systems
+from pipeline.hub.embedded import default_cache_folder
+from pipeline.sections import Section
+
+DEFAULT_JUDGES = {"words": "length", "sentiment": "sentiment", "repetition": "repetition"}  # kinds by name
+WRITERS = (".json", ".csv", ".tex")
+
+
+class CompareConfig(Section):
+    """The judges of a comparison."""
+
+    judges: dict[str, AnyJudge]
+    bootstrap: BootstrapConfig = BootstrapConfig()
+
+
+def run_compare(paths: Sequence[str], *, config_file: Path | None, outputs: Sequence[Path]) -> None:
+    """Judge every system's answers, print how they compare with the first one, and write the files asked for."""
+    for output in outputs:
+        if output.suffix not in WRITERS:
+            raise ConfigurationError(f"--output must end with {', '.join(WRITERS)}; got {output}")
+        if not output.parent.is_dir():
+            raise ConfigurationError(f"--output must be in a folder that exists; {output.parent} does not")
+    config = parse_as(CompareConfig, _tree(config_file), source=str(config_file or "judges"))
+    systems = read_systems(paths)
+    panel = resolve_panel(config.judges, default_cache_folder(os.environ), progress=print)
+    found = compare(score_systems(systems, panel.load()), config.bootstrap)
+    print(describe(found))
+    for output in outputs:
+        text = {".json": _as_json, ".csv": _as_csv, ".tex": _as_latex}[output.suffix](found)
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"cannot write {output}: {error.strerror}") from None
+        print(f"  written   {output}")
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A table of means, one of differences, and what they are."""
+    confidence = f"{found['bootstrap']['confidence']:.0%}"
+    judges = list(found["systems"][0]["scores"])
+    head = ["system", *judges, "KL per token", "cut"]
+    means = [
+        [
+            printable(entry["system"]),
+            *(number(entry["scores"][judge]["mean"]) for judge in judges),
+            number(entry["kl_per_token"]),
+            "-" if entry["share_cut"] is None else f"{entry['share_cut']:.0%}",
+        ]
+        for entry in found["systems"]
+    ]
+    lines = [f"{found['num_prompts']:,} prompts that all systems answered", "", table(head, means), ""]
+    lines += [f"minus {printable(found['baseline'])}:", table(*_differences(found))]
+    if left_out := found["num_prompts_left_out"]:
+        lines.append(indented(f"{left_out:,} prompts are left out, because some system did not answer them."))
+    lines.append(
+        indented(
+            f"Intervals ({confidence}) resample prompts and each prompt's samples; differences are paired by prompt. "
+            "p is two-sided and adjusted for all differences (Holm). needs: prompts with which a difference of this "
+            "size would be found with a chance of 80 %. cut: answers that ended at their length limit."
+        )
+    )
+    return "\n".join(lines)
+
+
+def _differences(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    head = ["system, judge", "difference", "interval", "p", "won", "tied", "lost", "needs"]
+    rows = []
+    for each in found["differences"]:
+        low_high = "-" if each["interval"] is None else " to ".join(f"{end:+.3f}" for end in each["interval"])
+        needs = each["prompts_for_this_difference"]
+        rows.append(
+            [
+                f"{printable(each['system'])}, {each['judge']}",
+                "-" if each["difference"] is None else f"{each['difference']:+.3f}",
+                low_high,
+                number(each["p_adjusted"]),
+                str(each["wins"]),
+                str(each["ties"]),
+                str(each["losses"]),
+                "-" if needs is None else f"{needs:,}",
+            ]
+        )
+    return head, rows
+
+
+def _tree(config_file: Path | None) -> dict[str, Any]:
+    """The judges of a file, which may also be the configuration of an evaluation; the default ones without a file."""
+    if config_file is None:
+        return {"judges": {name: {"kind": kind} for name, kind in DEFAULT_JUDGES.items()}}
+    try:
+        tree = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {config_file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigurationError(f"{config_file} is not YAML") from None
+    if isinstance(tree, dict) and isinstance(tree.get("evaluation"), dict):
+        tree = {key: value for key, value in tree["evaluation"].items() if key in ("judges", "bootstrap")}
+    if not isinstance(tree, dict) or not tree.get("judges"):
+        raise ConfigurationError(f"{config_file} must have judges: {{name: {{kind: ...}}}}")
+    return tree
+
+
+def _as_json(found: dict[str, Any]) -> str:
+    return json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def _as_csv(found: dict[str, Any]) -> str:
+    """A line per system and judge: its mean, and its difference from the first system."""
+    out = io.StringIO()
+    by_key = {(each["system"], each["judge"]): each for each in found["differences"]}
+    fields = ["difference", "difference_low", "difference_high", "p", "p_adjusted", "wins", "ties", "losses"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["system", "judge", "mean", "low", "high", *fields, "kl_per_token", "share_cut"])
+    for entry in found["systems"]:
+        for judge, score in entry["scores"].items():
+            other = by_key.get((entry["system"], judge), {})
+            low, high = other.get("interval") or (None, None)
+            values = {**other, "difference_low": low, "difference_high": high}
+            ends = score["interval"] or (None, None)
+            given = [values.get(field) for field in fields]
+            writer.writerow(
+                [entry["system"], judge, score["mean"], *ends, *given, entry["kl_per_token"], entry["share_cut"]]
+            )
+    return out.getvalue()
+
+
+def _as_latex(found: dict[str, Any]) -> str:
+    """A table for booktabs: a row per system, a column per judge, with intervals."""
+    judges = list(found["systems"][0]["scores"])
+    lines = [r"\begin{tabular}{l" + "c" * (len(judges) + 1) + "}", r"\toprule"]
+    lines += [" & ".join(["system", *map(_latex, judges), r"KL per token"]) + r" \\", r"\midrule"]
+    for entry in found["systems"]:
+        cells = [_latex(entry["system"])]
+        for judge in judges:
+            score = entry["scores"][judge]
+            low_high = " to ".join(map(number, score["interval"] or ()))
+            cells.append(number(score["mean"]) + (f" ({low_high})" if low_high else ""))
+        lines.append(" & ".join([*cells, number(entry["kl_per_token"])]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _latex(text: str) -> str:
+    escaped = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(escaped.get(char, "\\" + char if char in "&%$#_{}" else char) for char in text)

@@ -1,0 +1,236 @@
+"""A comparison of systems on the prompts that all of them answered: paired by prompt, with intervals.
+
+S bootstrap samples, of which the first is the data itself; Y systems, P prompts, N samples per prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import ConfigurationError
+from pipeline.evaluation.config import BootstrapConfig
+from pipeline.evaluation.judges.interface import Judge
+from pipeline.evaluation.metrics import Floats, interval
+from pipeline.evaluation.systems import System
+from pipeline.quoting import quote
+
+TIE = 1e-9  # scores that differ by less are equal up to rounding
+# a two-sided test at 5 % with a power of 80 %: the sum of both normal quantiles
+QUANTILES = 1.959964 + 0.841621
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Scores of all systems on the prompts that they share.
+
+    Args:
+        names: of the systems.
+        row_ids: the prompts.
+        scores: by judge [Y, P, N]; NaN where there is no such sample or no score.
+        kl: mean nats per token of each system; None where it is not known.
+        cut: share of each system's answers that ended at their limit; None where it is not known.
+        num_left_out: prompts that some system has not answered.
+    """
+
+    names: tuple[str, ...]
+    row_ids: tuple[str, ...]
+    scores: Mapping[str, Floats]
+    kl: tuple[float | None, ...]
+    cut: tuple[float | None, ...]
+    num_left_out: int
+
+
+def score_systems(systems: Sequence[System], judges: Mapping[str, Judge]) -> Scored:
+    """Judge all systems' answers to the prompts that all of them answered.
+
+    Raises:
+        ConfigurationError: there are fewer than two systems, no common prompts, or one id has different prompts.
+    """
+    if len(systems) < 2:
+        raise ConfigurationError(f"a comparison needs two systems or more; got {len(systems)}")
+    ids = [{answer.row_id for answer in system.answers} for system in systems]
+    common, every = set.intersection(*ids), set.union(*ids)
+    if not common:
+        shown = "; ".join(
+            f"{system.name}: {quote(min(own))}" for system, own in zip(systems, ids, strict=True) if own
+        )
+        raise ConfigurationError(f"no prompt was answered by all systems; their ids, for example: {shown}")
+    _check_prompts(systems, common)
+    row_ids = tuple(sorted(common))
+    place = {row_id: at for at, row_id in enumerate(row_ids)}
+    num_samples = 1 + max(answer.sample for system in systems for answer in system.answers if answer.row_id in common)
+    scores = {name: np.full((len(systems), len(row_ids), num_samples), np.nan) for name in judges}
+    kept = [[answer for answer in system.answers if answer.row_id in common] for system in systems]
+    for name, judge in judges.items():
+        for at, answers in enumerate(kept):
+            where = [place[answer.row_id] for answer in answers], [answer.sample for answer in answers]
+            scores[name][at, *where] = judge.score([answer.judged for answer in answers])
+    return Scored(
+        names=tuple(system.name for system in systems),
+        row_ids=row_ids,
+        scores=scores,
+        kl=tuple(_mean([answer.kl_per_token for answer in answers]) for answers in kept),
+        cut=tuple(_mean([answer.was_cut for answer in answers]) for answers in kept),
+        num_left_out=len(every) - len(common),
+    )
+
+
+def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
+    """Means of every system and judge, and every system's difference from the first one, as plain values.
+
+    Intervals resample prompts, and within each prompt its samples; a difference uses the same prompts on both sides.
+    p values are two-sided and adjusted for all differences of the comparison by Holm's method.
+    """
+    counts_SP, means = _resampled(scored, bootstrap)
+    systems = []
+    for at, name in enumerate(scored.names):
+        entry: Json = {"system": name, "kl_per_token": scored.kl[at], "share_cut": scored.cut[at], "scores": {}}
+        for judge, means_SYP in means.items():
+            mean_S = _over_prompts(means_SYP[:, at], counts_SP)
+            entry["scores"][judge] = {"mean": _number(mean_S[0]), "interval": _interval(mean_S, bootstrap)}
+        systems.append(entry)
+    differences = [
+        _difference(scored, judge, at, means[judge], counts_SP, bootstrap)
+        for judge in scored.scores
+        for at in range(1, len(scored.names))
+    ]
+    for difference, adjusted in zip(differences, holm([each["p"] for each in differences]), strict=True):
+        difference["p_adjusted"] = adjusted
+    return {
+        "baseline": scored.names[0],
+        "num_prompts": len(scored.row_ids),
+        "num_prompts_left_out": scored.num_left_out,
+        "bootstrap": bootstrap.model_dump(mode="json"),
+        "systems": systems,
+        "differences": differences,
+    }
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjusted p values (Holm 1979): rejecting those below a level keeps the chance of a false rejection below it."""
+    known = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, at) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        adjusted[at] = highest
+    return adjusted
+
+
+def prompts_for(difference: float, deviation: float) -> int | None:
+    """Prompts that a paired test at 5 % needs to find a difference of this size with a chance of 80 %.
+
+    Args:
+        difference: between two systems' means.
+        deviation: standard deviation, over prompts, of the difference.
+    """
+    if difference == 0 or not math.isfinite(difference) or not math.isfinite(deviation):
+        return None
+    return max(2, math.ceil((QUANTILES * deviation / difference) ** 2))
+
+
+def _check_prompts(systems: Sequence[System], common: set[str]) -> None:
+    """Raise where one id stands for different prompts; systems that do not say their prompts are not compared."""
+    known: dict[str, list[tuple[str, str]]] = {}
+    for system in systems:
+        for answer in system.answers:
+            if answer.row_id not in common or not answer.judged.prompt:
+                continue
+            prompt = [(str(message.get("role")), str(message.get("content"))) for message in answer.judged.prompt]
+            if known.setdefault(answer.row_id, prompt) != prompt:
+                raise ConfigurationError(f"the prompt {quote(answer.row_id)} of {system.name} is not the others'")
+
+
+def _resampled(scored: Scored, bootstrap: BootstrapConfig) -> tuple[Floats, Mapping[str, Floats]]:
+    """How often each prompt counts [S, P], and by judge each prompt's mean over its (resampled) samples [S, Y, P]."""
+    generator = np.random.default_rng(bootstrap.seed)
+    num_prompts = len(scored.row_ids)
+    draws_SP = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=bootstrap.samples)
+    counts_SP: Floats = np.concatenate([np.ones((1, num_prompts)), draws_SP.astype(np.float64)])
+    means = {}
+    for judge, scores_YPN in scored.scores.items():
+        num_samples = scores_YPN.shape[2]
+        mean_YP = _nan_mean(scores_YPN)
+        if num_samples == 1:
+            means[judge] = np.broadcast_to(mean_YP, (1 + bootstrap.samples, *mean_YP.shape))
+            continue
+        means_SYP = np.empty((1 + bootstrap.samples, *mean_YP.shape))
+        means_SYP[0] = mean_YP
+        known_YPN = np.isfinite(scores_YPN)
+        counts_YP1 = known_YPN.sum(2, keepdims=True)
+        # known scores first: a system may have fewer samples than another one
+        sorted_YPN = np.take_along_axis(scores_YPN, np.argsort(~known_YPN, axis=2, kind="stable"), 2)
+        is_drawn_YPN = np.arange(num_samples) < counts_YP1
+        for at in range(1, 1 + bootstrap.samples):
+            chosen_YPN = (generator.random(scores_YPN.shape[1:])[None] * counts_YP1).astype(np.int64)
+            drawn_YPN = np.take_along_axis(sorted_YPN, chosen_YPN, 2)
+            means_SYP[at] = _nan_mean(np.where(is_drawn_YPN, drawn_YPN, np.nan))
+        means[judge] = means_SYP
+    return counts_SP, means
+
+
+def _difference(
+    scored: Scored, judge: str, at: int, means_SYP: Floats, counts_SP: Floats, bootstrap: BootstrapConfig
+) -> Json:
+    lead_SP = means_SYP[:, at] - means_SYP[:, 0]
+    difference_S = _over_prompts(lead_SP, counts_SP)
+    lead_P = lead_SP[0][np.isfinite(lead_SP[0])]
+    deviation = float(lead_P.std(ddof=1)) if len(lead_P) > 1 else math.nan
+    return {
+        "judge": judge,
+        "system": scored.names[at],
+        "difference": _number(difference_S[0]),
+        "interval": _interval(difference_S, bootstrap),
+        "p": _p_value(difference_S[1:]),
+        "wins": int((lead_P > TIE).sum()),
+        "ties": int((abs(lead_P) <= TIE).sum()),
+        "losses": int((lead_P < -TIE).sum()),
+        "prompts_for_this_difference": prompts_for(float(difference_S[0]), deviation),
+        "smallest_difference_to_find": _number(QUANTILES * deviation / math.sqrt(max(1, len(lead_P)))),
+    }
+
+
+def _over_prompts(values_SP: Floats, counts_SP: Floats) -> Floats:
+    """Means over prompts, each sample by its own counts: [S]."""
+    known_SP = np.isfinite(values_SP)
+    number_S = (counts_SP * known_SP).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means_S: Floats = (counts_SP * np.where(known_SP, values_SP, 0.0)).sum(1) / number_S
+    return means_S
+
+
+def _p_value(difference_S: Floats) -> float | None:
+    """Twice the share of bootstrap samples on the far side of 0, and no less than the samples can tell."""
+    known_S = difference_S[np.isfinite(difference_S)]
+    if not len(known_S):
+        return None
+    tail = min((known_S <= 0).sum(), (known_S >= 0).sum())
+    return float(min(1.0, 2 * (tail + 1) / (len(known_S) + 1)))
+
+
+def _nan_mean(scores: Floats) -> Floats:
+    known = np.isfinite(scores)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean: Floats = np.where(known, scores, 0.0).sum(-1) / known.sum(-1)
+    return mean
+
+
+def _interval(samples_S: Floats, bootstrap: BootstrapConfig) -> list[float] | None:
+    known_S = samples_S[1:][np.isfinite(samples_S[1:])]
+    return list(interval(known_S, bootstrap.confidence)) if len(known_S) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,177 @@
+"""Answers of several systems to the same prompts: runs, variants of a run, and files of answers from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.config.variants import Variant
+from pipeline.errors import ConfigurationError
+from pipeline.evaluation.judges.interface import JudgedAnswer
+from pipeline.quoting import quote
+from pipeline.records import FinishReason
+from pipeline.storage.run import Run
+from pipeline.storage.shard_files import as_damaged_file
+
+ID_NAMES = ("row_id", "id", "prompt_id")
+ANSWER_NAMES = ("response", "answer", "output", "completion", "text")
+COLUMNS = (
+    "row_id",
+    "variant",
+    "sample",
+    "prompt",
+    "response",
+    "finish_reason",
+    "num_tokens",
+    "num_reasoning_tokens",
+    "kl_per_token",
+    "rewards",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SystemAnswer:
+    """One answer.
+
+    Args:
+        row_id: of the prompt; answers of different systems with one id are compared.
+        sample: which of the system's answers to the prompt it is.
+        judged: what judges see.
+        kl_per_token: nats per token to the base; None where the system did not record it.
+        was_cut: whether it ended at its length limit; None where the system did not say.
+    """
+
+    row_id: str
+    sample: int
+    judged: JudgedAnswer
+    kl_per_token: float | None = None
+    was_cut: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A named set of answers. Each (row_id, sample) is there once."""
+
+    name: str
+    answers: tuple[SystemAnswer, ...]
+
+
+def read_systems(paths: Sequence[str]) -> list[System]:
+    """The systems at these places, in order: a finished run has one for each of its variants, a file is one.
+
+    Raises:
+        ConfigurationError: a place holds neither a run nor a JSONL file of answers, or two have the same name.
+    """
+    systems = [system for path in paths for system in _read(path)]
+    names = [system.name for system in systems]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigurationError(f"two systems have the name {quote(repeated)}; give each place once")
+    return systems
+
+
+def _read(path: str) -> list[System]:
+    if path.endswith((".jsonl", ".ndjson")):
+        return [_read_file(Path(path))]
+    return _read_run(Run.open(path))
+
+
+def _read_run(run: Run) -> list[System]:
+    if not run.is_complete:
+        raise ConfigurationError(f"{run.store.path} is not finished; its command continues it")
+    by_variant: dict[int, list[SystemAnswer]] = {at: [] for at in range(len(run.plan.variants))}
+    for row in _rows(run):
+        judged = JudgedAnswer(
+            row["prompt"],
+            row["response"],
+            row["num_tokens"] - (row.get("num_reasoning_tokens") or 0),
+            row.get("rewards") or {},
+        )
+        was_cut = row["finish_reason"] in (FinishReason.LENGTH, FinishReason.REASONING)
+        answer = SystemAnswer(row["row_id"], row["sample"], judged, row["kl_per_token"], was_cut)
+        by_variant[row.get("variant") or 0].append(answer)
+    folder = run.store.path.rstrip("/").rpartition("/")[2]
+    if len(by_variant) == 1:
+        return [System(folder, tuple(by_variant[0]))]
+    return [
+        System(f"{folder}: {_describe(variant)}", tuple(by_variant[at]))
+        for at, variant in enumerate(run.plan.variants)
+    ]
+
+
+def _rows(run: Run) -> Iterator[Mapping[str, Any]]:
+    for record in run.committed().values():
+        [name] = [name for name in record.sha256_by_file if name.startswith("part-")]
+        with as_damaged_file(run.store.url(name)), run.store.open(name) as handle, pq.ParquetFile(handle) as file:
+            yield from file.read(columns=[each for each in COLUMNS if each in file.schema_arrow.names]).to_pylist()
+
+
+def _describe(variant: Variant) -> str:
+    if not variant.rule.uses_principals:
+        return str(variant.rule)
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in (variant.weights or {}).items())
+    return f"{variant.rule} {variant.agent_temperature:g}" + (f" ({weights})" if weights else "")
+
+
+def _read_file(path: Path) -> System:
+    """Answers of any system: one JSON object per line, with an id and an answer.
+
+    The prompt, for judges that read it, is a text or a list of messages.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigurationError(f"cannot read {path}: {reason}") from None
+    answers = [_answer(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not answers:
+        raise ConfigurationError(f"{path} has no answers")
+    keys = [(answer.row_id, answer.sample) for answer in answers]
+    if len(set(keys)) < len(keys):
+        row_id, sample = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigurationError(
+            f"{path} has two answers to {quote(row_id)} with sample {sample}; number them by a field sample"
+        )
+    return System(path.name, tuple(answers))
+
+
+def _answer(line: str, place: str) -> SystemAnswer:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise ConfigurationError(f"{place}: this is not JSON: {quote(line)}") from None
+    if not isinstance(row, dict):
+        raise ConfigurationError(f"{place}: each line must be an object with an id and an answer; got {quote(row)}")
+    row_id, text = (_first(row, names, place) for names in (ID_NAMES, ANSWER_NAMES))
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        text = text[-1].get("content")
+    if not isinstance(text, str):
+        raise ConfigurationError(f"{place}: the answer must be a text; got {quote(text)}")
+    if not isinstance(row_id, str | int):
+        raise ConfigurationError(f"{place}: the id must be a text or a number; got {quote(row_id)}")
+    sample = row.get("sample", 0)
+    if not isinstance(sample, int) or sample < 0:
+        raise ConfigurationError(f"{place}: sample must be a number from 0; got {quote(sample)}")
+    prompt = row.get("prompt", [])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    num_tokens = row.get("num_tokens")
+    reason = row.get("finish_reason")
+    return SystemAnswer(
+        str(row_id),
+        sample,
+        JudgedAnswer(messages, text, num_tokens if isinstance(num_tokens, int) else 0),
+        was_cut=None if reason is None else reason == FinishReason.LENGTH,
+    )
+
+
+def _first(row: Mapping[str, Any], names: Sequence[str], place: str) -> Any:
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise ConfigurationError(
+            f"{place}: there is none of the fields {', '.join(names)}; fields: {quote(list(row))}"
+        )
+    return row[name]

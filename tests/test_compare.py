@@ -1,0 +1,188 @@
+"""`cage compare`: pairing, intervals, adjusted p values, power, and files of other systems."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from support.commands import cage
+
+from pipeline.errors import ConfigurationError
+from pipeline.evaluation.compare import compare, holm, prompts_for, score_systems
+from pipeline.evaluation.config import BootstrapConfig
+from pipeline.evaluation.judges.interface import PerAnswerJudge
+from pipeline.evaluation.systems import read_systems
+
+LENGTH = {"words": PerAnswerJudge(lambda answer: float(len(answer.text.split())))}
+
+
+def write(folder, name, rows):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def words(folder, name, counts, **fields):
+    rows = [{"id": f"p{at}", "response": "w " * count, **fields} for at, count in enumerate(counts)]
+    return write(folder, name, rows)
+
+
+def found(paths, **bootstrap):
+    return compare(score_systems(read_systems(paths), LENGTH), BootstrapConfig(**bootstrap))
+
+
+def test_a_difference_is_paired_by_prompt(tmp_path):
+    """One word more on every prompt, however different the prompts are, is certain."""
+    counts = list(range(1, 41))
+    paths = [words(tmp_path, "a.jsonl", counts), words(tmp_path, "b.jsonl", [each + 1 for each in counts])]
+    result = found(paths)
+    (difference,) = result["differences"]
+    assert difference["difference"] == pytest.approx(1.0)
+    assert difference["interval"] == pytest.approx([1.0, 1.0])
+    assert (difference["wins"], difference["ties"], difference["losses"]) == (40, 0, 0)
+    assert difference["p"] == pytest.approx(2 / 1001)
+    low, high = result["systems"][0]["scores"]["words"]["interval"]
+    assert high - low > 5
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says(tmp_path):
+    generator, hits = np.random.default_rng(1), 0
+    for at in range(60):
+        ours, theirs = generator.poisson(20, 40), generator.poisson(20, 40)
+        paths = [words(tmp_path, f"a{at}.jsonl", ours), words(tmp_path, f"b{at}.jsonl", theirs)]
+        low, high = found(paths, samples=300, confidence=0.9, seed=at)["differences"][0]["interval"]
+        hits += low <= 0 <= high
+    assert 46 <= hits <= 60  # 54 are expected
+
+
+def test_samples_of_a_prompt_are_no_prompts_of_their_own(tmp_path):
+    """Four copies of each answer say no more than one; samples that differ widen the interval."""
+    counts = [3, 9, 4, 12, 7, 8]
+    once = words(tmp_path, "once.jsonl", counts)
+    rows = [
+        {"id": f"p{at}", "response": "w " * n, "sample": sample} for at, n in enumerate(counts) for sample in range(4)
+    ]
+    other = words(tmp_path, "other.jsonl", [5] * 6)
+    copies = found([other, write(tmp_path, "copies.jsonl", rows)])["differences"][0]
+    assert copies["interval"] == pytest.approx(found([other, once])["differences"][0]["interval"])
+    spread = [{**row, "response": "w " * (len(row["response"]) // 2 + 6 * (row["sample"] % 2))} for row in rows]
+    wide = found([other, write(tmp_path, "spread.jsonl", spread)])["differences"][0]
+    assert wide["interval"][1] - wide["interval"][0] > 1.02 * (copies["interval"][1] - copies["interval"][0])
+
+
+def test_only_prompts_that_all_systems_answered_are_compared(tmp_path):
+    paths = [
+        words(tmp_path, "a.jsonl", [1, 2, 3]),
+        words(tmp_path, "b.jsonl", [1, 2]),
+        words(tmp_path, "c.jsonl", [5]),
+    ]
+    result = found(paths)
+    assert result["num_prompts"] == 1
+    assert result["num_prompts_left_out"] == 2
+    assert [entry["scores"]["words"]["mean"] for entry in result["systems"]] == [1.0, 1.0, 5.0]
+
+
+def test_holm_adjusts_as_published():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([None, 0.5, 0.9]) == [None, 1.0, 1.0]
+
+
+def test_the_number_of_prompts_finds_the_difference_four_times_in_five():
+    number = prompts_for(0.5, 2.0)
+    assert number is not None
+    generator = np.random.default_rng(0)
+    leads = generator.normal(0.5, 2.0, size=(2000, number))
+    z = leads.mean(1) / (leads.std(1, ddof=1) / math.sqrt(number))
+    assert (abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.03)
+    assert prompts_for(0.0, 1.0) is None
+
+
+def test_answers_are_read_as_other_systems_write_them(tmp_path):
+    rows = [
+        {"prompt_id": 7, "prompt": "hello", "output": "a b"},
+        {
+            "row_id": "8",
+            "messages": [],
+            "completion": [{"role": "assistant", "content": "c"}],
+            "finish_reason": "length",
+        },
+    ]
+    (system,) = read_systems([write(tmp_path, "x.jsonl", rows)])
+    assert [answer.row_id for answer in system.answers] == ["7", "8"]
+    assert [answer.judged.text for answer in system.answers] == ["a b", "c"]
+    assert [answer.was_cut for answer in system.answers] == [None, True]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "has no answers"),
+        ([{"id": "a"}], "line 1: there is none of the fields response, answer"),
+        ([{"response": "x"}], "none of the fields row_id, id, prompt_id"),
+        ([{"id": "a", "response": 3}], "the answer must be a text; got 3"),
+        ([{"id": "a", "response": "x"}] * 2, "two answers to 'a' with sample 0"),
+        ([{"id": "a", "response": "x", "sample": -1}], "sample must be a number from 0; got -1"),
+        ([["a"]], "each line must be an object"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, rows, said):
+    with pytest.raises(ConfigurationError, match=said):
+        read_systems([write(tmp_path, "x.jsonl", rows)])
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    one = words(tmp_path, "a.jsonl", [1, 2], prompt="hello")
+    with pytest.raises(ConfigurationError, match="needs two systems or more; got 1"):
+        found([one])
+    with pytest.raises(ConfigurationError, match=r"two systems have the name 'a\.jsonl'"):
+        found([one, one])
+    other = write(tmp_path, "b.jsonl", [{"id": "z", "response": "x"}])
+    with pytest.raises(
+        ConfigurationError, match=r"no prompt was answered by all systems; .* a\.jsonl: 'p0'; b\.jsonl: 'z'"
+    ):
+        found([one, other])
+    with pytest.raises(ConfigurationError, match=r"the prompt 'p0' of c\.jsonl is not the others'"):
+        found([one, words(tmp_path, "c.jsonl", [1, 2], prompt="bye")])
+
+
+def test_the_command_compares_a_run_with_a_file_and_writes_tables(tmp_path, finished_run):
+    run, row_ids = finished_run
+    other = write(tmp_path, "other_100%.jsonl", [{"id": each, "response": "a b c"} for each in row_ids])
+    outputs = [tmp_path / f"found.{kind}" for kind in ("json", "csv", "tex")]
+    done = cage("compare", run, other, *(f"--output={output}" for output in outputs))
+    assert done.returncode == 0, done.stderr
+    assert "prompts that all systems answered" in done.stdout
+    assert "other_100%.jsonl, words" in done.stdout
+    tree = json.loads(outputs[0].read_text())
+    assert tree["baseline"] == "run"
+    assert tree["systems"][1]["scores"]["words"]["mean"] == 3.0
+    lines = list(csv.DictReader(outputs[1].read_text().splitlines()))
+    assert len(lines) == 2 * 3
+    assert float(lines[3]["mean"]) == 3.0
+    assert r"other\_100\%.jsonl & 3.000 (3.000 to 3.000)" in outputs[2].read_text()
+
+
+@pytest.fixture
+def finished_run(tiny, tmp_path):
+    import io
+
+    import yaml
+
+    from pipeline.config.files import load_config
+    from pipeline.stages.relabel import relabel
+
+    row_ids = ["a", "b", "c"]
+    write(tmp_path, "in.jsonl", [{"id": each, "prompt": each} for each in row_ids])
+    tree = {
+        "input": {"path": str(tmp_path / "in.jsonl"), "id": "id"},
+        "output": {"path": str(tmp_path / "run")},
+        "base": str(tiny("llama")),
+        "decoding": {"rule": "base", "max_new_tokens": 4},
+        "cluster": {"transport": "local", "slots": 3},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    relabel(load_config(tmp_path / "job.yaml"), tmp_path / "cache", io.StringIO())
+    return str(tmp_path / "run"), row_ids
