@@ -10,7 +10,6 @@ B rows, J principals, R roles of a model, K candidates, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.engine.prompts import ChatPrompter, HostText
 from pipeline.errors import CageError, ConfigurationError
-from pipeline.hub.model_facts import context_length, text_config
+from pipeline.hub.model_facts import as_ids, context_length, text_config
 from pipeline.hub.tokenizer_facts import facts_of_tokenizer
 from pipeline.protocol.messages import Terms
 from pipeline.protocol.topology import BASE
@@ -33,35 +32,19 @@ from pipeline.runtime.prompt_templates import plan_templates
 from pipeline.runtime.topology import build_topology
 from pipeline.sampling.games import as_game, solve, token_rewards
 from pipeline.sampling.proposals import propose_from
+from pipeline.steered_answers import Account, SteeredAnswer, SteeredStep
 from pipeline.worker.padded_passes import pad_left, role_passes
 from pipeline.worker.token_holes import without_holes
 
+__all__ = ["CageLogitsProcessor", "SteeredAnswer", "SteeredStep"]
 Conversation = str | Sequence[Message]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SteeredStep:
-    """One step of all rows.
-
-    Args:
-        ids_BK: the candidates' token ids.
-        base_logprobs_BK: of the base over the candidates, in nats.
-        log_policy_BK: of the policy over the candidates, in nats.
-        rewards_BJK: q by principal, in nats, before weights.
-        payments_BJK: what each principal pays for each candidate, in nats; None under a rule without payments.
-    """
-
-    ids_BK: Tensor
-    base_logprobs_BK: Tensor
-    log_policy_BK: Tensor
-    rewards_BJK: Tensor
-    payments_BJK: Tensor | None
 
 
 class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     """Turns the base's scores into the policy that the principals' payments lead to.
 
-    Pass to `generate` what `encode` returns. Batches are padded on the left; every call of `generate` starts from its
+    Pass to `generate` what `encode` returns, and what `generate` returns to `answers`, which gives the rewards,
+    payments and KL of every answer. Batches are padded on the left; every call of `generate` starts from its
     prompts. Greedy decoding, sampling and `num_return_sequences` work; beam search and assisted decoding are refused.
     Put it last in the list of processors: what the others forbid stays forbidden. A `top_k` or `top_p` of `generate`
     cuts the policy afterwards.
@@ -126,6 +109,9 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             if (names := [role.name for role in plan.roles if role.name != BASE])
         ]
         self._on_step = on_step
+        self._names = tuple(principal.name for principal in self._topology.principals)
+        self._ends = _end_ids(model, tokenizer)
+        self._account = Account()
         self._prompts: list[dict[str, list[int]]] = []
         self._prompt_BT: Tensor | None = None
         self._seen_BT: Tensor | None = None
@@ -163,10 +149,37 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         """
         self._catch_up(input_ids)
         step = self._solve(scores)
+        self._account.begin(step)
         if self._on_step is not None:
             self._on_step(step)
         steered_BV = torch.full_like(scores, -torch.inf)
         return steered_BV.scatter_(-1, step.ids_BK, step.log_policy_BK.to(scores.dtype))
+
+    def answers(self, generated: Any, *, eos_token_id: int | Sequence[int] | None = None) -> list[SteeredAnswer]:
+        """The rewards, payments and KL of the answers of the last `generate` call, row by row.
+
+        Args:
+            generated: what `generate` returned: token ids [B, T] with the prompts, or its output object.
+            eos_token_id: the ids that end an answer, where `generate` was given others than the model's.
+
+        Raises:
+            ConfigurationError: it is not what the last `generate` call with this processor returned.
+        """
+        ids_BT = getattr(generated, "sequences", generated)
+        seen_BT, account = self._seen_BT, self._account
+        fits = (
+            seen_BT is not None
+            and isinstance(ids_BT, Tensor)
+            and ids_BT.dim() == 2
+            and ids_BT.shape[0] == seen_BT.shape[0]
+            and ids_BT.shape[1] == seen_BT.shape[1] + 1
+            and torch.equal(ids_BT[:, :-1].to(seen_BT.device), seen_BT)
+        )
+        if not fits or seen_BT is None or self._prompt_BT is None:
+            raise ConfigurationError("answers takes what the last generate call with this processor returned")
+        account.settle(ids_BT[:, -1])
+        ends = self._ends if eos_token_id is None else as_ids(eos_token_id)
+        return account.answers(ids_BT[:, self._prompt_BT.shape[1] :].cpu(), ends, self._names)
 
     def _catch_up(self, ids_BT: Tensor) -> None:
         """Have the roles read what `generate` has: new prompts, or one more token of each row."""
@@ -181,6 +194,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
                 raise CageError(
                     f"a principal's context holds {self._context_left} tokens after its prompt; got {num_new}"
                 )
+            self._account.settle(ids_BT[:, -1])
             for passes in self._passes:
                 passes.append(ids_BT[:, -1])
         else:
@@ -199,6 +213,7 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         prompts = [prompt for prompt in self._prompts for _ in range(num_each)]
         left = [left for prompt in self._prompts if (left := self._prompter.context_left(prompt)) is not None]
         self._context_left = min(left, default=2**62)
+        self._account = Account()
         for passes in self._passes:
             passes.start(prompts)
 
@@ -232,6 +247,12 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         if decision.thresholds is not None:
             payments_BJK = (solved.game.values - decision.thresholds[..., None]).clamp(min=0)
         return SteeredStep(ids_BK, base_BK, decision.log_policy, rewards_BJK, payments_BJK)
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The ids at which `generate` ends a row: those of the generation configuration, or else the tokenizer's."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return as_ids(stated) or as_ids(tokenizer.eos_token_id)
 
 
 class _NamedModels:

@@ -66,6 +66,61 @@ def test_greedy_generate_says_what_the_pipeline_says_and_pays_what_it_pays(tiny,
     assert sum(paid) > 0.1 if rule == "equilibrium" else set(paid) == {None}
 
 
+@pytest.mark.parametrize("rule", ["equilibrium", "linear"])
+def test_answers_have_the_rewards_payments_and_kl_of_the_pipeline(tiny, rule):
+    base, before, after = (tiny(seed=seed) for seed in (3, 4, 5))
+    decoding = {**DECODING, "rule": rule, "temperature": 0, "max_new_tokens": 12}
+    records = decode(config_of(base, pair_of(str(before), str(after)), decoding=decoding), [ask(t, t) for t in TEXTS])
+    model = load(base)
+    processor = processor_of(model, base, pair_of(load(before), load(after)), rule=rule)
+    for again in range(2):  # every call begins anew
+        returned = generate(model, processor, processor.encode(TEXTS), return_dict_in_generate=bool(again))
+        answers = processor.answers(returned)
+    for text, answer in zip(TEXTS, answers, strict=True):
+        record = records[text]
+        assert answer.num_tokens == record.num_tokens
+        assert answer.rewards == pytest.approx(record.rewards, abs=2e-3)
+        assert answer.payments == (
+            pytest.approx(record.payments, abs=2e-3) if rule == "equilibrium" else dict.fromkeys(record.payments)
+        )
+        assert answer.kl_per_token == pytest.approx(record.kl_per_token, abs=1e-3)
+    assert len({answer.num_tokens for answer in answers}) > 1 or all(answer.num_tokens == 12 for answer in answers)
+
+
+def test_rows_that_end_early_are_counted_to_their_end(tiny):
+    base = tiny(seed=3)
+    model = load(base)
+    processor = processor_of(model, base, candidates="all")
+    steps = []
+    processor._on_step = steps.append
+    torch.manual_seed(0)
+    inputs = processor.encode(["hi"])
+    ids = generate(
+        model, processor, inputs, do_sample=True, temperature=30.0, num_return_sequences=40, max_new_tokens=30
+    )
+    answers = processor.answers(ids)
+    drawn = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    lengths = [row.index(0) + 1 if 0 in row else len(row) for row in drawn]
+    assert [answer.num_tokens for answer in answers] == lengths
+    assert len(set(lengths)) > 2
+    for at, answer in enumerate(answers):
+        expected = sum(float(steps[step].rewards_BJK[at, 0, drawn[at][step]]) for step in range(lengths[at]))
+        assert answer.rewards["kind"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_answers_takes_nothing_but_what_generate_returned(tiny):
+    model = load(tiny(seed=3))
+    processor = processor_of(model, tiny(seed=3))
+    with pytest.raises(ConfigurationError, match="answers takes what the last generate call"):
+        processor.answers(torch.zeros(1, 3, dtype=torch.long))
+    ids = generate(model, processor, processor.encode(TEXTS))
+    for other in (ids[:2], ids[:, :-1], ids + 1, "text"):
+        with pytest.raises(ConfigurationError, match="answers takes what the last generate call"):
+            processor.answers(other)
+    first = processor.answers(ids)
+    assert processor.answers(ids) == first
+
+
 def test_roles_that_share_weights_take_one_pass_a_step_and_the_base_none(tiny):
     base = tiny("llama", seed=3)
     model, after = load(base), load(tiny("llama", seed=5))

@@ -31,15 +31,15 @@ def judge(folder: Path, **section):
 def test_batches_score_as_single_texts_do_where_the_padding_ends_a_text_too(kind, tmp_path):
     folder = save_reward_model(tmp_path, kind)
     seated = judge(folder, batch_size=5)
-    assert seated.tokenizer.pad_token_id == seated.tokenizer.eos_token_id == 0
+    assert seated.conversations.tokenizer.pad_token_id == seated.conversations.tokenizer.eos_token_id == 0
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     plain.config.pad_token_id = None  # then transformers reads the last token, of a single text
     alone, by_token_id = [], []
     for text in TEXTS:
         turns = [*QUESTION, {"role": "assistant", "content": text}]
-        ids = seated.tokenizer(seated.tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)[
-            "input_ids"
-        ]
+        ids = seated.conversations.tokenizer(
+            seated.conversations.tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False
+        )["input_ids"]
         assert ids[-1] == 0
         with torch.inference_mode():
             alone.append(plain(input_ids=torch.tensor([ids])).logits[0, 0].item())
@@ -54,8 +54,68 @@ def test_batches_score_as_single_texts_do_where_the_padding_ends_a_text_too(kind
 def test_an_encoder_scores_prompt_and_answer_as_a_pair(tmp_path):
     folder = save_reward_model(tmp_path, "bert")
     seated = judge(folder, batch_size=5)
-    alone = [seated.model(**seated.tokenizer("Is it so?", text, return_tensors="pt")).logits.item() for text in TEXTS]
+    alone = [
+        seated.model(**seated.conversations.tokenizer("Is it so?", text, return_tensors="pt")).logits.item()
+        for text in TEXTS
+    ]
     assert seated.score(ANSWERS) == pytest.approx(alone, abs=1e-5)
+
+
+PHI_LIKE = (
+    "{% for m in messages %}{% if m.role != 'system' %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+)
+DATED = (
+    "{{ strftime_now('%Y') }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{{ mood }}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def text_of(seated, prompt, answer):
+    ids = seated.conversations.encode(JudgedAnswer(prompt, answer))
+    tokens = seated.conversations.tokenizer.convert_ids_to_tokens(ids)
+    return "".join(tokens).replace("Ġ", " ").replace("Ċ", "\n"), ids
+
+
+def test_a_judge_reads_conversations_by_the_rules_of_prompts(tmp_path):
+    folder = save_reward_model(tmp_path, context=512)
+    seated = judge(folder, chat_template=PHI_LIKE)
+    said = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "so? <|end|> yes"})
+    text, ids = text_of(seated, said, "Yes.")
+    # a system message that the template drops is in the first user message, the end of the turn is the last token
+    assert text == "<|user|>be brief\n\nso? <|end|> yes<|end|>\n<|assistant|>Yes.<|end|>"
+    assert ids.count(0) == 2  # what the user spelled is text
+
+
+def test_a_judge_s_template_is_given_values_and_the_stated_time(tmp_path):
+    folder = save_reward_model(tmp_path, context=512)
+    options = {"chat_template": DATED, "chat_template_kwargs": {"mood": "!"}}
+    seated = judge(folder, **options, chat_template_time="2026-01-31")
+    assert text_of(seated, QUESTION, "Yes.")[0] == "2026<|user|>Is it so?<|end|><|assistant|>Yes.<|end|>!"
+    with pytest.raises(ConfigurationError, match=r"judge rm\.chat_template_time is missing: the chat template asks"):
+        judge(folder, **options)
+    with pytest.raises(ConfigurationError, match=r"judge rm\.chat_template_kwargs\.tone has no effect"):
+        judge(folder, chat_template_kwargs={"tone": "!"})
+    with pytest.raises(ConfigurationError, match=r"judge rm\.chat_template_time has no effect"):
+        judge(folder, chat_template_time="2026-01-31")
+
+
+def test_calls_of_tools_are_read_as_the_output_stores_them(tmp_path):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.tool_calls %}"
+        "{% for c in m.tool_calls %}{{ c.function.arguments.x }}{% endfor %}{% endif %}<|end|>{% endfor %}"
+    )
+    seated = judge(save_reward_model(tmp_path, context=512), chat_template=template)
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": '{"x": 7}'}}
+    prompt = (
+        {"role": "user", "content": "x", "tool_calls": None, "tool_call_id": None, "name": None},
+        {"role": "assistant", "content": "", "tool_calls": [call], "tool_call_id": None, "name": None},
+        {"role": "tool", "content": "8", "tool_calls": None, "tool_call_id": None, "name": None},
+    )
+    assert (
+        text_of(seated, prompt, "y")[0]
+        == "<|user|>x<|end|><|assistant|>7<|end|><|tool|>8<|end|><|assistant|>y<|end|>"
+    )
 
 
 def test_sign_scale_and_label_are_declared(tmp_path):

@@ -158,6 +158,53 @@ def pin_clock(template: str, now: datetime) -> str:
     return pinned
 
 
+def plan_whole(
+    place: str,
+    text: str,
+    kwargs: Mapping[str, Any],
+    time: datetime | None,
+    named_tokens: Mapping[str, str],
+) -> PromptTemplate:
+    """How whole conversations are written for what only reads them, by the rules of a run's prompts.
+
+    Args:
+        place: of the settings, for messages.
+        text: the Jinja template.
+        kwargs: values that it reads besides the messages.
+        time: that it is given.
+        named_tokens: special tokens by the names that templates know.
+
+    Raises:
+        ConfigurationError: a value has no effect, or the template asks for a time that is not stated.
+    """
+    check_kwargs(place, kwargs, text)
+    asks = reads_clock(text)
+    if asks and time is None:
+        raise ConfigurationError(
+            f"{place}.chat_template_time is missing: the chat template asks for the time, and scores of another day "
+            "would be others; give a date such as 2026-01-31"
+        )
+    if time is not None and not asks:
+        raise ConfigurationError(f"{place}.chat_template_time has no effect: the chat template asks for no time")
+    pinned = pin_clock(text, time) if time is not None else text
+    return PromptTemplate(pinned, kwargs, system_messages(pinned, {**named_tokens, **kwargs}), reads_clock=asks)
+
+
+def check_kwargs(place: str, kwargs: Mapping[str, Any], template: str | None) -> None:
+    """Refuse values that would have no effect. Raises ConfigurationError."""
+    if not kwargs:
+        return
+    where = f"{place}.chat_template_kwargs"
+    if template is None:
+        raise ConfigurationError(f"{where} has no effect: the model has no chat template")
+    for name in sorted(kwargs.keys() & RESERVED):
+        raise ConfigurationError(f"{where}.{name} is set by the run itself and cannot be given")
+    known = variables_of(template)
+    for name in sorted(kwargs.keys() - known):
+        others = ", ".join(sorted(known - RESERVED)) or "nothing"
+        raise ConfigurationError(f"{where}.{name} has no effect: the chat template does not use it; it uses {others}")
+
+
 def _conversations() -> Iterator[list[Message]]:
     """A question, and a question after an answer."""
     question: Message = {"role": "user", "content": USER_PROBE}

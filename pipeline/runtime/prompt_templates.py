@@ -9,10 +9,10 @@ from typing import Any
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
 from pipeline.hub.chat_templates import (
-    RESERVED,
     PrincipleIn,
     PromptTemplate,
     SystemMessages,
+    check_kwargs,
     end_of_turn,
     pin_clock,
     reads_clock,
@@ -48,7 +48,7 @@ def plan_templates(
                 f"named default; give one of them as {key}"
             )
         place = BASE if name == BASE else f"principals.{name.partition('.')[0]}"
-        _check_kwargs(place, _given_kwargs(config, name), text)
+        check_kwargs(place, _given_kwargs(config, name), text)
         templates[name] = _plan_template(role, place, text, own, topology.weights, now)
     if config.base.chat_template_time is not None and not any(each.reads_clock for each in templates.values()):
         raise ConfigurationError(
@@ -108,18 +108,3 @@ def _given_kwargs(config: Config, role: str) -> Mapping[str, Any]:
     """The values that the configuration names for this role, without those that it inherits."""
     section = config.base if role == BASE else config.principals[role.partition(".")[0]]
     return section.chat_template_kwargs
-
-
-def _check_kwargs(place: str, kwargs: Mapping[str, Any], template: str | None) -> None:
-    """Refuse values that would have no effect. Raises ConfigurationError."""
-    if not kwargs:
-        return
-    where = f"{place}.chat_template_kwargs"
-    if template is None:
-        raise ConfigurationError(f"{where} has no effect: the model has no chat template")
-    for name in sorted(kwargs.keys() & RESERVED):
-        raise ConfigurationError(f"{where}.{name} is set by the run itself and cannot be given")
-    known = variables_of(template)
-    for name in sorted(kwargs.keys() - known):
-        others = ", ".join(sorted(known - RESERVED)) or "nothing"
-        raise ConfigurationError(f"{where}.{name} has no effect: the chat template does not use it; it uses {others}")

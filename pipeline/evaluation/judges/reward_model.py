@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, JsonValue
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext
+from pipeline.hub.chat_templates import PromptTemplate, end_of_turn, plan_whole
 from pipeline.hub.model_facts import context_length, read_model_facts
+from pipeline.hub.tokenizer_facts import TokenizerFacts, facts_of_tokenizer, read_tokenizer_facts
 from pipeline.sections import ModelConfig, model_from_name
 
 if TYPE_CHECKING:
@@ -25,6 +28,12 @@ class RewardModelJudge(JudgeConfig):
     model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
     label: int = Field(0, ge=0, description="which of the model's outputs is the score")
     chat_template: str | None = Field(None, description="Jinja chat template instead of the tokenizer's own")
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="what the chat template reads besides messages"
+    )
+    chat_template_time: datetime | None = Field(
+        None, description="the time that the chat template is given, where it asks for one"
+    )
     batch_size: int = Field(8, ge=1, le=1024)
     max_tokens: int | None = Field(None, ge=1, description="longest text in tokens; null: the model's context")
 
@@ -48,28 +57,49 @@ class RewardModelJudge(JudgeConfig):
                 f"{context.source.name}; got {self.label}"
             )
 
+        self._plan_template(context, read_tokenizer_facts(context.source))
+
+    def _plan_template(self, context: JudgeContext, tokenizer: TokenizerFacts) -> PromptTemplate:
+        """How conversations are written. Raises ConfigurationError where a setting has no effect."""
+        place, text = f"judge {context.name}", self.chat_template or tokenizer.chat_template
+        if text is not None:
+            kwargs = self.chat_template_kwargs
+            return plan_whole(place, text, kwargs, self.chat_template_time, tokenizer.named_tokens)
+        if self.chat_template_kwargs or self.chat_template_time:
+            raise ConfigurationError(
+                f"{place}: the model has no chat template, so chat_template_kwargs and "
+                "chat_template_time have no effect"
+            )
+        return PromptTemplate(None)
+
     def identity(self, source: ModelSource | None) -> dict[str, Any]:
         assert source is not None
         described = {**super().identity(source), "identity": source.identity}
         described["model"] = {key: each for key, each in described["model"].items() if key not in NOT_IN_IDENTITY}
         del described["batch_size"]  # a text's score does not depend on its batch
+        described["conversations"] = "as prompts, to the end of the turn"
         return described
 
     def load(self, context: JudgeContext) -> Judge:
-        from pipeline.evaluation.judges.sequence_classifier import (
-            SequenceClassifier,
-            load_classifier,
-        )  # torch: seconds
+        # torch: seconds
+        from pipeline.evaluation.judges.conversations import JudgedConversations
+        from pipeline.evaluation.judges.sequence_classifier import SequenceClassifier, load_classifier
 
         assert context.source is not None
         model, tokenizer = load_classifier(context.name, context.source, context.cache_folder, self.model)
+        facts = facts_of_tokenizer(tokenizer)
+        template = self._plan_template(context, facts)
+        variables = {**facts.named_tokens, **template.variables}
+        end_id = None
+        if template.text is not None:
+            end_id = end_of_turn(template.text, variables, facts.special_tokens)
         limits = [limit for limit in (self.max_tokens, context_length(model.config)) if limit is not None]
         return SequenceClassifier(
             model,
-            tokenizer,
+            pad_id=tokenizer.pad_token_id or 0,
             label=self.label,
             factor=self.factor,
-            chat_template=self.chat_template,
+            conversations=JudgedConversations(tokenizer, template, frozenset(facts.special_tokens), end_id),
             batch_size=self.batch_size,
             max_tokens=min(limits, default=None),
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import ConfigurationError
+from pipeline.evaluation.judges.conversations import JudgedConversations
 from pipeline.evaluation.judges.interface import JudgedAnswer
 from pipeline.hub.sources import ModelSource, fetch_weights
 from pipeline.hub.tokenizer_facts import load_tokenizer
@@ -33,25 +34,25 @@ class SequenceClassifier:
 
     Args:
         model: a sequence-classification model in evaluation mode.
-        tokenizer: its tokenizer.
+        pad_id: any token id; padding is masked.
+        conversations: encodes them.
         label: which of the model's outputs is the score.
         factor: what the output is multiplied by.
-        chat_template: Jinja template instead of the tokenizer's own.
         batch_size: most texts per forward pass; a text's score does not depend on it, up to rounding.
         max_tokens: longest text in tokens; None for no limit.
     """
 
     model: Any
-    tokenizer: Any
+    pad_id: int
+    conversations: JudgedConversations
     label: int
     factor: float
-    chat_template: str | None
     batch_size: int
     max_tokens: int | None
 
     def score(self, answers: Sequence[JudgedAnswer]) -> list[float]:
         """One score per answer; NaN for a text that is longer than `max_tokens`, or that the template refuses."""
-        encoded = [self._encode(answer) for answer in answers]
+        encoded = [self.conversations.encode(answer) for answer in answers]
         scores = [math.nan] * len(answers)
         todo = [at for at, ids in enumerate(encoded) if ids and len(ids) <= (self.max_tokens or math.inf)]
         todo.sort(key=lambda at: len(encoded[at]))  # texts of similar length share a batch, which saves padding
@@ -65,7 +66,7 @@ class SequenceClassifier:
     def _score_batch(self, encoded: Sequence[Sequence[int]]) -> list[float]:
         device = self.model.device
         longest = max(map(len, encoded))
-        fill = self.tokenizer.pad_token_id or 0
+        fill = self.pad_id
         ids_BT = torch.tensor([[*ids, *[fill] * (longest - len(ids))] for ids in encoded], device=device)
         mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded], device=device)
         logits_BL = self._logits(ids_BT, mask_BT)
@@ -81,19 +82,6 @@ class SequenceClassifier:
         last_B = mask_BT.sum(1) - 1
         pooled_BL: Tensor = head(states_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
         return pooled_BL
-
-    def _encode(self, answer: JudgedAnswer) -> list[int]:
-        """Token ids of conversation and answer: by the chat template, or else as a pair of plain texts."""
-        template = self.chat_template or self.tokenizer.chat_template
-        if template is None:
-            prompt = "\n\n".join(str(message["content"]) for message in answer.prompt)
-            return list(self.tokenizer(prompt, answer.text)["input_ids"])
-        messages = [*answer.prompt, {"role": "assistant", "content": answer.text}]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except Exception:  # Jinja runs the template's own code: such an answer has no score
-            return []
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def load_classifier(name: str, source: ModelSource, cache_folder: Path, placement: ModelConfig) -> tuple[Any, Any]:
