@@ -57,10 +57,10 @@ def test_the_documentation_has_the_table():
 
 
 def test_cage_models_shows_families_and_why(capsys):
-    run_models(["llama", "mamba", "moshi"], measure=False, write=False, markdown=False, json_file=None)
+    run_models(["llama", "minimax", "moshi"], measure=False, write=False, markdown=False, json_file=None)
     shown = capsys.readouterr().out
     assert re.search(r"^llama +in slots +yes", shown, re.MULTILINE)
-    assert "mamba, decoding: layers of type linear_attention" in shown
+    assert "minimax, decoding: it keeps its states in a cache of its own class" in shown
     assert shown.splitlines()[-1].endswith("1 in slots, 1 row by row, 1 refused")
     with pytest.raises(ConfigurationError, match=r"llamma is no model family.*did you mean llama"):
         run_models(["llamma"], measure=False, write=False, markdown=False, json_file=None)
@@ -77,7 +77,9 @@ def test_cage_models_shows_families_and_why(capsys):
             SLOTS,
             None,
         ),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, PLAIN, "linear_attention"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "indexed_attention"]}, PLAIN, "indexed_attention"),
+        ({"model_type": "qwen3_next", "layer_types": ["full_attention", "linear_attention"]}, SLOTS, None),
+        ({"model_type": "minimax", "layer_types": ["full_attention", "linear_attention"]}, PLAIN, "class"),
         ({"model_type": "moshi"}, REFUSED, "audio"),
         ({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}, None, None),
         ({"model_type": "of_tomorrow"}, None, None),

@@ -160,8 +160,8 @@ def test_a_model_that_does_not_exist_is_refused_with_its_name(tiny):
 
 
 def test_an_architecture_that_slots_do_not_decode_is_refused_where_slots_are_asked_for(tmp_path):
-    folder = make_family(tmp_path, "mamba")
-    with pytest.raises(ConfigurationError, match=r"for base.*mamba.*not decoded in slots.*attention: auto"):
+    folder = make_family(tmp_path, "minimax")
+    with pytest.raises(ConfigurationError, match=r"for base.*minimax.*not decoded in slots.*attention: auto"):
         engine_of(config_of({"model": str(folder), "attention": "slots"}))
 
 

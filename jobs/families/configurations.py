@@ -79,6 +79,8 @@ _SHARED: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
     # encoders that can be decoders
     "is_decoder": True,
     "type_vocab_size": 1,

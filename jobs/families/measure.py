@@ -117,7 +117,7 @@ def _measure(name: str, folder: Path) -> ServedFamily:
     if reason := _why_no_reward_model(name, spec, folder):
         reasons["reward_model"] = reason
     return ServedFamily(
-        decoding=PLAIN if loaded.slot_runner is None else SLOTS,
+        decoding=loaded.decoding,
         is_strict=is_strict,
         takes_adapters="lora" not in reasons,
         is_reward_model="reward_model" not in reasons,
@@ -225,7 +225,7 @@ def _why_no_adapters(spec: HostSpec, folder: Path) -> str | None:
         adapted = load_language_model(replace(spec, roles=roles, adapters={ADAPTER: source}))
     except ConfigurationError as error:
         return _short(error)
-    if adapted.slot_runner is None and spec.attention == "auto" and load_language_model(spec).slot_runner is not None:
+    if adapted.decoding == PLAIN and load_language_model(spec).decoding == SLOTS:
         return f"one row at a time: {adapted.why_plain}"
     return None
 

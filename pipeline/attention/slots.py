@@ -170,9 +170,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, over packed tokens: query [1, H, T, D] to output [1, T, H, D].
 
+    In models that keep states a pass has a dimension for its running rows: query [R, H, 1, D] to [R, 1, H, D].
     Keys and values are kept in the running pass's cache. What a query may see comes from what was learned of the
     model's masks, not from a keyword: some families have a window in their mask alone.
     """
+    if query.shape[0] > 1:
+        query, key, value = (each.transpose(0, 2) for each in (query, key, value))
+        return _attend(query, key, value, scaling, softcap, s_aux).transpose(0, 1), None
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.cage.attend(query, key, value, scaling, softcap, s_aux)
         return out, None

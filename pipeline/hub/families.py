@@ -19,6 +19,8 @@ TABLE = Path(__file__).with_name("families.json")
 ATTENTION_LAYERS = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe"}  # the last have no keys
 )
+# layers that keep a state of their row, alone or beside keys and values: linear attention, SSMs, short convolutions
+STATE_LAYERS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba"})
 SLOTS, PLAIN, REFUSED = "slots", "plain", "refused"
 
 
@@ -76,7 +78,7 @@ def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
     Args:
         config: the contents of config.json, or transformers' configuration as a mapping, of the text part.
     """
-    if reason := why_layers_differ(config):
+    if reason := _why_layers_differ(config, ATTENTION_LAYERS | STATE_LAYERS):
         return reason
     kinds = {str(each.get("rope_type", each.get("type"))) for each in rope_settings(config)}
     if "longrope" in kinds:
@@ -87,14 +89,30 @@ def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def why_layers_differ(config: Mapping[str, Any]) -> str | None:
-    """Why a model's layers are not what attention over many rows computes; None: no reason is known.
+def keeps_states(config: Mapping[str, Any]) -> bool:
+    """Whether a model has layers that keep a state of their row.
 
     Args:
         config: likewise.
     """
-    kinds = {str(each) for name in ("layer_types", "layers_block_type") for each in config.get(name) or ()}
-    if found := sorted(kinds - ATTENTION_LAYERS):
+    return bool(_layer_kinds(config) & STATE_LAYERS)
+
+
+def why_layers_differ(config: Mapping[str, Any]) -> str | None:
+    """Why a model's layers are not what attention over tokens of many rows computes; None: no reason is known.
+
+    Args:
+        config: likewise.
+    """
+    return _why_layers_differ(config, ATTENTION_LAYERS)
+
+
+def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
+    return {str(each) for name in ("layer_types", "layers_block_type") for each in config.get(name) or ()}
+
+
+def _why_layers_differ(config: Mapping[str, Any], known: frozenset[str]) -> str | None:
+    if found := sorted(_layer_kinds(config) - known):
         return f"layers of type {' and '.join(found)} keep more than keys and values, or read them in their own way"
     if config.get("attn_temperature_tuning") and str(config.get("model_type")).startswith("llama4"):
         return "its attention temperature counts places in the pass, not positions in a row"

@@ -39,9 +39,16 @@ class TokenAdapters:
         """An adapter's number."""
         return self._numbers[name]
 
-    def of_last(self, num_tokens: int) -> Tensor:
-        """The adapters of the last tokens of the pass: some modules, such as the head, see only those."""
-        return self.of_tokens[len(self.of_tokens) - num_tokens :]
+    def of(self, states: Tensor) -> Tensor:
+        """The adapters of the tokens that a module sees, which are the last of the pass: the head sees only those.
+
+        Args:
+            states: [1, T, I], where the result is [T], or [R, 1, I] of R rows of one token, where it is [R, 1].
+        """
+        has_rows = states.ndim > 2 and len(states) > 1
+        num_tokens = states.shape[:-1].numel() if has_rows else states.shape[-2]
+        numbers = self.of_tokens[len(self.of_tokens) - num_tokens :]
+        return numbers.view(states.shape[:-1]) if has_rows else numbers
 
 
 class LowRank(nn.Module):
@@ -65,8 +72,8 @@ class LowRank(nn.Module):
         self.adapters = adapters
 
     def forward(self, states: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What is added to the outputs of `rows`, for inputs [..., T, I]."""
-        low = linear(states, self.down) * self.gates[self.adapters.of_last(states.shape[-2])]
+        """What is added to the outputs of `rows`, for inputs [1, T, I], or [R, 1, I] of R rows of one token."""
+        low = linear(states, self.down) * self.gates[self.adapters.of(states)]
         return linear(low, self.up[rows])
 
 
@@ -120,9 +127,9 @@ class ReplacedModule(_Adapted):
 
     def forward(self, states: Tensor) -> Tensor:
         out: Tensor = self.base(states)
-        of_tokens_T1 = self.adapters.of_last(out.shape[-2])[:, None]
+        numbers = self.adapters.of(out)[..., None]
         for number, module in zip(self.numbers, self.own, strict=True):
-            out = torch.where(of_tokens_T1 == number, module(states), out)
+            out = torch.where(numbers == number, module(states), out)
         return out
 
 

@@ -22,14 +22,11 @@ from pipeline.attention.slots import SlotCache
 from pipeline.attention.visibility import LayerFacts
 from pipeline.protocol.messages import CHUNK, Admission, Candidates, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
-from pipeline.sampling.proposals import at_candidates, propose_from
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.forward_batch import ForwardBatch
 from pipeline.worker.forward_passes import Passes
 from pipeline.worker.memory import budget_of
-
-BLOCK = 64  # tokens
-LOGITS_COPIES = 4  # the newest ones, and those of a step while candidates are found
+from pipeline.worker.newest_logits import NewestLogits, logits_bytes
 
 
 class LanguageModelRunner:
@@ -83,15 +80,15 @@ class LanguageModelRunner:
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, passes included, and what is free."""
-        logits_bytes = LOGITS_COPIES * self._vocab_size * torch.float32.itemsize
-        slot_bytes = len(self._roles) * (capacity_for(row_tokens) * self._bytes_per_token + logits_bytes)
+        row_bytes = capacity_for(row_tokens) * self._bytes_per_token
+        slot_bytes = len(self._roles) * (row_bytes + logits_bytes(self._vocab_size))
         return budget_of(self._passes.device, slot_bytes)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
         self._passes.let_go()
         # before the new ones are allocated: this is called when memory is short
-        del self._cache, self._logits_RV, self._padded_RV, self.newest_S
+        del self._cache, self._logits, self.newest_S
         if self._passes.device.type == "cuda":
             torch.cuda.empty_cache()
         self._lay_out(num_slots)
@@ -109,11 +106,7 @@ class LanguageModelRunner:
         # by part as it is computed
         self._filled: dict[int, int] = {}
         self._copies_from: dict[int, tuple[int, int]] = {}
-        # in rows of whole blocks: a GPU loads aligned rows by other instructions, and then adds in another order
-        width = -(-self._vocab_size // BLOCK) * BLOCK
-        self._padded_RV = torch.full((num_rows + 1, width), -torch.inf, device=self._passes.device)
-        self._logits_RV = self._padded_RV[:, : self._vocab_size]
-        self._logits_RV.zero_()
+        self._logits = NewestLogits(len(self._roles), num_slots, self._vocab_size, self._passes.device)
         # the newest token of each slot for which it was drawn on the device
         self.newest_S = torch.zeros(num_slots, dtype=torch.long, device=self._passes.device)
         self._newest_batch = ForwardBatch()
@@ -175,34 +168,22 @@ class LanguageModelRunner:
     def compute_again(self) -> None:
         """Run the newest pass, again if one of its tokens was corrected: keys go to the same places."""
         if done := self._passes.run(self._newest_batch, self.newest_S):
-            rows_R, logits_RV = done
-            self._logits_RV[rows_R] = logits_RV
+            self._logits.put(*done)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         """The base role's candidates for each slot, most likely first; None proposes the whole vocabulary."""
-        if self.device.type == "cpu":
-            return propose_from(self._logits(slots), self._vocab_size, num_candidates=num_candidates, min_p=min_p)
-        # for all slots, whichever are wanted: on a GPU the order of additions depends on the number of rows, too
-        of_all = propose_from(self.slot_logits, self._vocab_size, num_candidates=num_candidates, min_p=min_p)
-        return of_all.rows(torch.tensor(slots, device=self.device))
+        return self._logits.propose(slots, num_candidates=num_candidates, min_p=min_p)
 
     @property
     def slot_logits(self) -> Tensor:
         """The newest logits [S, R, V] of all slots, V padded with -inf; a view, in which they change."""
-        return self._padded_RV[:-1].view(len(self._roles), self._num_slots, -1).transpose(0, 1)
+        return self._logits.by_slot
 
     @torch.inference_mode()
     def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
         """Log-probabilities [B, R, K] in nats of every role at the candidates."""
-        logits_BRV = self._logits(slots)
-        if self.device.type == "cpu":
-            normaliser_BR1 = logits_BRV.logsumexp(-1, keepdim=True)
-        else:  # see `propose`
-            normaliser_BR1 = self.slot_logits.logsumexp(-1, keepdim=True)[torch.tensor(slots, device=self.device)]
-        if ids_BK is None:
-            return logits_BRV - normaliser_BR1
-        return at_candidates(logits_BRV, ids_BK.to(self._passes.device)) - normaliser_BR1
+        return self._logits.logprobs_at(slots, ids_BK)
 
     @torch.inference_mode()
     def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
@@ -268,8 +249,3 @@ class LanguageModelRunner:
         row = self._row(index, slot)
         batch.append(row, self._lengths[row], token, slot)
         self._lengths[row] += 1
-
-    def _logits(self, slots: Sequence[int]) -> Tensor:
-        """Newest logits [B, R, V] of the slots."""
-        rows = [[index * self._num_slots + slot for index in range(len(self._roles))] for slot in slots]
-        return self._logits_RV[torch.tensor(rows, device=self._passes.device)]

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pipeline.attention.rows import what_is_missing
 from pipeline.attention.slots import ATTENTION
+from pipeline.attention.states import CachedLayer, bytes_per_row, learn_states
 from pipeline.attention.transfers import on_device
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
-from pipeline.hub.families import rope_settings, why_not_in_slots
+from pipeline.hub.families import PLAIN, SLOTS, keeps_states, rope_settings, why_not_in_slots
 from pipeline.hub.model_facts import reason_of, stated, text_config
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostRole
@@ -37,11 +38,16 @@ from pipeline.worker.probes import (
     largest_difference,
     plain_logprobs,
     probe_tokens,
+    reads_parts,
     small_limits,
 )
+from pipeline.worker.recurrent_passes import RecurrentPasses
+from pipeline.worker.recurrent_runner import RecurrentRunner, RowBytes
 from pipeline.worker.token_holes import close_holes
 from pipeline.worker.weights import load_causal_lm
 from pipeline.worker.whole_vectors import watching
+
+SlotRunner = LanguageModelRunner | RecurrentRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +56,21 @@ class LoadedModel:
 
     Args:
         runner: runs it.
-        slot_runner: the same where it is decoded in slots; None where it is decoded the plain way.
         why_plain: why it is decoded the plain way, where nobody asked for that.
     """
 
     runner: LanguageRunner
-    slot_runner: LanguageModelRunner | None = None
     why_plain: str | None = None
+
+    @property
+    def slot_runner(self) -> LanguageModelRunner | None:
+        """The runner where passes over slots are packed, which can be captured in CUDA graphs."""
+        return self.runner if isinstance(self.runner, LanguageModelRunner) else None
+
+    @property
+    def decoding(self) -> str:
+        """SLOTS or PLAIN: as the table of families calls it."""
+        return PLAIN if isinstance(self.runner, PlainRunner) else SLOTS
 
 
 def load_language_model(spec: HostSpec) -> LoadedModel:
@@ -100,6 +114,9 @@ class _Loading:
         self._adapters: TokenAdapters | None = None
         self._expected: dict[str | None, list[Tensor]] = {}
         self._expected_small: dict[str | None, list[Tensor]] = {}
+        # what the cache of a model with recurrent layers holds
+        self._cached: tuple[CachedLayer, ...] | None = None
+        self._reads_parts = True
         self._tolerance = TOLERANCE.get(self._model.dtype, 0.5)
 
     def run(self) -> LoadedModel:
@@ -118,7 +135,7 @@ class _Loading:
             if self._can_forget_padding:
                 self._model.config.pad_token_id = self._pad_id
             return LoadedModel(self._plain_runner(), why_plain=str(error))
-        return LoadedModel(runner, runner)
+        return LoadedModel(runner)
 
     def _expect(self, model: Any, adapter: str | None) -> None:
         """Note what plain passes give, with windows as they are and with small ones."""
@@ -140,7 +157,7 @@ class _Loading:
         self._adapters = _take_adapters(wrapped, spec)
         self._model = wrapped.get_base_model()
 
-    def _slot_runner(self) -> LanguageModelRunner:
+    def _slot_runner(self) -> SlotRunner:
         """The model in slots. Raises NotServed where its attention, or what it gives, is not what slots compute."""
         spec, model = self._spec, self._model
         if self._can_forget_padding:
@@ -149,6 +166,9 @@ class _Loading:
         if reason := why_not_in_slots(as_mapping(model.config)):
             raise NotServed(reason)
         try:
+            if keeps_states(as_mapping(model.config)):
+                self._cached = self._learn_states()
+                self._reads_parts = reads_parts(self._make_passes(self._learn_layers()), self._probes[0])
             if has_large_limits(model.config):
                 with small_limits(model.config):
                     layers = self._learn_layers()
@@ -174,13 +194,29 @@ class _Loading:
             needs_whole_vectors=needs_whole,
         )
 
+    def _learn_states(self) -> tuple[CachedLayer, ...]:
+        """What the model's cache holds; adapters change nothing of that."""
+        self._use_no_adapters()
+        return learn_states(self._model)
+
     def _learn_layers(self) -> tuple[LayerFacts, ...]:
-        """What each attention call asks for; adapters change nothing of that, and no token has one."""
+        """What each attention call asks for; adapters change nothing of that."""
+        self._use_no_adapters()
+        if self._cached is None:
+            return learn_layers(self._model)
+        num_attending = sum(layer.attends for layer in self._cached)
+        layers = learn_layers(self._model) if num_attending else ()
+        if len(layers) != num_attending:
+            raise NotServed(
+                f"{num_attending} layers have keys in its cache, and {len(layers)} attend by the interface"
+            )
+        return layers
+
+    def _use_no_adapters(self) -> None:
         if self._adapters is not None:
             self._adapters.of_tokens = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device=self._model.device)
-        return learn_layers(self._model)
 
-    def _make_probed_runner(self, layers: Sequence[LayerFacts]) -> LanguageModelRunner:
+    def _make_probed_runner(self, layers: Sequence[LayerFacts]) -> SlotRunner:
         return self._make_slot_runner(layers, self._probed_roles, num_slots=len(self._probes) + 1)
 
     def _make_slot_runner(
@@ -191,7 +227,16 @@ class _Loading:
         num_slots: int,
         bytes_per_token: int = 0,
         needs_whole_vectors: bool = False,
-    ) -> LanguageModelRunner:
+    ) -> SlotRunner:
+        if self._cached is not None:
+            return RecurrentRunner(
+                self._make_passes(layers, needs_whole_vectors),
+                roles,
+                num_slots=num_slots,
+                vocab_size=self._spec.vocab_size,
+                row_bytes=RowBytes(bytes_per_token, bytes_per_row(self._cached)),
+                reads_parts=self._reads_parts,
+            )
         self._model.set_attn_implementation(ATTENTION)
         return LanguageModelRunner(
             self._model,
@@ -205,10 +250,23 @@ class _Loading:
             needs_whole_vectors=needs_whole_vectors,
         )
 
+    def _make_passes(self, layers: Sequence[LayerFacts], needs_whole_vectors: bool = False) -> RecurrentPasses:
+        assert self._cached is not None
+        self._model.set_attn_implementation(ATTENTION)
+        return RecurrentPasses(
+            self._model,
+            vocab_size=self._spec.vocab_size,
+            adapters=self._adapters,
+            strict=self._spec.strict,
+            layers=layers,
+            cached=self._cached,
+            needs_whole_vectors=needs_whole_vectors,
+        )
+
     def _why_not_strict(self, layers: Sequence[LayerFacts], needs_whole: bool) -> str | None:
         """Why a row's bits would depend on the batch composition, if they would."""
 
-        def make_runner(num_slots: int) -> LanguageModelRunner:
+        def make_runner(num_slots: int) -> SlotRunner:
             return self._make_slot_runner(
                 layers, self._probed_roles, num_slots=num_slots, needs_whole_vectors=needs_whole
             )
@@ -238,7 +296,7 @@ class _Loading:
             bytes_per_token=-(-row.num_bytes // len(self._probes[0])),
         )
 
-    def _check(self, runner: LanguageModelRunner, expected: Mapping[str | None, Sequence[Tensor]]) -> None:
+    def _check(self, runner: SlotRunner, expected: Mapping[str | None, Sequence[Tensor]]) -> None:
         """Raise NotServed where the runner does not give what plain passes gave."""
         difference = largest_difference(runner, self._probed_roles, self._probes, expected)
         if not difference <= self._tolerance:

@@ -11,11 +11,17 @@ import torch
 from pipeline.protocol.messages import MemoryBudget
 
 
-def budget_of(device: torch.device, slot_bytes: int) -> MemoryBudget:
-    """The budget of slots of `slot_bytes` bytes, with what is free on the device now."""
+def budget_of(device: torch.device, slot_bytes: int, *, reserved_bytes: int = 0) -> MemoryBudget:
+    """The budget of slots of `slot_bytes` bytes, with what is free on the device now.
+
+    Args:
+        device: where the slots are.
+        slot_bytes: of one slot.
+        reserved_bytes: that the host takes beside its slots, however many they are.
+    """
     is_gpu = device.type == "cuda"
     place = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else _machine()
-    return MemoryBudget(place, device.type, slot_bytes, free_bytes(device))
+    return MemoryBudget(place, device.type, slot_bytes, max(0, free_bytes(device) - reserved_bytes))
 
 
 def _machine() -> str:

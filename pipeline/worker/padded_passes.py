@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.hub.families import SLOTS, family_named, why_not_in_slots
+from pipeline.hub.families import SLOTS, family_named, why_layers_differ, why_not_in_slots
 from pipeline.worker.loading import as_mapping
 from pipeline.worker.plain_runner import PlainPasses
 from pipeline.worker.token_holes import without_holes
@@ -46,7 +46,8 @@ def role_passes(
         holes: ids that no token has.
     """
     family = family_named(model.config.model_type)
-    is_plain_attention = why_not_in_slots(as_mapping(model.config)) is None
+    config = as_mapping(model.config)
+    is_plain_attention = why_not_in_slots(config) is None and why_layers_differ(config) is None
     if family is not None and family.decoding == SLOTS and is_plain_attention:
         return PaddedPasses(model, roles, vocab_size=vocab_size, pad_id=pad_id, holes=holes)
     return LonePasses(model, roles, vocab_size=vocab_size, holes=holes)

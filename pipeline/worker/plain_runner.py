@@ -24,11 +24,10 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from pipeline.attention.prefixes import Prompt
 from pipeline.protocol.messages import DRAWN, Admission, Candidates, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
-from pipeline.sampling.proposals import at_candidates, propose_from
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.memory import budget_of
+from pipeline.worker.newest_logits import NewestLogits, logits_bytes
 
-LOGITS_COPIES = 4  # the newest ones, and those of a step while candidates are found
 # RecurrentGemma keeps the state of a text on its modules, not in the cache
 MODULE_STATES = ("recurrent_states", "conv1d_state")
 
@@ -183,7 +182,7 @@ class PlainRunner:
     def _lay_out(self, num_slots: int) -> None:
         self._num_slots = num_slots
         self._rows: dict[tuple[int, int], PlainRow] = {}
-        self._logits_RSV = torch.zeros(len(self._roles), num_slots, self._vocab_size, device=self.device)
+        self._logits = NewestLogits(len(self._roles), num_slots, self._vocab_size, self.device)
         self.newest_S = torch.zeros(num_slots, dtype=torch.long, device=self.device)
         # the newest prompt of each role, as it was read: other answers to it continue from a copy
         self._newest: dict[int, tuple[Prompt, PlainRow, Tensor]] = {}
@@ -200,8 +199,8 @@ class PlainRunner:
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of so many tokens, and what is free."""
-        logits_bytes = LOGITS_COPIES * self._vocab_size * torch.float32.itemsize
-        return budget_of(self.device, len(self._roles) * (row_tokens * self._bytes_per_token + logits_bytes))
+        row_bytes = row_tokens * self._bytes_per_token + logits_bytes(self._vocab_size)
+        return budget_of(self.device, len(self._roles) * row_bytes)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
@@ -223,21 +222,17 @@ class PlainRunner:
             for index, role in enumerate(self._roles):
                 given = drawn[slot] if token == DRAWN else token
                 logits_V = self._passes.append(self._rows[index, slot], given, role.adapter)
-                self._logits_RSV[index, slot] = logits_V[: self._vocab_size]
+                self._logits.put(index * self._num_slots + slot, logits_V[: self._vocab_size])
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         """The base role's candidates for each slot, most likely first; None proposes the whole vocabulary."""
-        return propose_from(self._logits(slots), self._vocab_size, num_candidates=num_candidates, min_p=min_p)
+        return self._logits.propose(slots, num_candidates=num_candidates, min_p=min_p)
 
     @torch.inference_mode()
     def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
         """Log-probabilities [B, R, K] in nats of every role at the candidates."""
-        logits_BRV = self._logits(slots)
-        normaliser_BR1 = logits_BRV.logsumexp(-1, keepdim=True)
-        if ids_BK is None:
-            return logits_BRV - normaliser_BR1
-        return at_candidates(logits_BRV, ids_BK.to(self.device)) - normaliser_BR1
+        return self._logits.logprobs_at(slots, ids_BK)
 
     @torch.inference_mode()
     def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
@@ -273,11 +268,7 @@ class PlainRunner:
             self._newest[index] = (prompt, *self._passes.begin(prompt.tokens, role.adapter))
         _, row, logits_V = self._newest[index]
         self._rows[index, admission.slot] = row.fork()
-        self._logits_RSV[index, admission.slot] = logits_V[: self._vocab_size]
-
-    def _logits(self, slots: Sequence[int]) -> Tensor:
-        """Newest logits [B, R, V] of the slots."""
-        return self._logits_RSV[:, list(slots)].transpose(0, 1)
+        self._logits.put(index * self._num_slots + admission.slot, logits_V[: self._vocab_size])
 
 
 def _tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

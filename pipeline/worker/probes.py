@@ -17,6 +17,7 @@ from pipeline.hub.model_facts import stated, text_config
 from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.hosts import LanguageRunner
+from pipeline.worker.recurrent_passes import RecurrentPasses
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats
 SMALL = 5  # tokens of windows and chunks while a model is probed
@@ -101,6 +102,25 @@ def largest_difference(
         again = {adapter: [*each, each[0]] for adapter, each in expected.items()}
         worst = max(worst, _difference(runner, slots, roles, again, step))
     return worst
+
+
+@torch.inference_mode()
+def reads_parts(passes: RecurrentPasses, probe: Sequence[int]) -> bool:
+    """Whether a text that is read in two parts gives the logits of one that is read whole.
+
+    Some models of the first Mamba's kind go on from a state with one token, and with several begin anew.
+
+    Args:
+        passes: of the model.
+        probe: token ids.
+    """
+    passes.lay_out(2, [None] * 3)
+    at = len(probe) // 2
+    whole_V = passes.read(0, probe, 0).log_softmax(-1)
+    passes.read(1, probe[:at], 0)
+    parts_V = passes.read(1, probe[at:], at).log_softmax(-1)
+    passes.let_go()
+    return bool((whole_V - parts_V).abs().max() <= TOLERANCE.get(passes.dtype, 0.5))
 
 
 @torch.inference_mode()
