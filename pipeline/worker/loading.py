@@ -208,7 +208,7 @@ class _Loading:
         layers = learn_layers(self._model) if num_attending else ()
         if len(layers) != num_attending:
             raise NotServed(
-                f"{num_attending} layers have keys in its cache, and {len(layers)} attend by the interface"
+                f"its cache has keys of {num_attending} layers, and {len(layers)} attend by transformers' interface"
             )
         return layers
 
