@@ -194,7 +194,9 @@ class DecodingConfig(Section):
 
     @model_validator(mode="after")
     def _fits_its_unit(self) -> DecodingConfig:
-        given, thinking = self.model_fields_set, self.thinking
+        # a default that is written out, as --print-config does, asks for nothing
+        fields, thinking = type(self).model_fields, self.thinking
+        given = {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
         if self.unit is Unit.TOKEN and (unused := given & {"proposals", "block_tokens"}):
             raise ValueError(f"{', '.join(sorted(unused))}: no effect with unit: token; choose unit: block or answer")
         if self.unit is Unit.ANSWER and "block_tokens" in given:
