@@ -62,3 +62,16 @@ def test_dpo_takes_chosen_and_rejected(written, tiny, tmp_path):
         processing_class=AutoTokenizer.from_pretrained(tiny()),
     )  # fmt: skip
     assert trainer.train().global_step == 1
+
+
+def test_dpo_refuses_the_answers_and_the_card_says_what_to_load(written, tiny, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    rows = loaded(written, "default")
+    assert None in rows["chosen"][:]
+    with pytest.raises(TypeError):
+        DPOTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny()), args=DPOConfig(**options(tmp_path)), train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(tiny()),
+        ).train()  # fmt: skip
+    assert "such as TRL's DPOTrainer, are given `pairs`" in (written / "_README.md").read_text()

@@ -318,7 +318,14 @@ class Config(Section):
         for name in self.principals:
             if not PRINCIPAL_NAME.fullmatch(name):
                 raise ValueError(
-                    f"a principal's name has letters, digits, _ and -, and starts with a letter; got {name!r}"
+                    "a principal's name has at most 64 letters (a to z), digits, _ and -, and starts with a letter "
+                    f"or _, because columns of the output are named by it; got {shortened(name)}"
+                )
+        by_folded: dict[str, str] = {}
+        for name in self.principals:  # many readers of Parquet do not distinguish upper and lower case
+            if (other := by_folded.setdefault(name.casefold(), name)) != name:
+                raise ValueError(
+                    f"principals' names must differ in more than upper and lower case; got {other}, {name}"
                 )
         return self
 

@@ -52,6 +52,14 @@ COLUMN_NOTES = {
 }
 
 
+LOADING_PAIRS = (
+    'pairs = load_dataset("RUN", "pairs", split="train")\n```\n\n'
+    "Trainers of preferences, such as TRL's DPOTrainer, are given `pairs`: every row of it has `chosen` and "
+    "`rejected`. In the rows above both are null where there was no existing answer, which such trainers refuse; "
+    "SFTTrainer reads them."
+)
+
+
 def render_loading(plan: Plan) -> bytes:
     """.huggingface.yaml: names the data files to `datasets`."""
     return yaml.safe_dump(_data_files(plan), sort_keys=False).encode()
@@ -102,7 +110,7 @@ def render_card(plan: Plan, records: Mapping[int, CommitRecord], errors: Mapping
         f"{failed:,} failed, with their reasons, in `_failed/`.",
         "## How to load it\n\n```python\nfrom datasets import load_dataset\n\n"
         'rows = load_dataset("RUN", split="train")  # this folder, or its name on the hub\n'
-        + ('pairs = load_dataset("RUN", "pairs", split="train")  # for DPO\n```' if has_pairs(names) else "```"),
+        + (LOADING_PAIRS if has_pairs(names) else "```"),
         "## Columns\n\n" + _table(("column", "what"), [(name, COLUMN_NOTES[name]) for name in names] + kept),
         "## Models\n\n" + _table(("place", "identity"), list(plan.models.items())),
         "## Input\n\n" + _table(("file", "rows"), [(file.name, f"{file.num_rows:,}") for file in plan.files[:100]]),
