@@ -338,6 +338,86 @@ def test_a_saved_data_set_of_several_splits_is_read_by_split(tmp_path: Path) -> 
     assert refusal_of(tmp_path / "all", split="dev").endswith("has no split 'dev'; splits: test, train")
 
 
+REPOSITORY = """---
+configs:
+- config_name: plain
+  default: true
+  data_files:
+  - {split: train, path: plain/train.jsonl}
+  - {split: test, path: "plain/test-*.jsonl.gz"}
+- config_name: table
+  data_files:
+  - {split: train, path: table/*.jsonl}
+---
+# A data set
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a repository of the hub is laid out: configurations in the card's head, no script."""
+    folder = tmp_path_factory.mktemp("hub") / "repository"
+    (folder / "plain").mkdir(parents=True)
+    (folder / "table").mkdir()
+    (folder / "README.md").write_text(REPOSITORY)
+    write_jsonl(folder / "plain/train.jsonl", RECORDS[:3])
+    with gzip.open(folder / "plain/test-0.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in RECORDS[3:5]))
+    write_jsonl(folder / "table/0.jsonl", RECORDS[5:7])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected", "name"),
+    [
+        ({}, TEXTS[:3], "repository:train"),
+        ({"split": "test"}, TEXTS[3:5], "repository:test"),
+        ({"subset": "plain", "split": "test"}, TEXTS[3:5], "repository:plain:test"),
+        ({"subset": "table"}, TEXTS[5:7], "repository:table:train"),
+    ],
+)
+def test_a_data_set_is_read_by_configuration_and_split(
+    repository: Path, fields: dict[str, str], expected: list[str], name: str
+) -> None:
+    source = opened(f"datasets:{repository}", id="key", **fields)
+    assert prompts_of(source) == expected
+    assert source.files[0].name == name
+    assert [row.row_id for row in source] == [f"k{TEXTS.index(text)}" for text in expected]
+    if fields:  # a folder of which a configuration or a split is asked needs no word before it
+        assert prompts_of(opened(repository, **fields)) == expected
+    plan = make_plan(make_config(f"datasets:{repository}", repository.parent / "run", input=fields))
+    again = Plan.from_json(plan.to_json())
+    assert [row.messages[0]["content"] for shard in again.shards for row in again.read_shard(shard)] == expected
+
+
+def test_a_configuration_or_split_that_is_not_there_is_refused_with_those_that_are(repository: Path) -> None:
+    assert "plain" in refusal_of(repository, subset="other")
+    assert "table" in refusal_of(repository, subset="other")
+    assert "train" in refusal_of(repository, split="dev", subset="plain")
+    assert "is no name of a data set and no folder" in refusal_of("datasets:./nothing/here/at all")
+
+
+def test_a_split_of_files_that_have_none_is_refused(tmp_path: Path, repository: Path) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", RECORDS)
+    datasets.Dataset.from_list(RECORDS).save_to_disk(str(tmp_path / "saved"))
+    for path in (file, tmp_path / "*.jsonl", tmp_path / "saved"):
+        assert f"input.split has no effect on {path}" in refusal_of(path, split="test")
+        assert f"input.subset has no effect on {path}" in refusal_of(path, subset="plain")
+
+
+def test_a_run_s_pairs_are_a_configuration_of_its_folder(tmp_path: Path) -> None:
+    """The folder of a run says to `datasets` which of its files are what."""
+    (tmp_path / "run/_pairs").mkdir(parents=True)
+    (tmp_path / "run/.huggingface.yaml").write_text(
+        "configs:\n"
+        "- {config_name: default, data_files: [{split: train, path: part-*.parquet}]}\n"
+        "- {config_name: pairs, data_files: [{split: train, path: _pairs/part-*.parquet}]}\n"
+    )
+    pq.write_table(pa.Table.from_pylist(RECORDS[:4]), tmp_path / "run/part-0.parquet")
+    pq.write_table(pa.Table.from_pylist(RECORDS[4:5]), tmp_path / "run/_pairs/part-0.parquet")
+    assert prompts_of(opened(tmp_path / "run", subset="pairs")) == TEXTS[4:5]
+
+
 def test_the_first_version_of_feather_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.feather").write_bytes(b"FEA1" + b"\0" * 64)
     assert "it has Feather's first version" in refusal_of(tmp_path / "x.feather")

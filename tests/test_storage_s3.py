@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import json
+import lzma
 import multiprocessing
 import time
 import uuid
@@ -9,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -83,6 +88,62 @@ def test_parquet_and_folders_are_read_from_s3(s3: Any, folder: str, tmp_path: Pa
     pq.write_table(pa.table({"prompt": ["other"] * 50, "key": list(range(50))}), tmp_path / "a.parquet")
     upload(s3, tmp_path / "a.parquet", f"{folder}/a.parquet")
     assert open_input(InputConfig(path=folder, id="key")).files[0].identity != source.files[0].identity
+
+
+def as_zstd(data: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(data))
+
+
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": as_zstd}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_compressed_text_is_read_from_s3_from_any_mark(s3: Any, folder: str, suffix: str) -> None:
+    lines = b"".join(json.dumps({"prompt": f"q{index}", "key": index}).encode() + b"\n" for index in range(40))
+    s3.pipe_file(f"{folder}/x.jsonl{suffix}", COMPRESSIONS[suffix](lines))
+    for path in (folder, f"{folder}/x.jsonl{suffix}"):
+        source = open_input(InputConfig(path=path, id="key"), stride=10)
+        assert [row.row_id for row in source] == [str(index) for index in range(40)]
+        assert [row.row_id for row in source.read_rows(0, 25, 28)] == ["25", "26", "27"]
+
+
+def test_patterns_match_objects(s3: Any, folder: str) -> None:
+    for name in ("a-0.jsonl", "a-1.jsonl.gz", "b.jsonl", "deep/er/a-2.jsonl", "notes.txt"):
+        data = json.dumps({"prompt": name}).encode()
+        s3.pipe_file(f"{folder}/{name}", gzip.compress(data) if name.endswith(".gz") else data)
+
+    def names(pattern: str) -> list[str]:
+        source = open_input(InputConfig(path=f"{folder}/{pattern}"))
+        assert [row.messages[0]["content"].rpartition("/")[2] for row in source] == [
+            file.name.rpartition("/")[2] for file in source.files
+        ]
+        return [file.name for file in source.files]
+
+    assert names("a-*.jsonl*") == ["a-0.jsonl", "a-1.jsonl.gz"]
+    assert names("*.jsonl") == ["a-0.jsonl", "b.jsonl"]
+    assert names("[ab].jsonl") == ["b.jsonl"]
+    assert names("**/*.jsonl") == ["a-0.jsonl", "b.jsonl", "deep/er/a-2.jsonl"]
+    assert names("deep/*/a-?.jsonl") == ["er/a-2.jsonl"]
+    with pytest.raises(ConfigurationError, match=r"input\.path: no file matches s3://"):
+        names("c*.jsonl")
+
+
+def test_a_data_set_of_save_to_disk_is_read_from_s3(s3: Any, folder: str, tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list([{"prompt": f"q{index}"} for index in range(9)]).shuffle(seed=1)
+    splits = datasets.DatasetDict({"train": data, "test": data.select([3])})
+    splits.save_to_disk(str(tmp_path / "all"), num_shards={"train": 3, "test": 1})
+    s3.put(str(tmp_path / "all"), f"{folder}/all", recursive=True)
+    for path, fields, expected in (
+        (f"{folder}/all", {}, list(data["prompt"])),
+        (f"{folder}/all", {"split": "test"}, [data["prompt"][3]]),
+        (f"{folder}/all/train", {}, list(data["prompt"])),
+    ):
+        source = open_input(InputConfig(path=path, **fields))
+        assert [row.messages[0]["content"] for row in source] == expected
+    with pytest.raises(ConfigurationError, match=r"has no split 'dev'; splits: test, train"):
+        open_input(InputConfig(path=f"{folder}/all", split="dev"))
+    with pytest.raises(ConfigurationError, match=r"input\.subset has no effect on s3://"):
+        open_input(InputConfig(path=f"{folder}/all", subset="x"))
 
 
 def test_the_middle_of_a_large_object_is_read_without_its_beginning(s3: Any, folder: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.inputs.encodings import SUFFIXES
-from pipeline.inputs.files import Format, FoundFile, open_bytes
+from pipeline.inputs.files import Format, FoundFile, is_dataset_name, open_bytes
 from pipeline.quoting import quote
 from pipeline.stores.addresses import as_storage_error, file_system, split_address
 
@@ -33,6 +33,7 @@ ACCEPTED = f"{', '.join(FORMAT_BY_SUFFIX)}; text also with {', '.join(SUFFIXES)}
 OTHER_COMPRESSIONS = (".zip", ".tar", ".tgz", ".lz4", ".br", ".snappy", ".7z", ".z", ".lzma", ".lzo")
 IS_PATTERN = re.compile(r"[*?\[]")
 SHOWN = 5  # names in a message
+DATASETS = "datasets:"  # before the name of a data set
 # Of a data set that `save_to_disk` wrote
 STATE, DATASET_INFO, DATASET_DICT = "state.json", "dataset_info.json", "dataset_dict.json"
 
@@ -88,6 +89,41 @@ def find_files(path: str, *, split: str = "train") -> Found | None:
         return _folder(path, entries)
     except (StorageError, OSError) as error:
         raise ConfigurationError(f"input.path: {error}") from None
+
+
+def find_dataset(path: str, *, split: str, subset: str | None) -> str | None:
+    """What `datasets.load_dataset` is to load; None where the input is files that are read as they are.
+
+    That is a name after "datasets:", or a folder on this machine, laid out as a repository of the hub, of which a
+    configuration (`subset`) or another split than train is asked.
+
+    Raises:
+        ConfigurationError: a split or configuration is asked of files, which have none.
+    """
+    if path.startswith(DATASETS):
+        name = path.removeprefix(DATASETS)
+        if not Path(name).is_dir() and not is_dataset_name(name):
+            raise ConfigurationError(f"input.path: {quote(name)} is no name of a data set and no folder")
+        return os.path.abspath(name) if Path(name).is_dir() else name  # noqa: PTH100
+    key = "subset" if subset is not None else "split"
+    if subset is None and split == "train":
+        return None
+    scheme, address = split_address(path)
+    try:
+        found = _list(scheme, address)
+    except (StorageError, OSError) as error:
+        raise ConfigurationError(f"input.path: {error}") from None
+    names = set() if found is None or found[0] else {entry.name for entry in found[1]}
+    if found is None and not IS_PATTERN.search(address):
+        return None  # the name of a data set, or nothing at all
+    if DATASET_DICT in names and subset is None:
+        return None
+    if found is None or found[0] or scheme is not None or {STATE, DATASET_INFO} <= names or DATASET_DICT in names:
+        raise ConfigurationError(
+            f"input.{key} has no effect on {path}: only data sets by name, and folders on this machine that are laid "
+            "out as such, have it; leave it out"
+        )
+    return os.path.abspath(address)  # noqa: PTH100
 
 
 def _folder(path: str, entries: Sequence[Entry]) -> Found:

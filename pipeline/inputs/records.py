@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigurationError
 from pipeline.inputs import jsonl, tabular
 from pipeline.inputs.files import Format, FoundFile, InputFile, is_dataset_name
-from pipeline.inputs.listing import find_files
+from pipeline.inputs.listing import find_dataset, find_files
 from pipeline.inputs.rows import InputColumns
 from pipeline.quoting import quote
 
@@ -71,11 +72,12 @@ def open_records(path: str, *, split: str = "train", subset: str | None = None, 
     Raises:
         ConfigurationError: there is no such input, or it holds no rows.
     """
-    found = find_files(path, split=split)
+    dataset = find_dataset(path, split=split, subset=subset)
+    found = None if dataset is not None else find_files(path, split=split)
     columns: dict[str, None] = {}
     files: list[InputFile] = []
     if found is None:
-        files.append(_open_dataset(path, split, subset, limit, columns))
+        files.append(_open_dataset(dataset or path, split, subset, limit, columns))
     else:
         left = limit
         for each in found.files:
@@ -108,7 +110,7 @@ def _open_file(found: FoundFile, limit: int | None, columns: dict[str, None]) ->
 def _open_dataset(
     path: str, split: str, subset: str | None, limit: int | None, columns: dict[str, None]
 ) -> InputFile:
-    if not is_dataset_name(path):
+    if not is_dataset_name(path) and not Path(path).is_dir():
         raise ConfigurationError(f"input.path: there is no file or folder {quote(path)}")
     dataset = tabular.load_dataset(path, subset, split)
     columns.update(dict.fromkeys(dataset.column_names))

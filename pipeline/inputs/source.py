@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.inputs import jsonl, tabular
 from pipeline.inputs.column_choice import choose_columns, columns_of_unreadable
 from pipeline.inputs.files import Format, FoundFile, InputFile, is_dataset_name
 from pipeline.inputs.kept import choose_kept, read_kept
-from pipeline.inputs.listing import find_files
+from pipeline.inputs.listing import find_dataset, find_files
 from pipeline.inputs.record_formats import WITH_ANSWER_COLUMN
 from pipeline.inputs.row_ids import find_repeated_ids
 from pipeline.inputs.rows import InputColumns, LastAssistant
@@ -114,10 +115,11 @@ def open_input(
     """
     if config.weights is not None and not principal_names:
         raise ConfigurationError("input.weights names a column of weights, but there are no principals")
-    found = find_files(config.path, split=config.split)
+    dataset = find_dataset(config.path, split=config.split, subset=config.subset)
+    found = None if dataset is not None else find_files(config.path, split=config.split)
     column_names: dict[str, None] = {}
     if found is None:
-        files = [_open_dataset(config, column_names, known)]
+        files = [_open_dataset(dataset or config.path, config, column_names, known)]
     else:
         files = list(_open_files(found.files, config, column_names, stride=stride, known=known))
     files = [file for file in files if file.num_rows]
@@ -238,14 +240,16 @@ def _check_known(known: InputFile, num_rows: int, *, has_known_rows: bool) -> No
         raise InputChanged(f"{known.name} has changed in its first {known.num_rows:,} rows{hint}")
 
 
-def _open_dataset(config: InputConfig, column_names: dict[str, None], known: Mapping[str, InputFile]) -> InputFile:
-    if not is_dataset_name(config.path):
-        raise ConfigurationError(f"input.path: there is no file or folder {quote(config.path)}")
-    dataset = tabular.load_dataset(config.path, config.subset, config.split)
-    name = ":".join(part for part in (config.path, config.subset, config.split) if part)
+def _open_dataset(
+    path: str, config: InputConfig, column_names: dict[str, None], known: Mapping[str, InputFile]
+) -> InputFile:
+    if not is_dataset_name(path) and not Path(path).is_dir():
+        raise ConfigurationError(f"input.path: there is no file or folder {quote(path)}")
+    dataset = tabular.load_dataset(path, config.subset, config.split)
+    name = ":".join(part for part in (_shown_name(path), config.subset, config.split) if part)
     columns = _check_schema(dataset.features.arrow_schema, config, name, column_names)
     file = InputFile(
-        path=config.path,
+        path=path,
         name=name,
         format=Format.DATASET,
         columns=columns,
@@ -258,6 +262,11 @@ def _open_dataset(config: InputConfig, column_names: dict[str, None], known: Map
         before = replace(file, num_rows=min(file.num_rows, earlier.num_rows))
         _check_known(earlier, file.num_rows, has_known_rows=tabular.dataset_identity(before) == earlier.identity)
     return replace(file, identity=tabular.dataset_identity(file))
+
+
+def _shown_name(path: str) -> str:
+    """What row ids call a data set: its name, or its folder's own name."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _check_schema(schema: pa.Schema, config: InputConfig, name: str, column_names: dict[str, None]) -> InputColumns:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -75,9 +76,12 @@ def load_dataset(path: str, subset: str | None, split: str) -> Any:
     try:
         dataset = datasets.load_dataset(path, subset, split=split)
     except Exception as error:  # the library raises many kinds, its network clients more
+        reason = one_line(error.__cause__ or error)
+        if Path(path).is_dir():
+            raise ConfigurationError(f"input.path: the data set in {path} cannot be loaded: {reason}") from error
         raise ConfigurationError(
             f"input.path: there is no file or folder {quote(path)}, and no data set of this name can be loaded: "
-            f"{one_line(error)}"
+            f"{reason}"
         ) from error
     return dataset.with_format("arrow")
 
