@@ -215,10 +215,13 @@ def test_requests_of_the_responses_api_are_read(tmp_path: Path, body: Any, messa
         ),
         (
             {"url": "/v1/embeddings", "body": {"input": TEXT}},
-            "'/v1/embeddings' is not read; only requests of /v1/chat",
+            "it is a request of '/v1/embeddings'; only requests of",
         ),
-        ({"url": "/v1/completions", "body": {"prompt": TEXT}}, "'/v1/completions' is not read; only requests of"),
-        ({"body": {"prompt": TEXT}}, "it has no body.messages; only requests of /v1/chat/completions"),
+        (
+            {"url": "/v1/completions", "body": {"prompt": TEXT}},
+            "it is a request of '/v1/completions'; only requests of",
+        ),
+        ({"body": {"prompt": TEXT}}, "there is no body.messages; only requests of /v1/chat/completions"),
     ],
 )
 def test_other_requests_are_row_errors_that_name_them(tmp_path: Path, request_: Any, error: str) -> None:

@@ -58,7 +58,15 @@ def test_every_named_column_is_read(data: Path) -> None:
     assert source.num_rows == 10
     assert source.column_names == ("key", "prompt", "messages", "w", "old")
     assert list(source) == [
-        Row(f"k{i}", ({"role": "user", "content": f"question {i}"},), {"a": i / 2}, f"answer {i}") for i in range(10)
+        Row(
+            f"k{i}",
+            ({"role": "user", "content": f"question {i}"},),
+            {"a": i / 2},
+            f"answer {i}",
+            file=data.name,
+            number=i + (data.suffix == ".jsonl"),  # lines count from 1
+        )
+        for i in range(10)
     ]
 
 
@@ -96,7 +104,11 @@ def test_batch_requests_are_recognised_by_their_shape(tmp_path: Path) -> None:
     rows = list(source)
     assert [row.row_id for row in rows[:3]] == ["r0", "r1", "r2"]
     assert rows[0].messages == tuple(CHAT)
-    assert rows[3].error == "line 4 of batch.jsonl is not a batch request with custom_id and body.messages"
+    assert rows[3].row_id == "r3"
+    assert rows[3].error == (
+        "line 4 of batch.jsonl: messages cannot be read: there is no body.messages; only requests of "
+        "/v1/chat/completions and /v1/responses are read"
+    )
 
 
 def test_a_folder_is_its_files_in_order_of_name(tmp_path: Path) -> None:
@@ -237,7 +249,9 @@ def test_a_data_set_is_read_like_its_files(tmp_path: Path) -> None:
     file = InputFile(str(folder), "owner:train", Format.DATASET, columns, 10, "", split="train")
     source = InputSource((file,), principal_names=("a",))
     assert [row.row_id for row in source.read_rows(0, 3, 6)] == ["k3", "k4", "k5"]
-    assert list(source)[9] == Row("k9", ({"role": "user", "content": "question 9"},), {"a": 1.0}, "answer 9")
+    assert list(source)[9] == Row(
+        "k9", ({"role": "user", "content": "question 9"},), {"a": 1.0}, "answer 9", file="owner:train", number=9
+    )
     first = tabular.dataset_identity(file)
     assert first == tabular.dataset_identity(file)
     other = InputFile(str(folder), "owner:train", Format.DATASET, InputColumns(prompt="old"), 10, "", split="train")

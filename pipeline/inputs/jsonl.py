@@ -197,11 +197,11 @@ def _record(data: bytes | dict[str, Any] | RowError, format_: Format) -> dict[st
     try:
         body = as_chat_body(record["body"]) if is_responses_request(record) else record["body"]
     except RowError as fault:  # its id is known
-        return {**record, "messages": Unreadable(str(fault))}
+        return {**record, "messages": Unreadable(f"cannot be read: {fault}")}
     if "messages" not in body:
         url = record.get("url")
-        named = f"{quote(url)} is not read" if isinstance(url, str) else "it has no body.messages"
-        fault_text = f"{named}; only requests of /v1/chat/completions and /v1/responses are"
+        named = f"it is a request of {quote(url)}" if isinstance(url, str) else "there is no body.messages"
+        fault_text = f"cannot be read: {named}; only requests of /v1/chat/completions and /v1/responses are read"
         return {**record, "messages": Unreadable(fault_text)}
     return {**record, "messages": body["messages"], "body": body}
 
