@@ -185,6 +185,34 @@ def test_a_run_without_a_grid_is_measured_too(tiny, tmp_path):
     assert "reference point" in describe_evaluation(done)
 
 
+def test_scores_that_are_missing_are_counted_and_those_to_come_are_asked_for_again(tiny, tmp_path):
+    """A judge that is slow for some answers, and then is not."""
+    mark = tmp_path / "slow"
+    mark.touch()
+    (tmp_path / "own.py").write_text(
+        "import time\nfrom pathlib import Path\n\n\ndef score(answers):\n"
+        f"    if Path({str(mark)!r}).exists() and answers[0].prompt[0]['content'].endswith('xxxx'):\n"
+        "        time.sleep(1)\n    return [float(len(answers[0].text))]\n"
+    )
+    own = {"kind": "function", "function": f"{tmp_path / 'own.py'}:score", "timeout_s": 0.4}
+    evaluation = {"judges": {"own": own}, "objectives": {"kind": "own"}, "bootstrap": {"samples": 100}}
+    grid = {"rules": ["base"], "agent_temperatures": [0.5], "weights": [{"kind": 1.0, "brief": 0.0}]}
+    tree = tree_of(tiny, tmp_path, evaluation, grid=grid)
+    out = io.StringIO()
+    first = evaluate(parse_as(EvaluateConfig, tree), tmp_path / "cache", out)
+    line = "judge own gave no score for 4 of 10 answers: it took longer than 0.4 s (4); they are left out"
+    assert line in out.getvalue()
+    assert any(line in note for note in first.metrics["notes"])
+    assert first.metrics["num_prompts"] == 3
+    answers = times(tmp_path / "run", "part-*")
+    mark.unlink()
+    second = run_tree(tree, tmp_path)
+    assert second.metrics["num_prompts"] == 5
+    assert not any("no score" in note for note in second.metrics["notes"])
+    assert times(tmp_path / "run", "part-*") == answers
+    assert not run_tree(tree, tmp_path).was_run
+
+
 def test_a_python_function_measures_an_objective(tiny, tmp_path):
     def characters(answers):
         return [len(answer.text) for answer in answers]

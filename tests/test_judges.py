@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,6 +15,7 @@ from pipeline.evaluation.judges.interface import JudgeContext, JudgedAnswer
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.judges.words import words
 from pipeline.evaluation.panel import resolve_panel
+from pipeline.evaluation.scores import judge_table
 
 JUDGES = TypeAdapter(AnyJudge)
 
@@ -127,6 +129,99 @@ def test_a_function_must_return_one_number_per_answer(function, message):
         JUDGES.validate_python(function).load(JudgeContext("own")).score([JudgedAnswer([], "x")] * 2)
 
 
-def test_a_file_cannot_name_a_function():
-    with pytest.raises(ValidationError, match="must be a Python function"):
-        JUDGES.validate_python({"kind": "function", "function": "os:system"})
+MODULE = """
+from collections.abc import Sequence
+
+WEIGHT = 2.0
+
+
+def asks(answers):
+    return [WEIGHT * answer.text.count("?") for answer in answers]
+
+
+def picky(answers):
+    return [1 / len(answer.text) for answer in answers]
+
+
+def odd(answers):
+    return [float("nan") if "odd" in answer.text else 1.0 for answer in answers]
+
+
+def slow(answers):
+    import time
+
+    time.sleep(5 if "slow" in answers[0].text else 0)
+    return [3.0] * len(answers)
+"""
+TEXTS = [JudgedAnswer([], text) for text in ("why? how?", "", "slow and odd")]
+
+
+def named(tmp_path, name, **fields):
+    path = tmp_path / "own_judges.py"
+    path.write_text(MODULE)
+    return JUDGES.validate_python({"kind": "function", "function": f"{path}:{name}", **fields})
+
+
+def test_a_file_names_a_function_in_a_file_or_a_module(tmp_path, monkeypatch):
+    config = named(tmp_path, "asks", scale=0.5)
+    assert resolve_panel({"own": config}, tmp_path).load()["own"].score(TEXTS) == [2.0, 0.0, 0.0]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    by_module = JUDGES.validate_python({"kind": "function", "function": "own_judges:asks", "sign": "lower"})
+    assert by_module.load(JudgeContext("own")).score(TEXTS) == [-4.0, 0.0, 0.0]
+    # what the function uses belongs to its identity
+    digest = resolve_panel({"own": config}, tmp_path).digest
+    assert resolve_panel({"own": named(tmp_path, "asks", scale=0.5)}, tmp_path).digest == digest
+    (tmp_path / "own_judges.py").write_text(MODULE.replace("2.0", "3.0"))
+    assert resolve_panel({"own": config}, tmp_path).digest != digest
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("no_such_module_anywhere:score", "cannot be imported: ModuleNotFoundError"),
+        ("/no/such/file.py:score", "there is no file /no/such/file.py"),
+        ("math:nothing", "math has no function nothing"),
+        ("math:pi", "math has no function pi"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused_before_anything_is_decoded(tmp_path, function, message):
+    config = JUDGES.validate_python({"kind": "function", "function": function})
+    with pytest.raises(ConfigurationError, match=message):
+        resolve_panel({"own": config}, tmp_path)
+
+
+@pytest.mark.parametrize("function", ["score", "a b:c", ":x", "x:", 3, None])
+def test_what_names_no_function_is_refused(function):
+    with pytest.raises(ValidationError, match=r"must be module:function or path/file\.py:function"):
+        JUDGES.validate_python({"kind": "function", "function": function})
+
+
+def test_an_answer_that_fails_or_is_nan_or_slow_has_no_score_and_a_reason(tmp_path):
+    def reasons(config):
+        found = config.load(JudgeContext("own")).score(TEXTS)
+        return [each.reason if math.isnan(each) else float(each) for each in found]
+
+    assert reasons(named(tmp_path, "picky")) == [1 / 9, "ZeroDivisionError: division by zero", 1 / 12]
+    assert reasons(named(tmp_path, "odd")) == [1.0, 1.0, "it returned nan"]
+    assert reasons(named(tmp_path, "slow", timeout_s=0.2)) == [3.0, 3.0, "it took longer than 0.2 s"]
+    assert reasons(named(tmp_path, "picky", timeout_s=5)) == [1 / 9, "ZeroDivisionError: division by zero", 1 / 12]
+
+
+def test_scores_that_are_missing_are_stored_with_their_reasons_and_counted(tmp_path):
+    rows = [
+        {"row_id": str(at), "sample": 0, "prompt": [], "response": answer.text, "num_tokens": 3}
+        for at, answer in enumerate(TEXTS)
+    ]
+    judges = {
+        "odd": named(tmp_path, "odd").load(JudgeContext("odd")),
+        "slow": named(tmp_path, "slow", timeout_s=0.2).load(JudgeContext("slow")),
+    }
+    table, is_final = judge_table(pa.Table.from_pylist(rows), judges)
+    assert table["odd"].to_pylist() == [1.0, 1.0, None]
+    assert table["slow"].to_pylist() == [3.0, 3.0, None]
+    assert [dict(each) for each in table["_errors"].to_pylist()] == [
+        {}, {}, {"odd": "it returned nan", "slow": "it took longer than 0.2 s"},
+    ]  # fmt: skip
+    assert not is_final
+    assert judge_table(pa.Table.from_pylist(rows), {"odd": judges["odd"]})[1]
+    assert "_errors" not in judge_table(pa.Table.from_pylist(rows[:2]), judges)[0].column_names

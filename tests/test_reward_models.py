@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import TypeAdapter
+from support.heads import PlainStates, random, with_head
 from support.judge_models import save_reward_model
 from transformers import AutoModelForSequenceClassification
 
@@ -55,7 +57,7 @@ def test_an_encoder_scores_prompt_and_answer_as_a_pair(tmp_path):
     folder = save_reward_model(tmp_path, "bert")
     seated = judge(folder, batch_size=5)
     alone = [
-        seated.model(**seated.conversations.tokenizer("Is it so?", text, return_tensors="pt")).logits.item()
+        seated.found.model(**seated.conversations.tokenizer("Is it so?", text, return_tensors="pt")).logits.item()
         for text in TEXTS
     ]
     assert seated.score(ANSWERS) == pytest.approx(alone, abs=1e-5)
@@ -148,7 +150,7 @@ def test_scores_belong_to_the_weights_and_not_to_their_place(tmp_path):
 def test_models_that_give_no_scores_are_refused(tiny, tmp_path):
     with pytest.raises(ConfigurationError, match=r"judge rm: .* is LlamaForCausalLM; a reward model is a sequence"):
         judge(tiny())
-    with pytest.raises(ConfigurationError, match=r"label must be below 1, the number of outputs of .*; got 1"):
+    with pytest.raises(ConfigurationError, match=r"judge rm.label must be one of 0 \(LABEL_0\); got 1"):
         judge(save_reward_model(tmp_path / "one"), label=1)
     headless = save_reward_model(tmp_path / "headless")
     from safetensors.torch import load_file, save_file
@@ -156,5 +158,57 @@ def test_models_that_give_no_scores_are_refused(tiny, tmp_path):
     weights = load_file(headless / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigurationError, match=r"has no weights for score\.weight; it is no reward model"):
+    with pytest.raises(ConfigurationError, match=r"its files lack 1 weight \(score\.weight\), which would be random"):
         judge(headless)
+
+
+def test_heads_of_other_makes_judge_whole_answers(tiny, tmp_path):
+    source, plain = tiny("llama", seed=4), PlainStates(tiny("llama", seed=4))
+    weight, bias = random(3, 64, seed=1), random(3, seed=2)
+
+    def ids(text):
+        turns = [*QUESTION, {"role": "assistant", "content": text}]
+        rendered = plain.tokenizer.apply_chat_template(turns, tokenize=False)
+        return plain.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    trl = {"v_head.summary.weight": weight[:1], "v_head.summary.bias": bias[:1]}
+    folder = with_head(source, tmp_path / "trl", trl, drop=())
+    expected = [(weight[0] @ plain.last(ids(text)) + bias[0]).item() for text in TEXTS]
+    assert judge(folder).score(ANSWERS) == pytest.approx(expected, abs=1e-4)
+    names = {"0": "kind", "1": "brief", "2": "true"}
+    several = with_head(
+        source, tmp_path / "several", {"regression_head.weight": weight, "regression_head.bias": bias}, id2label=names
+    )
+    expected = [(weight[1] @ plain.last(ids(text)) + bias[1]).item() for text in TEXTS]
+    assert judge(several, label="brief").score(ANSWERS) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ConfigurationError, match=r"judge rm.label is missing: the model has 3 outputs, 0 \(kind\)"):
+        judge(several)
+    with pytest.raises(ConfigurationError, match=r"judge rm.label must be one of 0 \(kind\).*; got 'rude'"):
+        judge(several, label="rude")
+
+
+def test_a_model_that_was_trained_at_the_end_of_a_text_judges_there(tiny, tmp_path):
+    source, plain, weight = tiny("llama", seed=4), PlainStates(tiny("llama", seed=4)), random(1, 64, seed=1)
+    folder = with_head(source, tmp_path / "rlhf", {"score_head.weight": weight}, architectures=["LlamaForScore"])
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    expected = []
+    for text in TEXTS:
+        ids = plain.tokenizer(f"Is it so? {text} ", add_special_tokens=False)["input_ids"]
+        expected.append((weight[0] @ plain.last([*ids, plain.tokenizer.eos_token_id])).item())
+    assert judge(folder, chat_template=template).score(ANSWERS) == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_encoders_outputs_have_names_too(tmp_path):
+    folder = save_reward_model(tmp_path, "bert", num_labels=2)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": {"0": "bad", "1": "good"}}))
+    assert judge(folder, label="good").score(ANSWERS) == judge(folder, label=1).score(ANSWERS)
+    assert judge(folder, label="good").score(ANSWERS) != judge(folder, label="bad").score(ANSWERS)
+
+
+def test_an_answer_without_a_score_has_a_reason(tmp_path):
+    folder = save_reward_model(tmp_path, context=64)
+    [found] = judge(folder).score([JudgedAnswer(QUESTION, "x" * 100)])
+    assert found.reason == "the text has 113 tokens, too many"
+    [found] = judge(folder, chat_template="{{ raise_exception('no') }}").score(ANSWERS[:1])
+    assert found.reason == "the chat template refuses it (TemplateError: no)"

@@ -12,7 +12,7 @@ from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.sections import Section
 
 JUDGE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
-KEY_COLUMNS = ("row_id", "variant", "sample")
+KEY_COLUMNS = ("row_id", "variant", "sample", "_errors")
 
 
 class BootstrapConfig(Section):

@@ -8,6 +8,7 @@ replaced, and nothing is decoded again.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CageError
-from pipeline.evaluation.judges.interface import Judge, JudgedAnswer
+from pipeline.evaluation.judges.interface import Judge, JudgedAnswer, NoScore
 from pipeline.evaluation.panel import Panel
 from pipeline.storage.commits import CommitRecord
 from pipeline.storage.run import Run
@@ -23,7 +24,8 @@ from pipeline.storage.shard_files import as_damaged_file
 from pipeline.storage.tables import write_table_bytes
 
 SCORES = "_scores/"
-JUDGES_KEY, ANSWERS_KEY = "cage.judges", "cage.answers"
+JUDGES_KEY, ANSWERS_KEY, FINAL_KEY = "cage.judges", "cage.answers", "cage.final"
+ERRORS = "_errors"  # by judge, why it gave no score; only in files where one gave none
 NUMBERS = ("num_tokens", "kl_per_token", "covered_mass", "max_residual", "num_unsolved")
 JUDGED_COLUMNS = ("row_id", "variant", "sample", "prompt", "response", "num_tokens", "rewards")
 
@@ -46,7 +48,7 @@ class ScoreFiles:
         return [
             record
             for record in self.run.committed().values()
-            if self._name(record) not in found or not self._is_of(record)
+            if self._name(record) not in found or not self._is_of(record, is_final=True)
         ]
 
     def score(self, record: CommitRecord, judges: Mapping[str, Judge]) -> None:
@@ -60,10 +62,13 @@ class ScoreFiles:
         length = () if self.run.plan.reasons_in_answers else ("num_reasoning_tokens",)
         answers = self._read(_part_of(record), (*JUDGED_COLUMNS, *length))
         metadata = {JUDGES_KEY: self.panel.digest, ANSWERS_KEY: record.sha256_by_file[_part_of(record)]}
-        data = write_table_bytes(judge_table(answers, judges), metadata=metadata)
+        table, is_final = judge_table(answers, judges)
+        metadata[FINAL_KEY] = "yes" if is_final else "no"
+        data = write_table_bytes(table, metadata=metadata)
         name = self._name(record)
-        # two processes may score the same shard: the first file stays unless other judges or answers made it
-        if not self.run.store.create(name, data) and not self._is_of(record):
+        # two processes may score the same shard: the first file stays unless other judges or answers made it, or it
+        # lacks scores that may be had by now
+        if not self.run.store.create(name, data) and not self._is_of(record, is_final=True):
             self.run.store.put(name, data)
 
     def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -77,17 +82,28 @@ class ScoreFiles:
             scores = self._read(self._name(record), None)
             if answers.select(["row_id", "sample"]) != scores.select(["row_id", "sample"]):
                 raise CageError(f"{self.run.store.url(self._name(record))} scores other answers; remove it")
-            yield answers, scores
+            yield answers, scores.drop_columns([ERRORS] if ERRORS in scores.column_names else [])
+
+    def failures(self) -> dict[str, Counter[str]]:
+        """By judge, how many answers it gave no score, by reason; judges that gave all are left out."""
+        found: dict[str, Counter[str]] = {}
+        for record in self.run.committed().values():
+            for reasons in self._read(self._name(record), (ERRORS,)).to_pylist():
+                for judge, reason in reasons.get(ERRORS) or ():
+                    found.setdefault(judge, Counter())[reason] += 1
+        return found
 
     def _name(self, record: CommitRecord) -> str:
         return SCORES + _part_of(record)
 
-    def _is_of(self, record: CommitRecord) -> bool:
-        """Whether this panel made the score file, from the shard's present answers."""
+    def _is_of(self, record: CommitRecord, *, is_final: bool) -> bool:
+        """Whether this panel made the score file, from the shard's present answers; and no score is to come."""
         url = self.run.store.url(self._name(record))
         with as_damaged_file(url), self.run.store.open(self._name(record)) as handle:
             metadata = pq.read_schema(handle).metadata or {}
         expected = {JUDGES_KEY: self.panel.digest, ANSWERS_KEY: record.sha256_by_file[_part_of(record)]}
+        if is_final and metadata.get(FINAL_KEY.encode()) == b"no":
+            return False
         return all(metadata.get(key.encode(), b"").decode() == value for key, value in expected.items())
 
     def _read(self, name: str, columns: tuple[str, ...] | None) -> pa.Table:
@@ -100,8 +116,11 @@ class ScoreFiles:
             return file.read(columns=wanted)
 
 
-def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> pa.Table:
-    """A table of scores, one row per answer and one column per judge; null where a judge gave none."""
+def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> tuple[pa.Table, bool]:
+    """A table of scores, one row per answer and one column per judge; null where a judge gave none.
+
+    The column `_errors` says why, by judge. Also whether asking again would give the same.
+    """
     rows = [
         JudgedAnswer(
             row["prompt"],
@@ -113,10 +132,18 @@ def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> pa.Table:
     ]
     variants = answers["variant"] if "variant" in answers.column_names else pa.array([0] * len(rows), pa.int32())
     columns = {"row_id": answers["row_id"], "variant": variants, "sample": answers["sample"]}
+    reasons: list[dict[str, str]] = [{} for _ in rows]
+    is_final = True
     for name, judge in judges.items():
-        scores = [None if not math.isfinite(score) else score for score in judge.score(rows)]
-        columns[name] = pa.array(scores, pa.float64())
-    return pa.table(columns)
+        scores = judge.score(rows)
+        columns[name] = pa.array([score if math.isfinite(score) else None for score in scores], pa.float64())
+        for row, score in zip(reasons, scores, strict=True):
+            if not math.isfinite(score):
+                row[name] = score.reason if isinstance(score, NoScore) else f"its score is {float(score)}"
+                is_final = is_final and (score.is_final if isinstance(score, NoScore) else True)
+    if any(reasons):
+        columns[ERRORS] = pa.array([list(row.items()) for row in reasons], pa.map_(pa.string(), pa.string()))
+    return pa.table(columns), is_final
 
 
 def _part_of(record: CommitRecord) -> str:

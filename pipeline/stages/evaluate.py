@@ -18,7 +18,7 @@ from pipeline.evaluation.notes import notes, overlaps
 from pipeline.evaluation.panel import Panel, resolve_panel
 from pipeline.evaluation.reading import reading
 from pipeline.evaluation.scores import ScoreFiles
-from pipeline.stages.judge import judge
+from pipeline.stages.judge import describe_failures, judge
 from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
 
@@ -112,7 +112,7 @@ def compute_metrics(run: Run, scores: ScoreFiles, config: EvaluateConfig) -> dic
         "num_failed": sum(record.failed for record in records),
         "tokens_per_second": tokens_per_second(records),
         "reading": reading(differences, samples.confidence),
-        "notes": notes(config, scores.panel, run.plan.models, samples),
+        "notes": [*notes(config, scores.panel, run.plan.models, samples), *describe_failures(scores)],
         "rules": summary.by_rule(samples, at_equal_kl),
         "by_temperature": summary.by_temperature(samples),
         "differences": differences,

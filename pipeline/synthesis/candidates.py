@@ -97,6 +97,7 @@ def read_candidates(run: Run, name: str, scores_folder: str | None = None) -> It
         key = [scores.pop(column) for column in ("row_id", "variant", "sample")]
         if key != [row["row_id"], row.get("variant", 0), row["sample"]]:
             raise CageError(f"{run.store.url(scores_folder + name)} scores other answers; remove it")
+        scores.pop("_errors", None)
         judged = {judge: as_number(score) for judge, score in scores.items()}
         yield _candidate(row, run.plan.variants, judged)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.engine.placement import place
 from pipeline.engine.special_text import TextEncoder
+from pipeline.errors import RowError
 from pipeline.evaluation.judges.interface import JudgedAnswer
 from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.inputs.conversations import read_conversation
@@ -32,7 +33,7 @@ class JudgedConversations:
     end_id: int | None
 
     def encode(self, answer: JudgedAnswer) -> list[int]:
-        """Token ids; none where the template refuses the conversation, which then has no score."""
+        """Token ids. Raises RowError where the template refuses the conversation, which then has no score."""
         if self.template.text is None:
             prompt = "\n\n".join(str(message["content"]) for message in answer.prompt)
             return list(self.tokenizer(prompt, answer.text)["input_ids"])
@@ -47,8 +48,11 @@ class JudgedConversations:
                 **self.template.variables,
             )
             ids = encoder.encode_marked(text)
-        except Exception:  # a RowError, or whatever the template's own code raises
-            return []
+        except RowError:
+            raise
+        except Exception as error:  # whatever the template's own code raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            raise RowError(f"the chat template refuses it ({reason})") from error
         return self._to_the_end(ids)
 
     def _to_the_end(self, ids: list[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,11 +41,36 @@ class JudgedAnswer:
     rewards: Mapping[str, float | None] = field(default_factory=dict)
 
 
+class NoScore(float):
+    """NaN in the place of a score that could not be had, with the reason. It is counted, and never taken for 0.
+
+    Args:
+        reason: in a line.
+        is_final: whether asking again would give the same; where not, the next run asks again.
+    """
+
+    reason: str
+    is_final: bool
+
+    def __new__(cls, reason: str, *, is_final: bool = True) -> NoScore:
+        self = super().__new__(cls, math.nan)
+        self.reason = reason
+        self.is_final = is_final
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_score, (self.reason, self.is_final)
+
+
+def _no_score(reason: str, is_final: bool) -> NoScore:
+    return NoScore(reason, is_final=is_final)
+
+
 class Judge(Protocol):
     """An object that scores answers. It may hold a model."""
 
     def score(self, answers: Sequence[JudgedAnswer]) -> list[float]:
-        """One score per answer, in order; NaN where an answer cannot be scored.
+        """One score per answer, in order; `NoScore`, or NaN, where an answer cannot be scored.
 
         An answer's score must not depend on the other answers of the call: shards are scored separately, and other
         shards may be scored by another process.
@@ -129,7 +155,11 @@ class PerAnswerJudge:
     factor: float = 1.0
 
     def score(self, answers: Sequence[JudgedAnswer]) -> list[float]:
-        return [self.factor * self.measure(answer) + 0.0 for answer in answers]  # -0.0 becomes 0.0
+        return [_times(self.factor, self.measure(answer)) for answer in answers]
+
+
+def _times(factor: float, measured: float) -> float:
+    return measured if isinstance(measured, NoScore) else factor * measured + 0.0  # -0.0 becomes 0.0
 
 
 def import_package(kind: str, package: str, module: str) -> ModuleType:

@@ -11,7 +11,10 @@ from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext
 from pipeline.hub.chat_templates import PromptTemplate, end_of_turn, plan_whole
 from pipeline.hub.model_facts import context_length, read_model_facts
+from pipeline.hub.reward_heads import CLASSIFIER, choose_output, read_head
+from pipeline.hub.sources import Location
 from pipeline.hub.tokenizer_facts import TokenizerFacts, facts_of_tokenizer, read_tokenizer_facts
+from pipeline.principals.section import Label
 from pipeline.sections import ModelConfig, model_from_name
 
 if TYPE_CHECKING:
@@ -22,11 +25,16 @@ NOT_IN_IDENTITY = ("model", "revision", "resources", "device")
 
 
 class RewardModelJudge(JudgeConfig):
-    """A sequence-classification model: the logit `label` at the last token of conversation and answer."""
+    """A reward model with any common head: the output `label` at the last token of conversation and answer.
+
+    A model that was trained at the end of a text, as safe-rlhf's are, is read there. Encoders pool as they do.
+    """
 
     kind: Literal["reward_model"]
     model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
-    label: int = Field(0, ge=0, description="which of the model's outputs is the score")
+    label: Label = Field(
+        None, description="which of the model's outputs is the score, by its number or name, where it has several"
+    )
     chat_template: str | None = Field(None, description="Jinja chat template instead of the tokenizer's own")
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict, description="what the chat template reads besides messages"
@@ -44,17 +52,17 @@ class RewardModelJudge(JudgeConfig):
     def check(self, context: JudgeContext) -> None:
         assert context.source is not None
         facts = read_model_facts(context.source)
-        architectures = facts.architectures
-        if not any(each.endswith(("ForSequenceClassification", "RewardModel")) for each in architectures):
+        head = read_head(context.source)
+        place = f"judge {context.name}"
+        is_classifier = any(each.endswith(CLASSIFIER) for each in facts.architectures)
+        if head is not None and not (is_classifier and head.weights == {"score.weight"}):
+            choose_output(self.label, head.names, place)
+        elif is_classifier:
+            choose_output(self.label, [facts.label_names[at] for at in sorted(facts.label_names)], place)
+        elif context.source.location not in (Location.HUB, Location.REMOTE):  # else its weights are not here yet
             raise ConfigurationError(
-                f"judge {context.name}: {context.source.name} is "
-                f"{', '.join(architectures) or 'of no stated architecture'}; "
-                "a reward model is a sequence-classification model"
-            )
-        if self.label >= facts.num_labels:
-            raise ConfigurationError(
-                f"judge {context.name}: label must be below {facts.num_labels}, the number of outputs of "
-                f"{context.source.name}; got {self.label}"
+                f"{place}: {context.source.name} is {', '.join(facts.architectures) or 'of no stated architecture'}; "
+                "a reward model is a sequence-classification model, or has a head that gives scores"
             )
 
         self._plan_template(context, read_tokenizer_facts(context.source))
@@ -83,23 +91,24 @@ class RewardModelJudge(JudgeConfig):
     def load(self, context: JudgeContext) -> Judge:
         # torch: seconds
         from pipeline.evaluation.judges.conversations import JudgedConversations
-        from pipeline.evaluation.judges.sequence_classifier import SequenceClassifier, load_classifier
+        from pipeline.evaluation.judges.sequence_classifier import SequenceClassifier, load_judge_model
 
         assert context.source is not None
-        model, tokenizer = load_classifier(context.name, context.source, context.cache_folder, self.model)
+        found, tokenizer = load_judge_model(context.name, context.source, context.cache_folder, self.model)
         facts = facts_of_tokenizer(tokenizer)
         template = self._plan_template(context, facts)
         variables = {**facts.named_tokens, **template.variables}
         end_id = None
         if template.text is not None:
             end_id = end_of_turn(template.text, variables, facts.special_tokens)
-        limits = [limit for limit in (self.max_tokens, context_length(model.config)) if limit is not None]
+        limits = [limit for limit in (self.max_tokens, context_length(found.model.config)) if limit is not None]
         return SequenceClassifier(
-            model,
+            found,
             pad_id=tokenizer.pad_token_id or 0,
-            label=self.label,
+            label=choose_output(self.label, found.names, f"judge {context.name}"),
             factor=self.factor,
             conversations=JudgedConversations(tokenizer, template, frozenset(facts.special_tokens), end_id),
             batch_size=self.batch_size,
             max_tokens=min(limits, default=None),
+            end_id=tokenizer.eos_token_id if found.ends else None,
         )

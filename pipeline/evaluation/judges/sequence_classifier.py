@@ -1,4 +1,4 @@
-"""Score conversations with a sequence-classification model of transformers.
+"""Score conversations with a reward model: transformers' sequence classifiers, and heads of other makes.
 
 B texts of a batch, T tokens, D the width of the hidden states, L outputs of the model.
 """
@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
-from pipeline.errors import ConfigurationError
+from pipeline.errors import RowError
 from pipeline.evaluation.judges.conversations import JudgedConversations
-from pipeline.evaluation.judges.interface import JudgedAnswer
+from pipeline.evaluation.judges.interface import JudgedAnswer, NoScore
 from pipeline.hub.sources import ModelSource, fetch_weights
 from pipeline.hub.tokenizer_facts import load_tokenizer
 from pipeline.sections import ModelConfig
 from pipeline.worker.loading import pick_device, pick_dtype
-from pipeline.worker.weights import read_with_report
+from pipeline.worker.scoring_models import ScoringModel, load_scoring_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,41 +29,48 @@ class SequenceClassifier:
     """A reward model on its device, with its tokenizer.
 
     Scores are pooled by the attention mask, at each text's last token. transformers pools by token id instead: where
-    the padding token also ends a text, as it often does, that reads the token before the last.
+    the padding token also ends a text, as it often does, that reads the token before the last. Encoders, which have
+    no head that scores each token, pool as their own class does.
 
     Args:
-        model: a sequence-classification model in evaluation mode.
+        found: the model, its backbone and its head.
         pad_id: any token id; padding is masked.
         conversations: encodes them.
         label: which of the model's outputs is the score.
         factor: what the output is multiplied by.
         batch_size: most texts per forward pass; a text's score does not depend on it, up to rounding.
         max_tokens: longest text in tokens; None for no limit.
+        end_id: the token at which a text is scored, added where it does not end with it; None: its own last token.
     """
 
-    model: Any
+    found: ScoringModel
     pad_id: int
     conversations: JudgedConversations
     label: int
     factor: float
     batch_size: int
     max_tokens: int | None
+    end_id: int | None = None
 
     def score(self, answers: Sequence[JudgedAnswer]) -> list[float]:
-        """One score per answer; NaN for a text that is longer than `max_tokens`, or that the template refuses."""
-        encoded = [self.conversations.encode(answer) for answer in answers]
-        scores = [math.nan] * len(answers)
-        todo = [at for at, ids in enumerate(encoded) if ids and len(ids) <= (self.max_tokens or math.inf)]
-        todo.sort(key=lambda at: len(encoded[at]))  # texts of similar length share a batch, which saves padding
+        """One score per answer; none for a text that is longer than `max_tokens`, or that the template refuses."""
+        encoded = [self._encode(answer) for answer in answers]
+        scores: list[float] = [
+            NoScore(ids) if isinstance(ids, str) else NoScore(f"the text has {len(ids)} tokens, too many")
+            for ids in encoded
+        ]
+        lists = [[] if isinstance(ids, str) else ids for ids in encoded]
+        todo = [at for at, ids in enumerate(lists) if ids and len(ids) <= (self.max_tokens or math.inf)]
+        todo.sort(key=lambda at: len(lists[at]))  # texts of similar length share a batch, which saves padding
         for start in range(0, len(todo), self.batch_size):
             batch = todo[start : start + self.batch_size]
-            for at, found in zip(batch, self._score_batch([encoded[at] for at in batch]), strict=True):
+            for at, found in zip(batch, self._score_batch([lists[at] for at in batch]), strict=True):
                 scores[at] = found * self.factor
         return scores
 
     @torch.inference_mode()
     def _score_batch(self, encoded: Sequence[Sequence[int]]) -> list[float]:
-        device = self.model.device
+        device = next(self.found.model.parameters()).device
         longest = max(map(len, encoded))
         fill = self.pad_id
         ids_BT = torch.tensor([[*ids, *[fill] * (longest - len(ids))] for ids in encoded], device=device)
@@ -73,18 +79,29 @@ class SequenceClassifier:
         return [float(value) for value in logits_BL[:, self.label].float()]
 
     def _logits(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        head = getattr(self.model, "score", None)
+        head = self.found.head
         if head is None:  # an encoder: it pools its first token, so padding on the right does not matter
-            logits_BL: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
+            logits_BL: Tensor = self.found.model(input_ids=ids_BT, attention_mask=mask_BT).logits
             return logits_BL
-        body = getattr(self.model, self.model.base_model_prefix)
-        states_BTD = body(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        states_BTD = self.found.backbone(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         last_B = mask_BT.sum(1) - 1
         pooled_BL: Tensor = head(states_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
         return pooled_BL
 
+    def _encode(self, answer: JudgedAnswer) -> list[int] | str:
+        """Token ids of conversation and answer. Where there are none, why: then the answer has no score."""
+        try:
+            ids = self.conversations.encode(answer)
+        except RowError as error:
+            return str(error)
+        if ids and self.end_id is not None and ids[-1] != self.end_id:
+            ids = [*ids, self.end_id]
+        return ids or "the chat template gives it no text"
 
-def load_classifier(name: str, source: ModelSource, cache_folder: Path, placement: ModelConfig) -> tuple[Any, Any]:
+
+def load_judge_model(
+    name: str, source: ModelSource, cache_folder: Path, placement: ModelConfig
+) -> tuple[ScoringModel, Any]:
     """The model on its device, and its tokenizer.
 
     Args:
@@ -97,19 +114,13 @@ def load_classifier(name: str, source: ModelSource, cache_folder: Path, placemen
         ConfigurationError: the model cannot be loaded, or has no trained head.
     """
     device = pick_device(placement.device)
-    folder = fetch_weights(source, cache_folder=cache_folder)
-    model, found = read_with_report(
+    found = load_scoring_model(
         f"judge {name}: {source.name}",
-        AutoModelForSequenceClassification,
-        folder,
+        fetch_weights(source, cache_folder=cache_folder),
         dtype=pick_dtype(placement.dtype, device),
         trust_remote_code=source.trust_remote_code,
     )
-    if found["mismatched_keys"]:
-        other = ", ".join(sorted(name for name, *_ in found["mismatched_keys"])[:3])
-        raise ConfigurationError(f"judge {name}: {source.name} has weights of another shape than it says: {other}")
-    if found["missing_keys"]:
-        # transformers fills a missing head with random numbers, and every score would be noise
-        missing = ", ".join(sorted(found["missing_keys"])[:3])
-        raise ConfigurationError(f"judge {name}: {source.name} has no weights for {missing}; it is no reward model")
-    return model.to(device).eval().requires_grad_(False), load_tokenizer(source)
+    found.model.to(device).eval().requires_grad_(False)
+    if found.head is not None:
+        found.head.to(device)
+    return found, load_tokenizer(source)

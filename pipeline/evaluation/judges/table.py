@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from pipeline.evaluation.judges.function import FunctionJudge, section_of_function
+from pipeline.evaluation.judges.llm import LlmJudge
 from pipeline.evaluation.judges.principal import PrincipalJudge
 from pipeline.evaluation.judges.profanity import ProfanityJudge
 from pipeline.evaluation.judges.reward_model import RewardModelJudge
@@ -22,6 +23,7 @@ AnyJudge = Annotated[
     | RepetitionJudge
     | PrincipalJudge
     | RewardModelJudge
+    | LlmJudge
     | FunctionJudge,
     Field(discriminator="kind"),
     BeforeValidator(section_of_function),
