@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
@@ -17,6 +17,7 @@ from pipeline.config.sections import Config
 from pipeline.engine.decoding import DecodingEngine
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, RowError
+from pipeline.evaluation.text_principals import resolve_judge_principals
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.inputs.rows import InputColumns, make_row
 from pipeline.protocol.hosts import Hosts
@@ -164,7 +165,8 @@ class Aligner:
         self._hosts: Hosts | None = None
         self._engine: DecodingEngine | None = None
         folder = default_cache_folder(os.environ) if cache_folder is None else Path(cache_folder)
-        self._assembly: Assembly = assemble(config, folder, progress=self._report)
+        scorers = resolve_judge_principals(config, folder, progress=self._report)
+        self._assembly: Assembly = replace(assemble(config, folder, progress=self._report), scorers=scorers)
         self._hosts = start_hosts(self._assembly)
 
     @overload

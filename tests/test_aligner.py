@@ -126,7 +126,7 @@ def test_wrong_keys_are_refused_before_a_model_is_loaded():
     with pytest.raises(ConfigurationError, match="no model folder"):
         Aligner("/nowhere")
     with pytest.raises(ConfigurationError, match=r"kind must be one of prompted, arm"):
-        Aligner("/nowhere", {"a": {"kind": "judge"}})
+        Aligner("/nowhere", {"a": {"kind": "jury"}})
 
 
 def test_an_aligner_can_be_used_again_after_a_call_that_failed(tiny):

@@ -19,6 +19,7 @@ EXAMPLES = {
     "tuned_pair": {"model": "one", "reference": "other"},
     "reward_model": {"model": "one"},
     "value": {"model": "one"},
+    "judge": {"judge": {"kind": "length"}},
     "formula": {
         "formula": "one - 0.5 * max(other, base)",
         "terms": {"one": {"model": "one"}, "other": {"model": "other"}},
@@ -30,7 +31,16 @@ def test_there_is_an_example_of_every_kind():
     assert set(EXAMPLES) == set(KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+ON_TOKENS = [kind for kind in KINDS if KINDS[kind](kind=kind, **EXAMPLES[kind]).judged_by is None]
+
+
+def test_a_kind_that_values_text_names_a_judge_and_has_no_roles():
+    others = {kind: KINDS[kind](kind=kind, **EXAMPLES[kind]) for kind in KINDS if kind not in ON_TOKENS}
+    assert list(others) == ["judge"]
+    assert all(section.roles() == {} and section.judged_by for section in others.values())
+
+
+@pytest.mark.parametrize("kind", ON_TOKENS)
 def test_a_kind_has_roles_with_the_tuned_one_first_and_rewards_of_their_outputs(kind):
     section = KINDS[kind](kind=kind, **EXAMPLES[kind])
     roles = section.roles()

@@ -230,3 +230,85 @@ def test_a_row_that_cannot_be_read_fails_alone(tiny):
 def test_options_without_effect_are_refused(tiny, decoding, said):
     with pytest.raises(ConfigurationError, match=said):
         Aligner(str(tiny("llama")), PAIR, **decoding)
+
+
+LONG = {"long": {"kind": "judge", "judge": {"kind": "length"}, "scale": 0.5, "weight": 1.0}}
+
+
+@pytest.mark.parametrize("unit", ["block", "answer"])
+def test_any_judge_is_a_principal_of_blocks_and_answers(tiny, unit):
+    options = {"unit": unit, "proposals": 6, "max_new_tokens": 6, "agent_temperature": 0.1, "temperature": 0.0}
+    options |= {"block_tokens": 3} if unit == "block" else {}
+    principals = {**PAIR, **LONG}
+    with Aligner(str(tiny("llama")), principals, slots=4, **options) as aligner:
+        for answer in aligner.generate(PROMPTS):
+            words = len(answer.text.split())
+            assert answer.error is None
+            if unit == "answer":
+                assert {each.rewards["long"] for each in answer.proposals} != {0.0}
+            judged = sum(each.rewards["long"] for each in answer.proposals if each.is_chosen)
+            assert answer.rewards["long"] == pytest.approx(judged)
+            assert abs(judged - 0.5 * words) <= 0.5 * words + 1.0
+        (scored,) = aligner.score(["hello"], ["a b c d"])
+        assert scored["long"] > 0
+
+
+def test_a_judge_alone_makes_best_of_n(tiny):
+    """With a small agent temperature and a greedy draw, the linear rule takes the proposal with the best score."""
+    options = {"unit": "answer", "proposals": 8, "max_new_tokens": 8, "agent_temperature": 1e-4, "rule": "linear"}
+    with Aligner(str(tiny("llama")), LONG, slots=8, temperature=0.0, **options) as aligner:
+        for answer in aligner.generate(PROMPTS):
+            best = max(each.rewards["long"] for each in answer.proposals)
+            assert next(each.rewards["long"] for each in answer.proposals if each.is_chosen) == best
+
+
+def test_a_judge_without_a_score_costs_the_proposal_and_not_the_run(tiny, monkeypatch):
+    from pipeline.evaluation.judges import words
+
+    monkeypatch.setattr(words.LengthJudge, "load", lambda self, context: words.PerAnswerJudge(_nan_for_some, 1.0))
+    options = {"unit": "answer", "proposals": 8, "max_new_tokens": 5, "agent_temperature": 0.5}
+    with Aligner(str(tiny("llama")), LONG, slots=4, **options) as aligner:
+        found = aligner.generate(PROMPTS)
+    assert all(each.error is None or "a principal gives no score" in each.error for each in found)
+    kept = [proposal for each in found for proposal in each.proposals]
+    assert all(len(proposal.text) % 2 for proposal in kept)
+
+
+def _nan_for_some(answer):
+    return 1.0 if len(answer.text) % 2 else float("nan")
+
+
+@pytest.mark.parametrize(
+    ("principal", "decoding", "said"),
+    [
+        (LONG["long"], {}, r"principals\.long: a judge values text and no tokens; choose decoding\.unit"),
+        ({"kind": "judge", "judge": {"kind": "lenght"}}, {"unit": "answer"}, r"principals\.long\.judge"),
+        ({"kind": "judge", "judge": {"kind": "length", "unit": "x"}}, {"unit": "answer"}, r"principals\.long\.judge"),
+        (
+            {"kind": "judge", "judge": {"kind": "principal", "principal": "brief"}},
+            {"unit": "answer"},
+            "a judge of kind principal cannot be a principal",
+        ),
+    ],
+)
+def test_judges_that_cannot_be_principals_are_refused(tiny, principal, decoding, said):
+    with pytest.raises(ConfigurationError, match=said):
+        Aligner(str(tiny("llama")), {**PAIR, "long": principal}, **decoding)
+
+
+def test_a_run_with_a_judge_names_its_scores_in_the_fingerprint(tiny, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "hello"}\n')
+    tree = {
+        "input": {"path": str(tmp_path / "in.jsonl"), "id": "id"},
+        "output": {"path": str(tmp_path / "run")},
+        "base": str(tiny("llama")),
+        "principals": LONG,
+        "decoding": {"unit": "answer", "proposals": 3, "max_new_tokens": 5},
+        "cluster": {"transport": "local", "slots": 3},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    run, _ = relabel(load_config(tmp_path / "job.yaml"), tmp_path / "cache", io.StringIO())
+    assert run.is_complete
+    assert "models.principals.long.judge" in run.plan.fingerprint
+    (row,) = pq.read_table(next(iter(tmp_path.glob("run/part-*.parquet")))).to_pylist()
+    assert row["rewards"]["long"] == next(each["rewards"]["long"] for each in row["proposals"] if each["is_chosen"])

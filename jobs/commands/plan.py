@@ -123,7 +123,7 @@ def _where(config: Config) -> str:
 def _principals(config: Config, replica: ReplicaPlan) -> str:
     scorings = {role.name: role.scoring for plan in replica.topology.hosts for role in plan.roles}
     rows = [
-        [each.name, each.kind, f"{each.weight:g}", _reward(each, scorings[each.roles[TUNED]])]
+        [each.name, each.kind, f"{each.weight:g}", _reward(each, scorings[each.roles[TUNED]] if each.roles else None)]
         for each in replica.topology.principals
     ]
     return table(["principal", "kind", "weight", "token reward q"], rows) if rows else "no principals: the base alone"

@@ -330,6 +330,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _units_fit(self) -> Config:
+        for name, principal in self.principals.items():
+            if principal.judged_by is not None and self.decoding.unit is Unit.TOKEN:
+                raise ValueError(
+                    f"principals.{name}: a {principal.kind} values text and no tokens; choose decoding.unit: block "
+                    "or answer"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _thresholds_fit(self) -> Config:
         given = self.decoding.soft_threshold
         if isinstance(given, dict) and set(given) != set(self.principals):

@@ -10,9 +10,11 @@ proposals. Proposals, values, game and draw depend on the row alone, so the same
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -27,7 +29,7 @@ from pipeline.monitoring.counts import Recoveries
 from pipeline.protocol.hosts import Hosts
 from pipeline.protocol.messages import TokenOutcome
 from pipeline.protocol.topology import Topology
-from pipeline.records import Proposal, Record, Row
+from pipeline.records import Message, Proposal, Record, Row
 from pipeline.sampling.draws import Uniforms, draw
 from pipeline.sampling.games import solve
 
@@ -36,6 +38,18 @@ SAMPLES = 2**20  # of one row in one round, so that the proposals of different r
 KEPT_MENUS = 256  # games that are over and may be played again, by other rules, temperatures or weights
 
 MenuKey = tuple[str, int, int, tuple[int, ...]]
+
+
+class TextScorer(Protocol):
+    """Scores texts as answers to a prompt, in nats; NaN where it has no score."""
+
+    def __call__(self, prompt: Sequence[Message], texts: Sequence[str], num_tokens: Sequence[int]) -> list[float]: ...
+
+
+class TextScorers(Protocol):
+    """Loads what scores texts, by the name of the principal that it belongs to. Picklable."""
+
+    def load(self) -> Mapping[str, TextScorer]: ...
 
 
 @dataclass(slots=True)
@@ -81,12 +95,16 @@ class _Menu:
         ended: by number.
         paths: answers that are to choose among them.
         choices: once they are known.
+        prompt: the row's messages.
+        before: text of the answer so far.
         error: why there is no choice.
         original_rewards: of the row's existing answer, where it was scored.
     """
 
     num_waiting: int
     prompts: Mapping[str, Sequence[int]]
+    prompt: Sequence[Message] = ()
+    before: str = ""
     ended: dict[int, Ended] = field(default_factory=dict)
     paths: list[_Path] = field(default_factory=list)
     choices: tuple[_Choice, ...] | None = None
@@ -102,12 +120,22 @@ class ChoiceEngine:
         topology: roles and principals.
         prompter: text of answers.
         decoding: the unit, the number of proposals, and how one of them is drawn.
+        scorers: of principals that value text.
     """
 
-    def __init__(self, engine: Engine, topology: Topology, prompter: Prompter, decoding: DecodingConfig) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        topology: Topology,
+        prompter: Prompter,
+        decoding: DecodingConfig,
+        scorers: Mapping[str, TextScorer],
+    ) -> None:
         self._engine = engine
         self._prompter = prompter
         self._decoding = decoding
+        self._names = tuple(principal.name for principal in topology.principals)
+        self._scorers = scorers
         self._shares_menus = not topology.takes_weights
         self._scores_whole = any(plan.is_reward_model for plan in topology.hosts)
         self._menus: OrderedDict[MenuKey, _Menu] = OrderedDict()
@@ -155,7 +183,8 @@ class ChoiceEngine:
 
     def score(self, row: Row) -> dict[str, float]:
         """The rewards of a row's existing answer by principal, as `Engine.score` has them."""
-        return self._engine.score(row)
+        rewards = self._engine.score(row)
+        return rewards | self._scores_of(row.messages, row.response or "", 0)
 
     def step(self) -> list[Record]:
         """Advance the proposals by one token and play the games that have theirs; return the answers that ended.
@@ -184,7 +213,8 @@ class ChoiceEngine:
         if menu is None:
             count = self._decoding.proposals
             prompts = {role: [*prompt, *taken] for role, prompt in whole.prompts.items()} if taken else whole.prompts
-            menu = self._menus[key] = _Menu(count, prompts)
+            before = self._prompter.decode(taken) if taken else ""
+            menu = self._menus[key] = _Menu(count, prompts, whole.row.messages, before)
             for number in range(count):
                 inner = self._proposal(whole, prompts, number, first=path.num_games * SAMPLES)
                 self._menu_of[inner.key] = key, number
@@ -244,7 +274,9 @@ class ChoiceEngine:
         for _, ended in sorted(menu.ended.items()):
             running = ended.running
             if running.original_rewards is not None:
-                menu.original_rewards = running.original_rewards
+                scores = self._scores_of(menu.prompt, running.row.response or "", 0)
+                by_name = zip(self._names, running.original_rewards, strict=True)
+                menu.original_rewards = [scores.get(name, reward) for name, reward in by_name]
             if ended.error is not None:
                 menu.error = ended.error
                 continue
@@ -256,7 +288,28 @@ class ChoiceEngine:
             rewards = self._rewards(menu, running, ended.turn.num_reasoning_tokens)
             choices[tokens] = _Choice(tokens, ended.turn.text, 1, tuple(running.outcomes), rewards)
         menu.ended.clear()
-        return tuple(choices.values())
+        return self._with_scores(menu, list(choices.values()))
+
+    def _with_scores(self, menu: _Menu, choices: list[_Choice]) -> tuple[_Choice, ...]:
+        """Choices with the rewards of principals that value text: what each adds to the score so far."""
+        if not self._scorers or not choices:
+            return tuple(choices)
+        texts = [menu.before + choice.text for choice in choices]
+        num_tokens = [len(choice.tokens) for choice in choices]
+        for name, scorer in self._scorers.items():
+            at = self._names.index(name)
+            so_far = scorer(menu.prompt, [menu.before], [0])[0] if menu.before else 0.0
+            for index, score in enumerate(scorer(menu.prompt, texts, num_tokens)):
+                rewards = list(choices[index].rewards)
+                rewards[at] = score - so_far
+                choices[index] = replace(choices[index], rewards=tuple(rewards))
+        judged = [choice for choice in choices if all(map(math.isfinite, choice.rewards))]
+        if len(judged) < len(choices):
+            menu.error = "a principal gives no score, or one that is not finite"
+        return tuple(judged)
+
+    def _scores_of(self, prompt: Sequence[Message], text: str, num_tokens: int) -> dict[str, float]:
+        return {name: scorer(prompt, [text], [num_tokens])[0] for name, scorer in self._scorers.items()}
 
     def _rewards(self, menu: _Menu, running: RunningRow, num_reasoning: int) -> tuple[float, ...]:
         """What a proposal adds to each principal's reward, without its reasoning.

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pipeline.principals.arm import ArmPrincipal
 from pipeline.principals.formula import FormulaPrincipal
+from pipeline.principals.judge import JudgePrincipal
 from pipeline.principals.prompted import PromptedPrincipal
 from pipeline.principals.reward_model import RewardModelPrincipal
 from pipeline.principals.section import PrincipalSection
@@ -21,7 +22,13 @@ from pipeline.principals.tuned_pair import TunedPairPrincipal
 from pipeline.principals.value import ValuePrincipal
 
 Principal = Annotated[
-    PromptedPrincipal | ArmPrincipal | TunedPairPrincipal | RewardModelPrincipal | FormulaPrincipal | ValuePrincipal,
+    PromptedPrincipal
+    | ArmPrincipal
+    | TunedPairPrincipal
+    | RewardModelPrincipal
+    | FormulaPrincipal
+    | ValuePrincipal
+    | JudgePrincipal,
     Field(discriminator="kind"),
 ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, JsonValue
 
@@ -65,7 +65,10 @@ class PrincipalSection(Section):
 
     @abstractmethod
     def roles(self) -> dict[str, RoleRequest]:
-        """The outputs that it needs, by part; `TUNED` is always one of them and comes first."""
+        """The outputs that it needs, by part; `TUNED` is one of them and comes first.
+
+        None for a kind that values text (`judged_by`).
+        """
 
     @abstractmethod
     def rewards(self, outputs: Mapping[str, Tensor]) -> Tensor:
@@ -74,6 +77,11 @@ class PrincipalSection(Section):
     def describe(self, roles: Mapping[str, str]) -> str:
         """How q comes about, in a line, with the name of the role for each part."""
         return " - ".join(f"log p[{role}]" for role in roles.values())
+
+    @property
+    def judged_by(self) -> tuple[Mapping[str, Any], float] | None:
+        """The section of a judge, and nats per point of its score, for kinds that value text and no tokens."""
+        return None
 
     @property
     def takes_weights(self) -> bool:

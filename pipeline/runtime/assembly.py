@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.config.sections import Config
 from pipeline.config.variants import Variant
+from pipeline.engine.choices import TextScorers
 from pipeline.engine.prompter import Prompter
 from pipeline.engine.prompts import ChatPrompter, HostText
 from pipeline.hub.descriptions import stored_bytes
@@ -33,6 +34,7 @@ class Assembly:
         identities: every model and adapter by content, by its dotted place in the configuration.
         prompter: encodes prompts and decodes answers.
         variants: the ways to answer a row.
+        scorers: of principals that value text.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class Assembly:
     identities: Mapping[str, str]
     prompter: Prompter
     variants: tuple[Variant, ...]
+    scorers: TextScorers | None = None
 
     @property
     def loads(self) -> tuple[str, ...]:

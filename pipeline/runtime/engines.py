@@ -45,7 +45,8 @@ def make_decoding_engine(assembly: Assembly, hosts: Hosts) -> DecodingEngine:
     engine, decoding = make_engine(assembly, hosts), assembly.config.decoding
     if decoding.unit is Unit.TOKEN:
         return engine
-    return ChoiceEngine(engine, assembly.topology, assembly.prompter, decoding)
+    scorers = {} if assembly.scorers is None else assembly.scorers.load()
+    return ChoiceEngine(engine, assembly.topology, assembly.prompter, decoding, scorers)
 
 
 def make_decoder(assembly: Assembly, hosts: Hosts) -> ShardDecoder:

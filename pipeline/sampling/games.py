@@ -33,9 +33,15 @@ def by_role(roles: Sequence[HostRole], outputs_BRK: Tensor) -> dict[str, Tensor]
 
 
 def token_rewards(principals: Sequence[PrincipalPlan], outputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Value: each principal's q in nats, in float64, from the outputs of its roles (of any one shape)."""
+    """Value: each principal's q in nats, in float64, from the outputs of its roles (of any one shape).
+
+    0 for principals without roles, which value no tokens.
+    """
+    nothing = torch.zeros_like(next(iter(outputs.values())), dtype=torch.float64)
     return [
         principal.section.rewards({part: outputs[role] for part, role in principal.roles.items()})
+        if principal.roles
+        else nothing
         for principal in principals
     ]
 

@@ -31,6 +31,7 @@ from pipeline.storage.run import Run
 
 if TYPE_CHECKING:  # imports torch: seconds
     from pipeline.engine.shards import ShardOutcome
+    from pipeline.evaluation.text_principals import JudgePrincipals
 
 MAX_BESIDE = 100
 SHOWN_FAILURES = 3  # kinds of reasons that are shown as soon as they occur
@@ -104,11 +105,13 @@ def prepare(
     """
     source = source or open_planned_input(config)
     notes = describe_input(source, config)
+    scorers = _scorers(config, cache_folder, progress)
     models = resolve_models(config, cache_folder, progress=progress)
+    identities = {**models.identities, **({} if scorers is None else scorers.identities())}
     versions = {}
     if config.decoding.reproducibility is Reproducibility.STRICT:
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return Prepared(models, make_plan(config, models.identities, versions=versions, source=source), notes)
+    return Prepared(models, make_plan(config, identities, versions=versions, source=source), notes)
 
 
 def relabel(
@@ -288,12 +291,24 @@ def _watched(config: Config, stream: Stream, line: ProgressLine, limit: FailureL
     )
 
 
+def _scorers(
+    config: Config, cache_folder: Path, progress: Callable[[str], None] = lambda line: None
+) -> JudgePrincipals | None:
+    """The judges among the principals. Most runs have none, and importing judges takes time."""
+    if all(principal.judged_by is None for principal in config.principals.values()):
+        return None
+    from pipeline.evaluation.text_principals import resolve_judge_principals
+
+    return resolve_judge_principals(config, cache_folder, progress=progress)
+
+
 @contextmanager
 def _stream(replica: ReplicaPlan, run: Run, *, is_verbose: bool, wiring: Wiring) -> Iterator[Stream]:
     with waiting_for("loading tokenizers"), collection_paused(is_for_good=True):
         from pipeline.runtime.assembly import load_assembly  # a run really starts: what follows imports models or ray
 
-        assembly = load_assembly(replica)
+        scorers = _scorers(replica.config, replica.hosts[0].cache_folder)
+        assembly = replace(load_assembly(replica), scorers=scorers)
     if assembly.config.cluster.transport is Transport.LOCAL:
         with waiting_for("loading torch"), collection_paused(is_for_good=True):
             from pipeline.runtime.local import LocalStream
