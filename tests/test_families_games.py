@@ -11,7 +11,11 @@ from support.families import generated_logprobs, make_family
 from jobs.families.configurations import FAMILIES, is_installed, model_class
 from pipeline.engine.engine import decode_rows
 
-MADE = [name for name, family in sorted(FAMILIES.items()) if is_installed(name) and family.why_not is None]
+MADE = [  # the texts of composite models are families of their own
+    name
+    for name, family in sorted(FAMILIES.items())
+    if is_installed(name) and family.why_not is None and not family.is_composite
+]
 PAIR = {
     "kind": {"kind": "prompted", "principle": "Be kind, and speak of the sea and of the wind.", "weight": 0.6},
     "brief": {"kind": "prompted", "principle": "Brief.", "weight": 0.3},

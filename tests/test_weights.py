@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.commands import cage
 from support.language_models import spec_of
+from support.lora import make_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -259,3 +260,38 @@ def test_a_run_ends_with_exit_code_2_and_one_line_before_anything_is_answered(ti
     )
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "out").glob("part-*"))
+
+
+def test_a_model_whose_own_pass_fails_or_gives_nan_ends_in_one_line(tiny, tmp_path):
+    folder = changed(tiny("gpt2"), tmp_path / "short", lambda weights: weights, n_positions=16)
+    shrunk = changed(folder, tmp_path / "cut", lambda weights: weights | {
+        "transformer.wpe.weight": weights["transformer.wpe.weight"][:16].clone()
+    })  # fmt: skip
+    with pytest.raises(
+        ConfigurationError, match="cannot be decoded: its own forward pass over text fails: IndexError"
+    ):
+        load_language_model(spec_of(shrunk))
+
+    def enlarge(weights):
+        return {name: each * (3e37 if name == "lm_head.weight" else 1.0) for name, each in weights.items()}
+
+    huge = changed(tiny(), tmp_path / "huge", enlarge)
+    with pytest.raises(ConfigurationError, match="its own forward pass over text gives NaN in float32"):
+        load_language_model(spec_of(huge))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_reward_models_and_adapters_with_numbers_that_are_not_finite_are_refused(tiny, judge, tmp_path, number):
+    def spoil(weights):
+        name = min(name for name in weights if "mlp.up_proj" in name or "lora_B" in name)
+        weights[name] = weights[name].clone().index_fill_(0, torch.tensor([1]), number)
+        return weights
+
+    folder = changed(judge(), tmp_path / "judge", spoil)
+    with pytest.raises(ConfigurationError, match=r"1 weight \(\S*up_proj\.weight\) with numbers that are NaN or inf"):
+        load_reward_model(reward_spec(folder), RewardSpec((0,)))
+    adapter = make_lora(tmp_path / "adapter", tiny(), "q_proj")
+    file = adapter / "adapter_model.safetensors"
+    save_file(spoil(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"adapter \S+: .*lora_B\S*\) with numbers that are NaN or infinite"):
+        load_language_model(spec_of(tiny(), adapters={"own": adapter}))

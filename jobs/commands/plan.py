@@ -15,7 +15,7 @@ from pipeline.config.sections import Config, Transport
 from pipeline.config.variants import lay_out
 from pipeline.hub.descriptions import ModelDescription, describe_model
 from pipeline.hub.embedded import default_cache_folder
-from pipeline.hub.families import PLAIN
+from pipeline.hub.families import PLAIN, ROW_BY_ROW
 from pipeline.hub.generation_settings import unobeyed_settings
 from pipeline.hub.tokenizers import listed_tokens
 from pipeline.principals.section import TUNED
@@ -175,15 +175,19 @@ def _hosts(replica: ReplicaPlan) -> str:
 
 
 def _decoding(replica: ReplicaPlan) -> list[str]:
-    """A line for each language model that is not known to be decoded in slots."""
+    """Lines for each language model that is not known to be decoded in slots, or that could see or hear."""
     lines = []
     for name, expected in replica.expected.items():
         if expected.decoding == PLAIN:
             reason = f": {expected.reason}" if expected.reason else ", as the configuration says"
-            lines.append(f"{name} is decoded one row at a time, which is slow{reason}")
+            lines.append(f"{name} is decoded one row at a time, {ROW_BY_ROW} (docs/performance.md){reason}")
         elif expected.decoding is None:
             model_type = replica.facts[name].model_type
             lines.append(f"{name}: `cage models` does not know {model_type}; it is checked when it is loaded")
+        if expected.left_out:
+            lines.append(
+                f"{name} reads and writes text alone: {', '.join(expected.left_out)} of its model is left out"
+            )
     return lines
 
 

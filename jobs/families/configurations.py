@@ -6,15 +6,16 @@ nats. Windows are of 24 tokens, chunks of 32 and sparse indexes of 16, so that s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from jobs.families.composites import COMPOSITES, names_in, parts_of, tiny_tower
 
 VOCAB_SIZE = 261  # a byte's worth, and a few special ones
 CONTEXT = 512
@@ -97,12 +98,14 @@ class Family:
             that family's settings.
         why_not: the reason why no tiny causal model can be made; None where one can.
         architecture: the class that wrote its checkpoints, where it is not the one that AutoModelForCausalLM picks.
+        is_composite: whether its parts are made from what its class says; see `composites`.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     why_not: str | None = None
     architecture: str | None = None
+    is_composite: bool = False
 
 
 def _decoder(**settings: Any) -> Family:
@@ -607,6 +610,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+FAMILIES |= {
+    name: _impossible(made) if isinstance(made, str) else Family(made.get("", {}), made, is_composite=True)
+    for name, made in COMPOSITES.items()
+}
+
+
 def _model_type(name: str) -> str:
     """Of a family or of a variant of it, as in phi3-longrope."""
     while name not in CONFIG_MAPPING:
@@ -627,16 +636,39 @@ def is_installed(name: str) -> bool:
 
 def _settings(name: str) -> dict[str, Any]:
     family, model_type = FAMILIES[name], _model_type(name)
-    config_class: Any = CONFIG_MAPPING[model_type]
-    known = {item.name for item in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    settings = {key: value for key, value in _SHARED.items() if key in known}
-    settings |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    settings = _shared_settings(CONFIG_MAPPING[model_type])
+    if family.is_composite:
+        return {**settings, **_composite_parts(model_type, family.parts), **family.settings}
     for part, contents in family.parts.items():
         if isinstance(contents, str):
             settings[part] = {"model_type": _model_type(contents), **_settings(contents)}
         else:
             settings[part] = dict(contents)
     return settings | dict(family.settings)
+
+
+def _shared_settings(config_class: Any) -> dict[str, Any]:
+    known = names_in(config_class)
+    settings = {key: value for key, value in _SHARED.items() if key in known}
+    return settings | {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def _composite_parts(model_type: str, more: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of every part of a composite configuration: of the text's own family, and of small towers."""
+    made: dict[str, dict[str, Any]] = {}
+    for part, config in parts_of(model_type).items():
+        own_type = config.model_type
+        settings = _text_settings(type(config)) if "text" in part else tiny_tower(type(config))
+        made[part] = {"model_type": own_type, **settings, **more.get(part, {})}
+    return made
+
+
+def _text_settings(config_class: Any) -> dict[str, Any]:
+    own_type = config_class.model_type
+    for name in (own_type, f"{own_type}_text"):
+        if name in FAMILIES and FAMILIES[name].why_not is None and name in CONFIG_MAPPING:
+            return _settings(name)
+    return _shared_settings(config_class)
 
 
 def make_config(name: str) -> PreTrainedConfig:
@@ -646,7 +678,10 @@ def make_config(name: str) -> PreTrainedConfig:
 
 def model_class(name: str) -> Any:
     """The class of transformers that reads and writes the family's checkpoints."""
-    architecture = FAMILIES[name].architecture
+    family = FAMILIES[name]
+    if family.is_composite:
+        return AutoModelForImageTextToText
+    architecture = family.architecture
     return AutoModelForCausalLM if architecture is None else getattr(transformers, architecture)
 
 
@@ -655,7 +690,7 @@ def make_random_model(name: str, *, seed: int = 0, scale: float = 6.0) -> Any:
     """A model in eval mode; `scale` is about the deviation of its logits, so that its choices are clear-cut."""
     torch.manual_seed(seed)
     config, own_class = make_config(name), model_class(name)
-    is_auto = own_class is AutoModelForCausalLM
+    is_auto = own_class in (AutoModelForCausalLM, AutoModelForImageTextToText)
     model = (own_class.from_config(config) if is_auto else own_class(config)).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == 1 and tensor.is_floating_point() and not tensor.any():

@@ -43,6 +43,7 @@ from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.language_model_runner import LanguageModelRunner
 from pipeline.worker.loading import load_language_model
 from pipeline.worker.reward_loading import load_reward_model
+from pipeline.worker.weights import is_composite, load_causal_lm
 
 NUM_NEW = 24
 LENGTHS = (56, 11, 37)  # of the prompts: beyond window and chunk, within both, and across the window in the answer
@@ -108,7 +109,10 @@ def _measure(name: str, folder: Path) -> ServedFamily:
     together, bits = _decode(loaded.runner, range(len(expected)))
     if together != expected:
         raise FamilyError(f"{name} is not decoded as transformers' generate does: {together} and not {expected}")
-    alone = [_decode(load_language_model(spec).runner, [row]) for row in range(len(expected))]
+    lone, alone = load_language_model(replace(spec, num_slots=1)).runner, []
+    for row in range(len(expected)):
+        lone.resize(1)  # forgets the row before
+        alone.append(_decode(lone, [row]))
     is_strict = all(torch.equal(one[1][0], bits[row]) for row, one in enumerate(alone))
     if not is_strict:
         raise FamilyError(f"the bits of {name} depend on the rows beside it")
@@ -205,15 +209,17 @@ def _reads_of_host(runner: LanguageModelRunner) -> int:
 def _why_no_adapters(spec: HostSpec, folder: Path) -> str | None:
     """Why LoRA of all linear layers but the head cannot be served beside the model; None: it can."""
     import peft
-    from transformers import AutoModelForCausalLM
 
     place = folder.parent / ADAPTER
     try:
         with without_peft_warnings():
-            model = AutoModelForCausalLM.from_pretrained(folder)
+            model: Any = type(load_causal_lm(spec, dtype=torch.float32)).from_pretrained(folder)
             head = model.get_output_embeddings()
+            of_text = set(model.get_decoder().modules()) if is_composite(model.config) else set(model.modules())
             targets = [
-                at for at, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D) and each is not head
+                at
+                for at, each in model.named_modules()
+                if isinstance(each, nn.Linear | Conv1D) and each is not head and each in of_text
             ]
             config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
             peft.get_peft_model(model, config).save_pretrained(place)

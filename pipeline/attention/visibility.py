@@ -88,11 +88,22 @@ class LayerFacts:
 ALL_ALIKE = LayerFacts()
 
 
-@dataclass(frozen=True, slots=True)
-class _Described:
-    """Stands for the attention mask in the pass that learns."""
+class _Described(Tensor):
+    """Stands for the attention mask in the pass that learns.
+
+    It is a tensor of a mask's dimensions, which models hand on from part to part. What a model computes from it is
+    an ordinary tensor, and so known to be a mask of the model's own making.
+    """
 
     visibility: Visibility
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, visibility: Visibility) -> _Described:
+        """A mask that shows these keys."""
+        described = torch.zeros(1, 1, 1, 1).as_subclass(cls)
+        described.visibility = visibility
+        return described
 
 
 def learn_layers(model: Any) -> tuple[LayerFacts, ...]:
@@ -192,7 +203,7 @@ def _learner(found: list[LayerFacts]) -> Callable[..., tuple[Tensor, None]]:
 def _describe(
     *_: Any, mask_function: Callable[..., Any] = masking_utils.causal_mask_function, **__: Any
 ) -> _Described:
-    return _Described(describe_mask(mask_function))
+    return _Described.of(describe_mask(mask_function))
 
 
 @contextmanager

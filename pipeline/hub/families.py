@@ -21,6 +21,8 @@ ATTENTION_LAYERS = frozenset(
 )
 # layers that keep a state of their row, alone or beside keys and values: linear attention, SSMs, short convolutions
 STATE_LAYERS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba"})
+# what decoding row by row costs; measured by `cage bench decode`, see docs/performance.md
+ROW_BY_ROW = "about 12 times slower than in slots with 16 slots and three roles on a CPU, and more with more of them"
 SLOTS, PLAIN, REFUSED = "slots", "plain", "refused"
 
 
@@ -119,6 +121,14 @@ def _why_layers_differ(config: Mapping[str, Any], known: frozenset[str]) -> str 
     return None
 
 
+def parts_left_out(config: Mapping[str, Any]) -> list[str]:
+    """The parts of a checkpoint that see or hear, by their keys in config.json: its text alone is decoded."""
+    if not isinstance(config.get("text_config"), Mapping):
+        return []
+    senses = ("vision", "audio", "vq", "qformer", "perceiver", "adapter")
+    return sorted(key for key in config if key.endswith("_config") and any(sense in key for sense in senses))
+
+
 def rope_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Every setting of rotary positions that a configuration has, of one kind of layers or of several."""
     found = [config[name] for name in ("rope_parameters", "rope_scaling") if isinstance(config.get(name), Mapping)]
@@ -132,10 +142,12 @@ class Expected:
     Args:
         decoding: "slots", "plain" or "refused"; None: its family is not in the table, and it is tried at load.
         reason: why not in slots; None where there is none.
+        left_out: parts of the checkpoint that see or hear, by their keys in config.json; only text is decoded.
     """
 
     decoding: str | None
     reason: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def expect(config: Mapping[str, Any]) -> Expected:
@@ -143,8 +155,9 @@ def expect(config: Mapping[str, Any]) -> Expected:
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
     family = family_named(config.get("model_type")) or family_named(text.get("model_type"))
+    left_out = tuple(parts_left_out(config))
     if family is None or "auto_map" in config:
-        return Expected(None)
+        return Expected(None, left_out=left_out)
     if family.decoding == SLOTS and (reason := why_not_in_slots(text)) is not None:
-        return Expected(PLAIN, reason)
-    return Expected(family.decoding, family.reasons.get("decoding"))
+        return Expected(PLAIN, reason, left_out)
+    return Expected(family.decoding, family.reasons.get("decoding"), left_out)

@@ -7,7 +7,7 @@ Nothing here imports torch or transformers: a plan is shown, and what cannot wor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -230,7 +230,7 @@ def _expect(plan: HostPlan, source: ModelSource) -> Expected:
             f"{where}, is not decoded in slots: {expected.reason}; with attention: auto it is decoded one row at a "
             "time"
         )
-    return Expected(PLAIN) if plan.model.attention == "plain" else expected
+    return replace(expected, decoding=PLAIN, reason=None) if plan.model.attention == "plain" else expected
 
 
 def _check_ends(

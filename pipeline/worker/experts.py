@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import linear, pad
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pipeline.worker.captured_passes import MIN_ROWS
@@ -30,8 +31,8 @@ def needs_own_experts(model: Any) -> bool:
 
 def can_pad_experts(model: Any) -> bool:
     """Whether the model computes its experts by transformers' interface, so that they can be replaced."""
-    can = getattr(type(model), "_can_set_experts_implementation", None)
-    return bool(can is not None and can())
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return any(part._can_set_experts_implementation() for part in parts)
 
 
 def pad_experts(model: Any) -> bool:

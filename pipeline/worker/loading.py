@@ -17,7 +17,7 @@ from pipeline.attention.transfers import on_device
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import PLAIN, SLOTS, keeps_states, rope_settings, why_not_in_slots
-from pipeline.hub.model_facts import reason_of, stated, text_config
+from pipeline.hub.model_facts import stated, text_config
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapter_files import add_adapters
@@ -30,6 +30,7 @@ from pipeline.worker.cpu_kernels import (
 from pipeline.worker.experts import pad_experts
 from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.language_model_runner import LanguageModelRunner
+from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.plain_runner import PlainPasses, PlainRunner
 from pipeline.worker.probes import (
     TOLERANCE,
@@ -44,7 +45,7 @@ from pipeline.worker.probes import (
 from pipeline.worker.recurrent_passes import RecurrentPasses
 from pipeline.worker.recurrent_runner import RecurrentRunner, RowBytes
 from pipeline.worker.token_holes import close_holes
-from pipeline.worker.weights import load_causal_lm
+from pipeline.worker.weights import load_causal_lm, why_not_finite
 from pipeline.worker.whole_vectors import watching
 
 SlotRunner = LanguageModelRunner | RecurrentRunner
@@ -104,6 +105,8 @@ class _Loading:
         self._spec = spec
         model = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device))
         self._model = model.to(device).eval().requires_grad_(False)
+        if reason := why_not_finite(self._model):
+            raise ConfigurationError(f"{spec.title}: {reason}")
         close_holes(self._model, spec.holes)
         self._pad_id = self._model.config.pad_token_id
         self._can_forget_padding = _can_be_none(self._model.config, "pad_token_id")
@@ -121,7 +124,11 @@ class _Loading:
 
     def run(self) -> LoadedModel:
         spec = self._spec
-        self._expect(self._model, None)
+        try:
+            self._expect(self._model, None)
+        except MODEL_ERRORS as error:
+            reason = f"its own forward pass over text fails: {reason_of_model(error)}"
+            raise _refused(spec, self._model.config, reason) from error
         if spec.adapters:
             self._take_adapters()
         if spec.attention == "plain":
@@ -140,6 +147,9 @@ class _Loading:
     def _expect(self, model: Any, adapter: str | None) -> None:
         """Note what plain passes give, with windows as they are and with small ones."""
         self._expected[adapter] = plain_logprobs(model, self._probes, self._spec.vocab_size)
+        if any(bool(logprobs.isnan().any()) for logprobs in self._expected[adapter]):
+            dtype = str(self._model.dtype).removeprefix("torch.")
+            raise _refused(self._spec, model.config, f"its own forward pass over text gives NaN in {dtype}")
         if not has_large_limits(model.config):
             return
         with small_limits(model.config):
@@ -150,10 +160,12 @@ class _Loading:
         wrapped = add_adapters(self._model, spec)
         for name in spec.adapters:
             wrapped.set_adapter(name)
+            if reason := why_not_finite(wrapped, f".{name}."):
+                raise ConfigurationError(f"{spec.title}: adapter {name}: {reason}")
             try:
                 self._expect(wrapped, name)
-            except Exception as error:  # whatever the model, or peft inside it, raises
-                raise _refused(spec, self._model.config, f"with adapter {name}: {reason_of(error)}") from error
+            except MODEL_ERRORS as error:
+                raise _refused(spec, self._model.config, f"with adapter {name}: {reason_of_model(error)}") from error
         self._adapters = _take_adapters(wrapped, spec)
         self._model = wrapped.get_base_model()
 
@@ -178,10 +190,8 @@ class _Loading:
             with watching() as watch:
                 self._check(probed, self._expected)
             needs_whole = spec.strict and probed.device.type == "cpu" and watch.found
-        except NotServed:
-            raise
-        except Exception as error:
-            raise NotServed(reason_of(error)) from error
+        except MODEL_ERRORS as error:
+            raise NotServed(reason_of_model(error)) from error
         if spec.strict and probed.device.type == "cpu":
             needs_whole = pad_experts(self._model) or needs_whole
             if reason := self._why_not_strict(layers, needs_whole):
@@ -283,8 +293,8 @@ class _Loading:
         try:
             row, _ = passes.begin(self._probes[0], None)
             difference = largest_difference(probed, self._probed_roles, self._probes, self._expected)
-        except Exception as error:
-            raise _refused(spec, model.config, reason_of(error)) from error
+        except MODEL_ERRORS as error:
+            raise _refused(spec, model.config, reason_of_model(error)) from error
         return PlainRunner(
             passes,
             spec.roles,

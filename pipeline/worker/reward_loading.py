@@ -15,7 +15,7 @@ from pipeline.attention.branches import ATTENTION
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import why_layers_differ
-from pipeline.hub.model_facts import context_length, reason_of, text_config
+from pipeline.hub.model_facts import context_length, text_config
 from pipeline.hub.reward_heads import choose_output
 from pipeline.hub.sources import fetch_weights
 from pipeline.protocol.messages import Admission, Step
@@ -29,8 +29,10 @@ from pipeline.worker.cpu_kernels import choose_reproducible_kernels
 from pipeline.worker.experts import pad_experts
 from pipeline.worker.head_scorer import HeadScorer, RoleHead
 from pipeline.worker.loading import as_mapping, exact_context, pick_device, pick_dtype, why_not_strict
+from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import probe_tokens, small_limits
 from pipeline.worker.scoring_models import ScoringModel, load_scoring_model, load_value_head
+from pipeline.worker.weights import why_not_finite
 from pipeline.worker.whole_vectors import watching
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of the scores' size
@@ -109,6 +111,8 @@ def _load(spec: HostSpec, device: torch.device) -> _Loaded:
         takes_adapters=bool(spec.adapters),
     )
     model = found.model.to(device).eval().requires_grad_(False)
+    if reason := why_not_finite(model):
+        raise _refused(spec, model, reason)
     if found.head is None and not spec.adapters:
         raise _refused(
             spec, model, "it has no head that scores each token from left to right, as score.weight is for instance"
@@ -126,7 +130,11 @@ def _load(spec: HostSpec, device: torch.device) -> _Loaded:
                 ]
 
     if None in heads:
-        expect(None)
+        try:
+            expect(None)
+        except MODEL_ERRORS as error:
+            reason = f"its own forward pass over text fails: {reason_of_model(error)}"
+            raise _refused(spec, model, reason) from error
     if not spec.adapters:
         return _Loaded(model, found, heads, None, ids, expected, small)
     wrapped = add_adapters(model, spec)
@@ -134,10 +142,12 @@ def _load(spec: HostSpec, device: torch.device) -> _Loaded:
         title = f"{spec.title}: adapter {adapter.name}"
         heads[name] = load_value_head(fetch_weights(adapter, cache_folder=spec.cache_folder), title).to(device)
         wrapped.set_adapter(name)
+        if reason := why_not_finite(wrapped, f".{name}."):
+            raise ConfigurationError(f"{title}: {reason}")
         try:
             expect(name)
-        except Exception as error:  # whatever the model, or peft inside it, raises
-            raise _refused(spec, model, f"with adapter {adapter.name}: {reason_of(error)}") from error
+        except MODEL_ERRORS as error:
+            raise _refused(spec, model, f"with adapter {adapter.name}: {reason_of_model(error)}") from error
     try:
         adapters = take_adapters(wrapped, list(spec.adapters))
     except NotImplementedError as error:
@@ -205,9 +215,10 @@ def _learn(loaded: _Loaded, spec: HostSpec) -> tuple[LayerFacts, ...]:
         loaded.adapters.of_tokens = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device=loaded.model.device)
     try:
         return learn_layers(loaded.model)
-    except Exception as error:
-        reason = str(error) if isinstance(error, NotServed) else reason_of(error)
-        raise _refused(spec, loaded.model, reason) from error
+    except NotServed as error:
+        raise _refused(spec, loaded.model, str(error)) from error
+    except MODEL_ERRORS as error:
+        raise _refused(spec, loaded.model, reason_of_model(error)) from error
 
 
 def _compare(
@@ -223,8 +234,8 @@ def _compare(
         runner.advance(Step([Admission(0, {role.name: ids[:-2] for role in roles})]))
         runner.advance(Step((), [0], [ids[-2]]))
         found_R = runner.rewards_at([0], torch.tensor([[ids[-1]]]))[0, :, 0]
-    except Exception as error:
-        raise _refused(spec, model, reason_of(error)) from error
+    except MODEL_ERRORS as error:
+        raise _refused(spec, model, reason_of_model(error)) from error
     for (name, label), found in zip(outputs, found_R, strict=True):
         before, after = expected[name]
         size = 1 + max(score_L.abs().max().item() for score_L in (before, after))
@@ -256,8 +267,8 @@ def _check_strict(
     )
     try:
         is_own = bits_are_a_rows_own(make_runner, roles, loaded.ids)
-    except Exception as error:
-        raise _refused(spec, loaded.model, reason_of(error)) from error
+    except MODEL_ERRORS as error:
+        raise _refused(spec, loaded.model, reason_of_model(error)) from error
     if not is_own:
         raise _refused(spec, loaded.model, why_not_strict())
 

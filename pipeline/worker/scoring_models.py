@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from pipeline.errors import ConfigurationError
 from pipeline.hub.reward_heads import BESIDE, CLASSIFIER, HeadFacts, find_head, find_value_head
 from pipeline.hub.weight_files import CONFIG, LocalTree, find_model_files, read_json
-from pipeline.worker.weights import describe_faults, is_composite, read_with_report
+from pipeline.worker.weights import describe_faults, read_with_report
 
 EPSILON = 1e-8  # which safe-rlhf adds to a standard deviation
 
@@ -74,7 +74,7 @@ def load_scoring_model(
     model, report = read_with_report(title, loader, folder, dtype=dtype, trust_remote_code=trust_remote_code)
     beside = head.weights if head is not None and head.file is None else frozenset()
     unexpected = {name for name in report["unexpected_keys"] if not (name in beside or BESIDE.fullmatch(name))}
-    fault = describe_faults({**report, "unexpected_keys": unexpected}, is_composite=is_composite(model.config))
+    fault = describe_faults({**report, "unexpected_keys": unexpected}, model)
     if fault is not None:
         raise ConfigurationError(f"{title}: {fault}")
     built = None if head is None else build_head(head, folder, title)
@@ -146,7 +146,7 @@ def _load_classifier(title: str, folder: Path, dtype: torch.dtype, trust_remote_
     model, report = read_with_report(
         title, AutoModelForSequenceClassification, folder, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    fault = describe_faults(report, is_composite=is_composite(model.config))
+    fault = describe_faults(report, model)
     if fault is not None:
         raise ConfigurationError(f"{title}: {fault}")
     names = tuple(str(name) for _, name in sorted((int(at), each) for at, each in model.config.id2label.items()))

@@ -14,7 +14,7 @@ from pipeline.attention.branches import ATTENTION, Branch, Reading, RowCache
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import why_layers_differ
-from pipeline.hub.model_facts import context_length, reason_of, text_config
+from pipeline.hub.model_facts import context_length, text_config
 from pipeline.hub.retokeniser import Retokeniser
 from pipeline.hub.token_bytes import ByteIndex, token_bytes
 from pipeline.protocol.specs import HostSpec
@@ -27,9 +27,10 @@ from pipeline.worker.cpu_kernels import choose_reproducible_kernels
 from pipeline.worker.experts import pad_experts
 from pipeline.worker.head_scorer import HeadScorer, RoleHead
 from pipeline.worker.loading import as_mapping, exact_context, pick_device, pick_dtype, why_not_strict
+from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import NUM_STEPS, TOLERANCE, plain_logprobs, probe_tokens, small_limits
 from pipeline.worker.text_scorer import TextScorer
-from pipeline.worker.weights import load_causal_lm
+from pipeline.worker.weights import load_causal_lm, why_not_finite
 from pipeline.worker.whole_vectors import watching
 
 
@@ -90,7 +91,12 @@ class _Loading:
             raise self._refused(reason)
         self._ids = probe_tokens(self.model, int(text_config(self.model.config).vocab_size))[0]
         self._expected: dict[bool, dict[str | None, Tensor]] = {True: {}, False: {}}
-        self._expect(self.model, None)
+        if reason := why_not_finite(self.model):
+            raise self._refused(reason)
+        try:
+            self._expect(self.model, None)
+        except MODEL_ERRORS as error:
+            raise self._refused(f"its own forward pass over text fails: {reason_of_model(error)}") from error
         if spec.adapters:
             self._take_adapters()
         self._head = self.model.get_output_embeddings()
@@ -134,8 +140,8 @@ class _Loading:
         )  # fmt: skip
         try:
             is_own = bits_are_a_rows_own(make_runner, roles, self._ids)
-        except Exception as error:
-            raise self._refused(reason_of(error)) from error
+        except MODEL_ERRORS as error:
+            raise self._refused(reason_of_model(error)) from error
         if not is_own:
             raise self._refused(why_not_strict())
 
@@ -149,10 +155,12 @@ class _Loading:
         wrapped = add_adapters(self.model, self._spec)
         for name in self._spec.adapters:
             wrapped.set_adapter(name)
+            if reason := why_not_finite(wrapped, f".{name}."):
+                raise self._refused(f"adapter {name}: {reason}")
             try:
                 self._expect(wrapped, name)
-            except Exception as error:  # whatever the model, or peft inside it, raises
-                raise self._refused(f"with adapter {name}: {reason_of(error)}") from error
+            except MODEL_ERRORS as error:
+                raise self._refused(f"with adapter {name}: {reason_of_model(error)}") from error
         try:
             self.adapters = take_adapters(wrapped, list(self._spec.adapters))
         except NotImplementedError as error:
@@ -164,8 +172,10 @@ class _Loading:
             self.adapters.of_tokens = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device=self.model.device)
         try:
             return learn_layers(self.model)
-        except Exception as error:
-            raise self._refused(str(error) if isinstance(error, NotServed) else reason_of(error)) from error
+        except NotServed as error:
+            raise self._refused(str(error)) from error
+        except MODEL_ERRORS as error:
+            raise self._refused(reason_of_model(error)) from error
 
     @torch.inference_mode()
     def _compare(self, expected: Mapping[str | None, Tensor], layers: Sequence[LayerFacts]) -> int:
@@ -183,8 +193,8 @@ class _Loading:
                 branches = [Branch(fork, ids[fork:]), Branch(fork, ids[fork : fork + 1])]
                 [states_TH] = runner.read([(Reading(cache, fork - 2, ids[fork - 2 : fork], branches), number)])
                 found_TV = self.logits(states_TH[2 : 2 + NUM_STEPS], number).log_softmax(-1)
-            except Exception as error:
-                raise self._refused(reason_of(error)) from error
+            except MODEL_ERRORS as error:
+                raise self._refused(reason_of_model(error)) from error
             difference = (found_TV[:, : plain_TV.shape[1]] - plain_TV).abs().max().item()
             if not difference <= TOLERANCE.get(self.model.dtype, 0.5):
                 raise self._refused(

@@ -11,16 +11,20 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedModel,
 )
 
 from pipeline.errors import ConfigurationError
@@ -38,8 +42,13 @@ WRAPPERS = {
 }
 MODELS_OWN = ("module.",)  # also the name of a part in some models: a wrapper's only where all names begin with it
 SHOWN = 5
+COMPUTED_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # what transformers raises for a checkpoint that it cannot read, packages of quantised ones that are missing included
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
+
+
+# reads names and shapes alone, where transformers can: it asks for accelerate then
+_WITHOUT_NUMBERS = {"device_map": "meta"} if find_spec("accelerate") else {}
 
 
 def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
@@ -60,33 +69,71 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
         loaders.append(AutoModelForCausalLM)
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         loaders.append(AutoModelForImageTextToText)
-    faults: list[str] = []
+    found: list[_Faults] = []
     for loader in loaders or [AutoModelForCausalLM]:  # which says what it can read
-        model, fault = load_whole(spec, loader, folder, dtype=dtype)
-        if fault is None:
+        model, report = _read(spec, loader, folder, dtype=dtype)
+        faults = _Faults.of(report, model)
+        if faults.are_unexpected_alone and loader is not loaders[-1]:
+            # of parts that see or hear, where the class that has them all has a place for all
+            whole, report_of_whole = _read(spec, loaders[-1], folder, dtype=dtype, **_WITHOUT_NUMBERS)
+            faults = _Faults.of({**report, "unexpected_keys": report_of_whole["unexpected_keys"]}, whole)
+        if not faults:
+            for tower in towers_of(model).values():
+                for parameter in tower.parameters():
+                    parameter.data = parameter.data.new_empty(0)  # nothing reads it, and it may be large
             return model
-        faults.append(fault)
-    raise ConfigurationError(f"{spec.title}: {faults[0]}")
+        found.append(faults)
+    raise ConfigurationError(f"{spec.title}: {min(found, key=len)}")
 
 
-def load_whole(spec: HostSpec, loader: Any, folder: Path, *, dtype: torch.dtype) -> tuple[Any, str | None]:
-    """A model by one of transformers' classes, and what is wrong with its weights, if anything is.
+def describe_faults(report: Mapping[str, Any], model: Any) -> str | None:
+    """What transformers' loading report on a model says that must not be."""
+    return str(_Faults.of(report, model)) or None
 
-    Raises:
-        ConfigurationError: the checkpoint cannot be read.
-    """
-    model, report = read_with_report(
-        spec.title, loader, folder, dtype=dtype, trust_remote_code=spec.source.trust_remote_code
+
+def names_besides_text(model: Any) -> frozenset[str]:
+    """The names of a composite model's weights that its text is not computed with."""
+    if not is_composite(model.config):
+        return frozenset()
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    of_text = {
+        id(tensor) for part in parts if part is not None for tensor in part.state_dict(keep_vars=True).values()
+    }
+    return frozenset(name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in of_text)
+
+
+def towers_of(model: Any) -> dict[str, PreTrainedModel]:
+    """The models inside a composite one that see or hear, by their place in it."""
+    besides = names_besides_text(model)
+    return {
+        place: part
+        for place, part in model.named_modules()
+        if place
+        and isinstance(part, PreTrainedModel)
+        and all(f"{place}.{name}" in besides for name in part.state_dict())
+    }
+
+
+def is_composite(config: Any) -> bool:
+    """Whether a configuration has parts beside its text."""
+    return any(name.endswith("_config") and name != "text_config" for name in getattr(config, "sub_configs", {}))
+
+
+def _read(
+    spec: HostSpec, loader: Any, folder: Path, *, dtype: torch.dtype, **options: Any
+) -> tuple[Any, Mapping[str, Any]]:
+    return read_with_report(
+        spec.title, loader, folder, dtype=dtype, trust_remote_code=spec.source.trust_remote_code, **options
     )
-    return model, describe_faults(report, is_composite=is_composite(model.config))
 
 
 def read_with_report(
-    title: str, loader: Any, folder: Path, *, dtype: torch.dtype, trust_remote_code: bool
+    title: str, loader: Any, folder: Path, *, dtype: torch.dtype, trust_remote_code: bool, **more: Any
 ) -> tuple[Any, Mapping[str, Any]]:
     """A model by one of transformers' classes, and transformers' report on its weights.
 
-    Names that wrappers of training have changed are understood, and a warning says so.
+    Names that wrappers of training have changed are understood, and a warning says so. Other options are those of
+    `from_pretrained`.
 
     Raises:
         ConfigurationError: the checkpoint cannot be read.
@@ -109,10 +156,37 @@ def read_with_report(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report has their names, transformers' error has not
             **options,
+            **more,
         )
     except UNREADABLE as error:
         raise ConfigurationError(f"{title}: {reason_of(error)}") from error
     return model, report
+
+
+def why_not_finite(model: Any, which: str = "") -> str | None:
+    """Which of a model's weights are NaN or infinite, if any are.
+
+    Args:
+        model: with its weights on its device.
+        which: only those whose names have this part.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    names = [
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if which in name and not _is_finite(tensor.detach(), may_be_infinite=name not in parameters)
+    ]
+    return f"its files hold {listed(names)} with numbers that are NaN or infinite" if names else None
+
+
+def _is_finite(tensor: Tensor, *, may_be_infinite: bool) -> bool:
+    """Whether a tensor has no NaN, and nothing infinite unless that is allowed: masks among a model's buffers."""
+    if tensor.dtype not in COMPUTED_TYPES:
+        return True
+    # a sum is the cheapest look at all numbers; that of large finite ones may be infinite, too
+    if bool(tensor.sum(dtype=torch.float32).isfinite()):
+        return True
+    return not bool(tensor.isnan().any() if may_be_infinite else (~tensor.isfinite()).any())
 
 
 def _weight_names(folder: Path) -> list[str]:
@@ -154,23 +228,43 @@ def _without(patterns: Iterable[str], name: str) -> str:
     return name
 
 
-def is_composite(config: Any) -> bool:
-    """Whether a configuration has parts beside its text: their weights are not read."""
-    return any(name.endswith("_config") and name != "text_config" for name in getattr(config, "sub_configs", {}))
+@dataclass(frozen=True, slots=True)
+class _Faults:
+    """What transformers' loading report says that must not be: names of weights."""
 
+    missing: Sequence[str]
+    unexpected: Sequence[str]
+    mismatched: Sequence[tuple[str, list[int], list[int]]]
 
-def describe_faults(report: Mapping[str, Any], *, is_composite: bool) -> str | None:
-    """What transformers' loading report says that must not be."""
-    faults = []
-    if missing := sorted(report["missing_keys"] - {name for name, *_ in report["mismatched_keys"]}):
-        faults.append(f"its files lack {listed(missing)}, which would be random")
-    unexpected = sorted(report["unexpected_keys"])
-    if unexpected and not (is_composite and not missing):
-        faults.append(f"its files hold {listed(unexpected)}, which the model has no place for")
-    if mismatched := sorted((name, list(stored), list(own)) for name, stored, own in report["mismatched_keys"]):
-        shown = [f"{name} {stored}, not {own}" for name, stored, own in mismatched]
-        faults.append(f"another shape than its configuration says: {listed(shown)}")
-    return "; ".join(faults) or None
+    @classmethod
+    def of(cls, report: Mapping[str, Any], model: Any) -> _Faults:
+        """The faults of a report, but for weights of parts that see or hear."""
+        besides, places = names_besides_text(model), tuple(f"{place}." for place in towers_of(model))
+        mismatched = [each for each in report["mismatched_keys"] if each[0] not in besides]
+        return cls(
+            sorted(report["missing_keys"] - {name for name, *_ in report["mismatched_keys"]} - besides),
+            sorted(name for name in report["unexpected_keys"] if not name.startswith(places)),
+            sorted((name, list(stored), list(own)) for name, stored, own in mismatched),
+        )
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.mismatched)
+
+    @property
+    def are_unexpected_alone(self) -> bool:
+        """Whether nothing is wrong but that the files hold more."""
+        return bool(self.unexpected) and not (self.missing or self.mismatched)
+
+    def __str__(self) -> str:
+        faults = []
+        if self.missing:
+            faults.append(f"its files lack {listed(self.missing)}, which would be random")
+        if self.unexpected:
+            faults.append(f"its files hold {listed(self.unexpected)}, which the model has no place for")
+        if self.mismatched:
+            shown = [f"{name} {stored}, not {own}" for name, stored, own in self.mismatched]
+            faults.append(f"another shape than its configuration says: {listed(shown)}")
+        return "; ".join(faults)
 
 
 def listed(names: Sequence[str]) -> str:
