@@ -16,6 +16,7 @@ from pipeline.principals.section import TUNED, PrincipalSection
 EXAMPLES = {
     "prompted": {"principle": "be kind"},
     "arm": {"model": "one", "reference": "other"},
+    "preference_arm": {"adapter": "one", "objective": "kind"},
     "tuned_pair": {"model": "one", "reference": "other"},
     "reward_model": {"model": "one"},
     "value": {"model": "one"},

@@ -88,7 +88,7 @@ class ScriptedHost:
         rewards = [torch.tensor([[1.0, 0.0]]) for _ in terms[0].weights]
         return Reply.of(solve_and_sample(self.options, proposal, rewards, terms, uniforms).outcomes(terms))
 
-    def score(self, prompts, answer):
+    def score(self, prompts, answer, weights=()):
         """Every token is worth a nat to every principal."""
         values = torch.zeros(len(prompts), len(answer))
         values[1:] = 1.0

@@ -92,7 +92,9 @@ class SimulatedRunner:
         shape = (len(slots), self._num_roles, NUM_CANDIDATES)
         return torch.randn(shape, generator=self._generator).log_softmax(-1)
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         return torch.zeros(self._num_roles, len(answer))
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:

@@ -110,8 +110,10 @@ class HostActor:
     ) -> Tensor:
         return _present(self._scoring).values_at(at, slots, num_tokens, proposal)
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
-        return _present(self._scoring).score(prompts, answer)
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
+        return _present(self._scoring).score(prompts, answer, weights)
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         return _present(self._scoring).memory_budget(row_tokens)
@@ -184,8 +186,10 @@ class RayHost:
         given = None if proposal is None else proposal.handle
         return self._reply("values_at", self.actor.values_at.remote(at, slots, num_tokens, given))
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Reply[Tensor]:
-        return self._reply("score", self.actor.score.remote(prompts, answer))
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Reply[Tensor]:
+        return self._reply("score", self.actor.score.remote(prompts, answer, weights))
 
     def memory_budget(self, row_tokens: int) -> Reply[MemoryBudget]:
         return self._reply("memory_budget", self.actor.memory_budget.remote(row_tokens))

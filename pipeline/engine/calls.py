@@ -107,17 +107,18 @@ class HostCalls:
         return self._wait(call.outcomes) if self.hosts.sampler is not None else call.outcomes.result()
 
     def score(
-        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], first: int = 0
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float], first: int = 0
     ) -> Reply[list[float]]:
         """Ask every host about an existing answer; the reply is its reward by principal, in nats, summed over it.
 
         Args:
             prompts: token ids by role.
             answer: the answer's token ids.
+            weights: the row's, by principal.
             first: the first of them that counts; those before it are read alone.
         """
         scores = [
-            client.score(self._of_host(plan.name, prompts), answer)
+            client.score(self._of_host(plan.name, prompts), answer, weights)
             for plan, client in zip(self._topology.hosts, self.hosts.all, strict=True)
         ]
         return Reply(partial(self._sum_rewards, scores, first))
@@ -133,7 +134,8 @@ class HostCalls:
         left = self._prompter.context_left(running.prompts)
         if left is not None and len(answer) > left:
             return
-        running.original_scores = self.score(running.prompts, answer, 0 if self._counts_reasoning else first)
+        counted_from = 0 if self._counts_reasoning else first
+        running.original_scores = self.score(running.prompts, answer, running.terms.weights, counted_from)
 
     def collect_original(self, running: RunningRow) -> None:
         """Wait for the rewards of an existing answer, if they were asked for."""

@@ -318,7 +318,8 @@ class ChoiceEngine:
         """
         first = 0 if self._decoding.thinking.in_answers else num_reasoning
         if self._scores_whole:
-            return tuple(self._engine.calls.score(menu.prompts, running.tokens, first).result())
+            weights = running.terms.weights
+            return tuple(self._engine.calls.score(menu.prompts, running.tokens, weights, first).result())
         return tuple(running.sums([outcome.rewards for outcome in running.outcomes[first:]]))
 
     def _take(self, path: _Path, menu: _Menu) -> Record | None:

@@ -195,7 +195,8 @@ class Engine:
         if left is not None and len(answer) > left:
             raise RowError(f"the answer has {len(answer)} tokens and the context holds {left} after the prompt")
         first = 0 if self._decoding.thinking.in_answers else first
-        return dict(zip(self._names, self._calls.score(running.prompts, answer, first).result(), strict=True))
+        rewards = self._calls.score(running.prompts, answer, running.terms.weights, first).result()
+        return dict(zip(self._names, rewards, strict=True))
 
     def step(self) -> list[Record]:
         """Advance one group by one token and return the records of the rows that ended, as `step_rows` does."""

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.hub import embedded
 from pipeline.hub.huggingface import fetch_hub_adapter, fetch_hub_model, resolve_on_hub
 from pipeline.hub.packages import Need, check_needs, find_needs
+from pipeline.hub.preference_adapters import PreferenceForm, read_form
 from pipeline.hub.remote import fetch, list_remote
 from pipeline.hub.weight_files import (
     ADAPTER_CONFIG,
@@ -79,7 +80,14 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """A PEFT LoRA adapter that exists. `backbone` is the model that it says it was trained on."""
+    """A PEFT LoRA adapter that exists.
+
+    Attributes:
+        rank: of its products; of one that depends on a preference vector with all of its objectives.
+        backbone: the model that it says it was trained on.
+        form: set where it depends on a preference vector.
+        objective: whose unit vector such an adapter is used at; None: at any.
+    """
 
     name: str
     location: Location
@@ -89,6 +97,8 @@ class AdapterSource:
     num_parameters_by_dtype: Mapping[str, int] = field(hash=False)
     rank: int
     backbone: str | None
+    form: PreferenceForm | None = None
+    objective: int | None = None
 
 
 Source = ModelSource | AdapterSource
@@ -157,8 +167,11 @@ def resolve_adapter(
         folder = _folder_here(name, location, cache_folder, progress)
     inventory = _inventory_here(folder, adapter=True)
     config = read_json(LocalTree(folder), ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise ConfigurationError(f"adapter {name} has peft_type {config.get('peft_type')}; only LORA is served")
+    form = read_form(config, name)
+    if form is None and config.get("peft_type") != "LORA":
+        raise ConfigurationError(
+            f"adapter {name} has peft_type {config.get('peft_type')}; only LORA and PBLORA are served"
+        )
     more = [key for key in MORE_THAN_LORA if config.get(key)]
     if config.get("bias", "none") != "none":
         more.append(f"bias: {config['bias']}")
@@ -176,8 +189,9 @@ def resolve_adapter(
         revision=commit,
         identity=f"hub:{name}@{commit}" if commit else inventory.identity,
         num_parameters_by_dtype=inventory.num_parameters_by_dtype,
-        rank=int(config.get("r", 0)),
+        rank=int(config.get("r", 0)) if form is None else form.fixed_rank + form.rank * len(form.objectives),
         backbone=config.get("base_model_name_or_path"),
+        form=form,
     )
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from pipeline.principals.arm import ArmPrincipal
 from pipeline.principals.formula import FormulaPrincipal
 from pipeline.principals.judge import JudgePrincipal
+from pipeline.principals.preference_arm import PreferenceArmPrincipal
 from pipeline.principals.prompted import PromptedPrincipal
 from pipeline.principals.reward_model import RewardModelPrincipal
 from pipeline.principals.section import PrincipalSection
@@ -24,6 +25,7 @@ from pipeline.principals.value import ValuePrincipal
 Principal = Annotated[
     PromptedPrincipal
     | ArmPrincipal
+    | PreferenceArmPrincipal
     | TunedPairPrincipal
     | RewardModelPrincipal
     | FormulaPrincipal

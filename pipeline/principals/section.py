@@ -36,6 +36,8 @@ class RoleRequest:
         takes_weights: whether its output depends on the row's preference weights. They are in scope of its prompt
             template as `weights`, travel with its prompts, and rows of other weights share none of its prefixes.
         placement: which message the principle goes into: system, user, or auto, which looks at the template.
+        objective: whose unit vector an adapter that depends on a preference vector is used at.
+        at_weights: whether such an adapter is used at the row's own weights instead.
     """
 
     model: ModelConfig | None = None
@@ -44,6 +46,8 @@ class RoleRequest:
     scoring: Scoring | None = None
     takes_weights: bool = False
     placement: Placement = "auto"
+    objective: str | None = None
+    at_weights: bool = False
 
 
 class PrincipalSection(Section):

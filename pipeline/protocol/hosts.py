@@ -94,12 +94,15 @@ class Scores(Protocol):
             StateLost: the group is elsewhere.
         """
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """The outputs [R, T] for an existing answer, token by token (teacher forcing). Uses and changes no row.
 
         Args:
             prompts: token ids by role of the host.
             answer: the answer's token ids.
+            weights: the row's, by principal, for roles that take them.
         """
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
@@ -168,7 +171,9 @@ class ScoringClient(Protocol):
         self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Reply[Candidates] | None
     ) -> Reply[Tensor]: ...
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Reply[Tensor]: ...
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Reply[Tensor]: ...
 
     def memory_budget(self, row_tokens: int) -> Reply[MemoryBudget]: ...
 

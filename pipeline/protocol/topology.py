@@ -46,12 +46,15 @@ class HostRole:
         adapter: its LoRA adapter's name on this host, if any.
         scoring: set where the host is a sequence reward model.
         takes_weights: whether its output depends on the row's preference weights.
+        preference: where its adapter is used at the row's own weights: each objective that a principal stands for,
+            and the number of that principal.
     """
 
     name: str
     adapter: str | None = None
     scoring: Scoring | None = None
     takes_weights: bool = False
+    preference: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,8 @@ class HostPlan:
         adapters: adapter folders by the names that roles use.
         serves: the principals (and "base") that need it, for messages.
         reads_text: whether its tokens are not the base's, so that it reads answers as text.
+        objectives: by the names of those adapters that depend on a preference vector: the objective whose unit vector
+            each is used at, or None where it is used at the row's own weights.
     """
 
     name: str
@@ -126,6 +131,7 @@ class HostPlan:
     adapters: Mapping[str, str]
     serves: tuple[str, ...]
     reads_text: bool = False
+    objectives: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def is_reward_model(self) -> bool:

@@ -73,8 +73,10 @@ class LocalHost(Generic[HostT]):
             lambda: self.host.values_at(at, slots, num_tokens, None if proposal is None else proposal.result()),
         )
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Reply[Tensor]:
-        return self._run("score", lambda: self.host.score(prompts, answer))
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Reply[Tensor]:
+        return self._run("score", lambda: self.host.score(prompts, answer, weights))
 
     def memory_budget(self, row_tokens: int) -> Reply[MemoryBudget]:
         return self._run("memory_budget", lambda: self.host.memory_budget(row_tokens))

@@ -180,7 +180,7 @@ def plan_replica(
             vocab_size=vocab_size,
             strict=config.decoding.reproducibility is Reproducibility.STRICT,
             cache_folder=cache_folder,
-            adapters={name: adapter_of[path] for name, path in plan.adapters.items()},
+            adapters={name: _use_adapter(adapter_of[path], plan, name) for name, path in plan.adapters.items()},
             reward=specify_reward(
                 plan,
                 topology,
@@ -212,6 +212,38 @@ def plan_replica(
         reasoning=_reasoning(config, templates[BASE].text, tokenizers[BASE]),
         masked={name: tokens for name, tokens in masked.items() if tokens},
     )
+
+
+def _use_adapter(adapter: AdapterSource, plan: HostPlan, name: str) -> AdapterSource:
+    """The adapter at the preference vector that its principal asks for, if it depends on one.
+
+    Raises:
+        ConfigurationError: the kind of the principal is not for this adapter, or it has no such objective.
+    """
+    form = adapter.form
+    if name not in plan.objectives:
+        if form is not None:
+            raise ConfigurationError(
+                f"adapter {adapter.name} depends on a preference vector (peft_type PBLORA): use it with kind "
+                f"preference_arm and one of its objectives, {', '.join(form.objectives)}"
+            )
+        return adapter
+    if form is None:
+        raise ConfigurationError(
+            f"adapter {adapter.name} depends on no preference vector, so kind preference_arm is not for it; use arm"
+        )
+    of_roles = [objective for role in plan.roles if role.adapter == name for objective, _ in role.preference]
+    objective = plan.objectives[name]
+    for wanted in [*of_roles, *([] if objective is None else [objective])]:
+        if form.index(wanted) is None:
+            raise ConfigurationError(
+                f"adapter {adapter.name} has no objective {wanted}; it has {', '.join(form.objectives)}"
+            )
+    if objective is None and plan.reads_text:
+        raise ConfigurationError(
+            f"preference: weights needs the base's tokens, and {plan.model.model} has others; use preference: unit"
+        )
+    return replace(adapter, objective=None if objective is None else form.index(objective))
 
 
 def _expect(plan: HostPlan, source: ModelSource) -> Expected:

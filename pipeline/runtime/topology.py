@@ -33,9 +33,10 @@ def build_topology(
             each.name,
             each.model,
             tuple(each.roles),
-            dict(each.adapters),
+            {name: folder for name, (folder, _) in each.adapters.items()},
             tuple(dict.fromkeys(each.serves)),
             each.reads_text,
+            {name: use.objective for name, (_, use) in each.adapters.items() if use is not None},
         )
         for each in builder.hosts.values()
     )
@@ -57,6 +58,13 @@ def adapters_of(config: Config) -> Iterator[tuple[str, str]]:
             yield f"principals.{name}.{key}", adapter
 
 
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """At which preference vector an adapter is used: an objective's unit vector, or (None) the row's own weights."""
+
+    objective: str | None
+
+
 @dataclass(slots=True)
 class _HostBuilder:
     """A `HostPlan` while roles are added to it."""
@@ -64,7 +72,7 @@ class _HostBuilder:
     name: str
     model: ModelConfig
     roles: list[HostRole] = field(default_factory=list)
-    adapters: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, tuple[str, _Use | None]] = field(default_factory=dict)
     serves: list[str] = field(default_factory=list)
     reads_text: bool = False
 
@@ -120,14 +128,15 @@ class _TopologyBuilder:
     ) -> str:
         """The name of a role that gives what is requested: a new one, or one that gives the same."""
         host = self._host(name, request)
-        adapter = None if request.adapter is None else self._adapter(host, request.adapter)
+        adapter = None if request.adapter is None else self._adapter(host, request)
         # scores are a principal's own: each has its label, scale and interval
         own = name if request.scoring is not None else None
         prompt = (template, request.principle, request.takes_weights, request.placement)
         key = (host.name, own, adapter, *prompt, json.dumps(template_kwargs, sort_keys=True), own_kwargs)
         if key not in self.roles:
             self.roles[key] = Role(name, host.name, *prompt, template_kwargs, own_kwargs, has_base_kwargs)
-            host.roles.append(HostRole(name, adapter, request.scoring, request.takes_weights))
+            preference = self._preference(request) if request.at_weights else ()
+            host.roles.append(HostRole(name, adapter, request.scoring, request.takes_weights, preference))
         return self.roles[key].name
 
     def _host(self, name: str, request: RoleRequest) -> _HostBuilder:
@@ -140,11 +149,26 @@ class _TopologyBuilder:
         self.hosts[key].serves.append(name.partition(".")[0])
         return self.hosts[key]
 
-    def _adapter(self, host: _HostBuilder, folder: str) -> str:
-        """The name of an adapter on its host."""
+    def _adapter(self, host: _HostBuilder, request: RoleRequest) -> str:
+        """The name of an adapter, at its preference vector, on its host."""
+        assert request.adapter is not None
+        has_preference = request.at_weights or request.objective is not None
+        wanted = (
+            request.adapter,
+            _Use(None if request.at_weights else request.objective) if has_preference else None,
+        )
         for adapter, known in host.adapters.items():
-            if known == folder:
+            if known == wanted:
                 return adapter
         adapter = f"adapter{len(host.adapters)}"
-        host.adapters[adapter] = folder
+        host.adapters[adapter] = wanted
         return adapter
+
+    def _preference(self, request: RoleRequest) -> tuple[tuple[str, int], ...]:
+        """The objectives of an adapter that principals stand for, with the number of each."""
+        found = []
+        for number, section in enumerate(self._config.principals.values()):
+            for other in section.roles().values():
+                if other.adapter == request.adapter and other.objective is not None:
+                    found.append((other.objective, number))
+        return tuple(found)

@@ -7,9 +7,11 @@ would change the model before an adapter is loaded, what would be used in part a
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from pipeline.errors import ConfigurationError
 from pipeline.hub.model_facts import reason_of
-from pipeline.hub.sources import fetch_weights
+from pipeline.hub.preference_adapters import PreferenceForm, write_as_lora
+from pipeline.hub.sources import AdapterSource, fetch_weights
 from pipeline.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LocalTree, read_json, shapes_in
 from pipeline.protocol.specs import HostSpec
 from pipeline.worker.adapters import without_peft_warnings
@@ -37,19 +40,39 @@ def add_adapters(model: Any, spec: HostSpec) -> Any:
 
     device, own = model.device, dict(model.named_parameters(remove_duplicate=False))
     for name, adapter in spec.adapters.items():
-        folder = fetch_weights(adapter, cache_folder=spec.cache_folder)
-        title = f"{spec.title}: adapter {adapter.name}"
-        _check_before(own, folder, title)
-        try:
-            with without_peft_warnings():
-                if isinstance(model, PeftModel):
-                    model.load_adapter(folder, adapter_name=name)
-                else:
-                    model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-        except UNREADABLE as error:
-            raise ConfigurationError(f"{title}: {reason_of(error)}") from error
-        _check_after(model, name, own, folder, title)
+        with _as_lora(adapter, fetch_weights(adapter, cache_folder=spec.cache_folder)) as folder:
+            title = f"{spec.title}: adapter {adapter.name}"
+            _check_before(own, folder, title)
+            try:
+                with without_peft_warnings():
+                    if isinstance(model, PeftModel):
+                        model.load_adapter(folder, adapter_name=name)
+                    else:
+                        model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            except UNREADABLE as error:
+                raise ConfigurationError(f"{title}: {reason_of(error)}") from error
+            _check_after(model, name, own, folder, title)
     return model.to(device).eval()
+
+
+def at_own_preference(spec: HostSpec) -> dict[str, PreferenceForm]:
+    """The forms of those adapters of a host that are used at the preference vector of each row, by name."""
+    return {
+        name: adapter.form
+        for name, adapter in spec.adapters.items()
+        if adapter.form is not None and adapter.objective is None
+    }
+
+
+@contextmanager
+def _as_lora(adapter: AdapterSource, folder: Path) -> Iterator[Path]:
+    """The folder; of an adapter that depends on a preference vector a folder with an equal LoRA, while it is read."""
+    if adapter.form is None:
+        yield folder
+        return
+    with TemporaryDirectory() as temporary:
+        write_as_lora(folder, Path(temporary), objective=adapter.objective)
+        yield Path(temporary)
 
 
 def _check_before(own: Mapping[str, Tensor], folder: Path, title: str) -> None:

@@ -3,6 +3,8 @@
 peft loads the adapters; then these layers replace its own. peft mixes adapters by selecting the tokens of one adapter
 after another, which takes several times as many operations, and none of them can be captured in a CUDA graph. Here
 the ranks of all adapters are one product down and one up, and in between a gate keeps the ranks of a token's adapter.
+An adapter that depends on a preference vector (`pipeline.hub.preference_adapters`) is one whose ranks are scaled by
+the row's own: rows of other vectors have other adapters in one pass.
 
 T tokens of a pass, A adapters, R ranks of all of them together, I inputs and O outputs of a projection.
 """
@@ -10,13 +12,17 @@ T tokens of a pass, A adapters, R ranks of all of them together, I inputs and O 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
+
+from pipeline.hub.preference_adapters import PreferenceForm
+from pipeline.protocol.topology import HostRole
 
 MIN_RANKS = 4  # a matrix product with one column takes a kernel whose bits depend on the number of tokens
 
@@ -26,14 +32,56 @@ class TokenAdapters:
 
     Args:
         names: of the adapters; the first has number 1.
+        forms: of those adapters that are used at the preference vector of each row, by name.
 
     Attributes:
         of_tokens: the numbers of the pass's tokens, [T]; set before each pass.
+        forms: as given.
+        preferences: of the pass's tokens, [T, 1 + objectives], with 1 in the first column; None: 1 everywhere.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], forms: Mapping[str, PreferenceForm] = MappingProxyType({})) -> None:
         self._numbers: dict[str | None, int] = {None: 0, **{name: at for at, name in enumerate(names, 1)}}
         self.of_tokens = torch.empty(0, dtype=torch.long)
+        self.forms = forms
+        self.preferences: Tensor | None = None
+
+    @property
+    def num_preferences(self) -> int:
+        """Columns of `preferences`; 0 where no adapter depends on the row."""
+        return max((1 + len(form.objectives) for form in self.forms.values()), default=0)
+
+    def preference(self, role: HostRole, weights: Sequence[float]) -> list[float] | None:
+        """A row of `preferences`: 1, and the weights of the adapter's objectives, which are scaled to sum to 1.
+
+        Without weights, as where a model is probed, all are 1. Where all of them are 0, they are equal.
+
+        Args:
+            role: with the principal of each objective that has one; the others weigh nothing.
+            weights: of the row, by principal.
+        """
+        if role.adapter is None or role.adapter not in self.forms:
+            return None
+        form = self.forms[role.adapter]
+        row = [1.0] * self.num_preferences
+        if not weights:
+            return row
+        of_objectives = [0.0] * len(form.objectives)
+        for objective, principal in role.preference:
+            index = form.index(objective)
+            assert index is not None
+            of_objectives[index] += weights[principal]
+        total = sum(of_objectives)
+        count = len(of_objectives)
+        row[1 : 1 + count] = [each / total if total else 1 / count for each in of_objectives]
+        return row
+
+    def preferences_of(self, states: Tensor) -> Tensor:
+        """The preferences of the tokens that some inputs belong to, as `of` gives their adapters."""
+        assert self.preferences is not None
+        numbers = self.of(states)
+        last = self.preferences[len(self.preferences) - numbers.numel() :]
+        return last.view(*numbers.shape, -1)
 
     def number(self, name: str | None) -> int:
         """An adapter's number."""
@@ -59,22 +107,28 @@ class LowRank(nn.Module):
         up: [O, R].
         gates: [A + 1, R], the scaling of an adapter at its own ranks and 0 at others'.
         adapters: of the running pass.
+        columns: the column of the tokens' preferences that scales each rank, [R]; None: no rank depends on them.
     """
 
     down: Tensor
     up: Tensor
     gates: Tensor
+    columns: Tensor | None
 
-    def __init__(self, down: Tensor, up: Tensor, gates: Tensor, adapters: TokenAdapters) -> None:
+    def __init__(
+        self, down: Tensor, up: Tensor, gates: Tensor, adapters: TokenAdapters, columns: Tensor | None = None
+    ) -> None:
         super().__init__()
-        for name, tensor in (("down", down), ("up", up), ("gates", gates)):
+        for name, tensor in (("down", down), ("up", up), ("gates", gates), ("columns", columns)):
             self.register_buffer(name, tensor)
         self.adapters = adapters
 
     def forward(self, states: Tensor, rows: slice = slice(None)) -> Tensor:
         """What is added to the outputs of `rows`, for inputs [1, T, I], or [R, 1, I] of R rows of one token."""
-        low = linear(states, self.down) * self.gates[self.adapters.of(states)]
-        return linear(low, self.up[rows])
+        gates = self.gates[self.adapters.of(states)]
+        if self.columns is not None and self.adapters.preferences is not None:
+            gates = gates * self.adapters.preferences_of(states)[..., self.columns]
+        return linear(linear(states, self.down) * gates, self.up[rows])
 
 
 class _Adapted(nn.Module):
@@ -143,12 +197,15 @@ def without_peft_warnings() -> Iterator[None]:
 
 
 @torch.no_grad()
-def take_adapters(model: Any, names: Sequence[str]) -> TokenAdapters:
+def take_adapters(
+    model: Any, names: Sequence[str], forms: Mapping[str, PreferenceForm] = MappingProxyType({})
+) -> TokenAdapters:
     """Replace peft's layers by these, in the model that peft wraps.
 
     Args:
         model: a model of peft, with the adapters loaded.
         names: of the adapters.
+        forms: of those that are used at the preference vector of each row, by name.
 
     Raises:
         NotImplementedError: an adapter does more than LoRA of linear layers and replacing whole modules.
@@ -158,7 +215,7 @@ def take_adapters(model: Any, names: Sequence[str]) -> TokenAdapters:
     from peft.utils import ModulesToSaveWrapper
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    adapters = TokenAdapters(names)
+    adapters = TokenAdapters(names, forms)
     for path, parent in list(model.get_base_model().named_modules()):
         for name, child in list(parent.named_children()):
             if type(child) is Linear and not child.lora_variant and not any(child.lora_bias.values()):
@@ -186,9 +243,14 @@ def _low_rank(layer: Any, names: Sequence[str], adapters: TokenAdapters) -> LowR
     missing = max(0, MIN_RANKS - len(down))
     down, up = pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
     gates = down.new_zeros(len(names) + 1, len(down))
+    columns = torch.zeros(len(down), dtype=torch.long, device=down.device)
     at = 0
     for name in present:
         rank = layer.lora_A[name].weight.shape[0]
         gates[adapters.number(name), at : at + rank] = layer.scaling[name]
+        if name in adapters.forms:
+            form = adapters.forms[name]
+            of_objectives = torch.arange(1, len(form.objectives) + 1, device=down.device)
+            columns[at + form.fixed_rank : at + rank] = of_objectives.repeat_interleave(form.rank)
         at += rank
-    return LowRank(down, up, gates, adapters)
+    return LowRank(down, up, gates, adapters, columns if columns.any() else None)

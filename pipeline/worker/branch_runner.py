@@ -148,7 +148,9 @@ class BranchRunner:
         return [torch.stack(added[at : at + count]) for at in range(0, len(added), count)]
 
     @torch.inference_mode()
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """Teacher forcing: what each token of an answer adds to each role's score, [R, T], in one pass per role.
 
         NaN for a role whose context is too short for the prompt and the answer.

@@ -64,7 +64,9 @@ class Passes:
         self._vocab_size = vocab_size
         self._adapters = adapters
         self._strict = strict
-        self.device: torch.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device: torch.device = weight.device
+        self._dtype = weight.dtype
         self._has_fixed_shapes = can_build_for(self.device) if has_fixed_shapes is None else has_fixed_shapes
         self._compiled = CompiledLayers(model) if self._has_fixed_shapes and self.device.type == "cuda" else None
         self._captured_passes: CapturedPasses | None = None
@@ -72,6 +74,8 @@ class Passes:
         self._spare_row = 0
         # the number of each cache row's adapter
         self._adapters_of_rows = torch.zeros(1, dtype=torch.long)
+        # the preferences of each cache row, where an adapter depends on them
+        self._preferences_of_rows: Tensor | None = None
         self._watch = Stopwatch(self.device)
         self.num_forwards = self.num_tokens = 0
 
@@ -86,6 +90,8 @@ class Passes:
         if self._adapters is not None:
             numbers = [self._adapters.number(name) for name in adapters]
             self._adapters_of_rows = torch.tensor(numbers, device=self.device)
+            if width := self._adapters.num_preferences:
+                self._preferences_of_rows = torch.ones(len(numbers), width, device=self.device, dtype=self._dtype)
         if self._has_fixed_shapes:
             self._captured_passes = CapturedPasses(
                 self._compute_compiled,
@@ -96,6 +102,12 @@ class Passes:
                 device=self.device,
                 layers=self._layers,
             )
+
+    def prefer(self, row: int, preference: Sequence[float] | None) -> None:
+        """Have a cache row use its adapter at a preference vector, as `TokenAdapters.preference` gives it."""
+        if preference is not None:
+            assert self._preferences_of_rows is not None
+            self._preferences_of_rows[row] = torch.tensor(preference, device=self.device, dtype=self._dtype)
 
     def let_go(self) -> None:
         """Hold no cache any more, so that its memory can be used."""
@@ -141,8 +153,13 @@ class Passes:
         with self._counting(len(batch.rows)):
             return steps.run_rows(self._last_tokens(batch, newest_S), batch.rows, batch.lengths)
 
-    def score(self, tokens: Sequence[int], adapter: str | None, keep: int) -> Tensor:
-        """The logits [keep, V] of the last tokens of a text, which leaves nothing behind."""
+    def score(
+        self, tokens: Sequence[int], adapter: str | None, keep: int, preference: Sequence[float] | None = None
+    ) -> Tensor:
+        """The logits [keep, V] of the last tokens of a text, which leaves nothing behind.
+
+        `preference` is the row of the adapter's preferences, where it depends on them.
+        """
         segments = [Segment(-1, 0, len(tokens))]
         slot_pass = SlotPass(
             None, segments, (), RunningRows.none(self.device), per_row=self._strict, layers=self._layers
@@ -151,7 +168,12 @@ class Passes:
         positions_T = torch.arange(len(tokens), device=self.device)
         number = 0 if self._adapters is None else self._adapters.number(adapter)
         with self._counting(len(tokens)):
-            return self._compute(slot_pass, ids_T[None], positions_T[None], keep, torch.full_like(ids_T, number))
+            preferences = None
+            if preference is not None:
+                row = torch.tensor(preference, device=self.device, dtype=self._dtype)
+                preferences = row.expand(len(tokens), -1)
+            numbers_T = torch.full_like(ids_T, number)
+            return self._compute(slot_pass, ids_T[None], positions_T[None], keep, numbers_T, preferences)
 
     def _compute_compiled(self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         with nullcontext() if self._compiled is None else self._compiled.in_use():
@@ -165,13 +187,21 @@ class Passes:
         return torch.where(given_R == DRAWN, newest_S[to_device(batch.last_slots, self.device, torch.long)], given_R)
 
     def _compute(
-        self, slot_pass: SlotPass, ids: Tensor, positions: Tensor, keep: int, adapters_T: Tensor | None = None
+        self,
+        slot_pass: SlotPass,
+        ids: Tensor,
+        positions: Tensor,
+        keep: int,
+        adapters_T: Tensor | None = None,
+        preferences: Tensor | None = None,
     ) -> Tensor:
         """The logits [keep, V] of the last of the tokens [1, T], whose adapters are their rows' unless given."""
         if self._adapters is not None:
             if adapters_T is None:
-                adapters_T = self._adapters_of_rows[slot_pass.token_rows(self.device)]
-            self._adapters.of_tokens = adapters_T
+                rows_T = slot_pass.token_rows(self.device)
+                adapters_T = self._adapters_of_rows[rows_T]
+                preferences = None if self._preferences_of_rows is None else self._preferences_of_rows[rows_T]
+            self._adapters.of_tokens, self._adapters.preferences = adapters_T, preferences
         num_tokens = ids.shape[1]
         # asked by a number, a model with shared keys leaves the other tokens out of the layers that share
         kept = torch.arange(num_tokens - keep, num_tokens, device=ids.device) if self._shares_keys else keep

@@ -62,7 +62,9 @@ class LanguageRunner(Runner, Protocol):
     def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
         """Log-probabilities [B, R, K] in nats of every role at the candidates; None: at the whole vocabulary."""
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """Teacher forcing: log-probabilities [R, T] of the answer's tokens under each role."""
 
 
@@ -180,10 +182,12 @@ class LanguageModelHost(GuardedHost[LanguageRunner]):
         with self._guard.all_or_nothing():
             return self._runner.logprobs_at(slots, None if proposal is None else proposal.ids_BK)
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """Log-probabilities [R, T] of an answer's tokens."""
         with self._guard.all_or_nothing():
-            return self._runner.score(prompts, answer)
+            return self._runner.score(prompts, answer, weights)
 
 
 class RewardModelHost(GuardedHost[BranchRunner]):
@@ -218,7 +222,9 @@ class RewardModelHost(GuardedHost[BranchRunner]):
                 scored = at_DN, self._runner.rewards_at([slots[row] for row in due], ids_DN)
             return spread_rewards(scored, self._scorings, num_tokens, proposal)
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """Rewards [R, T] of an answer's tokens, by the same rule as while decoding; NaN where it does not fit."""
         with self._guard.all_or_nothing():
             return rewards_of_answer(self._runner.score(prompts, answer), self._scorings)
@@ -249,7 +255,9 @@ class TextModelHost(GuardedHost[BranchRunner]):
                 values_BRK[row, :, kept_BK[row]] = found_RN.to(values_BRK)
             return values_BRK
 
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """What each token of an answer adds to each role's log-probability, [R, T]; NaN where it does not fit."""
         with self._guard.all_or_nothing():
             return self._runner.score(prompts, answer)

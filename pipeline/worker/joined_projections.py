@@ -103,4 +103,10 @@ def _join(parts: Sequence[LowRank | None], sizes: Sequence[int]) -> LowRank | No
     for part, start in present:
         up[start : start + len(part.up), at : at + len(part.down)] = part.up
         at += len(part.down)
-    return LowRank(down, up, torch.cat([part.gates for part, _ in present], 1), first.adapters)
+    columns = None
+    if any(part.columns is not None for part, _ in present):
+        none = [torch.zeros(len(part.down), dtype=torch.long, device=down.device) for part, _ in present]
+        columns = torch.cat(
+            [zeros if part.columns is None else part.columns for (part, _), zeros in zip(present, none, strict=True)]
+        )
+    return LowRank(down, up, torch.cat([part.gates for part, _ in present], 1), first.adapters, columns)

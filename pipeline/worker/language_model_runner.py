@@ -67,6 +67,7 @@ class LanguageModelRunner:
         self._bytes_per_token = bytes_per_token
         self._roles = tuple(roles)
         self._vocab_size = vocab_size
+        self._adapters = adapters
         self._passes = Passes(
             model,
             vocab_size=vocab_size,
@@ -186,16 +187,22 @@ class LanguageModelRunner:
         return self._logits.logprobs_at(slots, ids_BK)
 
     @torch.inference_mode()
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """Teacher forcing: log-probabilities [R, T] of the answer's tokens under each role."""
         scores = []
         for role in self._roles:
             tokens = [*prompts[role.name], *answer]
-            logits_TV = self._passes.score(tokens, role.adapter, len(answer) + 1)
+            preference = self._preference(role, weights)
+            logits_TV = self._passes.score(tokens, role.adapter, len(answer) + 1, preference)
             ids_T1 = torch.tensor(answer, device=self._passes.device)[:, None]
             logprobs_TV = logits_TV[:-1] - logits_TV[:-1].logsumexp(-1, keepdim=True)
             scores.append(logprobs_TV.gather(-1, ids_T1)[:, 0])
         return torch.stack(scores)
+
+    def _preference(self, role: HostRole, weights: Sequence[float]) -> list[float] | None:
+        return None if self._adapters is None else self._adapters.preference(role, weights)
 
     def _row(self, role: int, slot: int) -> int:
         return role * self._num_slots + slot
@@ -213,6 +220,7 @@ class LanguageModelRunner:
         )
         length = len(prompt.tokens) - 1
         if admission.part == 0:
+            self._passes.prefer(row, self._preference(role, admission.weights))
             self._begin(batch, row, prompt)
         start = max(admission.part * CHUNK, self._filled[row])
         stop = min((admission.part + 1) * CHUNK, length)

@@ -20,7 +20,7 @@ from pipeline.hub.families import PLAIN, SLOTS, keeps_states, rope_settings, why
 from pipeline.hub.model_facts import stated, text_config
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostRole
-from pipeline.worker.adapter_files import add_adapters
+from pipeline.worker.adapter_files import add_adapters, at_own_preference
 from pipeline.worker.adapters import TokenAdapters, take_adapters
 from pipeline.worker.cpu_kernels import (
     MKL_MODE,
@@ -179,6 +179,8 @@ class _Loading:
             raise NotServed(reason)
         try:
             if keeps_states(as_mapping(model.config)):
+                if self._adapters is not None and self._adapters.num_preferences:
+                    raise NotServed("an adapter at each row's own weights is not mixed with recurrent layers")
                 self._cached = self._learn_states()
                 self._reads_parts = reads_parts(self._make_passes(self._learn_layers()), self._probes[0])
             if has_large_limits(model.config):
@@ -225,6 +227,7 @@ class _Loading:
     def _use_no_adapters(self) -> None:
         if self._adapters is not None:
             self._adapters.of_tokens = torch.zeros(sum(ROW_LENGTHS), dtype=torch.long, device=self._model.device)
+            self._adapters.preferences = None
 
     def _make_probed_runner(self, layers: Sequence[LayerFacts]) -> SlotRunner:
         return self._make_slot_runner(layers, self._probed_roles, num_slots=len(self._probes) + 1)
@@ -374,7 +377,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _take_adapters(model: Any, spec: HostSpec) -> TokenAdapters:
     try:
-        return take_adapters(model, list(spec.adapters))
+        return take_adapters(model, list(spec.adapters), at_own_preference(spec))
     except NotImplementedError as error:
         raise ConfigurationError(f"{spec.title}: {error}") from error
 

@@ -40,15 +40,17 @@ class PlainRow:
         ids: the text so far, [1, T].
         inputs: what `generate` carries from pass to pass, the cache among it.
         states: of modules that keep the state of a text themselves.
+        preference: of its adapter, where that depends on one; see `TokenAdapters.preference`.
     """
 
     ids: Tensor
     inputs: dict[str, Any] = field(default_factory=dict)
     states: list[Any] = field(default_factory=list)
+    preference: Sequence[float] | None = None
 
     def fork(self) -> PlainRow:
         """Another row that goes on from the same text."""
-        return PlainRow(self.ids, copy.deepcopy(self.inputs), copy.deepcopy(self.states))
+        return PlainRow(self.ids, copy.deepcopy(self.inputs), copy.deepcopy(self.states), self.preference)
 
     @property
     def num_bytes(self) -> int:
@@ -82,7 +84,9 @@ class PlainPasses:
         self.num_forwards = self.num_tokens = 0
         self.forward_s = 0.0
 
-    def begin(self, tokens: Sequence[int], adapter: str | None) -> tuple[PlainRow, Tensor]:
+    def begin(
+        self, tokens: Sequence[int], adapter: str | None, preference: Sequence[float] | None = None
+    ) -> tuple[PlainRow, Tensor]:
         """Read a prompt: its row, and the logits [V] after it."""
         model = self._model
         ids = torch.tensor([list(tokens)], device=self.device)
@@ -93,7 +97,7 @@ class PlainPasses:
         if model._supports_default_dynamic_cache():
             name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
             inputs[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
-        row = PlainRow(ids, inputs, [None] * len(self._states))
+        row = PlainRow(ids, inputs, [None] * len(self._states), preference)
         return row, self._run(row, adapter, num_new=None)
 
     def append(self, row: PlainRow, token: int, adapter: str | None) -> Tensor:
@@ -101,9 +105,9 @@ class PlainPasses:
         row.ids = torch.cat([row.ids, torch.tensor([[token]], device=self.device)], 1)
         return self._run(row, adapter, num_new=1 if row.inputs["use_cache"] else None)
 
-    def read(self, tokens: Sequence[int], adapter: str | None) -> Tensor:
+    def read(self, tokens: Sequence[int], adapter: str | None, preference: Sequence[float] | None = None) -> Tensor:
         """The logits [T, V] of a text in one plain forward pass, which leaves nothing behind."""
-        self._use(adapter, len(tokens))
+        self._use(adapter, len(tokens), preference)
         started_s = time.perf_counter()
         logits: Tensor = self._model(input_ids=torch.tensor([list(tokens)], device=self.device)).logits[0]
         self._count(len(tokens), started_s)
@@ -119,7 +123,7 @@ class PlainPasses:
         )
         read = inputs.get("input_ids")
         num_tokens = int((row.ids if read is None else read).shape[1])
-        self._use(adapter, num_tokens)
+        self._use(adapter, num_tokens, row.preference)
         started_s = time.perf_counter()
         output = model(**inputs, return_dict=True)
         row.inputs = model._update_model_kwargs_for_generation(output, row.inputs, is_encoder_decoder=False)
@@ -133,11 +137,19 @@ class PlainPasses:
         for (module, name), state in zip(self._states, states, strict=True):
             setattr(module, name, state)
 
-    def _use(self, adapter: str | None, num_tokens: int) -> None:
+    def preference(self, role: HostRole, weights: Sequence[float]) -> list[float] | None:
+        """At which preferences the adapter of a role is used by a row of these weights; None: at none."""
+        return None if self._adapters is None else self._adapters.preference(role, weights)
+
+    def _use(self, adapter: str | None, num_tokens: int, preference: Sequence[float] | None) -> None:
         """Have all tokens of the next pass use one adapter."""
         if self._adapters is not None:
             number = self._adapters.number(adapter)
             self._adapters.of_tokens = torch.full((num_tokens,), number, device=self.device)
+            self._adapters.preferences = None
+            if preference is not None:
+                row = torch.tensor(preference, device=self.device, dtype=self._model.dtype)
+                self._adapters.preferences = row.expand(num_tokens, -1)
 
     def _count(self, num_tokens: int, started_s: float) -> None:
         self.num_forwards += 1
@@ -235,22 +247,27 @@ class PlainRunner:
         return self._logits.logprobs_at(slots, ids_BK)
 
     @torch.inference_mode()
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """Teacher forcing: log-probabilities [R, T] of the answer's tokens under each role."""
         ids_T1 = torch.tensor(answer, device=self.device)[:, None]
         scores = []
         for role in self._roles:
-            logits_TV = self._logits_of_answer(prompts[role.name], answer, role.adapter)[:, : self._vocab_size]
+            logits_TV = self._logits_of_answer(prompts[role.name], answer, role, weights)[:, : self._vocab_size]
             scores.append((logits_TV - logits_TV.logsumexp(-1, keepdim=True)).gather(-1, ids_T1)[:, 0])
         return torch.stack(scores)
 
-    def _logits_of_answer(self, prompt: Sequence[int], answer: Sequence[int], adapter: str | None) -> Tensor:
+    def _logits_of_answer(
+        self, prompt: Sequence[int], answer: Sequence[int], role: HostRole, weights: Sequence[float]
+    ) -> Tensor:
         """The logits [T, V] from which each token of the answer would be drawn."""
+        adapter, preference = role.adapter, self._passes.preference(role, weights)
         limit = self._exact_context
         crosses = limit is not None and len(prompt) <= limit < len(prompt) + len(answer) - 1
         if self._reads_whole and not crosses:
-            return self._passes.read([*prompt, *answer[:-1]], adapter)[len(prompt) - 1 :]
-        row, logits_V = self._passes.begin(prompt, adapter)
+            return self._passes.read([*prompt, *answer[:-1]], adapter, preference)[len(prompt) - 1 :]
+        row, logits_V = self._passes.begin(prompt, adapter, preference)
         steps = [logits_V]
         for token in answer[:-1]:
             steps.append(self._passes.append(row, token, adapter))
@@ -265,7 +282,8 @@ class PlainRunner:
             weights=admission.weights if role.takes_weights else (),
         )
         if index not in self._newest or self._newest[index][0] != prompt:
-            self._newest[index] = (prompt, *self._passes.begin(prompt.tokens, role.adapter))
+            preference = self._passes.preference(role, admission.weights)
+            self._newest[index] = (prompt, *self._passes.begin(prompt.tokens, role.adapter, preference))
         _, row, logits_V = self._newest[index]
         self._rows[index, admission.slot] = row.fork()
         self._logits.put(index * self._num_slots + admission.slot, logits_V[: self._vocab_size])

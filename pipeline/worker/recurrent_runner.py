@@ -155,7 +155,9 @@ class RecurrentRunner:
         return self._logits.logprobs_at(slots, ids_BK)
 
     @torch.inference_mode()
-    def score(self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int]) -> Tensor:
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
         """Teacher forcing: log-probabilities [R, T] of the answer's tokens under each role."""
         ids_T1 = torch.tensor(answer, device=self.device)[:, None]
         scores = []
