@@ -52,10 +52,10 @@ def with_adapter(base, folder):
 
 
 def test_it_learns_what_the_pairs_say(trained):
-    [facts] = trained[0].results
-    assert facts["held_out"]["pairs"] == 12
-    assert facts["held_out"]["accuracy"]["backbone"] == 1.0
-    assert facts["held_out"]["margin"]["backbone"] > 1
+    held_out = trained[0].results[0]["held_out"]["preferred"]
+    assert held_out["pairs"] == 12
+    assert held_out["accuracy"]["backbone"] == 1.0
+    assert held_out["margin"]["backbone"] > 1
     assert trained[0].was_trained
 
 
@@ -70,7 +70,7 @@ def test_the_report_says_what_plain_forward_passes_say(trained, tiny):
         found = [[plain_logprob(model, pair.prompt_ids, ids) for ids in pair.answer_ids] for model in (own, before)]
         margins["none"].append(found[0][0] - found[0][1])
         margins["backbone"].append(margins["none"][-1] - (found[1][0] - found[1][1]))
-    held_out = result.results[0]["held_out"]
+    held_out = result.results[0]["held_out"]["preferred"]
     for reference, values in margins.items():
         assert held_out["margin"][reference] == pytest.approx(sum(values) / len(values), rel=1e-4)
         assert held_out["accuracy"][reference] == sum(value > 0 for value in values) / len(values)
@@ -94,7 +94,7 @@ def test_the_first_loss_is_that_of_the_backbone(tiny, tmp_path):
     [facts] = run_training(config, tmp_path).results
     assert facts["steps"] == 1
     assert facts["training_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
-    assert facts["held_out"] is None
+    assert facts["held_out"] == {}
 
 
 def test_pairs_are_encoded_as_a_run_encodes(trained, tiny):
@@ -165,7 +165,7 @@ def test_modules_that_are_not_there_are_refused(tiny, tmp_path):
 def test_dpo_learns_against_the_backbone(tiny, tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows())
     [facts] = run_training(training_config(pairs, tmp_path / "out", tiny(), loss="dpo"), tmp_path).results
-    assert facts["held_out"]["accuracy"]["backbone"] == 1.0
+    assert facts["held_out"]["preferred"]["accuracy"]["backbone"] == 1.0
     assert facts["beta"] == 0.1
     assert facts["training_loss"] < math.log(2)
 
@@ -181,7 +181,8 @@ def test_several_objectives_give_an_adapter_each(tiny, tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)
     found = run_training(training_config(pairs, tmp_path / "out", tiny(), epochs=2), tmp_path).results
     assert [facts["name"] for facts in found] == ["better", "safer"]
-    assert [facts["held_out"]["accuracy"]["backbone"] for facts in found] == [1.0, 1.0]  # though they are opposed
+    accuracies = [facts["held_out"][facts["name"]]["accuracy"]["backbone"] for facts in found]
+    assert accuracies == [1.0, 1.0]  # though they are opposed
     for name in ("better", "safer"):
         adapter = json.loads((tmp_path / "out" / name / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == str(tiny())

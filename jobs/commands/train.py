@@ -11,7 +11,7 @@ import yaml
 from jobs.commands.text import indented, printable, shown_path
 from pipeline.config.files import load_as
 from pipeline.hub.embedded import default_cache_folder
-from pipeline.training.report import configuration_lines, describe_result
+from pipeline.training.report import configuration_lines, describe_results
 from pipeline.training.settings import TrainConfig
 
 
@@ -35,7 +35,8 @@ def run_train(
         print("nothing to do: the principals are trained")
     print(f"{shown_path(str(trained.folder.path))}: complete")
     for facts in trained.results:
-        print(indented(printable(describe_result(facts))))
+        for line in describe_results(facts):
+            print(indented(printable(line)))
     print(f"  report    {shown_path(str(trained.folder.path))}/_report.md")
     print("\nin a configuration:\n")
     print(configuration_lines(config, trained.results))

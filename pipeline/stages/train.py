@@ -13,8 +13,9 @@ from pipeline.errors import ConfigurationError
 from pipeline.training.data import Preferences, TrainingData, open_preferences, read_data
 from pipeline.training.folders import TrainingFolder
 from pipeline.training.report import render_report
-from pipeline.training.settings import TrainConfig
+from pipeline.training.settings import Loss, TrainConfig
 
+PREFERENCE = "preference"  # the folder of an adapter for all objectives
 PACKAGES = ("trl", "peft", "accelerate")
 
 
@@ -69,7 +70,11 @@ def train(
     _describe_data(data, say)
     from pipeline.training.fit import Task, fit  # imports TRL: seconds
 
-    tasks = [Task(name, backbone, config.training, *data.of(name), folder) for name in data.objectives]
+    training = config.training
+    if training.loss is Loss.PREFERENCE_ARM:
+        tasks = [Task(PREFERENCE, backbone, training, data.train, data.held_out, folder, data.objectives)]
+    else:
+        tasks = [Task(name, backbone, training, *data.of(name), folder, (name,)) for name in data.objectives]
     pending = [task for task in tasks if folder.facts(task.name) is None]
     if config.cluster.transport is Transport.RAY and pending:
         from pipeline.cluster.training import fit_all  # imports ray: seconds

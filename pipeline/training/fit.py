@@ -20,14 +20,21 @@ from trl import DPOConfig
 
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.hub.model_facts import reason_of
+from pipeline.hub.preference_adapters import PreferenceForm
 from pipeline.hub.weight_files import ADAPTER_CONFIG
 from pipeline.training.backbone import Backbone
-from pipeline.training.checks import PairScore, pick_examples, summarise
 from pipeline.training.data import EncodedPair
 from pipeline.training.folders import TrainingFolder
+from pipeline.training.measure import measure
+from pipeline.training.preference import (
+    LabelledCollator,
+    PreferenceArmTrainer,
+    as_labelled_dataset,
+    save_preference_adapter,
+)
 from pipeline.training.progress import ProgressCallback, newest_checkpoint
 from pipeline.training.settings import Loss, TrainingConfig
-from pipeline.training.trainers import ArmTrainer, PolicyTrainer, answer_logprobs, as_dataset, make_collator
+from pipeline.training.trainers import ArmTrainer, PolicyTrainer, as_dataset, make_collator
 from pipeline.worker.loading import pick_dtype
 
 NUM_LOGS = 50
@@ -38,11 +45,12 @@ class Task:
     """One adapter to train. Picklable.
 
     Args:
-        name: of the objective, and of the folder.
+        name: of the folder, and of the objective where it has one.
         backbone: what it is trained on.
         training: how.
         train, held_out: its pairs.
         folder: where it goes.
+        objectives: that it is trained for.
     """
 
     name: str
@@ -51,6 +59,16 @@ class Task:
     train: Sequence[EncodedPair]
     held_out: Sequence[EncodedPair]
     folder: TrainingFolder
+    objectives: tuple[str, ...]
+
+    @property
+    def form(self) -> PreferenceForm | None:
+        """Of an adapter that depends on a preference vector."""
+        training = self.training
+        if training.loss is not Loss.PREFERENCE_ARM:
+            return None
+        rank = training.preference_rank
+        return PreferenceForm(training.rank, rank, training.alpha or 2 * rank, self.objectives)
 
 
 def fit(task: Task, say: Callable[[str], None]) -> dict[str, Any]:
@@ -81,29 +99,35 @@ def fit(task: Task, say: Callable[[str], None]) -> dict[str, Any]:
 def _make_trainer(task: Task, say: Callable[[str], None]) -> Any:
     from peft import LoraConfig
 
-    training, backbone = task.training, task.backbone
+    training, backbone, form = task.training, task.backbone, task.form
     targets = training.target_modules
     lora = LoraConfig(
-        r=training.rank,
+        r=training.rank + (0 if form is None else form.rank),
         lora_alpha=training.alpha or 2 * training.rank,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
     model, tokenizer = backbone.load_model(), backbone.load_tokenizer()
+    pad_id = tokenizer.eos_token_id or 0
     options: dict[str, Any] = {
         "model": model,
         "args": make_arguments(task),
         "processing_class": tokenizer,
-        "train_dataset": as_dataset(task.train, task.name),
-        "data_collator": make_collator(tokenizer.eos_token_id or 0),
+        "train_dataset": as_dataset(task.train, task.name)
+        if form is None
+        else as_labelled_dataset(task.train, task.objectives),
+        "data_collator": make_collator(pad_id) if form is None else LabelledCollator(pad_token_id=pad_id),
         "peft_config": lora,
         "callbacks": [ProgressCallback(task.name, say)],
     }
     try:
         if training.loss is Loss.DPO:
             trainer: Any = PolicyTrainer(**options)
-        else:
+        elif form is None:
             trainer = ArmTrainer(length_normalization=training.length_normalization, **options)
+        else:
+            options |= {"form": form, "concentration": training.concentration}
+            trainer = PreferenceArmTrainer(length_normalization=training.length_normalization, **options)
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:  # as TRL and peft refuse
         raise ConfigurationError(f"{backbone.source.name} cannot be trained so: {reason_of(error)}") from error
     trainer.remove_callback(PrinterCallback)
@@ -168,6 +192,7 @@ def _finish(task: Task, trainer: Any) -> dict[str, Any]:
     training = task.training
     facts: dict[str, Any] = {
         "name": task.name,
+        "objectives": list(task.objectives),
         "loss": str(training.loss),
         "beta": training.effective_beta,
         "backbone": {"name": task.backbone.source.name, "identity": task.backbone.source.identity},
@@ -175,12 +200,15 @@ def _finish(task: Task, trainer: Any) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "training_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
         "settings": training.model_dump(mode="json", exclude={"judge"}),
-        "held_out": _measure(task, trainer) if task.held_out else None,
+        "held_out": {name: measure(task, trainer, name) for name in task.objectives} if task.held_out else {},
     }
     prepared = task.folder.work(task.name) / "finished"
     shutil.rmtree(prepared, ignore_errors=True)
-    trainer.model.save_pretrained(prepared, save_embedding_layers=False)
-    describe_adapter(prepared, {"base_model_name_or_path": task.backbone.source.name})
+    if task.form is None:
+        trainer.model.save_pretrained(prepared, save_embedding_layers=False)
+        describe_adapter(prepared, {"base_model_name_or_path": task.backbone.source.name})
+    else:
+        save_preference_adapter(trainer.model, task.form, prepared, task.backbone.source.name)
     task.folder.finish(task.name, prepared, facts)
     return facts
 
@@ -191,31 +219,3 @@ def describe_adapter(folder: Any, changes: Mapping[str, Any]) -> None:
     config = json.loads(file.read_text("utf-8")) | dict(changes)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)
-
-
-def _measure(task: Task, trainer: Any) -> dict[str, Any]:
-    training = task.training
-    scores = score_pairs(trainer, task.held_out, task.name, training.device_batch_size)
-    is_policy, per_token = training.loss is Loss.DPO, training.length_normalization
-    used = [score.per_token() for score in scores] if per_token else scores
-    margins = [score.margin_to_backbone if is_policy else score.margin for score in used]
-    summary = summarise(scores, beta=training.effective_beta, is_policy=is_policy, per_token=per_token)
-    return {**summary, "examples": pick_examples(task.held_out, margins, task.name)}
-
-
-@torch.no_grad()
-def score_pairs(trainer: Any, pairs: Sequence[EncodedPair], objective: str, at_once: int) -> list[PairScore]:
-    """The log-likelihoods of pairs under the trained model, and under its backbone."""
-    model = trainer.model.eval()
-    dataset = as_dataset(pairs, objective)
-    scores: list[PairScore] = []
-    for start in range(0, len(pairs), at_once):
-        batch = trainer.data_collator([dataset[at] for at in range(start, min(start + at_once, len(pairs)))])
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        with trainer.accelerator.autocast():
-            logprobs, num_tokens = answer_logprobs(model, batch)
-            with model.disable_adapter():
-                before, _ = answer_logprobs(model, batch)
-        halves = [each.tolist() for tensor in (logprobs, before, num_tokens) for each in tensor.chunk(2)]
-        scores += [PairScore(*each) for each in zip(*halves, strict=True)]
-    return scores

@@ -10,50 +10,60 @@ from pipeline.training.data import TrainingData
 from pipeline.training.settings import Loss, TrainConfig
 
 
-def best_reference(facts: Mapping[str, Any]) -> str:
-    """The reference of `kind: arm` under which the reward orders held-out pairs better."""
-    if facts["loss"] == Loss.DPO or facts["held_out"] is None:
+def best_reference(held_out: Mapping[str, Any] | None, loss: str) -> str:
+    """The reference of a principal under which its reward orders held-out pairs better."""
+    if loss == Loss.DPO or held_out is None:
         return "backbone"
-    found = facts["held_out"]["accuracy"]
+    found = held_out["accuracy"]
     return "none" if found["none"] > found["backbone"] else "backbone"
 
 
-def describe_result(facts: Mapping[str, Any]) -> str:
-    """One line about a trained principal."""
-    trained = f"{facts['name']}: {facts['pairs']:,} pairs, {facts['steps']:,} steps"
-    held_out = facts["held_out"]
+def describe_results(facts: Mapping[str, Any]) -> list[str]:
+    """One line about each objective of a trained adapter."""
+    return [_describe(facts, objective) for objective in facts["objectives"]]
+
+
+def _describe(facts: Mapping[str, Any], objective: str) -> str:
+    held_out = facts["held_out"].get(objective)
+    trained = f"{objective}: {facts['pairs']:,} pairs, {facts['steps']:,} steps"
     if held_out is None:
         return f"{trained}; no pairs were held out"
-    found, reference = held_out["accuracy"], best_reference(facts)
+    found, reference = held_out["accuracy"], best_reference(held_out, facts["loss"])
     error = standard_error(found[reference], held_out["pairs"])
+    others = "".join(
+        f", {each[reference]:.3f} at the vector of {name}" for name, each in held_out.get("other_vectors", {}).items()
+    )
     return (
         f"{trained}; on {held_out['pairs']:,} held-out pairs accuracy {found[reference]:.3f} ± {error:.3f} with "
         f"reference {reference} ({found['untrained']:.3f} before training, {found['shorter']:.3f} by the shorter "
-        f"one), margin {held_out['margin'][reference]:.3g} nats, calibration error "
+        f"one{others}), margin {held_out['margin'][reference]:.3g} nats, calibration error "
         f"{held_out['calibration']['expected_error']:.3f}"
     )
 
 
 def configuration_lines(config: TrainConfig, results: Sequence[Mapping[str, Any]]) -> str:
     """The part of a configuration that uses the principals."""
-    weight = f"{1 / len(results):.3g}"
+    weight = f"{1 / sum(len(facts['objectives']) for facts in results):.3g}"
     lines = ["base:", f"  model: {config.base.model}", "principals:"]
     for facts in results:
-        name, reference = facts["name"], best_reference(facts)
-        kind = "tuned_pair" if facts["loss"] == Loss.DPO else "arm"
-        adapter = f"{config.output.path.rstrip('/')}/{name}"
-        lines.append(f"  {name}: {{kind: {kind}, adapter: {adapter}, reference: {reference}, weight: {weight}}}")
+        kind = {Loss.DPO: "tuned_pair", Loss.PREFERENCE_ARM: "preference_arm"}.get(facts["loss"], "arm")
+        adapter = f"{config.output.path.rstrip('/')}/{facts['name']}"
+        for objective in facts["objectives"]:
+            reference = best_reference(facts["held_out"].get(objective), facts["loss"])
+            of_all = f", objective: {objective}" if kind == "preference_arm" else ""
+            section = f"kind: {kind}, adapter: {adapter}{of_all}, reference: {reference}, weight: {weight}"
+            lines.append(f"  {objective}: {{{section}}}")
     return "\n".join(lines)
 
 
 def render_report(config: TrainConfig, data: TrainingData, results: Sequence[Mapping[str, Any]]) -> str:
     """The report as Markdown."""
     parts = ["# Trained principals", ""]
-    parts += [f"- {describe_result(facts)}" for facts in results]
+    parts += [f"- {line}" for facts in results for line in describe_results(facts)]
     parts += ["", "## In a configuration", "", "```yaml", configuration_lines(config, results), "```", ""]
     for facts in results:
-        if facts["held_out"] is not None:
-            parts += [f"## {facts['name']}", "", *_measurements(facts["held_out"]), *_examples(facts["held_out"])]
+        for objective, held_out in facts["held_out"].items():
+            parts += [f"## {objective}", "", *_measurements(held_out), *_examples(held_out)]
     parts += ["## Data", "", f"- {len(data.train):,} pairs to train on, {len(data.held_out):,} held out, by prompt"]
     parts += [f"- {line}" for line in (*data.drops.describe(), *data.notes)]
     return "\n".join(parts) + "\n"
