@@ -356,6 +356,27 @@ def test_a_store_that_does_not_answer_is_a_storage_error_within_bounds(monkeypat
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_file_system_that_takes_no_folders_is_refused_in_one_line() -> None:
     with pytest.raises(
-        StorageError, match=r"^cannot make the folder /proc/runs: its file system takes no new folders$"
+        ConfigurationError, match=r"^cannot make the folder /proc/runs: its file system takes no new folders$"
     ):
         open_store("/proc/runs").create("_plan.json", b"{}")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file", r"file is a file; a folder is needed$"),
+        ("file/run", r"file is a file; a folder is needed, so it cannot hold 'run'$"),
+        ("file/a/b", r"file is a file; a folder is needed, so it cannot hold 'a/b'$"),
+        ("link", r"link is a link to '/no/where', which does not exist$"),
+        ("link/run", r"link is a link to '/no/where', which does not exist$"),
+        ("a" * 300, r"^no folder can be at '.*: file name too long$"),
+        ("loop/run", r"^no folder can be at '.*: too many levels of symbolic links$|loop is a link to"),
+    ],
+)
+def test_a_place_that_cannot_be_a_folder_is_refused_in_one_line(tmp_path: Path, place: str, said: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("/no/where")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigurationError, match=said) as refused:
+        open_store(str(tmp_path / place))
+    assert "\n" not in str(refused.value)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import StorageError
+from pipeline.errors import ConfigurationError, StorageError
+from pipeline.quoting import quote
 from pipeline.stores.addresses import NAME, as_storage_error, check_name
 from pipeline.stores.retries import retried
 
@@ -143,13 +144,38 @@ class LocalStore:
             temporary.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ConfigurationError where a path is no folder and cannot become one.
+
+    Args:
+        folder: an absolute path.
+    """
+    try:
+        for place in (folder, *folder.parents):
+            if place.is_dir():
+                return
+            if place.exists():
+                within = "" if place == folder else f", so it cannot hold {quote(str(folder.relative_to(place)))}"
+                raise ConfigurationError(f"{place} is a file; a folder is needed{within}")
+            if place.is_symlink():
+                raise ConfigurationError(f"{place} is a link to {quote(os.readlink(place))}, which does not exist")
+    except OSError as error:  # a name that is too long, a loop of links, a folder that may not be looked into
+        reason = error.strerror or type(error).__name__
+        raise ConfigurationError(f"no folder can be at {quote(str(folder))}: {reason.lower()}") from None
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise StorageError(f"cannot write to {folder}: it is not a folder") from None
+        raise ConfigurationError(f"cannot write to {folder}: it is not a folder") from None
     except FileNotFoundError:  # /proc says so; for the callers it means that a file has not been written yet
-        raise StorageError(f"cannot make the folder {folder}: its file system takes no new folders") from None
+        raise ConfigurationError(f"cannot make the folder {folder}: its file system takes no new folders") from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.EROFS):
+            raise
+        reason = (error.strerror or "").lower()
+        raise ConfigurationError(f"cannot make the folder {folder}: {reason}") from None
     _sync_folder(folder.parent)
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 
 from pipeline.errors import ConfigurationError
 from pipeline.stores.addresses import split_address
-from pipeline.stores.local_store import LocalStore
+from pipeline.stores.local_store import LocalStore, check_folder
 from pipeline.stores.object_store import ObjectStore
 
 __all__ = ["LocalStore", "ObjectStore", "Store", "open_store"]
@@ -84,12 +84,12 @@ def open_store(path: str) -> Store:
         path: a local folder, file:///folder, s3://bucket/folder or gs://bucket/folder.
 
     Raises:
-        ConfigurationError: an unknown scheme, no bucket, or a file where a folder is expected.
+        ConfigurationError: an unknown scheme, no bucket, a file where a folder is expected, or a path that no folder
+            can have.
     """
     scheme, address = split_address(path)
     if scheme is not None:
         return ObjectStore(scheme=scheme, root=address)
     folder = Path(address).absolute()  # a later chdir must not move the run
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{path} is a file; a folder is needed")
+    check_folder(folder)
     return LocalStore(folder)
