@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from support import tiny_models
@@ -10,7 +11,7 @@ from support.chat_templates import FAMILIES, GEMMA2, LLAMA32, NAMED, PHI3_MINI, 
 from support.decoding import NOWHERE, ask
 
 from jobs.commands import plan_prompts
-from jobs.commands.plan_prompts import describe_prompts
+from jobs.commands.plan_prompts import describe_context, describe_prompts
 from pipeline.config.files import parse_config
 from pipeline.errors import RowError
 from pipeline.runtime.assembly import load_assembly
@@ -25,14 +26,14 @@ KIND = {"kind": {"kind": "prompted", "principle": "be kind"}}
 def planned(tmp_path):
     """planned(template, principals, rows) is the plan of a run and of its replica."""
 
-    def make(template, principals=KIND, rows=({"prompt": "hello"},), base=None, decoding=None):
+    def make(template, principals=KIND, rows=({"prompt": "hello"},), base=None, decoding=None, response=None):
         tokenizer = tiny_models.make_tokenizer(chat_template=template)
         tokenizer.add_special_tokens({**NAMED, "additional_special_tokens": list(SPECIAL)})
         folder = tiny_models.make_model(tmp_path / "model", tokenizer=tokenizer)
         (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = parse_config(
             {
-                "input": {"path": str(tmp_path / "in.jsonl")},
+                "input": {"path": str(tmp_path / "in.jsonl"), "response": response},
                 "output": {"path": str(tmp_path / "run")},
                 "base": {"model": str(folder), **(base or {})},
                 "principals": principals,
@@ -149,3 +150,59 @@ def test_tools_are_in_the_prompt_that_is_shown(planned):
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     rows = [{"messages": [{"role": "user", "content": "hello"}], "tools": [tool]}]
     assert '{"type": "function", "function": {"name": "weather"' in describe_prompts(*planned(template, {}, rows))
+
+
+def test_the_plan_says_how_rows_fit_into_the_context(planned):
+    rows = [
+        {"prompt": "a" * 100, "answer": "b" * 20},
+        {"prompt": "a" * 450, "answer": "b" * 20},  # leaves less than 60 tokens of 512
+        {"prompt": "a" * 495, "answer": "b" * 20},  # and less than the answer
+        {"prompt": "a" * 600, "answer": "b" * 20},
+    ]
+    limit = {"max_new_tokens": 60}
+    shown = describe_prompts(*planned(tiny_models.CHAT_TEMPLATE, {}, rows[:1], decoding=limit))
+    assert "context   all 1 rows fit, with max_new_tokens (60)" in shown
+    plan, replica = planned(tiny_models.CHAT_TEMPLATE, {}, rows, decoding=limit, response="answer")
+    context = describe_context(plan, replica, PromptPreviewer(replica))
+    assert context.startswith("of all 4 rows 1 (25 %) fail, the first because the prompt has ")
+    assert (
+        "; 2 (50 %) have less than max_new_tokens (60) left in some context, so their answers may be cut" in context
+    )
+    assert context.endswith(
+        "; 1 (25 %) have an existing answer that does not fit into some context and is not compared"
+    )
+
+
+def test_of_a_large_input_rows_from_all_over_are_looked_at(planned):
+    rows = [{"prompt": "a" * (600 if at == 930 else 9)} for at in range(1000)]
+    plan, replica = planned(tiny_models.CHAT_TEMPLATE, {}, rows)
+    plan = replace(
+        plan, shards=[replace(plan.shards[0], index=at, start=10 * at, stop=10 * at + 10) for at in range(100)]
+    )
+    monitored = []
+
+    class Reader:
+        shards, num_rows = plan.shards, 1000
+
+        def read_shard(self, index):
+            monitored.append(index)
+            yield from [ask("x", "hello")] * 10
+
+    context = describe_context(Reader(), replica, PromptPreviewer(replica))
+    assert context.startswith("100 rows from all over the input fit")
+    assert len(monitored) == 20
+    assert max(monitored) >= 90
+
+
+def test_the_plan_says_which_columns_are_read_and_for_what(planned, tmp_path):
+    planned(tiny_models.CHAT_TEMPLATE, rows=[{"prompt": "hello", "key": "a", "topic": 3, "old": "b"}])
+    tree = {
+        "input": {"path": str(tmp_path / "in.jsonl"), "id": "key", "response": "old"},
+        "output": {"path": str(tmp_path / "run")},
+        "base": {"model": str(tmp_path / "model")},
+        "principals": KIND,
+    }
+    columns = prepare(parse_config(tree), NOWHERE).notes[0]
+    assert columns == "columns: prompt (the prompt), key (row ids), old (the existing answer); not read: topic"
+    unnamed = parse_config({**tree, "input": {"path": str(tmp_path / "in.jsonl")}})
+    assert "rows are named by file and number" in prepare(unnamed, NOWHERE).notes[0]

@@ -82,7 +82,8 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         f"of at most {plan.rows_per_shard:,} rows" + (f", {answers:,} answers per row" if answers > 1 else ""),
         _rule(config)
         + (f"top {decoding.candidates} of the base" if decoding.candidates != "all" else "full vocabulary")
-        + f", at most {decoding.max_new_tokens:,} tokens per row, {decoding.reproducibility}",
+        + f", at most {decoding.max_new_tokens:,} tokens per row, {decoding.reproducibility} reproducibility",
+        *_agent_temperature(config),
         "",
         _principals(config, replica),
         *_on_text(replica),
@@ -94,8 +95,9 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         "",
         _placement(replica),
         f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
-        + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots each"),
-        f"digest    {plan.digest}",
+        + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots")
+        + " each" * (cluster.replicas != 1),
+        f"digest    {plan.digest[:16]}, of everything that changes answers",
     ]
     return "\n".join(lines)
 
@@ -112,6 +114,20 @@ def _rule(config: Config) -> str:
         f"grid      {len(variants):,} variants of rules {', '.join(rules)}, agent temperatures "
         f"{', '.join(temperatures)} and {len(vectors):,} weight vector{'s' * (len(vectors) != 1)}; "
     )
+
+
+def _agent_temperature(config: Config) -> list[str]:
+    """What the agent temperature means, where one is used."""
+    variants = [variant for variant in lay_out(config) if variant.rule.uses_principals]
+    if not variants or not config.principals:
+        return []
+    found = list(dict.fromkeys(f"{variant.agent_temperature:g}" for variant in variants))
+    is_default = not config.grid.agent_temperatures and "agent_temperature" not in config.decoding.model_fields_set
+    costs = f"{' or '.join(found)} nats of weighted reward"
+    return [
+        f"          agent temperature: one nat of KL to the base costs the agent {costs}"
+        + (" (the default; lower steers more)" if is_default else "; lower steers more")
+    ]
 
 
 def _where(config: Config) -> str:
@@ -166,12 +182,17 @@ def _hosts(replica: ReplicaPlan) -> str:
         [
             plan.name,
             printable(plan.model.model),
-            f"{describe_model(spec.source).num_parameters / 1e6:,.0f} M",
+            _millions(describe_model(spec.source).num_parameters),
             ", ".join(role.name + (f" ({role.adapter})" if role.adapter else "") for role in plan.roles),
         ]
         for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
     ]
-    return table(["host", "model", "parameters", "roles, in one forward pass a step"], rows)
+    return table(["host", "model", "parameters", "roles (one forward pass per step)"], rows)
+
+
+def _millions(count: int) -> str:
+    millions = count / 1e6
+    return f"{millions:,.0f} M" if millions >= 10 else f"{millions:.1f} M"
 
 
 def _decoding(replica: ReplicaPlan) -> list[str]:
@@ -230,6 +251,7 @@ def _placement_row(plan: HostPlan, spec: HostSpec, config: Config) -> list[str]:
     cache_rows = len(plan.roles) * config.cluster.first_slots
     per_token = description.kv_bytes_per_token(dtype) * cache_rows
     gpus = plan.model.resources.num_gpus
+    longest = _limit_tokens(description, config)
     return [
         plan.name,
         plan.model.device,
@@ -238,7 +260,7 @@ def _placement_row(plan: HostPlan, spec: HostSpec, config: Config) -> list[str]:
         dtype + (" (auto)" if plan.model.dtype == "auto" else ""),
         size(description.weight_bytes(dtype)),
         f"{size(per_token)} ({cache_rows} rows)",
-        size(per_token * _limit_tokens(description, config)),
+        f"{size(per_token * longest)} ({longest:,} tokens)",
     ]
 
 

@@ -23,6 +23,26 @@ SHOWN_FILES = 10
 OF_THE_RUN = {"temperature": "temperature", "top_p": "top_p", "n": "n"}
 
 
+def describe_columns(source: InputSource) -> str:
+    """Which columns of the first file are read and for what, and which ones are not read."""
+    columns = source.columns
+    read = {
+        columns.prompt: "the prompt",
+        columns.messages: "the conversation",
+        columns.id: "row ids",
+        columns.response: "the existing answer",
+        columns.weights: "weights by principal",
+    }
+    used = {name: use for name, use in read.items() if name is not None}
+    shown = [f"{_column(name)} ({use})" for name, use in used.items()]
+    if columns.id is None and columns.body is None:
+        shown.append("no column of ids, so rows are named by file and number")
+    kept = () if source.kept is None else (field.name for field in source.kept)
+    others = {columns.tools, columns.template_kwargs, columns.body, *columns.format_columns, *kept}
+    not_read = [name for name in source.column_names if name not in used and name not in others]
+    return f"columns: {', '.join(shown)}" + (f"; not read: {_listed(not_read)}" if not_read else "")
+
+
 def describe_input(source: InputSource, config: Config) -> tuple[str, ...]:
     """Notes on an input, one line each. All of a batch file is read, of other inputs the first rows.
 
@@ -42,6 +62,15 @@ def _on_files(source: InputSource) -> Iterator[str]:
         shown = ", ".join(quote(name) for name in source.not_read[:SHOWN_FILES])
         more = len(source.not_read) - SHOWN_FILES
         yield f"not read: {shown}" + (f" and {more:,} more" if more > 0 else "") + " (no input by their names)"
+
+
+def _column(name: str) -> str:
+    return quote(name)[1:-1]
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN_FILES
+    return ", ".join(map(_column, names[:SHOWN_FILES])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _on_kept(source: InputSource) -> Iterator[str]:

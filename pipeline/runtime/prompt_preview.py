@@ -29,6 +29,19 @@ class PromptPreview:
     special_tokens: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class ContextFit:
+    """How a row fits into the contexts of its roles.
+
+    Args:
+        left: tokens that fit after the prompt in every context; None where no model states a limit.
+        existing: tokens of the existing answer; 0 without one.
+    """
+
+    left: int | None
+    existing: int
+
+
 class PromptPreviewer:
     """Writes prompts as a run would, with what is known of it before models are loaded.
 
@@ -61,12 +74,20 @@ class PromptPreviewer:
 
     def prompts(self, row: Row) -> dict[str, PromptPreview]:
         """The prompts of a row, by role. Raises RowError where a role cannot read it."""
+        return {name: self._preview(name, ids) for name, ids in self._encode(row).items()}
+
+    def fit(self, row: Row) -> ContextFit:
+        """How much of every context a row leaves. Raises RowError where a role cannot read it."""
+        prompts = self._encode(row)
+        existing = self._prompter.encode_existing(row, prompts)[0] if row.response is not None else ()
+        return ContextFit(self._prompter.context_left(prompts), len(existing))
+
+    def _encode(self, row: Row) -> dict[str, list[int]]:
         if row.error is not None:
             raise RowError(row.error)
         own = {name: weight for name, weight in (row.weights or {}).items() if weight is not None}
         weights = {**self._replica.topology.weights, **own}
-        prompts = self._prompter.encode(row.messages, weights, row.tools, self._prompter.kwargs_of(row))
-        return {name: self._preview(name, ids) for name, ids in prompts.items()}
+        return self._prompter.encode(row.messages, weights, row.tools, self._prompter.kwargs_of(row))
 
     def _preview(self, role: str, ids: list[int]) -> PromptPreview:
         host = self._replica.topology.roles[role].host

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from pipeline.config.sections import Config, Reproducibility, Transport
 from pipeline.errors import CageError, ConfigurationError, RunMismatch, StorageError
 from pipeline.garbage import collection_paused
-from pipeline.inputs.notes import describe_input
+from pipeline.inputs.notes import describe_columns, describe_input
 from pipeline.inputs.source import InputSource
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.progress import Notices, ProgressLine
@@ -104,7 +104,7 @@ def prepare(
         ConfigurationError: the input, a model or the output cannot be used.
     """
     source = source or open_planned_input(config)
-    notes = describe_input(source, config)
+    notes = (describe_columns(source), *describe_input(source, config))
     scorers = _scorers(config, cache_folder, progress)
     models = resolve_models(config, cache_folder, progress=progress)
     identities = {**models.identities, **({} if scorers is None else scorers.identities())}

@@ -158,7 +158,7 @@ def check_folder(folder: Path) -> None:
                 within = "" if place == folder else f", so it cannot hold {quote(str(folder.relative_to(place)))}"
                 raise ConfigurationError(f"{place} is a file; a folder is needed{within}")
             if place.is_symlink():
-                raise ConfigurationError(f"{place} is a link to {quote(os.readlink(place))}, which does not exist")
+                raise ConfigurationError(f"{place} is a link to {quote(str(place.readlink()))}, which does not exist")
     except OSError as error:  # a name that is too long, a loop of links, a folder that may not be looked into
         reason = error.strerror or type(error).__name__
         raise ConfigurationError(f"no folder can be at {quote(str(folder))}: {reason.lower()}") from None
@@ -172,7 +172,7 @@ def _make_folder(folder: Path) -> None:
     except FileNotFoundError:  # /proc says so; for the callers it means that a file has not been written yet
         raise ConfigurationError(f"cannot make the folder {folder}: its file system takes no new folders") from None
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
         reason = (error.strerror or "").lower()
         raise ConfigurationError(f"cannot make the folder {folder}: {reason}") from None

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from pipeline.errors import ConfigurationError
 from pipeline.stores.addresses import split_address
 from pipeline.stores.local_store import LocalStore, check_folder
 from pipeline.stores.object_store import ObjectStore
