@@ -12,11 +12,15 @@ from support.decoding import ask, config_of, engine_of
 from support.families import make_family
 from support.language_models import ADAPTER_ROLES, spec_of
 
-from pipeline.attention.states import bytes_per_row
+from jobs.commands.plan import run_plan
+from pipeline.attention.states import bytes_per_row, cache_of_config
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, StateLost
+from pipeline.hub.descriptions import recurrent_config
+from pipeline.hub.sources import resolve_model
 from pipeline.protocol.messages import Admission, Position, Step
 from pipeline.protocol.topology import HostRole
+from pipeline.quoting import size
 from pipeline.worker import recurrent_runner
 from pipeline.worker.hosts import LanguageModelHost
 from pipeline.worker.loading import load_language_model
@@ -288,3 +292,23 @@ def test_rows_of_a_fixed_pass_stand_in_places_of_their_own():
     assert batch.lengths == [1, 5, 1, 1, 9, 1]
     assert batch.tokens == [0, 80, 0, 0, 70, 0]
     assert batch.slots == [0, 1, 0, 0, 2, 0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_plan_knows_what_a_models_cache_will_hold_without_its_weights(runner_of, folder_of, name):
+    config = recurrent_config(resolve_model(str(folder_of(name)), cache_folder=folder_of(name)))
+    assert cache_of_config(config, "float32") == runner_of(name, num_slots=1)._passes._cached
+
+
+def test_a_plan_shows_states_of_all_rows_and_of_what_is_kept(folder_of, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n')
+    (tmp_path / "job.yaml").write_text(
+        f"input: {{path: {tmp_path}/in.jsonl}}\noutput: {{path: {tmp_path}/out}}\n"
+        f"base: {{model: {folder_of('mamba')}}}\ncluster: {{slots: 4, transport: local}}\n"
+        "principals: {kind: {kind: prompted, principle: Be kind., weight: 0.5}}\n"
+    )
+    run_plan(tmp_path / "job.yaml", [])
+    shown = capsys.readouterr().out
+    # two roles of four slots and two kept rows each: a state of 128 x (4 + 8) numbers in each of two layers
+    assert size(2 * (4 + 2) * 2 * 128 * (4 + 8) * 4) in shown.split("at the limit  states")[1]
+    assert "0 B (12 rows)" in shown  # no keys at all

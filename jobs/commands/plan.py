@@ -9,21 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.commands.job_files import load_job
+from jobs.commands.plan_memory import placement
 from jobs.commands.plan_prompts import describe_prompts
 from jobs.commands.text import printable, table
 from pipeline.config.sections import Config, Transport
 from pipeline.config.variants import lay_out
-from pipeline.hub.descriptions import ModelDescription, describe_model
+from pipeline.hub.descriptions import describe_model
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.families import PLAIN, ROW_BY_ROW
 from pipeline.hub.generation_settings import unobeyed_settings
 from pipeline.hub.tokenizers import listed_tokens
 from pipeline.principals.section import TUNED
-from pipeline.protocol.specs import HostSpec
-from pipeline.protocol.topology import HostPlan, PrincipalPlan, Scoring
-from pipeline.quoting import size
+from pipeline.protocol.topology import PrincipalPlan, Scoring
 from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica
-from pipeline.sections import ModelConfig
 from pipeline.stages.relabel import prepare
 from pipeline.storage.plan import Plan
 from pipeline.training.settings import TrainConfig
@@ -93,7 +91,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         *_masked(replica),
         *_unobeyed(replica),
         "",
-        _placement(replica),
+        placement(replica),
         f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
         + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots")
         + " each" * (cluster.replicas != 1),
@@ -233,46 +231,3 @@ def _unobeyed(replica: ReplicaPlan) -> list[str]:
         f"generation_config.json of base says {', '.join(shown)}; that is not obeyed, decoding says how tokens are "
         "drawn"
     ]
-
-
-def _placement(replica: ReplicaPlan) -> str:
-    rows = [
-        _placement_row(plan, spec, replica.config)
-        for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
-    ]
-    return table(
-        ["host", "device", "CPUs", "GPUs", "dtype", "weights", "KV cache per token", "KV cache at the limit"], rows
-    )
-
-
-def _placement_row(plan: HostPlan, spec: HostSpec, config: Config) -> list[str]:
-    description = describe_model(spec.source)
-    dtype = _dtype(plan.model)
-    cache_rows = len(plan.roles) * config.cluster.first_slots
-    per_token = description.kv_bytes_per_token(dtype) * cache_rows
-    gpus = plan.model.resources.num_gpus
-    longest = _limit_tokens(description, config)
-    return [
-        plan.name,
-        plan.model.device,
-        f"{plan.model.resources.num_cpus:g}",
-        "auto" if gpus is None else f"{gpus:g}",
-        dtype + (" (auto)" if plan.model.dtype == "auto" else ""),
-        size(description.weight_bytes(dtype)),
-        f"{size(per_token)} ({cache_rows} rows)",
-        f"{size(per_token * longest)} ({longest:,} tokens)",
-    ]
-
-
-def _dtype(model: ModelConfig) -> str:
-    """The dtype that "auto" becomes; on a machine that plans for others, bfloat16 where a GPU is asked for."""
-    if model.dtype != "auto":
-        return model.dtype
-    wants_gpu = model.device.startswith("cuda") or bool(model.resources.num_gpus)
-    return "bfloat16" if wants_gpu else "float32"
-
-
-def _limit_tokens(description: ModelDescription, config: Config) -> int:
-    """Tokens of the longest row that is certain to fit: its answer, and a prompt of up to 1,024 tokens."""
-    longest = config.decoding.max_new_tokens + 1024
-    return min(longest, description.context_length or longest)

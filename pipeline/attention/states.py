@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -100,6 +100,23 @@ def learn_states(model: Any) -> tuple[CachedLayer, ...]:
     if not any(layer.states for layer in found[0]):
         raise NotServed("its layers keep their states elsewhere than in transformers' cache")
     return found[0]
+
+
+def cache_of_config(config: Any, dtype: str) -> tuple[CachedLayer, ...]:
+    """What the cache of a model with this configuration would hold, by layer; no weights are made.
+
+    Args:
+        config: of transformers, of a family that transformers ships.
+        dtype: of the weights, such as "bfloat16".
+
+    Raises:
+        NotServed: it would hold what slots cannot.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    if type(model)._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")  # which reads no numbers: there are none
+    return learn_states(model.eval())
 
 
 def _describe(layer: Any) -> CachedLayer:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline.errors import ConfigurationError
-from pipeline.hub.model_facts import read_model_facts
+from pipeline.hub.families import is_served, keeps_states
+from pipeline.hub.model_facts import as_mapping, load_model_config, read_model_facts, states_everything
 from pipeline.hub.sources import ModelSource
 
 BYTES_BY_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,7 +29,10 @@ def stored_bytes(num_parameters_by_dtype: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """Sizes of a model. Of attention with a window or a compressed cache, the KV cache is an upper bound."""
+    """Sizes of a model. Of attention with a window or a compressed cache, the KV cache is an upper bound.
+
+    Models without attention have no layers of it, and no heads.
+    """
 
     architecture: str
     num_parameters: int
@@ -61,6 +66,8 @@ class ModelDescription:
 def describe_model(source: ModelSource) -> ModelDescription:
     """Describe a resolved model. Raises ConfigurationError where its configuration lacks what is needed."""
     facts = read_model_facts(source)
+    if facts.num_kv_heads is None and is_served(facts.model_type):
+        facts = replace(facts, num_layers=0, num_kv_heads=0, head_dim=0)
     if facts.num_layers is None or facts.num_kv_heads is None or facts.head_dim is None:
         raise ConfigurationError(
             f"{source.name} ({facts.model_type}) does not state layers and attention heads; a decoder-only "
@@ -77,3 +84,14 @@ def describe_model(source: ModelSource) -> ModelDescription:
         context_length=facts.context_length,
         vocab_size=facts.vocab_size,
     )
+
+
+def recurrent_config(source: ModelSource) -> Any:
+    """The transformers configuration of a resolved model whose rows have states; None of another model.
+
+    Code that a model brings is not run: whether such a model keeps states is seen when it is loaded.
+    """
+    if source.trust_remote_code or states_everything(source):
+        return None
+    config = load_model_config(source)
+    return config if keeps_states(as_mapping(config)) else None

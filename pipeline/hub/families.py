@@ -74,6 +74,12 @@ def family_named(model_type: str | None) -> ServedFamily | None:
     return read_table().families.get(str(model_type))
 
 
+def is_served(model_type: str) -> bool:
+    """Whether the table has a family and it is decoded, in slots or row by row."""
+    family = family_named(model_type)
+    return family is not None and family.decoding != REFUSED
+
+
 def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
     """Why a model with this configuration is not decoded in slots, as far as a configuration tells; None: no reason.
 

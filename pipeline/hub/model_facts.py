@@ -107,6 +107,11 @@ def read_model_facts(source: ModelSource) -> ModelFacts:
     return stated if stated is not None else facts_of_config(load_model_config(source), source.name)
 
 
+def states_everything(source: ModelSource) -> bool:
+    """Whether config.json alone states the facts of a model: it is of a common family, whose layers only attend."""
+    return _stated_facts(read_json(LocalTree(Path(source.path)), CONFIG)) is not None
+
+
 def facts_of_config(config: Any, name: str) -> ModelFacts:
     """The facts that a transformers configuration holds. Raises ConfigurationError where it is no language model."""
     try:
@@ -170,6 +175,14 @@ def context_length(config: Any) -> int | None:
 def text_config(config: Any) -> Any:
     """The language model's part of a transformers configuration, of a multimodal model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def as_mapping(config: Any) -> Mapping[str, Any]:
+    """The text part of a transformers configuration, with the defaults of its class."""
+    text = text_config(config)
+    # some classes compute these, and do not write them
+    computed = {name: stated(text, name) for name in ("layer_types", "layers_block_type")}
+    return {**text.to_dict(), **{name: value for name, value in computed.items() if value is not None}}
 
 
 def reason_of(error: Exception) -> str:

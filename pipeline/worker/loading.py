@@ -17,7 +17,7 @@ from pipeline.attention.transfers import on_device
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import PLAIN, SLOTS, keeps_states, rope_settings, why_not_in_slots
-from pipeline.hub.model_facts import stated, text_config
+from pipeline.hub.model_facts import as_mapping
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapter_files import add_adapters, at_own_preference
@@ -349,14 +349,6 @@ def exact_context(config: Any) -> int | None:
     elif "dynamic" not in kinds:
         return None
     return next((int(each) for each in stated_by if isinstance(each, int)), None)
-
-
-def as_mapping(config: Any) -> Mapping[str, Any]:
-    """The text part of a transformers configuration, with the defaults of its class."""
-    text = text_config(config)
-    # some classes compute these, and do not write them
-    computed = {name: stated(text, name) for name in ("layer_types", "layers_block_type")}
-    return {**text.to_dict(), **{name: value for name, value in computed.items() if value is not None}}
 
 
 def pick_device(device: str) -> torch.device:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.hub.families import SLOTS, family_named, why_layers_differ, why_not_in_slots
-from pipeline.worker.loading import as_mapping
+from pipeline.hub.model_facts import as_mapping
 from pipeline.worker.plain_runner import PlainPasses
 from pipeline.worker.token_holes import without_holes
 

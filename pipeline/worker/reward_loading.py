@@ -15,7 +15,7 @@ from pipeline.attention.branches import ATTENTION
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import why_layers_differ
-from pipeline.hub.model_facts import context_length, text_config
+from pipeline.hub.model_facts import as_mapping, context_length, text_config
 from pipeline.hub.reward_heads import choose_output
 from pipeline.hub.sources import fetch_weights
 from pipeline.protocol.messages import Admission, Step
@@ -28,7 +28,7 @@ from pipeline.worker.branch_runner import BranchRunner
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
 from pipeline.worker.experts import pad_experts
 from pipeline.worker.head_scorer import HeadScorer, RoleHead
-from pipeline.worker.loading import as_mapping, exact_context, pick_device, pick_dtype, why_not_strict
+from pipeline.worker.loading import exact_context, pick_device, pick_dtype, why_not_strict
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import probe_tokens, small_limits
 from pipeline.worker.scoring_models import ScoringModel, load_scoring_model, load_value_head

@@ -14,7 +14,7 @@ from pipeline.attention.branches import ATTENTION, Branch, Reading, RowCache
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import why_layers_differ
-from pipeline.hub.model_facts import context_length, text_config
+from pipeline.hub.model_facts import as_mapping, context_length, text_config
 from pipeline.hub.retokeniser import Retokeniser
 from pipeline.hub.token_bytes import ByteIndex, token_bytes
 from pipeline.protocol.specs import HostSpec
@@ -26,7 +26,7 @@ from pipeline.worker.branch_runner import BranchRunner
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
 from pipeline.worker.experts import pad_experts
 from pipeline.worker.head_scorer import HeadScorer, RoleHead
-from pipeline.worker.loading import as_mapping, exact_context, pick_device, pick_dtype, why_not_strict
+from pipeline.worker.loading import exact_context, pick_device, pick_dtype, why_not_strict
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import NUM_STEPS, TOLERANCE, plain_logprobs, probe_tokens, small_limits
 from pipeline.worker.text_scorer import TextScorer
