@@ -29,18 +29,24 @@ class Section(BaseModel):
 class Resources(Section):
     """What Ray reserves for one host. `num_gpus: null` means one GPU where the device is a GPU."""
 
-    num_cpus: float = Field(1, ge=0)
-    num_gpus: float | None = Field(None, ge=0)
+    num_cpus: float = Field(1, ge=0, description="CPU cores")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs; a share lets several hosts use one; null: one where the device is a GPU"
+    )
 
 
 class ModelConfig(Section):
     """One set of weights."""
 
     model: str = Field(min_length=1, description=f"folder, hub id, s3:// folder, or {EMBEDDED_MODEL}")
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    trust_remote_code: bool = False
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the weights; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one; cpu, cuda or cuda:N"
+    )
     resources: Resources = Resources()
     attention: Literal["auto", "slots", "plain"] = Field(
         "auto",

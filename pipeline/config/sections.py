@@ -59,6 +59,10 @@ InputFormat = Literal[
 ]
 
 
+def as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class InputConfig(Section):
     """Where the prompts are: Parquet, JSONL, OpenAI batch JSONL, a folder of them, or a `datasets` name."""
 
@@ -107,10 +111,6 @@ class OutputConfig(Section):
     rows_per_shard: int = Field(256, ge=1, le=1_000_000, description="rows in one output file, the unit of commit")
 
 
-def as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Marker = Annotated[str, Field(min_length=1)]
 
@@ -149,7 +149,7 @@ class ThinkingConfig(Section):
 class DecodingConfig(Section):
     """How a row is decoded. Every field changes results and is part of the fingerprint."""
 
-    rule: RuleName = RuleName.EQUILIBRIUM
+    rule: RuleName = Field(RuleName.EQUILIBRIUM, description="how base and principals become one policy")
     agent_temperature: float = Field(0.1, gt=0, description="tau, in nats of weighted reward")
     unit: Unit = Field(
         Unit.TOKEN,
@@ -172,14 +172,24 @@ class DecodingConfig(Section):
     )
     candidates: Annotated[int, Field(ge=1)] | Literal["all"] = Field(50, description="top-k of the base, or all")
     min_p: float = Field(0.0, ge=0, lt=1, description="drop candidates below min_p times the most likely one")
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens, reasoning included")
     temperature: float = Field(1.0, ge=0, description="of the final draw; 0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)] = ()
+    top_p: float = Field(1.0, gt=0, le=1, description="the final draw is from the fewest tokens with this mass")
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)] = Field(
+        (), description="texts that end an answer and are no part of it; special tokens among them stop, too"
+    )
     n: int = Field(1, ge=1, le=1024, description="samples per prompt")
-    seed: int = Field(0, ge=0, lt=2**63)
-    reproducibility: Reproducibility = Reproducibility.STRICT
-    trace: Trace = Trace.SUMMARY
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of all draws, which are keyed by it, the row's id and the sample"
+    )
+    reproducibility: Reproducibility = Field(
+        Reproducibility.STRICT,
+        description="strict: a row's bits depend on nothing but the row, these settings and the kind of machine; "
+        "relaxed: faster on some machines",
+    )
+    trace: Trace = Field(
+        Trace.SUMMARY, description="numbers by answer (summary), also by token (tokens), or rewards alone (none)"
+    )
     thinking: ThinkingConfig = ThinkingConfig()
 
     @model_validator(mode="after")
@@ -238,8 +248,10 @@ class GridConfig(Section):
     weights: tuple[dict[str, Weight], ...] | SimplexConfig = Field(
         (), description="weight vectors {principal: weight}, or {step: 0.25} for a grid on the simplex"
     )
-    rules: tuple[RuleName, ...] = ()
-    agent_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    rules: tuple[RuleName, ...] = Field((), description="each answers every prompt; empty: decoding.rule")
+    agent_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="in nats of weighted reward; empty: decoding.agent_temperature"
+    )
 
     @property
     def is_empty(self) -> bool:
@@ -249,13 +261,13 @@ class GridConfig(Section):
 class ClusterConfig(Section):
     """Where it runs. Nothing here changes results."""
 
-    transport: Transport = Transport.RAY
+    transport: Transport = Field(Transport.RAY, description="over Ray, or local: one process without Ray")
     address: str | None = Field(None, description="Ray address; null starts a local cluster")
-    replicas: int = Field(1, ge=1, le=4096)
+    replicas: int = Field(1, ge=1, le=4096, description="copies of all hosts, which share the shards")
     slots: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
         16, description="rows decoded at once per replica; auto: as many as there is memory for"
     )
-    coordinator_cpus: float = Field(0.5, ge=0)
+    coordinator_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray reserves for a coordinator")
     start_timeout_s: float = Field(600.0, gt=0, description="wait for resources and models")
     step_timeout_s: float = Field(300.0, gt=0, description="wait for one answer of a host")
     stall_timeout_s: float = Field(

@@ -18,9 +18,9 @@ KEY_COLUMNS = ("row_id", "variant", "sample", "_errors")
 class BootstrapConfig(Section):
     """Intervals by resampling prompts with replacement."""
 
-    samples: int = Field(1000, ge=100, le=100_000)
-    confidence: float = Field(0.95, gt=0, lt=1)
-    seed: int = Field(0, ge=0, lt=2**63)
+    samples: int = Field(1000, ge=100, le=100_000, description="resamplings of the prompts")
+    confidence: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the resampling")
 
 
 class EvaluationConfig(Section):

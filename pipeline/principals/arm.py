@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.principals.section import REFERENCE, TUNED, PrincipalSection, RoleRequest, log_ratio
 from pipeline.sections import ModelConfig, ReferenceConfig, model_from_name
@@ -31,7 +31,7 @@ class ArmPrincipal(PrincipalSection):
     )
     kind: Literal["arm"]
     model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
-    adapter: str | None = None
+    adapter: str | None = Field(None, description="folder, hub id or address of a PEFT LoRA adapter")
     reference: Annotated[
         ReferenceConfig | Literal["backbone", "none"] | None, BeforeValidator(_reference_from_name)
     ] = None

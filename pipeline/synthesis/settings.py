@@ -36,8 +36,8 @@ class PairSelection(StrEnum):
 class RangeConfig(Section):
     """The range in which a judge's score must lie, ends included."""
 
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(None, description="lowest score; null: any")
+    max: float | None = Field(None, description="highest score; null: any")
 
     @model_validator(mode="after")
     def _says_something(self) -> RangeConfig:
@@ -65,7 +65,7 @@ class FiltersConfig(Section):
         ("stop",), description="stop: it ended by itself; length: it was cut at max_new_tokens"
     )
     min_tokens: int = Field(1, ge=0, description="tokens drawn, the end token included")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="tokens drawn; null: any number")
     max_repetition: float | None = Field(
         None, ge=0, le=1, description="share of words in a 3-gram that occurred earlier in the answer"
     )
@@ -88,7 +88,9 @@ class SftConfig(Section):
 class PairsConfig(Section):
     """Preference pairs: two answers to one prompt under one weight vector, as preference depends on the weights."""
 
-    select: PairSelection = PairSelection.BEST_WORST
+    select: PairSelection = Field(
+        PairSelection.BEST_WORST, description="the best against the worst, or all with a sufficient margin"
+    )
     max_pairs: int = Field(8, ge=1, description="with select: all, for each prompt and weight vector; widest first")
     min_margin: float = Field(0.0, ge=0, description="least difference of the scores; 0: any difference")
     weak_rejected: bool = Field(False, description="the rejected answer may fail the filters of rewards and judges")
@@ -97,7 +99,9 @@ class PairsConfig(Section):
 class SynthesisConfig(Section):
     """Which training data to make from a run's answers. Nothing here changes the answers."""
 
-    write: Annotated[tuple[DataKind, ...], BeforeValidator(as_list), Field(min_length=1)] = tuple(DataKind)
+    write: Annotated[tuple[DataKind, ...], BeforeValidator(as_list), Field(min_length=1)] = Field(
+        tuple(DataKind), description="kinds of data: SFT conversations, preference pairs"
+    )
     score: str = Field(
         REWARD, description="what ranks answers: reward (weighted, summed), reward_per_token, or a judge's name"
     )
@@ -107,7 +111,7 @@ class SynthesisConfig(Section):
     pairs: PairsConfig = PairsConfig()
     validation: float = Field(0.05, ge=0, lt=1, description="share of prompts in the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="of the split")
-    rows_per_file: int = Field(10_000, ge=1, le=1_000_000)
+    rows_per_file: int = Field(10_000, ge=1, le=1_000_000, description="rows in one file of the data set")
     licences: dict[str, str] = Field(
         default_factory=dict, description="licence of the input and of each model: input, base, principals.NAME.model"
     )

@@ -110,26 +110,28 @@ class TrainingConfig(Section):
     objectives: Annotated[tuple[str, ...], BeforeValidator(as_list)] = Field(
         (), description="which of the data's objectives are trained; empty: all"
     )
-    epochs: float = Field(2.0, gt=0, le=1000)
-    learning_rate: float = Field(5e-4, gt=0)
+    epochs: float = Field(2.0, gt=0, le=1000, description="passes over the pairs")
+    learning_rate: float = Field(5e-4, gt=0, description="the highest of its schedule")
     beta: float | None = Field(None, gt=0, description="null: 0.05 for arm and preference_arm, 0.1 for dpo")
     length_normalization: bool = Field(False, description="arm: compare mean log-likelihoods of tokens, not sums")
-    rank: int = Field(8, ge=1, le=1024)
+    rank: int = Field(8, ge=1, le=1024, description="of the LoRA adapter")
     preference_rank: int = Field(4, ge=1, le=256, description="preference_arm: the rank that depends on the weights")
     concentration: float = Field(
         1.0, gt=0, description="preference_arm: of the Dirichlet distribution that preference vectors are drawn from"
     )
     alpha: float | None = Field(None, gt=0, description="LoRA's alpha; null: twice the rank")
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(as_list)] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(as_list)] | Literal["all-linear"] = Field(
+        "all-linear", description="layers that the adapter changes, by the ends of their names"
+    )
     batch_size: int = Field(8, ge=1, description="pairs (value: answers) in one step of the optimizer")
     device_batch_size: int = Field(4, ge=1, description="pairs that a device computes at once")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
     max_length: int = Field(1024, ge=8, description="tokens of prompt and answer; longer pairs are left out")
     validation: float = Field(0.1, ge=0, lt=1, description="share of the prompts that are held out")
     judge: AnyJudge | None = Field(None, description="value: scores the answers, where the data have no scores")
     checkpoints: int = Field(10, ge=1, le=1000, description="how often a training saves what it needs to go on")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="of the order of pairs and of the first weights")
 
     @property
     def effective_beta(self) -> float:

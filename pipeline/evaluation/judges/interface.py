@@ -100,8 +100,8 @@ class JudgeConfig(Section):
     better, and the score is negated, so that a higher score is always better.
     """
 
-    sign: Sign = "higher"
-    scale: float = Field(1.0, gt=0)
+    sign: Sign = Field("higher", description="whether more or less of the quantity is better")
+    scale: float = Field(1.0, gt=0, description="what the quantity is multiplied by")
 
     @property
     def factor(self) -> float:

@@ -18,8 +18,10 @@ class PrincipalJudge(JudgeConfig):
     """
 
     kind: Literal["principal"]
-    principal: str = Field(min_length=1)
-    per: Literal["token", "answer"] = "token"
+    principal: str = Field(min_length=1, description="its name")
+    per: Literal["token", "answer"] = Field(
+        "token", description="the mean reward of a token, or the sum over the answer"
+    )
 
     @property
     def measured_principal(self) -> str:

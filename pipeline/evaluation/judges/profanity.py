@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from pipeline.evaluation.judges.interface import (
     Judge,
     JudgeConfig,
@@ -27,7 +29,7 @@ class ProfanityJudge(JudgeConfig):
     """The share of profane words by a word list, from 0 to 1."""
 
     kind: Literal["profanity"]
-    sign: Sign = "lower"
+    sign: Sign = Field("lower", description="whether more or less of the quantity is better")
 
     def identity(self, source: ModelSource | None) -> dict[str, Any]:
         return {**super().identity(source), "version": package_version(self.kind, PACKAGE)}

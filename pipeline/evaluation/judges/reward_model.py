@@ -42,7 +42,7 @@ class RewardModelJudge(JudgeConfig):
     chat_template_time: datetime | None = Field(
         None, description="the time that the chat template is given, where it asks for one"
     )
-    batch_size: int = Field(8, ge=1, le=1024)
+    batch_size: int = Field(8, ge=1, le=1024, description="most texts in one forward pass")
     max_tokens: int | None = Field(None, ge=1, description="longest text in tokens; null: the model's context")
 
     @property

@@ -17,7 +17,7 @@ class LengthJudge(JudgeConfig):
     """The number of words, or of sampled tokens."""
 
     kind: Literal["length"]
-    unit: Literal["words", "tokens"] = "words"
+    unit: Literal["words", "tokens"] = Field("words", description="in which length is counted")
 
     def load(self, context: JudgeContext) -> Judge:
         if self.unit == "tokens":
@@ -29,7 +29,7 @@ class BrevityJudge(JudgeConfig):
     """1 / (1 + words / half_words): nearly 1 for one word, 1/2 at `half_words`; an empty answer scores 0."""
 
     kind: Literal["brevity"]
-    half_words: float = Field(20.0, gt=0)
+    half_words: float = Field(20.0, gt=0, description="the length in words that scores one half")
 
     def load(self, context: JudgeContext) -> Judge:
         return PerAnswerJudge(lambda answer: brevity(answer.text, self.half_words), self.factor)
@@ -39,7 +39,7 @@ class DistinctJudge(JudgeConfig):
     """distinct-n: the number of different n-grams of words over the number of all, from 0 to 1."""
 
     kind: Literal["distinct"]
-    n: int = Field(2, ge=1, le=16)
+    n: int = Field(2, ge=1, le=16, description="words of an n-gram")
 
     def load(self, context: JudgeContext) -> Judge:
         return PerAnswerJudge(lambda answer: distinct(answer.text, self.n), self.factor)
@@ -49,8 +49,8 @@ class RepetitionJudge(JudgeConfig):
     """The share of words in an n-gram that occurred earlier in the answer, from 0 to 1."""
 
     kind: Literal["repetition"]
-    n: int = Field(3, ge=1, le=16)
-    sign: Sign = "lower"
+    n: int = Field(3, ge=1, le=16, description="words of an n-gram")
+    sign: Sign = Field("lower", description="whether more or less of the quantity is better")
 
     def load(self, context: JudgeContext) -> Judge:
         return PerAnswerJudge(lambda answer: repetition(answer.text, self.n), self.factor)
