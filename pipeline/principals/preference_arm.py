@@ -32,7 +32,7 @@ class PreferenceArmPrincipal(PrincipalSection):
     silent_because: ClassVar[str] = "the adapter changes nothing at this preference vector, as before it is trained"
     kind: Literal["preference_arm"]
     model: Annotated[ModelConfig | None, BeforeValidator(model_from_name)] = None
-    adapter: str = Field(min_length=1)
+    adapter: str = Field(min_length=1, description="folder, hub id or address of the PARM adapter")
     objective: Annotated[str, BeforeValidator(_as_text)] = Field(
         description="which of the adapter's objectives: its name, or its number from 0"
     )

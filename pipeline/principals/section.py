@@ -41,7 +41,7 @@ class RoleRequest:
     """
 
     model: ModelConfig | None = None
-    adapter: str | None = Field(None, description="folder, hub id or address of a LoRA adapter of the model")
+    adapter: str | None = None
     principle: str | None = None
     scoring: Scoring | None = None
     takes_weights: bool = False
