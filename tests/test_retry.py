@@ -15,7 +15,7 @@ import pytest
 from support.runs import job, parts, run_job, write_prompts
 
 from jobs.commands.status import describe_status
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, ErrorBudgetExceeded, InputChanged, RunMismatch
 from pipeline.inputs.source import open_input
 from pipeline.stages.retry import Retry, retry
 from pipeline.storage.run import Run
@@ -78,7 +78,7 @@ def test_a_mended_input_gives_the_rows_of_a_run_over_it(bad, whole, tmp_path):
     assert list(parts(bad)) == names
     kept = {path.name: path.read_bytes() for path in (bad / "_superseded").glob("part-*")}
     assert kept == {name: before[name] for name in list(before)[:2]}
-    assert not [path for path in bad.glob("_re*/**/*") if path.is_file()]
+    assert not list((bad / "_revised").iterdir())
     assert run.is_complete
     manifest = json.loads((bad / "_manifest.json").read_bytes())
     assert [each["name"] for each in manifest["files"]] == names
@@ -89,6 +89,26 @@ def test_a_mended_input_gives_the_rows_of_a_run_over_it(bad, whole, tmp_path):
     unchanged = files_of(bad)
     assert not run_again(bad, mended=str(tmp_path / "prompts.jsonl"))[1]
     assert files_of(bad) == unchanged
+
+
+def test_an_input_that_was_mended_in_place_is_the_input_of_the_run(bad, whole, tiny, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    config = job(prompts, bad, tiny(), errors={"budget": 3}, input={"keep": ["id"]})
+    written(prompts, [*GOOD[:7], "\n", *GOOD[7:], {"id": "r8", "prompt": "x"}])
+    with pytest.raises(InputChanged, match=r"cage retry RUN --input FILE"):
+        run_job(config, tmp_path, may_extend=True)
+    run_again(bad, mended=str(prompts))
+    with pytest.raises(RunMismatch, match="add --extend"):
+        run_job(config, tmp_path)
+    run, _ = run_job(config, tmp_path, may_extend=True)
+    assert rows_of(bad)[:8] == rows_of(whole)
+    assert [row["row_id"] for row in rows_of(bad)] == [f"r{at}" for at in range(9)]
+    assert not run_job(config, tmp_path)[1]
+    assert run.plan.revision == 2
+    assert "extended  from 8 to 9 prompts" in describe_status(run)
+    written(prompts, [*GOOD, {"id": "r8", "prompt": "x"}])  # the same rows, written otherwise
+    assert not run_again(bad, mended=str(prompts))[1]
+    assert not run_job(config, tmp_path)[1]
 
 
 def test_readers_that_know_nothing_of_runs_see_each_row_once_and_the_newest(bad, whole, tmp_path):
@@ -138,6 +158,35 @@ def test_a_few_mended_rows_in_a_file_of_their_own(bad, tmp_path):
     assert names == ["part-00001-of-00003.2.parquet"]
     assert len(list((bad / "_superseded").glob("part-00001*"))) == 2
     assert Run.open(str(bad)).committed()[1].revision == 2
+
+
+def test_a_run_over_its_budget_is_done_when_enough_is_mended(tiny, tmp_path):
+    bad = [{**row, "prompt": None} if at > 2 else row for at, row in enumerate(GOOD[:6])]
+    one_by_one = {"cluster": {"slots": 1}, "errors": {"budget": 1}}
+    config = job(written(tmp_path / "prompts.jsonl", bad), tmp_path / "run", tiny(), **one_by_one)
+    with pytest.raises(ErrorBudgetExceeded, match=r"cage retry .*run --input FILE"):
+        run_job(config, tmp_path)
+    out = io.StringIO()
+    run, _ = run_again(tmp_path / "run", mended=str(written(tmp_path / "some.jsonl", GOOD[3:4])), out=out)
+    assert "2 answers have failed and errors.budget allows 1: mend more of them" in out.getvalue()
+    assert not run.is_complete
+    run, _ = run_again(tmp_path / "run", mended=str(written(tmp_path / "some.jsonl", GOOD[4:5])), out=out)
+    assert run.is_complete
+    assert (run.status().rows_aligned, run.status().rows_failed) == (5, 1)
+    assert not run_job(config, tmp_path)[1]
+
+
+def test_a_run_that_its_budget_ended_goes_on_with_the_mended_input(whole, tiny, tmp_path):
+    options = {"errors": {"budget": 0}, "input": {"keep": ["id"]}}
+    config = job(written(tmp_path / "prompts.jsonl", BAD), tmp_path / "run", tiny(), **options)
+    with pytest.raises(ErrorBudgetExceeded):
+        run_job(config, tmp_path)
+    written(tmp_path / "prompts.jsonl", GOOD)
+    run, _ = run_again(tmp_path / "run", mended=str(tmp_path / "prompts.jsonl"))
+    assert run.pending()
+    run, _ = run_job(config, tmp_path)
+    assert rows_of(tmp_path / "run") == rows_of(whole)
+    assert run.is_complete
 
 
 def test_only_some_rows_of_a_mended_input(bad, tmp_path):

@@ -150,6 +150,20 @@ def is_unchanged(file: InputFile) -> bool:
         return False
 
 
+def begin_of(file: InputFile, known: InputFile) -> InputFile:
+    """The first rows of a file, as many as were `known` of it before, whatever they are now.
+
+    Raises:
+        ConfigurationError: the file cannot be read.
+    """
+    if file.format.is_text:
+        text = jsonl.TextFile(file.path, file.format, file.layers, file.header)
+        found = jsonl.scan(text, file.name, stride=DEFAULT_STRIDE, limit=known.num_rows, known=known)
+        file = replace(file, identity=found.identity, marks=found.marks)
+    file = replace(file, num_rows=known.num_rows, columns=known.columns)
+    return replace(file, identity=tabular.dataset_identity(file)) if file.format is Format.DATASET else file
+
+
 def _open_files(
     found: Sequence[FoundFile],
     config: InputConfig,

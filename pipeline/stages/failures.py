@@ -51,9 +51,9 @@ class FailureLimit:
             raise ErrorBudgetExceeded(
                 f"{self._run.store.path}: {self._num_failed:,} answers failed and errors.budget allows "
                 f"{self._allowed:,}; what is done is kept. The most common reasons:\n{_describe(kinds)}\n"
-                "Mend the input or the configuration and begin a new run (--new-run); or go on without these rows: "
-                f"the same command with errors.budget={self._num_failed} or more. Then `cage retry "
-                f"{self._run.store.path}` tries them again."
+                f"Mend these rows and run them again: `cage retry {self._run.store.path} --input FILE`; then the "
+                "same command goes on. Or go on without them: the same command with "
+                f"errors.budget={self._num_failed} or more. Another configuration is a new run (--new-run)."
             )
 
     def one_reason(self, counts: Counts) -> ErrorBudgetExceeded | None:

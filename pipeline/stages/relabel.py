@@ -25,6 +25,7 @@ from pipeline.runtime.replica_plan import ReplicaPlan, ResolvedModels, plan_repl
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.failures import FailureLimit
 from pipeline.storage.extension import describe_extension, extend_plan, is_extension
+from pipeline.storage.fingerprint import differing_fields
 from pipeline.storage.plan import Plan, make_plan, open_planned_input, refuse_mismatch
 from pipeline.storage.plan_files import has_plan
 from pipeline.storage.run import Run
@@ -221,10 +222,13 @@ def open_run(
         if not may_create and not has_plan(store):
             return None
         config = {**plan.config, "output": {**plan.config["output"], "path": place}}
+        placed = replace(plan, config=config)
         try:
-            return Run.create_or_resume(store, replace(plan, config=config))
+            return Run.create_or_resume(store, placed)
         except RunMismatch as mismatch:
             begun = Run.open(place, open_store=wiring.open_store)
+            if not differing_fields(begun.plan.fingerprint, plan.as_begun(begun.plan).fingerprint):
+                return Run.create_or_resume(store, placed)  # another command has just extended it to the same rows
             if is_extension(begun.plan, plan, with_new_rows=may_extend, with_limit=len(places) == 1 or may_extend):
                 return begun
             if len(places) == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,14 +18,15 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from pipeline.config.files import parse_config
-from pipeline.config.sections import Config
+from pipeline.config.sections import Config, ErrorsConfig
 from pipeline.errors import ConfigurationError
 from pipeline.inputs.files import Format
 from pipeline.inputs.source import is_unchanged, open_input
 from pipeline.runtime.replica_plan import plan_replica
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.relabel import MAX_BESIDE, Prepared, open_run, prepare, work
-from pipeline.storage.extension import fit_source
+from pipeline.storage.commits import CommitRecord
+from pipeline.storage.extension import adopt, fit_source
 from pipeline.storage.failed_rows import CONVERSATION, ID, RESPONSE, TOOLS, WEIGHTS, read_stored, write_failed_rows
 from pipeline.storage.fingerprint import differing_fields
 from pipeline.storage.names import RETRIES, is_of_failed_rows
@@ -68,13 +69,14 @@ def retry(
         print(line, file=out, flush=True)
 
     run = Run.open(asked.path, open_store=wiring.open_store)
-    config = _config(run, asked)
-    choice, config = _choose(run, config, asked, wiring)
+    _finish(run, run.committed(), say)  # where a command was killed after it had replaced rows
+    committed = run.committed()
+    choice, config = _choose(run, _config(run, asked), asked, wiring)
     for note in choice.notes:
         say(note)
     if not choice.ids:
         say(f"no row of {asked.mended} failed in the run or differs from what it has answered")
-        return run, False
+        return _with_mended_input(run, choice, asked, say), False
     prepared = prepare(config, cache_folder, say, source=choice.source)
     prepared = replace(prepared, plan=_plan(run, prepared.plan, choice))
     command = _Command(config, cache_folder, out, is_verbose, wiring)
@@ -88,22 +90,42 @@ def retry(
         say(f"the rows become a run of their own, because settings differ: {', '.join(changed)}")
         return command.decode(run, prepared, _beside(run, asked.only)), True
     again = command.decode(run, prepared, [f"{run.store.path}/{RETRIES}{_key(run, choice)}"])
-    _take_over(run, again, choice)
-    num_rows = sum(len(ids) for ids in choice.new_id_by_old.values())
-    say(f"{num_rows:,} rows were run again, in new revisions of {len(choice.new_id_by_old):,} shards")
-    return run, True
-
-
-def _take_over(run: Run, again: Run, choice: Choice) -> None:
-    """Put the rows that were run again in the place of those before."""
-    committed = run.committed()
+    is_accepted = run.is_complete
     run.reopen()
     for shard, rerun in _reruns(again, choice):
         run.revise(committed[shard], rerun)
-    if not run.pending():
+    num_rows = sum(len(ids) for ids in choice.new_id_by_old.values())
+    say(f"{num_rows:,} rows were run again, in new revisions of {len(choice.new_id_by_old):,} shards")
+    _finish(run, run.committed(), say, is_accepted=is_accepted)
+    return _with_mended_input(run, choice, asked, say), True
+
+
+def _finish(
+    run: Run, records: Mapping[int, CommitRecord], say: Callable[[str], None], *, is_accepted: bool = False
+) -> None:
+    """Finish a run that has all its shards, unless more rows failed than it allows; `is_accepted`: however many."""
+    if run.pending() or run.is_complete:
+        return  # the command that began it goes on, or nothing is to do
+    num_failed = sum(record.failed for record in records.values())
+    allowed = ErrorsConfig(**run.plan.config["errors"]).allowed(run.plan.num_answers)
+    if num_failed <= allowed or is_accepted:
         run.finish()
-    for name in again.store.names():
-        again.store.remove(name)
+        return
+    say(
+        f"{num_failed:,} answers have failed and errors.budget allows {allowed:,}: mend more of them, or go on "
+        f"without them by the command that began the run, with errors.budget={num_failed} or more"
+    )
+
+
+def _with_mended_input(run: Run, choice: Choice, asked: Retry, say: Callable[[str], None]) -> Run:
+    """The run with its own input as it is mended: what the run has answered, for the command that began it."""
+    plan = adopt(run.plan, choice.source) if asked.mended is not None and not asked.only else run.plan
+    if plan == run.plan:
+        return run
+    is_accepted = run.is_complete
+    run = run.extend(plan)
+    _finish(run, run.committed(), say, is_accepted=is_accepted)
+    return run
 
 
 def _config(run: Run, asked: Retry) -> Config:

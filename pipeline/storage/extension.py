@@ -13,10 +13,11 @@ from pipeline.errors import ConfigurationError, InputChanged
 from pipeline.inputs.files import InputFile
 from pipeline.inputs.kept import from_text
 from pipeline.inputs.record_formats import WITH_ANSWER_COLUMN
-from pipeline.inputs.source import InputSource, open_input
+from pipeline.inputs.source import InputSource, begin_of, open_input
 from pipeline.quoting import one_line, quote
-from pipeline.storage.fingerprint import differing_fields
+from pipeline.storage.fingerprint import describe_files, differing_fields
 from pipeline.storage.plan import Plan, Shard, cut_file
+from pipeline.stores.addresses import normal_address
 
 FILES, LIMIT = "input.files.", "input.limit"
 NEW_RUN = "answer these rows in a new run, at another output.path"
@@ -84,6 +85,27 @@ def extend_plan(path: str, stored: Plan, fresh: Plan, config: Config) -> Plan:
         config=fresh.config,
         earlier=(*stored.earlier, stored.extent),
     )
+
+
+def adopt(stored: Plan, source: InputSource) -> Plan:
+    """The stored plan with the files of a mended input that are its own, mended in place; the same plan for none.
+
+    All rows of these files that differ from those of the run must have been run again.
+    """
+    mended = {file.name: file for file in source.files}
+    files = tuple(
+        begin_of(mended[file.name], file)
+        if file.name in mended
+        and normal_address(mended[file.name].path) == normal_address(file.path)
+        and mended[file.name].num_rows >= file.num_rows
+        else file
+        for file in stored.files
+    )
+    fields = {**stored.fingerprint, **describe_files(files)}
+    if fields == stored.fingerprint:
+        return stored
+    shards, earlier = tuple(_shards(stored, files)), (*stored.earlier, stored.extent)
+    return replace(stored, fingerprint=fields, files=files, shards=shards, earlier=earlier)
 
 
 def fit_source(path: str, stored: Plan, source: InputSource) -> InputSource:

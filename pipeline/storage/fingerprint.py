@@ -54,13 +54,17 @@ def take_fingerprint(
     fields.update({f"models.{place}": identity for place, identity in models.items()})
     chosen = {key: value for key, value in tree["input"].items() if key not in ("path", "split", "subset")}
     fields.update({f"input.{key}": value for key, value in chosen.items()})
-    for file in files:
-        fields[f"input.files.{file.name}"] = f"{file.format} {file.num_rows} rows {file.identity}"
+    fields.update(describe_files(files))
     fields["output.rows_per_shard"] = config.output.rows_per_shard
     for section in ("base", "principals", "decoding", "grid"):
         fields.update(_flatten(section, tree[section], models))
     fields["principals"] = list(config.principals)  # their order is the order of columns and of the game
     return without_later_keys(fields)
+
+
+def describe_files(files: Sequence[InputFile]) -> dict[str, str]:
+    """The fields of the input's files."""
+    return {f"input.files.{file.name}": f"{file.format} {file.num_rows} rows {file.identity}" for file in files}
 
 
 def without_later_keys(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,16 +115,20 @@ def choose_mended(run: Run, source: InputSource, shards: Collection[Shard], only
                 chosen.setdefault(places[old_id], {})[old_id] = row.row_id
                 ids.add(row.row_id)
         used += [shard] if len(ids) > num_before else []
-    if unknown:
+    notes = [f"{num_more:,} rows that the run does not have are left; --extend adds rows"] if num_more else []
+    if unknown and run.pending():
+        notes.append(
+            f"{len(unknown):,} rows are left, because the run has not answered them yet, or does not have them"
+        )
+    elif unknown:
         shown = ", ".join(quote(row_id) for row_id in unknown[:SHOWN_IDS]) + (", ..." if unknown[SHOWN_IDS:] else "")
         raise ConfigurationError(
             f"{len(unknown):,} rows of the mended input are not in {run.store.path}: {shown}; rows are known by "
             "their ids (input.id), or by the name of their file and their place in it"
         )
     refuse_unknown(run.store.path, only, {*places, *ids}, "row")
-    notes = (f"{num_more:,} rows that the run does not have are left; --extend adds rows",) if num_more else ()
     renumbered = tuple(replace(shard, index=at) for at, shard in enumerate(used))
-    return Choice(source, renumbered, frozenset(ids), chosen, notes)
+    return Choice(source, renumbered, frozenset(ids), chosen, tuple(notes))
 
 
 def _read(source: InputSource, shard: Shard) -> Iterator[tuple[int, Row, dict[str, Any]]]:

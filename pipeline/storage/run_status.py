@@ -97,5 +97,5 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
         unsteered=sum(record.unsteered for record in done),
         revised_shards=sum(record.revision > 0 for record in done),
         reruns=sum(record.reruns for record in done),
-        prompts=(*(extent.num_rows for extent in plan.earlier), plan.num_rows),
+        prompts=tuple(dict.fromkeys([*(extent.num_rows for extent in plan.earlier), plan.num_rows])),
     )

@@ -22,6 +22,7 @@ from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.errors import CageError
 from pipeline.stages.relabel import relabel
+from pipeline.stages.retry import Retry, retry
 from support import failpoints
 from support.failpoints import AllOf, Failpoint, KillAt, Slow, Watcher, watched
 from support.ray_victims import MARKS, RayNodes, find, kill_one
@@ -85,24 +86,46 @@ def make_job(folder: Path, run: Path, *, transport: str = "local", address: str 
     )
 
 
+def mended_job(folder: Path, run: Path) -> Config:
+    """The job over the rows as they are in the end: with the mended ones."""
+    rows = mended_rows(folder)
+    prompts = folder / "mended/prompts.jsonl"
+    prompts.parent.mkdir(exist_ok=True)
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_job(folder, run)
+    return config.model_copy(update={"input": config.input.model_copy(update={"path": str(prompts)})})
+
+
+def mended_rows(folder: Path) -> list[dict[str, str | None]]:
+    """All rows of the job; the one that fails is mended, and one that does not is another."""
+    make_job(folder, folder / "unused")
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    return [{**row, "prompt": f"mended {row['id']}"} if row["id"] in ("r4", "r9") else row for row in rows]
+
+
 def make_model(folder: Path) -> None:
     from support import tiny_models
 
     tiny_models.make_model(folder / "model")
 
 
-def drive(config: Config, folder: Path, watch: Watcher | None = None) -> None:
+def drive(config: Config | Retry, folder: Path, watch: Watcher | None = None) -> None:
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = io.StringIO()
-    if config.cluster.transport == "ray":
+    if isinstance(config, Config) and config.cluster.transport == "ray":
         import ray
 
         ray.cloudpickle.register_pickle_by_value(failpoints)  # workers cannot import the tests
     try:
-        relabel(config, folder / "cache", io.StringIO(), wiring=watched(watch))
+        if isinstance(config, Retry):
+            retry(config, folder / "cache", io.StringIO(), wiring=watched(watch))
+        else:
+            relabel(config, folder / "cache", io.StringIO(), wiring=watched(watch))
     except CageError as error:
         with (folder / "errors.txt").open("a") as file:
-            file.write(f"{config.output.path}: {type(error).__name__}: {error}\n")
+            file.write(
+                f"{config if isinstance(config, Retry) else config.output.path}: {type(error).__name__}: {error}\n"
+            )
         sys.exit(FAILED)
     except Exception:
         with (folder / "errors.txt").open("a") as file:
@@ -110,13 +133,13 @@ def drive(config: Config, folder: Path, watch: Watcher | None = None) -> None:
         raise
 
 
-def start(config: Config, folder: Path, watch: Watcher | None = None) -> BaseProcess:
+def start(config: Config | Retry, folder: Path, watch: Watcher | None = None) -> BaseProcess:
     process = FORK.Process(target=drive, args=(config, folder, watch))
     process.start()
     return process
 
 
-def finish(config: Config, folder: Path, *, num_drivers: int = 1) -> None:
+def finish(config: Config | Retry, folder: Path, *, num_drivers: int = 1) -> None:
     """Let drivers work undisturbed, side by side; each must end well."""
     drivers = [start(config, folder) for _ in range(num_drivers)]
     for driver in drivers:
@@ -141,7 +164,7 @@ def ended(driver: BaseProcess) -> int:
     return int(driver.exitcode == FAILED)
 
 
-def disturb_locally(config: Config, folder: Path, chance: random.Random, scratch: Path) -> Tally:
+def disturb_locally(config: Config | Retry, folder: Path, chance: random.Random, scratch: Path) -> Tally:
     """Start one driver or two and kill them, at a point or a random moment."""
     point = chance.choice(list(Failpoint))
     watch = KillAt(point, scratch, chance.randint(1, 6)) if chance.random() < 0.7 else None
