@@ -77,6 +77,19 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """An answer that a row brings for its game.
+
+    Args:
+        text: of the answer.
+        weight: in the base policy, relative to the row's others.
+    """
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One input row. A row that could not be read carries `error` and is not decoded.
 
@@ -99,6 +112,7 @@ class Row:
         file: the name of the file that it is from; empty where it is from no file.
         number: its line or element, from 1, or its row in a table, from 0: as messages count.
         given: of a row that could not be read, the values of its columns as JSON text, or the line.
+        candidates: answers that its game is about, in place of some that the base draws.
     """
 
     row_id: str
@@ -113,6 +127,7 @@ class Row:
     tools: tuple[Tool, ...] = ()
     num_names: int = 0
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
     file: str = ""
     number: int | None = None
     given: str | None = None

@@ -312,3 +312,66 @@ def test_a_run_with_a_judge_names_its_scores_in_the_fingerprint(tiny, tmp_path):
     assert "models.principals.long.judge" in run.plan.fingerprint
     (row,) = pq.read_table(next(iter(tmp_path.glob("run/part-*.parquet")))).to_pylist()
     assert row["rewards"]["long"] == next(each["rewards"]["long"] for each in row["proposals"] if each["is_chosen"])
+
+
+GIVEN = ["yes", "no", "it depends", "no"]
+
+
+def test_answers_that_a_row_brings_are_what_its_game_is_about(tiny, tmp_path):
+    weighted = [{"text": "yes", "weight": 3.0}, {"text": "no", "weight": 1.0}, {"text": "never", "weight": 0}]
+    rows = [{"id": "a", "prompt": "hello", "c": GIVEN}, {"id": "b", "prompt": "hello", "c": json.dumps(weighted)}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {
+        "input": {"path": str(tmp_path / "in.jsonl"), "id": "id", "candidates": "c"},
+        "output": {"path": str(tmp_path / "run")},
+        "base": str(tiny("llama")),
+        "principals": {**PAIR, **LONG},
+        "decoding": {"unit": "answer", "max_new_tokens": 5, "agent_temperature": 0.5},
+        "cluster": {"transport": "local", "slots": 3},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    relabel(load_config(tmp_path / "job.yaml"), tmp_path / "cache", io.StringIO())
+    found = {row["row_id"]: row for row in pq.read_table(next(iter(tmp_path.glob("run/part-*.parquet")))).to_pylist()}
+    menus = {row_id: {each["text"]: each for each in row["proposals"]} for row_id, row in found.items()}
+    assert {text: each["count"] for text, each in menus["a"].items()} == {"yes": 1, "no": 2, "it depends": 1}
+    assert set(menus["b"]) == {"yes", "no"}
+    assert all(row["response"] in menus[row_id] for row_id, row in found.items())
+    assert found["a"]["covered_mass"] is None
+    with Aligner(str(tiny("llama")), PAIR, slots=2) as aligner:
+        (scored,) = aligner.score(["hello"], ["it depends"])
+    assert {name: menus["a"]["it depends"]["rewards"][name] for name in PAIR} == pytest.approx(scored)
+    # three principals over a base of 3 to 1
+    rewards = torch.tensor(
+        [[[menus["b"][text]["rewards"][name] for text in ("yes", "no")] for name in (*PAIR, "long")]],
+        dtype=torch.float64,
+    )
+    weights = torch.tensor([0.7, 0.4, 1.0], dtype=torch.float64)
+    base = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()
+    expected = cage.solve(cage.Game(base, weights[:, None] * rewards, 0.5)).policy[0].tolist()
+    assert [menus["b"][text]["probability"] for text in ("yes", "no")] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("yes", "must be a list of answers; got the text 'yes'"),
+        (None, "must be a list of answers; got None"),
+        (["yes"], "from 2 to 1,024 different answers; got 1"),
+        (["yes", "yes"], "from 2 to 1,024 different answers; got 2"),
+        (["yes", ""], "a text that is not empty; got ''"),
+        ([{"text": "a"}, {"answer": "b"}], "has text and weight; got"),
+        ([{"text": "a", "weight": -1}, {"text": "b"}], "a weight must be a number from 0; got -1"),
+        ([{"text": "a", "weight": 0}, {"text": "b", "weight": 0}], "all weights are 0"),
+    ],
+)
+def test_candidates_that_cannot_be_read_cost_their_row_alone(value, said):
+    from pipeline.errors import RowError
+    from pipeline.inputs.answer_lists import read_candidates
+
+    with pytest.raises(RowError, match=said):
+        read_candidates(value, "c")
+
+
+def test_candidates_need_games_over_answers(tiny):
+    with pytest.raises(ConfigurationError, match=r"input\.candidates needs decoding\.unit: answer; got token"):
+        config_of(str(tiny("llama")), PAIR, input={"path": "x.jsonl", "candidates": "c"})

@@ -80,6 +80,11 @@ class InputConfig(Section):
     id: str | None = Field(None, description="column with a unique row id")
     weights: str | None = Field(None, description="column with {principal: weight} for the row")
     response: str | None = Field(None, description="column with an existing answer to compare with")
+    candidates: str | None = Field(
+        None,
+        description="column with a list of answers, or of {text, weight}: what the row's game is about, in place of "
+        "answers that the base draws (unit answer); weights make the base policy, which is uniform without them",
+    )
     tools: str | None = Field(
         None,
         description="column with tools that the model may call; null: tools, where messages have such a column",
@@ -343,6 +348,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _units_fit(self) -> Config:
+        if self.input.candidates is not None and self.decoding.unit is not Unit.ANSWER:
+            raise ValueError(f"input.candidates needs decoding.unit: answer; got {self.decoding.unit}")
         for name, principal in self.principals.items():
             if principal.judged_by is not None and self.decoding.unit is Unit.TOKEN:
                 raise ValueError(

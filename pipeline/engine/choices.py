@@ -10,11 +10,9 @@ proposals. Proposals, values, game and draw depend on the row alone, so the same
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 
@@ -22,94 +20,22 @@ import cage
 from cage.rule_names import RuleName
 from pipeline.config.sections import DecodingConfig, Unit
 from pipeline.engine.engine import Ended, Engine
+from pipeline.engine.menus import Choice, Menu, Path, TextScorer, Valuer
 from pipeline.engine.prompter import Prompter
 from pipeline.engine.row_state import RunningRow
 from pipeline.errors import HostError, RowError
 from pipeline.monitoring.counts import Recoveries
 from pipeline.protocol.hosts import Hosts
-from pipeline.protocol.messages import TokenOutcome
 from pipeline.protocol.topology import Topology
-from pipeline.records import Message, Proposal, Record, Row
+from pipeline.records import Proposal, Record, Row
 from pipeline.sampling.draws import Uniforms, draw
-from pipeline.sampling.games import solve
+from pipeline.sampling.games import SolvedStep, solve
 
 CHOICE = 2**40  # added to the number of a game: the step of its draw, beyond those of any token
 SAMPLES = 2**20  # of one row in one round, so that the proposals of different rounds have draws of their own
 KEPT_MENUS = 256  # games that are over and may be played again, by other rules, temperatures or weights
 
 MenuKey = tuple[str, int, int, tuple[int, ...]]
-
-
-class TextScorer(Protocol):
-    """Scores texts as answers to a prompt, in nats; NaN where it has no score."""
-
-    def __call__(self, prompt: Sequence[Message], texts: Sequence[str], num_tokens: Sequence[int]) -> list[float]: ...
-
-
-class TextScorers(Protocol):
-    """Loads what scores texts, by the name of the principal that it belongs to. Picklable."""
-
-    def load(self) -> Mapping[str, TextScorer]: ...
-
-
-@dataclass(slots=True)
-class _Path:
-    """An answer on its way.
-
-    Args:
-        whole: its row, with the tokens that were taken so far.
-        games: what the games so far were about.
-    """
-
-    whole: RunningRow
-    games: list[Proposal] = field(default_factory=list)
-    num_games: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """Proposals with the same tokens.
-
-    Args:
-        tokens: of the proposal, the end token included.
-        text: what an answer with it reads like.
-        count: how often the base drew it.
-        outcomes: of its tokens, as the base drew them.
-        rewards: by principal, in nats.
-    """
-
-    tokens: tuple[int, ...]
-    text: str
-    count: int
-    outcomes: tuple[TokenOutcome, ...]
-    rewards: tuple[float, ...]
-
-
-@dataclass(slots=True)
-class _Menu:
-    """The proposals of one game, and the answers that wait for them.
-
-    Args:
-        num_waiting: proposals that have not ended.
-        prompts: token ids by role that all of them begin with.
-        ended: by number.
-        paths: answers that are to choose among them.
-        choices: once they are known.
-        prompt: the row's messages.
-        before: text of the answer so far.
-        error: why there is no choice.
-        original_rewards: of the row's existing answer, where it was scored.
-    """
-
-    num_waiting: int
-    prompts: Mapping[str, Sequence[int]]
-    prompt: Sequence[Message] = ()
-    before: str = ""
-    ended: dict[int, Ended] = field(default_factory=dict)
-    paths: list[_Path] = field(default_factory=list)
-    choices: tuple[_Choice, ...] | None = None
-    error: str | None = None
-    original_rewards: list[float] | None = None
 
 
 class ChoiceEngine:
@@ -134,13 +60,11 @@ class ChoiceEngine:
         self._engine = engine
         self._prompter = prompter
         self._decoding = decoding
-        self._names = tuple(principal.name for principal in topology.principals)
-        self._scorers = scorers
+        self._valuer = Valuer(engine.calls, topology, prompter, decoding, scorers)
         self._shares_menus = not topology.takes_weights
-        self._scores_whole = any(plan.is_reward_model for plan in topology.hosts)
-        self._menus: OrderedDict[MenuKey, _Menu] = OrderedDict()
+        self._menus: OrderedDict[MenuKey, Menu] = OrderedDict()
         self._menu_of: dict[tuple[str, int, int], tuple[MenuKey, int]] = {}
-        self._ready: deque[_Menu] = deque()
+        self._ready: deque[Menu] = deque()
         self._records: list[Record] = []
 
     @property
@@ -179,12 +103,12 @@ class ChoiceEngine:
         except RowError as error:
             self._records.append(self._engine.failed(row, variant, sample, str(error)))
         else:
-            self._propose(_Path(whole))
+            self._propose(Path(whole))
 
     def score(self, row: Row) -> dict[str, float]:
         """The rewards of a row's existing answer by principal, as `Engine.score` has them."""
         rewards = self._engine.score(row)
-        return rewards | self._scores_of(row.messages, row.response or "", 0)
+        return rewards | self._valuer.scores_of(row.messages, row.response or "", 0)
 
     def step(self) -> list[Record]:
         """Advance the proposals by one token and play the games that have theirs; return the answers that ended.
@@ -204,17 +128,21 @@ class ChoiceEngine:
         """Go on with other hosts after a failure, as `Engine.recover` does."""
         self._engine.recover(hosts, error)
 
-    def _propose(self, path: _Path) -> None:
+    def _propose(self, path: Path) -> None:
         """Have the base draw the proposals of an answer's next game, unless another answer's are the same."""
         whole = path.whole
         taken, row_id = tuple(whole.tokens), whole.row.row_id
         key = (row_id, 0 if self._shares_menus else whole.variant, whole.sample, taken)
         menu = self._menus.get(key)
-        if menu is None:
+        if menu is None and whole.row.candidates:
+            menu = self._menus[key] = Menu(
+                0, whole.prompts, whole.row.messages, given=whole.row.candidates, weights=whole.terms.weights
+            )
+        elif menu is None:
             count = self._decoding.proposals
             prompts = {role: [*prompt, *taken] for role, prompt in whole.prompts.items()} if taken else whole.prompts
             before = self._prompter.decode(taken) if taken else ""
-            menu = self._menus[key] = _Menu(count, prompts, whole.row.messages, before)
+            menu = self._menus[key] = Menu(count, prompts, whole.row.messages, before)
             for number in range(count):
                 inner = self._proposal(whole, prompts, number, first=path.num_games * SAMPLES)
                 self._menu_of[inner.key] = key, number
@@ -255,10 +183,10 @@ class ChoiceEngine:
         if menu.num_waiting == 0:
             self._ready.append(menu)
 
-    def _play(self, menu: _Menu) -> None:
+    def _play(self, menu: Menu) -> None:
         """Decide what each waiting answer takes. Raises HostError before anything is decided."""
         if menu.choices is None:
-            menu.choices = self._choices(menu)
+            menu.choices = self._valuer.choices(menu)
         paths, menu.paths = menu.paths, []
         for path in paths:
             if record := self._take(path, menu):
@@ -268,96 +196,31 @@ class ChoiceEngine:
         while len(self._menus) > KEPT_MENUS and next(iter(self._menus.values())).num_waiting == 0:
             self._menus.popitem(last=False)
 
-    def _choices(self, menu: _Menu) -> tuple[_Choice, ...]:
-        """The different proposals that ended well, in the order in which they were asked for."""
-        choices: dict[tuple[int, ...], _Choice] = {}
-        for _, ended in sorted(menu.ended.items()):
-            running = ended.running
-            if running.original_rewards is not None:
-                scores = self._scores_of(menu.prompt, running.row.response or "", 0)
-                by_name = zip(self._names, running.original_rewards, strict=True)
-                menu.original_rewards = [scores.get(name, reward) for name, reward in by_name]
-            if ended.error is not None:
-                menu.error = ended.error
-                continue
-            tokens = tuple(running.tokens)
-            if tokens in choices:
-                choices[tokens] = replace(choices[tokens], count=choices[tokens].count + 1)
-                continue
-            assert ended.turn is not None
-            rewards = self._rewards(menu, running, ended.turn.num_reasoning_tokens)
-            choices[tokens] = _Choice(tokens, ended.turn.text, 1, tuple(running.outcomes), rewards)
-        menu.ended.clear()
-        return self._with_scores(menu, list(choices.values()))
-
-    def _with_scores(self, menu: _Menu, choices: list[_Choice]) -> tuple[_Choice, ...]:
-        """Choices with the rewards of principals that value text: what each adds to the score so far."""
-        if not self._scorers or not choices:
-            return tuple(choices)
-        texts = [menu.before + choice.text for choice in choices]
-        num_tokens = [len(choice.tokens) for choice in choices]
-        for name, scorer in self._scorers.items():
-            at = self._names.index(name)
-            so_far = scorer(menu.prompt, [menu.before], [0])[0] if menu.before else 0.0
-            for index, score in enumerate(scorer(menu.prompt, texts, num_tokens)):
-                rewards = list(choices[index].rewards)
-                rewards[at] = score - so_far
-                choices[index] = replace(choices[index], rewards=tuple(rewards))
-        judged = [choice for choice in choices if all(map(math.isfinite, choice.rewards))]
-        if len(judged) < len(choices):
-            menu.error = "a principal gives no score, or one that is not finite"
-        return tuple(judged)
-
-    def _scores_of(self, prompt: Sequence[Message], text: str, num_tokens: int) -> dict[str, float]:
-        return {name: scorer(prompt, [text], [num_tokens])[0] for name, scorer in self._scorers.items()}
-
-    def _rewards(self, menu: _Menu, running: RunningRow, num_reasoning: int) -> tuple[float, ...]:
-        """What a proposal adds to each principal's reward, without its reasoning.
-
-        Reward models are asked about the text as a whole: token by token they see the likeliest candidates alone.
-        """
-        first = 0 if self._decoding.thinking.in_answers else num_reasoning
-        if self._scores_whole:
-            weights = running.terms.weights
-            return tuple(self._engine.calls.score(menu.prompts, running.tokens, weights, first).result())
-        return tuple(running.sums([outcome.rewards for outcome in running.outcomes[first:]]))
-
-    def _take(self, path: _Path, menu: _Menu) -> Record | None:
+    def _take(self, path: Path, menu: Menu) -> Record | None:
         """Solve an answer's game and append what it takes; return the record if that ended it."""
         whole, choices = path.whole, menu.choices
         if not choices:
             return whole.failed(f"no proposal of the base could be used: {menu.error}")
         if menu.original_rewards is not None:
             whole.original_rewards = menu.original_rewards
-        num_drawn = sum(choice.count for choice in choices)
-        base_1C = torch.tensor([[choice.count / num_drawn for choice in choices]], dtype=torch.float64).log()
-        rewards_1JC = torch.tensor([choice.rewards for choice in choices], dtype=torch.float64).T[None]
-        rewards_1JC = rewards_1JC.reshape(1, len(whole.principal_names), len(choices))
-        solved = solve(base_1C, rewards_1JC, [whole.next_game_terms])
-        decision = solved.decision
-        if int(decision.status) == cage.Status.NOT_FINITE:
-            return whole.failed(f"proposal {len(whole.tokens)}: the rewards are not finite")
+        solved = _solve(whole, choices)
+        if int(solved.decision.status) == cage.Status.NOT_FINITE:
+            return whole.failed(f"after {len(whole.tokens)} tokens: the rewards are not finite")
         uniform = torch.tensor([whole.uniforms.at(CHOICE + path.num_games)], dtype=torch.float64)
-        decoding = self._decoding
-        at = int(draw(decision.log_policy, uniform, temperature=decoding.temperature, top_p=decoding.top_p))
-        probabilities = decision.log_policy.exp()[0].tolist()
-        path.games += [
-            Proposal(
-                game=path.num_games,
-                text=choice.text,
-                count=choice.count,
-                probability=probability,
-                is_chosen=index == at,
-                rewards=dict(zip(whole.principal_names, choice.rewards, strict=True)),
-            )
-            for index, (choice, probability) in enumerate(zip(choices, probabilities, strict=True))
-        ]
+        log_policy, decoding = solved.decision.log_policy, self._decoding
+        at = int(draw(log_policy, uniform, temperature=decoding.temperature, top_p=decoding.top_p))
+        path.games += _proposals(path, choices, log_policy.exp()[0].tolist(), at)
         path.num_games += 1
-        self._append(whole, choices[at], solved.game, decision, at)
-        return self._ended(path)
+        if menu.given:
+            whole.max_tokens = len(choices[at].tokens)
+        self._append(whole, choices[at], solved.game, solved.decision, at)
+        record = self._ended(path)
+        if record is None or not menu.given:
+            return record
+        return replace(record, response=choices[at].text, covered_mass=None)  # as it was given, and not drawn
 
     def _append(
-        self, whole: RunningRow, choice: _Choice, game: cage.Game, decision: cage.rules.Decision, at: int
+        self, whole: RunningRow, choice: Choice, game: cage.Game, decision: cage.rules.Decision, at: int
     ) -> None:
         """Append a proposal's tokens; what its game was worth counts at the last of them."""
         nothing = (0.0,) * len(choice.rewards)
@@ -379,7 +242,7 @@ class ChoiceEngine:
         )
         whole.take(last)
 
-    def _ended(self, path: _Path) -> Record | None:
+    def _ended(self, path: Path) -> Record | None:
         """The record of an answer that has ended."""
         whole = path.whole
         stop = self._decoding.stop if whole.row.stop is None else whole.row.stop
@@ -388,3 +251,27 @@ class ChoiceEngine:
             return None
         record = self._engine.record(Ended(whole, *finished))
         return replace(record, proposals=tuple(path.games))
+
+
+def _solve(whole: RunningRow, choices: Sequence[Choice]) -> SolvedStep:
+    """The game over the choices, by the row's rule."""
+    total = sum(choice.weight for choice in choices)
+    base_1C = torch.tensor([[choice.weight / total for choice in choices]], dtype=torch.float64).log()
+    rewards_1JC = torch.tensor([choice.rewards for choice in choices], dtype=torch.float64).T[None]
+    rewards_1JC = rewards_1JC.reshape(1, len(whole.principal_names), len(choices))
+    return solve(base_1C, rewards_1JC, [whole.next_game_terms])
+
+
+def _proposals(path: Path, choices: Sequence[Choice], probabilities: Sequence[float], at: int) -> list[Proposal]:
+    """What the record says of a game."""
+    return [
+        Proposal(
+            game=path.num_games,
+            text=choice.text,
+            count=choice.count,
+            probability=probability,
+            is_chosen=index == at,
+            rewards=dict(zip(path.whole.principal_names, choice.rewards, strict=True)),
+        )
+        for index, (choice, probability) in enumerate(zip(choices, probabilities, strict=True))
+    ]

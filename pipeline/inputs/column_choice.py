@@ -38,7 +38,8 @@ def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> Inpu
         columns = replace(columns, tools=config.tools or "tools")
     if config.chat_template_kwargs is not None or KWARGS in names:
         columns = replace(columns, template_kwargs=config.chat_template_kwargs or KWARGS)
-    for key in ("prompt", "messages", "id", "weights", "response", "tools", KWARGS):
+    columns = replace(columns, candidates=config.candidates)
+    for key in ("prompt", "messages", "id", "weights", "response", "tools", "candidates", KWARGS):
         column = columns.template_kwargs if key == KWARGS else getattr(columns, key)
         if column is not None and column not in names:
             raise ConfigurationError(f"input.{key}: there is no column {quote(column)}; {there}")
@@ -49,7 +50,7 @@ def columns_of_unreadable(config: InputConfig) -> InputColumns:
     """The columns of a file without one readable object: each of its rows is a row error anyway."""
     prompt = config.prompt or (None if config.messages else "prompt")
     columns = InputColumns(prompt, config.messages, config.id, config.weights, config.response, tools=config.tools)
-    return replace(columns, template_kwargs=config.chat_template_kwargs)
+    return replace(columns, template_kwargs=config.chat_template_kwargs, candidates=config.candidates)
 
 
 def _recognise(config: InputConfig, names: Sequence[str], file: str) -> RecordFormat | None:

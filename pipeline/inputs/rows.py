@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from pipeline.errors import RowError
+from pipeline.inputs.answer_lists import read_candidates
 from pipeline.inputs.batch_bodies import RequestParameters, read_parameters, read_template_kwargs
 from pipeline.inputs.conversations import as_json_messages, check_text, count_names, read_conversation
 from pipeline.inputs.given import given_text, readable_weights
@@ -48,6 +49,7 @@ class InputColumns:
         response: an answer to compare with.
         tools: what the model may call.
         template_kwargs: what chat templates read besides the messages.
+        candidates: answers that the row's game is about.
         has_tools: whether rows may have tools or calls of them.
         body: an OpenAI batch request's body, for its parameters.
         last_assistant: what the assistant's message at the end of a conversation is.
@@ -69,6 +71,7 @@ class InputColumns:
     has_tools: bool = False
     repeated_ids: frozenset[str] = frozenset()
     template_kwargs: str | None = None
+    candidates: str | None = None
 
     def __post_init__(self) -> None:
         """A stored plan has lists and strings."""
@@ -80,7 +83,7 @@ class InputColumns:
     def names(self) -> tuple[str, ...]:
         """Every column to read, each once."""
         own = (self.prompt, self.messages, *self.format_columns, self.id, self.weights, self.response)
-        all_names = (*own, self.tools, self.template_kwargs)
+        all_names = (*own, self.tools, self.template_kwargs, self.candidates)
         return tuple(dict.fromkeys(name for name in all_names if name is not None))
 
 
@@ -139,6 +142,7 @@ def make_row(
             stop=parameters.stop,
             not_obeyed=parameters.not_obeyed,
             template_kwargs=_read_kwargs(record, columns, parameters),
+            candidates=read_candidates(_value(record, columns.candidates), columns.candidates),
             wished_kwargs=parameters.wished_kwargs,
         )
     except RowError as fault:

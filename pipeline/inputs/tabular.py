@@ -103,6 +103,8 @@ def check_types(schema: pa.Schema, columns: InputColumns, name: str) -> None:
         wanted.append((columns.tools, _is_tools, "a list of tools, or that list as JSON text"))
     if columns.template_kwargs is not None:
         wanted.append((columns.template_kwargs, _is_object, "a struct, a map or an object as JSON text"))
+    if columns.candidates is not None:
+        wanted.append((columns.candidates, _is_answers, "a list of texts or of {text, weight}, or that as JSON text"))
     for its_column in columns.format_columns:
         if its_column in CONVERSATION_COLUMNS:
             wanted.append((its_column, _is_conversation, CONVERSATION))
@@ -251,6 +253,11 @@ def _is_messages(type_: pa.DataType) -> bool:
 
 def _is_tools(type_: pa.DataType) -> bool:
     is_list = _is_list(type_) and pa.types.is_struct(type_.value_type)
+    return is_list or _is_text(type_) or isinstance(type_, pa.JsonType)
+
+
+def _is_answers(type_: pa.DataType) -> bool:
+    is_list = _is_list(type_) and (_is_text(type_.value_type) or pa.types.is_struct(type_.value_type))
     return is_list or _is_text(type_) or isinstance(type_, pa.JsonType)
 
 

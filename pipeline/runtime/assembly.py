@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config.sections import Config
 from pipeline.config.variants import Variant
-from pipeline.engine.choices import TextScorers
+from pipeline.engine.menus import TextScorers
 from pipeline.engine.prompter import Prompter
 from pipeline.engine.prompts import ChatPrompter, HostText
 from pipeline.hub.descriptions import stored_bytes

@@ -20,6 +20,7 @@ IDENTITY_KEYS = ("model", "revision", "adapter", "reference", "reference_adapter
 # Keys that came later, as patterns: at their defaults nothing changes, so a run that began without them goes on.
 LATER_KEYS: Mapping[str, Any] = {
     "decoding.target_kl": None,
+    "input.candidates": None,
     "decoding.unit": "token",
     "decoding.proposals": 8,
     "decoding.block_tokens": 16,

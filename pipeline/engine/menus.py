@@ -1,0 +1,223 @@
+"""The menus of games over blocks and answers: what is proposed, and what each proposal is worth to each principal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import cage
+from pipeline.config.sections import DecodingConfig
+from pipeline.engine.calls import HostCalls
+from pipeline.engine.engine import Ended
+from pipeline.engine.prompter import Prompter
+from pipeline.engine.row_state import RunningRow
+from pipeline.errors import RowError
+from pipeline.protocol.messages import TokenOutcome
+from pipeline.protocol.topology import Topology
+from pipeline.records import Candidate, Message, Proposal
+
+
+class TextScorer(Protocol):
+    """Scores texts as answers to a prompt, in nats; NaN where it has no score."""
+
+    def __call__(self, prompt: Sequence[Message], texts: Sequence[str], num_tokens: Sequence[int]) -> list[float]: ...
+
+
+class TextScorers(Protocol):
+    """Loads what scores texts, by the name of the principal that it belongs to. Picklable."""
+
+    def load(self) -> Mapping[str, TextScorer]: ...
+
+
+@dataclass(slots=True)
+class Path:
+    """An answer on its way.
+
+    Args:
+        whole: its row, with the tokens that were taken so far.
+        games: what the games so far were about.
+    """
+
+    whole: RunningRow
+    games: list[Proposal] = field(default_factory=list)
+    num_games: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Proposals with the same tokens.
+
+    Args:
+        tokens: of the proposal, the end token included.
+        text: what an answer with it reads like.
+        count: how often the base drew it, or the row brings it.
+        weight: in the base policy, relative to the others.
+        outcomes: of its tokens, as the base drew them.
+        rewards: by principal, in nats.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    count: int
+    weight: float
+    outcomes: tuple[TokenOutcome, ...]
+    rewards: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class Menu:
+    """The proposals of one game, and the answers that wait for them.
+
+    Args:
+        num_waiting: proposals that have not ended.
+        prompts: token ids by role that all of them begin with.
+        ended: by number.
+        given: answers that the row brings, in place of proposals.
+        weights: of the row, for roles that take them.
+        paths: answers that are to choose among them.
+        choices: once they are known.
+        prompt: the row's messages.
+        before: text of the answer so far.
+        error: why there is no choice.
+        original_rewards: of the row's existing answer, where it was scored.
+    """
+
+    num_waiting: int
+    prompts: Mapping[str, Sequence[int]]
+    prompt: Sequence[Message] = ()
+    before: str = ""
+    given: Sequence[Candidate] = ()
+    weights: tuple[float, ...] = ()
+    ended: dict[int, Ended] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
+    choices: tuple[Choice, ...] | None = None
+    error: str | None = None
+    original_rewards: list[float] | None = None
+
+
+class Valuer:
+    """Says what proposals are worth.
+
+    Args:
+        calls: to the hosts, which score text for reward models.
+        topology: roles and principals.
+        prompter: tokens of answers that rows bring.
+        decoding: whether reasoning counts.
+        scorers: of principals that value text.
+    """
+
+    def __init__(
+        self,
+        calls: HostCalls,
+        topology: Topology,
+        prompter: Prompter,
+        decoding: DecodingConfig,
+        scorers: Mapping[str, TextScorer],
+    ) -> None:
+        self._calls = calls
+        self._prompter = prompter
+        self._decoding = decoding
+        self._names = tuple(principal.name for principal in topology.principals)
+        self._scorers = scorers
+        self._scores_whole = any(plan.is_reward_model for plan in topology.hosts)
+
+    def choices(self, menu: Menu) -> tuple[Choice, ...]:
+        """The different proposals that ended well, in the order in which they were asked for. Raises HostError."""
+        if menu.given:
+            return self._with_scores(menu, self._given(menu))
+        choices: dict[tuple[int, ...], Choice] = {}
+        for _, ended in sorted(menu.ended.items()):
+            running = ended.running
+            if running.original_rewards is not None:
+                scores = self.scores_of(menu.prompt, running.row.response or "", 0)
+                by_name = zip(self._names, running.original_rewards, strict=True)
+                menu.original_rewards = [scores.get(name, reward) for name, reward in by_name]
+            if ended.error is not None:
+                menu.error = ended.error
+                continue
+            tokens = tuple(running.tokens)
+            if tokens in choices:
+                count = choices[tokens].count + 1
+                choices[tokens] = replace(choices[tokens], count=count, weight=count)
+                continue
+            assert ended.turn is not None
+            rewards = self._rewards(menu, running, ended.turn.num_reasoning_tokens)
+            choices[tokens] = Choice(tokens, ended.turn.text, 1, 1.0, tuple(running.outcomes), rewards)
+        menu.ended.clear()
+        return self._with_scores(menu, list(choices.values()))
+
+    def _given(self, menu: Menu) -> list[Choice]:
+        """The different answers that a row brings, without those that a model cannot read."""
+        choices: dict[str, Choice] = {}
+        left = self._prompter.context_left(menu.prompts)
+        for candidate in menu.given:
+            if (known := choices.get(candidate.text)) is not None:
+                weight = known.weight + candidate.weight
+                choices[candidate.text] = replace(known, count=known.count + 1, weight=weight)
+                continue
+            try:
+                tokens = tuple(self._prompter.encode_answer(candidate.text))
+            except RowError as error:
+                menu.error = str(error)
+                continue
+            if left is not None and len(tokens) > left:
+                menu.error = f"a candidate has {len(tokens)} tokens and the context holds {left} after the prompt"
+                continue
+            rewards: tuple[float, ...] = ()
+            if self._names:
+                rewards = tuple(self._calls.score(menu.prompts, tokens, menu.weights).result())
+            outcomes = tuple(_unseen(token, len(self._names)) for token in tokens)
+            choices[candidate.text] = Choice(tokens, candidate.text, 1, candidate.weight, outcomes, rewards)
+        return [choice for choice in choices.values() if choice.weight > 0]
+
+    def _with_scores(self, menu: Menu, choices: list[Choice]) -> tuple[Choice, ...]:
+        """Choices with the rewards of principals that value text: what each adds to the score so far."""
+        if not self._scorers or not choices:
+            return tuple(choices)
+        texts = [menu.before + choice.text for choice in choices]
+        num_tokens = [len(choice.tokens) for choice in choices]
+        for name, scorer in self._scorers.items():
+            at = self._names.index(name)
+            so_far = scorer(menu.prompt, [menu.before], [0])[0] if menu.before else 0.0
+            for index, score in enumerate(scorer(menu.prompt, texts, num_tokens)):
+                rewards = list(choices[index].rewards)
+                rewards[at] = score - so_far
+                choices[index] = replace(choices[index], rewards=tuple(rewards))
+        judged = [choice for choice in choices if all(map(math.isfinite, choice.rewards))]
+        if len(judged) < len(choices):
+            menu.error = "a principal gives no score, or one that is not finite"
+        return tuple(judged)
+
+    def scores_of(self, prompt: Sequence[Message], text: str, num_tokens: int) -> dict[str, float]:
+        """What principals that value text give for a whole answer, by name."""
+        return {name: scorer(prompt, [text], [num_tokens])[0] for name, scorer in self._scorers.items()}
+
+    def _rewards(self, menu: Menu, running: RunningRow, num_reasoning: int) -> tuple[float, ...]:
+        """What a proposal adds to each principal's reward, without its reasoning.
+
+        Reward models are asked about the text as a whole: token by token they see the likeliest candidates alone.
+        """
+        first = 0 if self._decoding.thinking.in_answers else num_reasoning
+        if self._scores_whole:
+            weights = running.terms.weights
+            return tuple(self._calls.score(menu.prompts, running.tokens, weights, first).result())
+        return tuple(running.sums([outcome.rewards for outcome in running.outcomes[first:]]))
+
+
+def _unseen(token_id: int, num_principals: int) -> TokenOutcome:
+    """A token that no base drew: it has no log-probability, and what it is worth counts at the answer's end."""
+    return TokenOutcome(
+        token_id=token_id,
+        rewards=[0.0] * num_principals,
+        payments=None,
+        thresholds=None,
+        base_logprob=math.nan,
+        logprob=math.nan,
+        kl=0.0,
+        covered_mass=math.nan,
+        residual=0.0,
+        status=int(cage.Status.CONVERGED),
+        num_steps=0,
+    )
