@@ -15,7 +15,7 @@ def bench_solver(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and repetitions.")] = False,
     sweep: Annotated[int, typer.Option("--sweep", help="Also solve this many games a cell, of every kind.")] = 0,
-    threads: Annotated[int, typer.Option("--threads", help="torch threads; the published numerics use one.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", help="torch threads; the paper's solver uses one.")] = 1,
 ) -> None:
     """Games per second, iterations and distance from the equilibrium, by method."""
     from jobs.bench.solver import run_bench_solver

@@ -35,7 +35,8 @@ def load_plain_model(model: str, cache_folder: Path) -> Any:
 def time_floor(model: Any, num_rows: int, *, num_steps: int) -> float:
     """Median seconds of one decoding pass of `num_rows` rows of equal length, with transformers' own cache.
 
-    On a GPU the pass is recorded and replayed, where that is possible: kernel by kernel it takes far longer.
+    On a GPU the pass is captured as a CUDA graph, where that is possible: launching its kernels one
+    by one takes far longer.
     """
     device = model.device
     tokens = torch.ones(num_rows, CONTEXT, dtype=torch.long, device=device)

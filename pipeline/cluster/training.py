@@ -47,7 +47,7 @@ class Fitter:
 def fit_all(
     tasks: Sequence[Task], config: TrainConfig, say: Callable[[str], None], *, is_verbose: bool
 ) -> list[dict[str, Any]]:
-    """Train all adapters at the same time, as far as the cluster has room; the others wait.
+    """Train all adapters at the same time, as far as the cluster has resources; the others wait.
 
     Args:
         tasks: one for each adapter.

@@ -207,7 +207,7 @@ def _over_prompts(values_SP: Floats, counts_SP: Floats) -> Floats:
 
 
 def _p_value(difference_S: Floats) -> float | None:
-    """Twice the share of bootstrap samples on the far side of 0, and no less than the samples can tell."""
+    """Twice the share of bootstrap samples on the far side of 0, and no less than the samples can resolve."""
     known_S = difference_S[np.isfinite(difference_S)]
     if not len(known_S):
         return None

@@ -81,7 +81,7 @@ def is_served(model_type: str) -> bool:
 
 
 def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
-    """Why a model with this configuration is not decoded in slots, as far as a configuration tells; None: no reason.
+    """Why a model with this configuration is not decoded in slots, as far as a configuration shows; None: no reason.
 
     Args:
         config: the contents of config.json, or transformers' configuration as a mapping, of the text part.
@@ -143,7 +143,7 @@ def rope_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """How a model will be decoded, as far as its configuration tells.
+    """How a model will be decoded, as far as its configuration shows.
 
     Args:
         decoding: "slots", "plain" or "refused"; None: its family is not in the table, and it is tried at load.

@@ -1,4 +1,4 @@
-"""The hash of a text file, which also tells whether the file begins with the whole of a shorter one."""
+"""The hash of a text file, which also shows whether the file begins with the whole of a shorter one."""
 
 from __future__ import annotations
 

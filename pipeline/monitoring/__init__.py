@@ -1,1 +1,1 @@
-"""Progress of a run: counts, waits, progress line, stall watch."""
+"""Progress of a run: counts, waits, progress line, stall detection."""

@@ -1,4 +1,4 @@
-"""The watch over a run: ends one that makes no progress for a given time, or in which an error was found."""
+"""End a run that makes no progress for a given time, or in which an error was found."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def _expect(plan: HostPlan, source: ModelSource) -> Expected:
     """How a language model will be decoded.
 
     Raises:
-        ConfigurationError: its configuration tells that it cannot be, or not in slots where that is asked for.
+        ConfigurationError: its configuration says that it cannot be, or not in slots where that is asked for.
     """
     config = read_json(LocalTree(Path(source.path)), CONFIG)
     expected = expect(config)

@@ -32,9 +32,9 @@ PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
 class Passes:
     """Runs a model.
 
-    On a CPU prompts ride with the running rows. On a GPU passes have two shapes, captured and replayed, with compiled
-    layers: one for all running rows, and one for prompts, which take passes of their own. There kernels depend on the
-    shape of a pass, and a row's bits on the kernels.
+    On a CPU prompts are computed in the same pass as the running rows. On a GPU passes have two shapes, captured as
+    CUDA graphs, with compiled layers: one for all running rows, and one for prompts, which take passes of their own.
+    There kernels depend on the shape of a pass, and a row's bits on the kernels.
 
     Args:
         model: a causal LM in eval mode with the slot attention.
@@ -134,7 +134,7 @@ class Passes:
         positions = [*batch.positions, *(length - 1 for length in batch.lengths)]
         positions_T = to_device(positions, self.device, torch.long)
         with self._counting(len(ids_T)):
-            # one that nobody reads where no row runs yet
+            # logits of one row at least; where no row runs yet they are not read
             logits_RV = self._compute(slot_pass, ids_T[None], positions_T[None], max(len(batch.rows), 1))
         return rows_R, logits_RV[: len(batch.rows)]
 

@@ -1,4 +1,4 @@
-"""Errors that a model's own code raises for what it was not made for, told from faults of this project."""
+"""Errors that a model's own code raises for what it was not made for, as distinct from faults of this project."""
 
 from __future__ import annotations
 

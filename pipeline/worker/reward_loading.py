@@ -33,7 +33,7 @@ from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import probe_tokens, small_limits
 from pipeline.worker.scoring_models import ScoringModel, load_scoring_model, load_value_head
 from pipeline.worker.weights import why_not_finite
-from pipeline.worker.whole_vectors import watching
+from pipeline.worker.whole_vectors import detect_partial_vectors
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of the scores' size
 
@@ -76,13 +76,13 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> BranchRunner:
     if (reason := why_layers_differ(as_mapping(model.config))) is not None:
         raise _refused(spec, model, reason)
     role_heads = [_role_head(loaded, role, at, reward) for at, role in enumerate(spec.roles)]
-    with watching() as watch:
+    with detect_partial_vectors() as detector:
         probed = _check(loaded, spec)
     layers = _learn(loaded, spec)
     model.set_attn_implementation(ATTENTION)
     needs_whole = False
     if spec.strict and device.type == "cpu":
-        needs_whole = pad_experts(model) or watch.found
+        needs_whole = pad_experts(model) or detector.found
         _check_strict(loaded, layers, spec, needs_whole_vectors=needs_whole)
     contexts = [each for each in (context_length(model.config), exact_context(model.config)) if each is not None]
     return BranchRunner(

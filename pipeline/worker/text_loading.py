@@ -31,7 +31,7 @@ from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import NUM_STEPS, TOLERANCE, plain_logprobs, probe_tokens, small_limits
 from pipeline.worker.text_scorer import TextScorer
 from pipeline.worker.weights import load_causal_lm, why_not_finite
-from pipeline.worker.whole_vectors import watching
+from pipeline.worker.whole_vectors import detect_partial_vectors
 
 
 def load_text_model(spec: HostSpec, retokeniser: Retokeniser) -> BranchRunner:
@@ -45,12 +45,12 @@ def load_text_model(spec: HostSpec, retokeniser: Retokeniser) -> BranchRunner:
         choose_reproducible_kernels()
         torch.set_num_threads(1)  # with more, a row's bits depend on the work beside it
     loading = _Loading(spec, device)
-    with watching() as watch:
+    with detect_partial_vectors() as detector:
         layers, bytes_per_token = loading.check()
     model = loading.model
     needs_whole = False
     if spec.strict and device.type == "cpu":
-        needs_whole = pad_experts(model) or watch.found
+        needs_whole = pad_experts(model) or detector.found
         loading.check_strict(layers, needs_whole_vectors=needs_whole)
     contexts = [each for each in (context_length(model.config), exact_context(model.config)) if each is not None]
     vocab_size = int(text_config(model.config).vocab_size)

@@ -128,7 +128,7 @@ class _Detector(TorchFunctionMode):
 
 
 @contextmanager
-def watching() -> Iterator[_Detector]:
+def detect_partial_vectors() -> Iterator[_Detector]:
     """Run a pass within the block; afterwards `found` says whether the model needs `WholeVectors`."""
     with _Detector() as detector:
         yield detector

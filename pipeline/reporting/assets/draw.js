@@ -29,11 +29,11 @@ function ticks(low, high, count) {
 }
 
 // The domain of some values, a little wider; null when there are none.
-function domain(values, room = 0.06) {
+function domain(values, margin = 0.06) {
   const known = values.filter((value) => Number.isFinite(value));
   if (!known.length) return null;
   const low = Math.min(...known), high = Math.max(...known);
-  const space = high > low ? (high - low) * room : Math.abs(high) * 0.1 || 0.5;
+  const space = high > low ? (high - low) * margin : Math.abs(high) * 0.1 || 0.5;
   return [low - space, high + space];
 }
 

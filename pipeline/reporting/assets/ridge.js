@@ -29,7 +29,7 @@ function drawRidge(chart, width) {
 
 const grouped = (count) => count.toLocaleString("en-US");
 
-// The bins whose counts have room above them: all that are not empty, or the tallest alone.
+// The bins whose counts fit above them: all that are not empty, or the tallest alone.
 function countedBins(counts, width) {
   const filled = counts.flatMap((count, bin) => (count ? [bin] : []));
   const longest = Math.max(0, ...filled.map((bin) => grouped(counts[bin]).length));
