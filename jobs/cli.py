@@ -166,8 +166,8 @@ def synthesize(
 ) -> None:
     """Make training data: answer every prompt, filter the answers, write SFT rows and preference pairs.
 
-    The data set is in RUN/_dataset, with a card. The same command continues an interrupted run. With other settings of
-    `synthesis` it makes the data set again from the same answers.
+    The data set is in RUN/_dataset, with a card. The same command continues an interrupted run. With other settings
+    of `synthesis` it makes the data set again from the same answers.
     """
     from jobs.commands.synthesize import run_synthesize
 

@@ -46,7 +46,7 @@ from pipeline.worker.recurrent_passes import RecurrentPasses
 from pipeline.worker.recurrent_runner import RecurrentRunner, RowBytes
 from pipeline.worker.token_holes import close_holes
 from pipeline.worker.weights import load_causal_lm, why_not_finite
-from pipeline.worker.whole_vectors import watching
+from pipeline.worker.whole_vectors import detect_partial_vectors
 
 SlotRunner = LanguageModelRunner | RecurrentRunner
 
@@ -189,9 +189,9 @@ class _Loading:
                     self._check(self._make_probed_runner(layers), self._expected_small)
             layers = self._learn_layers()
             probed = self._make_probed_runner(layers)
-            with watching() as watch:
+            with detect_partial_vectors() as detector:
                 self._check(probed, self._expected)
-            needs_whole = spec.strict and probed.device.type == "cpu" and watch.found
+            needs_whole = spec.strict and probed.device.type == "cpu" and detector.found
         except MODEL_ERRORS as error:
             raise NotServed(reason_of_model(error)) from error
         if spec.strict and probed.device.type == "cpu":
