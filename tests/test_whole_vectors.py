@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.worker.whole_vectors import WholeVectors, watching
+from pipeline.worker.whole_vectors import WholeVectors, detect_partial_vectors
 
 ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
@@ -41,9 +41,9 @@ def test_an_activation_of_a_row_is_its_own(name, width):
             assert torch.equal(activation(numbers[start:stop]), expected[start:stop])
             assert torch.equal(activation(half[start:stop]), expected[start:stop])
     torch.testing.assert_close(expected, activation(numbers))
-    with watching() as watch:
+    with detect_partial_vectors() as detector:
         activation(numbers)
-    assert watch.found
+    assert detector.found
 
 
 @pytest.mark.parametrize("num_outputs", [1, 2, 7])
@@ -57,9 +57,9 @@ def test_a_product_of_a_row_is_its_own_for_one_output_and_for_one_row(num_output
             assert torch.equal(layer(states[start:stop]), expected[start:stop])
             assert torch.equal(layer(states[None, start:stop])[0], expected[start:stop])
     torch.testing.assert_close(expected, layer(states))
-    with watching() as watch:
+    with detect_partial_vectors() as detector:
         layer(states)
-    assert watch.found == (num_outputs == 1)
+    assert detector.found == (num_outputs == 1)
 
 
 def test_a_product_by_the_operator_is_its_own_from_one_row_on():
@@ -71,9 +71,9 @@ def test_a_product_by_the_operator_is_its_own_from_one_row_on():
 
 
 def test_what_fills_whole_vectors_needs_no_care():
-    with watching() as watch:
+    with detect_partial_vectors() as detector:
         functional.silu(rows_of(128))
         functional.linear(rows_of(64), torch.ones(3, 64))
         rows_of(5).tanh()
         rows_of(5) ** 2
-    assert not watch.found
+    assert not detector.found
