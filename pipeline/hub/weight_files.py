@@ -208,7 +208,7 @@ def _no_weights(address: str, sizes: Mapping[str, int], wanted: str) -> Configur
     if pickled := [name for name in sizes if name.endswith(PICKLED)]:
         return ConfigurationError(
             f"{address} has its weights only as {_listed(pickled)}: such files can run code when they are read, "
-            f"so they are refused. Save the model again with safetensors (save_pretrained does)"
+            f"so they are refused. `cage convert FOLDER` writes safetensors beside them without running anything"
         )
     return ConfigurationError(f"{address} has no weights ({wanted}). {_contents(sizes)}")
 
