@@ -9,13 +9,14 @@ B rows, J principals, R roles of a model, K candidates, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
 import cage
 from cage.rule_names import RuleName
@@ -23,8 +24,10 @@ from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.engine.prompts import ChatPrompter, HostText
 from pipeline.errors import CageError, ConfigurationError
+from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.model_facts import as_ids, context_length, text_config
-from pipeline.hub.tokenizer_facts import facts_of_tokenizer
+from pipeline.hub.sources import ModelSource, fetch_weights, resolve_model
+from pipeline.hub.tokenizer_facts import facts_of_tokenizer, load_tokenizer
 from pipeline.protocol.messages import Terms
 from pipeline.protocol.topology import BASE
 from pipeline.records import Message
@@ -33,8 +36,10 @@ from pipeline.runtime.topology import build_topology
 from pipeline.sampling.games import as_game, solve, token_rewards
 from pipeline.sampling.proposals import propose_from
 from pipeline.steered_answers import Account, SteeredAnswer, SteeredStep
+from pipeline.worker.loading import pick_device, pick_dtype
 from pipeline.worker.padded_passes import pad_left, role_passes
 from pipeline.worker.token_holes import without_holes
+from pipeline.worker.weights import describe_faults, read_with_report
 
 __all__ = ["CageLogitsProcessor", "SteeredAnswer", "SteeredStep"]
 Conversation = str | Sequence[Message]
@@ -50,14 +55,19 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     cuts the policy afterwards.
 
     Args:
-        model: the base, which generates.
-        tokenizer: the base's, which the principals' models share.
-        principals: by name, each as in a configuration file, with loaded models instead of names.
+        model: the base, which generates: a loaded model, or a name as in a configuration file (`smollm2-135m`, a
+            folder, a hub id), which is loaded.
+        tokenizer: the base's, which the principals' models share; None: the one of the named model.
+        principals: by name, each as in a configuration file, with loaded models in place of names, or with names.
         rule: how principals and base decide, as in a configuration file.
         agent_temperature: tau, in nats of weighted reward.
         candidates: how many of the base's likeliest tokens take part; "all": the whole vocabulary.
         min_p: candidates less likely than `min_p` times the likeliest one are left out.
         on_step: called with every step's numbers.
+
+    Attributes:
+        model: the base, loaded.
+        tokenizer: the base's.
 
     Raises:
         ConfigurationError: a principal, a model or an option cannot be used.
@@ -75,7 +85,11 @@ class CageLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         min_p: float = 0.0,
         on_step: Callable[[SteeredStep], None] | None = None,
     ) -> None:
-        named = _NamedModels(model)
+        if tokenizer is None and not isinstance(model, str):
+            raise ConfigurationError("give the tokenizer of a model that is loaded already")
+        named = _NamedModels()
+        self.model = model = named.add(model, "model", BASE)
+        self.tokenizer = tokenizer = tokenizer or load_tokenizer(named.sources[BASE])
         config = _config(
             named.replace(principals),
             {"rule": rule, "agent_temperature": agent_temperature, "candidates": candidates, "min_p": min_p},
@@ -256,13 +270,49 @@ def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 class _NamedModels:
-    """Gives loaded models names, by which a configuration can refer to them."""
+    """Gives loaded models names, by which a configuration can refer to them; loads models that are given by name."""
 
-    def __init__(self, base: torch.nn.Module) -> None:
-        self.models: dict[str, torch.nn.Module] = {BASE: base}
+    def __init__(self) -> None:
+        self.models: dict[str, torch.nn.Module] = {}
+        self.sources: dict[str, ModelSource] = {}
+        self._loaded: dict[str, torch.nn.Module] = {}
+
+    def add(self, value: Any, place: str, name: str | None = None) -> torch.nn.Module:
+        """A model, or the one of this name, as `name` or under a name of its own.
+
+        Raises:
+            ConfigurationError: there is no such model, or it is neither loaded nor a name.
+        """
+        if not isinstance(value, str | torch.nn.Module):
+            raise ConfigurationError(f"{place} must be a loaded model or a model's name; got {value!r}")
+        name = name or f"model{len(self.models)}"
+        model = value if isinstance(value, torch.nn.Module) else self._load(value, place, name)
+        self.models[name] = model
+        return model
+
+    def _load(self, value: str, place: str, name: str) -> torch.nn.Module:
+        cache_folder = default_cache_folder(os.environ)
+        try:
+            source = resolve_model(value, cache_folder=cache_folder)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{place}: {error}") from error
+        self.sources[name] = source
+        if value not in self._loaded:
+            device = pick_device("auto")
+            model, report = read_with_report(
+                place,
+                AutoModelForCausalLM,
+                fetch_weights(source, cache_folder=cache_folder),
+                dtype=pick_dtype("auto", device),
+                trust_remote_code=False,
+            )
+            if fault := describe_faults(report, model):
+                raise ConfigurationError(f"{place}: {fault}")
+            self._loaded[value] = model.to(device).eval()
+        return self._loaded[value]
 
     def replace(self, principals: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The principals with names in place of models. Raises ConfigurationError where a model is not loaded."""
+        """The principals with names of its own in place of models. Raises ConfigurationError for no model."""
         return {
             name: {key: self._replace(value, f"principals.{name}.{key}") for key, value in fields.items()}
             for name, fields in principals.items()
@@ -277,12 +327,13 @@ class _NamedModels:
     def _name(self, value: Any, place: str) -> Any:
         if not place.endswith((".model", ".reference")) or value in (None, "none"):
             return value
-        if not isinstance(value, torch.nn.Module):
-            raise ConfigurationError(f"{place} must be a loaded model here; got {value!r}")
+        if isinstance(value, str) and value in self._loaded:
+            value = self._loaded[value]
         known = next((name for name, model in self.models.items() if model is value), None)
-        name = known or f"model{len(self.models)}"
-        self.models[name] = value
-        return name
+        if known is None:
+            known = f"model{len(self.models)}"
+            self.add(value, place, known)
+        return known
 
 
 def _config(principals: Mapping[str, Mapping[str, Any]], decoding: Mapping[str, Any]) -> Config:

@@ -173,6 +173,27 @@ def test_what_generate_forbids_stays_forbidden(tiny):
     assert not set(first) & set(again)
 
 
+def test_models_may_be_given_by_name_as_in_a_configuration(tiny):
+    before, after = tiny("llama", seed=3), tiny("llama", seed=4)
+    model = load(before)
+    given = processor_of(model, before, pair_of(model, load(after)))
+    named = CageLogitsProcessor(str(before), None, pair_of(str(before), str(after)), **DECODING)
+    expected = generate(model, given, given.encode(TEXTS))
+    assert torch.equal(generate(named.model, named, named.encode(TEXTS)), expected)
+    assert named.tokenizer.get_vocab() == given.tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_a_name_too(cache_folder):
+    processor = CageLogitsProcessor("smollm2-135m", None, {"kind": PROMPTED["kind"]}, agent_temperature=0.3)
+    inputs = processor.encode(["Why does ice float on water?"])
+    ids = generate(processor.model, processor, inputs, max_new_tokens=4)
+    decoding = {"agent_temperature": 0.3, "temperature": 0, "max_new_tokens": 4, "trace": "tokens", "min_p": 0}
+    config = config_of("smollm2-135m", {"kind": PROMPTED["kind"]}, decoding=decoding)
+    record = decode(config, [ask("a", "Why does ice float on water?")], cache_folder)["a"]
+    assert ids[0, inputs["input_ids"].shape[1] :].tolist() == [token.token_id for token in record.tokens]
+
+
 def test_what_cannot_be_steered_is_refused(tiny):
     base = tiny("llama", seed=3)
     model = load(base)
@@ -185,8 +206,12 @@ def test_what_cannot_be_steered_is_refused(tiny):
         generate(model, processor, inputs, num_beams=4)
     with pytest.raises(ConfigurationError, match="other prompts"):
         generate(model, processor, {**inputs, "input_ids": inputs["input_ids"].flip(0)})
-    with pytest.raises(ConfigurationError, match=r"principals.pair.model must be a loaded model here; got 'x'"):
-        processor_of(model, base, {"pair": {"kind": "tuned_pair", "model": "x", "reference": model}})
+    with pytest.raises(ConfigurationError, match=r"principals.pair.model must be a loaded model or a .*; got 7"):
+        processor_of(model, base, {"pair": {"kind": "tuned_pair", "model": 7, "reference": model}})
+    with pytest.raises(ConfigurationError, match=r"principals.pair.model: .*/nowhere"):
+        processor_of(model, base, {"pair": {"kind": "tuned_pair", "model": "/nowhere", "reference": model}})
+    with pytest.raises(ConfigurationError, match="give the tokenizer of a model that is loaded"):
+        CageLogitsProcessor(model, None, PROMPTED)
     with pytest.raises(ConfigurationError, match=r"(?s)agent_temperature must be greater than 0"):
         processor_of(model, base, agent_temperature=0)
     with pytest.raises(ConfigurationError, match="adapter"):
