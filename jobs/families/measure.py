@@ -106,13 +106,13 @@ def _measure(name: str, folder: Path) -> ServedFamily:
     except ConfigurationError as error:
         return ServedFamily(REFUSED, reasons={"decoding": _short(error)})
     reasons = {} if loaded.why_plain is None else {"decoding": loaded.why_plain}
-    together, bits = _decode(loaded.runner, range(len(expected)))
+    together, bits = greedy(loaded.runner, range(len(expected)))
     if together != expected:
         raise FamilyError(f"{name} is not decoded as transformers' generate does: {together} and not {expected}")
     lone, alone = load_language_model(replace(spec, num_slots=1)).runner, []
     for row in range(len(expected)):
         lone.resize(1)  # forgets the row before
-        alone.append(_decode(lone, [row]))
+        alone.append(greedy(lone, [row]))
     is_strict = all(torch.equal(one[1][0], bits[row]) for row, one in enumerate(alone))
     if not is_strict:
         raise FamilyError(f"the bits of {name} depend on the rows beside it")
@@ -146,7 +146,7 @@ def host_spec(folder: Path) -> HostSpec:
     )
 
 
-def _decode(
+def greedy(
     runner: LanguageRunner, rows: Sequence[int], num_new: int = NUM_NEW
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Greedy answers of some of the prompts in one batch; and each row's log-probabilities of its last token."""
@@ -183,7 +183,7 @@ def _has_fixed_passes(runner: LanguageModelRunner, spec: HostSpec) -> bool:
         return True
     relaxed = load_language_model(replace(spec, strict=False)).slot_runner  # never has other experts than its own
     assert relaxed is not None
-    _decode(relaxed, range(len(LENGTHS)), num_new=1)
+    greedy(relaxed, range(len(LENGTHS)), num_new=1)
     return not _reads_of_host(relaxed)
 
 

@@ -91,6 +91,9 @@ def why_not_in_slots(config: Mapping[str, Any]) -> str | None:
     kinds = {str(each.get("rope_type", each.get("type"))) for each in rope_settings(config)}
     if "longrope" in kinds:
         return "longrope takes its frequencies from the longest row of a pass"
+    window = config.get("sliding_window")
+    if isinstance(window, int) and window < 2 and config.get("use_sliding_window", True):
+        return f"transformers' generate reads a sliding_window of {window} in a way of its own"
     # dynamic rope changes its frequencies beyond max_position_embeddings alone, where every row ends
     if "dynamic" in kinds and not isinstance(config.get("max_position_embeddings"), int):
         return "dynamic rope takes its frequencies from the longest row that there ever was"

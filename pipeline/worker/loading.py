@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from pipeline.attention.rows import what_is_missing
 from pipeline.attention.slots import ATTENTION
@@ -188,6 +189,8 @@ class _Loading:
                     layers = self._learn_layers()
                     self._check(self._make_probed_runner(layers), self._expected_small)
             layers = self._learn_layers()
+            if reason := _why_cache_differs(model.config, layers):
+                raise NotServed(reason)
             probed = self._make_probed_runner(layers)
             with detect_partial_vectors() as detector:
                 self._check(probed, self._expected)
@@ -316,6 +319,19 @@ class _Loading:
             raise NotServed(
                 f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {self._tolerance:g}"
             )
+
+
+def _why_cache_differs(config: Any, layers: Sequence[LayerFacts]) -> str | None:
+    """Why `generate` does not see the keys that a forward pass sees: where its cache drops some that masks show."""
+    kept = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    if len(kept) != len(layers):  # keys are shared, or some layers have none
+        return None
+    if any(
+        getattr(each, "is_sliding", False) and facts.visibility.is_unlimited
+        for each, facts in zip(kept, layers, strict=True)
+    ):
+        return "its configuration names a window that its masks do not have: generate and a forward pass differ"
+    return None
 
 
 def why_not_strict() -> str:
