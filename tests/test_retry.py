@@ -162,8 +162,10 @@ def test_a_few_mended_rows_in_a_file_of_their_own(bad, tmp_path):
 
 def test_a_run_over_its_budget_is_done_when_enough_is_mended(tiny, tmp_path):
     bad = [{**row, "prompt": None} if at > 2 else row for at, row in enumerate(GOOD[:6])]
-    one_by_one = {"cluster": {"slots": 1}, "errors": {"budget": 1}}
-    config = job(written(tmp_path / "prompts.jsonl", bad), tmp_path / "run", tiny(), **one_by_one)
+    prompts = written(tmp_path / "prompts.jsonl", bad)
+    run_job(job(prompts, tmp_path / "run", tiny(), errors={"budget": 3}), tmp_path)
+    (tmp_path / "run/_SUCCESS").unlink()  # as if all shards were done when the budget ended the run
+    config = job(prompts, tmp_path / "run", tiny(), errors={"budget": 1})
     with pytest.raises(ErrorBudgetExceeded, match=r"cage retry .*run --input FILE"):
         run_job(config, tmp_path)
     out = io.StringIO()
