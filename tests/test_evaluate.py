@@ -288,3 +288,23 @@ def test_a_judge_that_cannot_be_loaded_on_an_actor_says_why(job, tmp_path):
     error = ShardScorer(ScoreFiles(done.run, panel)).score(record)
     assert isinstance(error, ConfigurationError)
     assert "weights" in str(error)
+
+
+def test_an_evaluation_is_extended_and_mended_and_judges_what_is_new(tiny, tmp_path):
+    """Its numbers are those of an evaluation of all rows as they are in the end."""
+    (tmp_path / "whole").mkdir()
+    whole = run_tree(tree_of(tiny, tmp_path / "whole"), tmp_path / "whole").metrics
+    tree = tree_of(tiny, tmp_path)
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "prompts.jsonl").write_text("".join([lines[0], '{"id": "r2", "prompt": "another"}\n', lines[2]]))
+    run_tree(tree, tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    retry(Retry(str(tmp_path / "run"), mended=str(tmp_path / "prompts.jsonl")), tmp_path / "cache", io.StringIO())
+    before = times(tmp_path / "run", "_scores/part-*")
+    config = parse_as(EvaluateConfig, json.loads(json.dumps(tree)))
+    done = evaluate(config, tmp_path / "cache", io.StringIO(), may_extend=True)
+    assert before.items() <= times(tmp_path / "run", "_scores/part-*").items()
+    assert len(list((tmp_path / "run/_scores").iterdir())) == len(done.run.plan.shards) == 3
+    for name in ("points", "rules", "num_prompts", "num_failed", "differences"):
+        assert done.metrics[name] == whole[name]
+    assert not evaluate(config, tmp_path / "cache", io.StringIO()).was_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from pipeline.cluster.stream import ShardStream
 from pipeline.config.sections import Transport
 from pipeline.errors import CageError, ConfigurationError, HostError, StorageError
 from pipeline.runtime.assembly import assemble
+from pipeline.stages.retry import Retry, retry
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -188,3 +190,22 @@ def test_a_replica_that_no_machine_can_hold_is_refused(tiny, tmp_path):
     config = config.model_copy(update={"base": config.base.model_validate(base)})
     with pytest.raises(ConfigurationError, match=r"needs 64 CPU"):
         run_job(config, tmp_path)
+
+
+def test_a_run_on_ray_is_extended_and_mended(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 7)
+    run_job(job(prompts, tmp_path / "whole", tiny()), tmp_path)
+    lines = prompts.read_text().splitlines(keepends=True)
+    prompts.write_text("".join([lines[0], '{"id": "r1"}\n', *lines[2:4]]))
+    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), errors={"budget": 1})
+    run_job(in_one_process(config), tmp_path)
+    prompts.write_text("".join(lines))
+    asked = Retry(str(tmp_path / "run"), ("cluster.transport=ray", "cluster.slots=8"), mended=str(prompts))
+    retry(asked, tmp_path / "cache", io.StringIO())
+    run, _ = run_job(config, tmp_path, may_extend=True)
+    assert run.is_complete
+    whole, found = (
+        [row for path in sorted((tmp_path / name).glob("part-*")) for row in pq.read_table(path).to_pylist()]
+        for name in ("whole", "run")
+    )
+    assert found == whole

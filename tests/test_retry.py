@@ -348,3 +348,18 @@ def test_a_mended_input_of_any_kind(kind, tiny, tmp_path):
     run_again(tmp_path / "run", mended=str(write(prompts, rows)))
     run_job(job(prompts, tmp_path / "whole", tiny()), tmp_path)
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+
+
+def test_a_table_with_more_rows_is_compared_row_by_row_and_then_extends_the_run(tiny, tmp_path):
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.Table.from_pylist(GOOD[:4]), path)
+    config = job(path, tmp_path / "run", tiny())
+    run_job(config, tmp_path)
+    before = parts(tmp_path / "run")
+    pq.write_table(pa.Table.from_pylist(GOOD), path)
+    with pytest.raises(InputChanged, match="a table is compared as a whole"):
+        run_job(config, tmp_path, may_extend=True)
+    assert not run_again(tmp_path / "run", mended=str(path))[1]
+    run_job(config, tmp_path, may_extend=True)
+    assert [row["row_id"] for row in rows_of(tmp_path / "run")] == [row["id"] for row in GOOD]
+    assert before.items() <= parts(tmp_path / "run").items()

@@ -249,7 +249,8 @@ def _check_known(known: InputFile, num_rows: int, *, has_known_rows: bool) -> No
     if not has_known_rows:
         hint = (
             "" if known.format.is_text or known.format is Format.DATASET
-            else "; a table is compared as a whole, so add rows in a file of their own"
+            else "; a table is compared as a whole, so add rows in a file of their own, or let `cage retry RUN "
+            "--input FILE` compare its rows one by one"
         )  # fmt: skip
         raise InputChanged(f"{known.name} has changed in its first {known.num_rows:,} rows{hint}")
 
