@@ -46,7 +46,7 @@ def describe_training(config: TrainConfig, cache_folder: Path) -> str:
 
     found = open_preferences(config.input)
     backbone = find_backbone(config, cache_folder)
-    data = read_data(found, config, backbone.encode)
+    data = read_data(found, config, backbone.encode, cache_folder)
     training = config.training
     lines = [
         f"input     {printable(config.input.path)}: {found.records.num_rows:,} rows, shape {found.layout.shape}",

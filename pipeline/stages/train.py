@@ -65,7 +65,7 @@ def train(
     from pipeline.training.backbone import find_backbone  # imports torch and transformers: seconds
 
     backbone = find_backbone(config, cache_folder, now=folder.template_time(), progress=say)
-    data = read_data(found, config, backbone.encode)
+    data = read_data(found, config, backbone.encode, cache_folder)
     folder.begin(_fingerprint(config, found, backbone.source.identity), backbone.template_time)
     _describe_data(data, say)
     from pipeline.training.fit import Task, fit  # imports TRL: seconds

@@ -128,7 +128,11 @@ def _read_pair(record: RawRecord, layout: Layout, objective: str, drops: Drops) 
             raise Dropped(MALFORMED, str(error)) from None
         if not objective:
             raise Dropped(NO_LABEL, f"{layout.objectives} is {quote(name)}")
-    return _comparison(record, before, (Answer(chosen), Answer(rejected)), {objective: 0})
+    answers = [Answer(chosen), Answer(rejected)]
+    for at, column in enumerate(layout.side_scores or ()):
+        score = _number(_value(record, column))
+        answers[at] = Answer(answers[at].text, {} if score is None else {objective: score})
+    return _comparison(record, before, (answers[0], answers[1]), {objective: 0})
 
 
 def _read_named(record: RawRecord, layout: Layout, objective: str, drops: Drops) -> Comparison:
@@ -293,13 +297,18 @@ def _read_scores(values: Mapping[str, Any], layout: Layout, place: str) -> dict[
         value: Any = values
         for part in parts:
             value = value.get(part) if isinstance(value, Mapping) else None
-        try:
-            number = math.nan if value is None or isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if math.isfinite(number):
+        if (number := _number(value)) is not None:
             scores[name] = sign * number
     return scores
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, of text too; None for anything else."""
+    try:
+        number = math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _pair(group: _Group, layout: Layout, config: PairsInputConfig, drops: Drops) -> Iterator[Comparison]:

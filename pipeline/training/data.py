@@ -15,7 +15,8 @@ from pipeline.records import Message
 from pipeline.stores.store import open_store
 from pipeline.training.comparisons import Comparison, Drops, read_comparisons
 from pipeline.training.layouts import Layout, Shape, choose_layout
-from pipeline.training.settings import OBJECTIVE, PairsInputConfig, TrainConfig
+from pipeline.training.returns import score_comparisons
+from pipeline.training.settings import OBJECTIVE, Loss, PairsInputConfig, TrainConfig
 
 DATASET = "_dataset/"  # of a run of `cage synthesize`
 PREFERENCES, MANIFEST = "preferences", "manifest.json"
@@ -101,13 +102,14 @@ def open_preferences(config: PairsInputConfig) -> Preferences:
     return Preferences(records, layout, config.objective or objective, has_splits)
 
 
-def read_data(found: Preferences, config: TrainConfig, encode: Encode) -> TrainingData:
+def read_data(found: Preferences, config: TrainConfig, encode: Encode, cache_folder: Path = Path()) -> TrainingData:
     """Read and encode all pairs, and hold out some prompts.
 
     Args:
         found: the data.
         config: names objectives, the longest pair and the share of prompts that is held out.
         encode: gives the token ids of a prompt and of answers to it; raises RowError.
+        cache_folder: where the weights of a judge are kept that are fetched.
 
     Raises:
         ConfigurationError: an objective is unknown, or has no pair to train on or to hold out.
@@ -116,6 +118,10 @@ def read_data(found: Preferences, config: TrainConfig, encode: Encode) -> Traini
     comparisons = list(
         read_comparisons(found.records.read(found.layout.columns), found.layout, config.input, found.objective, drops)
     )
+    if config.training.judge is not None:
+        judge = config.training.judge
+        name = config.input.objective or str(judge.kind)
+        comparisons = score_comparisons(comparisons, judge, name, cache_folder, drops)
     objectives = _choose_objectives(comparisons, found, config, drops)
     wanted = [each for each in comparisons if any(name in objectives for name in each.labels)]
     pairs = list(_encode_all(wanted, encode, config.training.max_length, drops))
@@ -217,6 +223,12 @@ def _notes(comparisons: Sequence[Comparison], found: Preferences) -> Iterable[st
 def _refuse_empty(data: TrainingData, config: TrainConfig) -> None:
     for name in data.objectives:
         train, held_out = data.of(name)
+        for part in (train, held_out) if config.training.loss is Loss.VALUE else ():
+            if part and not any(name in answer.scores for pair in part for answer in pair.comparison.answers):
+                raise ConfigurationError(
+                    f"loss: value needs a score of every answer, and those of {name} have none: give input.scores, "
+                    "columns score_chosen and score_rejected, or training.judge"
+                )
         if not train and not held_out:
             raise ConfigurationError(f"no pair is left for {name}: {_reasons(data.drops)}")
         if not train:

@@ -35,6 +35,7 @@ from pipeline.training.preference import (
 from pipeline.training.progress import ProgressCallback, newest_checkpoint
 from pipeline.training.settings import Loss, TrainingConfig
 from pipeline.training.trainers import ArmTrainer, PolicyTrainer, as_dataset, make_collator
+from pipeline.training.value import make_value_trainer, measure_values, save_value_head
 from pipeline.worker.loading import pick_dtype
 
 NUM_LOGS = 50
@@ -107,6 +108,14 @@ def _make_trainer(task: Task, say: Callable[[str], None]) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
+    if training.loss is Loss.VALUE:
+        callbacks = [ProgressCallback(task.name, say)]
+        try:
+            trainer: Any = make_value_trainer(task, make_arguments(task), lora, callbacks)
+        except (ValueError, TypeError) as error:  # as peft refuses
+            raise ConfigurationError(f"{backbone.source.name} cannot be trained so: {reason_of(error)}") from error
+        trainer.remove_callback(PrinterCallback)
+        return trainer
     model, tokenizer = backbone.load_model(), backbone.load_tokenizer()
     pad_id = tokenizer.eos_token_id or 0
     options: dict[str, Any] = {
@@ -122,7 +131,7 @@ def _make_trainer(task: Task, say: Callable[[str], None]) -> Any:
     }
     try:
         if training.loss is Loss.DPO:
-            trainer: Any = PolicyTrainer(**options)
+            trainer = PolicyTrainer(**options)
         elif form is None:
             trainer = ArmTrainer(length_normalization=training.length_normalization, **options)
         else:
@@ -200,17 +209,24 @@ def _finish(task: Task, trainer: Any) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "training_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
         "settings": training.model_dump(mode="json", exclude={"judge"}),
-        "held_out": {name: measure(task, trainer, name) for name in task.objectives} if task.held_out else {},
+        "held_out": {name: _measure(task, trainer, name) for name in task.objectives} if task.held_out else {},
     }
     prepared = task.folder.work(task.name) / "finished"
     shutil.rmtree(prepared, ignore_errors=True)
-    if task.form is None:
+    if training.loss is Loss.VALUE:
+        save_value_head(trainer, prepared, describe_adapter)
+        describe_adapter(prepared, {"base_model_name_or_path": task.backbone.source.name})
+    elif task.form is None:
         trainer.model.save_pretrained(prepared, save_embedding_layers=False)
         describe_adapter(prepared, {"base_model_name_or_path": task.backbone.source.name})
     else:
         save_preference_adapter(trainer.model, task.form, prepared, task.backbone.source.name)
     task.folder.finish(task.name, prepared, facts)
     return facts
+
+
+def _measure(task: Task, trainer: Any, objective: str) -> dict[str, Any]:
+    return measure_values(task, trainer) if task.training.loss is Loss.VALUE else measure(task, trainer, objective)
 
 
 def describe_adapter(folder: Any, changes: Mapping[str, Any]) -> None:

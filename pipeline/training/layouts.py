@@ -32,6 +32,7 @@ class Layout:
         answers: the column of a list of answers; None where a row has one answer.
         response: the column of the answer's text, or its key in `answers`; None: the text is under a usual key.
         scores: by objective, the dotted path to its score, with a leading - where lower is better.
+        side_scores: the columns of the scores of both sides of a pair, where there are some.
     """
 
     shape: Shape
@@ -42,6 +43,7 @@ class Layout:
     answers: str | None = None
     response: str | None = None
     scores: Mapping[str, str] = field(default_factory=dict)
+    side_scores: tuple[str, str] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -51,12 +53,14 @@ class Layout:
             in_row = [] if self.answers else [self.response, *(path_of(path)[0][0] for path in self.scores.values())]
             names += [self.answers, *in_row]
         else:
-            names += [*self.sides, *self.preferred.values()]
+            names += [*self.sides, *self.preferred.values(), *(self.side_scores or ())]
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+# of both sides of a pair, as `cage synthesize`, UltraFeedback and others name them
+SIDE_SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 RECOGNISED = {
     "pku-saferlhf": (
         {"prompt", "response_0", "response_1", "better_response_id"},
@@ -104,6 +108,9 @@ def choose_layout(config: PairsInputConfig, names: Sequence[str]) -> Layout:
     layout = _named(config, _recognise(config, names, there))
     if layout.shape is Shape.PAIRS and config.prompt is None and layout.prompt not in names:
         layout = replace(layout, prompt=None)
+    if layout.shape is Shape.PAIRS:
+        there_are = [columns for columns in SIDE_SCORES if set(columns) <= set(names)]
+        layout = replace(layout, side_scores=there_are[0] if there_are else None)
     if layout.shape is Shape.NAMED and not config.preferred:  # older versions of the data lack some labels
         known = {name: column for name, column in layout.preferred.items() if column in names}
         layout = replace(layout, preferred=known)

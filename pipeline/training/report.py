@@ -9,6 +9,13 @@ from pipeline.training.checks import standard_error
 from pipeline.training.data import TrainingData
 from pipeline.training.settings import Loss, TrainConfig
 
+KIND_BY_LOSS = {
+    Loss.ARM: "arm",
+    Loss.DPO: "tuned_pair",
+    Loss.PREFERENCE_ARM: "preference_arm",
+    Loss.VALUE: "value",
+}
+
 
 def best_reference(held_out: Mapping[str, Any] | None, loss: str) -> str:
     """The reference of a principal under which its reward orders held-out pairs better."""
@@ -28,6 +35,8 @@ def _describe(facts: Mapping[str, Any], objective: str) -> str:
     trained = f"{objective}: {facts['pairs']:,} pairs, {facts['steps']:,} steps"
     if held_out is None:
         return f"{trained}; no pairs were held out"
+    if facts["loss"] == Loss.VALUE:
+        return f"{trained}; {_describe_values(held_out)}"
     found, reference = held_out["accuracy"], best_reference(held_out, facts["loss"])
     error = standard_error(found[reference], held_out["pairs"])
     others = "".join(
@@ -41,17 +50,29 @@ def _describe(facts: Mapping[str, Any], objective: str) -> str:
     )
 
 
+def _describe_values(held_out: Mapping[str, Any]) -> str:
+    explained, pairs = held_out["explained"], held_out["pairs"]
+    right = held_out["accuracy"].get("value")
+    of_pairs = "" if right is None else f", {right:.3f} ± {standard_error(right, pairs):.3f} of {pairs:,} pairs right"
+    return (
+        f"on {held_out['answers']:,} held-out answers the value explains {explained['end']:.3f} of the variance of "
+        f"returns at the end, {explained['middle']:.3f} half way and {explained['prompt']:.3f} before the answer"
+        f"{of_pairs}"
+    )
+
+
 def configuration_lines(config: TrainConfig, results: Sequence[Mapping[str, Any]]) -> str:
     """The part of a configuration that uses the principals."""
     weight = f"{1 / sum(len(facts['objectives']) for facts in results):.3g}"
     lines = ["base:", f"  model: {config.base.model}", "principals:"]
     for facts in results:
-        kind = {Loss.DPO: "tuned_pair", Loss.PREFERENCE_ARM: "preference_arm"}.get(facts["loss"], "arm")
+        kind = KIND_BY_LOSS[Loss(facts["loss"])]
         adapter = f"{config.output.path.rstrip('/')}/{facts['name']}"
         for objective in facts["objectives"]:
-            reference = best_reference(facts["held_out"].get(objective), facts["loss"])
-            of_all = f", objective: {objective}" if kind == "preference_arm" else ""
-            section = f"kind: {kind}, adapter: {adapter}{of_all}, reference: {reference}, weight: {weight}"
+            own = f", objective: {objective}" if kind == "preference_arm" else ""
+            if kind != "value":
+                own += f", reference: {best_reference(facts['held_out'].get(objective), facts['loss'])}"
+            section = f"kind: {kind}, adapter: {adapter}{own}, weight: {weight}"
             lines.append(f"  {objective}: {{{section}}}")
     return "\n".join(lines)
 
@@ -63,7 +84,8 @@ def render_report(config: TrainConfig, data: TrainingData, results: Sequence[Map
     parts += ["", "## In a configuration", "", "```yaml", configuration_lines(config, results), "```", ""]
     for facts in results:
         for objective, held_out in facts["held_out"].items():
-            parts += [f"## {objective}", "", *_measurements(held_out), *_examples(held_out)]
+            if facts["loss"] != Loss.VALUE:
+                parts += [f"## {objective}", "", *_measurements(held_out), *_examples(held_out)]
     parts += ["## Data", "", f"- {len(data.train):,} pairs to train on, {len(data.held_out):,} held out, by prompt"]
     parts += [f"- {line}" for line in (*data.drops.describe(), *data.notes)]
     return "\n".join(parts) + "\n"
