@@ -122,6 +122,12 @@ def test_a_run_steers_by_what_was_trained(trained, tiny):
     assert counts[1] > counts[0] + 8
 
 
+def test_an_adapter_for_another_base_is_refused(trained, tiny):
+    principals = {"preferred": {"kind": "arm", "adapter": str(trained[2] / "out" / "preferred")}}
+    with pytest.raises(ConfigurationError, match=r"was trained on .*, whose content is not that of"):
+        assemble(config_of(tiny(seed=3), principals), NOWHERE)
+
+
 def test_an_interrupted_training_goes_on_to_the_same_adapter(trained, tiny, tmp_path):
     config = trained[1].model_copy(
         update={"output": trained[1].output.model_copy(update={"path": str(tmp_path / "out")})}

@@ -19,6 +19,7 @@ from pipeline.hub.remote import fetch, list_remote
 from pipeline.hub.weight_files import (
     ADAPTER_CONFIG,
     CONFIG,
+    TRAINING_FACTS,
     FileTree,
     Inventory,
     LocalTree,
@@ -87,6 +88,7 @@ class AdapterSource:
         backbone: the model that it says it was trained on.
         form: set where it depends on a preference vector.
         objective: whose unit vector such an adapter is used at; None: at any.
+        trained_on: the identity of its backbone, where `cage train` has made it.
     """
 
     name: str
@@ -99,6 +101,7 @@ class AdapterSource:
     backbone: str | None
     form: PreferenceForm | None = None
     objective: int | None = None
+    trained_on: str | None = None
 
 
 Source = ModelSource | AdapterSource
@@ -192,7 +195,18 @@ def resolve_adapter(
         rank=int(config.get("r", 0)) if form is None else form.fixed_rank + form.rank * len(form.objectives),
         backbone=config.get("base_model_name_or_path"),
         form=form,
+        trained_on=_trained_on(folder),
     )
+
+
+def _trained_on(folder: Path) -> str | None:
+    """The identity of the model that `cage train` states beside an adapter; None of any other adapter."""
+    tree = LocalTree(folder)
+    if TRAINING_FACTS not in tree.sizes:
+        return None
+    stated = read_json(tree, TRAINING_FACTS).get("backbone")
+    identity = stated.get("identity") if isinstance(stated, dict) else None
+    return identity if isinstance(identity, str) else None
 
 
 def fetch_weights(source: Source, *, cache_folder: Path, progress: Progress = _silent) -> Path:

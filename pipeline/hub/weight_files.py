@@ -18,6 +18,7 @@ from pipeline.errors import ConfigurationError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINING_FACTS = "training.json"  # what `cage train` states beside an adapter
 VALUE_HEAD = "value_head.safetensors"  # a head on the hidden states, beside a model or an adapter
 SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what transformers reads besides the weights
 LEFTOVERS = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")

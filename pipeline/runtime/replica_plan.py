@@ -22,7 +22,7 @@ from pipeline.hub.reasoning import ReasoningFormat, find_reasoning
 from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_model
 from pipeline.hub.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
 from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_stop_ids, stop_token_ids
-from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
+from pipeline.hub.weight_files import CONFIG, TRAINING_FACTS, LocalTree, read_json
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, Topology
 from pipeline.runtime.prompt_templates import end_of_answer, plan_templates
@@ -180,7 +180,10 @@ def plan_replica(
             vocab_size=vocab_size,
             strict=config.decoding.reproducibility is Reproducibility.STRICT,
             cache_folder=cache_folder,
-            adapters={name: _use_adapter(adapter_of[path], plan, name) for name, path in plan.adapters.items()},
+            adapters={
+                name: _use_adapter(adapter_of[path], plan, name, sources[plan.name])
+                for name, path in plan.adapters.items()
+            },
             reward=specify_reward(
                 plan,
                 topology,
@@ -214,12 +217,20 @@ def plan_replica(
     )
 
 
-def _use_adapter(adapter: AdapterSource, plan: HostPlan, name: str) -> AdapterSource:
+def _use_adapter(adapter: AdapterSource, plan: HostPlan, name: str, source: ModelSource) -> AdapterSource:
     """The adapter at the preference vector that its principal asks for, if it depends on one.
 
     Raises:
-        ConfigurationError: the kind of the principal is not for this adapter, or it has no such objective.
+        ConfigurationError: it was trained on another model, the kind of the principal is not for it, or it has no
+            such objective.
     """
+    own, other = adapter.trained_on, source.identity
+    # of one way to name content: a model on the hub and its copy in a folder have other names
+    if own is not None and own != other and own.partition(":")[0] == other.partition(":")[0]:
+        raise ConfigurationError(
+            f"adapter {adapter.name} was trained on {adapter.backbone}, whose content is not that of "
+            f"{source.name}; name its model (delete {TRAINING_FACTS} beside it if the models are alike)"
+        )
     form = adapter.form
     if name not in plan.objectives:
         if form is not None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigurationError, RunMismatch, StorageError
+from pipeline.hub.weight_files import TRAINING_FACTS as FACTS
 from pipeline.storage.fingerprint import explain_mismatch
 from pipeline.stores.addresses import split_address
 from pipeline.stores.store import open_store
 
-PLAN, FACTS, WORK, REPORT = "_plan.json", "training.json", "_training", "_report.md"
+PLAN, WORK, REPORT = "_plan.json", "_training", "_report.md"
 
 
 @dataclass(frozen=True, slots=True)
