@@ -156,6 +156,13 @@ def test_a_prompt_that_looks_like_a_list_stays_text(tmp_path: Path, text: str) -
     assert read(tmp_path, {"prompt": text}).messages == ({"role": "user", "content": text},)
 
 
+def test_the_plan_says_where_a_prompt_is_json_text(tmp_path: Path) -> None:
+    records = [{"prompt": json.dumps([USER])}, {"prompt": "hello"}, {"prompt": json.dumps([USER, ANSWER, USER])}]
+    assert "prompt: text that is the JSON of messages is read as a conversation (2 in the 3 rows)" in notes_of(
+        tmp_path, records
+    )
+
+
 def test_names_of_speakers_are_dropped_and_counted(tmp_path: Path) -> None:
     records = [{"messages": [{**USER, "name": "Bo"}, {**USER, "name": "Al"}]}, {"messages": [{**USER, "name": None}]}]
     assert [row.messages for row in opened(tmp_path, records)] == [(USER, USER), (USER,)]

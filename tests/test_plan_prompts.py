@@ -61,6 +61,19 @@ def test_the_plan_shows_the_tokens_that_the_run_reads(family, planned):
         assert "naïve 日本 <|im_end|> </s>" in previews[name].text
 
 
+@pytest.mark.parametrize("begun", ["Sure, ", "Sure,", "  Sure"])
+def test_the_plan_shows_a_prompt_that_ends_with_the_beginning_of_the_answer(begun, planned):
+    _, replica = planned(FAMILIES["chatml"][0])
+    row = replace(
+        ask("a", "hello"), messages=({"role": "user", "content": "hello"}, {"role": "assistant", "content": begun})
+    )
+    prompter = load_assembly(replica).prompter
+    ids = prompter.encode(row.messages, replica.topology.weights)["base"]
+    text = PromptPreviewer(replica).prompts(row)["base"].text
+    assert text == "".join(map(prompter.token_text, ids)).replace("�", "")
+    assert text.endswith(begun)
+
+
 def test_the_plan_shows_one_conversation_for_every_role(planned):
     text = describe_prompts(*planned(PHI3_MINI, rows=({"prompt": "hello"}, {"prompt": "more"})))
     assert "note      system messages are left out by the chat template of base, kind: principles and" in text

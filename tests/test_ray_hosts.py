@@ -83,6 +83,26 @@ def test_answers_of_a_device_that_goes_on_are_those_of_one_process(tiny):
     assert len(behind) > 0.8 * len(collected)
 
 
+def test_reasoning_that_is_left_alone_and_closed_is_that_of_one_process(tiny):
+    """Rows whose next step depends on the token before are not sent ahead; the others are."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    )
+    thinking = {"markers": ["<think>", "</think>"], "steer": False, "max_tokens": 5}
+    decoding = {"max_new_tokens": 22, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2}
+    base = {"model": str(tiny()), "chat_template": template}
+    config = config_of(base, PAIR, decoding={**decoding, "thinking": thinking}, cluster={"slots": 4})
+    assembly = assemble(config, NOWHERE)
+    (plan,) = assembly.topology.hosts
+    here = LocalSamplingHost(capturing_host(assembly), plan)
+    expected = records(assembly, Hosts.lone(here, runs_ahead=True))
+    assert all(record.num_reasoning_tokens == 5 + len("</think>") for record in expected.values())
+    assert any(sum(record.payments.values()) > 0 for record in expected.values())
+    actor = ray.remote(CapturingActor).remote(config)
+    assert records(assembly, hosts_of([RayHost(actor, plan, 60.0)])) == expected
+
+
 def test_a_mixture_of_experts_has_the_same_bits_over_ray_and_with_other_slots(tmp_path):
     folder = make_family(tmp_path, "qwen2_moe")
 

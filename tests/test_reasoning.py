@@ -7,6 +7,8 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import tiny_models
 from support.chat_templates import GPT_OSS, NAMED, QWEN3, SPECIAL
 from support.decoding import NOWHERE, ask, config_of, decode, engine_of
@@ -16,6 +18,7 @@ from support.sampling_hosts import LoneHost, assert_same, config_of_lone_host
 from pipeline.aligner import Aligner
 from pipeline.config.files import parse_config
 from pipeline.engine.engine import decode_rows
+from pipeline.engine.reasoning import Phase
 from pipeline.errors import ConfigurationError, HostError, RunMismatch
 from pipeline.hub.reasoning import HARMONY, find_reasoning
 from pipeline.hub.tokenizer_facts import TokenizerFacts
@@ -473,3 +476,39 @@ def test_the_python_interface_gives_the_reasoning(model):
         (answer,) = aligner.generate(["hello"])
     assert answer.reasoning is not None
     assert "</think>" not in answer.text
+
+
+PIECES = st.sampled_from(["<think>", "</think>", "\n", "h", " ", "<", "think>", "é"])
+CHANNELS = st.sampled_from(["<|channel|>", "<|message|>", "<|end|>", "<|start|>", "analysis", "final", "h"])
+
+
+@pytest.mark.parametrize(("template", "pieces"), [(THINKS, PIECES), (OPENED, PIECES), (GPT_OSS, CHANNELS)])
+def test_any_tokens_are_a_turn_and_its_phase_depends_on_them_alone(template, pieces, model):
+    assembly = assemble(config_of(model(template, *THINK) if pieces is PIECES else model(template), PAIR), NOWHERE)
+    row = ask("a", "hello")
+    prompts = assembly.prompter.encode(row.messages, assembly.topology.weights)
+
+    @given(texts=st.lists(pieces, max_size=14))
+    @settings(max_examples=60)
+    def check(texts):
+        tokens = [token for text in texts for token in assembly.prompter._ids(text)]
+        track = assembly.prompter.begin_turn(row.messages, prompts)
+        seen = []
+        for _ in range(2):  # a row that begins again is where it was
+            track.reset()
+            phases = []
+            for count in range(1, len(tokens) + 1):
+                track.advance(tokens[:count])
+                phases.append(track.phase)
+            seen.append((phases, track.read(tokens)))
+        assert seen[0] == seen[1]
+        phases, turn = seen[0]
+        assert 0 <= turn.num_reasoning_tokens <= len(tokens)
+        assert turn.text == assembly.prompter.raw_text(tokens)
+        assert (turn.reasoning is None) <= turn.is_closed
+        if not turn.is_closed:
+            assert turn.answer == ""
+        if pieces is PIECES and Phase.ANSWER in phases:  # from there on, all is the answer
+            assert set(phases[phases.index(Phase.ANSWER) :]) == {Phase.ANSWER}
+
+    check()

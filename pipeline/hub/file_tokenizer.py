@@ -49,11 +49,20 @@ class FileTokenizer:
         chat_template: str,
         tokenize: bool,
         add_generation_prompt: bool,
+        continue_final_message: bool = False,
         **values: Any,
     ) -> str:
-        """The text of a conversation."""
+        """The text of a conversation; with `continue_final_message`, to the end of the last message's own text."""
         assert not tokenize
-        return render(chat_template, messages, {**self._named_tokens, **values}, asks=add_generation_prompt)
+        text = render(chat_template, messages, {**self._named_tokens, **values}, asks=add_generation_prompt)
+        if not continue_final_message:
+            return text
+        final = str(messages[-1]["content"])
+        at = text.rfind(final.strip())
+        if at < 0:
+            raise ValueError("the last message is not in what the template wrote, so it cannot be continued")
+        whole = text[at : at + len(final.lstrip())]  # templates may cut blanks off its end
+        return text[:at] + (whole if whole == final else final.strip())
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
         """The id of a token; None where there is none."""

@@ -91,6 +91,9 @@ def _on_first_rows(source: InputSource, config: Config) -> Iterator[str]:
     num_names = sum(row.num_names for row in rows)
     if num_names:
         yield f"messages: the names of speakers are dropped ({num_names:,} in {first})"
+    num_json = sum(row.is_json_prompt for row in rows)
+    if num_json:
+        yield f"prompt: text that is the JSON of messages is read as a conversation ({num_json:,} in {first})"
     weights = [{**configured, **(row.weights or {})} for row in rows if row.error is None]
     num_zero = sum(not any(each.values()) for each in weights)
     if configured and num_zero:

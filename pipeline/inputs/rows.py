@@ -137,6 +137,7 @@ def make_row(
             response=response,
             tools=tools,
             num_names=count_names(_value(record, columns.messages or columns.prompt)),
+            is_json_prompt=_is_json_prompt(record, columns),
             max_new_tokens=parameters.max_new_tokens,
             seed=parameters.seed,
             stop=parameters.stop,
@@ -244,6 +245,11 @@ def _read_tools(record: Mapping[str, Any], columns: InputColumns, messages: tupl
             "name a column of tools with input.tools"
         )
     return tools
+
+
+def _is_json_prompt(record: Mapping[str, Any], columns: InputColumns) -> bool:
+    value = None if columns.prompt is None else record.get(columns.prompt)
+    return isinstance(value, str) and as_json_messages(value) is not None
 
 
 def _read_kwargs(
