@@ -93,7 +93,10 @@ def learn_states(model: Any) -> tuple[CachedLayer, ...]:
     for length in LEARNT_LENGTHS:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         ids = torch.arange(1, length + 1, device=model.device)[None]
-        model(input_ids=ids, **{cache_argument(model): cache}, use_cache=True)
+        inputs = {"input_ids": ids, cache_argument(model): cache}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            inputs["position_ids"] = ids - 1  # else it asks the cache, which has no length without attention
+        model(**inputs, use_cache=True)
         found.append(tuple(map(_describe, cache.layers)))
     if found[0] != found[1]:
         raise NotServed("its states have a size that depends on the length of the text")
