@@ -120,3 +120,24 @@ def test_with_dynamic_rope_rows_end_where_its_frequencies_would_change(tmp_path,
         expected = generated_logprobs(model, prompt, answer).tolist()
         assert [token.base_logprob for token in together[row.row_id].tokens] == pytest.approx(expected, abs=2e-3)
     assert len(prompter.encode(rows[0].messages, {})["base"]) + len(together["long"].tokens) == 64
+
+
+def test_with_longrope_a_long_row_changes_nothing_of_a_short_one_and_answers_cross_the_switch(tmp_path):
+    folder = make_family(tmp_path, "phi3-longrope")  # which switches at 64 tokens
+    decoding = {"max_new_tokens": 30, "trace": "tokens", "rule": "base", "temperature": 0}
+    rows = [ask("long", "x" * 235), ask("short", "hi"), ask("crossing", "x" * 45)]
+    config = config_of(folder, decoding=decoding, cluster={"slots": 3})
+    together = decode(config, rows)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompter = assemble(config, NOWHERE).prompter
+    runner = load_language_model(host_spec(folder)).runner
+    for row in rows:
+        assert decode(config, [row])[row.row_id] == together[row.row_id]
+        answer = [token.token_id for token in together[row.row_id].tokens]
+        prompt = prompter.encode(row.messages, {})["base"]
+        expected = generated_logprobs(model, prompt, answer).tolist()
+        assert [token.base_logprob for token in together[row.row_id].tokens] == pytest.approx(expected, abs=2e-3)
+        # an existing answer is scored by the frequencies with which it would be decoded
+        assert runner.score({"base": prompt}, answer)[0].tolist() == pytest.approx(expected, abs=2e-3)
+        if row.row_id == "crossing":
+            assert len(prompt) < 64 < len(prompt) + len(answer)
