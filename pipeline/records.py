@@ -109,6 +109,7 @@ class Row:
         template_kwargs: what the row's chat templates read besides the messages, in place of the base's, key by key.
         wished_kwargs: like them, and without effect where no template reads them.
         num_names: messages whose speaker has a name, which is dropped.
+        num_reasoning: messages with reasoning in a field of its own, which is not read.
         is_json_prompt: whether its prompt was the JSON text of the messages.
         file: the name of the file that it is from; empty where it is from no file.
         number: its line or element, from 1, or its row in a table, from 0: as messages count.
@@ -127,6 +128,7 @@ class Row:
     not_obeyed: tuple[tuple[str, Any], ...] = ()
     tools: tuple[Tool, ...] = ()
     num_names: int = 0
+    num_reasoning: int = 0
     is_json_prompt: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()

@@ -163,6 +163,15 @@ def test_the_plan_says_where_a_prompt_is_json_text(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_in_a_field_of_its_own_is_counted(tmp_path: Path, key: str) -> None:
+    said = {**ANSWER, key: "hm"}
+    records = [{"messages": [USER, said, USER]}, {"messages": json.dumps([USER, said, USER])}, {"messages": [USER]}]
+    assert [len(row.messages) for row in opened(tmp_path, records)] == [3, 3, 1]
+    (note,) = (note for note in notes_of(tmp_path, records) if "reasoning" in note)
+    assert note.endswith("(reasoning_content, reasoning, thinking) is not read (2 in the 3 rows)")
+
+
 def test_names_of_speakers_are_dropped_and_counted(tmp_path: Path) -> None:
     records = [{"messages": [{**USER, "name": "Bo"}, {**USER, "name": "Al"}]}, {"messages": [{**USER, "name": None}]}]
     assert [row.messages for row in opened(tmp_path, records)] == [(USER, USER), (USER,)]

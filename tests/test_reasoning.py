@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from support import tiny_models
 from support.chat_templates import GPT_OSS, NAMED, QWEN3, SPECIAL
 from support.decoding import NOWHERE, ask, config_of, decode, engine_of
@@ -20,6 +21,9 @@ from pipeline.config.files import parse_config
 from pipeline.engine.engine import decode_rows
 from pipeline.engine.reasoning import Phase
 from pipeline.errors import ConfigurationError, HostError, RunMismatch
+from pipeline.evaluation.judges.table import AnyJudge
+from pipeline.evaluation.panel import resolve_panel
+from pipeline.evaluation.scores import ScoreFiles
 from pipeline.hub.reasoning import HARMONY, find_reasoning
 from pipeline.hub.tokenizer_facts import TokenizerFacts
 from pipeline.protocol.hosts import Hosts, Reply
@@ -32,6 +36,7 @@ from pipeline.runtime.local_hosts import LocalSamplingHost, start_hosts
 from pipeline.sampling.games import solve_and_sample
 from pipeline.stages.relabel import relabel
 from pipeline.storage.plan import Plan
+from pipeline.synthesis.candidates import data_files, read_candidates
 
 PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7},
@@ -456,6 +461,23 @@ def test_a_run_has_columns_for_reasoning_and_its_report_counts_it(tmp_path, mode
         assert "</think>" not in row["response"]
     assert "5.0 tokens per answer" in render_report(run).decode()
     assert "reasoning" in (tmp_path / "run" / "_README.md").read_text()
+
+
+def test_judges_and_training_data_have_the_answer_alone(tmp_path, model):
+    run, _ = relabel(run_config(tmp_path, model(OPENED, *THINK)), NOWHERE, sys.stderr)
+    table = pq.read_table(tmp_path / "run")
+    panel = resolve_panel(
+        {"length": TypeAdapter(AnyJudge).validate_python({"kind": "length", "unit": "tokens"})}, NOWHERE
+    )
+    scores = ScoreFiles(run, panel)
+    for record in scores.pending():
+        scores.score(record, panel.load())
+    (_, judged), *_ = scores.tables()
+    rows = table.to_pylist()
+    assert judged["length"].to_pylist() == [row["num_tokens"] - 5 for row in rows]
+    for name in data_files(run):
+        for candidate, row in zip(read_candidates(run, name), rows, strict=True):
+            assert (candidate.text, candidate.num_tokens) == (row["response"], row["num_tokens"] - 5)
 
 
 def test_a_run_goes_on_only_with_a_base_that_reasons_as_before(tmp_path, model):

@@ -47,6 +47,7 @@ ROLE_BY_SPEAKER = {
 CALLING_SPEAKERS = ("function_call", "function-call", "tool_call")
 # A part of a message that a model would have to see; other keys are the data set's own notes and are dropped.
 UNSUPPORTED_KEYS = ("audio",)
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of vLLM and DeepSeek, OpenRouter, gpt-oss
 ANSWER_KEYS = ("tool_call_id", "name")
 TEXT_PARTS = ("text", "input_text", "output_text")
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -93,8 +94,15 @@ def _looks_like_message(value: Any) -> bool:
 def count_names(value: Any) -> int:
     """How many messages of a conversation have the name of a speaker, which is dropped."""
     return sum(
-        isinstance(message, dict) and bool(message.get("name")) and message.get("role") != "tool"
+        isinstance(message, dict) and bool(message.get("name")) and message.get("role") not in ("tool", *OLD_ROLES)
         for message in _listed(value)
+    )
+
+
+def count_reasoning(value: Any) -> int:
+    """How many messages of a conversation have reasoning in a field of its own, which is not read."""
+    return sum(
+        isinstance(message, dict) and any(message.get(key) for key in REASONING_KEYS) for message in _listed(value)
     )
 
 
@@ -118,7 +126,7 @@ def split_helpsteer(text: str) -> list[Message]:
 
 
 def _listed(value: Any) -> list[Any]:
-    if isinstance(value, str) and '"name"' in value:
+    if isinstance(value, str) and any(f'"{key}"' in value for key in ("name", *REASONING_KEYS)):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from pipeline.config.sections import Config, DecodingConfig
+from pipeline.inputs.conversations import REASONING_KEYS
 from pipeline.inputs.files import Format
 from pipeline.inputs.kept import AS_JSON
 from pipeline.inputs.record_formats import FORMAT_BY_NAME
@@ -91,6 +92,12 @@ def _on_first_rows(source: InputSource, config: Config) -> Iterator[str]:
     num_names = sum(row.num_names for row in rows)
     if num_names:
         yield f"messages: the names of speakers are dropped ({num_names:,} in {first})"
+    num_reasoning = sum(row.num_reasoning for row in rows)
+    if num_reasoning:
+        yield (
+            f"messages: reasoning in a field of its own ({', '.join(REASONING_KEYS)}) is not read "
+            f"({num_reasoning:,} in {first})"
+        )
     num_json = sum(row.is_json_prompt for row in rows)
     if num_json:
         yield f"prompt: text that is the JSON of messages is read as a conversation ({num_json:,} in {first})"

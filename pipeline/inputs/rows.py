@@ -14,7 +14,13 @@ from uuid import UUID
 from pipeline.errors import RowError
 from pipeline.inputs.answer_lists import read_candidates
 from pipeline.inputs.batch_bodies import RequestParameters, read_parameters, read_template_kwargs
-from pipeline.inputs.conversations import as_json_messages, check_text, count_names, read_conversation
+from pipeline.inputs.conversations import (
+    as_json_messages,
+    check_text,
+    count_names,
+    count_reasoning,
+    read_conversation,
+)
 from pipeline.inputs.given import given_text, readable_weights
 from pipeline.inputs.record_formats import FORMAT_BY_NAME
 from pipeline.inputs.tool_use import read_tools, uses_tools
@@ -137,6 +143,7 @@ def make_row(
             response=response,
             tools=tools,
             num_names=count_names(_value(record, columns.messages or columns.prompt)),
+            num_reasoning=count_reasoning(_value(record, columns.messages or columns.prompt)),
             is_json_prompt=_is_json_prompt(record, columns),
             max_new_tokens=parameters.max_new_tokens,
             seed=parameters.seed,
