@@ -252,11 +252,35 @@ def retry(
 
 
 @app.command()
-def status(run: RunPath) -> None:
+def status(
+    run: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known as JSON.")] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=1, help="Show it again so often, until it is complete."),
+    ] = None,
+) -> None:
     """Show how far a run is."""
     from jobs.commands.status import run_status
 
-    run_status(run)
+    run_status(run, as_json=as_json, every_s=watch)
+
+
+@app.command()
+def doctor(
+    storage: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Also write to this folder or bucket: local, s3:// or gs://.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Also join the Ray cluster at this address.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what this machine has and lacks for runs: processor, GPU, packages, memory, storage, cluster.
+
+    Each line is ok, slow (it works, and could be better) or missing (runs will fail; then the exit code is 1).
+    """
+    from jobs.commands.doctor import run_doctor
+
+    run_doctor(storage=storage, address=address, as_json=as_json)
 
 
 @app.command()

@@ -2,18 +2,70 @@
 
 from __future__ import annotations
 
+import json
+import time
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 import pyarrow.parquet as pq
 
 from jobs.commands.text import printable, shown_path
+from pipeline.monitoring.progress import duration
 from pipeline.storage.run import Run
 
 SHOWN_REASONS = 10
+LAST_SHARDS = 16  # whose commits give the pace
 
 
-def run_status(path: str) -> None:
-    print(describe_status(Run.open(path)))
+def run_status(path: str, *, as_json: bool = False, every_s: float | None = None) -> None:
+    """Print the state of a run, once or `every_s` seconds until it is complete."""
+    show = _as_json if as_json else describe_status
+    run = Run.open(path)
+    print(show(run), flush=True)
+    while every_s is not None and not run.is_complete:
+        time.sleep(every_s)
+        run = Run.open(path)
+        print(("" if as_json else "\n") + show(run), flush=True)
+
+
+def _as_json(run: Run) -> str:
+    """Everything that `RunStatus` has, and the pace of the last shards."""
+    status = run.status()
+    tree = {name: value for name, value in asdict(status).items() if name not in ("failures", "recoveries")}
+    pace = _pace(run)
+    tree |= {
+        "failures": status.errors,
+        "recoveries": asdict(status.recoveries),
+        "tokens_per_second": None if pace is None else pace.tokens_per_second,
+        "seconds_left": None if pace is None else pace.seconds_left,
+    }
+    return json.dumps(tree, ensure_ascii=False, indent=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How fast the last shards were, over all replicas, and how long the rest would take at that pace."""
+
+    tokens_per_second: float
+    seconds_left: float
+
+
+def _pace(run: Run) -> _Pace | None:
+    """From the last shards' commits; None before there are two of them, or where nothing is left to do.
+
+    The rest is estimated by tokens: what is left has as many per answer as what is done.
+    """
+    records = sorted(run.committed().values(), key=lambda record: record.committed_at)
+    status = run.status()
+    if len(records) < 2 or status.shards_done >= status.num_shards:
+        return None
+    last = records[-LAST_SHARDS:]
+    seconds = last[-1].committed_at - last[0].committed_at
+    tokens, done = sum(record.tokens for record in last[1:]), status.rows_aligned + status.rows_failed
+    if seconds <= 0 or not tokens or not done:
+        return None
+    left = (status.num_rows - done) * status.tokens / done
+    return _Pace(tokens / seconds, left * seconds / tokens)
 
 
 def describe_status(run: Run) -> str:
@@ -34,6 +86,11 @@ def describe_status(run: Run) -> str:
         lines.append(
             f"  revised   {status.revised_shards:,} shards: {status.reruns:,} rows were run again (newest revision "
             f"{newest}); the files before are in {path}/_superseded"
+        )
+    if (pace := _pace(run)) is not None:
+        lines.append(
+            f"  pace      {pace.tokens_per_second:,.1f} tokens/s over the last shards; at that pace "
+            f"{duration(pace.seconds_left)} are left"
         )
     if status.last_commit_at is not None:
         lines.append(f"  last      {datetime.fromtimestamp(status.last_commit_at, UTC):%Y-%m-%d %H:%M:%S} UTC")

@@ -69,6 +69,12 @@ def _start(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> None:
             raise ConfigurationError(f"no Ray cluster answers at cluster.address {config.address}: {error}") from None
 
 
+def describe_cluster(address: str) -> tuple[int, dict[str, float]]:
+    """How many machines a cluster has, and what they have together. Raises ConfigurationError where none answers."""
+    with joined(ClusterConfig(address=address), num_cpus=0, is_verbose=False):
+        return sum(bool(node["Alive"]) for node in ray.nodes()), dict(ray.cluster_resources())
+
+
 class _WithoutRay:
     """Standard output without what Ray's listener prints: a line for every worker that dies, also by intention.
 
