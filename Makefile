@@ -46,6 +46,7 @@ docs: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m jobs.reference > docs/configuration.md
 
 # Without a browser the tests that look at a report are skipped; nothing else needs one.
 browser:
