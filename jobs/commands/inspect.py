@@ -10,6 +10,7 @@ from pipeline.records import FinishReason
 from pipeline.storage.run import Run
 
 SHOWN_TOKENS = 400
+SHOWN_GIVEN = 2000  # characters
 
 
 def run_inspect(path: str, row_id: str) -> None:
@@ -28,7 +29,7 @@ def describe_row(row: dict[str, Any]) -> str:
     parts = [f"row {printable(row['row_id'])}, sample {row['sample']}{_variant(row)}"]
     parts += [f"{printable(message['role'])}:\n{indented(message['content'])}" for message in row["prompt"] or []]
     if row["error"] is not None:
-        return "\n".join([*parts, f"failed: {printable(row['error'])}"])
+        return "\n".join([*parts, f"failed: {printable(row['error'])}", *_origin(row)])
     if row.get("reasoning") is not None:
         parts.append(f"reasoning ({row['num_reasoning_tokens']} tokens):\n{indented(row['reasoning'])}")
     ending = FinishReason(row["finish_reason"]).words
@@ -45,6 +46,17 @@ def describe_row(row: dict[str, Any]) -> str:
     if row.get("tokens"):
         parts.append(_tokens(row["tokens"]))
     return "\n".join(parts)
+
+
+def _origin(row: dict[str, Any]) -> list[str]:
+    """Where a failed row stands in the input, and what it was given where it could not be read."""
+    lines = []
+    if row.get("input_file") is not None:
+        lines.append(f"input: {printable(row['input_file'])}, row {row['input_row']}")
+    if row.get("given") is not None:
+        given = row["given"] if len(row["given"]) <= SHOWN_GIVEN else row["given"][:SHOWN_GIVEN] + " ..."
+        lines.append(f"given:\n{indented(given)}")
+    return lines
 
 
 def _variant(row: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from jobs.commands.job_files import load_job
 from jobs.commands.plan_memory import placement
 from jobs.commands.plan_prompts import describe_prompts
+from jobs.commands.plan_run import describe_existing
 from jobs.commands.text import printable, table
 from pipeline.config.sections import Config, Transport
 from pipeline.config.variants import lay_out
@@ -96,6 +97,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots")
         + " each" * (cluster.replicas != 1),
         f"digest    {plan.digest[:16]}, of everything that changes answers",
+        *describe_existing(config.output.path, plan),
     ]
     return "\n".join(lines)
 
