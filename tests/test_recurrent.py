@@ -13,7 +13,7 @@ from support.families import make_family
 from support.language_models import ADAPTER_ROLES, spec_of
 
 from jobs.commands.plan import run_plan
-from pipeline.attention.states import bytes_per_row, cache_of_config
+from pipeline.attention.cached_layers import bytes_per_row, cache_of_config
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, StateLost
 from pipeline.hub.descriptions import recurrent_config
@@ -28,8 +28,9 @@ from pipeline.worker.plain_runner import PlainRunner
 from pipeline.worker.recurrent_passes import RunningBatch
 from pipeline.worker.recurrent_runner import NUM_KEPT, RecurrentRunner
 
-# a short convolution, a delta rule with experts, an SSM beside attention, and the first Mamba: it reads prompts whole
-FAMILIES = ["lfm2", "qwen3_next", "falcon_h1", "mamba"]
+# a short convolution, a delta rule with experts, an SSM beside attention, the first Mamba, which reads prompts whole,
+# and states that a model's modules keep
+FAMILIES = ["lfm2", "qwen3_next", "falcon_h1", "mamba", "recurrent_gemma"]
 ROLES = (HostRole("base"), HostRole("kind"))
 
 
@@ -256,7 +257,7 @@ def test_adapters_of_running_rows_are_their_own(folder_of, tmp_path):
 @pytest.mark.parametrize(
     ("name", "attention", "kind"),
     [("lfm2", "auto", RecurrentRunner), ("lfm2", "slots", RecurrentRunner), ("lfm2", "plain", PlainRunner),
-     ("minimax", "auto", PlainRunner), ("recurrent_gemma", "auto", PlainRunner)],
+     ("minimax", "auto", PlainRunner), ("recurrent_gemma", "slots", RecurrentRunner)],
 )  # fmt: skip
 def test_attention_chooses_slots_or_rows_one_by_one(folder_of, name, attention, kind):
     loaded = load_language_model(replace(spec_of(folder_of(name)), attention=attention))
@@ -265,8 +266,8 @@ def test_attention_chooses_slots_or_rows_one_by_one(folder_of, name, attention, 
 
 
 def test_states_that_are_kept_elsewhere_are_refused_by_name_where_slots_are_asked_for(folder_of):
-    spec = replace(spec_of(folder_of("recurrent_gemma")), attention="slots")
-    with pytest.raises(ConfigurationError, match="keep their states elsewhere than in transformers' cache"):
+    spec = replace(spec_of(folder_of("minimax")), attention="slots")
+    with pytest.raises(ConfigurationError, match="keeps its states in a cache of its own class"):
         load_language_model(spec)
 
 

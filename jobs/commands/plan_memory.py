@@ -69,7 +69,7 @@ def _cache(plan: HostPlan, spec: HostSpec, config: Config) -> _Cache:
     if recurrent is None:
         return _Cache(num_rows, per_token * num_rows)
     # these import torch and transformers, which takes seconds
-    from pipeline.attention.states import bytes_per_row, cache_of_config
+    from pipeline.attention.cached_layers import bytes_per_row, cache_of_config
     from pipeline.worker.recurrent_runner import NUM_KEPT
 
     try:

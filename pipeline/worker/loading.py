@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from pipeline.attention.cached_layers import CachedLayer, bytes_per_row, learn_states
 from pipeline.attention.rows import what_is_missing
 from pipeline.attention.slots import ATTENTION
-from pipeline.attention.states import CachedLayer, bytes_per_row, learn_states
 from pipeline.attention.transfers import on_device
 from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, learn_layers
 from pipeline.errors import ConfigurationError

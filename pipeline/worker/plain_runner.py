@@ -21,15 +21,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+from pipeline.attention.cached_layers import MODULE_STATES
 from pipeline.attention.prefixes import Prompt
 from pipeline.protocol.messages import DRAWN, Admission, Candidates, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.memory import budget_of
 from pipeline.worker.newest_logits import NewestLogits, logits_bytes
-
-# RecurrentGemma keeps the state of a text on its modules, not in the cache
-MODULE_STATES = ("recurrent_states", "conv1d_state")
 
 
 @dataclass(slots=True)

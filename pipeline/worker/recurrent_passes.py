@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.attention.cached_layers import CachedLayer, cache_argument
 from pipeline.attention.segments import Copied, RunningRows, Segment
 from pipeline.attention.slots import SlotCache, SlotPass, serving
-from pipeline.attention.states import CachedLayer, PassCache, SlotStates, cache_argument
+from pipeline.attention.states import PassCache, SlotStates
 from pipeline.attention.transfers import to_device
 from pipeline.attention.visibility import LayerFacts
 from pipeline.protocol.messages import DRAWN
@@ -136,7 +137,7 @@ class RecurrentPasses:
         self._num_running = num_running
         self._spare_row = len(adapters) - 1
         self._cache = SlotCache(len(adapters))
-        self._states = SlotStates(self._cached, len(adapters), self.device)
+        self._states = SlotStates(self._model, self._cached, len(adapters), self.device)
         if self._adapters is not None:
             self._numbers = [self._adapters.number(name) for name in adapters]
 
