@@ -64,11 +64,13 @@ def test_the_first_reason_of_a_failed_task_is_what_the_task_raised():
 def test_rays_listener_prints_nothing_and_others_do(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stdout", shown)
-    with session._quiet():
+    with session._quiet() as quiet:
         listener = threading.Thread(target=print, args=("(raylet) A worker died",), name=session.LISTENER)
         listener.start()
         listener.join()
         print("a line of ours", flush=True)
+        quiet.is_stopping = True
+        print("(raylet) what Ray kept back")
     assert shown.getvalue() == "a line of ours\n"
     assert sys.stdout is shown
 

@@ -77,7 +77,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
     lines = [
         f"input     {printable(config.input.path)}: {plan.num_rows:,} rows in {files:,} file{'s' * (files != 1)}",
         *(f"          {note}" for note in notes),
-        f"output    {printable(config.output.path)}: {len(plan.shards):,} shards "
+        f"output    {printable(config.output.path)}: {len(plan.shards):,} shard{'s' * (len(plan.shards) != 1)} "
         f"of at most {plan.rows_per_shard:,} rows" + (f", {answers:,} answers per row" if answers > 1 else ""),
         _rule(config)
         + (f"top {decoding.candidates} of the base" if decoding.candidates != "all" else "full vocabulary")

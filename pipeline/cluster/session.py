@@ -40,12 +40,14 @@ def joined(config: ClusterConfig, *, num_cpus: float, is_verbose: bool) -> Itera
     if ray.is_initialized():
         yield
         return
-    with contextlib.nullcontext() if is_verbose else _quiet():
-        with waiting_for("starting Ray" if config.address is None else f"the Ray cluster at {config.address}"):
-            _start(config, num_cpus=num_cpus, is_verbose=is_verbose)
+    with contextlib.nullcontext() if is_verbose else _quiet() as quiet:
         try:
+            with waiting_for("starting Ray" if config.address is None else f"the Ray cluster at {config.address}"):
+                _start(config, num_cpus=num_cpus, is_verbose=is_verbose)
             yield
         finally:
+            if quiet is not None:
+                quiet.is_stopping = True
             ray.shutdown()
 
 
@@ -86,9 +88,10 @@ class _WithoutRay:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.is_stopping = False  # Ray prints what it has kept back from the thread that stops it
 
     def write(self, text: str) -> int:
-        is_rays = threading.current_thread().name == LISTENER
+        is_rays = self.is_stopping or threading.current_thread().name == LISTENER
         return len(text) if is_rays else self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -96,13 +99,14 @@ class _WithoutRay:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Iterator[_WithoutRay]:
     """Keep Ray's own messages out of the terminal."""
     stdout = sys.stdout
+    quiet = _WithoutRay(stdout)
     with _silent_stderr():
-        sys.stdout = cast(TextIO, _WithoutRay(stdout))
+        sys.stdout = cast(TextIO, quiet)
         try:
-            yield
+            yield quiet
         finally:
             sys.stdout = stdout
 
