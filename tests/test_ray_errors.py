@@ -79,3 +79,25 @@ def test_rays_listener_prints_nothing_and_others_do(monkeypatch):
 def test_ray_has_a_listener_of_that_name(ray_cluster):
     assert session.LISTENER in {thread.name for thread in threading.enumerate()}
     assert ray.is_initialized()
+
+
+class _Node:
+    """A node of Ray with processes that have ended."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def dead_processes(self) -> list[tuple[str, None]]:
+        return [(name, None) for name in self._names]
+
+
+def test_a_process_of_ray_that_ended_is_named(monkeypatch):
+    for node, name in ((None, None), (_Node(), None), (_Node("raylet"), "raylet")):
+        monkeypatch.setattr(ray._private.worker, "_global_node", node)
+        assert session.lost_process() == name
+
+
+@pytest.mark.ray
+def test_a_cluster_that_runs_has_lost_nothing(ray_cluster):
+    assert ray._private.worker._global_node.dead_processes() == []
+    assert session.lost_process() is None

@@ -77,6 +77,16 @@ def describe_cluster(address: str) -> tuple[int, dict[str, float]]:
         return sum(bool(node["Alive"]) for node in ray.nodes()), dict(ray.cluster_resources())
 
 
+def lost_process() -> str | None:
+    """Which of Ray's processes that this one started has ended; None where all run, or another machine has them.
+
+    When its raylet ends, Ray ends this process some seconds later, without a word where its messages are not shown.
+    """
+    node = getattr(ray._private.worker, "_global_node", None)
+    dead = node.dead_processes() if node is not None else []
+    return str(dead[0][0]) if dead else None
+
+
 class _WithoutRay:
     """Standard output without what Ray's listener prints: a line for every worker that dies, also by intention.
 

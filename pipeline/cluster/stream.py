@@ -18,7 +18,7 @@ from pipeline.cluster.board import start_board
 from pipeline.cluster.host_actors import HostLaunch, bundle_of, placed
 from pipeline.cluster.ray_errors import first_reason
 from pipeline.cluster.replica import Replica
-from pipeline.cluster.session import joined
+from pipeline.cluster.session import joined, lost_process
 from pipeline.engine.shards import ShardOutcome
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.monitoring.counts import Counts
@@ -52,9 +52,20 @@ class ShardStream:
 
     def counts(self) -> Counts:
         """Answers, failed answers and tokens so far; the last known where the cluster is silent."""
+        if self.error() is not None:
+            return self._last_counts
         with contextlib.suppress(ray.exceptions.RayError):
             self._last_counts = ray.get(self._board.totals.remote(), timeout=BOARD_S)
         return self._last_counts
+
+    def error(self) -> CageError | None:
+        """What ended Ray on this machine, or None."""
+        if (name := lost_process()) is None:
+            return None
+        return CageError(
+            f"Ray's process {name} on this machine ended (it was killed, often for lack of memory, or crashed); what "
+            "is committed is kept, and the same command continues. Its logs are in /tmp/ray/session_latest/logs"
+        )
 
     def waits(self) -> list[str]:
         """What the replicas wait for; Ray itself where none has started."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from pipeline.engine.shards import ShardDecoder, ShardOutcome
+from pipeline.errors import CageError
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.waits import waiting_for, waits
 from pipeline.runtime.assembly import Assembly
@@ -32,6 +33,10 @@ class LocalStream:
     def counts(self) -> Counts:
         """Answers, failed answers and tokens so far."""
         return Counts() if self._decoder is None else self._decoder.counts
+
+    def error(self) -> CageError | None:
+        """Nothing: what fails here is raised by `decode`."""
+        return None
 
     def waits(self) -> list[str]:
         """What this process waits for."""

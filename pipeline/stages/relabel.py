@@ -46,6 +46,8 @@ class Stream(Protocol):
 
     def waits(self) -> Sequence[str]: ...
 
+    def error(self) -> CageError | None: ...
+
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]: ...
 
 
@@ -290,9 +292,10 @@ def _watched(config: Config, stream: Stream, line: ProgressLine, limit: FailureL
         counts = stream.counts()
         return counts.rows, counts.steps, line.shards_done
 
-    return ended_when_stalled(
-        config.cluster.stall_timeout_s, progress, stream.waits, find_error=lambda: limit.one_reason(stream.counts())
-    )
+    def error() -> CageError | None:
+        return stream.error() or limit.one_reason(stream.counts())
+
+    return ended_when_stalled(config.cluster.stall_timeout_s, progress, stream.waits, find_error=error)
 
 
 def _scorers(
