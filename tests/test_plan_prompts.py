@@ -215,7 +215,7 @@ def test_the_plan_says_which_columns_are_read_and_for_what(planned, tmp_path):
         "base": {"model": str(tmp_path / "model")},
         "principals": KIND,
     }
-    columns = prepare(parse_config(tree), NOWHERE).notes[0]
+    columns = prepare(parse_config(tree), NOWHERE).columns
     assert columns == "columns: prompt (the prompt), key (row ids), old (the existing answer); not read: topic"
     unnamed = parse_config({**tree, "input": {"path": str(tmp_path / "in.jsonl")}})
-    assert "rows are named by file and number" in prepare(unnamed, NOWHERE).notes[0]
+    assert "rows are named by file and number" in prepare(unnamed, NOWHERE).columns

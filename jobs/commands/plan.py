@@ -36,7 +36,7 @@ def run_plan(config_file: Path, overrides: list[str]) -> None:
         return
     prepared = prepare(config, cache_folder)
     replica = plan_replica(config, prepared.models, cache_folder)
-    print(describe_plan(prepared.plan, replica, prepared.notes))
+    print(describe_plan(prepared.plan, replica, (prepared.columns, *prepared.notes)))
     print(describe_prompts(prepared.plan, replica))
 
 

@@ -84,12 +84,13 @@ class _Feed:
 class Prepared:
     """A run before it starts: input read, models found, shards fixed; nothing loaded or written.
 
-    `notes` say what of the input was recognised and what has no effect.
+    `notes` say what of the input was recognised and what has no effect, `columns` which ones are read and for what.
     """
 
     models: ResolvedModels
     plan: Plan
     notes: tuple[str, ...] = ()
+    columns: str = ""
 
 
 def prepare(
@@ -107,14 +108,15 @@ def prepare(
         ConfigurationError: the input, a model or the output cannot be used.
     """
     source = source or open_planned_input(config)
-    notes = (describe_columns(source), *describe_input(source, config))
+    notes = describe_input(source, config)
     scorers = _scorers(config, cache_folder, progress)
     models = resolve_models(config, cache_folder, progress=progress)
     identities = {**models.identities, **({} if scorers is None else scorers.identities())}
     versions = {}
     if config.decoding.reproducibility is Reproducibility.STRICT:
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return Prepared(models, make_plan(config, identities, versions=versions, source=source), notes)
+    plan = make_plan(config, identities, versions=versions, source=source)
+    return Prepared(models, plan, notes, describe_columns(source))
 
 
 def relabel(
