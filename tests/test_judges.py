@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.evaluation.judges.function import FunctionJudge
-from pipeline.evaluation.judges.interface import JudgeContext, JudgedAnswer
+from pipeline.evaluation.judges.interface import JudgeContext, JudgedAnswer, NoScore
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.judges.words import words
 from pipeline.evaluation.panel import resolve_panel
@@ -225,3 +225,12 @@ def test_scores_that_are_missing_are_stored_with_their_reasons_and_counted(tmp_p
     assert not is_final
     assert judge_table(pa.Table.from_pylist(rows), {"odd": judges["odd"]})[1]
     assert "_errors" not in judge_table(pa.Table.from_pylist(rows[:2]), judges)[0].column_names
+
+
+def test_a_missing_score_keeps_its_reason_through_arithmetic_and_processes():
+    import pickle
+
+    missing = NoScore("it is late", is_final=False)
+    for found in (2.5 * missing, missing - 1.0, 1.0 - missing, missing + 0.0, pickle.loads(pickle.dumps(missing))):
+        assert math.isnan(found)
+        assert (found.reason, found.is_final) == ("it is late", False)

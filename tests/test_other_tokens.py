@@ -10,6 +10,7 @@ import torch
 from support import tiny_models
 from support.decoding import NOWHERE, ask, config_of, decode
 from support.lora import make_lora
+from support.preference_adapters import make_preference_adapter, merged
 from support.runs import job, parts, run_job, write_prompts
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -336,6 +337,22 @@ def test_what_cannot_be_read_as_text_is_refused_in_one_line(tiny, pairs, tmp_pat
     tokenizer.chat_template = tiny_models.CHAT_TEMPLATE
     folder = tiny_models.make_model(tmp_path / "words", tokenizer=tokenizer)
     assert "are neither bytes nor SentencePiece's pieces" in message({**fields, "model": str(folder)})
+
+
+def test_a_preference_adapter_is_read_at_unit_vectors_and_not_at_the_weights_of_rows(tiny, pairs, tmp_path):
+    base, model = tiny("llama"), pairs(seed=1)
+    adapter = make_preference_adapter(tmp_path / "parm", model)
+    arm = {"kind": "preference_arm", "model": str(model), "adapter": str(adapter), "reference": "none", "weight": 0.2}
+    principals = {"one": {**arm, "objective": 0}, "other": {**arm, "objective": 1}}
+    record = decode(config_of(base, principals, decoding=DECODING), ROWS[2:3])["r2"]
+    answer = [token.token_id for token in record.tokens]
+    for name, vector in (("one", [1.0, 0.0]), ("other", [0.0, 1.0])):
+        plain = PlainText(model, base)
+        plain.model = merged(model, adapter, vector)
+        assert record.rewards[name] == pytest.approx(plain.score("hi", answer), abs=8e-3)
+    own = {name: {**each, "preference": "weights"} for name, each in principals.items()}
+    with pytest.raises(ConfigurationError, match=r"preference: weights needs the base's tokens"):
+        assemble(config_of(base, own, decoding={**DECODING, "rule": "linear"}), NOWHERE)
 
 
 def test_a_row_that_is_too_long_for_the_model_fails_alone(tiny, pairs):

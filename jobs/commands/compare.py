@@ -73,6 +73,9 @@ def describe(found: dict[str, Any]) -> str:
     lines += [f"minus {printable(found['baseline'])}:", table(*_differences(found))]
     if left_out := found["num_prompts_left_out"]:
         lines.append(indented(f"{left_out:,} prompts are left out, because some system did not answer them."))
+    for judge, reasons in found["answers_without_a_score"].items():
+        shown = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
+        lines.append(indented(f"{judge} gave no score for {sum(reasons.values()):,} answers: {shown}."))
     lines.append(
         indented(
             f"Intervals ({confidence}) resample prompts and each prompt's samples; differences are paired by prompt. "

@@ -185,9 +185,14 @@ class Valuer:
                 rewards = list(choices[index].rewards)
                 rewards[at] = score - so_far
                 choices[index] = replace(choices[index], rewards=tuple(rewards))
-        judged = [choice for choice in choices if all(map(math.isfinite, choice.rewards))]
-        if len(judged) < len(choices):
-            menu.error = "a principal gives no score, or one that is not finite"
+        judged = []
+        for choice in choices:
+            by_name = zip(self._names, choice.rewards, strict=True)
+            missing = {name: reward for name, reward in by_name if not math.isfinite(reward)}
+            if not missing:
+                judged.append(choice)
+            for name, reward in missing.items():
+                menu.error = f"{name} gives no score: {getattr(reward, 'reason', f'it is {float(reward)}')}"
         return tuple(judged)
 
     def scores_of(self, prompt: Sequence[Message], text: str, num_tokens: int) -> dict[str, float]:

@@ -6,15 +6,16 @@ S bootstrap samples, of which the first is the data itself; Y systems, P prompts
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.config import BootstrapConfig
-from pipeline.evaluation.judges.interface import Judge
+from pipeline.evaluation.judges.interface import Judge, why_missing
 from pipeline.evaluation.metrics import Floats, interval
 from pipeline.evaluation.systems import System
 from pipeline.quoting import quote
@@ -37,6 +38,7 @@ class Scored:
         kl: mean nats per token of each system; None where it is not known.
         cut: share of each system's answers that ended at their limit; None where it is not known.
         num_left_out: prompts that some system has not answered.
+        missing: by judge, how many answers it gave no score, by reason; judges that gave all are left out.
     """
 
     names: tuple[str, ...]
@@ -45,6 +47,7 @@ class Scored:
     kl: tuple[float | None, ...]
     cut: tuple[float | None, ...]
     num_left_out: int
+    missing: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def score_systems(systems: Sequence[System], judges: Mapping[str, Judge]) -> Scored:
@@ -67,11 +70,14 @@ def score_systems(systems: Sequence[System], judges: Mapping[str, Judge]) -> Sco
     place = {row_id: at for at, row_id in enumerate(row_ids)}
     num_samples = 1 + max(answer.sample for system in systems for answer in system.answers if answer.row_id in common)
     scores = {name: np.full((len(systems), len(row_ids), num_samples), np.nan) for name in judges}
+    missing: dict[str, Counter[str]] = {name: Counter() for name in judges}
     kept = [[answer for answer in system.answers if answer.row_id in common] for system in systems]
     for name, judge in judges.items():
         for at, answers in enumerate(kept):
             where = [place[answer.row_id] for answer in answers], [answer.sample for answer in answers]
-            scores[name][at, *where] = judge.score([answer.judged for answer in answers])
+            found = judge.score([answer.judged for answer in answers])
+            scores[name][at, *where] = found
+            missing[name].update(why_missing(score) for score in found if not math.isfinite(score))
     return Scored(
         names=tuple(system.name for system in systems),
         row_ids=row_ids,
@@ -79,6 +85,7 @@ def score_systems(systems: Sequence[System], judges: Mapping[str, Judge]) -> Sco
         kl=tuple(_mean([answer.kl_per_token for answer in answers]) for answers in kept),
         cut=tuple(_mean([answer.was_cut for answer in answers]) for answers in kept),
         num_left_out=len(every) - len(common),
+        missing={name: dict(reasons) for name, reasons in missing.items() if reasons},
     )
 
 
@@ -107,6 +114,7 @@ def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
         "baseline": scored.names[0],
         "num_prompts": len(scored.row_ids),
         "num_prompts_left_out": scored.num_left_out,
+        "answers_without_a_score": {name: dict(reasons) for name, reasons in scored.missing.items()},
         "bootstrap": bootstrap.model_dump(mode="json"),
         "systems": systems,
         "differences": differences,

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CageError
-from pipeline.evaluation.judges.interface import Judge, JudgedAnswer, NoScore
+from pipeline.evaluation.judges.interface import Judge, JudgedAnswer, NoScore, why_missing
 from pipeline.evaluation.panel import Panel
 from pipeline.storage.commits import CommitRecord
 from pipeline.storage.run import Run
@@ -139,7 +139,7 @@ def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> tuple[pa.Tabl
         columns[name] = pa.array([score if math.isfinite(score) else None for score in scores], pa.float64())
         for row, score in zip(reasons, scores, strict=True):
             if not math.isfinite(score):
-                row[name] = score.reason if isinstance(score, NoScore) else f"its score is {float(score)}"
+                row[name] = why_missing(score)
                 is_final = is_final and (score.is_final if isinstance(score, NoScore) else True)
     if any(reasons):
         columns[ERRORS] = pa.array([list(row.items()) for row in reasons], pa.map_(pa.string(), pa.string()))

@@ -44,6 +44,8 @@ class JudgedAnswer:
 class NoScore(float):
     """NaN in the place of a score that could not be had, with the reason. It is counted, and never taken for 0.
 
+    Scaled or compared with another score it stays what it is.
+
     Args:
         reason: in a line.
         is_final: whether asking again would give the same; where not, the next run asks again.
@@ -61,9 +63,20 @@ class NoScore(float):
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_score, (self.reason, self.is_final)
 
+    def _itself(self, other: float) -> NoScore:
+        """Arithmetic gives no score either, and keeps the reason."""
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _itself
+
 
 def _no_score(reason: str, is_final: bool) -> NoScore:
     return NoScore(reason, is_final=is_final)
+
+
+def why_missing(score: float) -> str:
+    """Why a score that is not finite is none."""
+    return score.reason if isinstance(score, NoScore) else f"its score is {float(score)}"
 
 
 class Judge(Protocol):
@@ -155,11 +168,7 @@ class PerAnswerJudge:
     factor: float = 1.0
 
     def score(self, answers: Sequence[JudgedAnswer]) -> list[float]:
-        return [_times(self.factor, self.measure(answer)) for answer in answers]
-
-
-def _times(factor: float, measured: float) -> float:
-    return measured if isinstance(measured, NoScore) else factor * measured + 0.0  # -0.0 becomes 0.0
+        return [self.factor * self.measure(answer) + 0.0 for answer in answers]  # -0.0 becomes 0.0
 
 
 def import_package(kind: str, package: str, module: str) -> ModuleType:
