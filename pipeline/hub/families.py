@@ -132,8 +132,6 @@ def _why_layers_differ(config: Mapping[str, Any], known: frozenset[str]) -> str 
 
 def parts_left_out(config: Mapping[str, Any]) -> list[str]:
     """The parts of a checkpoint that see or hear, by their keys in config.json: its text alone is decoded."""
-    if not isinstance(config.get("text_config"), Mapping):
-        return []
     senses = ("vision", "audio", "vq", "qformer", "perceiver", "adapter")
     return sorted(key for key in config if key.endswith("_config") and any(sense in key for sense in senses))
 

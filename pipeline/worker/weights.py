@@ -80,7 +80,8 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
         if not faults:
             for tower in towers_of(model).values():
                 for parameter in tower.parameters():
-                    parameter.data = parameter.data.new_empty(0)  # nothing reads it, and it may be large
+                    if parameter.dtype in COMPUTED_TYPES:  # quantised ones cannot be cut
+                        parameter.data = parameter.data.new_empty(0)  # nothing reads it, and it may be large
             return model
         found.append(faults)
     raise ConfigurationError(f"{spec.title}: {min(found, key=len)}")
