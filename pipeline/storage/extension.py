@@ -46,7 +46,8 @@ def describe_extension(plan: Plan) -> str:
     """One line on what an extended plan has more than before."""
     before = plan.earlier[-1]
     rows, shards = plan.num_rows - before.num_rows, len(plan.shards) - before.num_shards
-    return f"the run is extended by {rows:,} rows in {shards:,} shards, to {plan.num_rows:,} rows"
+    added = f"{rows:,} row{'s' * (rows != 1)} in {shards:,} shard{'s' * (shards != 1)}"
+    return f"the run is extended by {added}, to {plan.num_rows:,} rows"
 
 
 def extend_plan(path: str, stored: Plan, fresh: Plan, config: Config) -> Plan:
