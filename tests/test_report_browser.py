@@ -110,6 +110,12 @@ def test_bars_show_their_counts(page):
     assert page.locator("text.count").count() > 10
 
 
+def test_the_axis_of_residuals_has_powers_of_ten(page):
+    axis = page.locator("[data-ridge='max_residual'] svg > text").all_text_contents()
+    assert any("e\N{MINUS SIGN}" in label for label in axis)
+    assert "0" not in axis
+
+
 @pytest.mark.parametrize("width", [400, 1280])
 def test_menus_show_their_whole_choice(page, width):
     page.set_viewport_size({"width": width, "height": 900})

@@ -25,6 +25,7 @@ class Quantity:
         label, unit: what the chart says.
         is_log: whether the axis shows the decimal logarithm.
         is_count: whether the values are integers, so that bins have whole widths.
+        is_varied: whether it is left out where all values are the same.
     """
 
     column: str
@@ -32,6 +33,7 @@ class Quantity:
     unit: str
     is_log: bool = False
     is_count: bool = False
+    is_varied: bool = False
 
 
 def shown_quantities(
@@ -47,7 +49,7 @@ def shown_quantities(
     weighted = principal_names if has_row_weights else ()
     return [
         *(Quantity(f"rewards.{name}", f"Reward of {name}", "nats per answer") for name in principal_names),
-        *(Quantity(f"weights.{name}", f"Weight of {name}", "of a row") for name in weighted),
+        *(Quantity(f"weights.{name}", f"Weight of {name}", "of a row", is_varied=True) for name in weighted),
         *(Quantity(f"scores.{name}", f"Judge: {label}", "score") for name, label in judges.items()),
         Quantity("num_tokens", "Length", "tokens", is_count=True),
         Quantity("kl_per_token", "KL to the base", "nats per token"),
@@ -68,6 +70,8 @@ def describe_distribution(tally: Tally, quantity: Quantity) -> dict[str, Any] | 
     if not values_by_rule:
         return None
     everything = np.concatenate(list(values_by_rule.values()))
+    if quantity.is_varied and everything.min() == everything.max():
+        return None
     edges = _edges(everything, quantity, len(values_by_rule))
     groups = [
         _group(rule, values, edges, tally.by_rule[rule].mean(quantity.column), quantity)

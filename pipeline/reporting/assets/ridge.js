@@ -7,7 +7,7 @@ function drawRidge(chart, width) {
   const height = chart.groups.length * rowHeight + foot;
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `Distribution: ${chart.label}` });
   const px = scale([chart.low, chart.high], [left, width - right]);
-  const value = (number) => (chart.log && number !== null ? show(10 ** number, 2) : show(number));
+  const value = (number) => (chart.log && number !== null ? (10 ** number).toExponential(1).replaceAll("-", MINUS) : show(number));
   for (const at of ticks(chart.low, chart.high, (width - left) / 60)) {
     root.append(svg("line", { class: "gridline", x1: px(at), x2: px(at), y1: 0, y2: height - foot }));
     root.append(svg("text", { x: px(at), y: height - 6, "text-anchor": "middle" }, value(at)));
