@@ -71,7 +71,7 @@ CASES = {
     "no configuration file": ("relabel -c {}/none.yaml", 2),
     "no input": ("relabel -c {}/relabel.yaml input.path={}/none.jsonl", 2),
     "no such column": ("relabel -c {}/relabel.yaml input.id=none", 2),
-    "an output that cannot be written": ("relabel -c {}/relabel.yaml output.path={}/prompts.jsonl/run", 1),
+    "an output that cannot be written": ("relabel -c {}/relabel.yaml output.path={}/prompts.jsonl/run", 2),
     "no model folder": ("relabel -c {}/relabel.yaml base.model={}/none", 2),
     "another vocabulary's settings": ("relabel -c {}/relabel.yaml decoding.seed=5", 2),
     "no input of an evaluation": ("evaluate -c {}/evaluate.yaml input.path={}/none.jsonl", 2),
