@@ -12,6 +12,7 @@ from pipeline.config.files import parse_as, parse_config
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.principals.kinds import KINDS
 from pipeline.synthesis.settings import SynthesizeConfig
 
@@ -65,6 +66,23 @@ def test_no_key_is_refused_in_foreign_words(kind, place):
                     said = line.split("; got ")[0].split("; known keys: ")[0].removeprefix("configuration: ")
                     said = said.partition(" ")[2]
                     assert not any(word in said for word in FOREIGN), line
+
+
+JUDGES = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(AnyJudge)[0])}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize(("kind", "section"), [(EvaluateConfig, "evaluation"), (SynthesizeConfig, "synthesis")])
+def test_no_key_of_a_judge_is_refused_in_foreign_words(name, kind, section):
+    for key in JUDGES[name].model_fields:
+        for value in VALUES:
+            tree = {**copy.deepcopy(START), section: {"judges": {"j": {"kind": name, key: value}}}}
+            try:
+                parse_as(kind, tree)
+            except ConfigurationError as refusal:
+                for line in str(refusal).splitlines():
+                    said = line.split("; got ")[0].split("; known keys: ")[0].removeprefix("configuration: ")
+                    assert not any(word in said.partition(" ")[2] for word in FOREIGN), line
 
 
 @pytest.mark.parametrize(
