@@ -161,6 +161,13 @@ def test_an_output_with_other_files_is_refused(trained, tmp_path):
         run_training(config, tmp_path)
 
 
+def test_an_output_with_a_run_is_refused(trained, tmp_path):
+    (tmp_path / "_plan.json").write_text('{"fingerprint": []}')
+    config = trained[1].model_copy(update={"output": trained[1].output.model_copy(update={"path": str(tmp_path)})})
+    with pytest.raises(ConfigurationError, match="holds something else than a training"):
+        run_training(config, tmp_path)
+
+
 def test_modules_that_are_not_there_are_refused(tiny, tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(4))
     config = training_config(pairs, tmp_path / "out", tiny(), target_modules="no_proj")

@@ -264,6 +264,7 @@ def test_missing_columns_are_named(tmp_path, columns, options, message):
         ({"input": {"path": "x", "scores": {"../up": "b"}}}, "an objective's name"),
         ({"training": {"loss": "rlhf"}}, "training.loss"),
         ({"training": {"loss": "dpo", "length_normalization": True}}, "no effect with loss: dpo"),
+        ({"cluster": {"address": "auto"}}, "address has no effect with transport: local"),
         ({"training": {"epoch": 1}}, "did you mean epochs"),
         ({"output": {"path": "x", "rows_per_shard": 3}}, "not a known key"),
     ],
@@ -350,3 +351,35 @@ def test_labels_that_never_differ_are_noted(tmp_path):
     config = train_config(written(tmp_path, rows))
     [note] = read_data(open_preferences(config.input), config, encode).notes
     assert note.startswith("better_response_id names response_0 in all 30 rows")
+
+
+def test_a_run_of_synthesize_is_read_with_its_judge_and_its_split(tmp_path):
+    folder = tmp_path / "run" / "_dataset" / "preferences"
+    folder.mkdir(parents=True)
+    (folder.parent / "manifest.json").write_text(json.dumps({"source": {"synthesis.score": "tone"}, "files": []}))
+    for split, prompts in (("train", range(6)), ("validation", range(6, 8))):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"ask {at}"}], "chosen": [GOOD], "rejected": [BAD],
+                "score_chosen": 0.9, "score_rejected": 0.1,
+            }
+            for at in prompts
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+    for path in (tmp_path / "run", tmp_path / "run" / "_dataset"):
+        config = train_config(path)
+        found = read_data(open_preferences(config.input), config, encode)
+        assert found.objectives == ("tone",)
+        assert {pair.comparison.prompt[0]["content"] for pair in found.held_out} == {"ask 6", "ask 7"}
+        assert len(found.train) == 6
+        assert [answer.scores for answer in found.train[0].comparison.answers] == [{"tone": 0.9}, {"tone": 0.1}]
+
+
+def test_ratings_of_both_sides_are_returns(tmp_path):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": "4", "rejected-rating": None}]
+    config = train_config(written(tmp_path, rows))
+    found = open_preferences(config.input)
+    [compared] = read_comparisons(
+        found.records.read(found.layout.columns), found.layout, config.input, found.objective, Drops()
+    )
+    assert [answer.scores for answer in compared.answers] == [{"preferred": 4.0}, {}]

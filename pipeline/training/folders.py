@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigurationError, RunMismatch, StorageError
+from pipeline.errors import ConfigurationError, RunMismatch
 from pipeline.hub.weight_files import TRAINING_FACTS as FACTS
 from pipeline.storage.fingerprint import explain_mismatch
 from pipeline.stores.addresses import split_address
@@ -105,5 +105,7 @@ class TrainingFolder:
             plan: dict[str, Any] = json.loads(text)
             plan["fingerprint"].items(), plan["template_time"]
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise StorageError(f"{self.path / PLAN} is not the plan of a training") from None
+            raise ConfigurationError(
+                f"output.path: {self.path} holds something else than a training, as a run; choose an empty folder"
+            ) from None
         return plan

@@ -160,6 +160,12 @@ class TrainClusterConfig(Section):
     )
     address: str | None = Field(None, description="Ray address; null starts a local cluster")
 
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> TrainClusterConfig:
+        if self.address is not None and self.transport is not Transport.RAY:
+            raise ValueError("address has no effect with transport: local; set transport: ray")
+        return self
+
 
 class AdaptersConfig(Section):
     """Where the adapters go: a folder for each objective below `path`."""
