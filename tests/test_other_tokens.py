@@ -9,6 +9,8 @@ import pytest
 import torch
 from support import tiny_models
 from support.decoding import NOWHERE, ask, config_of, decode
+from support.heads import random as random_matrix
+from support.heads import with_head
 from support.lora import make_lora
 from support.preference_adapters import make_preference_adapter, merged
 from support.runs import job, parts, run_job, write_prompts
@@ -353,6 +355,28 @@ def test_a_preference_adapter_is_read_at_unit_vectors_and_not_at_the_weights_of_
     own = {name: {**each, "preference": "weights"} for name, each in principals.items()}
     with pytest.raises(ConfigurationError, match=r"preference: weights needs the base's tokens"):
         assemble(config_of(base, own, decoding={**DECODING, "rule": "linear"}), NOWHERE)
+
+
+def test_rows_have_weights_of_their_own(tiny, pairs, tmp_path):
+    """Also beside a value head."""
+    base = tiny("llama")
+    head = {"v_head.summary.weight": random_matrix(1, 64, seed=1), "v_head.summary.bias": torch.zeros(1)}
+    valued = with_head(tiny("llama", seed=3), tmp_path / "valued", head, drop=())
+
+    def config(weight):
+        asked = {"kind": "prompted", "model": str(pairs(seed=1)), "principle": "be kind", "weight": weight}
+        worth = {"kind": "value", "model": str(valued), "candidates": 5, "weight": weight}
+        return config_of(base, {"asked": asked, "worth": worth}, decoding=DECODING, cluster={"slots": 3})
+
+    given = [{}, {"asked": 0.0, "worth": 0.0}, {"asked": 2.0, "worth": 2.0}]
+    together = decode(config(0.5), [ask(f"r{at}", "why?", weights=each) for at, each in enumerate(given)])
+    alone = [decode(config(weight), [ask(f"r{at}", "why?")]) for at, weight in enumerate((0.5, 0.0, 2.0))]
+    for at, record in enumerate(alone):
+        assert [token.token_id for token in together[f"r{at}"].tokens] == [
+            token.token_id for token in record[f"r{at}"].tokens
+        ]
+        assert together[f"r{at}"].rewards == record[f"r{at}"].rewards
+    assert together["r1"].payments == {"asked": 0.0, "worth": 0.0}
 
 
 def test_a_row_that_is_too_long_for_the_model_fails_alone(tiny, pairs):

@@ -213,6 +213,7 @@ def test_the_plan_says_what_is_scored_and_on_text_at_which_cost(tiny, judge, tmp
     principals = {
         "same": {"kind": "reward_model", "model": str(judge()), "interval": 4, "scale": 0.5, "sign": -1},
         "other": {"kind": "reward_model", "model": str(judge(pairs=True)), "candidates": 7},
+        "ended": {"kind": "reward_model", "model": str(judge()), "candidates": 6, "pooling": "end_of_text"},
     }
     config = config_of(tiny("llama"), principals, input={"path": str(tmp_path / "prompts.jsonl")})
     config = config.model_copy(update={"output": config.output.model_copy(update={"path": str(tmp_path / "run")})})
@@ -220,6 +221,7 @@ def test_the_plan_says_what_is_scored_and_on_text_at_which_cost(tiny, judge, tmp
     text = describe_plan(prepared.plan, plan_replica(config, prepared.models, NOWHERE))
     assert "-0.5 (RM(prefix + a) - RM(prefix)), top 10, every 4 tokens" in text
     assert "RM(prefix + a) - RM(prefix), top 7, every token" in text
+    assert "RM(prefix + a) - RM(prefix), top 6, every token, each as if the answer ended there" in text
     assert "other is scored on text" in text
     assert "8 texts per row and scored step" in text
     assert "same is scored on text" not in text

@@ -156,7 +156,8 @@ def _score(scoring: Scoring) -> str:
     gain = "RM(prefix + a) - RM(prefix)"
     scaled = gain if scoring.factor == 1 else f"{scoring.factor:g} ({gain})"
     pace = "token" if scoring.interval == 1 else f"{scoring.interval} tokens"
-    return f"{scaled}, top {scoring.candidates}, every {pace}"
+    end = ", each as if the answer ended there" if scoring.ends else ""
+    return f"{scaled}, top {scoring.candidates}, every {pace}{end}"
 
 
 def _on_text(replica: ReplicaPlan) -> list[str]:
