@@ -78,11 +78,7 @@ def test_print_config_shows_every_default_and_loads_again(config, tmp_path):
         ("decodng.seed=1", "did you mean decoding"),
         ("decoding.temperature=-1", "decoding.temperature must be greater than or equal to 0; got -1"),
         ("decoding.rule=nash", "decoding.rule"),
-<<<<<<< HEAD
         ("principals.kind.kind=prompt", "principals.kind.kind must be one of prompted, arm"),
-=======
-        ("principals.kind.kind=prompt", "principals.kind.kind must be one of prompted, arm,"),
->>>>>>> 6ebd578 (The test of a wrong kind names the first ones)
         ("principals.kind.principal=x", "did you mean principle"),
         ("input.path=/no/such/file.jsonl", "/no/such/file.jsonl"),
         ("base.model=/no/such/model", "/no/such/model"),
