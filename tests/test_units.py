@@ -378,3 +378,34 @@ def test_candidates_that_cannot_be_read_cost_their_row_alone(value, said):
 def test_candidates_need_games_over_answers(tiny):
     with pytest.raises(ConfigurationError, match=r"input\.candidates needs decoding\.unit: answer; got token"):
         config_of(str(tiny("llama")), PAIR, input={"path": "x.jsonl", "candidates": "c"})
+
+
+def test_blocks_end_with_sentences(tiny, monkeypatch):
+    """A tiny model writes no sentences: whatever its likeliest token ends with is made an end of one."""
+    from pipeline.engine import row_state
+
+    options = {"unit": "block", "proposals": 4, "max_new_tokens": 9, "block_tokens": 6, "agent_temperature": 0.5}
+    free = answers(tiny, **options)
+    char = next(each.text[0] for each in free if each.text)
+    monkeypatch.setattr(row_state, "SENTENCE_ENDS", (char,))
+    found = answers(tiny, block_end="sentence", **options)
+    blocks = [each.text for answer in found for each in answer.proposals]
+    assert any(block.endswith(char) for block in blocks)
+    assert all(char not in block[:-1] or block.index(char) == len(block) - 1 for block in blocks if char in block)
+    assert found == answers(tiny, block_end="sentence", slots=1, **options)
+
+
+@pytest.mark.parametrize("unit", ["block", "answer"])
+def test_proposals_can_be_drawn_by_games_over_tokens(tiny, unit):
+    blocks = {"block_tokens": 3} if unit == "block" else {}
+    by_base = answers(tiny, unit=unit, **blocks)
+    by_game = answers(tiny, unit=unit, proposals_by="linear", **blocks)
+    assert [each.proposals for each in by_base] != [each.proposals for each in by_game]
+    for answer in by_game:
+        for game in games_of(answer):
+            expected = policy_of(game).log_policy.exp()[0].tolist()
+            assert [each.probability for each in game] == pytest.approx(expected, abs=1e-12)
+    # what steers the proposals leaves the base, too
+    alone = answers(tiny, unit=unit, proposals_by="linear", rule="base", **blocks)
+    assert all(each.kl_per_token > 0 for each in alone)
+    assert by_game == answers(tiny, unit=unit, proposals_by="linear", slots=1, **blocks)

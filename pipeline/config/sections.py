@@ -164,6 +164,15 @@ class DecodingConfig(Section):
         8, ge=2, le=1024, description="blocks or answers that the base draws for each game (unit block or answer)"
     )
     block_tokens: int = Field(16, ge=1, description="tokens of a block (unit block)")
+    block_end: Literal["tokens", "sentence"] = Field(
+        "tokens",
+        description="where a block ends: after block_tokens, or earlier at the end of a sentence or line",
+    )
+    proposals_by: RuleName = Field(
+        RuleName.BASE,
+        description="what draws the proposals, token by token: the base, or games over tokens by this rule (unit "
+        "block or answer)",
+    )
     target_kl: float | None = Field(
         None,
         gt=0,
@@ -212,10 +221,10 @@ class DecodingConfig(Section):
         # a default that is written out, as --print-config does, asks for nothing
         fields, thinking = type(self).model_fields, self.thinking
         given = {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
-        if self.unit is Unit.TOKEN and (unused := given & {"proposals", "block_tokens"}):
+        if self.unit is Unit.TOKEN and (unused := given & {"proposals", "block_tokens", "block_end", "proposals_by"}):
             raise ValueError(f"{', '.join(sorted(unused))}: no effect with unit: token; choose unit: block or answer")
-        if self.unit is Unit.ANSWER and "block_tokens" in given:
-            raise ValueError("block_tokens: no effect with unit: answer; choose unit: block")
+        if self.unit is Unit.ANSWER and (unused := given & {"block_tokens", "block_end"}):
+            raise ValueError(f"{', '.join(sorted(unused))}: no effect with unit: answer; choose unit: block")
         if self.unit is not Unit.TOKEN and (thinking.max_tokens is not None or not thinking.steer):
             raise ValueError(f"thinking.max_tokens and thinking.steer need unit: token; got unit: {self.unit}")
         return self

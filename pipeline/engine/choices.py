@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 
 import cage
-from cage.rule_names import RuleName
 from pipeline.config.sections import DecodingConfig, Unit
 from pipeline.engine.engine import Ended, Engine
 from pipeline.engine.menus import Choice, Menu, Path, TextScorer, Valuer
@@ -61,7 +60,8 @@ class ChoiceEngine:
         self._prompter = prompter
         self._decoding = decoding
         self._valuer = Valuer(engine.calls, topology, prompter, decoding, scorers)
-        self._shares_menus = not topology.takes_weights
+        # proposals of the base are the same whatever the rule, the temperature and the weights of the game
+        self._shares_menus = not (topology.takes_weights or decoding.proposals_by.uses_principals)
         self._menus: OrderedDict[MenuKey, Menu] = OrderedDict()
         self._menu_of: dict[tuple[str, int, int], tuple[MenuKey, int]] = {}
         self._ready: deque[Menu] = deque()
@@ -167,12 +167,13 @@ class ChoiceEngine:
             sample=sample,
             variant=whole.variant,
             principal_names=whole.principal_names,
-            terms=replace(whole.terms, rule=RuleName.BASE, k=()),
+            terms=self._engine.terms_by(self._decoding.proposals_by, whole.terms),
             uniforms=Uniforms(seed, row.row_id, sample),
             prompts=prompts,
             shared_prefixes=whole.shared_prefixes,
             max_tokens=left if is_answer else min(left, self._decoding.block_tokens),
             reasoning=self._prompter.begin_turn(row.messages, prompts) if is_answer else None,
+            ends_with_sentence=not is_answer and self._decoding.block_end == "sentence",
         )
 
     def _file(self, ended: Ended) -> None:
@@ -229,13 +230,13 @@ class ChoiceEngine:
         policy_C, base_C = decision.log_policy[0], game.base_logprobs[0]
         kl = float(torch.where(policy_C.exp() > 0, policy_C.exp() * (policy_C - base_C), 0.0).sum().clamp(min=0))
         for outcome in choice.outcomes[:-1]:
-            whole.take(replace(outcome, rewards=nothing, payments=nothing if pays else None, kl=0.0))
+            whole.take(replace(outcome, rewards=nothing, payments=nothing if pays else None))
         last = replace(
             choice.outcomes[-1],
             rewards=choice.rewards,
             payments=None if paid is None else paid.tolist(),
             thresholds=None if decision.thresholds is None else decision.thresholds[0].tolist(),
-            kl=kl,
+            kl=choice.outcomes[-1].kl + kl,
             residual=float(decision.residual),
             status=int(decision.status),
             num_steps=int(decision.num_steps),

@@ -13,10 +13,11 @@ row is at the same step on all hosts and here, and a step can fail as a whole.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress, product
 
 import cage
+from cage.rule_names import RuleName
 from pipeline.config.sections import DecodingConfig, Reproducibility, Trace
 from pipeline.config.variants import Variant
 from pipeline.engine.calls import HostCalls
@@ -170,6 +171,10 @@ class Engine:
     def enqueue(self, running: RunningRow) -> None:
         """Queue a row that has its prompts."""
         self._slots.queue.append(running)
+
+    def terms_by(self, rule: RuleName, terms: Terms) -> Terms:
+        """The terms of a row when another rule decides its tokens."""
+        return replace(terms, rule=rule, k=self._k if rule.takes_k else ())
 
     def failed(self, row: Row, variant: int, sample: int, reason: str) -> Record:
         """The record of a row that cannot be decoded."""

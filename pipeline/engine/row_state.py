@@ -15,6 +15,8 @@ from pipeline.records import FinishReason, Record, Row, TokenTrace
 from pipeline.sampling.draws import Uniforms
 from pipeline.sampling.kl_control import steered_to
 
+SENTENCE_ENDS = (".", "!", "?", "\u2026", "\u3002", "\uff01", "\uff1f", "\n")
+
 
 @dataclass(slots=True)
 class RunningRow:
@@ -37,6 +39,7 @@ class RunningRow:
         outcomes: of the drawn tokens.
         original_rewards: of the existing answer, by principal, once they are known.
         reasoning: follows the row's turn; None where the base does not reason.
+        ends_with_sentence: whether it also ends at the end of a sentence or a line.
         spent_kl: nats by which the policy of each steered token so far left the base.
     """
 
@@ -56,6 +59,7 @@ class RunningRow:
     outcomes: list[TokenOutcome] = field(default_factory=list)
     original_rewards: list[float] | None = None
     reasoning: ReasoningTrack | None = None
+    ends_with_sentence: bool = False
     spent_kl: list[float] = field(default_factory=list)
 
     @property
@@ -146,7 +150,7 @@ class RunningRow:
             turn = self._read(self.tokens, prompter)
             text = turn.text.removesuffix(turn.answer[len(cut) :])
             return FinishReason.STOP, replace(turn, answer=cut, text=text)
-        if len(self.tokens) >= self.max_tokens:
+        if len(self.tokens) >= self.max_tokens or (self.ends_with_sentence and _ends_sentence(self.tokens, prompter)):
             return self._ended(FinishReason.LENGTH, self._read(self.tokens, prompter))
         return None
 
@@ -328,3 +332,9 @@ def _forced(outcome: TokenOutcome, token_id: int) -> TokenOutcome:
         residual=0.0,
         status=int(Status.CONVERGED),
     )
+
+
+def _ends_sentence(tokens: Sequence[int], prompter: Prompter) -> bool:
+    """Whether the text of these tokens ends with a sentence or a line."""
+    text = prompter.decode(tokens)
+    return bool(text.strip()) and text.endswith(SENTENCE_ENDS)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from cage.rule_names import RuleName
 from pipeline.config.sections import Config, Reproducibility, Unit
 from pipeline.config.variants import Variant, lay_out
 from pipeline.errors import ConfigurationError
@@ -367,5 +366,5 @@ def _games(config: Config, topology: Topology, variants: tuple[Variant, ...]) ->
         return None
     rules = frozenset(variant.rule for variant in variants)
     if config.decoding.unit is not Unit.TOKEN:
-        rules = frozenset({RuleName.BASE})  # hosts draw proposals; games are played by the coordinator
+        rules = frozenset({config.decoding.proposals_by})  # hosts draw proposals; the coordinator solves their games
     return GameSpec(config.decoding.sampling, topology.principals, rules)

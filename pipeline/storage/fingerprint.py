@@ -24,6 +24,8 @@ LATER_KEYS: Mapping[str, Any] = {
     "decoding.unit": "token",
     "decoding.proposals": 8,
     "decoding.block_tokens": 16,
+    "decoding.block_end": "tokens",
+    "decoding.proposals_by": "base",
     "decoding.soft_threshold": 1.0,
     "input.format": "auto",
     "input.last_assistant": None,
