@@ -13,7 +13,8 @@ from support.commands import cage
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.compare import compare, holm, prompts_for, score_systems
 from pipeline.evaluation.config import BootstrapConfig
-from pipeline.evaluation.judges.interface import PerAnswerJudge
+from pipeline.evaluation.judges.interface import JudgeContext, PerAnswerJudge
+from pipeline.evaluation.judges.words import LengthJudge
 from pipeline.evaluation.systems import read_systems
 
 LENGTH = {"words": PerAnswerJudge(lambda answer: float(len(answer.text.split())))}
@@ -186,3 +187,35 @@ def finished_run(tiny, tmp_path):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
     relabel(load_config(tmp_path / "job.yaml"), tmp_path / "cache", io.StringIO())
     return str(tmp_path / "run"), row_ids
+
+
+def test_a_text_may_have_the_line_ends_of_unicode(tmp_path):
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps({"id": str(at), "answer": "a\u2028b\x85c"}, ensure_ascii=False) for at in range(2)]
+    path.write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    (system,) = read_systems([str(path)])
+    assert [answer.judged.text for answer in system.answers] == ["a\u2028b\x85c"] * 2
+
+
+def test_an_answer_that_does_not_say_its_tokens_has_no_length_in_tokens(tmp_path):
+    rows = [{"id": str(at), "answer": "a b", **({"num_tokens": 3} if at else {})} for at in range(2)]
+    paths = [write(tmp_path, name, rows) for name in ("a.jsonl", "b.jsonl")]
+    judge = LengthJudge(kind="length", unit="tokens").load(JudgeContext("tokens"))
+    scored = score_systems(read_systems(paths), {"tokens": judge})
+    assert scored.missing == {"tokens": {"it does not say how many tokens it has (num_tokens)": 2}}
+    assert [mean[1, 0] for mean in scored.scores["tokens"]] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("prompt", [5, ["hello"], {"role": "user", "content": "hello"}])
+def test_a_prompt_that_is_no_prompt_is_refused_in_its_line(tmp_path, prompt):
+    path = write(tmp_path, "x.jsonl", [{"id": "a", "answer": "b", "prompt": prompt}])
+    with pytest.raises(
+        ConfigurationError, match=r"x\.jsonl, line 1: the prompt must be a text or a list of messages"
+    ):
+        read_systems([path])
+
+
+def test_an_answer_that_ended_in_its_reasoning_was_cut_in_files_too(tmp_path):
+    rows = [{"id": reason, "answer": "b", "finish_reason": reason} for reason in ("stop", "length", "reasoning")]
+    (system,) = read_systems([write(tmp_path, "x.jsonl", rows)])
+    assert [answer.was_cut for answer in system.answers] == [False, True, True]

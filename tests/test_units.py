@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from pipeline import Aligner
 from pipeline.config.files import load_config
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, HostError
+from pipeline.evaluation.text_principals import resolve_judge_principals
 from pipeline.records import FinishReason
 from pipeline.runtime.assembly import assemble
 from pipeline.runtime.engines import make_decoding_engine
@@ -409,3 +411,88 @@ def test_proposals_can_be_drawn_by_games_over_tokens(tiny, unit):
     alone = answers(tiny, unit=unit, proposals_by="linear", rule="base", **blocks)
     assert all(each.kl_per_token > 0 for each in alone)
     assert by_game == answers(tiny, unit=unit, proposals_by="linear", slots=1, **blocks)
+
+
+MINE = """
+def judge(answers):
+    if any("ice" in answer.prompt[-1]["content"] for answer in answers):
+        raise ValueError("no ice")
+    return [float(len(answer.text)) for answer in answers]
+"""
+
+
+def test_a_judge_that_fails_for_a_row_costs_that_row_alone(tiny, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    section = {"kind": "function", "function": f"{tmp_path}/mine.py:judge"}
+    good, bad, other = answers(tiny, principals={"mine": {"kind": "judge", "judge": section, "weight": 1.0}})
+    assert good.error is None
+    assert other.error is None
+    assert "no ice" in str(bad.error)
+
+
+def judged_by(monkeypatch, measure):
+    """Have the judge `length` measure something else."""
+    from pipeline.evaluation.judges import words
+
+    monkeypatch.setattr(words.LengthJudge, "load", lambda self, context: words.PerAnswerJudge(measure, 1.0))
+
+
+def test_an_existing_answer_without_a_score_makes_no_pair(tiny, monkeypatch):
+    judged_by(monkeypatch, lambda answer: float("nan") if answer.text == "yes" else 1.0)
+    principals = {**PAIR, **LONG}
+    decoding = {"unit": "answer", "proposals": 3, "max_new_tokens": 4}
+    config = config_of(str(tiny("llama")), principals, decoding=decoding)
+    scorers = resolve_judge_principals(config, tiny("llama"))
+    assembly = replace(assemble(config, tiny("llama")), scorers=scorers)
+    engine = make_decoding_engine(assembly, start_hosts(assembly))
+    (record,) = decode_rows(engine, [ask("r", "hello", response="yes")])
+    assert (record.error, record.original_response) == (None, "yes")
+    assert (record.chosen, record.rejected, record.original_rewards) == (None, None, None)
+
+
+def test_judges_are_told_the_length_of_all_that_they_read(tiny, monkeypatch):
+    seen = []
+
+    def measure(answer):
+        seen.append((answer.text, answer.num_tokens))
+        return float(answer.num_tokens)
+
+    judged_by(monkeypatch, measure)
+    options = {"unit": "block", "block_tokens": 2, "proposals": 3, "max_new_tokens": 6, "agent_temperature": 0.5}
+    with Aligner(str(tiny("llama")), LONG, slots=4, **options) as aligner:
+        (answer,) = aligner.generate(["hello"])
+        assert answer.rewards["long"] == pytest.approx(0.5 * answer.num_tokens)
+        assert (answer.text, answer.num_tokens) in seen
+        (scored,) = aligner.score(["hello"], ["a b c d"])
+        assert scored["long"] > 1
+
+
+def test_judges_read_the_tokens_of_several_blocks_together(tiny, monkeypatch):
+    """Most tokenizers decode a token otherwise where it is the first: here tokens are numbers between bars."""
+    from pipeline.engine import prompts
+
+    monkeypatch.setattr(prompts.ChatPrompter, "decode", lambda self, ids: "|".join(str(each) for each in ids))
+    seen = []
+
+    def measure(answer):
+        seen.append(answer.text)
+        return 0.0
+
+    judged_by(monkeypatch, measure)
+    answers(tiny, unit="block", principals=LONG, prompts=["hello"], block_tokens=2, proposals=3)
+    vocabulary = {part for text in seen if text.count("|") < 2 for part in text.split("|")}
+    assert max(text.count("|") for text in seen) == 5
+    assert all(len(part) <= 3 for text in seen for part in text.split("|")), vocabulary
+
+
+def test_a_stop_string_may_span_blocks(tiny):
+    options = {"unit": "block", "block_tokens": 16, "proposals": 2, "max_new_tokens": 40, "prompts": ["hello"]}
+    (free,) = answers(tiny, **options)
+    first = next(each.text for each in free.proposals if each.is_chosen)
+    assert len(free.text) > len(first) > 0
+    stop = free.text[len(first) - 1 : len(first) + 1]
+    at = free.text.find(stop)
+    assert at == len(first) - 1
+    (found,) = answers(tiny, stop=[stop], **options)
+    assert stop not in found.text
+    assert found.finish_reason == FinishReason.STOP

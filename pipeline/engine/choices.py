@@ -108,7 +108,7 @@ class ChoiceEngine:
     def score(self, row: Row) -> dict[str, float]:
         """The rewards of a row's existing answer by principal, as `Engine.score` has them."""
         rewards = self._engine.score(row)
-        return rewards | self._valuer.scores_of(row.messages, row.response or "", 0)
+        return rewards | self._valuer.scores_of(row.messages, row.response or "")
 
     def step(self) -> list[Record]:
         """Advance the proposals by one token and play the games that have theirs; return the answers that ended.
@@ -141,8 +141,7 @@ class ChoiceEngine:
         elif menu is None:
             count = self._decoding.proposals
             prompts = {role: [*prompt, *taken] for role, prompt in whole.prompts.items()} if taken else whole.prompts
-            before = self._prompter.decode(taken) if taken else ""
-            menu = self._menus[key] = Menu(count, prompts, whole.row.messages, before)
+            menu = self._menus[key] = Menu(count, prompts, whole.row.messages, taken)
             for number in range(count):
                 inner = self._proposal(whole, prompts, number, first=path.num_games * SAMPLES)
                 self._menu_of[inner.key] = key, number
@@ -173,6 +172,7 @@ class ChoiceEngine:
             shared_prefixes=whole.shared_prefixes,
             max_tokens=left if is_answer else min(left, self._decoding.block_tokens),
             reasoning=self._prompter.begin_turn(row.messages, prompts) if is_answer else None,
+            before=tuple(whole.tokens),
             ends_with_sentence=not is_answer and self._decoding.block_end == "sentence",
         )
 

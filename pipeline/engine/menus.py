@@ -79,7 +79,7 @@ class Menu:
         paths: answers that are to choose among them.
         choices: once they are known.
         prompt: the row's messages.
-        before: text of the answer so far.
+        taken: tokens of the answer so far.
         error: why there is no choice.
         original_rewards: of the row's existing answer, where it was scored.
     """
@@ -87,7 +87,7 @@ class Menu:
     num_waiting: int
     prompts: Mapping[str, Sequence[int]]
     prompt: Sequence[Message] = ()
-    before: str = ""
+    taken: tuple[int, ...] = ()
     given: Sequence[Candidate] = ()
     weights: tuple[float, ...] = ()
     ended: dict[int, Ended] = field(default_factory=dict)
@@ -131,9 +131,11 @@ class Valuer:
         for _, ended in sorted(menu.ended.items()):
             running = ended.running
             if running.original_rewards is not None:
-                scores = self.scores_of(menu.prompt, running.row.response or "", 0)
+                scores = self.scores_of(menu.prompt, running.row.response or "")
                 by_name = zip(self._names, running.original_rewards, strict=True)
-                menu.original_rewards = [scores.get(name, reward) for name, reward in by_name]
+                original = [scores.get(name, reward) for name, reward in by_name]
+                # an answer that a judge gives no score cannot be compared
+                menu.original_rewards = original if all(map(math.isfinite, original)) else None
             if ended.error is not None:
                 menu.error = ended.error
                 continue
@@ -176,11 +178,12 @@ class Valuer:
         """Choices with the rewards of principals that value text: what each adds to the score so far."""
         if not self._scorers or not choices:
             return tuple(choices)
-        texts = [menu.before + choice.text for choice in choices]
-        num_tokens = [len(choice.tokens) for choice in choices]
+        before, num_before = self._prompter.decode(menu.taken) if menu.taken else "", len(menu.taken)
+        texts = [self._text(menu, choice) for choice in choices]
+        num_tokens = [num_before + len(choice.tokens) for choice in choices]
         for name, scorer in self._scorers.items():
             at = self._names.index(name)
-            so_far = scorer(menu.prompt, [menu.before], [0])[0] if menu.before else 0.0
+            so_far = scorer(menu.prompt, [before], [num_before])[0] if before else 0.0
             for index, score in enumerate(scorer(menu.prompt, texts, num_tokens)):
                 rewards = list(choices[index].rewards)
                 rewards[at] = score - so_far
@@ -195,8 +198,17 @@ class Valuer:
                 menu.error = f"{name} gives no score: {getattr(reward, 'reason', f'it is {float(reward)}')}"
         return tuple(judged)
 
-    def scores_of(self, prompt: Sequence[Message], text: str, num_tokens: int) -> dict[str, float]:
+    def _text(self, menu: Menu, choice: Choice) -> str:
+        """The answer with a proposal: all tokens read together, as a character may begin before the block."""
+        if not menu.taken:
+            return choice.text
+        whole = self._prompter.decode([*menu.taken, *choice.tokens])
+        num_cut = max(0, len(self._prompter.decode(choice.tokens)) - len(choice.text))  # by a stop string
+        return whole[: len(whole) - num_cut]
+
+    def scores_of(self, prompt: Sequence[Message], text: str) -> dict[str, float]:
         """What principals that value text give for a whole answer, by name."""
+        num_tokens = len(self._prompter.encode_answer(text)) if self._scorers else 0
         return {name: scorer(prompt, [text], [num_tokens])[0] for name, scorer in self._scorers.items()}
 
     def _rewards(self, menu: Menu, running: RunningRow, num_reasoning: int) -> tuple[float, ...]:

@@ -39,6 +39,7 @@ class RunningRow:
         outcomes: of the drawn tokens.
         original_rewards: of the existing answer, by principal, once they are known.
         reasoning: follows the row's turn; None where the base does not reason.
+        before: of a block, the tokens of its answer before it: a stop string may begin there.
         ends_with_sentence: whether it also ends at the end of a sentence or a line.
         spent_kl: nats by which the policy of each steered token so far left the base.
     """
@@ -59,6 +60,7 @@ class RunningRow:
     outcomes: list[TokenOutcome] = field(default_factory=list)
     original_rewards: list[float] | None = None
     reasoning: ReasoningTrack | None = None
+    before: Sequence[int] = ()
     ends_with_sentence: bool = False
     spent_kl: list[float] = field(default_factory=list)
 
@@ -175,12 +177,21 @@ class RunningRow:
         tokens = self.tokens if self.reasoning is None else self.reasoning.answer_tokens(self.tokens)
         # a token is at least one byte, so a stop string that the newest token ends lies within this window
         window = max(len(text.encode()) for text in stop) + 8
-        tail = prompter.decode(tokens[-window:])
+        tail = prompter.decode([*self.before[-window:], *tokens[-window:]][-window:])
         if not any(text in tail for text in stop):
             return None
         whole = self._read(self.tokens, prompter).answer
+        if self.before:
+            return self._block_before_stop(whole, prompter, stop)
         found = [at for text in stop if (at := whole.find(text)) >= 0]
         return whole[: min(found)] if found else None
+
+    def _block_before_stop(self, own: str, prompter: Prompter, stop: Sequence[str]) -> str | None:
+        """What a block adds to its answer before a stop string that ends in it, and may begin before it."""
+        num_before = len(prompter.decode(self.before))
+        whole = prompter.decode([*self.before, *self.tokens])
+        found = [at for text in stop if (at := whole.find(text, max(0, num_before - len(text) + 1))) >= 0]
+        return own[: max(0, len(own) - (len(whole) - min(found)))] if found else None
 
     def record(
         self,

@@ -123,7 +123,7 @@ def _read_file(path: Path) -> System:
     The prompt, for judges that read it, is a text or a list of messages.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # texts in JSON may have other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigurationError(f"cannot read {path}: {reason}") from None
@@ -156,15 +156,17 @@ def _answer(line: str, place: str) -> SystemAnswer:
     sample = row.get("sample", 0)
     if not isinstance(sample, int) or sample < 0:
         raise ConfigurationError(f"{place}: sample must be a number from 0; got {quote(sample)}")
-    prompt = row.get("prompt", [])
+    prompt = [] if row.get("prompt") is None else row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise ConfigurationError(f"{place}: the prompt must be a text or a list of messages; got {quote(prompt)}")
     num_tokens = row.get("num_tokens")
     reason = row.get("finish_reason")
     return SystemAnswer(
         str(row_id),
         sample,
         JudgedAnswer(messages, text, num_tokens if isinstance(num_tokens, int) else 0),
-        was_cut=None if reason is None else reason == FinishReason.LENGTH,
+        was_cut=None if reason is None else reason in (FinishReason.LENGTH, FinishReason.REASONING),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config.files import parse_as
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
-from pipeline.evaluation.judges.interface import Judge, JudgedAnswer
+from pipeline.evaluation.judges.interface import Judge, JudgedAnswer, JudgeFailed, NoScore
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.panel import Panel, resolve_panel
 from pipeline.records import Message
@@ -61,7 +61,10 @@ class TextScorer:
     def __call__(self, prompt: Sequence[Message], texts: Sequence[str], num_tokens: Sequence[int]) -> list[float]:
         """The score of each text as an answer to the prompt; NaN where there is none."""
         answers = [JudgedAnswer(prompt, text, count) for text, count in zip(texts, num_tokens, strict=True)]
-        return [self.scale * score for score in self.judge.score(answers)]
+        try:
+            return [self.scale * score for score in self.judge.score(answers)]
+        except JudgeFailed as error:  # of one row: others may have scores
+            return [NoScore(str(error))] * len(answers)
 
 
 def resolve_judge_principals(

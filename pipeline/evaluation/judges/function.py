@@ -35,7 +35,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field, field_serializer, field_validator
 
 from pipeline.errors import CageError, ConfigurationError
-from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext, JudgedAnswer, NoScore
+from pipeline.evaluation.judges.interface import (
+    Judge,
+    JudgeConfig,
+    JudgeContext,
+    JudgedAnswer,
+    JudgeFailed,
+    NoScore,
+)
 
 if TYPE_CHECKING:
     from pipeline.hub.sources import ModelSource
@@ -215,8 +222,8 @@ class _CheckedFunction:
     def _scaled(self, value: float) -> float:
         return value * self.factor if math.isfinite(value) else NoScore(f"it returned {value}")
 
-    def _failed(self, error: _Raised) -> CageError:
-        return CageError(f"judge {self.name} failed: {error}")
+    def _failed(self, error: _Raised) -> JudgeFailed:
+        return JudgeFailed(f"judge {self.name} failed: {error}")
 
 
 class _Raised(Exception):

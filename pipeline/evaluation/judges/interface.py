@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
-from pipeline.errors import ConfigurationError
+from pipeline.errors import CageError, ConfigurationError
 from pipeline.records import Message
 from pipeline.sections import ModelConfig, Section
 
@@ -39,6 +39,10 @@ class JudgedAnswer:
     text: str
     num_tokens: int = 0
     rewards: Mapping[str, float | None] = field(default_factory=dict)
+
+
+class JudgeFailed(CageError):
+    """A judge had an error for every answer that it was asked about."""
 
 
 class NoScore(float):

@@ -8,7 +8,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext, PerAnswerJudge, Sign
+from pipeline.evaluation.judges.interface import (
+    Judge,
+    JudgeConfig,
+    JudgeContext,
+    JudgedAnswer,
+    NoScore,
+    PerAnswerJudge,
+    Sign,
+)
 
 WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 
@@ -21,8 +29,14 @@ class LengthJudge(JudgeConfig):
 
     def load(self, context: JudgeContext) -> Judge:
         if self.unit == "tokens":
-            return PerAnswerJudge(lambda answer: float(answer.num_tokens), self.factor)
+            return PerAnswerJudge(_num_tokens, self.factor)
         return PerAnswerJudge(lambda answer: float(len(words(answer.text))), self.factor)
+
+
+def _num_tokens(answer: JudgedAnswer) -> float:
+    if answer.text and not answer.num_tokens:
+        return NoScore("it does not say how many tokens it has (num_tokens)")
+    return float(answer.num_tokens)
 
 
 class BrevityJudge(JudgeConfig):
