@@ -445,7 +445,7 @@ def test_whole_numbers_that_pandas_made_floats_are_refused_with_the_reason(tmp_p
 def test_weights_may_be_json_text(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('prompt,w\na,"{""kind"": 0.5}"\nb,\nc,kind\nd,3\n')
     rows = list(open_input(InputConfig(path=str(tmp_path / "x.csv"), weights="w"), ("kind",)))
-    assert [row.weights for row in rows] == [{"kind": 0.5}, None, None, None]
+    assert [row.weights for row in rows] == [{"kind": 0.5}, None, {"kind": None}, {"kind": None}]
     assert [row.error for row in rows] == [
         None,
         None,

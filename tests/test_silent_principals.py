@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from support.heads import with_head
+from support.preference_adapters import make_preference_adapter
 from support.runs import PRINCIPALS, job, run_job, write_prompts
 from support.tiny_models import make_model, make_reward_model
 
@@ -31,6 +32,7 @@ def silent_by_kind(tmp_path):
     valueless = with_head(
         tmp_path / "model", tmp_path / "valued", {"v_head.summary.weight": torch.zeros(1, 64)}, drop=()
     )
+    untrained = make_preference_adapter(tmp_path / "parm", tmp_path / "model", size=0.0)
     return {
         "prompted": {"kind": "prompted", "principle": "be kind", "template": DROPS_PRINCIPLE, "model": model},
         "tuned_pair": {"kind": "tuned_pair", "model": model, "reference": model},
@@ -41,6 +43,8 @@ def silent_by_kind(tmp_path):
             "terms": {"one": {"model": model}, "other": {"model": model}},
         },
         "value": {"kind": "value", "model": str(valueless), "candidates": 3},
+        "preference_arm": {"kind": "preference_arm", "model": model, "adapter": str(untrained), "objective": "0"},
+        "judge": {"kind": "judge", "judge": {"kind": "repetition", "n": 16}},
         "reward_model": {"kind": "reward_model", "model": str(tmp_path / "flat"), "candidates": 3},
     }
 
@@ -58,7 +62,8 @@ def _flatten(folder):
 def test_a_silent_principal_of_any_kind_is_reported_with_likely_reasons(tiny, tmp_path, silent_by_kind, kind):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 9)
     principals = {"mute": silent_by_kind[kind], "brief": PRINCIPALS["brief"]}
-    config = job(prompts, tmp_path / "run", tiny(), principals=principals)
+    decoding = {"unit": "answer", "proposals": 3} if kind == "judge" else {}
+    config = job(prompts, tmp_path / "run", tiny(), principals=principals, decoding=decoding)
     out = io.StringIO()
     run, _ = relabel(config, tmp_path / "cache", out, wiring=DIRECT)
     lines = [line for line in out.getvalue().splitlines() if "has not valued any token" in line]

@@ -97,8 +97,8 @@ def make_cases(folder: Path, model: Path) -> list[Case]:
     relabel = ("relabel", "-c", str(config))
     run_case(_command("a finished run", *relabel))  # which status, inspect and a second run look at
 
-    def refused(name: str, *arguments: str, exit_code: ExitCode = ExitCode.CONFIGURATION) -> Case:
-        return _command(name, *arguments, exit_code=exit_code, limit=2.0)
+    def refused(name: str, *arguments: str) -> Case:
+        return _command(name, *arguments, exit_code=ExitCode.CONFIGURATION, limit=2.0)
 
     return [
         Case(IMPORTS, ("-c", "import pydantic, yaml, typer, rich, pyarrow.parquet")),
@@ -106,11 +106,7 @@ def make_cases(folder: Path, model: Path) -> list[Case]:
         refused("no configuration file", "relabel", "-c", str(folder / "none.yaml")),
         refused("no input file", *relabel, f"input.path={folder / 'none.jsonl'}"),
         refused("no such column", *relabel, "input.id=none"),
-        refused(
-            "an output that cannot be written",
-            *(*relabel, f"output.path={prompts / 'run'}"),
-            exit_code=ExitCode.FAILED,
-        ),
+        refused("an output that cannot be written", *relabel, f"output.path={prompts / 'run'}"),
         refused("no model folder", *relabel, f"base.model={folder / 'none'}"),
         _command("a run that is complete", *relabel, limit=2.0),
         _command("plan", "plan", "-c", str(config), limit=4.0),

@@ -251,7 +251,9 @@ class ChoiceEngine:
         if finished is None:
             return None
         record = self._engine.record(Ended(whole, *finished))
-        return replace(record, proposals=tuple(path.games))
+        by_name = {name: [each.rewards[name] for each in path.games] for name in whole.principal_names}
+        values = {name: (min(rewards), max(rewards)) for name, rewards in by_name.items()}
+        return replace(record, proposals=tuple(path.games), values=values)
 
 
 def _solve(whole: RunningRow, choices: Sequence[Choice]) -> SolvedStep:
