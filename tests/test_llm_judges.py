@@ -163,6 +163,19 @@ def test_what_fails_for_now_is_asked_again_and_what_is_declined_is_not(tmp_path)
     assert found.reason.startswith("the endpoint cannot be reached")
 
 
+@pytest.mark.parametrize("status", [401, 400])
+def test_a_key_that_an_endpoint_repeats_is_in_no_message(tmp_path, monkeypatch, status):
+    monkeypatch.setenv("A_KEY", "sk-hush-hush")
+    with server(lambda body: (status, "bad key sk-hush-hush, sorry")) as (url, _):
+        judge = seat(tmp_path, section(url, {"api_key_env": "A_KEY"}))
+        try:
+            said = judge.score(ANSWERS[:1])[0].reason
+        except CageError as error:
+            said = str(error)
+    assert "bad key (the key), sorry" in said
+    assert "hush" not in said
+
+
 def test_a_slow_endpoint_and_a_spent_budget_cost_their_own_answers(tmp_path):
     def slow(body):
         if "Yes." in body["messages"][-1]["content"]:
@@ -250,6 +263,22 @@ def test_a_model_of_this_machine_scores_by_its_probabilities_of_the_numbers(tmp_
         likeliest = 1 + max(range(high), key=weights.__getitem__)
         expected = 2 * (mean if reads == "mean" else likeliest)
         assert seated.score([answer]) == pytest.approx([expected], abs=1e-4)
+
+
+def test_special_tokens_that_an_answer_spells_end_no_turn_of_what_a_model_of_this_machine_judges(tmp_path):
+    folder = tiny_models.make_model(tmp_path / "chat", seed=4)
+    config = JUDGES.validate_python({"kind": "llm", "rubric": "r", "model": str(folder)})
+    seated = resolve_panel({"kind": config}, tmp_path).load()["kind"]
+    read = []
+    seated.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    special = seated.tokenizer.all_special_tokens[0]
+    scores = seated.score([JudgedAnswer(QUESTION, text) for text in (f"No.{special}", "No.")])
+    spelled, plain = (sum(ids.count(each) for each in seated.tokenizer.all_special_ids) for ids in read)
+    assert spelled == plain
+    assert len(read[0]) > len(read[1])
+    assert all(1 <= score <= 5 for score in scores)
 
 
 def test_a_model_without_a_chat_template_is_no_judge_and_a_long_text_no_score(tmp_path):

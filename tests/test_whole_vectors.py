@@ -6,6 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pipeline.attention.branches import Reading, RowCache
+from pipeline.attention.prefixes import Prompt
+from pipeline.hub.token_bytes import ByteIndex
+from pipeline.worker.branch_rows import BranchRow
+from pipeline.worker.head_scorer import HeadRequest, RoleHead
+from pipeline.worker.text_scorer import TextScorer
 from pipeline.worker.whole_vectors import WholeVectors, detect_partial_vectors
 
 ACTIVATIONS = {
@@ -77,3 +83,26 @@ def test_what_fills_whole_vectors_needs_no_care():
         rows_of(5).tanh()
         rows_of(5) ** 2
     assert not detector.found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_score_has_the_same_bits_however_many_tokens_were_read_with_its_own(outputs):
+    """A row that goes on after a kill reads its whole answer at once, and read it token by token before."""
+    head, states = torch.nn.Linear(768, outputs), rows_of(768)
+    with WholeVectors():
+        wanted = head(states)[:, 0]
+    for count in (*range(1, 20), 67):
+        row = BranchRow(Prompt.of(None, [1], 0), [], 0)
+        reading = Reading(RowCache(), 0, list(range(count)))
+        found = HeadRequest(row, RoleHead(head, 0), reading, list(range(count))).finish(states[:count])
+        assert torch.equal(found, wanted[:count]), count
+
+
+@torch.inference_mode()
+def test_logits_of_a_place_have_the_same_bits_however_many_places_are_asked_for():
+    head, states = torch.nn.Linear(768, 5000), rows_of(768)
+    scorer = TextScorer(lambda states, adapter: head(states), ByteIndex((), (), ()), torch.device("cpu"))
+    wanted = scorer.logits(states, 0)
+    for count in (1, 2, 3, 5, 9):
+        assert torch.equal(scorer.logits(states[:count], 0), wanted[:count]), count

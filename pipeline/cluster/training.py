@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -64,8 +64,9 @@ def fit_all(
     with joined(cluster, num_cpus=len(tasks) * asked.num_cpus, is_verbose=is_verbose):
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0 and config.base.device != "cpu"
         num_gpus = (1 if asked.num_gpus is None else asked.num_gpus) if has_gpus else 0
-        if ray.cluster_resources().get("CPU", 0) < asked.num_cpus:
-            raise ConfigurationError(f"base.resources.num_cpus: the cluster has fewer than {asked.num_cpus:g} CPUs")
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if reason := why_no_machine(nodes, num_cpus=asked.num_cpus, num_gpus=num_gpus):
+            raise ConfigurationError(reason)
         actor_class = ray.remote(Fitter).options(
             num_cpus=asked.num_cpus,
             num_gpus=num_gpus,
@@ -82,6 +83,22 @@ def fit_all(
         finally:
             for actor in actors:
                 ray.kill(actor)
+
+
+def why_no_machine(nodes: Sequence[Mapping[str, float]], *, num_cpus: float, num_gpus: float) -> str | None:
+    """Why no machine has what one training reserves, for which Ray would wait without end; None where one has it.
+
+    Args:
+        nodes: what each machine has, by Ray's names.
+        num_cpus, num_gpus: of one training.
+    """
+    if any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in nodes):
+        return None
+    for key, name, count in (("num_cpus", "CPU", num_cpus), ("num_gpus", "GPU", num_gpus)):
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        if most < count:
+            return f"base.resources.{key} is {count:g}, and no machine of the cluster has more than {most:g} {name}s"
+    return f"base.resources: no machine of the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs together"
 
 
 def _collect(actors: Sequence[Any], calls: Sequence[Any], say: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.attention.branches import Reading
 from pipeline.worker.branch_rows import BranchRow, Text, lay_out
+from pipeline.worker.whole_vectors import WholeVectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,10 @@ class HeadRequest:
     def finish(self, states_TH: Tensor) -> Tensor:
         """The score [N] of each text."""
         if self.reading.tokens:
-            # one row at a time: the head has few columns, and the bits of such a product depend on the number of rows
-            scores_T: Tensor = self.role.head(states_TH)[:, self.role.label]
+            # a row that goes on after a kill reads all of its answer at once: the bits of a product with few columns
+            # would depend on that
+            with WholeVectors():
+                scores_T: Tensor = self.role.head(states_TH)[:, self.role.label]
         else:
             scores_T = torch.zeros(0, device=states_TH.device)
         if self.reading.trunk:

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.attention.branches import Branch, Reading
 from pipeline.hub.token_bytes import ByteIndex
 from pipeline.worker.branch_rows import BranchRow, Text, num_shared
+from pipeline.worker.whole_vectors import WholeVectors
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 Head = Callable[[Tensor, int], Tensor]  # hidden states [P, H] and an adapter's number to logits [P, V] in float32
@@ -78,8 +79,9 @@ class TextScorer:
         return first < stop
 
     def logits(self, states_PH: Tensor, adapter: int) -> Tensor:
-        """Logits [P, V] of the tokens at some places."""
-        return self._head(states_PH, adapter)
+        """Logits [P, V] of the tokens at some places; those of a place do not depend on how many others there are."""
+        with WholeVectors():
+            return self._head(states_PH, adapter)
 
     def bounds(self, start: bytes) -> tuple[int, int]:
         """The tokens that begin with some bytes, for `ids`."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.errors import ConfigurationError
+from pipeline.engine.special_text import TextEncoder
+from pipeline.errors import ConfigurationError, RowError
 from pipeline.evaluation.judges.interface import JudgeContext, JudgedAnswer, NoScore
 from pipeline.hub.model_facts import context_length
-from pipeline.hub.tokenizer_facts import load_tokenizer
+from pipeline.hub.tokenizer_facts import facts_of_tokenizer, load_tokenizer
 from pipeline.protocol.specs import HostSpec
 from pipeline.sections import ModelConfig
 from pipeline.worker.loading import pick_device, pick_dtype
@@ -33,22 +34,28 @@ class ChatJudge:
         tokenizer: its tokenizer, with a chat template.
         judge: the section.
         max_tokens: the model's context; None: no limit.
+        special_tokens: tokens that stay text where a conversation or an answer spells them.
     """
 
     model: Any
     tokenizer: Any
     judge: LlmJudge
     max_tokens: int | None
+    special_tokens: frozenset[str] = frozenset()
 
     def score(self, answers: Sequence[JudgedAnswer]) -> list[float]:
         """One score per answer; none where the text does not fit or the template refuses it."""
         return [self._score(answer) for answer in answers]
 
     def _score(self, answer: JudgedAnswer) -> float:
-        text = self._prompt(answer)
+        encoder = TextEncoder(self.tokenizer, self.special_tokens)
+        text = self._prompt(answer, encoder)
         if isinstance(text, NoScore):
             return text
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            ids = encoder.encode_marked(text)
+        except RowError as error:
+            return NoScore(str(error))
         numbers = range(self.judge.low, self.judge.high + 1)
         written = [list(self.tokenizer(str(each), add_special_tokens=False)["input_ids"]) for each in numbers]
         longest = len(ids) + max(map(len, written))
@@ -63,9 +70,9 @@ class ChatJudge:
             found = float((logprobs_S.softmax(-1) * torch.tensor(list(numbers), dtype=torch.float64)).sum())
         return found * self.judge.factor
 
-    def _prompt(self, answer: JudgedAnswer) -> str | NoScore:
-        """The text that the model goes on with; the instructions are the user's where system messages get lost."""
-        system, user = self.judge.messages(answer)
+    def _prompt(self, answer: JudgedAnswer, encoder: TextEncoder) -> str | NoScore:
+        """The marked text to go on with; the instructions are the user's where system messages get lost."""
+        system, user = encoder.mark(self.judge.messages(answer))
         joined = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
         reason = "it leaves out the instructions"
         for messages in ([system, user], [joined]):
@@ -126,4 +133,5 @@ def load_chat_judge(context: JudgeContext, judge: LlmJudge, placement: ModelConf
         cache_folder=context.cache_folder,
     )  # fmt: skip
     model = load_causal_lm(spec, dtype=pick_dtype(placement.dtype, device)).to(device).eval().requires_grad_(False)
-    return ChatJudge(model, tokenizer, judge, context_length(model.config))
+    special_tokens = frozenset(facts_of_tokenizer(tokenizer).special_tokens)
+    return ChatJudge(model, tokenizer, judge, context_length(model.config), special_tokens)

@@ -58,6 +58,7 @@ class EndpointJudge:
         self._left = endpoint.max_requests
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._key = key
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._replies = _Replies(cache_folder / FILE)
 
@@ -132,18 +133,18 @@ class EndpointJudge:
         if status in REFUSED:
             raise CageError(
                 f"judge {self._name}: {url} refuses with status {status}; check endpoint.url, endpoint.model and "
-                f"endpoint.api_key_env: {_line(response.text)}"
+                f"endpoint.api_key_env: {self._line(response.text)}"
             )
         if status in FOR_NOW or status >= 500:
             raise _ForNow(
                 f"the endpoint answered with status {status}", _seconds(response.headers.get("Retry-After"))
             )
         if status != 200:
-            raise _Declined(f"the endpoint declined with status {status}: {_line(response.text)}")
+            raise _Declined(f"the endpoint declined with status {status}: {self._line(response.text)}")
         try:
             content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
-            raise _Declined(f"the endpoint's answer is no chat completion: {_line(response.text)}") from None
+            raise _Declined(f"the endpoint's answer is no chat completion: {self._line(response.text)}") from None
         return content if isinstance(content, str) else ""
 
     def _number(self, reply: str) -> float:
@@ -166,6 +167,12 @@ class EndpointJudge:
         asked = error.wait_s if isinstance(error, _ForNow) else None
         own = self._first_wait_s * 2 ** (state.attempt_number - 1)
         return min(LONGEST_WAIT_S, own if asked is None else asked)
+
+    def _line(self, text: str) -> str:
+        """The beginning of a response for messages, without the key: some servers repeat one that they refuse."""
+        if self._key:
+            text = text.replace(self._key, "(the key)")
+        return " ".join(text.split())[:200] or "(nothing)"
 
     @property
     def _session(self) -> requests.Session:
@@ -239,7 +246,3 @@ def _seconds(stated: str | None) -> float | None:
         return None if stated is None else max(0.0, float(stated))
     except ValueError:
         return None
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:200] or "(nothing)"
