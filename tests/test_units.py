@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import replace
-from itertools import product
+from itertools import count, product
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +18,9 @@ import cage
 from pipeline import Aligner
 from pipeline.config.files import load_config
 from pipeline.engine.engine import decode_rows
-from pipeline.errors import ConfigurationError, HostError
+from pipeline.errors import ConfigurationError, HostError, HostOutOfMemory
 from pipeline.evaluation.text_principals import resolve_judge_principals
-from pipeline.records import FinishReason
+from pipeline.records import Candidate, FinishReason
 from pipeline.runtime.assembly import assemble
 from pipeline.runtime.engines import make_decoding_engine
 from pipeline.runtime.local_hosts import start_hosts
@@ -496,3 +496,42 @@ def test_a_stop_string_may_span_blocks(tiny):
     (found,) = answers(tiny, stop=[stop], **options)
     assert stop not in found.text
     assert found.finish_reason == FinishReason.STOP
+
+
+def test_a_score_that_may_be_had_later_costs_the_row_and_not_a_proposal(tiny, monkeypatch):
+    """Otherwise an answer would depend on whether an endpoint was busy when it was made."""
+    from pipeline.evaluation.judges.interface import NoScore
+
+    asked = count()
+    judged_by(monkeypatch, lambda answer: NoScore("it is busy", is_final=False) if next(asked) % 2 else 1.0)
+    found = answers(tiny, principals=LONG, proposals=8)
+    assert all("it is busy" in str(each.error) for each in found)
+
+
+def engine_that_lacks_memory(tiny, monkeypatch, *, times):
+    """An engine whose hosts have no memory for scores so many times."""
+    config = config_of(str(tiny("llama")), PAIR, decoding={"unit": "answer", "max_new_tokens": 4})
+    assembly = assemble(config, tiny("llama"))
+    engine = make_decoding_engine(assembly, start_hosts(assembly))
+    calls, score, left = engine._engine.calls, engine._engine.calls.score, [times]
+
+    def lacking(*args):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise HostOutOfMemory("no memory")
+        return score(*args)
+
+    monkeypatch.setattr(calls, "score", lacking)
+    return engine
+
+
+def test_scores_that_lack_memory_have_fewer_rows_beside_them(tiny, monkeypatch):
+    rows = [ask(name, "hello", candidates=(Candidate("a", 1.0), Candidate("b", 1.0))) for name in "rs"]
+    whole = list(decode_rows(engine_that_lacks_memory(tiny, monkeypatch, times=0), rows))
+    engine = engine_that_lacks_memory(tiny, monkeypatch, times=1)
+    before = engine.num_slots
+    assert list(decode_rows(engine, rows)) == whole
+    assert (engine.num_slots, engine.recoveries.memory_halved) == (before // 2, 1)
+    found = list(decode_rows(engine_that_lacks_memory(tiny, monkeypatch, times=1 + before.bit_length() - 1), rows))
+    assert ["no memory" in str(each.error) for each in found] == [True, False]
+    assert found[1] == whole[1]

@@ -22,7 +22,7 @@ from pipeline.engine.engine import Ended, Engine
 from pipeline.engine.menus import Choice, Menu, Path, TextScorer, Valuer
 from pipeline.engine.prompter import Prompter
 from pipeline.engine.row_state import RunningRow
-from pipeline.errors import HostError, RowError
+from pipeline.errors import HostError, HostOutOfMemory, RowError
 from pipeline.monitoring.counts import Recoveries
 from pipeline.protocol.hosts import Hosts
 from pipeline.protocol.topology import Topology
@@ -119,7 +119,17 @@ class ChoiceEngine:
         for ended in self._engine.step_rows():
             self._file(ended)
         while self._ready:
-            self._play(self._ready[0])  # stays in the queue where a host fails
+            lack: str | None = None
+            try:
+                self._play(self._ready[0])  # stays in the queue where a host fails
+            except HostOutOfMemory as error:
+                lack = str(error)
+            if (
+                lack is not None
+            ):  # after the except block: the error's frames hold tensors that have to be freed first
+                if self._engine.make_room():
+                    continue
+                self._give_up(self._ready[0], f"its proposals cannot be scored beside a single row: {lack}")
             self._ready.popleft()
         records, self._records = self._records, []
         return records
@@ -196,6 +206,11 @@ class ChoiceEngine:
                 self._propose(path)
         while len(self._menus) > KEPT_MENUS and next(iter(self._menus.values())).num_waiting == 0:
             self._menus.popitem(last=False)
+
+    def _give_up(self, menu: Menu, reason: str) -> None:
+        """Fail the answers that wait for a menu."""
+        self._records += [path.whole.failed(reason) for path in menu.paths]
+        menu.paths = []
 
     def _take(self, path: Path, menu: Menu) -> Record | None:
         """Solve an answer's game and append what it takes; return the record if that ended it."""

@@ -235,6 +235,13 @@ class Engine:
         ended, self._ended = self._ended, []
         return ended
 
+    def make_room(self) -> bool:
+        """Go on with half as many rows at once, for a call that lacked memory; False where there is one already."""
+        if self.num_slots == 1:
+            return False
+        self._halve()
+        return True
+
     def recover(self, hosts: Hosts, error: HostError) -> None:
         """Go on with other hosts after a failure: the running rows begin again.
 

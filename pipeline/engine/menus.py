@@ -189,14 +189,18 @@ class Valuer:
                 rewards[at] = score - so_far
                 choices[index] = replace(choices[index], rewards=tuple(rewards))
         judged = []
+        is_final = True
         for choice in choices:
             by_name = zip(self._names, choice.rewards, strict=True)
             missing = {name: reward for name, reward in by_name if not math.isfinite(reward)}
             if not missing:
                 judged.append(choice)
             for name, reward in missing.items():
-                menu.error = f"{name} gives no score: {getattr(reward, 'reason', f'it is {float(reward)}')}"
-        return tuple(judged)
+                if is_final:
+                    menu.error = f"{name} gives no score: {getattr(reward, 'reason', f'it is {float(reward)}')}"
+                # a game without proposals that may be scored later would depend on when it is played
+                is_final = is_final and getattr(reward, "is_final", True)
+        return tuple(judged) if is_final else ()
 
     def _text(self, menu: Menu, choice: Choice) -> str:
         """The answer with a proposal: all tokens read together, as a character may begin before the block."""
