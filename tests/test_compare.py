@@ -219,3 +219,13 @@ def test_an_answer_that_ended_in_its_reasoning_was_cut_in_files_too(tmp_path):
     rows = [{"id": reason, "answer": "b", "finish_reason": reason} for reason in ("stop", "length", "reasoning")]
     (system,) = read_systems([write(tmp_path, "x.jsonl", rows)])
     assert [answer.was_cut for answer in system.answers] == [False, True, True]
+
+
+def test_places_whose_last_names_are_equal_are_told_apart_by_their_paths(tmp_path):
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(write(tmp_path / folder, "out.jsonl", [{"id": "x", "answer": "y"}]))
+    assert [system.name for system in read_systems(paths)] == paths
+    with pytest.raises(ConfigurationError, match="give each place once"):
+        read_systems([paths[0], paths[0]])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from cage.rule_names import RuleName
 from pipeline import Aligner
+from pipeline.engine.row_state import RunningRow
 from pipeline.errors import ConfigurationError
-from pipeline.protocol.messages import Terms
+from pipeline.protocol.messages import Terms, TokenOutcome
+from pipeline.records import Row
+from pipeline.sampling.draws import Uniforms
 from pipeline.sampling.kl_control import FARTHEST, GAIN, steered_to
 
 TERMS = Terms(RuleName.LINEAR, 0.5, (1.0,))
@@ -82,3 +86,15 @@ def test_each_principal_can_have_its_own_threshold(tiny):
 def test_options_that_mean_nothing_are_refused(tiny, decoding, said):
     with pytest.raises(ConfigurationError, match=said):
         Aligner(str(tiny("llama")), PRINCIPALS, **decoding)
+
+
+def test_a_token_that_closes_reasoning_spends_nothing():
+    """No policy drew it: what the drawn token's policy would have spent is not counted."""
+    outcome = TokenOutcome(3, [0.1], None, None, -1.0, -0.5, 0.7, 1.0, 0.0, 0, 1)
+    track = SimpleNamespace(is_steered=True, forced_token=lambda: next(forced), advance=lambda tokens: None)
+    forced = iter([None, 9, None])
+    row = RunningRow(Row("r", ()), 0, 0, ("brief",), TERMS, Uniforms(0, "r", 0), target_kl=0.2, reasoning=track)
+    for _ in range(3):
+        row.take(outcome)
+    assert row.tokens == [3, 9, 3]
+    assert row.spent_kl == [0.7, 0.7]

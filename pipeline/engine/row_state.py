@@ -126,11 +126,12 @@ class RunningRow:
 
     def append(self, outcome: TokenOutcome) -> None:
         """Take a token that was requested, or the one that closes reasoning which is too long in its place."""
-        if self.reasoning is None or self.reasoning.is_steered:
-            self.spent_kl.append(outcome.kl)
+        is_steered = self.reasoning is None or self.reasoning.is_steered
         forced = None if self.reasoning is None else self.reasoning.forced_token()
         if forced is not None:
             outcome = _forced(outcome, forced)
+        elif is_steered:
+            self.spent_kl.append(outcome.kl)
         self.num_pending -= 1
         self.tokens.append(outcome.token_id)
         self.outcomes.append(outcome)

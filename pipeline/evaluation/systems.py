@@ -67,20 +67,27 @@ def read_systems(paths: Sequence[str]) -> list[System]:
     Raises:
         ConfigurationError: a place holds neither a run nor a JSONL file of answers, or two have the same name.
     """
-    systems = [system for path in paths for system in _read(path)]
+    last = [_last_name(path) for path in dict.fromkeys(paths)]
+    titles = [path if last.count(_last_name(path)) > 1 else _last_name(path) for path in paths]
+    systems = [system for path, title in zip(paths, titles, strict=True) for system in _read(path, title)]
     names = [system.name for system in systems]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ConfigurationError(f"two systems have the name {quote(repeated)}; give each place once")
     return systems
 
 
-def _read(path: str) -> list[System]:
+def _last_name(path: str) -> str:
+    name = path.rstrip("/").rpartition("/")[2]
+    return Path(path).resolve().name if name in ("", ".", "..") else name
+
+
+def _read(path: str, title: str) -> list[System]:
     if path.endswith((".jsonl", ".ndjson")):
-        return [_read_file(Path(path))]
-    return _read_run(Run.open(path))
+        return [_read_file(Path(path), title)]
+    return _read_run(Run.open(path), title)
 
 
-def _read_run(run: Run) -> list[System]:
+def _read_run(run: Run, title: str) -> list[System]:
     if not run.is_complete:
         raise ConfigurationError(f"{run.store.path} is not finished; its command continues it")
     by_variant: dict[int, list[SystemAnswer]] = {at: [] for at in range(len(run.plan.variants))}
@@ -94,11 +101,10 @@ def _read_run(run: Run) -> list[System]:
         was_cut = row["finish_reason"] in (FinishReason.LENGTH, FinishReason.REASONING)
         answer = SystemAnswer(row["row_id"], row["sample"], judged, row["kl_per_token"], was_cut)
         by_variant[row.get("variant") or 0].append(answer)
-    folder = run.store.path.rstrip("/").rpartition("/")[2]
     if len(by_variant) == 1:
-        return [System(folder, tuple(by_variant[0]))]
+        return [System(title, tuple(by_variant[0]))]
     return [
-        System(f"{folder}: {_describe(variant)}", tuple(by_variant[at]))
+        System(f"{title}: {_describe(variant)}", tuple(by_variant[at]))
         for at, variant in enumerate(run.plan.variants)
     ]
 
@@ -117,7 +123,7 @@ def _describe(variant: Variant) -> str:
     return f"{variant.rule} {variant.agent_temperature:g}" + (f" ({weights})" if weights else "")
 
 
-def _read_file(path: Path) -> System:
+def _read_file(path: Path, title: str) -> System:
     """Answers of any system: one JSON object per line, with an id and an answer.
 
     The prompt, for judges that read it, is a text or a list of messages.
@@ -136,7 +142,7 @@ def _read_file(path: Path) -> System:
         raise ConfigurationError(
             f"{path} has two answers to {quote(row_id)} with sample {sample}; number them by a field sample"
         )
-    return System(path.name, tuple(answers))
+    return System(title, tuple(answers))
 
 
 def _answer(line: str, place: str) -> SystemAnswer:
