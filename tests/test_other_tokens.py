@@ -22,6 +22,10 @@ from jobs.commands.plan import describe_plan
 from pipeline.aligner import Aligner
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError
+from pipeline.evaluation.judges.conversations import JudgedConversations
+from pipeline.evaluation.judges.interface import JudgedAnswer
+from pipeline.hub.chat_templates import PromptTemplate
+from pipeline.hub.retokeniser import Retokeniser
 from pipeline.protocol.hosts import Hosts
 from pipeline.protocol.messages import Admission, Step
 from pipeline.runtime.assembly import assemble
@@ -430,3 +434,19 @@ def test_over_ray_a_model_with_other_tokens_writes_the_bytes_of_one_process(tiny
     cluster = {"transport": "ray", "slots": 4}
     run_job(job(prompts, tmp_path / "two", tiny(), principals=principals, cluster=cluster), tmp_path)
     assert parts(tmp_path / "one") == parts(tmp_path / "two")
+
+
+def test_an_answer_that_spells_a_special_token_of_the_other_model_stays_text():
+    base, own = tiny_models.make_tokenizer(), tiny_models.make_pair_tokenizer()
+    special = own.all_special_tokens[0]
+    answer = base(f"a {special} b", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    [ids] = Retokeniser(base, own, frozenset(), None).encode([answer])
+    assert not set(ids) & set(own.all_special_ids)
+    assert own.decode(ids) == f"a {special} b"
+
+
+def test_what_a_judged_answer_spells_is_no_special_token_without_a_chat_template_either():
+    own = tiny_models.make_pair_tokenizer(chat_template=None)
+    conversations = JudgedConversations(own, PromptTemplate(None), frozenset(own.all_special_tokens), None)
+    ids = conversations.encode(JudgedAnswer(({"role": "user", "content": "why?"},), f"so{own.eos_token}."))
+    assert own.eos_token_id not in ids

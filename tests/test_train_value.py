@@ -11,7 +11,7 @@ from support.decoding import NOWHERE, ask, config_of, decode
 from support.training import Said, run_training, training_config, write_rows
 from transformers import AutoModelForCausalLM
 
-from pipeline.errors import ConfigurationError, Interrupted
+from pipeline.errors import ConfigurationError, Interrupted, RunMismatch
 from pipeline.runtime.assembly import assemble
 
 pytestmark = pytest.mark.slow
@@ -93,6 +93,19 @@ def test_a_judge_gives_returns_where_the_data_have_none(tiny, tmp_path):
     assert not (tmp_path / "out" / "preferred").exists()
     adapter = json.loads((tmp_path / "out" / "brevity" / "adapter_config.json").read_text())
     assert adapter["modules_to_save"] is None
+
+
+def test_a_training_does_not_go_on_with_other_scores_of_its_judge(tiny, tmp_path):
+    rows = [{"prompt": f"q{at}", "chosen": "b b b", "rejected": "a"} for at in range(12)]
+    pairs, code = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "judges.py"
+    code.write_text("def long(answers):\n    return [len(each.text) for each in answers]\n", encoding="utf-8")
+    judged = {"loss": "value", "epochs": 1, "judge": {"kind": "function", "function": f"{code}:long"}}
+    config = training_config(pairs, tmp_path / "out", tiny(), **judged)
+    with pytest.raises(Interrupted):
+        run_training(config, tmp_path, Said("function: step", Interrupted()))
+    code.write_text("def long(answers):\n    return [-len(each.text) for each in answers]\n", encoding="utf-8")
+    with pytest.raises(RunMismatch, match=r"training\.judge\.scores"):
+        run_training(config, tmp_path)
 
 
 def test_pairs_without_scores_are_refused(tiny, tmp_path):

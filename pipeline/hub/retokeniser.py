@@ -62,7 +62,8 @@ class Retokeniser:
         bodies = [list(answer[:-1]) if end else list(answer) for answer, end in zip(answers, ended, strict=True)]
         texts = self.base.batch_decode(bodies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts = [text.rstrip("\ufffd") if strip else text for text, strip in zip(texts, strips, strict=True)]
-        encoded = self.own(texts, add_special_tokens=False)["input_ids"]
+        # what an answer spells is text: it does not end here because it names a special token of the other model
+        encoded = self.own(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         mark = [] if self.end_id is None else [self.end_id]
         return [[*ids, *mark] if end else list(ids) for ids, end in zip(encoded, ended, strict=True)]
 

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from pipeline.config.sections import Transport
 from pipeline.errors import ConfigurationError
-from pipeline.training.data import Preferences, TrainingData, open_preferences, read_data
+from pipeline.training.data import Preferences, TrainingData, digest_of_scores, open_preferences, read_data
 from pipeline.training.folders import TrainingFolder
 from pipeline.training.report import render_report
 from pipeline.training.settings import Loss, TrainConfig
@@ -66,7 +66,7 @@ def train(
 
     backbone = find_backbone(config, cache_folder, now=folder.template_time(), progress=say)
     data = read_data(found, config, backbone.encode, cache_folder)
-    folder.begin(_fingerprint(config, found, backbone.source.identity), backbone.template_time)
+    folder.begin(_fingerprint(config, found, backbone.source.identity, data), backbone.template_time)
     _describe_data(data, say)
     from pipeline.training.fit import Task, fit  # imports TRL: seconds
 
@@ -98,12 +98,14 @@ def _check_packages() -> None:
             ) from None
 
 
-def _fingerprint(config: TrainConfig, found: Preferences, model: str) -> dict[str, Any]:
+def _fingerprint(config: TrainConfig, found: Preferences, model: str, data: TrainingData) -> dict[str, Any]:
     """Everything that decides the adapters, as dotted fields with plain values."""
     fields = {f"versions.{name}": metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
     fields["models.base"] = model
     for file in found.records.files:
         fields[f"input.files.{file.name}"] = f"{file.format} {file.num_rows} rows {file.identity}"
+    if config.training.judge is not None:  # a judge may have changed, or have answered less this time
+        fields["training.judge.scores"] = digest_of_scores(data)
     return {**fields, **config.fields()}
 
 

@@ -254,3 +254,12 @@ def num_labels(pairs: Iterable[EncodedPair]) -> Mapping[str, int]:
         for name in pair.comparison.labels:
             counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def digest_of_scores(data: TrainingData) -> str:
+    """Equal where a training has the same answers with the same scores, in the same order."""
+    digest = hashlib.sha256()
+    for pair in (*data.train, *data.held_out):
+        scores = [sorted(answer.scores.items()) for answer in pair.comparison.answers]
+        digest.update(f"{pair.comparison.place} {pair.answer_ids} {scores}\n".encode())
+    return digest.hexdigest()

@@ -36,7 +36,7 @@ class JudgedConversations:
         """Token ids. Raises RowError where the template refuses the conversation, which then has no score."""
         if self.template.text is None:
             prompt = "\n\n".join(str(message["content"]) for message in answer.prompt)
-            return list(self.tokenizer(prompt, answer.text)["input_ids"])
+            return list(self.tokenizer(prompt, answer.text, split_special_tokens=True)["input_ids"])
         encoder = TextEncoder(self.tokenizer, self.special_tokens)
         try:
             prompt_messages = read_conversation(list(answer.prompt), "prompt") if answer.prompt else ()
