@@ -225,3 +225,13 @@ def test_a_formula_steers_generate_as_it_steers_a_run(tiny):
     record = decode(config, [ask("a", "hello")])["a"]
     assert found[0, inputs["input_ids"].shape[1] :].tolist() == [token.token_id for token in record.tokens]
     assert engine_of(config)[1].topology.principals[0].kind == "formula"
+
+
+@pytest.mark.parametrize("text", ["-" * 1500 + "a", "a" + "+a" * 600, "max(a, " * 250 + "a" + ")" * 250])
+def test_a_formula_that_is_nested_too_deeply_is_refused_and_no_crash(text):
+    with pytest.raises(ValueError, match=r"more than 200 levels|is no formula"):
+        Formula(text)
+
+
+def test_a_long_sum_is_a_formula():
+    assert Formula("a" + " + a" * 190).value({"a": torch.ones(1)}).item() == 191

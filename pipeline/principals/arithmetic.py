@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_LETTERS = 2000
+MOST_LEVELS = 200  # of parts within parts: each is a call while a value is computed
 FORM = "a formula has numbers, names of terms, +, -, *, / by a number, parentheses, max(...) and min(...)"
 
 
@@ -40,6 +41,8 @@ class Formula:
             self._tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise ValueError(f"{quote(text)} is no formula: {FORM}") from None
+        if _has_more_levels(self._tree, MOST_LEVELS):
+            raise ValueError(f"{quote(text)} has parts within parts in more than {MOST_LEVELS} levels")
         self._text = text
         self.names = tuple(dict.fromkeys(self._names(self._tree)))
         if not self.names:
@@ -90,6 +93,15 @@ class Formula:
             case ast.Call(func=ast.Name(id=name), args=args):
                 return reduce(_larger if name == "max" else _smaller, [self._value(each, terms) for each in args])
         return _number(node)
+
+
+def _has_more_levels(tree: ast.AST, most: int) -> bool:
+    level: list[ast.AST] = [tree]
+    for _ in range(most):
+        level = [child for node in level for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+        if not level:
+            return False
+    return True
 
 
 def _number(node: ast.expr) -> float:
