@@ -363,3 +363,30 @@ def test_a_table_with_more_rows_is_compared_row_by_row_and_then_extends_the_run(
     run_job(config, tmp_path, may_extend=True)
     assert [row["row_id"] for row in rows_of(tmp_path / "run")] == [row["id"] for row in GOOD]
     assert before.items() <= parts(tmp_path / "run").items()
+
+
+def test_candidates_that_were_mended_are_other_content(tiny, tmp_path):
+    rows = [{"id": f"r{at}", "prompt": "hello", "answers": ["a", "b"]} for at in range(3)]
+    prompts = written(tmp_path / "prompts.jsonl", rows)
+    own = {"input": {"candidates": "answers"}, "decoding": {"unit": "answer", "max_new_tokens": 4}}
+    run_job(job(prompts, tmp_path / "run", tiny(), **own), tmp_path)
+    rows[1] = {**rows[1], "answers": ["c", "d"]}
+    _, was_run = run_again(tmp_path / "run", mended=str(written(tmp_path / "mended.jsonl", rows)))
+    assert was_run
+    assert [row["response"] in ("c", "d") for row in rows_of(tmp_path / "run")] == [False, True, False]
+
+
+def test_tools_that_were_mended_are_other_content(tiny, tmp_path):
+    def row(at, name):
+        tool = {"type": "function", "function": {"name": name, "parameters": {}}}
+        return {"id": f"r{at}", "prompt": "hello", "tools": [tool]}
+
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}"
+    prompts = written(tmp_path / "prompts.jsonl", [row(at, "old") for at in range(3)])
+    config = job(prompts, tmp_path / "run", tiny(), input={"tools": "tools"})
+    run_job(config.model_copy(update={"base": config.base.model_copy(update={"chat_template": template})}), tmp_path)
+    mended = written(tmp_path / "mended.jsonl", [row(at, "new" if at == 1 else "old") for at in range(3)])
+    _, was_run = run_again(tmp_path / "run", mended=str(mended))
+    assert was_run
+    names = [json.loads(each["tools"])[0]["function"]["name"] for each in rows_of(tmp_path / "run")]
+    assert names == ["old", "new", "old"]

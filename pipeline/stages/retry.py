@@ -162,7 +162,10 @@ def _choose_stored(run: Run, config: Config, choice: Choice, wiring: Wiring) -> 
         ConfigurationError: the rows have parameters of their own, which only the input has.
     """
     names = ", ".join(file.name for file in run.plan.files[:3])
-    if any(file.format is Format.BATCH or file.columns.template_kwargs is not None for file in run.plan.files):
+    if any(
+        file.format is Format.BATCH or file.columns.template_kwargs is not None or file.columns.candidates is not None
+        for file in run.plan.files
+    ):
         raise ConfigurationError(
             f"{names}: the input is gone or has changed, and only it has the parameters of the rows; restore it, or "
             "name the mended one with --input"

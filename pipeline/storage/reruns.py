@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -165,7 +166,10 @@ class _StoredRows:
         """Whether a row is another one than the run has answered, or may be: its parameters are not stored."""
         plan, stored = self.run.plan, self._rows(shard)[row.row_id]
         has_parameters = any(
-            file.format is Format.BATCH or file.columns.template_kwargs is not None for file in plan.files
+            file.format is Format.BATCH
+            or file.columns.template_kwargs is not None
+            or file.columns.candidates is not None
+            for file in plan.files
         )
         if has_parameters or row.error is not None:
             return True
@@ -178,7 +182,7 @@ class _StoredRows:
             return True
         if plan.has_response and row.response != stored["original_response"]:
             return True
-        if plan.has_tools and bool(row.tools) != bool(stored["tools"]):
+        if plan.has_tools and list(row.tools) != json.loads(stored["tools"] or "[]"):
             return True
         return self._weights_differ(row, stored) or self._kept_differ(stored, kept)
 
