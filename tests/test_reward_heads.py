@@ -256,6 +256,9 @@ def test_a_backbone_that_lacks_weights_or_a_normalizer_its_numbers_is_refused(ti
     assert re.search(r"its files hold 1 weight \(extra\.weight\), which the model has no place for", message(other))
     unnormal = with_head(source, tmp_path / "unnormal", head, do_normalize=True)
     assert "says do_normalize and has no mean or var" in message(unnormal)
+    for at, (mean, var) in enumerate((([1.0, 2.0], [1.0, 1.0]), ([0.0], [-1.0]))):
+        odd = with_head(source, tmp_path / f"odd{at}", head, do_normalize=True, mean=mean, var=var)
+        assert "its normalizer needs a mean and a var >= 0 of 1 or 1 numbers" in message(odd)
 
 
 def test_a_run_with_a_value_head_reads_a_models_own_tokens_and_resumes_with_the_same_bytes(tiny, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigurationError, Interrupted, RunMismatch
 from pipeline.runtime.assembly import assemble
+from pipeline.training.value import values_of
 
 pytestmark = pytest.mark.slow
 OPTIONS = {"loss": "value", "epochs": 12, "learning_rate": 0.01, "rank": 4}
@@ -106,6 +108,25 @@ def test_a_training_does_not_go_on_with_other_scores_of_its_judge(tiny, tmp_path
     code.write_text("def long(answers):\n    return [-len(each.text) for each in answers]\n", encoding="utf-8")
     with pytest.raises(RunMismatch, match=r"training\.judge\.scores"):
         run_training(config, tmp_path)
+
+
+def test_values_are_float32_in_mixed_precision_too():
+    class Headed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value_head = torch.nn.Linear(16, 1)
+
+        def get_base_model(self):
+            return self
+
+        def forward(self, input_ids, **_):
+            return SimpleNamespace(hidden_states=[torch.linspace(0, 1, 48).view(1, 3, 16)])
+
+    model, ids = Headed(), torch.ones(1, 3, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": ids}
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = values_of(model, inputs)
+    assert torch.equal(mixed, values_of(model, inputs))
 
 
 def test_pairs_without_scores_are_refused(tiny, tmp_path):

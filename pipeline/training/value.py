@@ -89,7 +89,10 @@ def values_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         logits_to_keep=1,
     )
     head = _unwrapped(model).get_base_model().get_submodule(HEAD)
-    values: Tensor = head(output.hidden_states[-1].float())[..., 0]
+    states_NTH = output.hidden_states[-1].float()
+    # mixed precision would give the values the three digits of bfloat16; a run computes heads in float32
+    with torch.autocast(states_NTH.device.type, enabled=False):
+        values: Tensor = head(states_NTH)[..., 0]
     return values.float()
 
 
