@@ -125,7 +125,9 @@ def test_answers_are_read_as_other_systems_write_them(tmp_path):
         ([{"response": "x"}], "none of the fields row_id, id, prompt_id"),
         ([{"id": "a", "response": 3}], "the answer must be a text; got 3"),
         ([{"id": "a", "response": "x"}] * 2, "two answers to 'a' with sample 0"),
-        ([{"id": "a", "response": "x", "sample": -1}], "sample must be a number from 0; got -1"),
+        ([{"id": "a", "response": "x", "sample": -1}], "sample must be a number from 0 to 1023; got -1"),
+        ([{"id": "a", "response": "x", "sample": True}], "sample must be a number from 0 to 1023; got True"),
+        ([{"id": "a", "response": "x", "sample": 10**9}], "sample must be a number from 0 to 1023"),
         ([["a"]], "each line must be an object"),
     ],
 )

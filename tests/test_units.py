@@ -535,3 +535,31 @@ def test_scores_that_lack_memory_have_fewer_rows_beside_them(tiny, monkeypatch):
     found = list(decode_rows(engine_that_lacks_memory(tiny, monkeypatch, times=1 + before.bit_length() - 1), rows))
     assert ["no memory" in str(each.error) for each in found] == [True, False]
     assert found[1] == whole[1]
+
+
+def test_proposals_that_kill_their_host_fail_their_row_and_no_other(tiny):
+    config = config_of(str(tiny("llama")), PAIR, decoding={"unit": "answer", "proposals": 3, "max_new_tokens": 4})
+    assembly = assemble(config, tiny("llama"))
+    rows = [ask(f"r{at}", text) for at, text in enumerate(PROMPTS)]
+    calm = {each.row_id: each for each in decode_rows(make_decoding_engine(assembly, start_hosts(assembly)), rows)}
+    engine = make_decoding_engine(assembly, start_hosts(assembly))
+    choices = engine._valuer.choices
+
+    def fail(menu):
+        if menu.prompt == rows[1].messages:
+            raise HostError("gone")
+        return choices(menu)
+
+    engine._valuer.choices = fail
+    for row in rows:
+        engine.admit(row)
+    found, failures = {}, 0
+    while not engine.is_idle:
+        try:
+            found |= {each.row_id: each for each in engine.step()}
+        except HostError as error:
+            failures += 1
+            engine.recover(start_hosts(assembly), error)
+    assert failures == 3
+    assert "its host failed whenever its proposals were scored" in str(found["r1"].error)
+    assert {row_id: found[row_id] for row_id in ("r0", "r2")} == {row_id: calm[row_id] for row_id in ("r0", "r2")}

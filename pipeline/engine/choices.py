@@ -32,6 +32,7 @@ from pipeline.sampling.games import SolvedStep, solve
 
 CHOICE = 2**40  # added to the number of a game: the step of its draw, beyond those of any token
 SAMPLES = 2**20  # of one row in one round, so that the proposals of different rounds have draws of their own
+MOST_FAILURES = 3  # of hosts while one menu is scored, before its rows fail
 KEPT_MENUS = 256  # games that are over and may be played again, by other rules, temperatures or weights
 
 MenuKey = tuple[str, int, int, tuple[int, ...]]
@@ -119,17 +120,23 @@ class ChoiceEngine:
         for ended in self._engine.step_rows():
             self._file(ended)
         while self._ready:
-            lack: str | None = None
+            menu, lack = self._ready[0], None
+            if menu.num_failures == MOST_FAILURES:
+                self._give_up(menu, "its host failed whenever its proposals were scored")
+                self._ready.popleft()
+                continue
             try:
-                self._play(self._ready[0])  # stays in the queue where a host fails
+                self._play(menu)  # stays in the queue where a host fails
             except HostOutOfMemory as error:
                 lack = str(error)
-            if (
-                lack is not None
-            ):  # after the except block: the error's frames hold tensors that have to be freed first
+            except HostError:
+                menu.num_failures += 1
+                raise
+            # after the except block: the error's frames hold tensors that have to be freed first
+            if lack is not None:
                 if self._engine.make_room():
                     continue
-                self._give_up(self._ready[0], f"its proposals cannot be scored beside a single row: {lack}")
+                self._give_up(menu, f"its proposals cannot be scored beside a single row: {lack}")
             self._ready.popleft()
         records, self._records = self._records, []
         return records

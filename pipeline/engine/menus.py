@@ -81,6 +81,7 @@ class Menu:
         prompt: the row's messages.
         taken: tokens of the answer so far.
         error: why there is no choice.
+        num_failures: how often a host failed while the proposals were scored.
         original_rewards: of the row's existing answer, where it was scored.
     """
 
@@ -94,6 +95,7 @@ class Menu:
     paths: list[Path] = field(default_factory=list)
     choices: tuple[Choice, ...] | None = None
     error: str | None = None
+    num_failures: int = 0
     original_rewards: list[float] | None = None
 
 

@@ -18,6 +18,7 @@ from pipeline.records import FinishReason
 from pipeline.storage.run import Run
 from pipeline.storage.shard_files import as_damaged_file
 
+MOST_SAMPLES = 1024  # of one prompt, as decoding.n
 ID_NAMES = ("row_id", "id", "prompt_id")
 ANSWER_NAMES = ("response", "answer", "output", "completion", "text")
 COLUMNS = (
@@ -160,8 +161,10 @@ def _answer(line: str, place: str) -> SystemAnswer:
     if not isinstance(row_id, str | int):
         raise ConfigurationError(f"{place}: the id must be a text or a number; got {quote(row_id)}")
     sample = row.get("sample", 0)
-    if not isinstance(sample, int) or sample < 0:
-        raise ConfigurationError(f"{place}: sample must be a number from 0; got {quote(sample)}")
+    if isinstance(sample, bool) or not isinstance(sample, int) or not 0 <= sample < MOST_SAMPLES:
+        raise ConfigurationError(
+            f"{place}: sample must be a number from 0 to {MOST_SAMPLES - 1}; got {quote(sample)}"
+        )
     prompt = [] if row.get("prompt") is None else row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
