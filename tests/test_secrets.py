@@ -9,7 +9,9 @@ import pytest
 from support.commands import cage
 from support.runs import job, write_prompts
 
-from pipeline.config.files import dump_config
+from pipeline.config.files import dump_config, parse_as
+from pipeline.errors import ConfigurationError
+from pipeline.evaluation.config import EvaluateConfig
 
 SECRET = "planted-7f3a9c51e2"
 
@@ -62,3 +64,24 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(tiny, tmp_path, 
     assert "bucket's name" in refused.stderr
     assert SECRET not in refused.stdout + refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_credentials_in_the_address_of_a_judge_are_refused_and_not_repeated(tiny, tmp_path):
+    tree = {
+        "input": {"path": "prompts.jsonl"},
+        "output": {"path": str(tmp_path / "run")},
+        "base": str(tiny()),
+        "evaluation": {
+            "judges": {
+                "kind": {
+                    "kind": "llm",
+                    "rubric": "r",
+                    "endpoint": {"url": f"https://me:{SECRET}@host/v1", "model": "m"},
+                }
+            },
+        },
+    }
+    with pytest.raises(ConfigurationError) as caught:
+        parse_as(EvaluateConfig, tree)
+    assert "must not hold a user or a password" in str(caught.value)
+    assert SECRET not in str(caught.value)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext, JudgedAnswer
@@ -39,6 +39,13 @@ class EndpointConfig(Section):
     max_requests: int | None = Field(
         None, ge=0, description="budget of this process; answers beyond it have no score until the next run"
     )
+
+    @field_validator("url")
+    @classmethod
+    def _has_no_credentials(cls, url: str) -> str:
+        if "@" in url.partition("://")[2].partition("/")[0]:  # messages and stored configurations have it in them
+            raise ValueError("must not hold a user or a password; name the variable of the key in api_key_env")
+        return url
 
 
 class LlmJudge(JudgeConfig):
