@@ -15,7 +15,6 @@ from jobs.families.configurations import FAMILIES, is_installed
 from jobs.families.measure import measure
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import PLAIN, REFUSED, SLOTS, expect, read_table
-from pipeline.worker.cpu_kernels import has_reproducible_kernels
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(name for name in FAMILIES if is_installed(name))
@@ -44,7 +43,6 @@ def test_a_family_is_decoded_as_generate_decodes_it_and_as_the_table_says(name):
     found, said = measure(name), read_table().families[name]  # which raises where an answer or a bit differs
     if found.decoding == PLAIN and said.decoding == SLOTS:  # a processor on which its kernels are not reproducible
         assert "in strict mode" in found.reasons["decoding"]
-        assert not has_reproducible_kernels()
         return
     assert replace(found, reasons={}) == replace(said, reasons={})
     assert set(found.reasons) == set(said.reasons)
