@@ -19,6 +19,7 @@ from pipeline import Aligner
 from pipeline.config.files import load_config
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, HostError, HostOutOfMemory
+from pipeline.evaluation.judges.words import words
 from pipeline.evaluation.text_principals import resolve_judge_principals
 from pipeline.records import Candidate, FinishReason
 from pipeline.runtime.assembly import assemble
@@ -244,13 +245,13 @@ def test_any_judge_is_a_principal_of_blocks_and_answers(tiny, unit):
     principals = {**PAIR, **LONG}
     with Aligner(str(tiny("llama")), principals, slots=4, **options) as aligner:
         for answer in aligner.generate(PROMPTS):
-            words = len(answer.text.split())
+            num_words = len(words(answer.text))
             assert answer.error is None
             if unit == "answer":
                 assert {each.rewards["long"] for each in answer.proposals} != {0.0}
             judged = sum(each.rewards["long"] for each in answer.proposals if each.is_chosen)
             assert answer.rewards["long"] == pytest.approx(judged)
-            assert abs(judged - 0.5 * words) <= 0.5 * words + 1.0
+            assert judged == pytest.approx(0.5 * num_words)
         (scored,) = aligner.score(["hello"], ["a b c d"])
         assert scored["long"] > 0
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import cage
 from cage.rules import Rule, SoftThreshold
+from pipeline.sampling.games import kl_to_base
 
 NUM_TOKENS, SIGNAL, PEAKED = 50, 4.0, 3.0
 SHARES = ((1.0, 1.0), (1.0, 0.15), (0.1, 1.0), (0.1, 0.15))  # of tokens, of steps with a signal
@@ -125,9 +126,7 @@ def gain_at(rule: Rule, base_BV: Tensor, true_BJV: Tensor, seen_BJV: Tensor, tar
 
 def _policy(rule: Rule, base_BV: Tensor, seen_BJV: Tensor, temperature: float) -> tuple[Tensor, float]:
     log_policy_BV = rule(cage.Game(base_BV, seen_BJV, temperature)).log_policy
-    policy_BV = log_policy_BV.exp()
-    kl_B = torch.where(policy_BV > 0, policy_BV * (log_policy_BV - base_BV), 0.0).sum(-1)
-    return policy_BV, float(kl_B.mean())
+    return log_policy_BV.exp(), float(kl_to_base(log_policy_BV, base_BV).mean())
 
 
 def print_gains(gains: list[Gain]) -> None:

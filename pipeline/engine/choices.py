@@ -28,7 +28,7 @@ from pipeline.protocol.hosts import Hosts
 from pipeline.protocol.topology import Topology
 from pipeline.records import Proposal, Record, Row
 from pipeline.sampling.draws import Uniforms, draw
-from pipeline.sampling.games import SolvedStep, solve
+from pipeline.sampling.games import SolvedStep, kl_to_base, solve
 
 CHOICE = 2**40  # added to the number of a game: the step of its draw, beyond those of any token
 SAMPLES = 2**20  # of one row in one round, so that the proposals of different rounds have draws of their own
@@ -247,17 +247,16 @@ class ChoiceEngine:
     ) -> None:
         """Append a proposal's tokens; what its game was worth counts at the last of them."""
         nothing = (0.0,) * len(choice.rewards)
-        pays = decision.thresholds is not None
-        paid = None if decision.thresholds is None else (game.values[0, :, at] - decision.thresholds[0]).clamp(min=0)
-        policy_C, base_C = decision.log_policy[0], game.base_logprobs[0]
-        kl = float(torch.where(policy_C.exp() > 0, policy_C.exp() * (policy_C - base_C), 0.0).sum().clamp(min=0))
+        thresholds_J = None if decision.thresholds is None else decision.thresholds[0]
+        paid_J = None if thresholds_J is None else (game.values[0, :, at] - thresholds_J).clamp(min=0)
+        kl = float(kl_to_base(decision.log_policy, game.base_logprobs))
         for outcome in choice.outcomes[:-1]:
-            whole.take(replace(outcome, rewards=nothing, payments=nothing if pays else None))
+            whole.take(replace(outcome, rewards=nothing, payments=None if paid_J is None else nothing))
         last = replace(
             choice.outcomes[-1],
             rewards=choice.rewards,
-            payments=None if paid is None else paid.tolist(),
-            thresholds=None if decision.thresholds is None else decision.thresholds[0].tolist(),
+            payments=None if paid_J is None else paid_J.tolist(),
+            thresholds=None if thresholds_J is None else thresholds_J.tolist(),
             kl=choice.outcomes[-1].kl + kl,
             residual=float(decision.residual),
             status=int(decision.status),

@@ -35,10 +35,11 @@ def readable_weights(value: Any, principal_names: Sequence[str]) -> dict[str, fl
         value = dict(value)  # an Arrow map
     if not isinstance(value, dict):
         return dict.fromkeys(principal_names)
-    return {name: _number(value[name]) for name in principal_names if name in value}
+    return {name: as_number(value[name]) for name in principal_names if name in value}
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """The value if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

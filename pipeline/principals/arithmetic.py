@@ -7,15 +7,20 @@ min(...). Nothing of it is ever run as Python.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from pipeline.quoting import quote
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+COMBINE: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = MappingProxyType(
+    {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+)
 MOST_LETTERS = 2000
 MOST_LEVELS = 200  # of parts within parts: each is a call while a value is computed
 FORM = "a formula has numbers, names of terms, +, -, *, / by a number, parentheses, max(...) and min(...)"
@@ -81,15 +86,8 @@ class Formula:
                 value = self._value(operand, terms)
                 return -value if isinstance(op, ast.USub) else value
             case ast.BinOp(left=left, op=op, right=right):
-                first, second = self._value(left, terms), self._value(right, terms)
-                match op:
-                    case ast.Add():
-                        return first + second
-                    case ast.Sub():
-                        return first - second
-                    case ast.Mult():
-                        return first * second
-                return first / second
+                combined: Tensor | float = COMBINE[type(op)](self._value(left, terms), self._value(right, terms))
+                return combined
             case ast.Call(func=ast.Name(id=name), args=args):
                 return reduce(_larger if name == "max" else _smaller, [self._value(each, terms) for each in args])
         return _number(node)
@@ -112,15 +110,8 @@ def _number(node: ast.expr) -> float:
         case ast.UnaryOp(op=op, operand=operand):
             return -_number(operand) if isinstance(op, ast.USub) else _number(operand)
         case ast.BinOp(left=left, op=op, right=right):
-            first, second = _number(left), _number(right)
-            match op:
-                case ast.Add():
-                    return first + second
-                case ast.Sub():
-                    return first - second
-                case ast.Mult():
-                    return first * second
-            return first / second
+            combined: float = COMBINE[type(op)](_number(left), _number(right))
+            return combined
         case ast.Call(func=ast.Name(id=name), args=args):
             return (max if name == "max" else min)(_number(each) for each in args)
     raise AssertionError(ast.dump(node))

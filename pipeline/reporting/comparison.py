@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.reporting.metrics import SHOWN_LINES, Interval, Metrics, VariantMetrics, as_interval, as_number
+from pipeline.inputs.given import as_number
+from pipeline.reporting.metrics import SHOWN_LINES, Interval, Metrics, VariantMetrics, as_interval
 from pipeline.reporting.text import MINUS, ROUNDING, decimal, plain, visible
 
 SHOWN_DIGITS = 3  # significant ones of a column's largest number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.reporting.metrics import as_number
+from pipeline.inputs.given import as_number
 from pipeline.reporting.stored import read_object
 from pipeline.reporting.text import visible
 from pipeline.storage.run import Run

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.inputs.given import as_number
 from pipeline.reporting.stored import read_object
 from pipeline.storage.run import Run
 
@@ -104,16 +104,6 @@ def parse_metrics(tree: Mapping[str, Any]) -> Metrics:
         reading=tuple(str(sentence) for sentence in _list(tree.get("reading"))),
         notes=tuple(str(note) for note in _list(tree.get("notes"))),
     )
-
-
-def as_number(value: Any) -> float | None:
-    """The value if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
 
 
 def _point(tree: Mapping[str, Any]) -> VariantMetrics:

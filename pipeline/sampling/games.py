@@ -171,7 +171,7 @@ def sample(options: SamplingOptions, proposal: Candidates, solved: SolvedStep, u
         (drawn_B1 if ids_BK is None else ids_BK.gather(-1, drawn_B1))[:, 0],
         proposal.base_logprobs_BK.gather(-1, drawn_B1)[:, 0],
         log_policy_BK.gather(-1, drawn_B1)[:, 0],
-        _kl(log_policy_BK, base_BK),
+        kl_to_base(log_policy_BK, base_BK),
         proposal.covered_mass_B,
         decision.residual,
         decision.status,
@@ -214,7 +214,7 @@ def _rule(name: RuleName, terms: Sequence[Terms], like: Tensor) -> cage.rules.Ru
     return cage.rules.SoftThreshold(like.new_tensor([each.k for each in terms]).view(len(terms), -1))
 
 
-def _kl(log_policy_BK: Tensor, base_BK: Tensor) -> Tensor:
+def kl_to_base(log_policy_BK: Tensor, base_BK: Tensor) -> Tensor:
     """KL(policy || base) [B] in nats over the candidates; what rounding puts below 0 is set to 0."""
     policy_BK = log_policy_BK.exp()
     return torch.where(policy_BK > 0, policy_BK * (log_policy_BK - base_BK), 0.0).sum(-1).clamp(min=0)

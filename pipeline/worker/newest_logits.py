@@ -73,3 +73,9 @@ class NewestLogits:
 def logits_bytes(vocab_size: int) -> int:
     """Bytes that the logits of one role of one slot take, copies of a step included."""
     return COPIES * vocab_size * torch.float32.itemsize
+
+
+def answer_logprobs(logits_TV: Tensor, answer: Sequence[int]) -> Tensor:
+    """Log-probabilities [T] of an answer's tokens, from the logits that each would be drawn from."""
+    ids_T1 = torch.tensor(answer, device=logits_TV.device)[:, None]
+    return (logits_TV - logits_TV.logsumexp(-1, keepdim=True)).gather(-1, ids_T1)[:, 0]

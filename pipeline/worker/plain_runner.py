@@ -27,7 +27,7 @@ from pipeline.protocol.messages import DRAWN, Admission, Candidates, MemoryBudge
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.memory import budget_of
-from pipeline.worker.newest_logits import NewestLogits, logits_bytes
+from pipeline.worker.newest_logits import NewestLogits, answer_logprobs, logits_bytes
 
 
 @dataclass(slots=True)
@@ -249,11 +249,10 @@ class PlainRunner:
         self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
     ) -> Tensor:
         """Teacher forcing: log-probabilities [R, T] of the answer's tokens under each role."""
-        ids_T1 = torch.tensor(answer, device=self.device)[:, None]
         scores = []
         for role in self._roles:
             logits_TV = self._logits_of_answer(prompts[role.name], answer, role, weights)[:, : self._vocab_size]
-            scores.append((logits_TV - logits_TV.logsumexp(-1, keepdim=True)).gather(-1, ids_T1)[:, 0])
+            scores.append(answer_logprobs(logits_TV, answer))
         return torch.stack(scores)
 
     def _logits_of_answer(

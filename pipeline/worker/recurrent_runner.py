@@ -21,7 +21,7 @@ from pipeline.attention.prefixes import Key, Prompt
 from pipeline.protocol.messages import CHUNK, Admission, Candidates, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.memory import budget_of
-from pipeline.worker.newest_logits import NewestLogits, logits_bytes
+from pipeline.worker.newest_logits import NewestLogits, answer_logprobs, logits_bytes
 from pipeline.worker.recurrent_passes import RecurrentPasses, RunningBatch
 
 NUM_KEPT = 2  # rows of each role that hold a shared prefix and a whole prompt
@@ -159,12 +159,11 @@ class RecurrentRunner:
         self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
     ) -> Tensor:
         """Teacher forcing: log-probabilities [R, T] of the answer's tokens under each role."""
-        ids_T1 = torch.tensor(answer, device=self.device)[:, None]
         scores = []
         for role in self._roles:
             prompt = prompts[role.name]
             logits_TV = self._passes.score([*prompt, *answer[:-1]], role.adapter)[len(prompt) - 1 :]
-            scores.append((logits_TV - logits_TV.logsumexp(-1, keepdim=True)).gather(-1, ids_T1)[:, 0])
+            scores.append(answer_logprobs(logits_TV, answer))
         return torch.stack(scores)
 
     def _row(self, role: int, slot: int) -> int:
