@@ -376,6 +376,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _options_have_effect(self) -> Config:
+        decoding, rules = self.decoding, {*(self.grid.rules or (self.decoding.rule,)), self.decoding.proposals_by}
+        default = type(decoding).model_fields["soft_threshold"].default
+        if decoding.soft_threshold != default and not any(rule.takes_k for rule in rules):
+            raise ValueError("decoding.soft_threshold: no effect without rule: soft_threshold")
+        if decoding.target_kl is not None and not (self.principals and any(rule.uses_principals for rule in rules)):
+            raise ValueError("decoding.target_kl: no effect where no principal steers; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _grid_fits(self) -> Config:
         if isinstance(self.grid.weights, SimplexConfig):
             if not self.principals:
