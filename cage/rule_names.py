@@ -45,6 +45,14 @@ class RuleName(StrEnum):
     )
     LINEAR = "linear", _Facts(summary="tilt the base policy by the weighted sum of all rewards")
     MIXTURE = "mixture", _Facts(summary="average one tilted policy per principal, by weight")
+    FORWARD_KL = (
+        "forward_kl",
+        _Facts(summary="weighted harmonic mean of one tilted policy per principal, as MOD does for the forward KL"),
+    )
+    JENSEN_SHANNON = (
+        "jensen_shannon",
+        _Facts(summary="mean of one tilted policy per principal, as MOD does for the Jensen-Shannon divergence"),
+    )
     MAXIMIN = "maximin", _Facts(summary="tilt the base policy towards the principal that is worst off")
     SOFT_THRESHOLD = (
         "soft_threshold",

@@ -22,6 +22,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from cage.direct import in_batches
 from cage.game import Game
@@ -56,7 +57,7 @@ class Rule(Protocol):
     """Decide one policy per row.
 
     game: base policies, values and agent temperatures.
-    weights: preference weights [B, J], which the values already contain; only `mixture` needs them.
+    weights: preference weights [B, J], which the values already contain; only the rules that mix policies need them.
     """
 
     def __call__(self, game: Game, weights: Tensor | None = None) -> Decision: ...
@@ -91,17 +92,75 @@ def mixture(game: Game, weights: Tensor | None = None) -> Decision:
 
     Raises ValueError for weights that are missing, negative, not finite or of another shape.
     """
-    measures = measure(game)
-    weights_BJ = _checked_weights(game, weights)
-    base_BV = log_base(game, measures, _ALL)
-    mix_BV = torch.full_like(base_BV, -torch.inf)
-    for tilt_BV, weight_B in zip(_tilts(game, measures), weights_BJ.unbind(1), strict=True):
-        weight_B1 = weight_B[:, None]
-        # of a principal with weight 0 (0 / 0) only log(0) = -inf counts, so the NaN may become any number
-        tilt_BV = (tilt_BV / weight_B1).clamp_min_(LOWEST_VALUE).nan_to_num_(0.0)
-        mix_BV = torch.logaddexp(mix_BV, torch.log_softmax(base_BV + tilt_BV, -1) + weight_B1.log())
-    nobody_B1 = (weights_BJ == 0.0).all(1, keepdim=True)
-    return _closed_form(torch.where(nobody_B1, base_BV, mix_BV), measures.finite)
+    mixed = _Tuned.of(game, weights)
+    mix_BV = torch.full_like(mixed.base_BV, -torch.inf)
+    for log_ratio_BV, log_weight_B1 in mixed.log_ratios():
+        mix_BV = torch.logaddexp(mix_BV, log_ratio_BV + log_weight_B1)
+    return mixed.decision(mix_BV)
+
+
+def forward_kl(game: Game, weights: Tensor | None = None) -> Decision:
+    """Mix the tilted policies of `mixture` by their weighted harmonic mean: 1 / pi ~ sum_j w_j / pi_j.
+
+    This is MOD for the forward KL divergence (arXiv 2406.18853), as its authors decode with it: f'(x) = -1/x, and the
+    result is normalised. A token counts only if every principal finds it likely. Weights and errors as in `mixture`.
+    """
+    mixed = _Tuned.of(game, weights)
+    inverse_BV = torch.full_like(mixed.base_BV, -torch.inf)
+    for log_ratio_BV, log_weight_B1 in mixed.log_ratios():
+        inverse_BV = torch.logaddexp(inverse_BV, log_weight_B1 - log_ratio_BV)
+    return mixed.decision(-inverse_BV)
+
+
+def jensen_shannon(game: Game, weights: Tensor | None = None) -> Decision:
+    """Mix the tilted policies of `mixture` by x / (1 + x) = prod_j (x_j / (1 + x_j))^w_j, where x = pi / pi0.
+
+    This is MOD for the Jensen-Shannon divergence (arXiv 2406.18853): f'(x) = log(2x / (1 + x)), and the result is
+    normalised. Weights and errors as in `mixture`.
+    """
+    mixed = _Tuned.of(game, weights)
+    # loss = -log(x / (1 + x)), in logarithms: it is as small as exp(-200) where a base probability is
+    log_loss_BV = torch.full_like(mixed.base_BV, -torch.inf)
+    for log_ratio_BV, log_weight_B1 in mixed.log_ratios():
+        log_loss_B = torch.where(log_ratio_BV > 15.0, -log_ratio_BV, softplus(-log_ratio_BV).log())
+        log_loss_BV = torch.logaddexp(log_loss_BV, log_loss_B + log_weight_B1)
+    loss_BV = log_loss_BV.exp()
+    return mixed.decision(-loss_BV - torch.where(log_loss_BV < -15.0, log_loss_BV, (-torch.expm1(-loss_BV)).log()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tuned:
+    """The policy of each principal alone, pi_j = softmax(log pi0 + q_j / tau), as rules that mix them need it.
+
+    base_BV: log pi0. weights_BJ: the weights as given; `log_ratios` makes them sum to 1.
+    """
+
+    game: Game
+    measures: Measures
+    base_BV: Tensor
+    weights_BJ: Tensor
+
+    @classmethod
+    def of(cls, game: Game, weights: Tensor | None) -> _Tuned:
+        """Check the weights, which `mixture` describes."""
+        measures = measure(game)
+        return cls(game, measures, log_base(game, measures, _ALL), _checked_weights(game, weights))
+
+    def log_ratios(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield log pi_j - log pi0 [B, V] and the logarithm of the weight [B, 1], one principal after another."""
+        total_B1 = self.weights_BJ.sum(1, keepdim=True)
+        for tilt_BV, weight_B in zip(_tilts(self.game, self.measures), self.weights_BJ.unbind(1), strict=True):
+            weight_B1 = weight_B[:, None]
+            # of a principal with weight 0 (0 / 0) only log(0) = -inf counts, so the NaN may become any number
+            tilt_BV = (tilt_BV / weight_B1).clamp_min_(LOWEST_VALUE).nan_to_num_(0.0)
+            log_partition_B1 = torch.logsumexp(self.base_BV + tilt_BV, -1, keepdim=True)
+            yield tilt_BV - log_partition_B1, (weight_B1 / total_B1).log()
+
+    def decision(self, log_ratio_BV: Tensor) -> Decision:
+        """Return the policy pi0 times the ratio, normalised; where all weights are 0, the base policy."""
+        nobody_B1 = (self.weights_BJ == 0.0).all(1, keepdim=True)
+        logits_BV = torch.where(nobody_B1, self.base_BV, self.base_BV + log_ratio_BV)
+        return _closed_form(logits_BV, self.measures.finite)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +280,9 @@ def _tilts(game: Game, measures: Measures) -> Iterator[Tensor]:
 
 def _checked_weights(game: Game, weights: Tensor | None) -> Tensor:
     shape = tuple(game.values.shape[:2])
-    if weights is None or tuple(weights.shape) != shape:
-        raise ValueError(f"mixture needs weights {shape}; got {None if weights is None else tuple(weights.shape)}")
+    given = None if weights is None else tuple(weights.shape)
+    if weights is None or given != shape:
+        raise ValueError(f"a rule that mixes policies needs weights {shape}; got {given}")
     bad = ~(torch.isfinite(weights) & (weights >= 0.0))
     if bool(bad.any()):
         raise ValueError(f"weights must be finite and not negative; got {weights[bad][0].item()}")
@@ -250,6 +310,8 @@ by_name: Mapping[str, Rule] = MappingProxyType(
         RuleName.EQUILIBRIUM: equilibrium,
         RuleName.LINEAR: linear,
         RuleName.MIXTURE: mixture,
+        RuleName.FORWARD_KL: forward_kl,
+        RuleName.JENSEN_SHANNON: jensen_shannon,
         RuleName.MAXIMIN: maximin,
         RuleName.SOFT_THRESHOLD: soft_threshold,
         RuleName.SOLO: solo,

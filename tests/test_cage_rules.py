@@ -10,6 +10,8 @@ import cage
 from cage import RuleName, rules
 from cage.examples import random_games
 
+MIXING_RULES = [RuleName.MIXTURE, RuleName.FORWARD_KL, RuleName.JENSEN_SHANNON]
+
 
 def small_games(num_principals=2, value_scale=2.0, kind="arm-like", num_rows=12, num_tokens=9):
     return random_games(
@@ -151,23 +153,65 @@ def test_mixture_mixes_the_tilted_policies_of_the_rewards():
     assert torch.allclose(decision.log_policy.exp(), expected)
 
 
-def test_a_zero_weight_takes_no_part_in_the_mixture():
+def test_forward_kl_is_the_harmonic_mean_of_the_tilted_policies():
+    game = small_games(3)
+    weights = some_weights(game)
+    decision = rules.forward_kl(cage.Game(game.base_logprobs, weights[..., None] * game.values, 2.0), weights)
+    inverse = weights[..., None] / torch.softmax(game.base_logprobs[:, None] + game.values / 2.0, -1)
+    expected = 1 / inverse.sum(1)
+    assert torch.allclose(decision.log_policy.exp(), expected / expected.sum(1, keepdim=True))
+
+
+def test_jensen_shannon_is_mod_s_formula():
+    game = small_games(3)
+    weights = some_weights(game)
+    decision = rules.jensen_shannon(cage.Game(game.base_logprobs, weights[..., None] * game.values, 2.0), weights)
+    base = torch.softmax(game.base_logprobs, -1)
+    ratios = torch.softmax(game.base_logprobs[:, None] + game.values / 2.0, -1) / base[:, None]
+    shares = weights / weights.sum(1, keepdim=True)
+    derivative = (shares[..., None] * (2 * ratios / (1 + ratios)).log()).sum(1)  # f'(x) = log(2x / (1 + x))
+    expected = base * derivative.exp() / (2 - derivative.exp())
+    assert torch.allclose(decision.log_policy.exp(), expected / expected.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("mixing", MIXING_RULES)
+def test_a_rule_that_mixes_policies_is_a_principal_s_own_policy_where_the_others_have_no_weight(mixing):
+    """MOD with one-hot weights is that model, however rare the token that it wants is under the base."""
+    base = torch.log_softmax(torch.tensor([[0.0, -1.0, -90.0, -torch.inf]]), -1)
+    values = torch.tensor([[[0.0, 1.0, 95.0, 3.0], [0.0, 0.0, 0.0, 0.0]]])
+    decision = rules.by_name[mixing](cage.Game(base, values, 1.0), torch.tensor([[1.0, 0.0]]))
+    assert torch.allclose(decision.log_policy, torch.log_softmax(base + values[:, 0], -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("mixing", MIXING_RULES)
+def test_the_linear_rule_is_mod_for_the_reverse_kl_and_all_agree_for_equal_principals(mixing):
+    game = small_games(2)
+    weights = some_weights(game)
+    alike = game.values[:, :1].expand(-1, 2, -1)
+    shared = cage.Game(game.base_logprobs, (weights / weights.sum(1, keepdim=True))[..., None] * alike, 1.0)
+    same = cage.Game(game.base_logprobs, weights[..., None] * alike, 1.0)
+    assert torch.allclose(rules.by_name[mixing](same, weights).log_policy, rules.linear(shared).log_policy)
+
+
+@pytest.mark.parametrize("mixing", MIXING_RULES)
+def test_a_zero_weight_takes_no_part_in_the_mixture(mixing):
+    mix = rules.by_name[mixing]
     game = small_games(3)
     weights = some_weights(game)
     weights[:, 1] = 0
     values = weights[..., None] * game.values
-    decision = rules.mixture(cage.Game(game.base_logprobs, values, 1.0), weights)
+    decision = mix(cage.Game(game.base_logprobs, values, 1.0), weights)
     alone = cage.Game(game.base_logprobs, values[:, [0, 2]], 1.0)
-    assert torch.allclose(decision.log_policy, rules.mixture(alone, weights[:, [0, 2]]).log_policy)
-    nobody = rules.mixture(cage.Game(game.base_logprobs, 0 * values, 1.0), 0 * weights)
+    assert torch.allclose(decision.log_policy, mix(alone, weights[:, [0, 2]]).log_policy)
+    nobody = mix(cage.Game(game.base_logprobs, 0 * values, 1.0), 0 * weights)
     assert torch.allclose(nobody.log_policy, torch.log_softmax(game.base_logprobs, -1))
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (None, r"mixture needs weights \(12, 2\); got None"),
-        (torch.ones(12, 3), r"mixture needs weights \(12, 2\); got \(12, 3\)"),
+        (None, r"mixes policies needs weights \(12, 2\); got None"),
+        (torch.ones(12, 3), r"mixes policies needs weights \(12, 2\); got \(12, 3\)"),
         (-torch.ones(12, 2), r"finite and not negative; got -1.0"),
         (torch.full((12, 2), torch.nan), r"finite and not negative; got nan"),
     ],

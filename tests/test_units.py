@@ -32,7 +32,17 @@ PAIR = {
     "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.4},
 }
 PROMPTS = ["hello", "what is ice made of?", "x"]
-RULES = ["base", "linear", "mixture", "maximin", "equilibrium", "soft_threshold", "solo"]
+RULES = [
+    "base",
+    "linear",
+    "mixture",
+    "forward_kl",
+    "jensen_shannon",
+    "maximin",
+    "equilibrium",
+    "soft_threshold",
+    "solo",
+]
 
 
 def answers(tiny, *, principals=PAIR, slots=4, n=1, prompts=PROMPTS, seed=0, **decoding):
