@@ -9,6 +9,7 @@ import pytest
 from support import tiny_models
 from support.chat_templates import FAMILIES, GEMMA2, LLAMA32, NAMED, PHI3_MINI, SPECIAL
 from support.decoding import NOWHERE, ask
+from tokenizers.processors import TemplateProcessing
 
 from jobs.commands import plan_prompts
 from jobs.commands.plan_prompts import describe_context, describe_prompts
@@ -126,6 +127,35 @@ def test_what_is_odd_about_a_template_is_said(template, principals, note, planne
     principals = json.loads(json.dumps(principals).replace("MODEL", str(tmp_path / "model")))
     _, replica = planned(template, principals)
     assert note in "\n".join(template_notes(replica))
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "is_noted"),
+    [("", True, True), ("{{ bos_token }}", True, False), ("", False, False)],
+)
+def test_a_given_template_without_the_token_that_begins_texts_is_noted(
+    written, given, is_noted, planned, monkeypatch
+):
+    """A template of the model's own is as the model was trained; one that a user wrote may forget the token."""
+    made = tiny_models.make_tokenizer
+
+    def beginning(**options):
+        tokenizer = made(**options)
+        tokenizer.bos_token = tiny_models.EOS
+        token_id = tokenizer.convert_tokens_to_ids(tiny_models.EOS)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{tiny_models.EOS} $A", special_tokens=[(tiny_models.EOS, token_id)]
+        )
+        return tokenizer
+
+    monkeypatch.setattr(tiny_models, "make_tokenizer", beginning)
+    monkeypatch.setitem(NAMED, "bos_token", tiny_models.EOS)
+    template = written + "USER: {{ messages[-1].content }} ASSISTANT:"
+    plan, replica = planned(None if given else template, {}, base={"chat_template": template} if given else {})
+    said = "the prompts of base do not begin with </s>" in describe_prompts(plan, replica).replace(
+        tiny_models.EOS, "</s>"
+    )
+    assert said is is_noted
 
 
 def test_nothing_is_said_about_usual_templates(planned):

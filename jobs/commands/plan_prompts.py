@@ -23,6 +23,7 @@ def describe_prompts(plan: Plan, replica: ReplicaPlan) -> str:
     row, prompts, reason = _first_prompts(plan, previewer)
     if row is None:
         return "\n".join([*lines, f"prompts   none of the first rows can be read: {printable(reason)}"])
+    lines += [f"note      {printable(note)}" for note in previewer.start_notes(row)]
     lines += [
         f"context   {printable(describe_context(plan, replica, previewer))}",
         "",

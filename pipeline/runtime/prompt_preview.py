@@ -76,6 +76,22 @@ class PromptPreviewer:
         """The prompts of a row, by role. Raises RowError where a role cannot read it."""
         return {name: self._preview(name, ids) for name, ids in self._encode(row).items()}
 
+    def start_notes(self, row: Row) -> Iterator[str]:
+        """A sentence for each given chat template that leaves out the token with which the tokenizer begins texts.
+
+        Models are trained with that token, and a prompt without it is read as something else.
+        """
+        for name, ids in self._encode(row).items():
+            role = self._replica.topology.roles[name]
+            begins = next(iter(self._hosts[role.host].tokenizer("a")["input_ids"]), None)
+            tokens = self._replica.tokenizers[role.host]
+            if role.chat_template and begins in tokens.special_tokens.values() and ids[:1] != [begins]:
+                yield (
+                    f"the prompts of {name} do not begin with {tokens.token_by_id[begins]}, with which its tokenizer "
+                    "begins texts: write {{ bos_token }} at the start of the chat template, unless the model is "
+                    "meant to read prompts without it"
+                )
+
     def fit(self, row: Row) -> ContextFit:
         """How much of every context a row leaves. Raises RowError where a role cannot read it."""
         prompts = self._encode(row)
