@@ -83,7 +83,7 @@ class PromptPreviewer:
         """
         for name, ids in self._encode(row).items():
             role = self._replica.topology.roles[name]
-            begins = next(iter(self._hosts[role.host].tokenizer("a")["input_ids"]), None)
+            begins = int(next(iter(self._hosts[role.host].tokenizer("a")["input_ids"]), -1))
             tokens = self._replica.tokenizers[role.host]
             if role.chat_template and begins in tokens.special_tokens.values() and ids[:1] != [begins]:
                 yield (
