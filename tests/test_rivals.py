@@ -60,7 +60,7 @@ def at(policy_TV: Tensor, tokens: Sequence[int]) -> list[float]:
 
 
 def test_genarm(models):
-    """The mean of logits, (log p_base + sum alpha log p_ARM) / (1 + sum alpha), at temperature 1 / (1 + sum alpha)."""
+    """The mean of the logits, (log p_base + sum alpha log p_ARM) / (1 + sum alpha), at 1 / (1 + sum alpha)."""
     tokens, found = answer_of(models, rule="linear", agent_temperature=1.0)
     plain = {name: logprobs_of(folder, folder, tokens) for name, folder in models.items()}
     total = 1 + sum(WEIGHTS.values())
