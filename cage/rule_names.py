@@ -15,6 +15,10 @@ class _Facts:
     summary: str
     pays: bool = False
     uses_principals: bool = True
+    uses_temperature: bool = True
+    at_weights: bool = False
+    serves_tokens: bool = True
+    serves_texts: bool = True
     has_fixed_step_solver: bool = False
     takes_k: bool = False
 
@@ -63,7 +67,21 @@ class RuleName(StrEnum):
         ),
     )
     SOLO = "solo", _Facts(summary="each principal pays as if it were alone; the payments are summed", pays=True)
-    BASE = "base", _Facts(summary="keep the base policy as it is", uses_principals=False)
+    PARM = (
+        "parm",
+        _Facts(
+            summary="tilt the base policy by one reward model that is used at the weights",
+            at_weights=True,
+            serves_texts=False,
+        ),
+    )
+    BEST_OF_N = (
+        "best_of_n",
+        _Facts(
+            summary="take the proposal with the highest weighted reward", uses_temperature=False, serves_tokens=False
+        ),
+    )
+    BASE = "base", _Facts(summary="keep the base policy as it is", uses_principals=False, uses_temperature=False)
 
     @property
     def summary(self) -> str:
@@ -77,8 +95,28 @@ class RuleName(StrEnum):
 
     @property
     def uses_principals(self) -> bool:
-        """Whether values, weights and agent temperature change the rule's answers."""
+        """Whether values and weights change the rule's answers."""
         return self._facts.uses_principals
+
+    @property
+    def uses_temperature(self) -> bool:
+        """Whether the agent temperature changes the rule's answers."""
+        return self._facts.uses_temperature
+
+    @property
+    def at_weights(self) -> bool:
+        """Whether its values are those of one reward model at the game's weights, instead of each principal's own."""
+        return self._facts.at_weights
+
+    @property
+    def serves_tokens(self) -> bool:
+        """Whether it decides games over the next token."""
+        return self._facts.serves_tokens
+
+    @property
+    def serves_texts(self) -> bool:
+        """Whether it decides games over blocks or whole answers."""
+        return self._facts.serves_texts
 
     @property
     def takes_k(self) -> bool:

@@ -84,6 +84,18 @@ def linear(game: Game, weights: Tensor | None = None) -> Decision:
     return _closed_form(logits_BV, measures.finite)
 
 
+def best_of_n(game: Game, weights: Tensor | None = None) -> Decision:
+    """Take the candidate with the highest sum of values, among those that the base can draw.
+
+    Equal ones share the policy as the base has it. This is `linear` in the limit of an agent temperature of 0.
+    """
+    measures = measure(game)
+    base_BV = log_base(game, measures, _ALL)
+    total_BV = game.values.sum(1).masked_fill(base_BV == -torch.inf, -torch.inf)
+    is_best_BV = total_BV == total_BV.amax(-1, keepdim=True)
+    return _closed_form(base_BV.masked_fill(~is_best_BV, -torch.inf), measures.finite)
+
+
 def mixture(game: Game, weights: Tensor | None = None) -> Decision:
     """Mix each principal's own tilted policy: sum_j w_j softmax(log pi0 + q_j / tau), with q_j = v_j / w_j.
 
@@ -315,6 +327,8 @@ by_name: Mapping[str, Rule] = MappingProxyType(
         RuleName.MAXIMIN: maximin,
         RuleName.SOFT_THRESHOLD: soft_threshold,
         RuleName.SOLO: solo,
+        RuleName.PARM: linear,  # over other values: those of one reward model at the game's weights
+        RuleName.BEST_OF_N: best_of_n,
         RuleName.BASE: base,
     }
 )

@@ -18,6 +18,8 @@ OUTPUT_COLUMNS = (
     "variant",
     "rule",
     "agent_temperature",
+    "game_unit",
+    "draw_temperature",
     "prompt",
     "completion",
     "messages",
@@ -203,6 +205,8 @@ class Record:
         variant: which of the run's variants this is.
         rule: of the variant.
         agent_temperature: of the variant.
+        unit: what its games are about.
+        temperature: of the variant's draws.
         original_response: the existing answer that the row came with.
         original_rewards: its rewards by principal, in nats.
         chosen: the answer with the higher weighted reward, of the new and the existing one.
@@ -234,6 +238,8 @@ class Record:
     variant: int = 0
     rule: str = ""
     agent_temperature: float | None = None
+    unit: str = "token"
+    temperature: float | None = None
     original_response: str | None = None
     original_rewards: Mapping[str, float | None] | None = None
     chosen: str | None = None

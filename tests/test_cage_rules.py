@@ -40,10 +40,10 @@ def test_a_rule_uses_principals_exactly_if_they_change_its_answers(name):
     game, rule = small_games(), rules.by_name[name]
     weights, other_weights = some_weights(game), some_weights(game).flip(1)
     decision = rule(game, weights)
-    other_values = rule(cage.Game(game.base_logprobs, 2 * game.values, 1.0), weights)
+    other_values = rule(cage.Game(game.base_logprobs, 2 * game.values.flip(-1), 1.0), weights)
     other_temperature = rule(cage.Game(game.base_logprobs, game.values, 0.3), weights)
     changes = [not torch.equal(each.log_policy, decision.log_policy) for each in (other_values, other_temperature)]
-    assert changes == [name.uses_principals] * 2
+    assert changes == [name.uses_principals, name.uses_temperature]
     if not name.uses_principals:
         assert torch.equal(rule(game, other_weights).log_policy, decision.log_policy)
 
@@ -99,6 +99,16 @@ def test_base_and_linear_are_their_formulas():
     at_half = cage.Game(game.base_logprobs, game.values, 0.5)
     expected = torch.log_softmax(game.base_logprobs + game.values.sum(1) / 0.5, -1)
     assert torch.allclose(rules.linear(at_half).log_policy, expected)
+
+
+def test_best_of_n_takes_the_highest_sum_that_the_base_can_draw_and_shares_ties_as_the_base_does():
+    base = torch.tensor([[0.2, 0.3, 0.5, 0.0]], dtype=torch.float64).log()
+    values = torch.tensor([[[1.0, 2.0, 0.0, 9.0], [3.0, 2.0, 0.0, 9.0]]], dtype=torch.float64)
+    policy = rules.best_of_n(cage.Game(base, values, 0.7)).log_policy.exp()
+    assert torch.allclose(policy, torch.tensor([[0.4, 0.6, 0.0, 0.0]], dtype=torch.float64))
+    game = small_games(3)
+    cold = rules.linear(cage.Game(game.base_logprobs, game.values, 1e-6)).log_policy.exp()
+    assert torch.allclose(rules.best_of_n(game).log_policy.exp(), cold, atol=1e-9)
 
 
 @pytest.mark.parametrize("k", [-1.0, 0.0, 1.0, 2.5])

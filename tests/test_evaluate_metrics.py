@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cage.rule_names import RuleName
+from pipeline.config.units import Unit
 from pipeline.config.variants import Variant
 from pipeline.evaluation import summary
 from pipeline.evaluation.bootstrap import resample
@@ -30,6 +31,7 @@ from pipeline.evaluation.metrics import (
     spearman,
     weighted_means,
 )
+from pipeline.evaluation.pairs import difference_at_equal_length
 from pipeline.evaluation.reading import reading
 
 EQ, LINEAR, BASE = RuleName.EQUILIBRIUM, RuleName.LINEAR, RuleName.BASE
@@ -103,9 +105,10 @@ def test_a_prompt_without_a_score_does_not_count():
     assert math.isnan(means[1, 0])
 
 
-def resampled(variants, scores_by_judge, kl, reference=None, judges=None):
+def resampled(variants, scores_by_judge, kl, reference=None, judges=None, tokens=None):
     shape = np.shape(kl)
     numbers = {name: np.ones(shape) for name in ("num_tokens", "covered_mass", "max_residual", "num_unsolved")}
+    numbers |= {} if tokens is None else {"num_tokens": tokens}
     data = Measurements(
         variants=tuple(variants),
         row_ids=tuple(str(at) for at in range(shape[1])),
@@ -195,6 +198,46 @@ def test_rules_on_one_curve_are_equal_at_equal_kl_however_far_they_go():
     rows = summary.equal_kl(samples)
     assert sorted({row["kl_per_token"] for row in rows}) == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert all(row["objectives"]["a"] == pytest.approx(2 * row["kl_per_token"] + noise.mean()) for row in rows)
+
+
+def test_at_equal_length_a_lead_that_is_length_alone_is_gone_and_another_stays():
+    """Against least squares with an intercept for each two variants and one slope, by numpy."""
+    generator = np.random.default_rng(2)
+    variants = [Variant(rule, tau, {"a": 1.0, "b": 3.0}) for rule in (EQ, LINEAR) for tau in (0.1, 0.3)]
+    tokens = generator.integers(5, 40, (4, 30)).astype(float)
+    tokens[:2] += 12
+    a = 0.2 * tokens + generator.normal(0, 1, (4, 30))
+    b = a[::-1] + np.array([[1.0], [1.0], [0.0], [0.0]])
+    samples = resampled(variants, {"a": a, "b": b}, np.ones((4, 30)), tokens=tokens)
+    found = difference_at_equal_length(samples, "equilibrium", "linear")
+    span = samples.high_M - samples.low_M
+    lead = (0.25 * (a[:2] - a[2:]) / span[0] + 0.75 * (b[:2] - b[2:]) / span[1]).ravel()
+    longer = (tokens[:2] - tokens[2:]).ravel()
+    design = np.stack([longer, np.repeat([1.0, 0.0], 30), np.repeat([0.0, 1.0], 30)], axis=1)
+    for sample in (0, 1, 7):
+        weight = np.sqrt(np.tile(samples.counts_SP[sample], 2))
+        fitted = np.linalg.lstsq(design * weight[:, None], lead * weight, rcond=None)[0]
+        assert found[sample] == pytest.approx(fitted[1:].mean())
+    same = resampled(variants, {"a": 0.2 * tokens, "b": 0.2 * tokens}, np.ones((4, 30)), tokens=tokens)
+    rows = {row["metric"]: row for row in summary.differences(same, {}) if row["agent_temperature"] is None}
+    assert rows["mip"]["difference"] > 0.1
+    assert rows["equal_length"]["difference"] == pytest.approx(0, abs=1e-9)
+
+
+def test_units_are_compared_at_equal_kl_two_by_two():
+    """Games over answers reach little KL: they do not narrow what games over tokens are compared at."""
+    kl = {("equilibrium", Unit.TOKEN): 1.0, ("linear", Unit.TOKEN): 2.0, ("linear", Unit.ANSWER): 0.1}
+    variants = [Variant(RuleName(rule), 0.1, {"a": 1.0}, unit) for rule, unit in kl]
+    variants.append(Variant(BASE, 0.1, {"a": 1.0}))
+    kl_V = np.array([*kl.values(), 0.0])
+    samples = resampled(variants, {"a": np.repeat(2 * kl_V[:, None], 5, 1)}, np.repeat(kl_V[:, None], 5, 1))
+    scores = weighted_scores(samples)
+    assert set(scores) == {"equilibrium", "linear"}  # one rule over answers has none to be compared with
+    found = {
+        (row["rule"], row["against"]) for row in summary.differences(samples, scores) if row["metric"] == "equal_kl"
+    }
+    assert found == {("equilibrium", "linear"), ("linear", "linear (answer)")}
+    assert scores["linear"][0] == pytest.approx(samples.normalised(np.array([2 * 0.625]))[0])
 
 
 def test_the_reference_point_can_be_given():

@@ -357,7 +357,7 @@ def test_a_preference_adapter_is_read_at_unit_vectors_and_not_at_the_weights_of_
         plain.model = merged(model, adapter, vector)
         assert record.rewards[name] == pytest.approx(plain.score("hi", answer), abs=8e-3)
     own = {name: {**each, "preference": "weights"} for name, each in principals.items()}
-    with pytest.raises(ConfigurationError, match=r"preference: weights needs the base's tokens"):
+    with pytest.raises(ConfigurationError, match=r"preference: weights, or rule parm, needs the base's tokens"):
         assemble(config_of(base, own, decoding={**DECODING, "rule": "linear"}), NOWHERE)
 
 

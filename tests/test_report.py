@@ -75,7 +75,7 @@ def rows_of(run: Run) -> list[dict]:
 
 
 def numbers_of(run: Run, **options: int) -> Tally:
-    batches = (batch for file in data_files(run) for batch in read_batches(run, file, rule="equilibrium"))
+    batches = (batch for file in data_files(run) for batch in read_batches(run, file))
     return tally(batches, run.plan.principal_names, **options)
 
 

@@ -129,5 +129,6 @@ def test_records_of_a_row_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_every_column_of_the_output_is_reserved() -> None:
-    has = {f"has_{name}": True for name in ("response", "variants", "tools", "reasoning", "proposals")}
+    flags = ("response", "variants", "units", "temperatures", "tools", "reasoning", "proposals")
+    has = {f"has_{name}": True for name in flags}
     assert tuple(output_schema(("a",), trace=Trace.TOKENS, **has).names) == OUTPUT_COLUMNS

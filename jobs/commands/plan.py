@@ -14,7 +14,7 @@ from jobs.commands.plan_prompts import describe_prompts
 from jobs.commands.plan_run import describe_existing
 from jobs.commands.text import printable, table
 from pipeline.config.sections import Config, Transport
-from pipeline.config.variants import lay_out
+from pipeline.config.variants import lay_out, names_of
 from pipeline.hub.descriptions import describe_model
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.families import PLAIN, ROW_BY_ROW
@@ -107,7 +107,7 @@ def _rule(config: Config) -> str:
     variants = lay_out(config)
     if len(variants) == 1:
         return f"rule      {variants[0].rule}, agent temperature {variants[0].agent_temperature:g}, "
-    rules = dict.fromkeys(str(variant.rule) for variant in variants)
+    rules = dict.fromkeys(names_of(variants))
     temperatures = dict.fromkeys(f"{variant.agent_temperature:g}" for variant in variants)
     vectors = {repr(variant.weights) for variant in variants}
     return (
@@ -118,7 +118,7 @@ def _rule(config: Config) -> str:
 
 def _agent_temperature(config: Config) -> list[str]:
     """What the agent temperature means, where one is used."""
-    variants = [variant for variant in lay_out(config) if variant.rule.uses_principals]
+    variants = [variant for variant in lay_out(config) if variant.rule.uses_temperature]
     if not variants or not config.principals:
         return []
     found = list(dict.fromkeys(f"{variant.agent_temperature:g}" for variant in variants))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from cage.rule_names import RuleName
+from pipeline.config.units import Unit, check_one_reward_model, check_options, check_principals, check_rules
 from pipeline.principals.kinds import Principal
 from pipeline.protocol.specs import SamplingOptions
 from pipeline.sections import EMBEDDED_MODEL, BaseConfig, Section, model_from_name, shortened
@@ -25,14 +26,6 @@ FIRST_AUTO_SLOTS = 8
 class Reproducibility(StrEnum):
     STRICT = "strict"
     RELAXED = "relaxed"
-
-
-class Unit(StrEnum):
-    """What a game is about."""
-
-    TOKEN = "token"
-    BLOCK = "block"
-    ANSWER = "answer"
 
 
 class Trace(StrEnum):
@@ -158,7 +151,8 @@ class DecodingConfig(Section):
     agent_temperature: float = Field(0.1, gt=0, description="tau, in nats of weighted reward")
     unit: Unit = Field(
         Unit.TOKEN,
-        description="what a game is about: the next token, the next block of the answer, or the whole answer",
+        description="what a game is about: the next token, the next block of the answer, or the whole answer; "
+        "grid.units compares several",
     )
     proposals: int = Field(
         8, ge=2, le=1024, description="blocks or answers that the base draws for each game (unit block or answer)"
@@ -216,26 +210,16 @@ class DecodingConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _fits_its_unit(self) -> DecodingConfig:
-        # a default that is written out, as --print-config does, asks for nothing
-        fields, thinking = type(self).model_fields, self.thinking
-        given = {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
-        if self.unit is Unit.TOKEN and (unused := given & {"proposals", "block_tokens", "block_end", "proposals_by"}):
-            raise ValueError(f"{', '.join(sorted(unused))}: no effect with unit: token; choose unit: block or answer")
-        if self.unit is Unit.ANSWER and (unused := given & {"block_tokens", "block_end"}):
-            raise ValueError(f"{', '.join(sorted(unused))}: no effect with unit: answer; choose unit: block")
-        if self.unit is not Unit.TOKEN and (thinking.max_tokens is not None or not thinking.steer):
-            raise ValueError(f"thinking.max_tokens and thinking.steer need unit: token; got unit: {self.unit}")
-        return self
-
     @property
     def sampling(self) -> SamplingOptions:
         """How candidates are chosen and tokens drawn."""
         count = None if self.candidates == "all" else self.candidates
-        if self.unit is not Unit.TOKEN:  # proposals are samples of the base; what is taken is drawn from the game
-            return SamplingOptions(count, self.min_p)
         return SamplingOptions(count, self.min_p, self.temperature, self.top_p)
+
+    @property
+    def draw(self) -> tuple[float, float]:
+        """Temperature and top_p of the draw from a game's policy."""
+        return self.temperature, self.top_p
 
 
 class SimplexConfig(Section):
@@ -254,7 +238,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class GridConfig(Section):
-    """Ways to answer every prompt: each rule at each agent temperature with each weight vector.
+    """Ways to answer every prompt: each rule over each unit at each agent temperature with each weight vector.
 
     What is left empty is taken from `decoding` and `principals`. All of it is part of the fingerprint.
     """
@@ -263,13 +247,21 @@ class GridConfig(Section):
         (), description="weight vectors {principal: weight}, or {step: 0.25} for a grid on the simplex"
     )
     rules: tuple[RuleName, ...] = Field((), description="each answers every prompt; empty: decoding.rule")
+    units: tuple[Unit, ...] = Field(
+        (),
+        description="what games are about: every rule is played over each of them that it is for; empty: "
+        "decoding.unit",
+    )
     agent_temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (), description="in nats of weighted reward; empty: decoding.agent_temperature"
+    )
+    draw_temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (), description="of the final draw; empty: decoding.temperature"
     )
 
     @property
     def is_empty(self) -> bool:
-        return not (self.weights or self.rules or self.agent_temperatures)
+        return not any(getattr(self, name) for name in type(self).model_fields)
 
 
 class ClusterConfig(Section):
@@ -355,16 +347,37 @@ class Config(Section):
                 )
         return self
 
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What games of the run are about."""
+        return tuple(dict.fromkeys(self.grid.units or (self.decoding.unit,)))
+
+    @property
+    def rules(self) -> tuple[RuleName, ...]:
+        """The rules by which answers are chosen, and proposals drawn."""
+        by = () if self.units == (Unit.TOKEN,) else (self.decoding.proposals_by,)
+        return tuple(dict.fromkeys([*(self.grid.rules or (self.decoding.rule,)), *by]))
+
     @model_validator(mode="after")
     def _units_fit(self) -> Config:
-        if self.input.candidates is not None and self.decoding.unit is not Unit.ANSWER:
-            raise ValueError(f"input.candidates needs decoding.unit: answer; got {self.decoding.unit}")
-        for name, principal in self.principals.items():
-            if principal.judged_by is not None and self.decoding.unit is Unit.TOKEN:
-                raise ValueError(
-                    f"principals.{name}: a {principal.kind} values text and no tokens; choose decoding.unit: block "
-                    "or answer"
-                )
+        decoding, thinking = self.decoding, self.decoding.thinking
+        # a default that is written out, as --print-config does, asks for nothing
+        fields = type(decoding).model_fields
+        given = {f"decoding.{name}" for name in fields if getattr(decoding, name) != fields[name].default}
+        if thinking.max_tokens is not None:
+            given.add("decoding.thinking.max_tokens")
+        if not thinking.steer:
+            given.add("decoding.thinking.steer")
+        if self.input.candidates is not None:
+            given.add("input.candidates")
+        check_options(self.units, given)
+        check_principals(self.units, self.principals, "grid.units" if self.grid.units else "decoding.unit")
+        check_rules(
+            self.units, self.grid.rules or (decoding.rule,), "grid.rules" if self.grid.rules else "decoding.rule"
+        )
+        check_rules((Unit.TOKEN,), (decoding.proposals_by,), "decoding.proposals_by")
+        if any(rule.at_weights for rule in self.rules):
+            check_one_reward_model(self.principals)
         return self
 
     @model_validator(mode="after")
@@ -377,11 +390,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> Config:
-        decoding, rules = self.decoding, {*(self.grid.rules or (self.decoding.rule,)), self.decoding.proposals_by}
+        decoding, rules = self.decoding, self.rules
         default = type(decoding).model_fields["soft_threshold"].default
         if decoding.soft_threshold != default and not any(rule.takes_k for rule in rules):
             raise ValueError("decoding.soft_threshold: no effect without rule: soft_threshold")
-        if decoding.target_kl is not None and not (self.principals and any(rule.uses_principals for rule in rules)):
+        if decoding.target_kl is not None and not (self.principals and any(rule.uses_temperature for rule in rules)):
             raise ValueError("decoding.target_kl: no effect where no principal steers; leave it out")
         return self
 

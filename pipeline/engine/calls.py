@@ -24,7 +24,7 @@ from pipeline.protocol.hosts import Hosts, Reply, SamplingClient
 from pipeline.protocol.messages import Admission, Candidates, Position, Step, Terms, TokenOutcome
 from pipeline.protocol.specs import SamplingOptions
 from pipeline.protocol.topology import HostPlan, Topology
-from pipeline.sampling.games import by_role, solve_and_sample, token_rewards
+from pipeline.sampling.games import by_role, reward_at_weights, solve_and_sample, token_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,9 +180,11 @@ class HostCalls:
         for plan, reply in zip(others, values, strict=True):
             values_BRK = self._wait(reply).to(candidates.base_logprobs_BK.device)
             outputs_BK |= by_role(plan.roles, values_BRK)
-        rewards = token_rewards(self._topology.principals, outputs_BK)
+        principals = self._topology.principals
+        rewards, at_weights = token_rewards(principals, outputs_BK), reward_at_weights(principals, outputs_BK)
         started_s = time.perf_counter()
-        outcomes = solve_and_sample(self._options, candidates, rewards, terms, uniforms).outcomes(terms)
+        sampled = solve_and_sample(self._options, candidates, rewards, terms, uniforms, at_weights)
+        outcomes = sampled.outcomes(terms)
         self.solve_s += time.perf_counter() - started_s
         return outcomes
 

@@ -1,5 +1,7 @@
 """Games over blocks of text or whole answers: the base proposes several, one game decides which one is taken.
 
+Answers of variants whose games are over tokens are decoded beside them.
+
 The proposals of a game are samples of the base, so its base policy is their empirical measure: equal ones are merged
 by count. A principal's value of a proposal is what it adds to the answer's reward. With more proposals the game over
 whole answers converges to the game over all answers.
@@ -17,7 +19,9 @@ from dataclasses import replace
 import torch
 
 import cage
-from pipeline.config.sections import DecodingConfig, Unit
+from pipeline.config.sections import DecodingConfig
+from pipeline.config.units import Unit
+from pipeline.config.variants import Variant
 from pipeline.engine.engine import Ended, Engine
 from pipeline.engine.menus import Choice, Menu, Path, TextScorer, Valuer
 from pipeline.engine.prompter import Prompter
@@ -35,17 +39,18 @@ SAMPLES = 2**20  # of one row in one round, so that the proposals of different r
 MOST_FAILURES = 3  # of hosts while one menu is scored, before its rows fail
 KEPT_MENUS = 256  # games that are over and may be played again, by other rules, temperatures or weights
 
-MenuKey = tuple[str, int, int, tuple[int, ...]]
+MenuKey = tuple[str, Unit, int, int, tuple[int, ...]]
 
 
 class ChoiceEngine:
-    """Decodes rows as `Engine` does, with one game per block or per answer instead of one per token.
+    """Decodes rows as `Engine` does, with one game per block or per answer where the row's variant says so.
 
     Args:
-        engine: draws the proposals.
+        engine: draws the proposals, and answers rows whose games are over tokens.
         topology: roles and principals.
         prompter: text of answers.
-        decoding: the unit, the number of proposals, and how one of them is drawn.
+        decoding: the number of proposals, and how one of them is drawn.
+        variants: the ways to answer a row, with the unit of each.
         scorers: of principals that value text.
     """
 
@@ -55,14 +60,18 @@ class ChoiceEngine:
         topology: Topology,
         prompter: Prompter,
         decoding: DecodingConfig,
+        variants: Sequence[Variant],
         scorers: Mapping[str, TextScorer],
     ) -> None:
         self._engine = engine
         self._prompter = prompter
         self._decoding = decoding
+        self._variants = variants
         self._valuer = Valuer(engine.calls, topology, prompter, decoding, scorers)
         # proposals of the base are the same whatever the rule, the temperature and the weights of the game
-        self._shares_menus = not (topology.takes_weights or decoding.proposals_by.uses_principals)
+        own = {role for principal in topology.principals for role in principal.roles.values()}
+        takes_weights = any(topology.roles[name].takes_weights for name in own)
+        self._shares_menus = not (takes_weights or decoding.proposals_by.uses_principals)
         self._menus: OrderedDict[MenuKey, Menu] = OrderedDict()
         self._menu_of: dict[tuple[str, int, int], tuple[MenuKey, int]] = {}
         self._ready: deque[Menu] = deque()
@@ -99,6 +108,9 @@ class ChoiceEngine:
 
     def admit(self, row: Row, variant: int = 0, sample: int = 0) -> None:
         """Queue one answer to a row, as `Engine.admit` does."""
+        if self._variants[variant].unit is Unit.TOKEN:
+            self._engine.admit(row, variant, sample)
+            return
         try:
             whole = self._engine.begin(row, variant, sample)
         except RowError as error:
@@ -118,7 +130,10 @@ class ChoiceEngine:
             HostError: a host cannot be used any more. No row is lost: call `recover` with other hosts.
         """
         for ended in self._engine.step_rows():
-            self._file(ended)
+            if ended.running.key in self._menu_of:
+                self._file(ended)
+            else:  # a whole answer, not a proposal
+                self._records.append(self._engine.record(ended))
         while self._ready:
             menu, lack = self._ready[0], None
             if menu.num_failures == MOST_FAILURES:
@@ -149,7 +164,8 @@ class ChoiceEngine:
         """Have the base draw the proposals of an answer's next game, unless another answer's are the same."""
         whole = path.whole
         taken, row_id = tuple(whole.tokens), whole.row.row_id
-        key = (row_id, 0 if self._shares_menus else whole.variant, whole.sample, taken)
+        unit = self._variants[whole.variant].unit
+        key = (row_id, unit, 0 if self._shares_menus else whole.variant, whole.sample, taken)
         menu = self._menus.get(key)
         if menu is None and whole.row.candidates:
             menu = self._menus[key] = Menu(
@@ -176,14 +192,14 @@ class ChoiceEngine:
         if number or whole.tokens:
             row = replace(row, response=None)  # the existing answer is scored once
         left = whole.max_tokens - len(whole.tokens)
-        is_answer = self._decoding.unit is Unit.ANSWER
+        is_answer = self._variants[whole.variant].unit is Unit.ANSWER
         seed = self._decoding.seed if row.seed is None else row.seed
         return RunningRow(
             row=row,
             sample=sample,
             variant=whole.variant,
             principal_names=whole.principal_names,
-            terms=self._engine.terms_by(self._decoding.proposals_by, whole.terms),
+            terms=self._engine.proposal_terms(self._decoding.proposals_by, whole.terms),
             uniforms=Uniforms(seed, row.row_id, sample),
             prompts=prompts,
             shared_prefixes=whole.shared_prefixes,
@@ -230,8 +246,9 @@ class ChoiceEngine:
         if int(solved.decision.status) == cage.Status.NOT_FINITE:
             return whole.failed(f"after {len(whole.tokens)} tokens: the rewards are not finite")
         uniform = torch.tensor([whole.uniforms.at(CHOICE + path.num_games)], dtype=torch.float64)
-        log_policy, decoding = solved.decision.log_policy, self._decoding
-        at = int(draw(log_policy, uniform, temperature=decoding.temperature, top_p=decoding.top_p))
+        log_policy = solved.decision.log_policy
+        temperature, top_p = self._variants[whole.variant].draw(self._decoding)
+        at = int(draw(log_policy, uniform, temperature=temperature, top_p=top_p))
         path.games += _proposals(path, choices, log_policy.exp()[0].tolist(), at)
         path.num_games += 1
         if menu.given:

@@ -19,7 +19,7 @@ from itertools import compress, product
 import cage
 from cage.rule_names import RuleName
 from pipeline.config.sections import DecodingConfig, Reproducibility, Trace
-from pipeline.config.variants import Variant
+from pipeline.config.variants import Variant, sampling_of
 from pipeline.engine.calls import HostCalls
 from pipeline.engine.decoding import DecodingEngine
 from pipeline.engine.prompter import Prompter
@@ -97,9 +97,9 @@ class Engine:
         loaded_slots: int | None = None,
     ) -> None:
         self._topology = topology
-        self._calls = HostCalls(
-            topology, hosts, prompter, decoding.sampling, counts_reasoning=decoding.thinking.in_answers
-        )
+        sampling = sampling_of(decoding, variants)
+        self._draw = sampling.temperature, sampling.top_p
+        self._calls = HostCalls(topology, hosts, prompter, sampling, counts_reasoning=decoding.thinking.in_answers)
         self._prompter = prompter
         self._decoding = decoding
         self._variants = variants
@@ -172,9 +172,11 @@ class Engine:
         """Queue a row that has its prompts."""
         self._slots.queue.append(running)
 
-    def terms_by(self, rule: RuleName, terms: Terms) -> Terms:
-        """The terms of a row when another rule decides its tokens."""
-        return replace(terms, rule=rule, k=self._k if rule.takes_k else ())
+    def proposal_terms(self, rule: RuleName, terms: Terms) -> Terms:
+        """The terms of a row whose tokens this rule proposes: they are drawn from its policy as it is."""
+        as_it_is = (1.0, 1.0)
+        draw = None if self._draw == as_it_is else as_it_is
+        return replace(terms, rule=rule, k=self._k if rule.takes_k else (), draw=draw)
 
     def failed(self, row: Row, variant: int, sample: int, reason: str) -> Record:
         """The record of a row that cannot be decoded."""
@@ -303,8 +305,11 @@ class Engine:
                 way.agent_temperature,
                 tuple(float(weights[name]) for name in self._names),
                 self._k if way.rule.takes_k else (),
+                None if (draw := way.draw(self._decoding)) == self._draw else draw,
             ),
             target_kl=self._decoding.target_kl,
+            unit=way.unit,
+            temperature=way.draw(self._decoding)[0],
             # the variants of a prompt share its draws, so that what differs between them comes from the rule alone
             uniforms=Uniforms(self._decoding.seed if row.seed is None else row.seed, row.row_id, sample),
         )

@@ -29,6 +29,8 @@ class RunningRow:
         principal_names: in the principals' order.
         terms: what its games are decided by; with a target for KL, what they begin with.
         target_kl: nats per token that its agent temperature aims at.
+        unit: what its games are about.
+        temperature: of its draws.
         uniforms: its draws.
         prompts: token ids by role.
         shared_prefixes: by role, the length of the prefix that other prompts may share.
@@ -51,6 +53,8 @@ class RunningRow:
     terms: Terms
     uniforms: Uniforms
     target_kl: float | None = None
+    unit: str = "token"
+    temperature: float | None = None
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     shared_prefixes: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 0
@@ -285,6 +289,8 @@ class RunningRow:
             variant=self.variant,
             rule=str(self.terms.rule),
             agent_temperature=self.terms.agent_temperature,
+            unit=self.unit,
+            temperature=self.temperature,
             prompt=self.row.messages,
             tools=self.row.tools,
             response=None,

@@ -69,6 +69,13 @@ class BootstrapSamples:
         scaled: Floats = np.where(range_M > 0, (values - self.low_M) / np.where(range_M > 0, range_M, 1.0), 0.0)
         return scaled
 
+    def normalised_lead(self, lead_PM: Floats, weights_M: Floats) -> Floats:
+        """w . r of differences of scores [P, M], on the scale of `normalised`: [P]."""
+        range_M = self.high_M - self.low_M
+        scaled_M = np.where(range_M > 0, weights_M / np.where(range_M > 0, range_M, 1.0), 0.0)
+        lead_P: Floats = lead_PM @ scaled_M
+        return lead_P
+
     @property
     def objectives(self) -> tuple[str, ...]:
         return tuple(self.judges)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cage.rule_names import RuleName
-from pipeline.config.variants import Variant
+from pipeline.config.variants import Variant, names_of
 from pipeline.errors import CageError
 from pipeline.evaluation.metrics import Floats
 from pipeline.evaluation.scores import NUMBERS
@@ -46,20 +46,38 @@ class Measurements:
     num_answers: int
 
     @cached_property
-    def rules(self) -> tuple[RuleName, ...]:
-        """The rules, in order of their first variant."""
-        return tuple(dict.fromkeys(variant.rule for variant in self.variants))
+    def method_by_variant(self) -> tuple[str, ...]:
+        """The method of each variant (`names_of`): its rule, and the unit of its games where there are several."""
+        return names_of(self.variants)
 
-    def indices(self, rule: RuleName, agent_temperature: float | None = None) -> list[int]:
-        """Indices of a rule's variants, at one agent temperature or (None) at all.
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, in order of their first variant."""
+        return tuple(dict.fromkeys(self.method_by_variant))
 
-        The base does not depend on the temperature, so its variant stands for every one.
+    def variant_of(self, method: str) -> Variant:
+        """A method's first variant, which has its rule and its unit."""
+        return self.variants[self.method_by_variant.index(method)]
+
+    def rule_of(self, method: str) -> RuleName:
+        """The rule of a method."""
+        return self.variant_of(method).rule
+
+    def temperatures_of(self, method: str) -> list[float]:
+        """Agent temperatures of a method's variants."""
+        of_method = zip(self.method_by_variant, self.variants, strict=True)
+        return list(dict.fromkeys(each.agent_temperature for name, each in of_method if name == method))
+
+    def indices(self, method: str, agent_temperature: float | None = None) -> list[int]:
+        """Indices of a method's variants, at one agent temperature or (None) at all.
+
+        Where the rule does not depend on the temperature, its variants stand for every one.
         """
         return [
             at
-            for at, variant in enumerate(self.variants)
-            if variant.rule is rule
-            and (agent_temperature in (None, variant.agent_temperature) or not rule.uses_principals)
+            for at, (name, variant) in enumerate(zip(self.method_by_variant, self.variants, strict=True))
+            if name == method
+            and (agent_temperature in (None, variant.agent_temperature) or not variant.rule.uses_temperature)
         ]
 
 

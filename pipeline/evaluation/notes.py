@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.equal_kl import sweeps
+from pipeline.evaluation.equal_kl import groups_of, sweeps
 from pipeline.evaluation.judges.interface import JudgeConfig
 from pipeline.evaluation.panel import Panel
 
@@ -41,8 +41,16 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], sampl
         found.append(
             f"{samples.data.num_left_out:,} prompts are left out: some rule has no answer or no score for them."
         )
-    if len([rule for rule in samples.data.rules if rule.uses_principals]) > 1 and not _has_equal_kl(samples):
-        found.append("No KL is reached by all rules with the same weights, so there is no comparison at equal KL.")
+    if (units := _without_equal_kl(samples)) is not None:
+        found.append(
+            f"No KL is reached by all rules {units}with the same weights, so there is no comparison at equal KL."
+        )
+    if len({variant.unit for variant in samples.data.variants if variant.rule.uses_principals}) > 1:
+        found.append(
+            "Rules are compared at equal KL among those of one unit, and two by two across units. The KL of a game "
+            "over blocks or answers is to the base's proposals, and by the answer's tokens: an upper bound of that "
+            "of the answers to all that the base could have written."
+        )
     return found
 
 
@@ -69,5 +77,12 @@ def _not_independent(judge: JudgeConfig, principal: str) -> str:
     return f"it is {whose}, which the rules optimize"
 
 
-def _has_equal_kl(samples: BootstrapSamples) -> bool:
-    return any(sweep.levels(samples.kl_SV[0]) is not None for sweep in sweeps(samples))
+def _without_equal_kl(samples: BootstrapSamples) -> str | None:
+    """The first unit whose rules share no KL, for a sentence; None where all do."""
+    groups = groups_of(samples.data)
+    for unit, methods in groups.items():
+        if len(methods) > 1 and all(
+            sweep.levels(samples.kl_SV[0]) is None for sweep in sweeps(samples, methods) or ()
+        ):
+            return f"over {unit}s " if len(groups) > 1 else ""
+    return None

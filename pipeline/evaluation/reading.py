@@ -10,6 +10,7 @@ METRICS = {
     "mip": "By mean inner product",
     "worst_principal": "By its worst principal",
     "equal_kl": "At equal KL to the base",
+    "equal_length": "At equal length",
 }
 
 

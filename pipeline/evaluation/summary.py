@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import combinations
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from cage.rule_names import RuleName
 from pipeline.evaluation.bootstrap import BootstrapSamples
-from pipeline.evaluation.equal_kl import objectives_at, sweeps
+from pipeline.evaluation.equal_kl import difference_at_equal_kl, groups_of, objectives_at, sweeps
 from pipeline.evaluation.metrics import Floats, gaps, is_monotone, spearman, weighted_means
+from pipeline.evaluation.pairs import common_temperatures, difference_at_equal_length, matches, pairs_of
 
 Json = dict[str, Any]
 TIE = 1e-9  # scores that differ by less are equal up to rounding
@@ -36,8 +36,10 @@ def points(samples: BootstrapSamples) -> list[Json]:
         objectives = dict(zip(samples.objectives, samples.means_SVM[:, at].T, strict=True))
         found.append(
             {
-                "rule": str(variant.rule),
+                "rule": data.method_by_variant[at],
+                "unit": str(variant.unit),
                 "agent_temperature": variant.agent_temperature,
+                "uses_temperature": variant.rule.uses_temperature,
                 "weights": dict(variant.weights or {}),
                 "variant": at,
                 "n": len(data.row_ids),
@@ -53,37 +55,31 @@ def points(samples: BootstrapSamples) -> list[Json]:
     return found
 
 
-def by_rule(samples: BootstrapSamples, equal_kl_scores: Mapping[RuleName, Floats]) -> dict[str, Json]:
-    """Each rule over all of its agent temperatures and weights, and at equal KL (see `weighted_scores`)."""
+def by_rule(samples: BootstrapSamples, equal_kl_scores: Mapping[str, Floats]) -> dict[str, Json]:
+    """Each method over all of its agent temperatures and weights, and at equal KL (see `weighted_scores`)."""
     found = {}
-    for rule in samples.data.rules:
-        entry = _measures(samples, samples.data.indices(rule))
-        if (scores_S := equal_kl_scores.get(rule)) is not None:
+    for method in samples.data.methods:
+        unit = str(samples.data.variant_of(method).unit)
+        entry = {"unit": unit, **_measures(samples, samples.data.indices(method))}
+        if (scores_S := equal_kl_scores.get(method)) is not None:
             entry["equal_kl"], entry["equal_kl_interval"] = number(scores_S[0]), samples.interval(scores_S)
-        found[str(rule)] = entry
+        found[method] = entry
     return found
 
 
 def by_temperature(samples: BootstrapSamples) -> list[Json]:
-    """Each rule at each of its agent temperatures."""
+    """Each method at each of its agent temperatures."""
+    data = samples.data
     return [
         {
-            "rule": str(rule),
+            "rule": method,
+            "unit": str(data.variant_of(method).unit),
             "agent_temperature": temperature,
-            **_measures(samples, samples.data.indices(rule, temperature)),
+            **_measures(samples, data.indices(method, temperature)),
         }
-        for rule in samples.data.rules
-        for temperature in temperatures_of(samples, rule)
+        for method in data.methods
+        for temperature in data.temperatures_of(method)
     ]
-
-
-def pairs_of(samples: BootstrapSamples) -> Iterator[tuple[RuleName, RuleName]]:
-    """Every two rules once, the equilibrium first."""
-    return combinations(sorted(samples.data.rules, key=lambda rule: rule is not RuleName.EQUILIBRIUM), 2)
-
-
-def temperatures_of(samples: BootstrapSamples, rule: RuleName) -> list[float]:
-    return list(dict.fromkeys(each.agent_temperature for each in samples.data.variants if each.rule is rule))
 
 
 def _measures(samples: BootstrapSamples, variants: list[int]) -> Json:
@@ -100,39 +96,46 @@ def _measures(samples: BootstrapSamples, variants: list[int]) -> Json:
     return entry
 
 
-def differences(samples: BootstrapSamples, equal_kl_scores: Mapping[RuleName, Floats]) -> list[Json]:
-    """Each rule minus each other one, with intervals that are paired by prompt (see `bootstrap`).
+def differences(samples: BootstrapSamples, equal_kl_scores: Mapping[str, Floats]) -> list[Json]:
+    """Each method minus each other one, with intervals that are paired by prompt (see `bootstrap`).
 
-    At each agent temperature that both have, over all temperatures, and at equal KL.
+    At each agent temperature that both have, over all temperatures, at equal KL and at equal length.
     """
-    found = []
-    for rule, against in pairs_of(samples):
-        common = [each for each in temperatures_of(samples, rule) if each in temperatures_of(samples, against)]
-        if not (rule.uses_principals and against.uses_principals):
-            common = temperatures_of(samples, rule if rule.uses_principals else against)
+    data, found = samples.data, []
+    measures = rule_metrics(samples)
+
+    @cache
+    def measured(metric: str, method: str, temperature: float | None) -> Floats:
+        return measures[metric](data.indices(method, temperature))
+
+    for method, against in pairs_of(data):
+        common = common_temperatures(data, method, against)
         for temperature in [*common, *([None] if len(common) > 1 else [])]:
-            ours, theirs = (samples.data.indices(each, temperature) for each in (rule, against))
-            for metric, measure in rule_metrics(samples).items():
+            for metric in measures:
                 # the same prompts on both sides of each sample: the difference is paired
-                difference_S = measure(ours) - measure(theirs)
-                found.append(_difference(samples, rule, against, metric, temperature, difference_S))
-        if rule in equal_kl_scores and against in equal_kl_scores:
-            difference_S = equal_kl_scores[rule] - equal_kl_scores[against]
-            found.append(_difference(samples, rule, against, "equal_kl", None, difference_S))
+                difference_S = measured(metric, method, temperature) - measured(metric, against, temperature)
+                found.append(_difference(samples, method, against, metric, temperature, difference_S))
+        held_equal = {
+            "equal_kl": difference_at_equal_kl(samples, method, against, equal_kl_scores),
+            "equal_length": difference_at_equal_length(samples, method, against),
+        }
+        for metric, difference in held_equal.items():
+            if difference is not None:
+                found.append(_difference(samples, method, against, metric, None, difference))
     return found
 
 
 def _difference(
     samples: BootstrapSamples,
-    rule: RuleName,
-    against: RuleName,
+    method: str,
+    against: str,
     metric: str,
     temperature: float | None,
     difference_S: Floats,
 ) -> Json:
     return {
-        "rule": str(rule),
-        "against": str(against),
+        "rule": method,
+        "against": against,
         "metric": metric,
         "agent_temperature": temperature,
         "difference": number(difference_S[0]),
@@ -141,21 +144,19 @@ def _difference(
 
 
 def control(samples: BootstrapSamples) -> list[Json]:
-    """Whether raising a principal's weight raises its objective, by rule and agent temperature."""
-    found = []
-    for rule in samples.data.rules:
-        if not rule.uses_principals:
+    """Whether raising a principal's weight raises its objective, by method and agent temperature."""
+    data, found = samples.data, []
+    for method in data.methods:
+        if not data.rule_of(method).uses_principals:
             continue
-        for temperature in temperatures_of(samples, rule):
-            variants = [
-                at for at in samples.data.indices(rule, temperature) if np.isfinite(samples.weights_VM[at]).all()
-            ]
+        for temperature in data.temperatures_of(method):
+            variants = [at for at in data.indices(method, temperature) if np.isfinite(samples.weights_VM[at]).all()]
             gaps_M = gaps(samples.normalised(samples.means_SVM[0, variants])) if variants else None
             for index, name in enumerate(samples.objectives):
                 weights, values = samples.weights_VM[variants, index], samples.means_SVM[0, variants, index]
                 found.append(
                     {
-                        "rule": str(rule),
+                        "rule": method,
                         "agent_temperature": temperature,
                         "principal": name,
                         "objective": name,
@@ -168,51 +169,47 @@ def control(samples: BootstrapSamples) -> list[Json]:
 
 
 def equal_kl(samples: BootstrapSamples) -> list[Json]:
-    """Objectives at KL levels that all rules reach, by weight vector."""
+    """Objectives at KL levels that all methods of a unit reach, by weight vector."""
     found = []
-    for sweep in sweeps(samples):
-        for rule in sweep.by_rule:
-            reached = objectives_at(samples, sweep, rule)
-            if reached is None:
-                continue
-            vector_M = samples.weights_VM[sweep.by_rule[rule][0]]
-            for level, values_M in zip(*reached, strict=True):
-                found.append(
-                    {
-                        "rule": str(rule),
-                        "weights": sweep.weights,
-                        "kl_per_token": number(level),
-                        "objectives": dict(zip(samples.objectives, map(number, values_M), strict=True)),
-                        "weighted": number(samples.normalised(values_M) @ vector_M),
-                    }
-                )
+    for unit, methods in groups_of(samples.data).items():
+        for sweep in sweeps(samples, methods):
+            for method in sweep.by_method:
+                reached = objectives_at(samples, sweep, method)
+                if reached is None:
+                    continue
+                vector_M = samples.weights_VM[sweep.by_method[method][0]]
+                for level, values_M in zip(*reached, strict=True):
+                    found.append(
+                        {
+                            "rule": method,
+                            "unit": unit,
+                            "weights": sweep.weights,
+                            "kl_per_token": number(level),
+                            "objectives": dict(zip(samples.objectives, map(number, values_M), strict=True)),
+                            "weighted": number(samples.normalised(values_M) @ vector_M),
+                        }
+                    )
     return found
 
 
 def win_rates(samples: BootstrapSamples) -> list[Json]:
-    """By pair of rules and objective: prompts won, tied and lost at equal agent temperature and weights.
+    """By pair of methods and objective: prompts won, tied and lost at equal agent temperature and weights.
 
-    The base has neither, so it is compared with every variant of the other rule.
+    The base has neither, so it is compared with every variant of the other method.
     """
     found = []
-    variants = samples.data.variants
-    for rule, against in pairs_of(samples):
-        pairs: dict[float, list[tuple[int, int]]] = {}
-        for ours in samples.data.indices(rule):
-            for theirs in samples.data.indices(against):
-                left, right = variants[ours], variants[theirs]
-                same = (left.agent_temperature, left.weights) == (right.agent_temperature, right.weights)
-                if same or not (rule.uses_principals and against.uses_principals):
-                    temperature = (left if rule.uses_principals else right).agent_temperature
-                    pairs.setdefault(temperature, []).append((ours, theirs))
+    for method, against in pairs_of(samples.data):
+        pairs: dict[float, dict[tuple[int, int], None]] = {}
+        for match in matches(samples, method, against):
+            pairs.setdefault(match.agent_temperature, {})[match.ours, match.theirs] = None
         for temperature, matched in pairs.items():
             for name, judge in samples.judges.items():
                 scores_VP = samples.data.scores_by_judge[judge]
                 lead = np.concatenate([scores_VP[ours] - scores_VP[theirs] for ours, theirs in matched])
                 found.append(
                     {
-                        "rule": str(rule),
-                        "against": str(against),
+                        "rule": method,
+                        "against": against,
                         "objective": name,
                         "agent_temperature": temperature,
                         "wins": int((lead > TIE).sum()),

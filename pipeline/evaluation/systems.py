@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.config.variants import Variant
+from pipeline.config.variants import Variant, names_of
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import JudgedAnswer
 from pipeline.quoting import quote
@@ -105,8 +105,8 @@ def _read_run(run: Run, title: str) -> list[System]:
     if len(by_variant) == 1:
         return [System(title, tuple(by_variant[0]))]
     return [
-        System(f"{title}: {_describe(variant)}", tuple(by_variant[at]))
-        for at, variant in enumerate(run.plan.variants)
+        System(f"{title}: {_describe(method, variant)}", tuple(by_variant[at]))
+        for at, (method, variant) in enumerate(zip(names_of(run.plan.variants), run.plan.variants, strict=True))
     ]
 
 
@@ -117,11 +117,12 @@ def _rows(run: Run) -> Iterator[Mapping[str, Any]]:
             yield from file.read(columns=[each for each in COLUMNS if each in file.schema_arrow.names]).to_pylist()
 
 
-def _describe(variant: Variant) -> str:
+def _describe(method: str, variant: Variant) -> str:
     if not variant.rule.uses_principals:
-        return str(variant.rule)
+        return method
     weights = ", ".join(f"{name} {weight:g}" for name, weight in (variant.weights or {}).items())
-    return f"{variant.rule} {variant.agent_temperature:g}" + (f" ({weights})" if weights else "")
+    temperature = f" {variant.agent_temperature:g}" if variant.rule.uses_temperature else ""
+    return method + temperature + (f" ({weights})" if weights else "")
 
 
 def _read_file(path: Path, title: str) -> System:

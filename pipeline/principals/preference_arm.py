@@ -49,7 +49,13 @@ class PreferenceArmPrincipal(PrincipalSection):
 
     def roles(self) -> dict[str, RoleRequest]:
         """The reward model at its preference vector; and its reference unless that is "none"."""
-        at_weights = self.preference == "weights"
+        return self._roles(at_weights=self.preference == "weights")
+
+    def roles_at_weights(self) -> dict[str, RoleRequest]:
+        """The adapter at the row's own weights (rule `parm`); and its reference unless that is "none"."""
+        return self._roles(at_weights=True)
+
+    def _roles(self, *, at_weights: bool) -> dict[str, RoleRequest]:
         roles = {
             TUNED: RoleRequest(
                 self.model,

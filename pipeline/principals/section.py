@@ -74,6 +74,10 @@ class PrincipalSection(Section):
         None for a kind that values text (`judged_by`).
         """
 
+    def roles_at_weights(self) -> dict[str, RoleRequest]:
+        """The outputs of one reward that all principals have together at the row's weights; empty: there is none."""
+        return {}
+
     @abstractmethod
     def rewards(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """The token reward q in nats and float64, from the outputs of its roles by part, which have one shape."""

@@ -138,12 +138,14 @@ class Terms:
         agent_temperature: tau, in nats of weighted reward.
         weights: the preference weight of each principal, in the principals' order.
         k: of each principal, for rules that take it; empty for others.
+        draw: temperature and top_p of the row's draws, where they are not those of the run's `SamplingOptions`.
     """
 
     rule: RuleName
     agent_temperature: float
     weights: tuple[float, ...]
     k: tuple[float, ...] = ()
+    draw: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,11 +40,13 @@ class GameSpec:
         sampling: candidates and draws.
         principals: all of the run's; their roles are all on this host.
         rules: the rules that rows of the run may be decided by.
+        draws_alike: whether all rows are drawn with the temperature and top_p of `sampling`.
     """
 
     sampling: SamplingOptions
     principals: tuple[PrincipalPlan, ...]
     rules: frozenset[RuleName]
+    draws_alike: bool = True
 
 
 @dataclass(frozen=True, slots=True)

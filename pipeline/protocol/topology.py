@@ -97,12 +97,15 @@ class PrincipalPlan:
         weight: its configured preference weight.
         section: its section, which makes its token reward out of the outputs of its roles.
         roles: the name of a role for each part of its reward.
+        roles_at_weights: likewise, of the reward that all principals have together at the row's weights; empty where
+            no rule of the run takes that.
     """
 
     name: str
     weight: float
     section: PrincipalSection
     roles: Mapping[str, str]
+    roles_at_weights: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.config.variants import names_of
 from pipeline.records import FinishReason
 from pipeline.reporting.scores import ScoreFile
 from pipeline.storage.run import Run
@@ -44,7 +45,7 @@ class Batch:
     Args:
         file: the data file.
         start: the index of the first row in it.
-        row_ids, samples, rules: of each row.
+        row_ids, samples, rules: of each row; a rule with its unit where a run has several (`names_of`).
         hashes: one per row; to order rows by them is to order them at random, in the same way every time.
         numbers: vectors [N] by name: the plain columns; "rewards.NAME", "weights.NAME" and so on by principal;
             "scores.NAME" by judge; 0 or 1 in "is_cut" (the answer ended at its limit), "has_pair" (it is one of
@@ -68,34 +69,33 @@ def data_files(run: Run) -> list[str]:
     return [name for record in run.committed().values() for name in record.sha256_by_file if name.startswith("part-")]
 
 
-def read_batches(run: Run, file: str, *, rule: str, judges: Sequence[str] = ()) -> Iterator[Batch]:
+def read_batches(run: Run, file: str, *, judges: Sequence[str] = ()) -> Iterator[Batch]:
     """Yield a data file's numbers.
 
     Args:
         run: the run.
         file: the data file.
-        rule: the rule of rows that have no column for it, in a run without a grid.
         judges: columns of the score file to read along.
     """
     scores = ScoreFile.beside(run, file, judges)
+    methods = names_of(run.plan.variants)
     with as_damaged_file(run.store.url(file)), run.store.open(file) as handle, pq.ParquetFile(handle) as parquet:
         present = parquet.schema_arrow.names
         wanted = [
             name
-            for name in ("row_id", "sample", "variant", "rule", "finish_reason", *PLAIN, *BY_PRINCIPAL)
+            for name in ("row_id", "sample", "variant", "finish_reason", *PLAIN, *BY_PRINCIPAL)
             if name in present
         ]
         wanted += [PAIR] if "chosen" in present else []
         start = 0
         for piece in parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=wanted):
-            yield _batch(piece, file, start, rule, scores)
+            yield _batch(piece, file, start, methods, scores)
             start += piece.num_rows
 
 
-def _batch(piece: pa.RecordBatch, file: str, start: int, rule: str, scores: ScoreFile) -> Batch:
+def _batch(piece: pa.RecordBatch, file: str, start: int, methods: Sequence[str], scores: ScoreFile) -> Batch:
     columns = dict(zip(piece.schema.names, piece.columns, strict=True))
     row_ids = columns["row_id"].to_pylist()
-    rules = columns["rule"].to_pylist() if "rule" in columns else [rule] * len(row_ids)
     numbers = {name: _floats(columns[name]) for name in PLAIN if name in columns}
     if "num_reasoning_tokens" in columns:
         numbers[UNANSWERED] = _floats(pc.equal(columns["finish_reason"], str(FinishReason.REASONING)))
@@ -107,6 +107,7 @@ def _batch(piece: pa.RecordBatch, file: str, start: int, rule: str, scores: Scor
         numbers["has_pair"] = _floats(columns["chosen"].is_valid())
     samples = columns["sample"].to_pylist()
     variants = columns["variant"].to_pylist() if "variant" in columns else [0] * len(row_ids)
+    rules = [methods[variant] for variant in variants]
     keys = list(zip(row_ids, variants, samples, strict=True))
     numbers.update(scores.take(keys))
     return Batch(file, start, row_ids, samples, rules, _hashes(keys), numbers)

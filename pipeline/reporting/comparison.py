@@ -39,7 +39,12 @@ MEANINGS = {
     "spearman": "the rank correlation of weight and objective: 1 where every larger weight has a higher objective.",
     "is_monotone": "whether the objective never falls as the weight rises.",
 }
-METRICS = {"mip": "mean inner product", "worst_principal": "the worst principal", "equal_kl": "the score at equal KL"}
+METRICS = {
+    "mip": "mean inner product",
+    "worst_principal": "the worst principal",
+    "equal_kl": "the score at equal KL",
+    "equal_length": "the score at equal length",
+}
 
 
 def describe_metrics(metrics: Metrics, principal_names: Sequence[str]) -> dict[str, Any]:
@@ -188,6 +193,7 @@ def _point_data(point: VariantMetrics) -> dict[str, Any]:
     return {
         "rule": point.rule,
         "temperature": point.agent_temperature,
+        "uses_temperature": point.uses_temperature,
         "weights": point.weights,
         "n": point.num_rows,
         "kl": point.kl_per_token,

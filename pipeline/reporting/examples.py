@@ -54,13 +54,13 @@ def _rows_of(run: Run, file: str, indices: set[int]) -> Iterable[tuple[int, Row]
                 return
 
 
-def describe_example(row: Row, principal_names: Sequence[str], default_rule: str) -> dict[str, Any]:
+def describe_example(row: Row, principal_names: Sequence[str], rule: str) -> dict[str, Any]:
     """What a card shows of a row: conversation, answer, numbers by principal, traced tokens.
 
     Args:
         row: as stored, with its scores.
         principal_names: of the run.
-        default_rule: the rule of a row that has no column for it.
+        rule: of the row, with its unit where the run has several.
     """
     messages = row.get("prompt") or []
     rewards, payments, weights = (row.get(name) or {} for name in ("rewards", "payments", "weights"))
@@ -68,7 +68,7 @@ def describe_example(row: Row, principal_names: Sequence[str], default_rule: str
     return {
         "row_id": visible(row["row_id"]),
         "sample": row["sample"],
-        "rule": row.get("rule") or default_rule,
+        "rule": rule,
         "agent_temperature": row.get("agent_temperature"),
         "messages": [_message(message) for message in messages],
         "answer": clipped(visible(row["response"] or ""), ANSWER_LIMIT),

@@ -35,6 +35,7 @@ class VariantMetrics:
         scores: mean scores by judge.
         kl_per_token, num_tokens: means.
         worst_principal: the lowest normalised objective.
+        uses_temperature: whether it depends on the agent temperature; otherwise it stands for every one.
     """
 
     rule: str
@@ -46,6 +47,7 @@ class VariantMetrics:
     kl_per_token: float | None
     num_tokens: float | None
     worst_principal: float | None
+    uses_temperature: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ def _point(tree: Mapping[str, Any]) -> VariantMetrics:
         kl_per_token=as_number(tree.get("kl_per_token")),
         num_tokens=as_number(tree.get("num_tokens")),
         worst_principal=as_number(tree.get("worst_principal")),
+        uses_temperature=tree.get("uses_temperature", tree.get("rule") != "base") is True,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from pipeline.config.variants import names_of
 from pipeline.reporting import text
 from pipeline.reporting.columns import data_files, read_batches
 from pipeline.reporting.comparison import describe_metrics, judge_labels
@@ -52,9 +53,9 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
         StorageError: a file of the run is damaged.
     """
     files = data_files(run)
-    rule, judges = _configured_rule(run), find_judges(run, files)
+    judges = find_judges(run, files)
     names = run.plan.principal_names
-    batches = (batch for file in files for batch in read_batches(run, file, rule=rule, judges=judges))
+    batches = (batch for file in files for batch in read_batches(run, file, judges=judges))
     numbers = tally(batches, names, sampled_rows=sampled_rows)
     metrics, dataset = read_metrics(run), describe_dataset(run)
     comparison = describe_metrics(metrics, names) if metrics else None
@@ -64,7 +65,7 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
     charts = {name: chart for name, chart in drawn.items() if chart is not None}
     health = [quantity.column for quantity in HEALTH if quantity.column in charts]
     data = {
-        "rules": _rules(numbers, metrics) or [rule],
+        "rules": _rules(numbers, metrics) or list(names_of(run.plan.variants)),
         "principals": names,
         "charts": {**charts, **(dataset["charts"] if dataset else {})},
         "comparison": comparison and comparison["data"],
@@ -83,17 +84,12 @@ def render_report(run: Run, *, sampled_rows: int = SAMPLED_ROWS) -> bytes:
         prompts=run.plan.num_rows,
         health=describe_health(numbers, names),
         health_charts=health,
-        **collect_examples(run, numbers, rule, judges),
+        **collect_examples(run, numbers, judges),
         failed=fetch_failed(run),
         reasons=list(run.status().errors.items()),
         settings=describe_settings(run),
         data=text.embeddable(data),
     ).encode("utf-8")
-
-
-def _configured_rule(run: Run) -> str:
-    """The rule of rows that have no column for it."""
-    return str(run.plan.fingerprint.get("decoding.rule", "equilibrium"))
 
 
 def _rules(numbers: Tally, metrics: Metrics | None) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pipeline.config.variants import names_of
 from pipeline.reporting.examples import describe_example, fetch_rows
 from pipeline.reporting.tally import Place, Tally
 from pipeline.storage.run import Run
@@ -13,7 +14,7 @@ from pipeline.storage.run import Run
 Card = dict[str, Any]
 
 
-def collect_examples(run: Run, tally: Tally, rule: str, judges: Sequence[str]) -> dict[str, Any]:
+def collect_examples(run: Run, tally: Tally, judges: Sequence[str]) -> dict[str, Any]:
     """Cards of the best and worst answers, of pairs of rules on one prompt, and of random answers with a trace.
 
     `again` marks a card whose row was shown before; its table of tokens is not printed again.
@@ -25,10 +26,12 @@ def collect_examples(run: Run, tally: Tally, rule: str, judges: Sequence[str]) -
     partners = [_partner(place) for place in places if place.partner is not None]
     rows = fetch_rows(run, [*places, *partners, *by_chance], judges)
     seen: set[tuple[str, int]] = set()
+    methods = names_of(run.plan.variants)
 
     def card(place: Place) -> Card:
         key = (place.file, place.index)
-        shown = describe_example(rows[key], run.plan.principal_names, rule)
+        method = methods[rows[key].get("variant") or 0]
+        shown = describe_example(rows[key], run.plan.principal_names, method)
         shown |= {"score": place.score, "again": key in seen}
         seen.add(key)
         return shown

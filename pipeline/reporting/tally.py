@@ -223,7 +223,8 @@ def _with_payments(batch: Batch, principal_names: Sequence[str]) -> Floats:
 def rule_order(rule: str) -> int:
     """The position of a rule, the same in every report, so that its colour is too; unknown rules come last."""
     known = [str(name) for name in RuleName]
-    return known.index(rule) if rule in known else len(known)
+    name = rule.partition(" (")[0]  # before the unit
+    return known.index(name) if name in known else len(known)
 
 
 def tally(batches: Iterable[Batch], principal_names: Sequence[str], *, sampled_rows: int = SAMPLED_ROWS) -> Tally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.config.sections import Config, Unit
+from pipeline.config.sections import Config
+from pipeline.config.units import Unit
 from pipeline.engine.choices import ChoiceEngine
 from pipeline.engine.decoding import DecodingEngine
 from pipeline.engine.engine import Engine
@@ -41,12 +42,12 @@ def make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
 
 
 def make_decoding_engine(assembly: Assembly, hosts: Hosts) -> DecodingEngine:
-    """An engine whose games are over the run's unit: tokens, blocks or answers. Raises HostError."""
-    engine, decoding = make_engine(assembly, hosts), assembly.config.decoding
-    if decoding.unit is Unit.TOKEN:
+    """An engine whose games are over the units of the run's variants: tokens, blocks or answers. Raises HostError."""
+    engine, variants = make_engine(assembly, hosts), assembly.variants
+    if all(variant.unit is Unit.TOKEN for variant in variants):
         return engine
     scorers = {} if assembly.scorers is None else assembly.scorers.load()
-    return ChoiceEngine(engine, assembly.topology, assembly.prompter, decoding, scorers)
+    return ChoiceEngine(engine, assembly.topology, assembly.prompter, assembly.config.decoding, variants, scorers)
 
 
 def make_decoder(assembly: Assembly, hosts: Hosts) -> ShardDecoder:

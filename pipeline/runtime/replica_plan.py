@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.config.sections import Config, Reproducibility, Unit
-from pipeline.config.variants import Variant, lay_out
+from pipeline.config.sections import Config, Reproducibility
+from pipeline.config.units import Unit
+from pipeline.config.variants import Variant, draws_of, lay_out, sampling_of
 from pipeline.errors import ConfigurationError
 from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
@@ -251,7 +252,8 @@ def _use_adapter(adapter: AdapterSource, plan: HostPlan, name: str, source: Mode
             )
     if objective is None and plan.reads_text:
         raise ConfigurationError(
-            f"preference: weights needs the base's tokens, and {plan.model.model} has others; use preference: unit"
+            f"preference: weights, or rule parm, needs the base's tokens, and {plan.model.model} has others; use "
+            "preference: unit and other rules"
         )
     return replace(adapter, objective=None if objective is None else form.index(objective))
 
@@ -364,7 +366,9 @@ def _games(config: Config, topology: Topology, variants: tuple[Variant, ...]) ->
     """What a lone host needs to sample; None where several hosts work together."""
     if len(topology.hosts) > 1:
         return None
-    rules = frozenset(variant.rule for variant in variants)
-    if config.decoding.unit is not Unit.TOKEN:
-        rules = frozenset({config.decoding.proposals_by})  # hosts draw proposals; the coordinator solves their games
-    return GameSpec(config.decoding.sampling, topology.principals, rules)
+    decoding = config.decoding
+    # of blocks and answers hosts draw the proposals; the coordinator solves their games
+    rules = {variant.rule if variant.unit is Unit.TOKEN else decoding.proposals_by for variant in variants}
+    sampling = sampling_of(decoding, variants)
+    alike = draws_of(decoding, variants) == {(sampling.temperature, sampling.top_p)}
+    return GameSpec(sampling, topology.principals, frozenset(rules), draws_alike=alike)

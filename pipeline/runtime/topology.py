@@ -99,8 +99,17 @@ class _TopologyBuilder:
 
     def add_principal(self, name: str, section: PrincipalSection) -> PrincipalPlan:
         """The roles that the principal needs, those that are there already included."""
+        roles = self._add_roles(name, section, section.roles())
+        is_asked = any(rule.at_weights for rule in self._config.rules)
+        at_weights = section.roles_at_weights() if is_asked else {}
+        return PrincipalPlan(
+            name, section.weight, section, roles, self._add_roles(f"{name}.at_weights", section, at_weights)
+        )
+
+    def _add_roles(self, name: str, section: PrincipalSection, requests: Mapping[str, RoleRequest]) -> dict[str, str]:
+        """By part the names of the roles that give what a principal requests."""
         roles = {}
-        for part, request in section.roles().items():
+        for part, request in requests.items():
             # reward models and those with other tokens read prompts by their own template, others by the base's
             is_own = request.scoring is not None or self._reads_text(request.model or self._config.base, False)
             inherited = None if is_own else self._config.base.chat_template
@@ -114,7 +123,7 @@ class _TopologyBuilder:
                 own_kwargs=frozenset(section.chat_template_kwargs),
                 has_base_kwargs=not is_own,
             )
-        return PrincipalPlan(name, section.weight, section, roles)
+        return roles
 
     def _add_role(
         self,

@@ -46,6 +46,17 @@ def token_rewards(principals: Sequence[PrincipalPlan], outputs: Mapping[str, Ten
     ]
 
 
+def reward_at_weights(principals: Sequence[PrincipalPlan], outputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The q of the one reward model that all principals share at the row's weights, in nats and float64.
+
+    None where no rule of the run asks for it.
+    """
+    found = next((each for each in principals if each.roles_at_weights), None)
+    if found is None:
+        return None
+    return found.section.rewards({part: outputs[role] for part, role in found.roles_at_weights.items()})
+
+
 @dataclass(frozen=True, slots=True)
 class SampledStep:
     """What a step gave each row, on the device that computed it; one tensor, so that one copy brings it to the CPU.
@@ -113,6 +124,7 @@ def solve_and_sample(
     rewards: Sequence[Tensor],
     terms: Sequence[Terms],
     uniforms: Sequence[float],
+    at_weights: Tensor | None = None,
 ) -> SampledStep:
     """Solve every row's game by the row's rule and draw its token.
 
@@ -122,14 +134,16 @@ def solve_and_sample(
         rewards: q [B, K] by principal.
         terms: rule, agent temperature and weights of each row.
         uniforms: the uniform draw of each row.
+        at_weights: q [B, K] for rules that take it at the row's weights (`reward_at_weights`).
     """
     if proposal.base_logprobs_BK.shape[1] <= FLOAT64_CANDIDATES:
         # a CPU solves such small games in less time than a GPU takes to start the solver's many small kernels
         proposal, rewards = proposal.cpu(), [reward.cpu() for reward in rewards]
+        at_weights = None if at_weights is None else at_weights.cpu()
     base_BK, rewards_BJK = as_game(proposal, rewards)
-    solved = solve(base_BK, rewards_BJK, terms)
+    solved = solve(base_BK, rewards_BJK, terms, at_weights)
     uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=base_BK.device)
-    return sample(options, proposal, solved, uniforms_B)
+    return sample(options, proposal, solved, uniforms_B, [each.draw for each in terms])
 
 
 def as_game(proposal: Candidates, rewards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -145,22 +159,44 @@ def as_game(proposal: Candidates, rewards: Sequence[Tensor]) -> tuple[Tensor, Te
     return base_BK, torch.stack([*rewards], 1).to(dtype)
 
 
-def solve(base_BK: Tensor, rewards_BJK: Tensor, terms: Sequence[Terms]) -> SolvedStep:
-    """Compute every row's policy from its base and its weighted rewards, by the row's rule."""
+def solve(
+    base_BK: Tensor, rewards_BJK: Tensor, terms: Sequence[Terms], at_weights: Tensor | None = None
+) -> SolvedStep:
+    """Compute every row's policy from its base and its weighted rewards, by the row's rule.
+
+    `at_weights` [B, K] takes the place of all rewards under rules that are `at_weights`.
+    """
     as_numbers = partial(torch.tensor, dtype=base_BK.dtype, device=base_BK.device)
     temperatures = [each.agent_temperature for each in terms]
     is_shared = len(set(temperatures)) == 1
     weights_BJ = as_numbers([each.weights for each in terms]).view(len(terms), rewards_BJK.shape[1])
     values_BJK = weights_BJ[..., None] * rewards_BJK
+    is_common = [each.rule.at_weights for each in terms]
+    if any(is_common):
+        assert at_weights is not None, "a rule takes the reward at the row's weights, and no role gives it"
+        # together the principals want this reward once, whatever their weights sum to
+        shares_BJ = weights_BJ / weights_BJ.sum(1, keepdim=True).clamp(min=torch.finfo(weights_BJ.dtype).tiny)
+        common_BJK = shares_BJ[..., None] * at_weights.to(rewards_BJK)[:, None]
+        is_common_B11 = torch.tensor(is_common, device=base_BK.device)[:, None, None]
+        values_BJK = torch.where(is_common_B11, common_BJK, values_BJK)
     game = cage.Game(base_BK, values_BJK, temperatures[0] if is_shared else as_numbers(temperatures))
     return SolvedStep(game, rewards_BJK, _decide(game, weights_BJ, terms))
 
 
-def sample(options: SamplingOptions, proposal: Candidates, solved: SolvedStep, uniforms_B: Tensor) -> SampledStep:
-    """Draw a token from each row's policy, with what each principal pays for it. Does not wait for the device."""
+def sample(
+    options: SamplingOptions,
+    proposal: Candidates,
+    solved: SolvedStep,
+    uniforms_B: Tensor,
+    draws: Sequence[tuple[float, float] | None] = (),
+) -> SampledStep:
+    """Draw a token from each row's policy, with what each principal pays for it. Does not wait for the device.
+
+    `draws` has the temperature and top_p of rows whose are not those of the options.
+    """
     game, rewards_BJK, decision = solved.game, solved.rewards_BJK, solved.decision
     log_policy_BK, base_BK = decision.log_policy, game.base_logprobs
-    drawn_B1 = draw(log_policy_BK, uniforms_B, temperature=options.temperature, top_p=options.top_p)[:, None]
+    drawn_B1 = _draw_rows(options, log_policy_BK, uniforms_B, draws)[:, None]
     at_BJ1 = drawn_B1[:, None].expand(-1, game.num_principals, 1)
     thresholds_BJ = decision.thresholds
     if thresholds_BJ is None:
@@ -181,6 +217,20 @@ def sample(options: SamplingOptions, proposal: Candidates, solved: SolvedStep, u
         *thresholds_BJ.unbind(1),
     ]
     return SampledStep(torch.stack([column.double() for column in columns], 1))
+
+
+def _draw_rows(
+    options: SamplingOptions,
+    log_policy_BK: Tensor,
+    uniforms_B: Tensor,
+    draws: Sequence[tuple[float, float] | None],
+) -> Tensor:
+    """The index that each row draws, one call per temperature and top_p."""
+    drawn_B = draw(log_policy_BK, uniforms_B, temperature=options.temperature, top_p=options.top_p)
+    for own in dict.fromkeys(each for each in draws if each is not None):
+        rows_R = torch.tensor([at for at, each in enumerate(draws) if each == own], device=uniforms_B.device)
+        drawn_B[rows_R] = draw(log_policy_BK[rows_R], uniforms_B[rows_R], temperature=own[0], top_p=own[1])
+    return drawn_B
 
 
 def _decide(game: cage.Game, weights_BJ: Tensor, terms: Sequence[Terms]) -> cage.rules.Decision:

@@ -27,6 +27,8 @@ LATER_KEYS: Mapping[str, Any] = {
     "decoding.block_end": "tokens",
     "decoding.proposals_by": "base",
     "decoding.soft_threshold": 1.0,
+    "grid.units": [],
+    "grid.draw_temperatures": [],
     "input.format": "auto",
     "input.last_assistant": None,
     "input.tools": None,

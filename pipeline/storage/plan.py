@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.config.sections import Config, Trace
+from pipeline.config.units import Unit
 from pipeline.config.variants import Variant, lay_out
 from pipeline.errors import ConfigurationError
 from pipeline.inputs.files import Format, InputFile
@@ -137,9 +138,19 @@ class Plan:
         return any(self.config["grid"].values())
 
     @property
+    def has_units(self) -> bool:
+        """Whether the grid has several units, so that its files name each answer's."""
+        return bool(self.config["grid"].get("units"))
+
+    @property
+    def has_temperatures(self) -> bool:
+        """Whether the grid has temperatures of the draw, so that its files name each answer's."""
+        return bool(self.config["grid"].get("draw_temperatures"))
+
+    @property
     def has_proposals(self) -> bool:
         """Whether games are over blocks or answers, for which the output has a column."""
-        return bool(self.config["decoding"].get("unit", "token") != "token")
+        return any(variant.unit is not Unit.TOKEN for variant in self.variants)
 
     @property
     def has_tools(self) -> bool:
@@ -274,7 +285,10 @@ class Plan:
             shards=shards,
             principal_names=tuple(tree["principal_names"]),
             num_samples=tree["num_samples"],
-            variants=tuple(Variant.from_json(each) for each in tree["variants"]),
+            variants=tuple(
+                Variant.from_json(each, unit=tree["config"]["decoding"].get("unit", Unit.TOKEN))
+                for each in tree["variants"]
+            ),
             rows_per_shard=tree["rows_per_shard"],
             trace=Trace(tree["trace"]),
             has_response=tree["has_response"],

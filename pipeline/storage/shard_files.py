@@ -109,6 +109,8 @@ class ShardWriter:
             trace=self.plan.trace,
             has_response=self.plan.has_response,
             has_variants=self.plan.has_variants,
+            has_units=self.plan.has_units,
+            has_temperatures=self.plan.has_temperatures,
             has_tools=self.plan.has_tools,
             has_reasoning=self.plan.reasoning is not None,
             has_proposals=self.plan.has_proposals,

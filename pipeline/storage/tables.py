@@ -34,6 +34,8 @@ def output_schema(
     trace: Trace = Trace.SUMMARY,
     has_response: bool = False,
     has_variants: bool = False,
+    has_units: bool = False,
+    has_temperatures: bool = False,
     has_tools: bool = False,
     has_reasoning: bool = False,
     has_proposals: bool = False,
@@ -50,6 +52,8 @@ def output_schema(
         has_tools: adds tools as JSON text, and to the messages of prompt and messages calls of tools, whose arguments
             are JSON text, and what answers to calls name.
         has_variants: adds variant, rule and agent_temperature.
+        has_units: adds game_unit.
+        has_temperatures: adds draw_temperature.
         has_reasoning: adds reasoning and num_reasoning_tokens.
         has_proposals: adds proposals.
         has_response: adds original_response, original_rewards, chosen and rejected.
@@ -62,6 +66,8 @@ def output_schema(
         pa.field("row_id", pa.string()),
         pa.field("sample", pa.int32()),
         *(_variant_fields() if has_variants else []),
+        *([pa.field("game_unit", pa.string())] if has_units else []),
+        *([pa.field("draw_temperature", pa.float64())] if has_temperatures else []),
         pa.field("prompt", MESSAGES_WITH_TOOLS if has_tools else MESSAGES),
         pa.field("completion", MESSAGES),
         pa.field("messages", MESSAGES_WITH_TOOLS if has_tools else MESSAGES),
@@ -171,6 +177,8 @@ def _row(record: Record) -> dict[str, Any]:
         "variant": record.variant,
         "rule": record.rule,
         "agent_temperature": record.agent_temperature,
+        "game_unit": record.unit,
+        "draw_temperature": record.temperature,
         "prompt": prompt,
         "completion": completion,
         "messages": None if completion is None else prompt + completion,

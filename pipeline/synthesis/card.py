@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.variants import names_of
 from pipeline.storage.card import escape_markdown
 from pipeline.storage.plan import Plan
 from pipeline.synthesis.settings import DataKind
@@ -96,8 +97,8 @@ def _loading(kinds: Sequence[DataKind]) -> str:
 def _provenance(plan: Plan, judge_models: Mapping[str, str]) -> str:
     models = [*plan.models.items(), *((f"synthesis.judges.{name}", model) for name, model in judge_models.items())]
     variants = [
-        (str(variant.rule), f"{variant.agent_temperature:g}", _weights(variant.weights, plan))
-        for variant in plan.variants
+        (method, f"{variant.agent_temperature:g}", _weights(variant.weights, plan))
+        for method, variant in zip(names_of(plan.variants), plan.variants, strict=True)
     ]
     principals = [(name, section["kind"], _asked(section)) for name, section in plan.config["principals"].items()]
     parts = [

@@ -94,7 +94,7 @@ class CapturedSampling:
     @staticmethod
     def serves(games: GameSpec) -> bool:
         """Whether graphs can solve all games of a run: the way a row is solved must not depend on the batch."""
-        if not all(rule.has_fixed_step_solver for rule in games.rules):
+        if not games.draws_alike or not all(rule.has_fixed_step_solver for rule in games.rules):
             return False
         count = games.sampling.num_candidates
         is_whole = count is None or count > FLOAT64_CANDIDATES

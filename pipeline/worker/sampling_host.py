@@ -19,7 +19,7 @@ from pipeline.protocol.messages import (
 )
 from pipeline.protocol.specs import GameSpec
 from pipeline.protocol.topology import HostRole
-from pipeline.sampling.games import by_role, solve_and_sample, token_rewards
+from pipeline.sampling.games import by_role, reward_at_weights, solve_and_sample, token_rewards
 from pipeline.worker.captured_sampling import CapturedSampling
 from pipeline.worker.hosts import LanguageModelHost, LanguageRunner, PositionGuard
 from pipeline.worker.language_model_runner import LanguageModelRunner
@@ -66,8 +66,9 @@ class SamplingHost(LanguageModelHost):
         options = self._games.sampling
         with self._guard.all_or_nothing(), self._game_watch.running():
             proposal = self._runner.propose(slots, num_candidates=options.num_candidates, min_p=options.min_p)
-            rewards = token_rewards(self._games.principals, by_role(self._roles, proposal.role_logprobs_BRK))
-            sampled = solve_and_sample(options, proposal, rewards, terms, uniforms)
+            principals, outputs = self._games.principals, by_role(self._roles, proposal.role_logprobs_BRK)
+            rewards, at_weights = token_rewards(principals, outputs), reward_at_weights(principals, outputs)
+            sampled = solve_and_sample(options, proposal, rewards, terms, uniforms, at_weights)
             newest_S = self._runner.newest_S
             newest_S[list(slots)] = sampled.token_ids.to(newest_S.device)
             return Reply.of(sampled.outcomes(terms))

@@ -22,7 +22,7 @@ function compare(comparison) {
   // the base depends on no principal: its one point stands for every temperature and every weight
   const isBase = (point) => point.rule === "base";
   const chosen = (anyTemperature) => points.filter((point) => !hidden.has(point.rule)
-    && (anyTemperature || isBase(point) || byId("temperature").value === "" || point.temperature === +byId("temperature").value));
+    && (anyTemperature || !point.uses_temperature || byId("temperature").value === "" || point.temperature === +byId("temperature").value));
   const isWeighted = (point) => isBase(point) || byId("weights").value === "" || spoken(point.weights) === byId("weights").value;
   const spoken = (weights) => Object.entries(weights).map(([name, weight]) => `${name} ${show(weight)}`).join(", ");
   const end = (point, name) => { const [mean, low, high] = point.values[name] ?? [null, null, null]; return { mean, ends: low === null || high === null ? null : [low, high] }; };

@@ -1,5 +1,8 @@
 // A distribution by rule: one histogram per row over a common axis, with counts, the median and the middle 90 %.
-const ruleIndex = (rule) => Math.max(0, DATA.rules.indexOf(rule)) % 8;
+const ruleNumber = (rule) => Math.max(0, DATA.rules.indexOf(rule));
+const ruleIndex = (rule) => ruleNumber(rule) % 8;
+// the ninth rule has the first colour again, with another shape and dash
+const shapeIndex = (rule) => (ruleNumber(rule) + Math.floor(ruleNumber(rule) / 8)) % 8;
 
 function drawRidge(chart, width) {
   const many = chart.groups.length > 1;

@@ -12,9 +12,9 @@ const SHAPES = [
 const DASHES = ["none", "6 3", "2 3", "8 3 2 3", "1 4", "10 4", "4 2 1 2", "3 1"];
 
 const symbol = (rule, r = 4.5) => svg("path", {
-  d: SHAPES[ruleIndex(rule)](r), fill: `var(--r${ruleIndex(rule)})`, stroke: `var(--r${ruleIndex(rule)})`, "stroke-width": 1.8, "fill-opacity": 0.85,
+  d: SHAPES[shapeIndex(rule)](r), fill: `var(--r${ruleIndex(rule)})`, stroke: `var(--r${ruleIndex(rule)})`, "stroke-width": 1.8, "fill-opacity": 0.85,
 });
-const stroke = (rule, width = 1.5) => ({ fill: "none", stroke: `var(--r${ruleIndex(rule)})`, "stroke-width": width, "stroke-dasharray": DASHES[ruleIndex(rule)] });
+const stroke = (rule, width = 1.5) => ({ fill: "none", stroke: `var(--r${ruleIndex(rule)})`, "stroke-width": width, "stroke-dasharray": DASHES[shapeIndex(rule)] });
 
 // series: [{rule, points: [{x, y, xs, ys, title, lines}], line: [[x, y]...]}]; xs and ys are [low, high] or null.
 function drawScatter(width, height, series, labels, { reference = null, hasIntervals = true } = {}) {
