@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs format browser kernels clean help
+.PHONY: demo test check docs format browser kernels evidence clean help
 
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs    build the documentation into site/"
 	@echo "make format  format and fix what can be fixed"
 	@echo "make kernels install Triton (a gigabyte), whose interpreter runs the GPU's kernel on a CPU; for its tests"
+	@echo "make evidence measure docs/evidence.md again, stage by stage; SCALE=small is a part of it (three hours)"
 	@echo "make browser install Chromium where there is none, on Debian as root; for the tests of the report"
 
 $(READY): pyproject.toml constraints.txt
@@ -60,6 +61,10 @@ kernels: $(READY)
 	@$(BIN)/python -c "import triton" 2>/dev/null || \
 	  $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt triton || \
 	  echo "Triton could not be installed: the tests that interpret the kernel are skipped"
+
+# Stages that are done are skipped, and one that was interrupted goes on. The whole design takes days on a CPU.
+evidence: $(READY)
+	$(BIN)/python -m jobs.evidence --scale $(or $(SCALE),full)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -33,14 +33,18 @@ class Jacobi:
 
     tol: largest residual that counts as converged; None takes 1e-9 in float64 and 1e-4 in float32.
     max_steps: most sweeps of one row. A row that needs more has status MAX_STEPS and its latest answer.
+    start_seed: None starts where nobody pays. A number draws every first threshold uniformly between the principal's
+        lowest value and the threshold at which it pays nothing: with three or more principals other starts may end
+        at other equilibria.
     """
 
     tol: float | None = None
     max_steps: int = 100
+    start_seed: int | None = None
 
     def solve(self, game: Game) -> Solution:
         """Return the solution at the last sweep; its num_steps counts sweeps."""
-        return _solve(game, _jacobi_sweep, self.tol, self.max_steps)
+        return _solve(game, _jacobi_sweep, self.tol, self.max_steps, self.start_seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +119,29 @@ def _gauss_seidel_sweep(game: NormalizedGame, thresholds_BJ: Tensor) -> Tensor:
     return thresholds_BJ
 
 
-def _solve(game: Game, sweep: Sweep, tol: float | None, max_steps: int) -> Solution:
+def _solve(game: Game, sweep: Sweep, tol: float | None, max_steps: int, start_seed: int | None = None) -> Solution:
     tol = default_tolerance(game) if tol is None else tol
-    return solve_directly(game, partial(_settle, sweep=sweep, aim=tol / 2, max_steps=max_steps), tol=tol)
+    settle = partial(_settle, sweep=sweep, aim=tol / 2, max_steps=max_steps, start_seed=start_seed)
+    return solve_directly(game, settle, tol=tol)
 
 
-def _settle(game: NormalizedGame, *, sweep: Sweep, aim: float, max_steps: int) -> tuple[Tensor, Tensor]:
+def _start(game: NormalizedGame, seed: int | None) -> Tensor:
+    """First thresholds [B, J]: where nobody pays, or drawn."""
+    highest_BJ = nobody_pays(game)
+    if seed is None:
+        return highest_BJ
+    lowest_BJ = game.values.amin(-1)
+    drawn_BJ = torch.rand(highest_BJ.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return lowest_BJ + drawn_BJ.to(lowest_BJ) * (highest_BJ - lowest_BJ)
+
+
+def _settle(
+    game: NormalizedGame, *, sweep: Sweep, aim: float, max_steps: int, start_seed: int | None
+) -> tuple[Tensor, Tensor]:
     state = _Sweeping(
         running=game.log_base[:, 0] < torch.inf,
         num_sweeps=torch.zeros_like(game.log_base[:, 0], dtype=torch.int32),
-        thresholds=nobody_pays(game),
+        thresholds=_start(game, start_seed),
     )
     if game.values.shape[1] > 0:
         state = iterate(partial(_step, sweep=sweep, aim=aim), game, state, max_steps=max_steps)

@@ -226,6 +226,30 @@ def train(
 
 
 @app.command()
+def advise(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    model: Model = None,
+    games: Annotated[
+        Path | None,
+        typer.Option(help="Keep the recorded games in this file (.npz), and use those that it has already."),
+    ] = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Suggest a rule for a job's principals, from the games of a few prompts.
+
+    The base answers the first prompts (advise.prompts), and every principal's token rewards are measured: how
+    large, how sparse and, with a second view of an objective (advise.views), how noisy they are. All rules are then
+    compared at the same distance from the base, steered by the principals and judged by the views.
+    """
+    from jobs.commands.advise import run_advise
+
+    flags = {"input.limit": limit, "base.model": model}
+    run_advise(config, _merge(overrides, flags), print_config=print_config, games_file=games)
+
+
+@app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
     """Show what `relabel`, `evaluate`, `synthesize` or `train` would run, without running it.
 

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from typing_extensions import TypeAliasType
 
+from pipeline.advice.settings import AdviseConfig
 from pipeline.config.sections import Config
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.judges.interface import JudgeConfig
@@ -57,6 +58,7 @@ def render() -> str:
     for title, command, config, names in (
         ("Evaluation", "cage evaluate", EvaluateConfig, ("evaluation",)),
         ("Training data", "cage synthesize", SynthesizeConfig, ("synthesis",)),
+        ("Advice", "cage advise", AdviseConfig, ("advise",)),
         ("Training", "cage train", TrainConfig, tuple(TrainConfig.model_fields)),
     ):
         parts.append(f"## {title}\n\nFor `{command}`.\n")
@@ -68,7 +70,7 @@ def render() -> str:
 
 def keys() -> Iterator[tuple[str, FieldInfo]]:
     """Every key with its place: what the page has to explain."""
-    for config in (EvaluateConfig, SynthesizeConfig, TrainConfig):
+    for config in (EvaluateConfig, SynthesizeConfig, AdviseConfig, TrainConfig):
         for name, field in config.model_fields.items():
             yield from _keys_below(name, field, frozenset())
 

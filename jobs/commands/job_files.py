@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.advice.settings import AdviseConfig
 from pipeline.config.files import load_as
 from pipeline.config.sections import Config
 from pipeline.evaluation.config import EvaluateConfig
@@ -13,7 +14,11 @@ from pipeline.synthesis.settings import SynthesizeConfig
 from pipeline.training.settings import TrainConfig
 
 TRAINING = "training"
-KIND_BY_SECTION: dict[str, type[Config]] = {"evaluation": EvaluateConfig, "synthesis": SynthesizeConfig}
+KIND_BY_SECTION: dict[str, type[Config]] = {
+    "evaluation": EvaluateConfig,
+    "synthesis": SynthesizeConfig,
+    "advise": AdviseConfig,
+}
 
 
 def load_job(path: Path, overrides: list[str] | None = None) -> Config | TrainConfig:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+Observer = Callable[[Sequence[RunningRow], Candidates, Sequence["Tensor"]], None]
 
 
 class HostCalls:
@@ -44,6 +45,8 @@ class HostCalls:
 
     Attributes:
         hosts: may be replaced after a failure.
+        observer: is shown the rows of every game that is solved here, the candidates, and q [B, K] by principal. A
+            lone host that samples solves its games itself.
         solve_s: seconds in which games were solved here.
         wait_s: seconds in which replies were waited for.
     """
@@ -58,6 +61,7 @@ class HostCalls:
         counts_reasoning: bool = False,
     ) -> None:
         self.hosts = hosts
+        self.observer: Observer | None = None
         self.solve_s = self.wait_s = 0.0
         self._topology = topology
         self._prompter = prompter
@@ -94,7 +98,8 @@ class HostCalls:
             client.values_at(at, slots, num_tokens, proposal if self._needs_proposal(plan) else None)
             for plan, client in zip(others, self.hosts.others, strict=True)
         ]
-        return Call(at, slots, rows, advanced, Reply(partial(self._solve, proposal, values, terms, uniforms)))
+        solve = partial(self._solve, rows, proposal, values, terms, uniforms)
+        return Call(at, slots, rows, advanced, Reply(solve))
 
     def outcomes(self, call: Call) -> list[TokenOutcome]:
         """What the step gave each row, in the order of the call's slots; waits for the hosts. Raises HostError.
@@ -168,6 +173,7 @@ class HostCalls:
 
     def _solve(
         self,
+        rows: Sequence[RunningRow],
         proposal: Reply[Candidates],
         values: Sequence[Reply[Tensor]],
         terms: Sequence[Terms],
@@ -182,6 +188,8 @@ class HostCalls:
             outputs_BK |= by_role(plan.roles, values_BRK)
         principals = self._topology.principals
         rewards, at_weights = token_rewards(principals, outputs_BK), reward_at_weights(principals, outputs_BK)
+        if self.observer is not None:
+            self.observer(rows, candidates, rewards)
         started_s = time.perf_counter()
         sampled = solve_and_sample(self._options, candidates, rewards, terms, uniforms, at_weights)
         outcomes = sampled.outcomes(terms)

@@ -1,0 +1,1 @@
+"""`make evidence`: the measurements of docs/evidence.md, stage by stage."""

@@ -1,0 +1,1 @@
+"""Which rule suits a run's principals, from games over tokens that were recorded on a few prompts."""

@@ -1,0 +1,106 @@
+"""From measurements to a suggestion: which rule, at which agent temperature, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cage.rule_names import RuleName
+from pipeline.advice.comparison import Comparison, RuleChoice, RuleGain, choices
+from pipeline.advice.measures import RewardMeasures, correlation, measure_rewards
+from pipeline.advice.recording import RecordedGames
+from pipeline.advice.settings import VIEW, AdviseConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What recorded games say about a run's rules.
+
+    Args:
+        num_prompts, num_tokens: what was recorded.
+        measures: by principal.
+        correlations: of the rewards of every two principals.
+        unseen: principals without a view, whose rewards are taken as they are.
+        target_kl: nats a token at which rules are compared.
+        rules: what each gains; `linear` first.
+        suggested: one of them.
+        is_ahead: whether its gain is above that of `linear` beyond what chance explains; false for `linear` itself.
+        confidence: share of the bootstrap samples in which it gains most: of it and `linear`, or, where `linear` is
+            suggested, of `linear` and the best of the others.
+    """
+
+    num_prompts: int
+    num_tokens: int
+    measures: Mapping[str, RewardMeasures]
+    correlations: Mapping[tuple[str, str], float]
+    unseen: tuple[str, ...]
+    target_kl: float
+    rules: tuple[RuleGain, ...]
+    suggested: RuleGain
+    is_ahead: bool
+    confidence: float
+
+
+def advise(config: AdviseConfig, games: RecordedGames) -> Advice:
+    """Measure the principals, compare the rules and suggest one.
+
+    A rule other than `linear` is suggested where the interval of its lead does not hold 0, widened for the number of
+    rules that are compared (Bonferroni). Otherwise it is `linear`: the simplest of those that gain as much.
+
+    Args:
+        config: the job; its principals and views are those of the games.
+        games: recorded.
+    """
+    settings = config.advise
+    views = {name: name + VIEW for name in settings.views}
+    rules = choices(settings.rules, settings.k)
+    strict = settings.bootstrap.model_copy(
+        update={"confidence": 1 - (1 - settings.bootstrap.confidence) / max(1, len(rules) - 1)}
+    )
+    comparison = Comparison(games, config.weights, views, strict)
+    target = settings.target_kl or config.decoding.target_kl or _configured_kl(config, comparison)
+    found = comparison.compare(rules, target)
+    suggested, is_ahead, confidence = _suggest(found)
+    names = comparison.names
+    return Advice(
+        num_prompts=len(games.row_ids),
+        num_tokens=games.num_games,
+        measures={
+            name: measure_rewards(
+                games.base_NK, games.rewards[name], games.rewards[views[name]] if name in views else None
+            )
+            for name in names
+        },
+        correlations={
+            (one, other): correlation(games.base_NK, games.rewards[one], games.rewards[other])
+            for at, one in enumerate(names)
+            for other in names[at + 1 :]
+        },
+        unseen=tuple(name for name in names if name not in views),
+        target_kl=target,
+        rules=tuple(found),
+        suggested=suggested,
+        is_ahead=is_ahead,
+        confidence=confidence,
+    )
+
+
+def _configured_kl(config: AdviseConfig, comparison: Comparison) -> float:
+    """What the configured rule reaches at the configured agent temperature, in nats a token."""
+    decoding = config.decoding
+    rule = decoding.rule if decoding.rule.uses_principals else RuleName.LINEAR
+    k = None
+    if rule.takes_k:
+        given = decoding.soft_threshold
+        k = given if not isinstance(given, dict) else sum(given.values()) / len(given)
+    return comparison.kl_of(RuleChoice(rule, k), decoding.agent_temperature)
+
+
+def _suggest(rules: Sequence[RuleGain]) -> tuple[RuleGain, bool, float]:
+    linear, *others = rules
+    ahead = [each for each in others if each.difference_interval[0] > 0]
+    if ahead:
+        best = max(ahead, key=lambda each: each.gain)
+        return best, True, best.ahead
+    best_other = max(others, key=lambda each: each.gain, default=None)
+    return linear, False, 1.0 if best_other is None else 1.0 - best_other.ahead
