@@ -9,7 +9,7 @@ from cage.rule_names import RuleName
 from pipeline.advice.comparison import Comparison, RuleChoice, RuleGain, choices
 from pipeline.advice.measures import RewardMeasures, correlation, measure_rewards
 from pipeline.advice.recording import RecordedGames
-from pipeline.advice.settings import VIEW, AdviseConfig
+from pipeline.advice.settings import COMPARABLE, VIEW, AdviseConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def advise(config: AdviseConfig, games: RecordedGames) -> Advice:
 def _configured_kl(config: AdviseConfig, comparison: Comparison) -> float:
     """What the configured rule reaches at the configured agent temperature, in nats a token."""
     decoding = config.decoding
-    rule = decoding.rule if decoding.rule.uses_principals else RuleName.LINEAR
+    rule = decoding.rule if decoding.rule in COMPARABLE else RuleName.LINEAR
     k = None
     if rule.takes_k:
         given = decoding.soft_threshold

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from cage.rule_names import RuleName
-from pipeline.config.sections import Config, DecodingConfig, Finite, GridConfig, Unit
+from pipeline.config.sections import Config, DecodingConfig, Finite, GridConfig
+from pipeline.config.units import Unit
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.principals.kinds import Principal
 from pipeline.sections import Section
 
 MOST_CANDIDATES = 1024
+COMPARABLE = tuple(
+    rule for rule in RuleName if rule.uses_principals and rule.serves_tokens and not rule.at_weights
+)  # on recorded games over tokens
 VIEW = "-view"  # what a view's name ends with, after its principal's
 
 
@@ -23,9 +27,7 @@ class AdviseSection(Section):
         description="by principal: a second view of its objective, such as a paraphrase of its principle, or an "
         "adapter of another seed or other pairs; rules are steered by the principal and judged by the view",
     )
-    rules: tuple[RuleName, ...] = Field(
-        tuple(rule for rule in RuleName if rule.uses_principals), description="which are compared with linear"
-    )
+    rules: tuple[RuleName, ...] = Field(COMPARABLE, description="which are compared with linear")
     k: tuple[Finite, ...] = Field((0.0, 1.0, 2.0), description="thresholds of rule soft_threshold that are compared")
     target_kl: float | None = Field(
         None,
@@ -65,8 +67,8 @@ class AdviseConfig(Config):
     def _can_be_recorded(self) -> AdviseConfig:
         if not self.principals:
             raise ValueError("cage advise compares rules for principals, and there are none")
-        if self.decoding.unit is not Unit.TOKEN:
-            raise ValueError(f"cage advise looks at games over tokens; got decoding.unit: {self.decoding.unit}")
+        if self.units != (Unit.TOKEN,):
+            raise ValueError(f"cage advise looks at games over tokens; got unit: {', '.join(self.units)}")
         candidates = self.decoding.candidates
         if candidates == "all" or candidates > MOST_CANDIDATES:
             raise ValueError(f"cage advise needs decoding.candidates of at most {MOST_CANDIDATES}; got {candidates}")
@@ -81,8 +83,11 @@ class AdviseConfig(Config):
     @model_validator(mode="after")
     def _compares_rules(self) -> AdviseConfig:
         for rule in self.advise.rules:
-            if not rule.uses_principals:
-                raise ValueError(f"advise.rules: {rule} gains nothing by definition; leave it out")
+            if rule not in COMPARABLE:
+                raise ValueError(
+                    f"advise.rules: {rule} cannot be compared on recorded games over tokens; choose among "
+                    f"{', '.join(COMPARABLE)}"
+                )
         if not any(weight > 0 for weight in self.weights.values()):
             raise ValueError("cage advise needs a principal whose weight is above 0; all are 0")
         return self
