@@ -105,10 +105,11 @@ class StandIns:
         tree["input"]["limit"] = 3
         tree["decoding"] |= {"max_new_tokens": 5, "candidates": 8}
         grid = tree["grid"]
-        grid["agent_temperatures"] = grid["agent_temperatures"][:2]
+        if "agent_temperatures" in grid:
+            grid["agent_temperatures"] = grid["agent_temperatures"][:2]
         grid["weights"] = grid["weights"][3:5] if isinstance(grid["weights"], list) else {"step": 0.5}
-        if not grid["weights"]:
-            del grid["weights"]
+        if not grid["weights"]:  # a single one
+            grid["weights"] = tree_of(file)["grid"]["weights"]
         tree["cluster"] = {"transport": "local", "slots": 8}
         tree["evaluation"]["bootstrap"] = {"samples": 100}
         return parse_as(EvaluateConfig, tree)
@@ -125,7 +126,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> StandIns:
 
 def test_there_is_a_recipe_for_every_published_experiment() -> None:
     assert {file.stem for file in EVALUATIONS} == {
-        "safety", "safety_mod", "safety_blocks", "whole_answers", "best_of_5", "three_objectives",
+        "safety", "safety_preference_arm", "safety_mod", "safety_blocks", "whole_answers", "best_of_5",
+        "three_objectives",
     }  # fmt: skip
 
 

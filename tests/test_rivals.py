@@ -90,12 +90,12 @@ def test_parm(tiny, tmp_path):
     adapter = make_preference_adapter(tmp_path / "parm", base)
     principals = {
         name: {
-            "kind": "preference_arm", "adapter": str(adapter), "objective": at, "preference": "weights",
+            "kind": "preference_arm", "adapter": str(adapter), "objective": at,
             "reference": "none", "weight": weight,
         }
         for at, (name, weight) in enumerate(WEIGHTS.items())
     }  # fmt: skip
-    options = {**SETTINGS, "rule": "linear", "agent_temperature": 1.0, "temperature": 0}
+    options = {**SETTINGS, "rule": "parm", "agent_temperature": 1.0, "temperature": 0}
     with Aligner(str(base), principals, **options) as aligner:
         (answer,) = aligner.generate([PROMPT])
     tokens = [each.token_id for each in answer.tokens]
