@@ -217,6 +217,7 @@ class Record:
         num_reasoning_tokens: tokens drawn before the answer, markers included.
         proposals: what the games over blocks or answers were about.
         values: by principal, its lowest and highest q over the drawn tokens, in nats; not a column of the output.
+        num_passes: passes of the base that gave it tokens; likewise, and it says nothing about the answer.
         file, number, given: of the input row, where there is an error.
     """
 
@@ -250,6 +251,7 @@ class Record:
     num_reasoning_tokens: int = 0
     proposals: tuple[Proposal, ...] = ()
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    num_passes: int = field(default=0, compare=False)
     file: str = ""
     number: int | None = None
     given: str | None = None

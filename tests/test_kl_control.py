@@ -98,6 +98,6 @@ def test_a_token_that_closes_reasoning_spends_nothing():
     forced = iter([None, 9, None])
     row = RunningRow(Row("r", ()), 0, 0, ("brief",), TERMS, Uniforms(0, "r", 0), target_kl=0.2, reasoning=track)
     for _ in range(3):
-        row.take(outcome)
+        row.append(outcome)
     assert row.tokens == [3, 9, 3]
     assert row.spent_kl == [0.7, 0.7]

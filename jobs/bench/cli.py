@@ -99,3 +99,31 @@ def bench_startup(
     from jobs.bench.startup import run_bench_startup
 
     run_bench_startup(repeats=repeats, json_file=json_file)
+
+
+@bench.command("speculation")
+def bench_speculation(
+    model: Annotated[str, typer.Option(help="Folder, hub id, or smollm2-135m.")] = "smollm2-135m",
+    prompts: Annotated[Path, typer.Option(help="JSONL with the columns id and prompt.")] = Path(
+        "configs/data/prompts.jsonl"
+    ),
+    rows: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    slots: Annotated[list[int], typer.Option(min=1, help="Rows at once.")] = [1, 4, 16],  # noqa: B006
+    workload: Annotated[
+        list[str], typer.Option(help="Beginnings of names: relabel, grid, synthesis; all without.")
+    ] = [],  # noqa: B006
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
+) -> None:
+    """What drafts save on a CPU: relabeling, an evaluation grid and synthesis, with and without them."""
+    from jobs.bench.speculation import run_bench_speculation
+
+    run_bench_speculation(
+        model=model,
+        prompts=prompts,
+        num_rows=rows,
+        max_new_tokens=max_new_tokens,
+        slots=slots,
+        workloads=workload,
+        json_file=json_file,
+    )

@@ -89,6 +89,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         "",
         _hosts(replica),
         *_decoding(replica),
+        *_drafts(replica),
         *_masked(replica),
         *_unobeyed(replica),
         "",
@@ -211,6 +212,20 @@ def _decoding(replica: ReplicaPlan) -> list[str]:
                 f"{name} reads and writes text alone: {', '.join(expected.left_out)} of its model is left out"
             )
     return lines
+
+
+def _drafts(replica: ReplicaPlan) -> list[str]:
+    """A line that says where proposed tokens come from, or why there are none."""
+    decoding = replica.config.decoding
+    if decoding.draft == "off":
+        return []
+    if replica.undrafted:
+        return [f"drafts    none: {'; '.join(replica.undrafted)}"]
+    after = " after its reasoning" if replica.reasoning is not None else ""
+    return [
+        f"drafts    {', '.join(replica.config.draft_sources)}: a pass on a CPU verifies several tokens of an answer{after} "
+        "where that takes less time"
+    ]
 
 
 def _masked(replica: ReplicaPlan) -> list[str]:

@@ -78,6 +78,8 @@ def describe_status(run: Run) -> str:
         f"  answers   {status.rows_aligned:,} aligned, {status.rows_failed:,} failed, of {status.num_rows:,}",
         f"  tokens    {status.tokens:,}",
     ]
+    if status.accepted:
+        lines.append(f"  drafts    {status.accepted:,} of these tokens were proposed and took no pass of their own")
     if len(status.prompts) > 1:
         *before, now = (f"{number:,}" for number in status.prompts)
         lines.append(f"  extended  from {', '.join(before)} to {now} prompts")

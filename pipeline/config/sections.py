@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from cage.rule_names import RuleName
+from pipeline.config.drafts import Draft, DraftSource, check_draft, why_not_drafted
 from pipeline.config.units import Unit, check_one_reward_model, check_options, check_principals, check_rules
 from pipeline.principals.kinds import Principal
 from pipeline.protocol.specs import SamplingOptions
@@ -145,7 +146,7 @@ class ThinkingConfig(Section):
 
 
 class DecodingConfig(Section):
-    """How a row is decoded. Every field changes results and is part of the fingerprint."""
+    """How a row is decoded. Every field but `draft` changes results and is part of the fingerprint."""
 
     rule: RuleName = Field(RuleName.EQUILIBRIUM, description="how base and principals become one policy")
     agent_temperature: float = Field(0.1, gt=0, description="tau, in nats of weighted reward")
@@ -194,6 +195,13 @@ class DecodingConfig(Section):
         Reproducibility.STRICT,
         description="strict: a row's bits depend on nothing but the row, these settings and the kind of machine; "
         "relaxed: faster on some machines",
+    )
+    draft: Draft = Field(
+        "off",
+        description="where several tokens at once are proposed from, which one pass verifies; changes no result. A "
+        "list in order of preference: response (input.response), siblings (other answers to the prompt), lookup (the "
+        "prompt and the answer so far). auto: all of them; off: none. Fewer are proposed, or none, where a pass with "
+        "them would take longer than they save",
     )
     trace: Trace = Field(
         Trace.SUMMARY, description="numbers by answer (summary), also by token (tokens), or rewards alone (none)"
@@ -396,6 +404,27 @@ class Config(Section):
             raise ValueError("decoding.soft_threshold: no effect without rule: soft_threshold")
         if decoding.target_kl is not None and not (self.principals and any(rule.uses_temperature for rule in rules)):
             raise ValueError("decoding.target_kl: no effect where no principal steers; leave it out")
+        return self
+
+    @property
+    def undrafted(self) -> tuple[str, ...]:
+        """Why no tokens are proposed, as far as settings say; empty where none keeps them from it."""
+        return why_not_drafted(self.decoding.draft, self.units, self.decoding.target_kl)
+
+    @property
+    def draft_sources(self) -> tuple[DraftSource, ...]:
+        """Where proposed tokens come from; empty where none are proposed."""
+        draft = self.decoding.draft
+        return () if self.undrafted else tuple(DraftSource if isinstance(draft, str) else draft)
+
+    @model_validator(mode="after")
+    def _drafts_fit(self) -> Config:
+        check_draft(
+            self.decoding.draft,
+            self.undrafted,
+            has_existing=self.input.response is not None or self.input.last_assistant is not None,
+            has_siblings=self.decoding.n > 1 or not self.grid.is_empty,
+        )
         return self
 
     @model_validator(mode="after")

@@ -77,32 +77,44 @@ class HostCalls:
             at: the position after this step.
             group: the slots to advance.
         """
-        slots = group.drawing
+        slots, sent_s = group.drawing, time.monotonic()
         rows = [group.running[slot] for slot in slots]
+        has_prompts = bool(group.parts)
         if not slots:  # long prompts take several steps
-            return Call(at, slots, rows, self._advance(at, group, first=0), Reply.of([]))
-        terms, uniforms = [row.step_terms for row in rows], [row.uniform for row in rows]
+            return Call(at, slots, rows, self._advance(at, group, first=0), Reply.of([]), has_prompts=True)
+        lanes = {draft.slot: draft.lanes for draft in group.drafts}
+        # a token of a draft is asked about like a row: by its lane, with the draw of its step
+        asked = [
+            (place, row, ahead)
+            for slot, row in zip(slots, rows, strict=True)
+            for ahead, place in enumerate([slot, *lanes.get(slot, ())])
+        ]
+        places, terms = [place for place, _, _ in asked], [row.step_terms for _, row, _ in asked]
+        uniforms = [row.uniform(ahead) for _, row, ahead in asked]
+        sent = partial(Call, at, slots, rows, guesses=dict(group.guesses), sent_s=sent_s, has_prompts=has_prompts)
         if (sampler := self.hosts.sampler) is not None:
-            return Call(at, slots, rows, [], self._sample(sampler, at, group, slots, terms, uniforms))
+            return sent(advanced=[], outcomes=self._sample(sampler, at, group, places, terms, uniforms))
         base, *others = self._topology.hosts
         proposal = self.hosts.base.advance_and_propose(
             at,
             self._step(base, group),
-            slots,
+            places,
             num_candidates=self._options.num_candidates,
             min_p=self._options.min_p,
         )
         advanced = self._advance(at, group, first=1)
-        num_tokens = [len(row.tokens) for row in rows]
+        num_tokens = [len(row.tokens) + ahead for _, row, ahead in asked]
         values = [
-            client.values_at(at, slots, num_tokens, proposal if self._needs_proposal(plan) else None)
+            client.values_at(at, places, num_tokens, proposal if self._needs_proposal(plan) else None)
             for plan, client in zip(others, self.hosts.others, strict=True)
         ]
-        solve = partial(self._solve, rows, proposal, values, terms, uniforms)
-        return Call(at, slots, rows, advanced, Reply(solve))
+        solve = partial(self._solve, [row for _, row, _ in asked], proposal, values, terms, uniforms)
+        return sent(advanced=advanced, outcomes=Reply(solve))
 
     def outcomes(self, call: Call) -> list[TokenOutcome]:
-        """What the step gave each row, in the order of the call's slots; waits for the hosts. Raises HostError.
+        """What the step gave each row, and behind each token of its draft, in the order of the call's slots.
+
+        Waits for the hosts. Raises HostError.
 
         No outcome is returned before every host has answered: a row that got its token while a host failed would
         begin its next step from a state that this host does not have.
@@ -165,11 +177,11 @@ class HostCalls:
         sampler: SamplingClient,
         at: Position,
         group: Group,
-        slots: Sequence[int],
+        places: Sequence[int],
         terms: Sequence[Terms],
         uniforms: Sequence[float],
     ) -> Reply[list[TokenOutcome]]:
-        return sampler.advance_and_sample(at, self._step(self._topology.hosts[0], group), slots, terms, uniforms)
+        return sampler.advance_and_sample(at, self._step(self._topology.hosts[0], group), places, terms, uniforms)
 
     def _solve(
         self,
@@ -205,7 +217,8 @@ class HostCalls:
         stepping = group.stepping
         tokens = [group.running[slot].newest_token for slot in stepping]
         admissions = [self._admission(plan, slot, group.running[slot], part) for slot, part in group.parts.items()]
-        return Step(admissions, stepping, tokens)
+        accepted = {slot: count for slot in stepping if (count := group.running[slot].num_accepted)}
+        return Step(admissions, stepping, tokens, accepted, group.drafts)
 
     def _admission(self, plan: HostPlan, slot: int, running: RunningRow, part: int) -> Admission:
         """A part of the row's prompts, with the tokens that it kept if it is admitted again."""

@@ -268,7 +268,7 @@ class ChoiceEngine:
         paid_J = None if thresholds_J is None else (game.values[0, :, at] - thresholds_J).clamp(min=0)
         kl = float(kl_to_base(decision.log_policy, game.base_logprobs))
         for outcome in choice.outcomes[:-1]:
-            whole.take(replace(outcome, rewards=nothing, payments=None if paid_J is None else nothing))
+            whole.append(replace(outcome, rewards=nothing, payments=None if paid_J is None else nothing))
         last = replace(
             choice.outcomes[-1],
             rewards=choice.rewards,
@@ -279,7 +279,7 @@ class ChoiceEngine:
             status=int(decision.status),
             num_steps=int(decision.num_steps),
         )
-        whole.take(last)
+        whole.append(last)
 
     def _ended(self, path: Path) -> Record | None:
         """The record of an answer that has ended."""

@@ -22,6 +22,7 @@ from pipeline.config.sections import DecodingConfig, Reproducibility, Trace
 from pipeline.config.variants import Variant, sampling_of
 from pipeline.engine.calls import HostCalls
 from pipeline.engine.decoding import DecodingEngine
+from pipeline.engine.drafting import Drafter
 from pipeline.engine.prompter import Prompter
 from pipeline.engine.reasoning import Turn
 from pipeline.engine.recovery import MAX_CONSECUTIVE_LOSSES
@@ -76,11 +77,13 @@ class Engine:
         num_groups: groups that alternate; 2 hides the coordinator's work behind the hosts'.
         max_failures: consecutive failures of hosts that are allowed while no row finishes in between.
         loaded_slots: slots of a host that was just started, where that is another number than `num_slots`.
+        drafter: proposes tokens that passes verify; None: every pass gives a row one token.
 
     Attributes:
         num_steps: steps so far, over all groups.
         num_row_steps: tokens and parts of prompts computed so far, over all rows.
         recoveries: faults that were overcome so far.
+        drafter: proposes tokens; None where nothing does.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Engine:
         num_groups: int = 1,
         max_failures: int = 20,
         loaded_slots: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._topology = topology
         sampling = sampling_of(decoding, variants)
@@ -115,6 +119,7 @@ class Engine:
             self._not_finite += ", or the text is longer than the context of a model with other tokens"
         self._num_ahead = int(hosts.runs_ahead)
         self._loaded_slots = loaded_slots or num_slots
+        self.drafter = drafter
         self._max_failures = max_failures
         self._consecutive_failures = self._consecutive_losses = 0
         self._ended: list[Ended] = []
@@ -221,7 +226,10 @@ class Engine:
         lacks_memory = False
         try:
             # a row whose reasoning is left alone or about to be closed, or that follows its own KL, is not sent ahead
-            num_ahead = 0 if any(row.must_wait for row in group.running.values()) else self._num_ahead
+            must_wait = any(row.must_wait for row in group.running.values())
+            if self.drafter is not None:  # it proposes what follows tokens that are known
+                must_wait |= self.drafter.wants_tokens(group)
+            num_ahead = 0 if must_wait else self._num_ahead
             while len(group.calls) > num_ahead:
                 self._ended += self._complete(group)
             if call := self._launch(group):
@@ -340,10 +348,12 @@ class Engine:
         num_rows = len(group.stepping) + len(group.parts)
         if not num_rows:
             return None
+        if self.drafter is not None and self._calls.observer is None:  # who observes games is shown those of rows alone
+            self.drafter.draft(group)
         at, group.next = group.next, group.next.after
         call = self._calls.advance(at, group)
         for running in call.rows:
-            running.num_pending += 1
+            running.requested()
         for running in group.end_step():
             self._calls.score_original(running)
         self.num_steps += 1
@@ -353,16 +363,23 @@ class Engine:
     def _complete(self, group: Group) -> list[Ended]:
         """Collect the tokens of the oldest call; free the slots of the rows that ended."""
         call = group.calls.popleft()
-        outcomes = self._calls.outcomes(call)
+        given = iter(self._calls.outcomes(call))
+        if self.drafter is not None:
+            self.drafter.completed(call)
+        drafts = [call.guesses[slot].tokens if slot in call.guesses else () for slot in call.slots]
+        outcomes = [[next(given) for _ in range(len(draft) + 1)] for draft in drafts]
         going_on = [group.running.get(slot) is row for slot, row in zip(call.slots, call.rows, strict=True)]
         # a host that runs ahead computes one more token of a row that has ended meanwhile: it is dropped
         self.num_row_steps -= going_on.count(False)
-        rows = list(compress(zip(call.slots, call.rows, outcomes, strict=True), going_on))
-        for _, running, _ in rows:
+        rows = list(compress(zip(call.slots, call.rows, outcomes, drafts, strict=True), going_on))
+        for _, running, _, _ in rows:
             self._calls.collect_original(running)
         all_ended = []
-        for slot, running, outcome in rows:
-            if ended := self._apply(running, outcome):
+        for slot, running, of_row, draft in rows:
+            ended = self._apply(running, of_row, draft)
+            if self.drafter is not None:
+                self.drafter.verified(running, call.guesses.get(slot), has_ended=ended is not None)
+            if ended:
                 all_ended.append(ended)
                 self._slots.isolation.finished(running)
                 self._consecutive_failures = self._consecutive_losses = 0
@@ -371,14 +388,23 @@ class Engine:
         group.free.sort()
         return all_ended
 
-    def _apply(self, running: RunningRow, outcome: TokenOutcome) -> Ended | None:
-        """Append the drawn token to its row; say how the row ended if that ended it."""
-        if outcome.status == cage.Status.NOT_FINITE:
-            return Ended(running, error=f"token {len(running.tokens)}: {self._not_finite}")
-        running.append(outcome)
+    def _apply(self, running: RunningRow, outcomes: Sequence[TokenOutcome], draft: Sequence[int]) -> Ended | None:
+        """Append the drawn token to its row, and those of its draft that were drawn; say how that ended the row.
+
+        What was computed behind a token of the draft holds if that token was drawn.
+        """
+        running.answered()
         stop = self._decoding.stop if running.row.stop is None else running.row.stop
-        finished = running.finish(self._prompter, stop)
-        return None if finished is None else Ended(running, *finished)
+        for proposed, outcome in zip([*draft, None], outcomes, strict=True):
+            if outcome.status == cage.Status.NOT_FINITE:
+                return Ended(running, error=f"token {len(running.tokens)}: {self._not_finite}")
+            running.append(outcome)
+            if finished := running.finish(self._prompter, stop):
+                return Ended(running, *finished)
+            if running.tokens[-1] != proposed:
+                break
+            running.num_accepted += 1
+        return None
 
     def record(self, ended: Ended) -> Record:
         """The record of a row that ended."""

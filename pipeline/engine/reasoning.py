@@ -116,6 +116,11 @@ class ReasoningTrack:
         before = self.phase is Phase.OPENING and self.control.form.has_channels
         return self.control.steers or not (self.phase is Phase.REASONING or before)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is certain that all further tokens are of the answer, and that none is forced."""
+        return self.phase is Phase.ANSWER and not self._forced and not self.control.form.has_channels
+
     def must_wait(self, num_pending: int) -> bool:
         """Whether a step cannot be sent before the pending tokens are known: they may change how it is drawn."""
         if not num_pending:

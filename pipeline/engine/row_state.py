@@ -36,6 +36,8 @@ class RunningRow:
         shared_prefixes: by role, the length of the prefix that other prompts may share.
         max_tokens: the answer's limit.
         num_pending: tokens that were requested and have not arrived.
+        num_accepted: tokens of its draft in the last step that were drawn, until the next step is sent.
+        num_passes: steps that gave it tokens.
         original_scores: the reply with the rewards of an existing answer, until it has arrived.
         tokens: drawn so far.
         outcomes: of the drawn tokens.
@@ -59,6 +61,8 @@ class RunningRow:
     shared_prefixes: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 0
     num_pending: int = 0
+    num_accepted: int = 0
+    num_passes: int = 0
     original_scores: Reply[list[float]] | None = None
     tokens: list[int] = field(default_factory=list)
     outcomes: list[TokenOutcome] = field(default_factory=list)
@@ -73,10 +77,9 @@ class RunningRow:
         """Identifies the answer in its run."""
         return self.row.row_id, self.variant, self.sample
 
-    @property
-    def uniform(self) -> float:
-        """The draw of the next token to request."""
-        return self.uniforms.at(len(self.tokens) + self.num_pending)
+    def uniform(self, ahead: int = 0) -> float:
+        """The draw of the next token to request, or of one further `ahead`."""
+        return self.uniforms.at(len(self.tokens) + self.num_pending + ahead)
 
     @property
     def newest_token(self) -> int:
@@ -103,6 +106,13 @@ class RunningRow:
         return self.reasoning is not None and self.reasoning.must_wait(self.num_pending)
 
     @property
+    def can_be_drafted(self) -> bool:
+        """Whether the terms of several next games are known before their tokens are."""
+        if self.target_kl is not None or self.num_pending:
+            return False
+        return self.reasoning is None or self.reasoning.is_over
+
+    @property
     def is_at_its_end(self) -> bool:
         """Whether the answer reaches its limit with the pending tokens."""
         return len(self.tokens) + self.num_pending >= self.max_tokens
@@ -120,32 +130,37 @@ class RunningRow:
     def restart(self, *, keeps_tokens: bool) -> None:
         """Prepare to be admitted again. Draws are keyed by the step, so the same tokens come again."""
         self.original_scores = None
-        self.num_pending = 0
+        self.num_pending = self.num_accepted = 0
         if not keeps_tokens:
+            self.num_passes = 0
             self.tokens.clear()
             self.outcomes.clear()
             self.spent_kl.clear()
             if self.reasoning is not None:
                 self.reasoning.reset()
 
+    def requested(self) -> None:
+        """Note that a step was sent: it said what was accepted, and asks for a token."""
+        self.num_pending += 1
+        self.num_accepted = 0
+
+    def answered(self) -> None:
+        """Note that the reply of a step has arrived."""
+        self.num_pending -= 1
+        self.num_passes += 1
+
     def append(self, outcome: TokenOutcome) -> None:
-        """Take a token that was requested, or the one that closes reasoning which is too long in its place."""
+        """Take a token, or the one that closes reasoning which is too long in its place."""
         is_steered = self.reasoning is None or self.reasoning.is_steered
         forced = None if self.reasoning is None else self.reasoning.forced_token()
         if forced is not None:
             outcome = _forced(outcome, forced)
         elif is_steered:
             self.spent_kl.append(outcome.kl)
-        self.num_pending -= 1
         self.tokens.append(outcome.token_id)
         self.outcomes.append(outcome)
         if self.reasoning is not None:
             self.reasoning.advance(self.tokens)
-
-    def take(self, outcome: TokenOutcome) -> None:
-        """Take a token that was not requested: of a proposal that was chosen."""
-        self.num_pending += 1
-        self.append(outcome)
 
     def finish(self, prompter: Prompter, stop: Sequence[str]) -> tuple[FinishReason, Turn] | None:
         """The finish reason and what was written, if the newest token ends the row."""
@@ -229,6 +244,7 @@ class RunningRow:
             rewards=self._by_name(self.sums([outcome.rewards for outcome in answered])),
             payments=self._payments(answered),
             num_unsolved=sum(outcome.status != Status.CONVERGED for outcome in self.outcomes),
+            num_passes=self.num_passes,
             tokens=tuple(self._trace(outcome, prompter) for outcome in self.outcomes) if with_tokens else (),
             values=self._values(),
         )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pipeline.engine.recovery import PoisonRowIsolation
 from pipeline.engine.row_state import RunningRow
 from pipeline.protocol.hosts import Reply
-from pipeline.protocol.messages import Position, TokenOutcome
+from pipeline.protocol.messages import Draft, Position, TokenOutcome, most_drafted
+
+if TYPE_CHECKING:
+    from pipeline.engine.drafting import Guess
 
 PROMPT_TOKENS_PER_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
 
@@ -24,7 +28,10 @@ class Call:
         slots: that get a token, in the order of the batch; none where only prompts are read.
         rows: the rows in these slots when the step was sent.
         advanced: the replies of hosts that were asked to advance and nothing else.
-        outcomes: what the step gives each row.
+        outcomes: what the step gives at the newest token of each row, and behind each token of its draft.
+        guesses: by slot, the drafts that it verifies.
+        sent_s: when it was sent.
+        has_prompts: whether it also computes prompts.
     """
 
     at: Position
@@ -32,6 +39,14 @@ class Call:
     rows: list[RunningRow]
     advanced: list[Reply[None]]
     outcomes: Reply[list[TokenOutcome]]
+    guesses: Mapping[int, Guess] = field(default_factory=dict)
+    sent_s: float = 0.0
+    has_prompts: bool = False
+
+    @property
+    def num_positions(self) -> int:
+        """Where it draws a token: one for each row, and one for each token of a draft."""
+        return len(self.slots) + sum(len(guess.tokens) for guess in self.guesses.values())
 
 
 @dataclass(slots=True)
@@ -44,6 +59,9 @@ class Group:
         running: rows by slot, those whose prompts are being computed included.
         parts: by slot, the next part of a prompt that is being computed.
         calls: pending, the oldest first.
+        lanes: numbers beyond all slots, for tokens of drafts.
+        guesses: by slot, the drafts of the next step.
+        num_undrafted: steps since the last one with a draft.
     """
 
     next: Position
@@ -51,6 +69,9 @@ class Group:
     running: dict[int, RunningRow] = field(default_factory=dict)
     parts: dict[int, int] = field(default_factory=dict)
     calls: deque[Call] = field(default_factory=deque)
+    lanes: Sequence[int] = ()
+    guesses: dict[int, Guess] = field(default_factory=dict)
+    num_undrafted: int = 0
 
     @property
     def stepping(self) -> list[int]:
@@ -64,6 +85,14 @@ class Group:
         """The slots that get a token in the next step: those that append one, and those whose prompt ends with it."""
         filled = [slot for slot in self.parts if not self.is_filling_after(slot)]
         return sorted([*self.stepping, *filled])
+
+    @property
+    def drafts(self) -> list[Draft]:
+        """The drafts of the next step, with lanes for their tokens."""
+        lanes = iter(self.lanes)
+        return [
+            Draft(slot, guess.tokens, [next(lanes) for _ in guess.tokens]) for slot, guess in self.guesses.items()
+        ]
 
     def is_filling_after(self, slot: int) -> bool:
         """Whether the slot's prompt needs more steps than the present one."""
@@ -87,6 +116,7 @@ class Group:
         self.running.clear()
         self.parts.clear()
         self.calls.clear()
+        self.guesses.clear()
         self.next = _first_position(self.next.group)
         return rows
 
@@ -176,7 +206,15 @@ class Slots:
 
     def _deal(self) -> list[Group]:
         num_groups = min(self._num_groups, self.num_slots)
-        return [Group(_first_position(at), list(range(at, self.num_slots, num_groups))) for at in range(num_groups)]
+        num_lanes = most_drafted(self.num_slots)
+        return [
+            Group(
+                _first_position(at),
+                list(range(at, self.num_slots, num_groups)),
+                lanes=range(self.num_slots + at, self.num_slots + num_lanes, num_groups),
+            )
+            for at in range(num_groups)
+        ]
 
 
 def _first_position(group: int) -> Position:

@@ -86,7 +86,7 @@ class Scores(Protocol):
 
         Args:
             at: the position that the group must be at.
-            slots: of the rows.
+            slots: of the rows, and lanes of the step's drafts.
             num_tokens: how many tokens each row has drawn so far.
             proposal: the base's candidates, row by row; None: the whole vocabulary, for language models alone.
 
@@ -123,7 +123,7 @@ class Proposes(Scores, Protocol):
         Args:
             at: as in `advance`.
             step: as in `advance`.
-            slots: that get a token in this step.
+            slots: that get a token in this step, and lanes of its drafts.
             num_candidates: how many, the likeliest first; None: the whole vocabulary.
             min_p: drops candidates less likely than `min_p` times the likeliest one.
 
@@ -147,7 +147,7 @@ class Samples(Proposes, Protocol):
         Args:
             at: as in `advance`.
             step: as in `advance`; tokens may be DRAWN.
-            slots: that get a token in this step.
+            slots: that get a token in this step, and lanes of its drafts.
             terms: rule, agent temperature and weights of each.
             uniforms: the uniform draw of each.
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DRAWN = -1  # stands for the token that the host itself drew for the slot
+MOST_DRAFTED = 8  # proposed tokens of one slot in a step
+DRAFTED_PER_PASS = 32  # of all slots
 CHUNK = 1024  # tokens of a prompt that are computed in one step; another value changes the last bits of results
 
 
@@ -44,6 +46,24 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposed tokens of a slot, which follow its newest token in the same pass.
+
+    The slot keeps none of them: the next step says how many were drawn. What may follow each one is asked for by a
+    number of its own, a lane, in the place of a slot's.
+
+    Args:
+        slot: the slot.
+        tokens: proposed.
+        lanes: one for each token; numbers from the number of slots on.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    lanes: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What a step brings to a host.
 
@@ -51,11 +71,21 @@ class Step:
         admissions: parts of new rows' prompts.
         slots: the running slots that append a token.
         tokens: the newest token of each of them; DRAWN where the host itself drew it.
+        accepted: by slot, how many tokens of its draft in the last step were drawn, where there are any: the slot
+            keeps them before its newest token.
+        drafts: proposed tokens.
     """
 
     admissions: Sequence[Admission] = ()
     slots: Sequence[int] = ()
     tokens: Sequence[int] = ()
+    accepted: Mapping[int, int] = field(default_factory=dict)
+    drafts: Sequence[Draft] = ()
+
+
+def most_drafted(num_slots: int) -> int:
+    """Proposed tokens that a step of so many slots may have, where a host verifies them at all."""
+    return min(MOST_DRAFTED * num_slots, DRAFTED_PER_PASS)
 
 
 def num_parts(num_tokens: int) -> int:
@@ -205,9 +235,11 @@ class MemoryBudget:
         device_type: "cpu" or "cuda".
         slot_bytes: bytes that one slot takes with rows of the requested length.
         free_bytes: bytes that could be allocated there now.
+        verifies_drafts: whether a step may have proposed tokens.
     """
 
     place: str
     device_type: str
     slot_bytes: int
     free_bytes: int
+    verifies_drafts: bool = False

@@ -93,6 +93,7 @@ class HostSpec:
         num_slots: rows at once.
         vocab_size: token ids that all models of the run share.
         holes: ids among these that no token has.
+        drafts: whether steps may have proposed tokens.
         strict: whether a row's bits must not depend on the batch composition.
         cache_folder: where weights are fetched to that are not on the machine.
         adapters: LoRA adapters by the names that roles use.
@@ -118,6 +119,7 @@ class HostSpec:
     games: GameSpec | None = None
     attention: str = "auto"
     holes: tuple[int, ...] = ()
+    drafts: bool = False
 
     @property
     def title(self) -> str:

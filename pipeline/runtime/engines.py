@@ -6,6 +6,7 @@ from pipeline.config.sections import Config
 from pipeline.config.units import Unit
 from pipeline.engine.choices import ChoiceEngine
 from pipeline.engine.decoding import DecodingEngine
+from pipeline.engine.drafting import Drafter
 from pipeline.engine.engine import Engine
 from pipeline.engine.shards import ShardDecoder
 from pipeline.protocol.hosts import Hosts
@@ -38,6 +39,7 @@ def make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
         num_groups=2 if hosts.is_concurrent and num_slots >= MIN_SLOTS_FOR_GROUPS else 1,
         max_failures=config.errors.max_host_failures,
         loaded_slots=config.cluster.first_slots,
+        drafter=make_drafter(assembly, hosts),
     )
 
 
@@ -68,3 +70,11 @@ def agree_on_slots(config: Config, hosts: Hosts) -> int:
     for client in hosts.all:
         client.resize(num_slots).result()
     return num_slots
+
+
+def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
+    """What proposes tokens to an engine; None where nothing is proposed, or some host verifies nothing."""
+    sources, prompter = assembly.config.draft_sources, assembly.prompter
+    if not sources or not all(client.memory_budget(1).result().verifies_drafts for client in hosts.all):
+        return None
+    return Drafter(sources, lambda running: prompter.encode_existing(running.row, running.prompts)[0])

@@ -25,6 +25,7 @@ from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_st
 from pipeline.hub.weight_files import CONFIG, TRAINING_FACTS, LocalTree, read_json
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, Topology
+from pipeline.runtime.drafts import why_not_drafted
 from pipeline.runtime.prompt_templates import end_of_answer, plan_templates
 from pipeline.runtime.reward_specs import specify_reward, specify_text
 from pipeline.runtime.topology import adapters_of, build_topology, models_of
@@ -70,6 +71,7 @@ class ReplicaPlan:
         variants: the ways to answer a row.
         expected: how each host's model will be decoded, by host name; models that score branches are left out.
         reasoning: how the base marks its reasoning; None where it does not reason.
+        undrafted: why no tokens are proposed; empty where they are, or a host's device decides.
         masked: tokens by id that a host's model has and the base has not, or the reverse, by host name; no answer has
             them.
     """
@@ -88,6 +90,7 @@ class ReplicaPlan:
     variants: tuple[Variant, ...]
     expected: Mapping[str, Expected]
     reasoning: ReasoningFormat | None
+    undrafted: tuple[str, ...]
     masked: Mapping[str, Mapping[int, str]]
 
 
@@ -166,6 +169,7 @@ def plan_replica(
     holes = tuple(each for each in range(vocab_size) if each not in tokenizers[BASE].token_by_id)
     variants = lay_out(config)
     expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.scores_branches}
+    undrafted = why_not_drafted(config, topology, sources, expected)
 
     def specify(plan: HostPlan) -> HostSpec:
         return HostSpec(
@@ -196,6 +200,7 @@ def plan_replica(
             text=specify_text(plan, topology, config, tokenizers),
             games=_games(config, topology, variants),
             holes=holes,
+            drafts=not undrafted,
         )
 
     return ReplicaPlan(
@@ -213,6 +218,7 @@ def plan_replica(
         variants=variants,
         expected=expected,
         reasoning=_reasoning(config, templates[BASE].text, tokenizers[BASE]),
+        undrafted=undrafted,
         masked={name: tokens for name, tokens in masked.items() if tokens},
     )
 

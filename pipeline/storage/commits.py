@@ -25,6 +25,8 @@ ABSENT_BEFORE: Mapping[str, Any] = {
     "failed_at": None,
     "revision": 0,
     "reruns": 0,
+    "passes": 0,
+    "accepted": 0,
 }
 
 
@@ -32,8 +34,8 @@ ABSENT_BEFORE: Mapping[str, Any] = {
 class CommitRecord:
     """What one committed shard holds, and how it was computed.
 
-    What differs from attempt to attempt (`committed_at`, `attempt`, `seconds`, `host`, `recoveries`) is stored here
-    and nowhere else, so that the data files of every attempt are the same bytes.
+    What differs from attempt to attempt (`committed_at`, `attempt`, `seconds`, `host`, `recoveries`, `passes`,
+    `accepted`) is stored here and nowhere else, so that the data files of every attempt are the same bytes.
 
     Args:
         shard: the shard's index in the plan.
@@ -57,6 +59,9 @@ class CommitRecord:
             of an earlier version.
         revision: 0, or how often rows of the shard were run again and took the place of those before.
         reruns: how many rows were, over all revisions.
+        passes: of the base that gave an answer tokens, over all answers; each answer of a batch counts its own. 0 for
+            games over blocks or answers, and in a record of an earlier version.
+        accepted: tokens that were proposed and drawn, and so took no pass of their own.
     """
 
     shard: int
@@ -79,6 +84,8 @@ class CommitRecord:
     failed_at: Sequence[int] | None = None
     revision: int = 0
     reruns: int = 0
+    passes: int = 0
+    accepted: int = 0
 
     @property
     def failures(self) -> dict[str, Failures]:

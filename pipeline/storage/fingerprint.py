@@ -15,6 +15,8 @@ from pipeline.quoting import quote
 DISTRIBUTION = "cage-align"
 # These say where a model runs, not what it computes.
 PLACEMENT_KEYS = ("resources", "device")
+# These change how long a run takes, and nothing that it computes.
+PACE_KEYS = ("decoding.draft",)
 # Where the caller gives the identity of a model, it replaces these.
 IDENTITY_KEYS = ("model", "revision", "adapter", "reference", "reference_adapter")
 # Keys that came later, as patterns: at their defaults nothing changes, so a run that began without them goes on.
@@ -91,7 +93,7 @@ def _flatten(place: str, value: Any, models: Mapping[str, str]) -> Iterator[tupl
         is_replaced = (place in models and key in ("model", "revision")) or (
             where in models and key in IDENTITY_KEYS and not isinstance(child, dict)
         )
-        if key not in PLACEMENT_KEYS and not is_replaced:
+        if key not in PLACEMENT_KEYS and where not in PACE_KEYS and not is_replaced:
             yield from _flatten(where, child, models)
 
 

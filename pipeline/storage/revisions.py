@@ -93,6 +93,8 @@ class Reviser:
                 host=record.host,
                 recoveries=record.recoveries,
                 values=record.values,
+                passes=record.passes,
+                accepted=record.accepted,
             )
             name = commit_name(self.plan, record.shard, revision)
             if not self.store.create(name, new.to_json()):

@@ -38,6 +38,8 @@ class RunStatus:
         revised_shards: shards with rows that were run again.
         reruns: how many such rows there are, over all revisions.
         prompts: rows of the input: before each extension of the run, and now.
+        passes: of the base, as commit records count them.
+        accepted: tokens that took no pass of their own.
     """
 
     path: str
@@ -60,6 +62,8 @@ class RunStatus:
     revised_shards: int
     reruns: int
     prompts: tuple[int, ...]
+    passes: int
+    accepted: int
 
     @property
     def errors(self) -> dict[str, int]:
@@ -98,4 +102,6 @@ def sum_up(path: str, plan: Plan, records: Iterable[CommitRecord], *, is_complet
         revised_shards=sum(record.revision > 0 for record in done),
         reruns=sum(record.reruns for record in done),
         prompts=tuple(dict.fromkeys([*(extent.num_rows for extent in plan.earlier), plan.num_rows])),
+        passes=sum(record.passes for record in done),
+        accepted=sum(record.accepted for record in done),
     )

@@ -88,6 +88,8 @@ class ShardWriter:
             seconds=round(seconds, 3),
             host=host,
             recoveries=_nonzero(recoveries),
+            passes=sum(each.num_passes for each in ordered),
+            accepted=sum(each.num_tokens - each.num_passes for each in ordered if each.num_passes),
             values={
                 name: [found.answers, found.tokens, found.low, found.high]
                 for name, found in values_of(ordered).items()

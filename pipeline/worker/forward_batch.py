@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pipeline.attention.prefixes import Key, Prompt
 from pipeline.attention.segments import Copied, Segment
 
+PADDING = -1  # the last place of the newest logits, which is never read
+
 
 @dataclass(slots=True)
 class ForwardBatch:
@@ -17,10 +19,11 @@ class ForwardBatch:
         segments: parts of prompts that are computed.
         tokens: of all segments, one after another.
         positions: of these tokens in their rows.
-        rows: the cache rows that append one token.
-        lengths: of these rows, after the pass.
-        last_tokens: the token that each appends; DRAWN where only the device knows it.
+        rows: the cache rows that compute one token; a row with proposed tokens is there once for each as well.
+        lengths: of these rows, up to that token.
+        last_tokens: that token; DRAWN where only the device knows it.
         last_slots: the slot of each, by which the device finds a drawn token.
+        outputs: the place of its logits among the newest.
         prefix_copies: parts that rows copy from rows that compute them in the same pass.
         filled: cache rows whose prompt is complete after the pass, with the prompt.
         parts: by cache row, which part of its prompt the pass has.
@@ -34,6 +37,7 @@ class ForwardBatch:
     lengths: list[int] = field(default_factory=list)
     last_tokens: list[int] = field(default_factory=list)
     last_slots: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
     prefix_copies: list[Copied] = field(default_factory=list)
     filled: list[tuple[int, Prompt]] = field(default_factory=list)
     parts: dict[int, int] = field(default_factory=dict)
@@ -52,17 +56,18 @@ class ForwardBatch:
         self.tokens += prompt.tokens[start:stop]
         self.positions += range(start, stop)
 
-    def append(self, row: int, position: int, token: int, slot: int = 0) -> None:
-        """Have a running row append a token."""
+    def append(self, row: int, position: int, token: int, output: int, slot: int = 0) -> None:
+        """Have a row compute a token that comes after all others of it; its logits go to `output`."""
         self.rows.append(row)
         self.lengths.append(position + 1)
         self.last_tokens.append(token)
         self.last_slots.append(slot)
+        self.outputs.append(output)
 
     def pad(self, min_rows: int, *, row: int) -> None:
         """Add padding tokens to a spare row until there are `min_rows` rows; an empty pass stays empty."""
         for _ in range(min_rows - len(self.rows) if self.tokens or self.rows else 0):
-            self.append(row, 0, 0)
+            self.append(row, 0, 0, PADDING)
 
     def prompt_passes(self, num_tokens: int, most_segments: int) -> Iterator[PromptPass]:
         """The parts of prompts, in passes of their own.

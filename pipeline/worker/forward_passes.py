@@ -67,8 +67,8 @@ class Passes:
         weight = next(model.parameters())
         self.device: torch.device = weight.device
         self._dtype = weight.dtype
-        self._has_fixed_shapes = can_build_for(self.device) if has_fixed_shapes is None else has_fixed_shapes
-        self._compiled = CompiledLayers(model) if self._has_fixed_shapes and self.device.type == "cuda" else None
+        self.has_fixed_shapes = can_build_for(self.device) if has_fixed_shapes is None else has_fixed_shapes
+        self._compiled = CompiledLayers(model) if self.has_fixed_shapes and self.device.type == "cuda" else None
         self._captured_passes: CapturedPasses | None = None
         self._cache: SlotCache | None = None
         self._spare_row = 0
@@ -92,7 +92,7 @@ class Passes:
             self._adapters_of_rows = torch.tensor(numbers, device=self.device)
             if width := self._adapters.num_preferences:
                 self._preferences_of_rows = torch.ones(len(numbers), width, device=self.device, dtype=self._dtype)
-        if self._has_fixed_shapes:
+        if self.has_fixed_shapes:
             self._captured_passes = CapturedPasses(
                 self._compute_compiled,
                 self._compute,

@@ -10,6 +10,7 @@ B rows of a call, R roles of the host, K candidates, V vocabulary, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ from pipeline.attention.prefixes import Prefixes, Prompt
 from pipeline.attention.segments import Copied
 from pipeline.attention.slots import SlotCache
 from pipeline.attention.visibility import LayerFacts
-from pipeline.protocol.messages import CHUNK, Admission, Candidates, MemoryBudget, Step
+from pipeline.protocol.messages import (
+    CHUNK,
+    MOST_DRAFTED,
+    Admission,
+    Candidates,
+    Draft,
+    MemoryBudget,
+    Step,
+    most_drafted,
+)
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.forward_batch import ForwardBatch
@@ -45,6 +55,7 @@ class LanguageModelRunner:
         has_fixed_shapes: see `Passes`.
         layers: see `Passes`.
         needs_whole_vectors: see `Passes`.
+        drafts: whether to have room for proposed tokens; they are verified on a CPU alone.
 
     Attributes:
         newest_S: by slot, the newest token that was drawn on the device.
@@ -63,6 +74,7 @@ class LanguageModelRunner:
         has_fixed_shapes: bool | None = None,
         layers: Sequence[LayerFacts] = (),
         needs_whole_vectors: bool = False,
+        drafts: bool = False,
     ) -> None:
         self._bytes_per_token = bytes_per_token
         self._roles = tuple(roles)
@@ -77,13 +89,16 @@ class LanguageModelRunner:
             layers=layers,
             needs_whole_vectors=needs_whole_vectors,
         )
+        # on a GPU passes have fixed shapes, and a row of them has one token
+        self._drafts = drafts and self._passes.device.type == "cpu" and not self._passes.has_fixed_shapes
         self._lay_out(num_slots)
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, passes included, and what is free."""
         row_bytes = capacity_for(row_tokens) * self._bytes_per_token
-        slot_bytes = len(self._roles) * (row_bytes + logits_bytes(self._vocab_size))
-        return budget_of(self._passes.device, slot_bytes)
+        num_outputs = 1 + MOST_DRAFTED * self._drafts
+        slot_bytes = len(self._roles) * (row_bytes + num_outputs * logits_bytes(self._vocab_size))
+        return replace(budget_of(self._passes.device, slot_bytes), verifies_drafts=self._drafts)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
@@ -107,9 +122,10 @@ class LanguageModelRunner:
         # by part as it is computed
         self._filled: dict[int, int] = {}
         self._copies_from: dict[int, tuple[int, int]] = {}
-        self._logits = NewestLogits(len(self._roles), num_slots, self._vocab_size, self._passes.device)
+        num_outputs = num_slots + most_drafted(num_slots) * self._drafts
+        self._logits = NewestLogits(len(self._roles), num_outputs, self._vocab_size, self._passes.device)
         # the newest token of each slot for which it was drawn on the device
-        self.newest_S = torch.zeros(num_slots, dtype=torch.long, device=self._passes.device)
+        self.newest_S = torch.zeros(num_outputs, dtype=torch.long, device=self._passes.device)
         self._newest_batch = ForwardBatch()
 
     @property
@@ -147,16 +163,20 @@ class LanguageModelRunner:
         """Compute parts of new rows' prompts and append one token to each running row, in one forward pass.
 
         A row whose last part this is gets its first logits, like the running ones. A token may be DRAWN: it is what
-        `newest_S` has for the slot.
+        `newest_S` has for the slot. Proposed tokens are computed behind a row's newest one and are no part of it: the
+        next step says which of them it keeps, and their keys are in their places already.
         """
         batch = ForwardBatch()
         try:
             for admission in step.admissions:
                 for index, role in enumerate(self._roles):
-                    self._fill(batch, self._row(index, admission.slot), role, admission)
+                    self._fill(batch, index, role, admission)
             for index in range(len(self._roles)):
                 for slot, token in zip(step.slots, step.tokens, strict=True):
+                    self._lengths[self._row(index, slot)] += step.accepted.get(slot, 0)
                     self._append(batch, index, slot, token)
+                for draft in step.drafts:
+                    self._verify(batch, index, draft)
             self._newest_batch = batch
             self.compute_again()
         except BaseException:
@@ -169,7 +189,10 @@ class LanguageModelRunner:
     def compute_again(self) -> None:
         """Run the newest pass, again if one of its tokens was corrected: keys go to the same places."""
         if done := self._passes.run(self._newest_batch, self.newest_S):
-            self._logits.put(*done)
+            places_R, logits_RV = done
+            if self._drafts:  # a cache row may have run more than once; otherwise its number is its logits' place
+                places_R = torch.tensor(self._newest_batch.outputs)
+            self._logits.put(places_R, logits_RV)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
@@ -207,11 +230,12 @@ class LanguageModelRunner:
     def _row(self, role: int, slot: int) -> int:
         return role * self._num_slots + slot
 
-    def _fill(self, batch: ForwardBatch, row: int, role: HostRole, admission: Admission) -> None:
+    def _fill(self, batch: ForwardBatch, index: int, role: HostRole, admission: Admission) -> None:
         """Add one part of a prompt to the batch: what is cached is copied, the rest is computed.
 
         The last token of a prompt is appended like the newest token of a running row, in the pass with its last part.
         """
+        row = self._row(index, admission.slot)
         prompt = Prompt.of(
             role.adapter,
             [*admission.prompts[role.name], *admission.answer],
@@ -237,7 +261,7 @@ class LanguageModelRunner:
             del self._filled[row]
             self._copies_from.pop(row, None)
             self._lengths[row] = length
-            batch.append(row, length, prompt.tokens[-1])
+            batch.append(row, length, prompt.tokens[-1], self._logits.place(index, admission.slot))
             self._lengths[row] += 1
 
     def _begin(self, batch: ForwardBatch, row: int, prompt: Prompt) -> None:
@@ -255,5 +279,11 @@ class LanguageModelRunner:
 
     def _append(self, batch: ForwardBatch, index: int, slot: int, token: int) -> None:
         row = self._row(index, slot)
-        batch.append(row, self._lengths[row], token, slot)
+        batch.append(row, self._lengths[row], token, self._logits.place(index, slot), slot)
         self._lengths[row] += 1
+
+    def _verify(self, batch: ForwardBatch, index: int, draft: Draft) -> None:
+        """Compute proposed tokens behind a row's newest one."""
+        row = self._row(index, draft.slot)
+        for at, (token, lane) in enumerate(zip(draft.tokens, draft.lanes, strict=True), self._lengths[row]):
+            batch.append(row, at, token, self._logits.place(index, lane), draft.slot)

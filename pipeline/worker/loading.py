@@ -207,6 +207,7 @@ class _Loading:
             num_slots=spec.num_slots,
             bytes_per_token=probed.cache_bytes_per_token,
             needs_whole_vectors=needs_whole,
+            drafts=spec.drafts,
         )
 
     def _learn_states(self) -> tuple[CachedLayer, ...]:
@@ -243,6 +244,7 @@ class _Loading:
         num_slots: int,
         bytes_per_token: int = 0,
         needs_whole_vectors: bool = False,
+        drafts: bool = False,
     ) -> SlotRunner:
         if self._cached is not None:
             return RecurrentRunner(
@@ -264,6 +266,7 @@ class _Loading:
             bytes_per_token=bytes_per_token,
             layers=layers,
             needs_whole_vectors=needs_whole_vectors,
+            drafts=drafts,
         )
 
     def _make_passes(self, layers: Sequence[LayerFacts], needs_whole_vectors: bool = False) -> RecurrentPasses:

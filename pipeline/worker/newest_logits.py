@@ -18,11 +18,11 @@ COPIES = 4  # the newest logits, and those of a step while candidates are found
 
 
 class NewestLogits:
-    """Logits by cache row: row r * S + s is role r of slot s, and one more row is for padding.
+    """Logits by place: r * S + s is role r of slot s, and one more place is for padding.
 
     Args:
         num_roles: R.
-        num_slots: S.
+        num_slots: S; where tokens are proposed, lanes of them count as slots.
         vocab_size: V.
         device: where they are.
     """
@@ -36,8 +36,12 @@ class NewestLogits:
         self._logits = self._padded[:, :vocab_size]
         self._logits.zero_()
 
+    def place(self, role: int, slot: int) -> int:
+        """Where the logits of a role of a slot are."""
+        return role * self._num_slots + slot
+
     def put(self, rows: int | Tensor, logits: Tensor) -> None:
-        """Replace the logits of some rows."""
+        """Replace the logits at some places."""
         self._logits[rows] = logits
 
     @property
@@ -66,7 +70,7 @@ class NewestLogits:
 
     def _of(self, slots: Sequence[int]) -> Tensor:
         """Newest logits [B, R, V] of the slots."""
-        rows = [[index * self._num_slots + slot for index in range(self._num_roles)] for slot in slots]
+        rows = [[self.place(index, slot) for index in range(self._num_roles)] for slot in slots]
         return self._logits[torch.tensor(rows, device=self._device)]
 
 

@@ -54,7 +54,8 @@ class SamplingHost(LanguageModelHost):
         self._check_drawn(step)
         self.advance(at, step)
         reply = self.sample(at, slots, terms, uniforms)
-        self._drawn |= set(slots)
+        # the newest token of a slot with a draft is known when the caller has compared
+        self._drawn = (self._drawn | set(slots)) - {draft.slot for draft in step.drafts}
         return reply
 
     @torch.inference_mode()

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.drafts import DraftSource
+from pipeline.engine.drafting import Drafter
 from pipeline.engine.engine import Engine
+from pipeline.engine.pace import Pace
+from pipeline.engine.row_state import RunningRow
 from pipeline.errors import HostError
 from pipeline.protocol.hosts import Hosts, Reply
 from pipeline.records import Record, Row
@@ -20,6 +24,14 @@ from support.decoding import NOWHERE, ask, config_of
 
 ROWS = [ask(f"r{at}", "x" * (3 * at % 7 + 1), response="fine" if at % 2 else None) for at in range(5)]
 PRINCIPALS = {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7}}
+
+
+class FreePace(Pace):
+    """Passes that take the same time whatever they verify: so every proposal is."""
+
+    def is_worth(self, chance: float, expected: float, num_positions: int) -> bool:
+        return True
+
 
 # Called with a client, the number of its call, the message and its arguments; a reply that it returns is the call's.
 Before = Callable[["Unreliable", int, str, Sequence[Any]], Reply[Any] | None]
@@ -64,7 +76,8 @@ def failed(message: str) -> Reply[Any]:
 class Replica:
     """An engine whose hosts run `before`; the models are loaded once.
 
-    One that runs ahead has a lone host, which samples; others have a second host.
+    One that runs ahead has a lone host, which samples; others have a second host. With `drafts`, passes verify
+    tokens wherever any are proposed.
     """
 
     def __init__(
@@ -77,13 +90,16 @@ class Replica:
         reproducibility: str = "strict",
         max_failures: int = 20,
         stop: Iterable[str] = (),
+        drafts: bool = False,
+        max_new_tokens: int = 4,
     ) -> None:
         arm = {"kind": "arm", "model": str(tiny(seed=5)), "reference": "none", "weight": 0.1}
         self.config = config_of(
             tiny(),
             PRINCIPALS if runs_ahead else {**PRINCIPALS, "arm": arm},
             decoding={
-                "max_new_tokens": 4,
+                "max_new_tokens": max_new_tokens,
+                "draft": "auto" if drafts else "off",
                 "agent_temperature": 0.5,
                 "trace": "tokens",
                 "reproducibility": reproducibility,
@@ -91,7 +107,7 @@ class Replica:
             },
             cluster={"slots": slots},
         )
-        self.runs_ahead = runs_ahead
+        self.runs_ahead, self.drafts = runs_ahead, drafts
         self.options = {"num_slots": slots, "num_groups": num_groups, "max_failures": max_failures}
         self.assembly = assemble(self.config, NOWHERE)
         self.plans = {plan.name: plan for plan in self.assembly.topology.hosts}
@@ -109,12 +125,22 @@ class Replica:
         other = LocalHost(LanguageModelHost(self.runners["arm"]), self.plans["arm"])
         return Hosts(base, (Unreliable("arm", other, self.runners["arm"], before),))
 
+    def _existing(self, running: RunningRow) -> Sequence[int]:
+        return self.assembly.prompter.encode_existing(running.row, running.prompts)[0]
+
     def decode(self, before: Before, rows: Iterable[Row] = ROWS) -> tuple[dict[str, Record], Engine]:
         """Records by id, and the engine; hosts that fail are replaced."""
         hosts = self.hosts(before)
         assembly = self.assembly
+        drafter = Drafter(list(DraftSource), self._existing, FreePace()) if self.drafts else None
         engine = Engine(
-            assembly.topology, hosts, assembly.prompter, self.config.decoding, assembly.variants, **self.options
+            assembly.topology,
+            hosts,
+            assembly.prompter,
+            self.config.decoding,
+            assembly.variants,
+            **self.options,
+            drafter=drafter,
         )
         records: dict[str, Record] = {}
         waiting = list(rows)

@@ -1,0 +1,143 @@
+"""What is proposed, when it pays, what is not drafted by name, and what a run says of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.decoding import NOWHERE, config_of
+from support.families import make_family
+from support.runs import PRINCIPALS, job, parts, run_job, write_prompts
+
+from jobs.commands.plan import describe_plan
+from jobs.commands.status import describe_status
+from pipeline.engine.pace import PROBES, Pace
+from pipeline.engine.passages import LONGEST, START, Passages
+from pipeline.errors import ConfigurationError
+from pipeline.runtime.assembly import assemble
+from pipeline.runtime.replica_plan import plan_replica
+from pipeline.stages.relabel import prepare
+
+TOKENS = st.lists(st.integers(0, 2), max_size=24)
+
+
+@given(st.lists(TOKENS, max_size=3), TOKENS)
+def test_what_follows_the_longest_suffix_is_found(sequences, text):
+    passages = Passages()
+    for sequence in sequences:
+        passages.extend(passages.begin(), sequence)
+    padded, tail = [[START, START, *each] for each in sequences], [START, START, *text]
+
+    def same(sequence, at):
+        pairs = zip(reversed(sequence[:at]), reversed(tail), strict=False)
+        length = next((count for count, (left, right) in enumerate(pairs) if left != right), min(at, len(tail)))
+        return min(length, LONGEST)
+
+    lengths = [same(sequence, at) for sequence in padded for at in range(2, len(sequence))]
+    longest = max(lengths, default=0)
+    found = passages.find(text, 4)
+    if longest < 2:
+        assert found is None
+        return
+    # of many equal places the newest are looked at
+    assert found.length == longest or lengths.count(longest) < len([each for each in lengths if each >= 2]) - 8
+    assert any(found.tokens == sequence[at : at + 4] for sequence in padded for at in range(2, len(sequence)))
+
+
+def pace_after(seconds_of, positions):
+    pace = Pace()
+    for num_positions in positions:
+        pace.note(num_positions, seconds_of(num_positions))
+    return pace
+
+
+def test_a_proposal_is_worth_its_position_where_passes_wait_for_memory_and_not_where_they_wait_for_arithmetic():
+    positions = [16] * 10 + [32, 32, 20] + [16] * 10
+    assert pace_after(lambda num: 1.0 + 0.001 * num, positions).is_worth(0.1, 16, 16)
+    assert not pace_after(lambda num: 0.02 * num, positions).is_worth(0.99, 16, 16)
+    half = pace_after(lambda num: 0.16 + 0.01 * num, positions)  # a position costs half of its share of the pass
+    assert half.is_worth(0.7, 16, 16)
+    assert not half.is_worth(0.5, 16, 16)
+    assert half.seconds(48) == pytest.approx(0.64)
+
+
+def test_what_a_pass_costs_is_learned_from_few_larger_passes():
+    pace = pace_after(lambda num: 0.02 * num, [16] * (PROBES + 1))
+    assert not pace.is_worth(1.0, 16, 16)  # nothing is known
+    num_probes = 0
+    for _ in range(2000):
+        probes = pace.begins_probe()
+        num_probes += probes
+        pace.note(32 if probes else 16, 0.64 if probes else 0.32)
+    assert 3 <= num_probes <= 20
+    assert not pace.is_worth(0.9, 16, 16)
+
+
+REFUSED = {
+    "unit is block": {"decoding": {"unit": "block", "draft": "lookup"}},
+    "target_kl is set": {"decoding": {"target_kl": 0.1, "draft": ["lookup"]}},
+    "without existing answers": {"decoding": {"draft": ["response"]}},
+    "with one answer per prompt": {"decoding": {"draft": ["siblings"]}},
+    "named once": {"decoding": {"draft": ["lookup", "lookup"]}},
+    "proposals of a model cost passes of their own": {"decoding": {"draft": ["model"]}},
+    "a list of response, siblings, lookup; got 'guess'": {"decoding": {"draft": ["guess"]}},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_drafts_without_an_effect_are_refused(words):
+    with pytest.raises(ConfigurationError, match=words):
+        config_of("base", PRINCIPALS, **REFUSED[words])
+
+
+@pytest.mark.parametrize("kind", ["states", "rows", "reward_model", "tokens", "gpu"])
+def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, judge, tmp_path, kind):
+    base, principals = {"model": str(tiny())}, dict(PRINCIPALS)
+    if kind == "states":
+        base, says = {"model": str(make_family(tmp_path / "m", "lfm2"))}, "keeps states"
+    elif kind == "rows":
+        base, says = {**base, "attention": "plain"}, "one row at a time"
+    elif kind == "gpu":
+        base, says = {**base, "device": "cuda"}, "on a GPU"
+    elif kind == "tokens":
+        principals["other"] = {"kind": "arm", "model": str(tiny("pairs")), "reference": "none"}
+        says = "tokens of its own"
+    else:
+        principals["judge"] = {"kind": "reward_model", "model": str(judge())}
+        says = "scores candidates"
+
+    def config(draft):
+        of_input = {"path": str(write_prompts(tmp_path / "in.jsonl"))}
+        return config_of(base, principals, decoding={"draft": draft}, input=of_input)
+
+    prepared = prepare(config("auto"), NOWHERE)
+    replica = plan_replica(config("auto"), prepared.models, NOWHERE)
+    assert len(replica.undrafted) == 1
+    assert says in replica.undrafted[0]
+    assert f"drafts    none: {replica.undrafted[0]}" in describe_plan(prepared.plan, replica)
+    assert not any(spec.drafts for spec in replica.hosts)
+    with pytest.raises(ConfigurationError, match=says):
+        assemble(config("lookup"), NOWHERE)
+
+
+def test_a_run_counts_its_passes_and_its_bytes_are_those_of_a_run_without_drafts(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 4)
+    grid = {"rules": ["equilibrium", "linear"], "agent_temperatures": [0.5, 0.8, 2.0]}
+
+    def config(name, draft):
+        decoding = {"max_new_tokens": 24, "draft": draft}
+        return job(prompts, tmp_path / name, tiny(), grid=grid, decoding=decoding, cluster={"slots": 2})
+
+    plain, _ = run_job(config("off", "off"), tmp_path)
+    drafted, _ = run_job(config("on", ["siblings", "lookup"]), tmp_path)
+    assert parts(tmp_path / "off") == parts(tmp_path / "on")
+    assert plain.plan.fingerprint == drafted.plan.fingerprint
+    assert run_job(config("on", "off"), tmp_path)[1] is False  # the run is complete whatever is said of drafts
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "on/_commits").iterdir())]
+    assert all(record["passes"] + record["accepted"] == record["tokens"] for record in records)
+    assert plain.status().passes == plain.status().tokens == drafted.status().tokens
+    if accepted := drafted.status().accepted:  # passes of so small a model pay or not, by the machine
+        assert f"drafts    {accepted:,} of these tokens" in describe_status(drafted)
+    assert "drafts" not in describe_status(plain)
