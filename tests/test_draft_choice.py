@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support.decoding import NOWHERE, config_of
 from support.families import make_family
 from support.runs import PRINCIPALS, job, parts, run_job, write_prompts
+from support.tiny_models import make_model, make_pair_tokenizer
 
 from jobs.commands.plan import describe_plan
 from jobs.commands.status import describe_status
@@ -102,7 +103,8 @@ def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, jud
     elif kind == "gpu":
         base, says = {**base, "device": "cuda"}, "on a GPU"
     elif kind == "tokens":
-        principals["other"] = {"kind": "arm", "model": str(tiny("pairs")), "reference": "none"}
+        other = make_model(tmp_path / "m", tokenizer=make_pair_tokenizer())
+        principals["other"] = {"kind": "arm", "model": str(other), "reference": "none"}
         says = "tokens of its own"
     else:
         principals["judge"] = {"kind": "reward_model", "model": str(judge())}

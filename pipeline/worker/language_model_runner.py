@@ -23,7 +23,7 @@ from pipeline.attention.slots import SlotCache
 from pipeline.attention.visibility import LayerFacts
 from pipeline.protocol.messages import (
     CHUNK,
-    MOST_DRAFTED,
+    DRAFTED_PER_PASS,
     Admission,
     Candidates,
     Draft,
@@ -96,9 +96,11 @@ class LanguageModelRunner:
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, passes included, and what is free."""
         row_bytes = capacity_for(row_tokens) * self._bytes_per_token
-        num_outputs = 1 + MOST_DRAFTED * self._drafts
-        slot_bytes = len(self._roles) * (row_bytes + num_outputs * logits_bytes(self._vocab_size))
-        return replace(budget_of(self._passes.device, slot_bytes), verifies_drafts=self._drafts)
+        output_bytes = len(self._roles) * logits_bytes(self._vocab_size)
+        lanes_bytes = DRAFTED_PER_PASS * output_bytes * self._drafts
+        slot_bytes = len(self._roles) * row_bytes + output_bytes
+        budget = budget_of(self._passes.device, slot_bytes, reserved_bytes=lanes_bytes)
+        return replace(budget, verifies_drafts=self._drafts)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
