@@ -79,10 +79,10 @@ def test_what_a_pass_costs_is_learned_from_few_larger_passes():
 REFUSED = {
     "unit is block": {"decoding": {"unit": "block", "draft": "lookup"}},
     "target_kl is set": {"decoding": {"target_kl": 0.1, "draft": ["lookup"]}},
-    "without existing answers": {"decoding": {"draft": ["response"]}},
-    "with one answer per prompt": {"decoding": {"draft": ["siblings"]}},
-    "named once": {"decoding": {"draft": ["lookup", "lookup"]}},
-    "proposals of a model cost passes of their own": {"decoding": {"draft": ["model"]}},
+    "needs existing answers": {"decoding": {"draft": ["response"]}},
+    "needs several answers": {"decoding": {"draft": ["siblings"]}},
+    "names each source once": {"decoding": {"draft": ["lookup", "lookup"]}},
+    "proposals of a model take passes of their own": {"decoding": {"draft": ["model"]}},
     "a list of response, siblings, lookup; got 'guess'": {"decoding": {"draft": ["guess"]}},
 }
 

@@ -216,15 +216,14 @@ def _decoding(replica: ReplicaPlan) -> list[str]:
 
 def _drafts(replica: ReplicaPlan) -> list[str]:
     """A line that says where proposed tokens come from, or why there are none."""
-    decoding = replica.config.decoding
-    if decoding.draft == "off":
+    if replica.config.decoding.draft == "off":
         return []
     if replica.undrafted:
         return [f"drafts    none: {'; '.join(replica.undrafted)}"]
-    after = " after its reasoning" if replica.reasoning is not None else ""
+    sources, after = replica.config.draft_sources, " after its reasoning" if replica.reasoning is not None else ""
     return [
-        f"drafts    {', '.join(replica.config.draft_sources)}: a pass on a CPU verifies several tokens of an answer{after} "
-        "where that takes less time"
+        f"drafts    {', '.join(sources)}: a pass on a CPU verifies several tokens of an answer{after} where that "
+        "takes less time"
     ]
 
 

@@ -348,7 +348,8 @@ class Engine:
         num_rows = len(group.stepping) + len(group.parts)
         if not num_rows:
             return None
-        if self.drafter is not None and self._calls.observer is None:  # who observes games is shown those of rows alone
+        # who observes games is shown those alone whose tokens were drawn
+        if self.drafter is not None and self._calls.observer is None:
             self.drafter.draft(group)
         at, group.next = group.next, group.next.after
         call = self._calls.advance(at, group)
