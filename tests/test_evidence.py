@@ -84,7 +84,10 @@ def test_every_command_of_every_stage_is_a_configuration_that_loads(scale, tmp_p
         assert (command in ("synthesize", "train", "advise", "evaluate"), option) == (True, "-c")
         assert job.output.path.startswith(str(tmp_path))
         if isinstance(job, EvaluateConfig) and stage.name.endswith("-temperature"):
-            assert len(lay_out(job)) == 1 + 6 * len(scale.weights) * len(scale.agent_temperatures)
+            num_weights = len(scale.weights)
+            of_rules = (len(scale.rules) - 1) * num_weights * len(scale.agent_temperatures)
+            best_of_n = num_weights if "-answer-" in stage.name else 0  # it has no agent temperature
+            assert len(lay_out(job)) == 1 + of_rules + best_of_n
     assert len(names) == len(set(names))
     assert len([name for name in names if name.startswith("train-")]) == 2 * len(scale.objectives)
 
@@ -157,26 +160,31 @@ def free_riders():
     return RecordedGames(base.log_softmax(-1)[None], rewards, torch.tensor([0]), ("x",))
 
 
+@pytest.mark.slow
 def test_several_equilibria_are_found_where_there_are_and_only_there():
     [found] = questions.equilibria(free_riders(), [["a", "b", "c"]], [1.0], starts=8)
     assert found["games_with_several"] == 1
     assert found["largest_distance"] == pytest.approx(0.9136 - 0.7, abs=1e-3)
-    [found] = questions.equilibria(games_of(["a", "b"]), [["a", "b"]], [0.3], starts=3)
+    [found] = questions.equilibria(games_of(["a", "b"], num_games=8), [["a", "b"]], [0.3], starts=2)
     assert found["games_with_payments"] > 0
     assert found["games_with_several"] == 0
-    assert found["settled_share"] > 0.95
+    assert 0.7 < found["settled_share"] <= 1
 
 
+@pytest.mark.slow
 def test_all_questions_are_asked_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "SCALES", (1.0, 10.0))
     monkeypatch.setattr(questions, "NOISES", (0.0, 1.0))
     monkeypatch.setattr(questions, "LIES", (1.0, 5.0))
+    monkeypatch.setattr(questions, "MOST_SWEEPS", 3)
     names = ["cheerful", "formal", "cheerful_prompted", "formal_prompted", "simple_prompted"]
     games = games_of(names, num_games=3, size=5)
-    asked = ask(replace(SMALL, starts=1), games)
+    asked = ask(replace(SMALL, starts=1), games, tmp_path / "answers")
     assert {row["principals"] for row in asked["many"]} == {3, 4, 8}
     assert len(asked["rewards"]) == 5
     json.dumps(asked, allow_nan=False)
+    (tmp_path / "answers/equal_kl-prompted_tone.json").unlink()
+    assert ask(replace(SMALL, starts=1), games, tmp_path / "answers") == asked
     draw(SMALL, asked, tmp_path)
     drawn = sorted(tmp_path.glob("*.svg"))
     assert len(drawn) == 6

@@ -59,7 +59,7 @@ def _publish(name: str, folder: Path, output: Path) -> None:
     from pipeline.advice.recording import RecordedGames
 
     scale = SCALES[name]
-    asked = ask(scale, RecordedGames.load(folder / "games.npz"))
+    asked = ask(scale, RecordedGames.load(folder / "games.npz"), folder / "answers")
     judged = list(evaluations(scale, folder))
     found = {
         **facts(scale, folder),

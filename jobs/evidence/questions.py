@@ -33,6 +33,7 @@ RULES = choices(
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 NOISES = (0.0, 0.25, 0.5, 1.0, 2.0)
 LIES = (1.0, 2.0, 5.0, 10.0)
+MOST_SWEEPS = 100  # of Jacobi
 SAME = 1e-4  # total variation below which two policies are one equilibrium
 
 
@@ -178,7 +179,7 @@ def equilibria(
             farthest_N = torch.zeros_like(games.base_NK[:, 0])
             num_settled = 0
             for seed in range(starts):
-                solution = cage.Jacobi(start_seed=seed, max_steps=100).solve(game)
+                solution = cage.Jacobi(start_seed=seed, max_steps=MOST_SWEEPS).solve(game)
                 settled_N = solution.status == cage.Status.CONVERGED
                 distance_N = 0.5 * (solution.policy - reference.policy).abs().sum(-1)
                 farthest_N = torch.maximum(farthest_N, torch.where(settled_N, distance_N, 0.0))

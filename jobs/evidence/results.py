@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,21 +45,41 @@ def groups_of_principals(scale: Scale) -> list[list[str]]:
     return [*three, [*trained[:2], *prompted[:2]], questions.first([*trained, *prompted], 8)]
 
 
-def ask(scale: Scale, games: RecordedGames) -> Json:
-    """Every what-if question, on at most `scale.games` of the recorded games."""
+def ask(scale: Scale, games: RecordedGames, kept: Path) -> Json:
+    """Every what-if question, on at most `scale.games` of the recorded games.
+
+    Args:
+        scale: how many games, and which principals there are.
+        games: recorded.
+        kept: where each answer is kept, so that an interrupted command goes on.
+    """
     torch.set_num_threads(1)
-    pairs = list(pairs_of_principals(scale).values())
+    found: dict[str, list[Json]] = {}
+    for question, name, answer in parts(scale, games):
+        file = kept / f"{question}-{name}.json"
+        if not file.exists():
+            rows = list(answer())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            aside = file.with_suffix(".aside")
+            aside.write_text(json.dumps(rows, allow_nan=False) + "\n", encoding="utf-8")
+            aside.replace(file)
+        found.setdefault(question, []).extend(json.loads(file.read_text(encoding="utf-8")))
+    return found
+
+
+def parts(scale: Scale, games: RecordedGames) -> Iterator[tuple[str, str, Callable[[], Iterator[Json]]]]:
+    """The question, what it is asked about, and what answers it, for every question."""
     some = questions.sample(games, scale.games)
-    groups = groups_of_principals(scale)
-    return {
-        "rewards": list(questions.rewards(games)),
-        "equal_kl": list(questions.equal_kl(games, pairs, TARGETS)),
-        "scaled": list(questions.scaled(some, pairs, FAR)),
-        "noisy": list(questions.noisy(some, pairs, FAR)),
-        "lying": list(questions.lying(some, pairs, FAR)),
-        "many": list(questions.many(some, groups, FAR)),
-        "equilibria": list(questions.equilibria(some, groups, (0.1, 0.3), scale.starts)),
-    }
+    more = questions.sample(games, 2 * scale.games)
+    yield "rewards", "all", partial(questions.rewards, games)
+    for name, pair in pairs_of_principals(scale).items():
+        yield "equal_kl", name, partial(questions.equal_kl, more, [pair], TARGETS)
+        yield "scaled", name, partial(questions.scaled, some, [pair], FAR)
+        yield "noisy", name, partial(questions.noisy, some, [pair], FAR)
+        yield "lying", name, partial(questions.lying, some, [pair], FAR)
+    for number, group in enumerate(groups_of_principals(scale)):
+        yield "many", f"{number}", partial(questions.many, some, [group], FAR)
+        yield "equilibria", f"{number}", partial(questions.equilibria, some, [group], (0.1, 0.3), scale.starts)
 
 
 def trainings(scale: Scale, folder: Path) -> Iterator[Json]:

@@ -16,13 +16,14 @@ class Scale:
         epochs: passes of a training over its pairs.
         advise: prompts on which token rewards are recorded.
         held_out: prompts whose answers are judged.
+        rules: `grid.rules` of the evaluations; over answers, `best_of_n` as well.
         weights: `grid.weights` of the evaluations, of the first principal against the second.
-        agent_temperatures: `grid.agent_temperatures` of the evaluations.
+        agent_temperatures: `grid.agent_temperatures` of the evaluations at equal agent temperature; may be none.
         target_kl: nats a token of the evaluations at equal KL.
         units: `decoding.unit` of the evaluations.
         objectives: which of them have trained principals.
         sets: principals that are evaluated, by the names of their files.
-        games: most recorded games on which what-if questions are asked.
+        games: most recorded games on which what-if questions are asked; twice as many for the gains at equal KL.
         starts: of Jacobi in each game, to look for other equilibria.
     """
 
@@ -32,6 +33,7 @@ class Scale:
     epochs: float
     advise: int
     held_out: int
+    rules: tuple[str, ...]
     weights: tuple[float, ...]
     agent_temperatures: tuple[float, ...]
     target_kl: float
@@ -49,6 +51,7 @@ FULL = Scale(
     epochs=1.0,
     advise=100,
     held_out=200,
+    rules=("base", "linear", "mixture", "maximin", "equilibrium", "solo", "soft_threshold"),
     weights=tuple(round(0.1 * at, 1) for at in range(11)),
     agent_temperatures=(0.1, 0.2, 0.4, 0.8),
     target_kl=0.5,
@@ -65,13 +68,14 @@ SMALL = Scale(
     epochs=0.5,
     advise=50,
     held_out=40,
-    weights=(0.2, 0.5, 0.8),
-    agent_temperatures=(0.3,),
+    rules=("base", "linear", "equilibrium", "soft_threshold"),
+    weights=(0.5,),
+    agent_temperatures=(),
     target_kl=0.5,
     units=("token",),
     objectives=("cheerful", "formal"),
     sets=("trained_tone", "prompted_tone"),
-    games=400,
-    starts=8,
+    games=200,
+    starts=4,
 )
 SCALES = {scale.name: scale for scale in (FULL, SMALL)}

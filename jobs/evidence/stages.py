@@ -123,14 +123,17 @@ def _evaluations(scale: Scale, folder: Path, name: str, unit: str) -> Iterator[S
     common = [
         f"input.path={folder}/prompts/held_out.jsonl",
         f"grid.weights={_flow(vectors)}",
+        f"grid.rules={_flow([*scale.rules, *(['best_of_n'] if unit == 'answer' else [])])}",
         *([f"decoding.unit={unit}"] if unit != "token" else []),
     ]
     if kind == "trained":
         common += [f"principals.{each}={_trained(folder, each, 'a')}" for each in names]
-    for at, changes in {
-        "kl": (f"decoding.target_kl={scale.target_kl}", "grid.agent_temperatures=[0.3]"),
-        "temperature": (f"grid.agent_temperatures={_flow(list(scale.agent_temperatures))}",),
-    }.items():
+    ways: dict[str, tuple[str, ...]] = {
+        "kl": (f"decoding.target_kl={scale.target_kl}", "grid.agent_temperatures=[0.3]")
+    }
+    if scale.agent_temperatures:
+        ways["temperature"] = (f"grid.agent_temperatures={_flow(list(scale.agent_temperatures))}",)
+    for at, changes in ways.items():
         place = f"{name}-{unit}-{at}"
         yield _command(place, "evaluate", name, *common, *changes, f"output.path={folder}/{place}")
 

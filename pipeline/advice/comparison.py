@@ -132,11 +132,10 @@ class Comparison:
 
     def _resampled(self, gain_N: Tensor) -> Floats:
         """The mean gain a token, over all games and in every bootstrap sample of prompts, [1 + S]."""
-        num_rows = len(self.games.row_ids)
-        counts_SP = resample_counts(num_rows, self.bootstrap.samples, self.bootstrap.seed)
-        row_N = self.games.row_N.numpy()
-        total_P = np.bincount(row_N, gain_N.numpy(), num_rows)
-        tokens_P = np.bincount(row_N, minlength=num_rows).astype(np.float64)
+        _, row_N = np.unique(self.games.row_N.numpy(), return_inverse=True)  # a sample may lack games of some rows
+        tokens_P = np.bincount(row_N).astype(np.float64)
+        total_P = np.bincount(row_N, gain_N.numpy())
+        counts_SP = resample_counts(len(tokens_P), self.bootstrap.samples, self.bootstrap.seed)
         means_S: Floats = (counts_SP @ total_P) / (counts_SP @ tokens_P)
         return means_S
 
