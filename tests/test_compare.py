@@ -11,10 +11,11 @@ import pytest
 from support.commands import cage
 
 from pipeline.errors import ConfigurationError
-from pipeline.evaluation.compare import compare, holm, prompts_for, score_systems
+from pipeline.evaluation.compare import compare, score_systems
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.judges.interface import JudgeContext, PerAnswerJudge
 from pipeline.evaluation.judges.words import LengthJudge
+from pipeline.evaluation.significance import holm, prompts_for
 from pipeline.evaluation.systems import read_systems
 
 LENGTH = {"words": PerAnswerJudge(lambda answer: float(len(answer.text.split())))}

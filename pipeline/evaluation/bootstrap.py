@@ -1,10 +1,10 @@
 """Means of every variant and objective, with a paired bootstrap over prompts.
 
-All variants are resampled with the same draws of prompts, and a difference of two variants is taken within each
-bootstrap sample. How hard a prompt is then cancels out: a rule that is a little better on every prompt has a narrow
-interval, however much the prompts differ.
+All variants are resampled with the same draws of prompts, and of each prompt's samples where there are several, and a
+difference of two variants is taken within each bootstrap sample. How hard a prompt is then cancels out: a rule that is a
+little better on every prompt has a narrow interval, however much the prompts differ.
 
-S samples, of which the first is the data itself; V variants, M objectives, P prompts, W weight vectors.
+S samples, of which the first is the data itself; V variants, M objectives, A answers, W weight vectors.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.metrics import (
     Floats,
     default_reference,
+    extent,
     front,
     gaps,
     hypervolume,
     interval,
+    inverted_generational_distance,
+    on_front,
+    published_reference,
     resample_counts,
     weighted_means,
 )
@@ -40,7 +44,7 @@ class BootstrapSamples:
         judges: by objective the judge that measures it, in order; an objective has its principal's name.
         means_SVM: mean scores over prompts.
         kl_SV: mean KL to the base per token.
-        counts_SP: how often each prompt counts in each sample.
+        counts_SA: how often each answer counts in each sample.
         weights_VM: weights of the principals, which sum to 1 over the objectives; NaN where all are 0.
         low_M, high_M: lowest and highest mean of each objective over all variants, for `normalised`.
         reference_M: the reference point of the hypervolume.
@@ -51,7 +55,7 @@ class BootstrapSamples:
     judges: Mapping[str, str]
     means_SVM: Floats
     kl_SV: Floats
-    counts_SP: Floats
+    counts_SA: Floats
     weights_VM: Floats
     low_M: Floats
     high_M: Floats
@@ -69,12 +73,12 @@ class BootstrapSamples:
         scaled: Floats = np.where(range_M > 0, (values - self.low_M) / np.where(range_M > 0, range_M, 1.0), 0.0)
         return scaled
 
-    def normalised_lead(self, lead_PM: Floats, weights_M: Floats) -> Floats:
-        """w . r of differences of scores [P, M], on the scale of `normalised`: [P]."""
+    def normalised_lead(self, lead_AM: Floats, weights_M: Floats) -> Floats:
+        """w . r of differences of scores [A, M], on the scale of `normalised`: [A]."""
         range_M = self.high_M - self.low_M
         scaled_M = np.where(range_M > 0, weights_M / np.where(range_M > 0, range_M, 1.0), 0.0)
-        lead_P: Floats = lead_PM @ scaled_M
-        return lead_P
+        lead_A: Floats = lead_AM @ scaled_M
+        return lead_A
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -116,10 +120,57 @@ class BootstrapSamples:
                     found.append(normal_SM[:, vector_M > 0].min(1))
         return np.mean(found, axis=0) if found else np.full(len(self.means_SVM), np.nan)
 
-    def hypervolumes(self, variants: Iterable[int]) -> Floats:
-        """The hypervolume of the variants' points above the reference point, [S]."""
+    def hypervolumes(self, variants: Iterable[int], reference_M: Floats | None = None) -> Floats:
+        """The hypervolume of the variants' points above the reference point, or above another one, [S]."""
         chosen_SVM = self.means_SVM[:, list(variants)]
-        return np.array([hypervolume(points_VM, self.reference_M) for points_VM in chosen_SVM])
+        reference_M = self.reference_M if reference_M is None else reference_M
+        return np.array([hypervolume(points_VM, reference_M) for points_VM in chosen_SVM])
+
+    @property
+    def published_point(self) -> Floats:
+        """The reference point of CAGE's public evaluation (`metrics.published_reference`)."""
+        return published_reference(self.means_SVM[0])
+
+    def unit_hypervolumes(self, variants: Iterable[int]) -> Floats:
+        """The hypervolume of the normalised points above 0, as CAGE's public evaluation normalises it, [S]."""
+        normal_SVM = self.normalised(self.means_SVM[:, list(variants)])
+        return np.array([hypervolume(points_VM, np.zeros(points_VM.shape[1])) for points_VM in normal_SVM])
+
+    def regrets(self, variants: Iterable[int]) -> Floats:
+        """How much of its normalised objective a principal loses by sharing, [S]: less is better.
+
+        By principal its objective where it has all weight, under the same method and agent temperature, less that
+        where it has some of it; the mean over all such points and principals. NaN without points of one principal.
+        """
+        data, lost = self.data, []
+        chosen = list(variants)
+        for at in chosen:
+            for index in np.flatnonzero((self.weights_VM[at] > 0) & (self.weights_VM[at] < 1)):
+                alone = next((each for each in chosen if self._is_alone(each, at, index)), None)
+                if alone is not None and data.variants[at].rule.uses_principals:
+                    lead_SM = self.normalised(self.means_SVM[:, alone]) - self.normalised(self.means_SVM[:, at])
+                    lost.append(lead_SM[:, index])
+        return np.mean(lost, axis=0) if lost else np.full(len(self.means_SVM), np.nan)
+
+    def _is_alone(self, alone: int, at: int, index: int) -> bool:
+        """Whether a variant is like another one, with all weight on one principal."""
+        data = self.data
+        is_alike = data.method_by_variant[alone] == data.method_by_variant[at]
+        temperatures = data.variants[alone].agent_temperature, data.variants[at].agent_temperature
+        return is_alike and temperatures[0] == temperatures[1] and bool(self.weights_VM[alone, index] == 1)
+
+    def front_metrics(self, variants: Iterable[int]) -> dict[str, float | None]:
+        """Of the variants' normalised points: spread, distance to the front of all variants, and share on it."""
+        points_NM, all_NM = (self.normalised(self.means_SVM[0, list(each)]) for each in (variants, self._all))
+        return {
+            "spread": extent(front(points_NM)),
+            "inverted_generational_distance": inverted_generational_distance(points_NM, front(all_NM)),
+            "pareto_share": float(on_front(points_NM, all_NM).mean()),
+        }
+
+    @property
+    def _all(self) -> range:
+        return range(len(self.data.variants))
 
     def normalised_hypervolumes(self, variants: Iterable[int]) -> Floats:
         """The hypervolume as a share of the box from the reference point to the best mean of each objective, [S].
@@ -152,14 +203,14 @@ def resample(
     """Resample the prompts and average.
 
     Args:
-        data: scores and numbers by variant and prompt.
+        data: scores and numbers by variant and answer.
         judge_by_objective: which judge measures which objective, in order.
         reference: the reference point by objective; None for `metrics.default_reference` of all variants' means.
         bootstrap: number of samples, confidence and seed.
     """
-    counts_SP = resample_counts(len(data.row_ids), bootstrap.samples, bootstrap.seed)
+    counts_SA = resample_counts(len(data.row_ids), bootstrap.samples, bootstrap.seed, per_prompt=data.num_samples)
     scores = [data.scores_by_judge[judge] for judge in judge_by_objective.values()]
-    means_SVM = np.stack([weighted_means(score_VP, counts_SP) for score_VP in scores], axis=2)
+    means_SVM = np.stack([weighted_means(score_VA, counts_SA) for score_VA in scores], axis=2)
     points_VM = means_SVM[0]
     weights_VM = np.array(
         [[(variant.weights or {}).get(name, 0.0) for name in judge_by_objective] for variant in data.variants]
@@ -170,8 +221,8 @@ def resample(
         data=data,
         judges=judge_by_objective,
         means_SVM=means_SVM,
-        kl_SV=weighted_means(data.numbers["kl_per_token"], counts_SP),
-        counts_SP=counts_SP,
+        kl_SV=weighted_means(data.numbers["kl_per_token"], counts_SA),
+        counts_SA=counts_SA,
         weights_VM=weights_VM,
         low_M=points_VM.min(0),
         high_M=points_VM.max(0),

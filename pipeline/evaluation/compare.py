@@ -17,12 +17,11 @@ from pipeline.errors import ConfigurationError
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.judges.interface import Judge, why_missing
 from pipeline.evaluation.metrics import Floats, interval
+from pipeline.evaluation.significance import holm, p_value, prompts_for, smallest_difference
 from pipeline.evaluation.systems import System
 from pipeline.quoting import quote
 
 TIE = 1e-9  # scores that differ by less are equal up to rounding
-# a two-sided test at 5 % with a power of 80 %: the sum of both normal quantiles
-QUANTILES = 1.959964 + 0.841621
 
 Json = dict[str, Any]
 
@@ -121,29 +120,6 @@ def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
     }
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjusted p values (Holm 1979): rejecting those below a level keeps the chance of a false rejection below it."""
-    known = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
-    adjusted: list[float | None] = [None] * len(p_values)
-    highest = 0.0
-    for rank, (p, at) in enumerate(known):
-        highest = max(highest, min(1.0, p * (len(known) - rank)))
-        adjusted[at] = highest
-    return adjusted
-
-
-def prompts_for(difference: float, deviation: float) -> int | None:
-    """Prompts that a paired test at 5 % needs to find a difference of this size with a chance of 80 %.
-
-    Args:
-        difference: between two systems' means.
-        deviation: standard deviation, over prompts, of the difference.
-    """
-    if difference == 0 or not math.isfinite(difference) or not math.isfinite(deviation):
-        return None
-    return max(2, math.ceil((QUANTILES * deviation / difference) ** 2))
-
-
 def _check_prompts(systems: Sequence[System], common: set[str]) -> None:
     """Raise where one id stands for different prompts; systems that do not say their prompts are not compared."""
     known: dict[str, list[tuple[str, str]]] = {}
@@ -196,12 +172,12 @@ def _difference(
         "system": scored.names[at],
         "difference": _number(difference_S[0]),
         "interval": _interval(difference_S, bootstrap),
-        "p": _p_value(difference_S[1:]),
+        "p": p_value(difference_S[1:]),
         "wins": int((lead_P > TIE).sum()),
         "ties": int((abs(lead_P) <= TIE).sum()),
         "losses": int((lead_P < -TIE).sum()),
         "prompts_for_this_difference": prompts_for(float(difference_S[0]), deviation),
-        "smallest_difference_to_find": _number(QUANTILES * deviation / math.sqrt(max(1, len(lead_P)))),
+        "smallest_difference_to_find": smallest_difference(deviation, len(lead_P)),
     }
 
 
@@ -212,15 +188,6 @@ def _over_prompts(values_SP: Floats, counts_SP: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         means_S: Floats = (counts_SP * np.where(known_SP, values_SP, 0.0)).sum(1) / number_S
     return means_S
-
-
-def _p_value(difference_S: Floats) -> float | None:
-    """Twice the share of bootstrap samples on the far side of 0, and no less than the samples can resolve."""
-    known_S = difference_S[np.isfinite(difference_S)]
-    if not len(known_S):
-        return None
-    tail = min((known_S <= 0).sum(), (known_S >= 0).sum())
-    return float(min(1.0, 2 * (tail + 1) / (len(known_S) + 1)))
 
 
 def _nan_mean(scores: Floats) -> Floats:

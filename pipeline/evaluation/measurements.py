@@ -1,7 +1,6 @@
 """The numbers of a run's files, as arrays by variant and prompt.
 
-V variants, P prompts, N samples per prompt. Samples of one prompt are averaged first: they are not independent, so
-the prompt is the unit that the bootstrap resamples.
+V variants, P prompts, N samples per prompt, A = P * N answers of a variant: the samples of a prompt are neighbours.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import pyarrow as pa
 from cage.rule_names import RuleName
 from pipeline.config.variants import Variant, names_of
 from pipeline.errors import CageError
+from pipeline.evaluation.answers import NUMBERS
 from pipeline.evaluation.metrics import Floats
-from pipeline.evaluation.scores import NUMBERS
 from pipeline.storage.commits import CommitRecord
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Means over the samples of each prompt, [V, P].
+    """The scores and numbers of every answer, [V, A].
 
     Every variant has all prompts, with a score for each objective: a prompt that lacks one under any variant is left
     out of all, so that every comparison is paired. Judges that measure no objective may lack scores: NaN.
@@ -32,10 +31,11 @@ class Measurements:
     Args:
         variants: rule, agent temperature and weights of each variant.
         row_ids: the prompts.
-        scores_by_judge: mean scores.
-        numbers: means of what the run recorded, by column (kl_per_token, num_tokens, ...).
+        scores_by_judge: scores.
+        numbers: what the run recorded, and what texts are like, by name (`answers.NUMBERS`).
         num_left_out: how many prompts were left out.
         num_answers: how many answers were read.
+        num_samples: answers to each prompt.
     """
 
     variants: tuple[Variant, ...]
@@ -44,6 +44,11 @@ class Measurements:
     numbers: Mapping[str, Floats]
     num_left_out: int
     num_answers: int
+    num_samples: int = 1
+
+    def by_prompt(self, array_VA: Floats) -> Floats:
+        """Means over the samples of each prompt, [V, P]."""
+        return _mean_of_samples(array_VA.reshape(len(array_VA), len(self.row_ids), self.num_samples))
 
     @cached_property
     def method_by_variant(self) -> tuple[str, ...]:
@@ -116,10 +121,11 @@ def measure(
     return Measurements(
         variants=tuple(variants),
         row_ids=tuple(row_ids[whole_P]),
-        scores_by_judge={name: _mean_of_samples(array[:, whole_P]) for name, array in by_judge.items()},
-        numbers={name: _mean_of_samples(array[:, whole_P]) for name, array in numbers.items()},
+        scores_by_judge={name: array[:, whole_P].reshape(len(variants), -1) for name, array in by_judge.items()},
+        numbers={name: array[:, whole_P].reshape(len(variants), -1) for name, array in numbers.items()},
         num_left_out=int((~whole_P).sum()),
         num_answers=read.num_rows,
+        num_samples=num_samples,
     )
 
 

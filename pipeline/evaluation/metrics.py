@@ -10,7 +10,7 @@ To add a metric of a rule:
 4. For a sentence in the terminal and the report, and for the title of a chart, add the name to `METRICS` in
    `reading.py` and in `pipeline/reporting/comparison.py`.
 
-S bootstrap samples, P prompts, N points, M objectives, L levels.
+S bootstrap samples, P prompts, A answers, N points, M objectives, L levels.
 """
 
 from __future__ import annotations
@@ -62,6 +62,34 @@ def front(points_NM: Floats) -> Floats:
     return kept
 
 
+def published_reference(points_NM: Floats) -> Floats:
+    """Of each objective the lowest value less 1, as CAGE's public evaluation takes it for scores of reward models."""
+    reference_M: Floats = points_NM.min(0) - 1.0
+    return reference_M
+
+
+def on_front(points_NM: Floats, among_NM: Floats) -> Floats:
+    """Whether each of the first points is dominated by none of the others, [N] of 0 and 1."""
+    beaten = [((among_NM >= point).all(1) & (among_NM > point).any(1)).any() for point in points_NM]
+    return 1.0 - np.array(beaten, dtype=np.float64)
+
+
+def extent(points_NM: Floats) -> float:
+    """The diagonal of the box around the points as a share of that of the unit cube ("maximum spread").
+
+    Zitzler 1999, divided by its largest value for objectives in [0, 1].
+    """
+    sides_M = points_NM.max(0) - points_NM.min(0)
+    return float(np.sqrt((sides_M**2).mean()))
+
+
+def inverted_generational_distance(points_NM: Floats, front_NM: Floats) -> float:
+    """The mean distance from each point of a front to the nearest of the points, by moocore."""
+    import moocore
+
+    return float(moocore.igd(-points_NM, ref=-front_NM))
+
+
 def gaps(points_NM: Floats) -> Floats | None:
     """By objective the mean squared step between neighbouring values; None for a single point.
 
@@ -98,6 +126,13 @@ def is_monotone(weights_N: Floats, values_N: Floats) -> bool | None:
     return bool((np.diff(means) >= -1e-12).all()) if len(levels) > 1 else None
 
 
+def monotone_share(weights_N: Floats, values_N: Floats) -> float | None:
+    """The share of steps to the next larger weight at which the value, averaged over equal weights, does not fall."""
+    levels = np.unique(weights_N)
+    steps = np.diff([values_N[weights_N == level].mean() for level in levels])
+    return float((steps >= -1e-12).mean()) if len(steps) else None
+
+
 def interpolate_at(x_L: Floats, x_N: Floats, y_NM: Floats) -> Floats:
     """The values at x_L of M curves through the points x_N (in any order), interpolated linearly: [L, M]."""
     order = np.argsort(x_N, kind="stable")
@@ -106,23 +141,26 @@ def interpolate_at(x_L: Floats, x_N: Floats, y_NM: Floats) -> Floats:
     return values_LM
 
 
-def resample_counts(num_prompts: int, num_samples: int, seed: int) -> Floats:
-    """How often each prompt counts, [1 + num_samples, P]: once each in the first row, then the bootstrap samples.
+def resample_counts(num_prompts: int, num_samples: int, seed: int, *, per_prompt: int = 1) -> Floats:
+    """How often each answer counts, [1 + num_samples, P * per_prompt]: once in the first row, then by the bootstrap.
 
-    Drawing P prompts with replacement is one multinomial draw of counts. All statistics of a sample use its row of
-    counts, and so the same prompts.
+    Drawing P prompts with replacement is one multinomial draw of counts. Where a prompt has several answers, each
+    drawn prompt's answers are drawn with replacement, too. All statistics of a sample use its row of counts, and so
+    the same prompts and answers.
     """
-    draws = np.random.default_rng(seed).multinomial(
-        num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_samples
-    )
-    return np.concatenate([np.ones((1, num_prompts)), draws.astype(np.float64)])
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_samples)
+    if per_prompt > 1:
+        counts = generator.multinomial(counts * per_prompt, np.full(per_prompt, 1 / per_prompt))
+    drawn = counts.reshape(num_samples, num_prompts * per_prompt)
+    return np.concatenate([np.ones((1, drawn.shape[1])), drawn.astype(np.float64)])
 
 
-def weighted_means(values_NP: Floats, counts_SP: Floats) -> Floats:
-    """Means over prompts weighted by their counts, [S, N]; a prompt without a value (NaN) does not count."""
-    known_NP = np.isfinite(values_NP)
-    total_SN = counts_SP @ np.where(known_NP, values_NP, 0.0).T
-    number_SN = counts_SP @ known_NP.T.astype(np.float64)
+def weighted_means(values_NA: Floats, counts_SA: Floats) -> Floats:
+    """Means over answers weighted by their counts, [S, N]; an answer without a value (NaN) does not count."""
+    known_NA = np.isfinite(values_NA)
+    total_SN = counts_SA @ np.where(known_NA, values_NA, 0.0).T
+    number_SN = counts_SA @ known_NA.T.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         means_SN: Floats = total_SN / number_SN
     return means_SN

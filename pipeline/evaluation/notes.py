@@ -23,7 +23,9 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], sampl
     found = [
         f"Every mean is over the same {len(samples.data.row_ids):,} prompts; intervals are bootstrap intervals over "
         f"prompts ({samples.confidence:.0%}, {config.evaluation.bootstrap.samples:,} samples), differences "
-        "are paired and not adjusted for their number.",
+        "are paired."
+        + (" Each prompt's samples are resampled, too." if samples.data.num_samples > 1 else "")
+        + " p values are adjusted (Holm) for all pairs that one metric compares in one way.",
         "Reference point of the hypervolume: "
         + ("given" if config.evaluation.reference_point else "the lowest mean of everything compared, less a tenth")
         + (". " if config.evaluation.reference_point else " of the objective's range. ")

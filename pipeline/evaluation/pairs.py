@@ -1,6 +1,6 @@
 """Which two methods are compared, which of their variants belong together, and what they differ by.
 
-S bootstrap samples, V variants, P prompts, M objectives.
+S bootstrap samples, V variants, A answers, M objectives, I matches.
 """
 
 from __future__ import annotations
@@ -91,18 +91,18 @@ def difference_at_equal_length(samples: BootstrapSamples, method: str, against: 
     if not found:
         return None
     data = samples.data
-    scores_VPM = np.stack([data.scores_by_judge[judge] for judge in samples.judges.values()], axis=2)
-    tokens_VP = data.numbers["num_tokens"]
-    lead_IP = np.stack(
-        [samples.normalised_lead(scores_VPM[each.ours] - scores_VPM[each.theirs], each.weights_M) for each in found]
+    scores_VAM = np.stack([data.scores_by_judge[judge] for judge in samples.judges.values()], axis=2)
+    tokens_VA = data.numbers["num_tokens"]
+    lead_IA = np.stack(
+        [samples.normalised_lead(scores_VAM[each.ours] - scores_VAM[each.theirs], each.weights_M) for each in found]
     )
-    longer_IP = np.stack([tokens_VP[each.ours] - tokens_VP[each.theirs] for each in found])
-    counts_SP = samples.counts_SP
-    total_S1 = counts_SP.sum(1, keepdims=True)
-    lead_SI, longer_SI = (counts_SP @ each_IP.T / total_S1 for each_IP in (lead_IP, longer_IP))
+    longer_IA = np.stack([tokens_VA[each.ours] - tokens_VA[each.theirs] for each in found])
+    counts_SA = samples.counts_SA
+    total_S1 = counts_SA.sum(1, keepdims=True)
+    lead_SI, longer_SI = (counts_SA @ each_IA.T / total_S1 for each_IA in (lead_IA, longer_IA))
     # within each two variants: what all prompts have in common is the intercept
-    spread_S = (counts_SP @ (longer_IP**2).T / total_S1 - longer_SI**2).sum(1)
-    together_S = (counts_SP @ (longer_IP * lead_IP).T / total_S1 - longer_SI * lead_SI).sum(1)
+    spread_S = (counts_SA @ (longer_IA**2).T / total_S1 - longer_SI**2).sum(1)
+    together_S = (counts_SA @ (longer_IA * lead_IA).T / total_S1 - longer_SI * lead_SI).sum(1)
     slope_S = np.where(spread_S > 1e-12, together_S / np.where(spread_S > 1e-12, spread_S, 1.0), 0.0)
     difference_S: Floats = lead_SI.mean(1) - slope_S * longer_SI.mean(1)
     return difference_S

@@ -17,13 +17,14 @@ METRICS = {
 def reading(differences: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
     """One sentence per metric: which rules the first rule is better than, worse than, or not distinguishable from.
 
-    A difference counts where its interval excludes 0.
+    A difference counts where its p value, adjusted for all pairs of the metric, is below the level of the intervals.
     """
     lines = []
     for metric, words in METRICS.items():
         chosen = _overall([each for each in differences if each["metric"] == metric])
         if chosen:
-            lines.append(f"{words}, {chosen[0]['rule']} is {_verdict(chosen)} ({confidence:.0%} intervals).")
+            verdict = _verdict(chosen, 1 - confidence)
+            lines.append(f"{words}, {chosen[0]['rule']} is {verdict} ({confidence:.0%} intervals).")
     return lines
 
 
@@ -34,10 +35,13 @@ def _overall(differences: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
     return list(last.values())
 
 
-def _verdict(differences: Iterable[Mapping[str, Any]]) -> str:
+def _verdict(differences: Iterable[Mapping[str, Any]], level: float) -> str:
     said: dict[str, list[str]] = {"better than": [], "worse than": [], "not distinguishable from": []}
     for each in differences:
         low, high = each["interval"]
-        verdict = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
+        is_clear = each["p_adjusted"] is not None and each["p_adjusted"] < level
+        verdict = "not distinguishable from"
+        if is_clear:
+            verdict = "better than" if each["difference"] > 0 else "worse than"
         said[verdict].append(f"{each['against']} ({each['difference']:+.3f}, {low:+.3f} to {high:+.3f})")
     return "; ".join(f"{verdict} {', '.join(rules)}" for verdict, rules in said.items() if rules)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CageError
+from pipeline.evaluation.answers import ANSWER_COLUMNS, as_numbers
 from pipeline.evaluation.judges.interface import Judge, JudgedAnswer, NoScore, why_missing
 from pipeline.evaluation.panel import Panel
 from pipeline.storage.commits import CommitRecord
@@ -26,7 +27,6 @@ from pipeline.storage.tables import write_table_bytes
 SCORES = "_scores/"
 JUDGES_KEY, ANSWERS_KEY, FINAL_KEY = "cage.judges", "cage.answers", "cage.final"
 ERRORS = "_errors"  # by judge, why it gave no score; only in files where one gave none
-NUMBERS = ("num_tokens", "kl_per_token", "covered_mass", "max_residual", "num_unsolved")
 JUDGED_COLUMNS = ("row_id", "variant", "sample", "prompt", "response", "num_tokens", "rewards")
 
 
@@ -72,13 +72,13 @@ class ScoreFiles:
             self.run.store.put(name, data)
 
     def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """Yield each shard's answers, without texts, and their scores, in the same order of rows.
+        """Yield each shard's answers, as numbers (`answers.as_numbers`), and their scores, in the same order of rows.
 
         Raises:
             CageError: a file scores other answers.
         """
         for record in self.run.committed().values():
-            answers = self._read(_part_of(record), ("row_id", "variant", "sample", *NUMBERS))
+            answers = as_numbers(self._read(_part_of(record), ANSWER_COLUMNS))
             scores = self._read(self._name(record), None)
             if answers.select(["row_id", "sample"]) != scores.select(["row_id", "sample"]):
                 raise CageError(f"{self.run.store.url(self._name(record))} scores other answers; remove it")

@@ -10,8 +10,9 @@ import numpy as np
 
 from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.equal_kl import difference_at_equal_kl, groups_of, objectives_at, sweeps
-from pipeline.evaluation.metrics import Floats, gaps, is_monotone, spearman, weighted_means
+from pipeline.evaluation.metrics import Floats, gaps, is_monotone, monotone_share, spearman, weighted_means
 from pipeline.evaluation.pairs import common_temperatures, difference_at_equal_length, matches, pairs_of
+from pipeline.evaluation.significance import deviation_of, holm, p_value, prompts_for, smallest_difference
 
 Json = dict[str, Any]
 TIE = 1e-9  # scores that differ by less are equal up to rounding
@@ -29,8 +30,8 @@ def rule_metrics(samples: BootstrapSamples) -> dict[str, Callable[[list[int]], F
 def points(samples: BootstrapSamples) -> list[Json]:
     """One entry per variant: the means of objectives and judges with intervals, and what the run recorded."""
     data = samples.data
-    scores = {name: weighted_means(score_VP, samples.counts_SP) for name, score_VP in data.scores_by_judge.items()}
-    numbers = {name: weighted_means(number_VP, samples.counts_SP) for name, number_VP in data.numbers.items()}
+    scores = {name: weighted_means(score_VA, samples.counts_SA) for name, score_VA in data.scores_by_judge.items()}
+    numbers = {name: weighted_means(number_VA, samples.counts_SA) for name, number_VA in data.numbers.items()}
     found = []
     for at, variant in enumerate(data.variants):
         objectives = dict(zip(samples.objectives, samples.means_SVM[:, at].T, strict=True))
@@ -85,21 +86,36 @@ def by_temperature(samples: BootstrapSamples) -> list[Json]:
 def _measures(samples: BootstrapSamples, variants: list[int]) -> Json:
     entry: Json = {"num_points": len(variants)}
     measured = {name: measure(variants) for name, measure in rule_metrics(samples).items()}
-    # a multiple of the hypervolume: a difference of it would say the same as that of the hypervolume
-    normalised_S = samples.normalised_hypervolumes(variants)
-    measured = {"hypervolume": measured["hypervolume"], "normalised_hypervolume": normalised_S, **measured}
+    # multiples of the hypervolume, or others of the same points: differences of them would say the same
+    of_volume = {
+        "hypervolume": measured["hypervolume"],
+        "normalised_hypervolume": samples.normalised_hypervolumes(variants),
+        "published_hypervolume": samples.hypervolumes(variants, samples.published_point),
+        "unit_hypervolume": samples.unit_hypervolumes(variants),
+    }
+    measured = {**of_volume, **measured, "regret": samples.regrets(variants)}
     measured["kl_per_token"] = samples.kl_SV[:, variants].mean(1)
     for name, value_S in measured.items():
         entry[name], entry[f"{name}_interval"] = number(value_S[0]), samples.interval(value_S)
-    entry["num_tokens"] = number(samples.data.numbers["num_tokens"][variants].mean())
+    for name in ("kl_per_answer", "num_tokens", "cut", "in_reasoning", "distinct_2", "repetition_3"):
+        if name in samples.data.numbers:
+            entry[name] = number(_mean(samples.data.numbers[name][variants]))
     entry["sparsity"] = number(samples.sparsity(variants))
+    entry |= {name: number(value) for name, value in samples.front_metrics(variants).items()}
     return entry
+
+
+def _mean(values: Floats) -> float:
+    """The mean of what is known; NaN where nothing is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def differences(samples: BootstrapSamples, equal_kl_scores: Mapping[str, Floats]) -> list[Json]:
     """Each method minus each other one, with intervals that are paired by prompt (see `bootstrap`).
 
-    At each agent temperature that both have, over all temperatures, at equal KL and at equal length.
+    At each agent temperature that both have, over all temperatures, at equal KL and at equal length. p values are
+    adjusted (Holm) for all pairs that are compared by one metric in one of these ways.
     """
     data, found = samples.data, []
     measures = rule_metrics(samples)
@@ -122,6 +138,12 @@ def differences(samples: BootstrapSamples, equal_kl_scores: Mapping[str, Floats]
         for metric, difference in held_equal.items():
             if difference is not None:
                 found.append(_difference(samples, method, against, metric, None, difference))
+    families: dict[tuple[str, float | None], list[Json]] = {}
+    for each in found:
+        families.setdefault((each["metric"], each["agent_temperature"]), []).append(each)
+    for family in families.values():
+        for each, adjusted in zip(family, holm([each["p"] for each in family]), strict=True):
+            each["p_adjusted"] = adjusted
     return found
 
 
@@ -133,6 +155,8 @@ def _difference(
     temperature: float | None,
     difference_S: Floats,
 ) -> Json:
+    num_prompts = len(samples.data.row_ids)
+    deviation = deviation_of(difference_S[1:], num_prompts)
     return {
         "rule": method,
         "against": against,
@@ -140,6 +164,9 @@ def _difference(
         "agent_temperature": temperature,
         "difference": number(difference_S[0]),
         "interval": samples.interval(difference_S),
+        "p": p_value(difference_S[1:]),
+        "prompts_for_this_difference": prompts_for(float(difference_S[0]), deviation),
+        "smallest_difference_to_find": smallest_difference(deviation, num_prompts),
     }
 
 
@@ -162,6 +189,7 @@ def control(samples: BootstrapSamples) -> list[Json]:
                         "objective": name,
                         "spearman": number(spearman(weights, values)),
                         "is_monotone": is_monotone(weights, values),
+                        "monotone_share": number(monotone_share(weights, values)),
                         "sparsity": None if gaps_M is None else number(gaps_M[index]),
                     }
                 )
@@ -204,7 +232,7 @@ def win_rates(samples: BootstrapSamples) -> list[Json]:
             pairs.setdefault(match.agent_temperature, {})[match.ours, match.theirs] = None
         for temperature, matched in pairs.items():
             for name, judge in samples.judges.items():
-                scores_VP = samples.data.scores_by_judge[judge]
+                scores_VP = samples.data.by_prompt(samples.data.scores_by_judge[judge])
                 lead = np.concatenate([scores_VP[ours] - scores_VP[theirs] for ours, theirs in matched])
                 found.append(
                     {

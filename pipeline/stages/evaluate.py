@@ -100,6 +100,7 @@ def compute_metrics(run: Run, scores: ScoreFiles, config: EvaluateConfig) -> dic
         "run": run.plan.digest,
         "objectives": list(samples.objectives),
         "reference_point": dict(zip(samples.objectives, map(float, samples.reference_M), strict=True)),
+        "published_reference_point": dict(zip(samples.objectives, map(float, samples.published_point), strict=True)),
         "normalised_from": {
             name: [float(low), float(high)]
             for name, low, high in zip(samples.objectives, samples.low_M, samples.high_M, strict=True)

@@ -1,0 +1,56 @@
+"""How much a difference can be trusted: p values, corrections for many comparisons, and how many prompts it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.evaluation.metrics import Floats
+
+# a two-sided test at 5 % with a power of 80 %: the sum of both normal quantiles
+QUANTILES = 1.959964 + 0.841621
+
+
+def p_value(difference_S: Floats) -> float | None:
+    """Twice the share of bootstrap samples on the far side of 0, and no less than the samples can resolve."""
+    known_S = difference_S[np.isfinite(difference_S)]
+    if not len(known_S):
+        return None
+    tail = min((known_S <= 0).sum(), (known_S >= 0).sum())
+    return float(min(1.0, 2 * (tail + 1) / (len(known_S) + 1)))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjusted p values (Holm 1979): rejecting those below a level keeps the chance of a false rejection below it."""
+    known = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, at) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        adjusted[at] = highest
+    return adjusted
+
+
+def prompts_for(difference: float, deviation: float) -> int | None:
+    """Prompts that a paired test at 5 % needs to find a difference of this size with a chance of 80 %.
+
+    Args:
+        difference: between two systems' means.
+        deviation: standard deviation, over prompts, of the difference.
+    """
+    if difference == 0 or not math.isfinite(difference) or not math.isfinite(deviation):
+        return None
+    return max(2, math.ceil((QUANTILES * deviation / difference) ** 2))
+
+
+def smallest_difference(deviation: float, num_prompts: int) -> float | None:
+    """The difference that so many prompts find with a chance of 80 %; None where the deviation is not known."""
+    return QUANTILES * deviation / math.sqrt(max(1, num_prompts)) if math.isfinite(deviation) else None
+
+
+def deviation_of(samples_S: Floats, num_prompts: int) -> float:
+    """The standard deviation over prompts that bootstrap samples of a statistic imply: sqrt(P) times theirs."""
+    known_S = samples_S[np.isfinite(samples_S)]
+    return float(known_S.std(ddof=1) * math.sqrt(num_prompts)) if len(known_S) > 1 else math.nan
