@@ -131,6 +131,12 @@ def evaluate(
     new_run: NewRun = False,
     extend: Extend = False,
     verbose: Verbose = False,
+    output: Annotated[
+        list[Path] | None, typer.Option("--output", "-o", help="Also write FILE.json, FILE.csv or FILE.tex.")
+    ] = None,
+    log_to: Annotated[
+        str | None, typer.Option(help="Also log the results to mlflow or wandb, where it is installed.")
+    ] = None,
 ) -> None:
     """Compare rules: answer every prompt with each rule of a grid, judge the answers, write _metrics.json.
 
@@ -146,6 +152,8 @@ def evaluate(
         is_new_run=new_run,
         may_extend=extend,
         is_verbose=verbose,
+        outputs=output or [],
+        log_to=log_to,
     )
 
 

@@ -37,6 +37,7 @@ from pipeline.evaluation.metrics import (
 )
 from pipeline.evaluation.pairs import difference_at_equal_length
 from pipeline.evaluation.reading import reading
+from pipeline.evaluation.significance import normal_p_value
 
 EQ, LINEAR, BASE = RuleName.EQUILIBRIUM, RuleName.LINEAR, RuleName.BASE
 POINTS = np.array([(1, 2), (2, 1), (1.5, 1.5), (0.5, 0.5)], dtype=float)
@@ -233,7 +234,7 @@ def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():
     assert point["intervals"]["a"][0] < prompts.mean() < point["intervals"]["a"][1]
     [mip] = [row for row in summary.differences(samples, {}) if row["metric"] == "mip"]
     assert mip["interval"] == pytest.approx([mip["difference"]] * 2)
-    assert mip["p"] == mip["p_adjusted"] == pytest.approx(2 / 201)
+    assert mip["p"] == mip["p_adjusted"] == 0
     assert mip["prompts_for_this_difference"] == 2
     assert reading([mip], 0.95) == [
         "By mean inner product, equilibrium is better than linear (+1.000, +1.000 to +1.000) (95% intervals)."
@@ -252,6 +253,9 @@ def test_differences_say_how_many_prompts_they_take_and_are_adjusted_by_metric()
     lead = (scores[0] - scores[1]) / span
     wanted = (2.8016 * lead.std(ddof=1) / lead.mean()) ** 2
     assert row["prompts_for_this_difference"] == pytest.approx(wanted, rel=0.1)
+    error = lead.std(ddof=1) / math.sqrt(60)
+    assert row["p"] == pytest.approx(2 * stats.norm.sf(abs(lead.mean()) / error), rel=0.5)
+    assert normal_p_value(0.3, 2.0, 100) == pytest.approx(2 * stats.norm.sf(1.5))
     assert row["smallest_difference_to_find"] == pytest.approx(2.8016 * lead.std(ddof=1) / math.sqrt(60), rel=0.05)
     ordered = sorted(rows, key=lambda each: each["p"])
     expected = np.maximum.accumulate([min(1.0, each["p"] * (3 - at)) for at, each in enumerate(ordered)])

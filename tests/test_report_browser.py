@@ -100,6 +100,37 @@ def test_the_control_line_goes_through_the_mean_of_each_weight(browser, tmp_path
         assert page.locator("#control .mark.behind").count() == 4  # the points that share a weight
 
 
+def test_three_objectives_have_projections_and_parallel_coordinates(browser, tmp_path):
+    run = make_run(tmp_path, num_rows=3, grid=GRID)
+    metrics = metrics_of(run)
+    metrics["objectives"] = ["a", "b", "c"]
+    means = [(0.0, 2.0, 1.0), (1.0, 1.0, 3.0), (2.0, 0.0, 2.0)]
+    metrics["points"] = [
+        {"rule": rule, "agent_temperature": 0.1, "weights": {}, "objectives": dict(zip("abc", each, strict=True))}
+        for rule, each in zip(("equilibrium", "linear (answer)", "base"), means, strict=True)
+    ]
+    (tmp_path / "run/_metrics.json").write_text(json.dumps(metrics))
+    with browser.new_context() as context:
+        page = context.new_page()
+        said: list[str] = []
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(Path(write_report(run)).as_uri())
+        lines = page.locator("#parallel .mark polyline:first-child").evaluate_all(
+            "all => all.map((each) => each.getAttribute('points'))"
+        )
+        heights = [[float(corner.split(",")[1]) for corner in line.split()] for line in lines]
+        low, high = heights[0][0], heights[2][0]  # 0 and 2 on the first axis, which is upside down in SVG
+        assert [row[0] for row in heights] == pytest.approx([low, (low + high) / 2, high])
+        assert [row[1] for row in heights] == pytest.approx([high, (low + high) / 2, low])
+        assert [row[2] for row in heights] == pytest.approx([low, high, (low + high) / 2])
+        titles = page.locator("#projections figcaption").all_text_contents()
+        assert titles == ["a and b", "a and c", "b and c"]
+        assert page.locator("#projections .mark").count() == 9
+        page.locator("#rules input").first.uncheck()
+        assert page.locator("#parallel .mark").count() == 2
+        assert said == []
+
+
 def test_bars_show_their_counts(page):
     data = json.loads(page.locator("#data").text_content() or "")
     for name in ("num_tokens", "kl_per_token"):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from jobs.commands.exports import as_csv, as_json, as_latex, check_outputs, write_outputs
 from jobs.commands.text import indented, number, printable, table
 from pipeline.config.files import parse_as
 from pipeline.errors import ConfigurationError
@@ -24,7 +22,6 @@ from pipeline.hub.embedded import default_cache_folder
 from pipeline.sections import Section
 
 DEFAULT_JUDGES = {"words": "length", "sentiment": "sentiment", "repetition": "repetition"}  # kinds by name
-WRITERS = (".json", ".csv", ".tex")
 
 
 class CompareConfig(Section):
@@ -36,23 +33,13 @@ class CompareConfig(Section):
 
 def run_compare(paths: Sequence[str], *, config_file: Path | None, outputs: Sequence[Path]) -> None:
     """Judge every system's answers, print how they compare with the first one, and write the files asked for."""
-    for output in outputs:
-        if output.suffix not in WRITERS:
-            raise ConfigurationError(f"--output must end with {', '.join(WRITERS)}; got {output}")
-        if not output.parent.is_dir():
-            raise ConfigurationError(f"--output must be in a folder that exists; {output.parent} does not")
+    check_outputs(outputs, WRITERS)
     config = parse_as(CompareConfig, _tree(config_file), source=str(config_file or "judges"))
     systems = read_systems(paths)
     panel = resolve_panel(config.judges, default_cache_folder(os.environ), progress=print)
     found = compare(score_systems(systems, panel.load()), config.bootstrap)
     print(describe(found))
-    for output in outputs:
-        text = {".json": _as_json, ".csv": _as_csv, ".tex": _as_latex}[output.suffix](found)
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigurationError(f"cannot write {output}: {error.strerror}") from None
-        print(f"  written   {output}")
+    write_outputs(outputs, WRITERS, found)
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -124,45 +111,35 @@ def _tree(config_file: Path | None) -> dict[str, Any]:
     return tree
 
 
-def _as_json(found: dict[str, Any]) -> str:
-    return json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-
-
 def _as_csv(found: dict[str, Any]) -> str:
     """A line per system and judge: its mean, and its difference from the first system."""
-    out = io.StringIO()
     by_key = {(each["system"], each["judge"]): each for each in found["differences"]}
     fields = ["difference", "difference_low", "difference_high", "p", "p_adjusted", "wins", "ties", "losses"]
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["system", "judge", "mean", "low", "high", *fields, "kl_per_token", "share_cut"])
+    head = ["system", "judge", "mean", "low", "high", *fields, "kl_per_token", "share_cut"]
+    rows = []
     for entry in found["systems"]:
         for judge, score in entry["scores"].items():
             other = by_key.get((entry["system"], judge), {})
-            low, high = other.get("interval") or (None, None)
-            values = {**other, "difference_low": low, "difference_high": high}
-            ends = score["interval"] or (None, None)
-            given = [values.get(field) for field in fields]
-            writer.writerow(
-                [entry["system"], judge, score["mean"], *ends, *given, entry["kl_per_token"], entry["share_cut"]]
+            ends = zip(("low", "high"), score["interval"] or (), strict=False)
+            of_difference = zip(("difference_low", "difference_high"), other.get("interval") or (), strict=False)
+            rows.append(
+                {**entry, **other, **dict(ends), **dict(of_difference), "judge": judge, "mean": score["mean"]}
             )
-    return out.getvalue()
+    return as_csv(head, rows)
 
 
 def _as_latex(found: dict[str, Any]) -> str:
     """A table for booktabs: a row per system, a column per judge, with intervals."""
     judges = list(found["systems"][0]["scores"])
-    lines = [r"\begin{tabular}{l" + "c" * (len(judges) + 1) + "}", r"\toprule"]
-    lines += [" & ".join(["system", *map(_latex, judges), r"KL per token"]) + r" \\", r"\midrule"]
+    rows = []
     for entry in found["systems"]:
-        cells = [_latex(entry["system"])]
+        cells = [entry["system"]]
         for judge in judges:
             score = entry["scores"][judge]
             low_high = " to ".join(map(number, score["interval"] or ()))
             cells.append(number(score["mean"]) + (f" ({low_high})" if low_high else ""))
-        lines.append(" & ".join([*cells, number(entry["kl_per_token"])]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        rows.append([*cells, number(entry["kl_per_token"])])
+    return as_latex(["system", *judges, "KL per token"], rows)
 
 
-def _latex(text: str) -> str:
-    escaped = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(escaped.get(char, "\\" + char if char in "&%$#_{}" else char) for char in text)
+WRITERS = {".json": as_json, ".csv": _as_csv, ".tex": _as_latex}

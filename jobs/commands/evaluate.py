@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.commands.exports import as_csv, as_json, as_latex, check_outputs, write_outputs
 from jobs.commands.text import indented, number, printable, shown_path, table
 from pipeline.config.files import dump_config, load_as
+from pipeline.errors import ConfigurationError
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.trackers import Tracker, log_evaluation, open_tracker
 
 if TYPE_CHECKING:
     from pipeline.stages.evaluate import Evaluation
@@ -31,8 +36,17 @@ def run_evaluate(
     is_new_run: bool = False,
     may_extend: bool = False,
     is_verbose: bool,
+    outputs: Sequence[Path] = (),
+    log_to: str | None = None,
 ) -> None:
-    """Read the configuration, run the evaluation to its end, and say what it found."""
+    """Read the configuration, run the evaluation to its end, say what it found, and write what is asked for."""
+    check_outputs(outputs, WRITERS)
+    tracker, package = None, None
+    if log_to is not None:
+        if log_to not in list(Tracker):
+            raise ConfigurationError(f"--log-to must be {' or '.join(Tracker)}; got {log_to}")
+        tracker = Tracker(log_to)
+        package = open_tracker(tracker)
     config = load_as(EvaluateConfig, config_file, overrides)
     if print_config:
         sys.stdout.write(dump_config(config))
@@ -52,6 +66,11 @@ def run_evaluate(
     if evaluation.was_run or not evaluation.run.store.names(REPORT):
         write_report(evaluation.run)
     print(describe_evaluation(evaluation))
+    write_outputs(outputs, WRITERS, evaluation.metrics)
+    if tracker is not None and package is not None:
+        name = evaluation.run.store.path.rstrip("/").rpartition("/")[2]
+        log_evaluation(tracker, package, evaluation.metrics, name=name)
+        print(f"  logged    to {tracker}")
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
@@ -80,6 +99,10 @@ def describe_evaluation(evaluation: Evaluation) -> str:
 
 
 def _rules(metrics: dict[str, Any]) -> str:
+    return table(*_rules_table(metrics))
+
+
+def _rules_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["rule, temperature", "hypervolume", "interval", "share", "MIP", "interval", "worst", "KL", "tokens"]
     entries = [(entry["rule"], entry) for entry in metrics["by_temperature"]]
     entries += [(rule, entry) for rule, entry in metrics["rules"].items()]
@@ -101,8 +124,49 @@ def _rules(metrics: dict[str, Any]) -> str:
                 number(entry["num_tokens"], 1),
             ]
         )
-    return table(head, rows)
+    return head, rows
 
 
 def _interval(interval: list[float] | None, digits: int = 3) -> str:
     return "-" if interval is None else f"{number(interval[0], digits)} to {number(interval[1], digits)}"
+
+
+def _as_csv(metrics: dict[str, Any]) -> str:
+    """A line per number: what it is of, its value, its interval, and of differences their p values."""
+    head = ["table", "rule", "against", "unit", "agent_temperature", "weights", "name", "value", "low", "high"]
+    tables = {
+        "rules": [{"rule": rule, **entry} for rule, entry in metrics["rules"].items()],
+        "by_temperature": metrics["by_temperature"],
+        "points": [{**point, **point["objectives"]} for point in metrics["points"]],
+    }
+    rows: list[dict[str, Any]] = []
+    for table_name, entries in tables.items():
+        for entry in entries:
+            own = {key.removesuffix("_interval"): ends for key, ends in entry.items() if key.endswith("_interval")}
+            ends = {**entry.get("intervals", {}), **own}
+            for key, value in entry.items():
+                if isinstance(value, int | float) and key not in ("agent_temperature", "uses_temperature", "variant"):
+                    rows.append({**_key_of(entry), "table": table_name, "name": key, **_valued(value, ends.get(key))})
+    for each in metrics["differences"]:
+        interval = {"name": each["metric"], **_valued(each["difference"], each["interval"])}
+        rows.append({**_key_of(each), "table": "differences", **interval, **each})
+    return as_csv([*head, "p", "p_adjusted", "prompts_for_this_difference"], rows)
+
+
+def _key_of(entry: dict[str, Any]) -> dict[str, Any]:
+    weights = entry.get("weights")
+    shown = {key: entry.get(key) for key in ("rule", "against", "unit", "agent_temperature")}
+    return {**shown, "weights": "" if not weights else json.dumps(weights)}
+
+
+def _valued(value: float | None, interval: list[float] | None) -> dict[str, Any]:
+    low, high = interval or (None, None)
+    return {"value": value, "low": low, "high": high}
+
+
+def _as_latex(metrics: dict[str, Any]) -> str:
+    """A table for booktabs: the rules at each agent temperature and over all, as they are printed."""
+    return as_latex(*_rules_table(metrics))
+
+
+WRITERS = {".json": as_json, ".csv": _as_csv, ".tex": _as_latex}

@@ -1,8 +1,8 @@
 """Means of every variant and objective, with a paired bootstrap over prompts.
 
-All variants are resampled with the same draws of prompts, and of each prompt's samples where there are several, and a
-difference of two variants is taken within each bootstrap sample. How hard a prompt is then cancels out: a rule that is a
-little better on every prompt has a narrow interval, however much the prompts differ.
+All variants are resampled with the same draws of prompts, and of each prompt's samples where there are several. A
+difference of two variants is taken within each bootstrap sample. How hard a prompt is then cancels out: a rule that
+is a little better on every prompt has a narrow interval, however much the prompts differ.
 
 S samples, of which the first is the data itself; V variants, M objectives, A answers, W weight vectors.
 """

@@ -22,6 +22,19 @@ def p_value(difference_S: Floats) -> float | None:
     return float(min(1.0, 2 * (tail + 1) / (len(known_S) + 1)))
 
 
+def normal_p_value(difference: float, deviation: float, num_prompts: int) -> float | None:
+    """Two-sided, of a difference with this standard deviation over prompts, by the normal distribution.
+
+    Unlike the share of bootstrap samples it has no smallest value, so that it can be adjusted for many comparisons.
+    """
+    if not (math.isfinite(difference) and math.isfinite(deviation)):
+        return None
+    error = deviation / math.sqrt(num_prompts)
+    if error < 1e-12 * max(1.0, abs(difference)):  # the same on every prompt, up to rounding
+        return 0.0 if abs(difference) > 1e-12 else 1.0
+    return math.erfc(abs(difference) / error / math.sqrt(2))
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjusted p values (Holm 1979): rejecting those below a level keeps the chance of a false rejection below it."""
     known = sorted((p, at) for at, p in enumerate(p_values) if p is not None)

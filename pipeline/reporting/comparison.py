@@ -21,6 +21,18 @@ HEADS = {
     "num_tokens": "tokens",
     "equal_kl": "score at equal KL",
     "is_monotone": "monotone",
+    "monotone_share": "monotone steps",
+    "published_hypervolume": "published hypervolume",
+    "unit_hypervolume": "hypervolume of normalised objectives",
+    "inverted_generational_distance": "distance to the front (IGD)",
+    "pareto_share": "share on the front",
+    "kl_per_answer": "KL per answer",
+    "cut": "cut",
+    "distinct_2": "distinct-2",
+    "repetition_3": "repetition of 3 words",
+    "p_adjusted": "p, adjusted",
+    "prompts_for_this_difference": "prompts needed",
+    "smallest_difference_to_find": "smallest difference to find",
 }
 # What the report says below a table that has the column.
 MEANINGS = {
@@ -36,6 +48,25 @@ MEANINGS = {
     "sparsity": "how far apart neighbouring points of the Pareto front lie: their mean squared distance by "
     "objective, summed over normalised objectives. Less is better: weights then choose among denser compromises.",
     "equal_kl": "the mean inner product at KL levels that all rules reach, read off between agent temperatures.",
+    "published_hypervolume": "the same from the reference point of CAGE's public evaluation: the lowest mean of each "
+    "objective less 1. It suits scores of reward models, whose unit is about 1.",
+    "unit_hypervolume": "that of the objectives normalised from 0 to 1, above 0, as in the same evaluation.",
+    "regret": "how much of its normalised objective a principal loses by sharing: where it has all weight, less "
+    "where it has some; the mean over points and principals. Less is better.",
+    "spread": "the diagonal of the box around the normalised front, as a share of that of all objectives' ranges.",
+    "inverted_generational_distance": "the mean distance from the front of everything compared to the nearest of the "
+    "rule's points, normalised. 0: the rule has that front.",
+    "pareto_share": "the share of the rule's points that nothing compared dominates.",
+    "kl_per_answer": "nats of KL to the base over a whole answer.",
+    "cut": "the share of answers that ended at their length limit.",
+    "in_reasoning": "the share of answers that ended within their reasoning.",
+    "distinct_2": "different pairs of words over all pairs of an answer.",
+    "repetition_3": "the share of an answer's words in three words that occurred before.",
+    "p_adjusted": "two-sided, by the bootstrap's standard error, adjusted (Holm) for all pairs that one metric compares in "
+    "one way.",
+    "prompts_for_this_difference": "with so many prompts a difference of this size is found with a chance of 80 %.",
+    "smallest_difference_to_find": "the difference that the evaluation's prompts find with a chance of 80 %.",
+    "monotone_share": "the share of steps to the next larger weight at which the objective does not fall.",
     "spearman": "the rank correlation of weight and objective: 1 where every larger weight has a higher objective.",
     "is_monotone": "whether the objective never falls as the weight rises.",
 }
@@ -74,6 +105,7 @@ def describe_metrics(metrics: Metrics, principal_names: Sequence[str]) -> dict[s
         },
         "columns": [visible(labels[name]) for name in (*metrics.objectives, *others)],
         "reference": [(visible(name), value) for name, value in metrics.reference_point.items()],
+        "published": [(visible(name), value) for name, value in metrics.published_reference_point.items()],
         "normalised_from": [(visible(name), _span(ends)) for name, ends in metrics.normalised_from.items()],
         "points": points,
         "num_points": len(metrics.points),

@@ -70,6 +70,7 @@ class Metrics:
     bootstrap: Any
     differences: tuple[Mapping[str, Any], ...]
     normalised_from: Mapping[str, Any]
+    published_reference_point: Mapping[str, float]
     reading: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -103,6 +104,7 @@ def parse_metrics(tree: Mapping[str, Any]) -> Metrics:
         bootstrap=tree.get("bootstrap"),
         differences=_mappings(tree.get("differences")),
         normalised_from=dict(_items(tree.get("normalised_from"))),
+        published_reference_point=_numbers(tree.get("published_reference_point")),
         reading=tuple(str(sentence) for sentence in _list(tree.get("reading"))),
         notes=tuple(str(note) for note in _list(tree.get("notes"))),
     )

@@ -33,7 +33,16 @@ from pipeline.storage.run import Run
 
 REPORT = "_report.html"
 STYLES = ("page.css", "tokens.css")
-SCRIPTS = ("draw.js", "ridge.js", "scatter.js", "differences.js", "comparison.js", "tokens.js", "page.js")
+SCRIPTS = (
+    "draw.js",
+    "ridge.js",
+    "scatter.js",
+    "parallel.js",
+    "differences.js",
+    "comparison.js",
+    "tokens.js",
+    "page.js",
+)
 
 
 def write_report(run: Run) -> str:

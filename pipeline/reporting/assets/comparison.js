@@ -49,8 +49,8 @@ function compare(comparison) {
   }
   const corners = (best) => best.flatMap((point, at) => (at ? [[best[at - 1].x, point.y], [point.x, point.y]] : [[point.x, point.y]]));
 
-  function drawPareto(width) {
-    const axes = [byId("pareto-x").value, byId("pareto-y").value];
+  // the fronts of two objectives: of three and more, points behind such a front may be on that of all objectives
+  function drawFronts(width, height, axes) {
     const series = drawable(rules.map((rule) => ({
       rule,
       points: chosen(false).filter((point) => point.rule === rule).map((point) => {
@@ -64,9 +64,11 @@ function compare(comparison) {
       each.points.forEach((point) => { point.isBehind = !best.includes(point); });
     }
     const corner = axes.every((name) => name in reference) ? axes.map((name) => reference[name]) : null;
-    return drawScatter(width, Math.min(460, Math.max(300, width * 0.62)), series,
+    return drawScatter(width, height, series,
       { x: labelled(axes[0]), y: labelled(axes[1]), title: `Pareto fronts: ${axes.join(" and ")}` }, { reference: corner, hasIntervals: byId("intervals").checked });
   }
+
+  const drawPareto = (width) => drawFronts(width, Math.min(460, Math.max(300, width * 0.62)), [byId("pareto-x").value, byId("pareto-y").value]);
 
   // one line per rule and key, through the points in the order of x
   function lines(selected, keyOf, xOf, name) {
@@ -123,6 +125,11 @@ function compare(comparison) {
 
   addControls();
   redraws.push(keepDrawn(byId("pareto"), drawPareto));
+  if (objectives.length > 2) {
+    redraws.push(keepDrawn(byId("parallel"), (width) => drawParallel(width, chosen(false), objectives, labelled, described)));
+    objectives.forEach((first, at) => objectives.slice(at + 1).forEach((second) =>
+      addChart(byId("projections"), `${labelled(first)} and ${labelled(second)}`, (width) => drawFronts(width, 260, [first, second]))));
+  }
   for (const name of objectives) {
     addChart(byId("kl"), labelled(name), (width) => drawScatter(width, 240, lines(chosen(true).filter(isWeighted), (point) => spoken(point.weights), (point) => point.kl, name),
       { x: "KL to the base, nats per token", y: "", title: `${name} against KL` }, { hasIntervals: byId("intervals").checked }));

@@ -4,7 +4,7 @@ function drawDifferences(width, differences, hidden) {
   const shown = differences.filter((each) => each.rule === first && !hidden.has(each.against));
   const x = domain([0, ...shown.flatMap((each) => [each.mean, each.low, each.high])]);
   if (!shown.length) return html("p", { class: "note" }, "Nothing to compare.");
-  const left = 74, right = 10, step = 24, height = shown.length * step + 38;
+  const left = Math.max(74, ...shown.map((each) => 8 + 6 * each.against.length)), right = 10, step = 24, height = shown.length * step + 38;
   const px = scale(x, [left, width - right]);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${first} minus the other rules` });
   for (const at of ticks(...x, (width - left) / 60)) {
