@@ -145,7 +145,7 @@ class BootstrapSamples:
         data, lost = self.data, []
         chosen = list(variants)
         for at in chosen:
-            for index in np.flatnonzero((self.weights_VM[at] > 0) & (self.weights_VM[at] < 1)):
+            for index in map(int, np.flatnonzero((self.weights_VM[at] > 0) & (self.weights_VM[at] < 1))):
                 alone = next((each for each in chosen if self._is_alone(each, at, index)), None)
                 if alone is not None and data.variants[at].rule.uses_principals:
                     lead_SM = self.normalised(self.means_SVM[:, alone]) - self.normalised(self.means_SVM[:, at])

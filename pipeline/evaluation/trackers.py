@@ -50,7 +50,7 @@ def log_evaluation(tracker: Tracker, package: ModuleType, metrics: Mapping[str, 
 
 def named_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Every number of every rule, as "rule/metric", and at its agent temperatures as "rule/0.1/metric"."""
-    found = {}
+    found: dict[str, float] = {}
     for rule, entry in metrics["rules"].items():
         found |= dict(_numbers(_place(rule), entry))
     for entry in metrics["by_temperature"]:
