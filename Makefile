@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs format browser kernels evidence clean help
+.PHONY: demo test check docs format browser kernels evidence audit lock soak clean help
 
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
@@ -18,6 +18,9 @@ help:
 	@echo "make check   formatter, linter, types, import contracts, documentation"
 	@echo "make docs    build the documentation into site/"
 	@echo "make format  format and fix what can be fixed"
+	@echo "make audit   check the lock of all dependencies, and look for known vulnerabilities"
+	@echo "make lock    make requirements.lock anew after a change of constraints.txt or pyproject.toml"
+	@echo "make soak    a run over Ray for an hour, killed every minute; its memory is recorded"
 	@echo "make kernels install Triton (a gigabyte), whose interpreter runs the GPU's kernel on a CPU; for its tests"
 	@echo "make evidence measure docs/evidence.md again, stage by stage; SCALE=small is a part of it (three hours)"
 	@echo "make browser install Chromium where there is none, on Debian as root; for the tests of the report"
@@ -65,6 +68,20 @@ kernels: $(READY)
 # Stages that are done are skipped, and one that was interrupted goes on. The whole design takes days on a CPU.
 evidence: $(READY)
 	$(BIN)/python -m jobs.evidence --scale $(or $(SCALE),full)
+
+# What is installed, with hashes, against constraints.txt; known vulnerabilities, where the package index has data.
+audit: $(READY)
+	$(BIN)/python tests/audit.py
+
+# The lock has the hashes of the index's files, whatever local wheels there are.
+lock: $(READY)
+	env -u UV_FIND_LINKS -u PIP_FIND_LINKS $(BIN)/uv pip compile --quiet --generate-hashes --no-annotate --no-header \
+	  --python-version 3.11 --python-platform linux -c constraints.txt pyproject.toml -o requirements.lock \
+	  --extra lora --extra embedded --extra evaluate --extra synthesize --extra gcs --extra cluster --extra train
+
+# An hour of kills over Ray with memory recorded; SOAK=--minutes=5 for less.
+soak: $(READY)
+	$(BIN)/python tests/soak.py $(SOAK)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

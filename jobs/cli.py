@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,27 @@ from typing import Annotated
 import typer
 
 from jobs.bench.cli import bench
-from pipeline.errors import CageError, ExitCode, Interrupted
+from jobs.logs import choose_format, report_end
+from jobs.options import (
+    ConfigFile,
+    Dtype,
+    Extend,
+    Limit,
+    Log,
+    Mended,
+    Model,
+    NewRun,
+    Only,
+    Overrides,
+    PrintConfig,
+    Revision,
+    RunPath,
+    Seed,
+    TrustRemoteCode,
+    Verbose,
+)
+from pipeline.errors import ExitCode, Interrupted
+from pipeline.monitoring.events import LogFormat
 
 app = typer.Typer(
     name="cage",
@@ -30,56 +49,6 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see configs/ for one per situation.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY.SUB=VALUE]...",
-        help="Changes to the configuration, such as decoding.temperature=0.7 principals.brief.weight=0.2.",
-        show_default=False,
-    ),
-]
-Limit = Annotated[int | None, typer.Option(help="First rows only (input.limit).")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the draws (decoding.seed).")]
-Model = Annotated[str | None, typer.Option(help="Base model (base.model).")]
-Revision = Annotated[str | None, typer.Option(help="Revision of the base model (base.revision).")]
-Dtype = Annotated[str | None, typer.Option(help="dtype of the base model (base.dtype).")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code from the base's repository (base.trust_remote_code).")
-]
-NewRun = Annotated[
-    bool,
-    typer.Option(
-        "--new-run", help="If output.path holds a run with other settings, write to PATH-2 (or PATH-3, ...)."
-    ),
-]
-Extend = Annotated[
-    bool,
-    typer.Option(
-        "--extend",
-        help="If the input has grown since the run was planned (new files, or rows at the end of files), answer its "
-        "new rows in the same run. A larger --limit needs no option.",
-    ),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and its workers.")]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print the whole configuration, defaults included, and stop.")
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(metavar="ID", help="The row with this id alone; may be given repeatedly."),
-]
-Mended = Annotated[
-    str | None,
-    typer.Option(
-        "--input",
-        metavar="FILE",
-        help="A mended input with the same ids (file, folder or s3://): its rows that failed in RUN, or that RUN "
-        "has with other content, are run again.",
-    ),
-]
-RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, local or s3://.")]
-
 
 @app.command()
 def relabel(
@@ -95,6 +64,7 @@ def relabel(
     new_run: NewRun = False,
     extend: Extend = False,
     verbose: Verbose = False,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Answer every prompt with the aligned policy and write Parquet.
 
@@ -102,6 +72,7 @@ def relabel(
     """
     from jobs.commands.relabel import run_relabel
 
+    choose_format(log_format, is_verbose=verbose)
     flags = {
         "input.limit": limit,
         "decoding.seed": seed,
@@ -137,6 +108,7 @@ def evaluate(
     log_to: Annotated[
         str | None, typer.Option(help="Also log the results to mlflow or wandb, where it is installed.")
     ] = None,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Compare rules: answer every prompt with each rule of a grid, judge the answers, write _metrics.json.
 
@@ -144,6 +116,7 @@ def evaluate(
     """
     from jobs.commands.evaluate import run_evaluate
 
+    choose_format(log_format, is_verbose=verbose)
     flags = {"input.limit": limit, "decoding.seed": seed, "base.model": model}
     run_evaluate(
         config,
@@ -171,6 +144,7 @@ def synthesize(
     extend: Extend = False,
     print_config: PrintConfig = False,
     verbose: Verbose = False,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Make training data: answer every prompt, filter the answers, write SFT rows and preference pairs.
 
@@ -179,6 +153,7 @@ def synthesize(
     """
     from jobs.commands.synthesize import run_synthesize
 
+    choose_format(log_format, is_verbose=verbose)
     flags = {"input.limit": limit, "decoding.seed": seed, "base.model": model}
     run_synthesize(
         config,
@@ -221,6 +196,7 @@ def train(
     model: Model = None,
     print_config: PrintConfig = False,
     verbose: Verbose = False,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Train principals from preference pairs: a LoRA adapter for each objective.
 
@@ -229,6 +205,7 @@ def train(
     """
     from jobs.commands.train import run_train
 
+    choose_format(log_format, is_verbose=verbose)
     flags = {"input.limit": limit, "base.model": model}
     run_train(config, _merge(overrides, flags), print_config=print_config, is_verbose=verbose)
 
@@ -270,7 +247,12 @@ def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, m
 
 @app.command()
 def retry(
-    run: RunPath, overrides: Overrides = None, only: Only = None, mended: Mended = None, verbose: Verbose = False
+    run: RunPath,
+    overrides: Overrides = None,
+    only: Only = None,
+    mended: Mended = None,
+    verbose: Verbose = False,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Run rows of a run again: those that failed, or those of a mended input.
 
@@ -280,6 +262,7 @@ def retry(
     """
     from jobs.commands.retry import run_retry
 
+    choose_format(log_format, is_verbose=verbose)
     run_retry(run, overrides or [], only=only or [], mended=mended, is_verbose=verbose)
 
 
@@ -408,18 +391,11 @@ def _run() -> int:
         app()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except CageError as error:
-        print(f"cage: {error}", file=sys.stderr)
-        return error.exit_code
-    except Interrupted as interruption:
-        print("cage: interrupted; what is committed is kept, and the same command continues", file=sys.stderr)
-        return interruption.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
-    except Exception:
-        traceback.print_exc()
-        return ExitCode.FAILED
+    except (Exception, Interrupted) as end:
+        return report_end(end)
     return ExitCode.DONE
 
 

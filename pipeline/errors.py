@@ -62,6 +62,10 @@ class HostOutOfMemory(HostError):
     """A host has no memory for a call; fewer rows at once may fit."""
 
 
+class ReplicaReleased(CageError):
+    """A replica has lost its place on the cluster and gives its shards up; others decode them."""
+
+
 class RunStalled(CageError):
     """No row was finished and no token drawn for `cluster.stall_timeout_s`."""
 

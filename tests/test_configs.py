@@ -60,7 +60,7 @@ def test_a_configuration_lays_out_hosts_and_names_every_principal(file: Path) ->
 def test_a_configuration_asks_for_the_gpus_that_it_names(file: Path) -> None:
     config = load_job(file)
     named = re.search(r"(\d+) GPUs?\b", file.read_text(encoding="utf-8").splitlines()[0])
-    assert num_gpus_of_a_replica(config) * config.cluster.replicas == (int(named[1]) if named else 0)
+    assert num_gpus_of_a_replica(config) * config.cluster.replica_range.max == (int(named[1]) if named else 0)
 
 
 def test_prompted_principals_share_the_bases_host() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,10 +10,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from support.dashboard import asked_by_dashboard, scraped
+from support.ray_machines import Machines, free_port
+from support.runs import job, write_prompts
 from support.tiny_models import make_model
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +40,7 @@ def installed_by_the_image() -> list[str]:
     """What the Dockerfile gives to uv, after its options."""
     text = (ROOT / "infra/Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     [install] = re.findall(r"uv pip install ([^&\n]+)", text)
-    words = shlex.split(install)
+    words = shlex.split(re.sub(r"\$\{TORCH_INDEX:[^}]*\}", "", install))  # empty unless a build is given one
     assert words[:4] == ["--system", "--compile-bytecode", "-c", "constraints.txt"]
     return words[4:]
 
@@ -137,3 +142,44 @@ def test_the_image_shows_the_help_of_each_command(image: Path) -> None:
 def test_the_image_reaches_the_stores_that_the_documentation_names(image: Path) -> None:
     packages = "import s3fs, gcsfs, peft, gguf, moocore, datasketch, vaderSentiment, better_profanity, aiohttp"
     subprocess.run([image / "python", "-c", packages], check=True, cwd=image.parent, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cluster_of_the_image_exports_what_the_dashboard_asks_for(image: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 7)
+    with prompts.open("a") as file:
+        file.write(json.dumps({"id": "bad", "prompt": 7}) + "\n")
+    arm = {"kind": "arm", "model": str(make_model(tmp_path / "arm", seed=5)), "reference": "none", "weight": 0.1}
+    base, run_folder = make_model(tmp_path / "model"), str(tmp_path / "run")
+    machines = Machines(programs=image, environment={"RAY_metrics_report_interval_ms": "1000"})
+    try:
+        port = free_port()
+        machines.start_head(f"--metrics-export-port={port}", num_cpus=3)
+        cluster = {"transport": "ray", "slots": 4, "address": machines.address}
+        config = job(prompts, run_folder, base, cluster=cluster, principals={"arm": arm}, errors={"budget": 1})
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+        driver = machines.run([str(image / "cage"), "relabel", "-c", str(path)])
+        asked, series = asked_by_dashboard(), {}
+        until_s = time.monotonic() + 600
+        while time.monotonic() < until_s and not (driver.poll() is not None and asked <= set(series)):
+            time.sleep(0.5)
+            with contextlib.suppress(OSError):  # before it listens
+                series |= scraped(f"http://127.0.0.1:{port}/metrics", run_folder)  # gauges go after the run
+        said, _ = driver.communicate(timeout=60)
+        assert driver.returncode == 0, said
+        series |= scraped(f"http://127.0.0.1:{port}/metrics", run_folder)
+    finally:
+        machines.stop()
+    assert asked <= set(series)
+    tokens = int(re.search(r"tokens +([0-9,]+)", said)[1].replace(",", ""))
+    assert sum(series["ray_cage_tokens_total"].values()) == tokens
+    assert series["ray_cage_rows_total"] == {"aligned": 7.0, "failed": 1.0}
+    assert series["ray_cage_shards_total"]["committed"] == 3.0
+    assert series["ray_cage_errors_total"]["RowError"] == 1.0
+    assert set(series["ray_cage_passes_total"]) == {"base", "arm"}
+    assert min(series["ray_cage_passes_total"].values()) >= 1
+    assert min(series["ray_cage_forward_seconds_total"].values()) > 0
+    assert series["ray_cage_solve_seconds_total"]["coordinator"] > 0
+    assert sum(series["ray_cage_games_total"].values()) >= tokens

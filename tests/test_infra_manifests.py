@@ -60,8 +60,18 @@ VARIABLE = {
         record("name valueFrom", name=TEXT, valueFrom=record("secretKeyRef", secretKeyRef=SECRET_REF)),
     ]
 }
+PROBE = record(
+    "exec periodSeconds timeoutSeconds failureThreshold",
+    exec=record("command", command=array(TEXT)),
+    initialDelaySeconds=COUNT,
+    periodSeconds=COUNT,
+    timeoutSeconds=COUNT,
+    failureThreshold=COUNT,
+)
 CONTAINER = record(
     "name image resources securityContext",
+    readinessProbe=PROBE,
+    livenessProbe=PROBE,
     name={"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
     image=TEXT,
     env=array(VARIABLE),
@@ -128,12 +138,13 @@ JOB = record(
         template=record("spec", spec=POD, metadata={}),
     ),
 )
-# The fields of ray.io/v1 that are used here, named as KubeRay's reference names them.
+# The fields of ray.io/v1 that are used here, as in the definition of the resource: ray.io_rayjobs.yaml in
+# ray-operator/config/crd/bases of github.com/ray-project/kuberay, with which they were compared on 2026-11-26 (1.7).
 RAY_JOB = record(
     "apiVersion kind metadata spec",
     apiVersion={"const": "ray.io/v1"},
     kind={"const": "RayJob"},
-    metadata=record("name", name=NAME),
+    metadata=record("name", name=NAME, labels=STRINGS),
     spec=record(
         "entrypoint rayClusterSpec backoffLimit shutdownAfterJobFinishes",
         entrypoint=TEXT,
@@ -144,6 +155,13 @@ RAY_JOB = record(
         rayClusterSpec=record(
             "rayVersion authOptions headGroupSpec workerGroupSpecs",
             rayVersion=TEXT,
+            enableInTreeAutoscaling=FLAG,
+            autoscalerOptions=record(
+                "version",
+                version={"enum": ["v1", "v2"]},
+                idleTimeoutSeconds=COUNT,
+                resources=record("requests limits", requests=QUANTITIES, limits=QUANTITIES),
+            ),
             authOptions=record("mode", mode={"enum": ["token", "disabled"]}),
             headGroupSpec=group_spec("rayStartParams template"),
             workerGroupSpecs=array(
@@ -178,12 +196,17 @@ def cluster() -> dict[str, Any]:
     return tree
 
 
+def groups(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups of a RayJob's machines, the head's first."""
+    spec = job["spec"]["rayClusterSpec"]
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
 def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
     """The pods of a RayJob, the head's first, or of a Job."""
     if "template" in job["spec"]:
         return [job["spec"]["template"]["spec"]]
-    spec = job["spec"]["rayClusterSpec"]
-    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    return [group["template"]["spec"] for group in groups(job)]
 
 
 def containers(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -226,7 +249,7 @@ def mounted_configuration() -> str:
 def gpus_needed(config: Config) -> tuple[float, float]:
     """GPUs of one replica and of all."""
     of_one = sum(host.model.resources.num_gpus or 0 for host in build_topology(config).hosts)
-    return of_one, of_one * config.cluster.replicas
+    return of_one, of_one * config.cluster.replica_range.max
 
 
 def test_the_ray_job_has_the_resources_fields(job: dict[str, Any]) -> None:
@@ -254,8 +277,36 @@ def test_the_ray_job_runs_a_command_that_resumes(job: dict[str, Any]) -> None:
     assert config.cluster.address == "auto"
     assert config.output.path.startswith("s3://")
     assert job["spec"]["shutdownAfterJobFinishes"]
-    # `ray job submit` ends with 1 whatever the command's code is, so KubeRay must not try again
-    assert job["spec"]["backoffLimit"] == 0
+    # `ray job submit` ends with 1 whatever the command's code is, so KubeRay tries again what cannot succeed, too: on
+    # a cluster whose workers come only when the command has begun
+    assert job["spec"]["backoffLimit"] > 0
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"]
+    assert cluster["autoscalerOptions"]["version"] == "v2"
+    assert all(group["minReplicas"] == group["replicas"] == 0 for group in cluster["workerGroupSpecs"])
+
+
+def test_the_head_computes_nothing_and_every_pod_is_probed_and_scraped(job: dict[str, Any]) -> None:
+    head, *workers = groups(job)
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert not any("nvidia.com/gpu" in each["resources"]["limits"] for each in head["template"]["spec"]["containers"])
+    assert [group["groupName"] for group in workers] == ["steady", "spot"]
+    for group in (head, *workers):
+        [container] = group["template"]["spec"]["containers"]
+        assert {"readinessProbe", "livenessProbe"} <= set(container)
+        port = int(group["rayStartParams"]["metrics-export-port"])
+        assert {"name": "metrics", "containerPort": port} in container["ports"]
+
+
+def test_a_pod_that_is_told_to_end_has_time_to_drain(job: dict[str, Any]) -> None:
+    for group in groups(job):
+        pod = group["template"]["spec"]
+        [seconds] = [
+            int(each["value"])
+            for each in pod["containers"][0]["env"]
+            if each["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+        ]
+        assert 0 < seconds < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_plain_job_has_the_fields_of_kubernetes_and_tries_again_what_can_succeed(
@@ -335,7 +386,7 @@ def test_the_ray_job_has_the_gpus_of_its_configuration(job: dict[str, Any]) -> N
         limits = container["resources"]["limits"]
         assert float(limits["nvidia.com/gpu"]) >= of_one
         assert limits == container["resources"]["requests"]
-        held += group["minReplicas"] * float(limits["nvidia.com/gpu"])
+        held += group["maxReplicas"] * float(limits["nvidia.com/gpu"])
     assert held == of_all
 
 
@@ -373,13 +424,106 @@ def test_the_cluster_asks_for_a_token(job: dict[str, Any], cluster: dict[str, An
     assert cluster["file_mounts"] == {"/home/cage/.ray/auth_token": "~/.ray/auth_token"}
 
 
+OVERLAYS = sorted(path.parent.name for path in INFRA.glob("overlays/*/kustomization.yaml"))
+
+
+def built(folder: Path) -> list[dict[str, Any]]:
+    """What `kustomize build` makes of a folder, for the fields that are used here; any other field is an error."""
+    tree = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(KUSTOMIZATION).validate(tree)
+    found: list[dict[str, Any]] = []
+    for resource in tree["resources"]:
+        path = folder / resource
+        read = built(path) if path.is_dir() else yaml.safe_load_all(path.read_text(encoding="utf-8"))
+        found += json.loads(json.dumps(list(read)))  # anchors are copies
+    for each in tree.get("configMapGenerator", []):
+        assert tree["generatorOptions"] == {"disableNameSuffixHash": True}
+        data = {name: (folder / name).read_text(encoding="utf-8") for name in each["files"]}
+        found.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": each["name"]}, "data": data})
+    for patch in tree.get("patches", []):
+        target = patch["target"]
+        [patched] = [
+            each for each in found if (each["kind"], each["metadata"]["name"]) == (target["kind"], target["name"])
+        ]
+        for operation in yaml.safe_load(patch["patch"]):
+            change(patched, **operation)
+    return found
+
+
+def change(tree: Any, op: str, path: str, value: Any = None) -> None:
+    """One operation of RFC 6902. What is replaced or removed has to be there."""
+    *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in path.split("/")[1:]]
+    for part in parents:
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    if isinstance(tree, list):
+        assert (op, last) == ("add", "-")
+        tree.append(value)
+        return
+    assert op == "add" or last in tree
+    if op == "remove":
+        del tree[last]
+    else:
+        tree[last] = value
+
+
+KUSTOMIZATION = record(
+    "apiVersion kind resources",
+    apiVersion={"const": "kustomize.config.k8s.io/v1beta1"},
+    kind={"const": "Kustomization"},
+    resources=array(TEXT),
+    configMapGenerator=array(record("name files", name=TEXT, files=array(TEXT))),
+    generatorOptions=record("disableNameSuffixHash", disableNameSuffixHash={"const": True}),
+    images=array(record("name newTag", name=TEXT, newTag=TEXT)),
+    patches=array(record("target patch", target=record("kind name", kind=TEXT, name=TEXT), patch=TEXT)),
+)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_makes_a_job_that_its_own_configuration_fits(name: str, tmp_path: Path) -> None:
+    assert OVERLAYS == ["gcs", "kueue", "s3"]
+    resources = {each["kind"]: each for each in built(INFRA / "overlays" / name)}
+    assert set(resources) == {"RayJob", "ServiceAccount", "ConfigMap"}
+    job = resources["RayJob"]
+    jsonschema.Draft202012Validator(RAY_JOB).validate(job)
+    [(file, text)] = resources["ConfigMap"]["data"].items()
+    assert resources["ConfigMap"]["metadata"]["name"] == "cage-job"
+    assert file == MOUNTED.name
+    assert resources["ServiceAccount"]["metadata"]["name"] == pods(job)[0]["serviceAccountName"]
+    [(key, _)] = resources["ServiceAccount"]["metadata"]["annotations"].items()
+    assert key.startswith("iam.gke.io" if name == "gcs" else "eks.amazonaws.com")
+    # what the pods start, up to where it would look at the bucket
+    (tmp_path / "job.yaml").write_text(text)
+    config = load_config(tmp_path / "job.yaml")
+    assert config.output.path.startswith("gs://" if name == "gcs" else "s3://")
+    assert config.cluster.address == "auto"
+    of_one, of_all = gpus_needed(config)
+    workers = groups(job)[1:]
+    held = [float(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) for pod in pods(job)[1:]]
+    assert min(held) >= of_one
+    assert sum(gpus * group["maxReplicas"] for gpus, group in zip(held, workers, strict=True)) == of_all
+    steady, spot = (set(pod["nodeSelector"]) for pod in pods(job)[1:])
+    assert spot - steady == {"cloud.google.com/gke-spot" if name == "gcs" else "karpenter.sh/capacity-type"}
+    if name == "kueue":  # it admits a job with what it asks for at its start
+        assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "cage"}
+        assert job["spec"]["shutdownAfterJobFinishes"]
+        assert not job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
+        assert all(group["replicas"] == group["minReplicas"] == group["maxReplicas"] for group in workers)
+
+
+def test_the_overlays_name_the_image_of_the_manifests() -> None:
+    for name in OVERLAYS:
+        tree = yaml.safe_load((INFRA / "overlays" / name / "kustomization.yaml").read_text(encoding="utf-8"))
+        for image in tree.get("images", []):
+            assert f"{image['name']}:{image['newTag']}" == IMAGE
+
+
 def test_the_rays_agree(job: dict[str, Any]) -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:40])
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
 
 
 @pytest.mark.parametrize(
-    "file", sorted(path for path in INFRA.iterdir() if path.is_file()), ids=lambda path: path.name
+    "file", sorted(path for path in INFRA.rglob("*") if path.is_file()), ids=lambda path: path.name
 )
 def test_no_file_holds_a_secret(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
@@ -395,7 +539,11 @@ def test_the_image_is_built_from_what_the_repository_has() -> None:
     instructions = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     kinds = [kind for kind, _ in instructions]
     assert kinds[0] == "FROM"
-    assert set(kinds) <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "ENV", "CMD"}
+    assert set(kinds) <= {"FROM", "ARG", "RUN", "WORKDIR", "COPY", "USER", "ENV", "CMD"}
+    stages = [rest.split(" AS ") for kind, rest in instructions if kind == "FROM"]
+    assert [name for _, name in stages] == ["packages", "cpu", "cuda"]
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", stages[0][0])  # an exact version
+    assert {base for base, _ in stages[1:]} == {"packages"}
     ignored = (INFRA / "Dockerfile.dockerignore").read_text().split()
     for rest in (rest for kind, rest in instructions if kind == "COPY"):
         for source in rest.split()[:-1]:
@@ -408,8 +556,9 @@ def test_the_image_is_built_from_what_the_repository_has() -> None:
 def test_the_image_does_not_run_as_root() -> None:
     text = (INFRA / "Dockerfile").read_text(encoding="utf-8")
     users = re.findall(r"^USER (\S+)$", text, flags=re.MULTILINE)
-    assert users == ["1000"]
-    assert text.index("USER 1000") < text.index("CMD")
+    assert users == ["1000", "1000"]  # one for each target
+    assert all(text.index("USER 1000", text.index(f"AS {name}")) > 0 for name in ("cpu", "cuda"))
+    assert re.findall(r"USER 1000\n(?:#.*\n)?CMD", text) == re.findall(r"USER 1000\n(?:#.*\n)?\w+", text)
 
 
 def test_make_installs_and_runs_with_byte_code(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_host_says_it_as_well_where_only_its_machine_lacks_the_package(tiny: T
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_over_ray_a_host_s_line_reaches_the_driver_as_it_is(tiny: Tiny) -> None:
-    from pipeline.cluster.host_actors import one_replica
+    from pipeline.cluster.host_groups import one_replica
 
     assembly = assemble(config_of(tiny()), NOWHERE)
     (spec,) = assembly.hosts

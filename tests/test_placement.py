@@ -7,7 +7,7 @@ from support.decoding import config_of
 
 from pipeline.cluster import board as board_module
 from pipeline.cluster.board import ProgressBoard
-from pipeline.cluster.host_actors import bundle_of
+from pipeline.cluster.placement import bundle_of
 from pipeline.monitoring.counts import Counts
 from pipeline.runtime.topology import build_topology
 

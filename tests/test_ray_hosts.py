@@ -10,7 +10,8 @@ from support.decoding import NOWHERE, ask, config_of, decode
 from support.families import make_family
 
 from jobs.bench.coordination import measure
-from pipeline.cluster.host_actors import KEPT_OUTCOMES, HostActor, RayHost, hosts_of, one_replica
+from pipeline.cluster.host_actors import KEPT_OUTCOMES, HostActor, RayHost, hosts_of
+from pipeline.cluster.host_groups import one_replica
 from pipeline.engine.engine import decode_rows
 from pipeline.protocol.hosts import Hosts, Reply
 from pipeline.protocol.messages import Position, Step

@@ -104,6 +104,22 @@ def _create(store: Store, name: str, data: bytes, start: object, won: object) ->
     won.put((data, store.create(name, data)))  # type: ignore[attr-defined]
 
 
+def test_a_link_whose_reply_was_lost_is_the_writers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS: the request is sent again, and its second reply says that the name is taken."""
+    link = os.link
+
+    def lose_reply(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(target)
+
+    store = open_store(str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lose_reply)
+        assert store.create("name", b"mine")
+    assert not store.create("name", b"another's")
+    assert store.read("name") == b"mine"
+
+
 def test_of_racing_processes_exactly_one_creates(tmp_path: Path) -> None:
     store, start, won = LocalStore(tmp_path / "run"), SPAWN.Barrier(2), SPAWN.Queue()
     writers = [SPAWN.Process(target=_create, args=(store, "x", each * 100_000, start, won)) for each in (b"a", b"b")]

@@ -77,6 +77,10 @@ class SimulatedRunner:
     def work(self) -> tuple[int, int, float]:
         return 0, 0, 0.0
 
+    @property
+    def cache_bytes(self) -> int:
+        return 0
+
     def advance(self, step: Step) -> None:
         self.ready_s = max(self.ready_s, time.perf_counter()) + self.forward_s
         if not self._is_gpu:

@@ -197,7 +197,7 @@ def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 
 def measure_ray(setup: Setup) -> dict[str, Any]:
     """This decoder with its host in an actor of a local Ray cluster."""
-    from pipeline.cluster.host_actors import one_replica
+    from pipeline.cluster.host_groups import one_replica
     from pipeline.cluster.stream import cluster
 
     assembly = setup.assembly()

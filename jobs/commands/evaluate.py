@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.commands.exports import as_csv, as_json, as_latex, check_outputs, write_outputs
 from jobs.commands.text import indented, number, printable, shown_path, table
+from jobs.logs import command_log, show_result
 from pipeline.config.files import dump_config, load_as
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.config import EvaluateConfig
@@ -51,26 +52,33 @@ def run_evaluate(
     if print_config:
         sys.stdout.write(dump_config(config))
         return
+    from jobs.commands.status import status_fields
     from pipeline.hub.embedded import default_cache_folder
     from pipeline.reporting.page import REPORT, write_report
     from pipeline.stages.evaluate import evaluate
 
     cache_folder = default_cache_folder(os.environ)
-    # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
-    with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
+    with command_log() as out:
         evaluation = evaluate(
             config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=is_new_run, may_extend=may_extend
         )
-    if not evaluation.was_run:
-        print("nothing to do: the evaluation is complete")
     if evaluation.was_run or not evaluation.run.store.names(REPORT):
         write_report(evaluation.run)
-    print(describe_evaluation(evaluation))
     write_outputs(outputs, WRITERS, evaluation.metrics)
+    notes = [] if evaluation.was_run else ["nothing to do: the evaluation is complete"]
+    logged = []
     if tracker is not None and package is not None:
         name = evaluation.run.store.path.rstrip("/").rpartition("/")[2]
         log_evaluation(tracker, package, evaluation.metrics, name=name)
-        print(f"  logged    to {tracker}")
+        logged.append(f"  logged    to {tracker}")
+    show_result(
+        lambda: "
+".join([*notes, describe_evaluation(evaluation), *logged]),
+        was_run=evaluation.was_run,
+        **status_fields(evaluation.run),
+        prompts=evaluation.metrics["num_prompts"],
+        answers=evaluation.metrics["num_answers"],
+    )
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:

@@ -13,7 +13,7 @@ from jobs.commands.plan_memory import placement
 from jobs.commands.plan_prompts import describe_prompts
 from jobs.commands.plan_run import describe_existing
 from jobs.commands.text import printable, table
-from pipeline.config.sections import Config, Transport
+from pipeline.config.sections import Config, ReplicaRange, Transport
 from pipeline.config.variants import lay_out, names_of
 from pipeline.hub.descriptions import describe_model
 from pipeline.hub.embedded import default_cache_folder
@@ -94,9 +94,9 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         *_unobeyed(replica),
         "",
         placement(replica),
-        f"cluster   {_where(config)}: {cluster.replicas} replica{'s' * (cluster.replicas != 1)} "
+        f"cluster   {_where(config)}: {_replicas(cluster.replica_range)} "
         + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots")
-        + " each" * (cluster.replicas != 1),
+        + " each" * (cluster.replica_range.max != 1),
         f"digest    {plan.digest[:16]}, of everything that changes answers",
         *describe_existing(config.output.path, plan),
     ]
@@ -129,6 +129,11 @@ def _agent_temperature(config: Config) -> list[str]:
         f"          agent temperature: one nat of KL to the base costs the agent {costs}"
         + (" (the default; lower steers more)" if is_default else "; lower steers more")
     ]
+
+
+def _replicas(count: ReplicaRange) -> str:
+    most = f"{count.max} replica{'s' * (count.max != 1)}"
+    return most if count.min == count.max else f"{count.min} to {most}"
 
 
 def _where(config: Config) -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from jobs.logs import command_log, show_result
 from pipeline.config.files import dump_config, load_config
 from pipeline.config.sections import Config
 
@@ -29,16 +30,14 @@ def run_relabel(
 
 def run_config(config: Config, *, is_new_run: bool = False, may_extend: bool = False, is_verbose: bool) -> None:
     """Run the job to its end and describe the run."""
-    from jobs.commands.status import describe_status
+    from jobs.commands.status import describe_status, status_fields
     from pipeline.hub.embedded import default_cache_folder
     from pipeline.stages.relabel import relabel
 
     cache_folder = default_cache_folder(os.environ)
-    # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
-    with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
+    with command_log() as out:
         run, was_run = relabel(
             config, cache_folder, out, is_verbose=is_verbose, may_begin_beside=is_new_run, may_extend=may_extend
         )
-    if not was_run:
-        print("nothing to do: the run is complete")
-    print(describe_status(run))
+    nothing = "" if was_run else "nothing to do: the run is complete\n"
+    show_result(lambda: nothing + describe_status(run), was_run=was_run, **status_fields(run))

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -26,6 +27,21 @@ def run_status(path: str, *, as_json: bool = False, every_s: float | None = None
         time.sleep(every_s)
         run = Run.open(path)
         print(("" if as_json else "\n") + show(run), flush=True)
+
+
+def status_fields(run: Run) -> dict[str, Any]:
+    """What a log says of a run: counts, and nothing of its rows."""
+    status = run.status()
+    return {
+        "path": status.path,
+        "is_complete": status.is_complete,
+        "shards": status.shards_done,
+        "num_shards": status.num_shards,
+        "aligned": status.rows_aligned,
+        "failed": status.rows_failed,
+        "num_rows": status.num_rows,
+        "tokens": status.tokens,
+    }
 
 
 def _as_json(run: Run) -> str:

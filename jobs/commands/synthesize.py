@@ -7,7 +7,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+from jobs.commands.status import status_fields
 from jobs.commands.text import printable, shown_path, table
+from jobs.logs import command_log, show_result
 from pipeline.config.files import dump_config, load_as
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.synthesis.dataset import Dataset
@@ -35,8 +37,7 @@ def run_synthesize(
 
     if export_to is not None:
         check_folder(export_to)
-    # a descriptor of its own: the run sends file descriptor 2, on which Ray's C++ code writes, elsewhere
-    with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
+    with command_log() as out:
         dataset, was_decoded = synthesize(
             config,
             default_cache_folder(os.environ),
@@ -45,14 +46,17 @@ def run_synthesize(
             may_begin_beside=is_new_run,
             may_extend=may_extend,
         )
-    if not (was_decoded or dataset.was_made):
-        print("nothing to do: the data set is complete")
-    print(describe_dataset(dataset))
+    lines = [] if was_decoded or dataset.was_made else ["nothing to do: the data set is complete"]
+    lines.append(describe_dataset(dataset))
     if export_to is not None:
-        was_written = export(dataset, export_to)
-        print(
-            f"  export    {printable(str(export_to))}{'' if was_written else ' (was there)'}: datasets.load_from_disk"
-        )
+        was_there = "" if export(dataset, export_to) else " (was there)"
+        lines.append(f"  export    {printable(str(export_to))}{was_there}: datasets.load_from_disk")
+    show_result(
+        lambda: "\n".join(lines),
+        was_run=was_decoded or dataset.was_made,
+        **status_fields(dataset.run),
+        rows={kind: dataset.manifest[kind]["rows"] for kind in ("sft", "preferences") if kind in dataset.manifest},
+    )
 
 
 def describe_dataset(dataset: Dataset) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from jobs.commands.text import indented, printable, shown_path
+from jobs.logs import command_log, show_result
 from pipeline.config.files import load_as
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.training.report import configuration_lines, describe_results
@@ -27,16 +28,19 @@ def run_train(
 
     # set by `accelerate launch` and `torchrun`, which start a process for each device
     is_main = os.environ.get("RANK", "0") == "0"
-    with os.fdopen(os.dup(sys.stderr.fileno()), "w") as out:
+    with command_log() as out:
         trained = train(config, default_cache_folder(os.environ), out, is_main=is_main, is_verbose=is_verbose)
     if trained is None:
         return
-    if not trained.was_trained:
-        print("nothing to do: the principals are trained")
-    print(f"{shown_path(str(trained.folder.path))}: complete")
-    for facts in trained.results:
-        for line in describe_results(facts):
-            print(indented(printable(line)))
-    print(f"  report    {shown_path(str(trained.folder.path))}/_report.md")
-    print("\nin a configuration:\n")
-    print(configuration_lines(config, trained.results))
+    path = str(trained.folder.path)
+    lines = [] if trained.was_trained else ["nothing to do: the principals are trained"]
+    lines.append(f"{shown_path(path)}: complete")
+    lines += [indented(printable(line)) for facts in trained.results for line in describe_results(facts)]
+    lines += [f"  report    {shown_path(path)}/_report.md", "", "in a configuration:", ""]
+    lines.append(configuration_lines(config, trained.results))
+    show_result(
+        lambda: "\n".join(lines),
+        was_run=trained.was_trained,
+        path=path,
+        principals=[facts["name"] for facts in trained.results],
+    )

@@ -46,6 +46,11 @@ class RowCache:
         """Bytes per token over all layers; 0 before the first pass."""
         return sum(each.element_size() * each.shape[0] * each.shape[2] for each in (*self.keys, *self.values))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(each.nbytes for each in (*self.keys, *self.values))
+
     def take_over(self, other: RowCache, count: int) -> None:
         """Copy the first `count` tokens of another row; what this row held before is overwritten."""
         for layer, (keys_GCD, values_GCD) in enumerate(zip(other.keys, other.values, strict=True)):

@@ -112,6 +112,11 @@ class SlotCache:
         """The number of tokens that fit into a row; 0 before the first pass."""
         return self.keys[0].shape[2] if self.keys else 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+
     def hold(self, layer: int, key_GTD: Tensor, value_GTD: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """The buffers of a layer, large enough for rows of `num_tokens`; the first pass allocates them."""
         if layer == len(self.keys):

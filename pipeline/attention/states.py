@@ -40,6 +40,11 @@ class SlotStates:
             for each in (self._layers, [layer for _, layer in self._modules])
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all states."""
+        return sum(buffer.nbytes for layer in (*self._buffers, *self._module_buffers) for buffer in layer)
+
     def copy(self, source: int, row: int) -> None:
         """Copy all states of a row to another one."""
         for buffers in (*self._buffers, *self._module_buffers):

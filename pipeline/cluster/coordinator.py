@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from pipeline.cluster.board import ask
-from pipeline.cluster.host_actors import HostGroup, HostLaunch
+from pipeline.cluster.host_groups import HostGroup, HostLaunch
 from pipeline.engine.shards import ShardDecoder, ShardOutcome, ShardOutput
 from pipeline.errors import CageError, HostError
 from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.metrics import Load
 from pipeline.monitoring.waits import waiting_for
 from pipeline.protocol.hosts import Hosts
 from pipeline.runtime.assembly import Assembly
@@ -85,6 +86,12 @@ class Coordinator:
         decoder = self._decoder
         return self._counts_before if decoder is None else self._counts_before + decoder.counts
 
+    @property
+    def load(self) -> Load:
+        """How full the slots are now. May be read from any thread."""
+        decoder = self._decoder
+        return Load() if decoder is None else decoder.load
+
     def decode_and_commit(self, index: int, attempt: int) -> ShardOutcome:
         """Decode a shard and commit it, unless it is committed already; returns when that is done.
 
@@ -136,7 +143,7 @@ class Coordinator:
         first, self._hosts = self._hosts, None
         if isinstance(first, CageError):
             raise first
-        self._hosts = first or HostGroup(self._launch, self._replica)
+        self._hosts = first or HostGroup(self._launch, self._replica, self._board)
         return self._hosts.wait()
 
     def _stop_hosts(self) -> None:

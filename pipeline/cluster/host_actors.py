@@ -1,4 +1,4 @@
-"""Hosts as Ray actors: one placement group per replica, one actor per host.
+"""Hosts as Ray actors: one actor per host.
 
 Ray neither restarts these actors nor retries their calls. A restarted actor has lost its cache, and a retried call
 would run on it as if nothing had happened. Instead the coordinator starts new hosts and begins the rows again.
@@ -7,28 +7,25 @@ would run on it as if nothing had happened. Instead the coordinator starts new h
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.serialization import register_serializer
 
+from pipeline.cluster.host_reports import HostReports, measured
 from pipeline.cluster.ray_errors import lost_actor
-from pipeline.config.sections import ClusterConfig
-from pipeline.errors import CageError, ConfigurationError, HostError
+from pipeline.errors import ConfigurationError, HostError
+from pipeline.monitoring.host_meter import HostMeter
 from pipeline.monitoring.waits import waiting_for
 from pipeline.protocol.failures import describe_failure
 from pipeline.protocol.hosts import Hosts, Proposes, Reply, Samples, Scores
 from pipeline.protocol.messages import Candidates, HostWork, MemoryBudget, Position, Step, Terms, TokenOutcome
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import HostPlan
-from pipeline.runtime.assembly import Assembly
-from pipeline.runtime.wiring import DIRECT, Wiring, WrapHost
+from pipeline.runtime.wiring import WrapHost
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,9 +58,14 @@ class HostActor:
         specs: a reference to the specs of all hosts, in a tuple so that Ray does not replace it by its value.
         index: which of them this is.
         wrap_host: called with the host; what it returns takes the host's place.
+        reports: where the host reports what it does; None: nowhere.
     """
 
-    def __init__(self, specs: tuple[Any], index: int, wrap_host: WrapHost) -> None:
+    def __init__(
+        self, specs: tuple[Any], index: int, wrap_host: WrapHost, reports: HostReports | None = None
+    ) -> None:
+        self._reports = reports
+        self.meter: HostMeter | None = None
         self._specs = specs
         self._index = index
         self._wrap_host = wrap_host
@@ -93,23 +95,34 @@ class HostActor:
     def serve_scoring(self, host: Scores) -> None:
         """Serve calls by this host, which only scores."""
         self._scoring = self._wrap_host(host)
+        self._begin_to_report(host)
 
     def serve_proposing(self, host: Proposes) -> None:
         """Serve calls by this host, which serves the base."""
         self._scoring = self._proposing = self._wrap_host(host)
+        self._begin_to_report(host)
 
     def serve_sampling(self, host: Samples) -> None:
         """Serve calls by this host, which holds every role."""
         self._scoring = self._proposing = self._sampling = self._wrap_host(host)
+        self._begin_to_report(host)
 
+    def _begin_to_report(self, host: Scores) -> None:
+        if self._reports is not None:
+            self.meter = HostMeter(host.work)
+            self._reports.follow(self.meter)
+
+    @measured
     def advance(self, at: Position, step: Step) -> None:
         _present(self._scoring).advance(at, step)
 
+    @measured
     def values_at(
         self, at: Position, slots: Sequence[int], num_tokens: Sequence[int], proposal: Candidates | None
     ) -> Tensor:
         return _present(self._scoring).values_at(at, slots, num_tokens, proposal)
 
+    @measured
     def score(
         self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
     ) -> Tensor:
@@ -118,9 +131,11 @@ class HostActor:
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         return _present(self._scoring).memory_budget(row_tokens)
 
+    @measured
     def resize(self, num_slots: int) -> None:
         _present(self._scoring).resize(num_slots)
 
+    @measured
     def advance_and_propose(
         self, at: Position, step: Step, slots: Sequence[int], *, num_candidates: int | None, min_p: float
     ) -> Candidates:
@@ -128,6 +143,7 @@ class HostActor:
             at, step, slots, num_candidates=num_candidates, min_p=min_p
         )
 
+    @measured
     def advance_and_sample(
         self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
     ) -> list[TokenOutcome] | Ticket:
@@ -141,6 +157,7 @@ class HostActor:
         self._outcomes.pop(ticket.number - KEPT_OUTCOMES, None)
         return ticket
 
+    @measured
     def collect(self, ticket: Ticket) -> list[TokenOutcome]:
         """Wait for the outcomes that a ticket stands for. A ticket can be used once."""
         return self._outcomes.pop(ticket.number).result()
@@ -248,144 +265,6 @@ def hosts_of(clients: Sequence[RayHost]) -> Hosts:
     if not others:
         return Hosts.lone(base, runs_ahead=True)
     return Hosts(base, tuple(others), is_concurrent=True)
-
-
-@dataclass(frozen=True, slots=True)
-class HostLaunch:
-    """What it takes to place the hosts of a replica; light, so that they start before the coordinator's imports.
-
-    Args:
-        specs: a reference to the specs of all hosts, in a tuple so that Ray does not replace it by its value.
-        plans: of the hosts.
-        loads: what is waited for while each of them loads.
-        cluster: time limits.
-        places: one placement group per replica. The driver creates and removes them: a group that a replica creates
-            is left behind with its CPUs and GPUs when the replica dies, as Ray keeps the groups of an actor that can
-            restart.
-        has_gpus: whether the cluster has GPUs.
-        wiring: opens stores and wraps hosts.
-    """
-
-    specs: tuple[Any]
-    plans: tuple[HostPlan, ...]
-    loads: tuple[str, ...]
-    cluster: ClusterConfig
-    places: tuple[PlacementGroup, ...]
-    has_gpus: bool
-    wiring: Wiring = DIRECT
-
-
-class HostGroup:
-    """The hosts of one replica: started together in its placement group, stopped together.
-
-    Creating a group starts the actors and returns while they load, so that the caller can import meanwhile.
-
-    Args:
-        launch: what to start, and where.
-        replica: its number, which selects the placement group.
-
-    Raises:
-        ConfigurationError: the cluster did not provide the resources within `cluster.start_timeout_s`.
-    """
-
-    def __init__(self, launch: HostLaunch, replica: int) -> None:
-        self._launch = launch
-        self._place = launch.places[replica]
-        bundles = [bundle_of(plan, has_gpus=launch.has_gpus) for plan in launch.plans]
-        timeout_s = launch.cluster.start_timeout_s
-        with waiting_for(f"{_sum_text(bundles)} of the cluster for the hosts"):
-            is_placed = self._place.wait(timeout_s)
-        if not is_placed:
-            raise ConfigurationError(
-                f"the cluster did not provide {_sum_text(bundles)} for a replica within {timeout_s:g} s"
-            )
-        self._actors = [self._start_actor(index, bundle) for index, bundle in enumerate(bundles)]
-        self._loads = [
-            RayHost(actor, plan, timeout_s).load(wait)
-            for (actor, plan), wait in zip(self._planned(), launch.loads, strict=True)
-        ]
-
-    def wait(self) -> Hosts:
-        """Wait until every host has loaded its weights, and return their clients.
-
-        Raises:
-            CageError: one of them failed; all are stopped.
-        """
-        try:
-            for load in self._loads:
-                load.result()
-        except CageError:
-            self.stop()
-            raise
-        timeout_s = self._launch.cluster.step_timeout_s
-        return hosts_of([RayHost(actor, plan, timeout_s) for actor, plan in self._planned()])
-
-    def stop(self) -> None:
-        """End the actors. They hold no state that is needed: rows belong to the coordinator."""
-        for actor in self._actors:
-            ray.kill(actor)
-
-    def _planned(self) -> list[tuple[Any, HostPlan]]:
-        return list(zip(self._actors, self._launch.plans, strict=True))
-
-    def _start_actor(self, index: int, bundle: dict[str, float]) -> Any:
-        return (
-            ray.remote(HostActor)
-            .options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                max_restarts=0,  # see the module's docstring
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=index),
-            )
-            .remote(self._launch.specs, index, self._launch.wiring.wrap_host)
-        )
-
-
-@contextmanager
-def one_replica(assembly: Assembly) -> Iterator[Hosts]:
-    """The loaded hosts of a single replica on the joined cluster; they are stopped at the end of the block."""
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    plans = assembly.topology.hosts
-    with placed(plans, num_replicas=1, has_gpus=has_gpus) as places:
-        launch = HostLaunch(
-            (ray.put(assembly.hosts),), plans, assembly.loads, assembly.config.cluster, places, has_gpus
-        )
-        group = HostGroup(launch, 0)
-        try:
-            yield group.wait()
-        finally:
-            group.stop()
-
-
-@contextmanager
-def placed(plans: Sequence[HostPlan], *, num_replicas: int, has_gpus: bool) -> Iterator[tuple[PlacementGroup, ...]]:
-    """A placement group for the hosts of each replica, removed at the end of the block; some may be pending.
-
-    A group reserves the resources of all hosts of a replica at once: two replicas that each got half of their hosts
-    would wait for each other without end.
-    """
-    bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in plans]
-    groups = tuple(placement_group(bundles, strategy="PACK") for _ in range(num_replicas))
-    try:
-        yield groups
-    finally:
-        for group in groups:
-            remove_placement_group(group)
-
-
-def bundle_of(plan: HostPlan, *, has_gpus: bool) -> dict[str, float]:
-    """What Ray reserves for a host: CPUs, and one GPU where the device is a GPU, unless the configuration says."""
-    resources = plan.model.resources
-    num_gpus = resources.num_gpus
-    if num_gpus is None:
-        wants_gpu = plan.model.device.startswith("cuda") or (plan.model.device == "auto" and has_gpus)
-        num_gpus = 1.0 if wants_gpu else 0.0
-    return {"CPU": resources.num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
-
-
-def _sum_text(bundles: list[dict[str, float]]) -> str:
-    total = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
-    return " and ".join(f"{amount:g} {kind}" for kind, amount in total.items() if amount)
 
 
 def send_tensors_as_arrays() -> None:

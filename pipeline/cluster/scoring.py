@@ -59,7 +59,7 @@ def score_shards(
         CageError: a judge cannot be loaded or its actor died more often than `errors.max_attempts` allows; scores
             that are written are kept.
     """
-    num_actors = min(config.cluster.replicas, len(records))
+    num_actors = min(config.cluster.replica_range.max, len(records))
     asked = _resources(scores)
     with joined(config.cluster, num_cpus=num_actors * asked.num_cpus, is_verbose=is_verbose):
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0

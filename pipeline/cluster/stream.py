@@ -15,12 +15,13 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline import errors
 from pipeline.cluster.board import start_board
-from pipeline.cluster.host_actors import HostLaunch, bundle_of, placed
+from pipeline.cluster.host_groups import HostLaunch
+from pipeline.cluster.placement import bundle_of, placed
 from pipeline.cluster.ray_errors import first_reason
 from pipeline.cluster.replica import Replica
 from pipeline.cluster.session import joined, lost_process
 from pipeline.engine.shards import ShardOutcome
-from pipeline.errors import CageError, ConfigurationError
+from pipeline.errors import CageError, ConfigurationError, ReplicaReleased
 from pipeline.monitoring.counts import Counts
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.wiring import DIRECT, Wiring
@@ -47,7 +48,7 @@ class ShardStream:
         self._assembly = assembly
         self._run_path = run_path
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self._board = start_board(assembly.config.cluster.replicas)
+        self._board = start_board(assembly.config.cluster, run_path)
         self._last_counts = Counts()
 
     def counts(self) -> Counts:
@@ -79,13 +80,28 @@ class ShardStream:
     def decode(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
         """Decode and commit shards; yield each one's outcome when it is done, in any order.
 
+        Shards that replicas have given up, as their machines are gone, are decoded by those that are left.
+
         Raises:
             CageError: Ray ended the stream. Committed shards are kept.
         """
+        left = list(shards)
+        while left:
+            released = []
+            with contextlib.closing(self._decode_once(left)) as outcomes:
+                for outcome in outcomes:
+                    if isinstance(outcome.error, ReplicaReleased):
+                        released.append(outcome.index)
+                    else:
+                        yield outcome
+            left = released
+
+    def _decode_once(self, shards: Sequence[int]) -> Generator[ShardOutcome, None, None]:
         config = self._assembly.config
         _be_quiet(is_verbose=self._is_verbose)
         in_flight = min(MAX_SHARDS_IN_FLIGHT, 1 + math.ceil(config.cluster.first_slots / self._rows_per_shard()))
-        num_replicas = min(config.cluster.replicas, len(shards))
+        replicas = config.cluster.replica_range
+        num_replicas = min(replicas.max, len(shards))
         plans = self._assembly.topology.hosts
         with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as places:
             launch = HostLaunch(
@@ -105,7 +121,10 @@ class ShardStream:
                 fn_constructor_args=(assembly, launch, self._run_path, self._board, config.errors.max_attempts),
                 batch_size=1,
                 compute=ActorPoolStrategy(
-                    size=num_replicas,
+                    # all are asked for at once; those without a place wait, and begin when the cluster has grown
+                    min_size=min(replicas.min, num_replicas),
+                    max_size=num_replicas,
+                    initial_size=num_replicas,
                     max_tasks_in_flight_per_actor=in_flight,
                     max_concurrent_calls_per_actor=in_flight,
                     enable_true_multi_threading=True,
@@ -136,7 +155,7 @@ def cluster(assembly: Assembly, *, is_verbose: bool) -> Iterator[None]:
 def _cpus_needed(assembly: Assembly) -> float:
     config = assembly.config.cluster
     per_replica = config.coordinator_cpus + sum(plan.model.resources.num_cpus for plan in assembly.topology.hosts)
-    return config.replicas * per_replica
+    return config.replica_range.max * per_replica
 
 
 def _check_capacity(assembly: Assembly) -> None:
@@ -157,6 +176,8 @@ def _be_quiet(*, is_verbose: bool) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # a replica that was lost is asked for again as soon as the others have as many shards as they take
+    context.actor_pool_util_upscaling_threshold = 1.0
     logging.getLogger("ray.data").setLevel(logging.INFO if is_verbose else logging.ERROR)
 
 

@@ -6,6 +6,7 @@ An unknown key is an error with a suggestion.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.errors import ConfigurationError
 from pipeline.sections import Section, shortened
 
 C = TypeVar("C", bound=Section)
+MAX_FILE_BYTES = 2**20
+MAX_VALUES = 100_000  # of a configuration, each counted as often as an alias repeats it
 UNION_TAG = re.compile(
     r"(ReferenceConfig|ModelConfig|SimplexConfig|literal\[.*\]|constrained-.*|int|str|function-.*|tuple\[.*)"
 )
@@ -58,6 +61,8 @@ def load_as(kind: type[C], path: str | Path, overrides: list[str] | None = None)
     """
     path = Path(path)
     try:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise ConfigurationError(f"{path} has {size:,} bytes; a configuration has at most {MAX_FILE_BYTES:,}")
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigurationError(f"no configuration file at {path}") from None
@@ -78,6 +83,8 @@ def parse_as(
     """Apply overrides to a plain tree of values and validate it. Raises ConfigurationError, a fault a line."""
     for override in overrides or []:
         _apply_override(tree, override)
+    if _num_values(tree, {}, set()) > MAX_VALUES:
+        raise ConfigurationError(f"{source} has more than {MAX_VALUES:,} values, with what its aliases repeat")
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -110,6 +117,25 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigurationError(f"override {override!r}: {key} is {child!r}, which has no keys below it")
         node = child
     node[keys[-1]] = value
+
+
+def _num_values(value: Any, counted: dict[int, float], outer: set[int]) -> float:
+    """How many values a tree has, those that are in it several times included; infinite where it contains itself.
+
+    Args:
+        value: the tree.
+        counted: what is known of its mappings and lists, by id.
+        outer: the ids of those around the value.
+    """
+    if not isinstance(value, (dict, list, tuple)):
+        return 1
+    key = id(value)
+    if key in outer:
+        return math.inf
+    if key not in counted:
+        children = value.values() if isinstance(value, dict) else value
+        counted[key] = 1 + sum(_num_values(child, counted, outer | {key}) for child in children)
+    return counted[key]
 
 
 def _describe(fault: Any, kind: type[Section]) -> str:

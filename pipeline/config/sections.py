@@ -22,6 +22,7 @@ PRINCIPAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
 FIRST_AUTO_SLOTS = 8
+MAX_PRINCIPALS = 1024
 
 
 class Reproducibility(StrEnum):
@@ -272,12 +273,34 @@ class GridConfig(Section):
         return not any(getattr(self, name) for name in type(self).model_fields)
 
 
+MAX_REPLICAS = 4096
+
+
+class ReplicaRange(Section):
+    """How many replicas there may be, on a cluster whose machines come and go."""
+
+    min: int = Field(
+        1, ge=1, le=MAX_REPLICAS, description="the run ends where the cluster holds fewer for start_timeout_s"
+    )
+    max: int = Field(ge=1, le=MAX_REPLICAS, description="asked of the cluster, which may grow for them")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ReplicaRange:
+        if self.min > self.max:
+            raise ValueError(f"min must not be above max; got min {self.min} and max {self.max}")
+        return self
+
+
 class ClusterConfig(Section):
     """Where it runs. Nothing here changes results."""
 
     transport: Transport = Field(Transport.RAY, description="over Ray, or local: one process without Ray")
     address: str | None = Field(None, description="Ray address; null starts a local cluster")
-    replicas: int = Field(1, ge=1, le=4096, description="copies of all hosts, which share the shards")
+    replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | ReplicaRange = Field(
+        1,
+        description="copies of all hosts, which share the shards; {min: 1, max: 8}: as many of 8 as the cluster "
+        "holds, while machines come and go",
+    )
     slots: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
         16, description="rows decoded at once per replica; auto: as many as there is memory for"
     )
@@ -287,6 +310,13 @@ class ClusterConfig(Section):
     stall_timeout_s: float = Field(
         3600.0, gt=0, description="end a run in which no row is finished and no token drawn for so long"
     )
+
+    @property
+    def replica_range(self) -> ReplicaRange:
+        """How few and how many replicas there may be; a number is both."""
+        if isinstance(self.replicas, ReplicaRange):
+            return self.replicas
+        return ReplicaRange(min=self.replicas, max=self.replicas)
 
     @property
     def first_slots(self) -> int:
@@ -333,7 +363,7 @@ class Config(Section):
     input: InputConfig
     output: OutputConfig
     base: Annotated[BaseConfig, BeforeValidator(model_from_name)] = BaseConfig(model=EMBEDDED_MODEL)
-    principals: dict[str, Principal] = Field(default_factory=dict)
+    principals: dict[str, Principal] = Field(default_factory=dict, max_length=MAX_PRINCIPALS)
     decoding: DecodingConfig = DecodingConfig()
     grid: GridConfig = GridConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -27,7 +27,8 @@ from pipeline.engine.menus import Choice, Menu, Path, TextScorer, Valuer
 from pipeline.engine.prompter import Prompter
 from pipeline.engine.row_state import RunningRow
 from pipeline.errors import HostError, HostOutOfMemory, RowError
-from pipeline.monitoring.counts import Recoveries
+from pipeline.monitoring.counts import Recoveries, Work
+from pipeline.monitoring.metrics import Load
 from pipeline.protocol.hosts import Hosts
 from pipeline.protocol.topology import Topology
 from pipeline.records import Proposal, Record, Row
@@ -91,6 +92,16 @@ class ChoiceEngine:
     def recoveries(self) -> Recoveries:
         """Faults that were overcome so far."""
         return self._engine.recoveries
+
+    @property
+    def work(self) -> Work:
+        """Games and seconds so far, those of the proposals included."""
+        return self._engine.work
+
+    @property
+    def load(self) -> Load:
+        """How full the slots of the proposals are."""
+        return self._engine.load
 
     @property
     def wants_row(self) -> bool:
@@ -279,6 +290,7 @@ class ChoiceEngine:
             status=int(decision.status),
             num_steps=int(decision.num_steps),
         )
+        self._engine.count_games([last])
         whole.append(last)
 
     def _ended(self, path: Path) -> Record | None:

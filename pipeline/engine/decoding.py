@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from pipeline.errors import HostError
-from pipeline.monitoring.counts import Recoveries
+from pipeline.monitoring.counts import Recoveries, Work
+from pipeline.monitoring.metrics import Load
 from pipeline.protocol.hosts import Hosts
 from pipeline.records import Record, Row
 
@@ -21,6 +22,12 @@ class DecodingEngine(Protocol):
 
     @property
     def recoveries(self) -> Recoveries: ...
+
+    @property
+    def work(self) -> Work: ...
+
+    @property
+    def load(self) -> Load: ...
 
     @property
     def wants_row(self) -> bool: ...

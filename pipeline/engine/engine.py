@@ -29,7 +29,8 @@ from pipeline.engine.recovery import MAX_CONSECUTIVE_LOSSES
 from pipeline.engine.row_state import RunningRow
 from pipeline.engine.scheduler import Call, Group, Slots
 from pipeline.errors import CageError, HostError, HostOutOfMemory, RowError, StateLost
-from pipeline.monitoring.counts import Recoveries
+from pipeline.monitoring.counts import Recoveries, Work
+from pipeline.monitoring.metrics import Load
 from pipeline.protocol.hosts import Hosts
 from pipeline.protocol.messages import Terms, TokenOutcome
 from pipeline.protocol.topology import Topology
@@ -126,6 +127,7 @@ class Engine:
         self._newest = _Encoded()
         self.num_steps = self.num_row_steps = 0
         self.recoveries = Recoveries()
+        self._games = Work()
 
     @property
     def calls(self) -> HostCalls:
@@ -136,6 +138,16 @@ class Engine:
     def num_slots(self) -> int:
         """Rows at once."""
         return self._slots.num_slots
+
+    @property
+    def work(self) -> Work:
+        """Games and seconds so far. May be read from another thread."""
+        return replace(self._games, solve_s=self._calls.solve_s, wait_s=self._calls.wait_s)
+
+    @property
+    def load(self) -> Load:
+        """How full the slots are."""
+        return self._slots.load
 
     @property
     def wants_row(self) -> bool:
@@ -244,6 +256,14 @@ class Engine:
             self._halve()
         ended, self._ended = self._ended, []
         return ended
+
+    def count_games(self, outcomes: Sequence[TokenOutcome]) -> None:
+        """Count games that were solved."""
+        self._games += Work(
+            len(outcomes),
+            sum(each.num_steps for each in outcomes),
+            sum(each.status != cage.Status.CONVERGED for each in outcomes),
+        )
 
     def make_room(self) -> bool:
         """Go on with half as many rows at once, for a call that lacked memory; False where there is one already."""
@@ -364,7 +384,9 @@ class Engine:
     def _complete(self, group: Group) -> list[Ended]:
         """Collect the tokens of the oldest call; free the slots of the rows that ended."""
         call = group.calls.popleft()
-        given = iter(self._calls.outcomes(call))
+        solved = self._calls.outcomes(call)
+        self.count_games(solved)
+        given = iter(solved)
         if self.drafter is not None:
             self.drafter.completed(call)
         drafts = [call.guesses[slot].tokens if slot in call.guesses else () for slot in call.slots]

@@ -22,6 +22,7 @@ from pipeline.engine.tool_check import check_tools_written
 from pipeline.errors import RowError
 from pipeline.hub.chat_templates import ANSWER_PROBE, RESERVED, PromptTemplate, variables_of
 from pipeline.hub.reasoning import ReasoningFormat
+from pipeline.hub.template_limits import limited
 from pipeline.protocol.topology import BASE, Role, Topology
 from pipeline.records import Message, Row, Tool
 
@@ -324,15 +325,17 @@ class ChatPrompter:
         continues = is_answered if continues is None else continues
         own = {**template.variables, **(role.with_base_kwargs(template_kwargs) if template_kwargs else {})}
         try:
-            text = tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template.text,
-                tokenize=False,
-                add_generation_prompt=not is_answered,
-                continue_final_message=continues,
-                principle=encoder.mark(role.principle or ""),
-                **({"weights": dict(weights)} if role.takes_weights else {}),
-                **{**own, **({"tools": list(tools)} if tools else {})},
+            text = limited(
+                lambda: tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=template.text,
+                    tokenize=False,
+                    add_generation_prompt=not is_answered,
+                    continue_final_message=continues,
+                    principle=encoder.mark(role.principle or ""),
+                    **({"weights": dict(weights)} if role.takes_weights else {}),
+                    **{**own, **({"tools": list(tools)} if tools else {})},
+                )
             )
         except Exception as error:  # Jinja runs the template's own code: any error is the row's
             raise RowError(f"the chat template of {role.name} refused the messages: {error}") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.engine.recovery import PoisonRowIsolation
 from pipeline.engine.row_state import RunningRow
+from pipeline.monitoring.metrics import Load
 from pipeline.protocol.hosts import Reply
 from pipeline.protocol.messages import Draft, Position, TokenOutcome, most_drafted
 
@@ -157,9 +158,16 @@ class Slots:
         return not self.queue and not self._num_running
 
     @property
+    def load(self) -> Load:
+        """How full the slots are. May be read from another thread, while rows come and go."""
+        groups = list(self._groups)
+        filling = sum(len(group.parts) for group in groups)
+        return Load(self.num_slots, sum(len(group.running) for group in groups), len(self.queue) + filling)
+
+    @property
     def num_waiting(self) -> int:
         """Rows in the queue, and rows whose prompts are being computed."""
-        return len(self.queue) + sum(len(group.parts) for group in self._groups)
+        return self.load.waiting
 
     def next_group(self) -> Group:
         """The group whose turn it is."""

@@ -11,6 +11,7 @@ from itertools import product
 from pipeline.engine.decoding import DecodingEngine
 from pipeline.errors import CageError, HostError
 from pipeline.monitoring.counts import Counts, Recoveries
+from pipeline.monitoring.metrics import Load
 from pipeline.monitoring.reasons import failures_of
 from pipeline.monitoring.values import values_of
 from pipeline.monitoring.waits import waiting_for
@@ -96,7 +97,13 @@ class ShardDecoder:
     @property
     def counts(self) -> Counts:
         """What was done so far."""
-        return replace(self._counts, steps=self._engine.num_steps, recoveries=self._engine.recoveries)
+        engine = self._engine
+        return replace(self._counts, steps=engine.num_steps, recoveries=engine.recoveries, work=engine.work)
+
+    @property
+    def load(self) -> Load:
+        """How full the engine's slots are."""
+        return self._engine.load
 
     @property
     def wants_shard(self) -> bool:

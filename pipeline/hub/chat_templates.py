@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigurationError
+from pipeline.hub.template_limits import limited
 from pipeline.records import Message
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class PromptTemplate:
 def render(template: str, messages: Sequence[Message], variables: Mapping[str, Any], *, asks: bool = True) -> str:
     """The text of a conversation; `asks` adds the start of an answer. Raises whatever the template raises."""
     values = {"tools": None, "documents": None, "principle": "", **variables}
-    return _compiled(template).render(messages=list(messages), add_generation_prompt=asks, **values)
+    compiled = _compiled(template)
+    return limited(lambda: compiled.render(messages=list(messages), add_generation_prompt=asks, **values))
 
 
 @lru_cache(maxsize=256)

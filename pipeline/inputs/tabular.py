@@ -24,6 +24,7 @@ BATCH_ROWS = 1024
 PROMPT = "text, or a list of {role, content}"
 CONVERSATION = "a list of {role, content} with text in both, or that list as JSON text"
 BATCH_BYTES = 32 * 2**20  # of decoded values at once, so that a few large rows cost no more than many small ones
+REPEATED_BYTES = 256 * 2**20  # of decoded values at once, where all rows have a column's longest value
 HASH_BLOCK_BYTES = 2**20
 FLOAT_IDS = (
     "; pandas makes floats of whole numbers where one is missing: give every row an id, then write the column with "
@@ -215,7 +216,7 @@ def _parquet_batches(file: InputFile, names: Sequence[str], start: int, stop: in
 def _group_batches(table: Any, group: int, names: Sequence[str], low: int, high: int) -> Iterator[pa.RecordBatch]:
     seen = 0
     metadata = table.metadata.row_group(group)
-    batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
+    batch_rows = _batch_rows(metadata, names)
     for batch in table.iter_batches(batch_rows, row_groups=[group], columns=list(names), use_threads=False):
         begin, end = max(low - seen, 0), min(high - seen, batch.num_rows)
         if begin < end:
@@ -223,6 +224,23 @@ def _group_batches(table: Any, group: int, names: Sequence[str], low: int, high:
         seen += batch.num_rows
         if seen >= high:
             return
+
+
+def _batch_rows(group: Any, names: Sequence[str]) -> int:
+    """Rows of a row group that are decoded at once.
+
+    A column with a dictionary may repeat its longest value in every row, and only the column's size says how long
+    that can be: a small file may stand for terabytes.
+    """
+    usual = int(BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
+    columns = [group.column(at) for at in range(group.num_columns)]
+    repeated = [
+        each.total_uncompressed_size
+        for each in columns
+        if each.has_dictionary_page and each.path_in_schema.partition(".")[0] in names
+    ]
+    safe = int(REPEATED_BYTES // max(1, max(repeated, default=1)))
+    return max(1, min(BATCH_ROWS, usual, safe))
 
 
 def _is_text(type_: pa.DataType) -> bool:

@@ -48,6 +48,34 @@ class Recoveries:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What a coordinator did beside the answers; steps that began again count each time.
+
+    Args:
+        games: that were solved, over tokens, blocks or answers.
+        solver_steps: over all of them.
+        unsolved: games that did not converge to the solver's tolerance.
+        solve_s: seconds in which games were solved here; a lone host solves its own.
+        wait_s: seconds in which replies of hosts were waited for.
+    """
+
+    games: int = 0
+    solver_steps: int = 0
+    unsolved: int = 0
+    solve_s: float = 0.0
+    wait_s: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.games + other.games,
+            self.solver_steps + other.solver_steps,
+            self.unsolved + other.unsolved,
+            self.solve_s + other.solve_s,
+            self.wait_s + other.wait_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """What was done since the command started.
 
@@ -59,6 +87,7 @@ class Counts:
         recoveries: faults that were overcome.
         failures: the failed answers by kind of reason.
         values: of each principal over all drawn tokens.
+        work: games and seconds.
     """
 
     rows: int = 0
@@ -68,6 +97,7 @@ class Counts:
     recoveries: Recoveries = field(default_factory=Recoveries)
     failures: Mapping[str, Failures] = field(default_factory=dict)
     values: Mapping[str, ValueRange] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -78,4 +108,5 @@ class Counts:
             self.recoveries + other.recoveries,
             add_failures(self.failures, other.failures),
             add_values(self.values, other.values),
+            self.work + other.work,
         )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.events import EventLog, Notice, events_of
 
 TERMINAL_S = 0.5
 LOG_S = 30.0
@@ -26,10 +27,10 @@ RAISED, RAISED_S = 2.0, 60.0  # the time left is raised only where it is off by 
 class Notices(Protocol):
     """What there is to say about the answers so far, beside the progress."""
 
-    def __call__(self, counts: Counts, *, is_last: bool) -> Sequence[str]: ...
+    def __call__(self, counts: Counts, *, is_last: bool) -> Sequence[Notice]: ...
 
 
-def no_notices(counts: Counts, *, is_last: bool) -> Sequence[str]:
+def no_notices(counts: Counts, *, is_last: bool) -> Sequence[Notice]:
     """Nothing to say."""
     return ()
 
@@ -38,7 +39,7 @@ class ProgressLine:
     """Prints rows, shards, tokens/s, time left and errors of a run.
 
     Args:
-        out: where it is printed.
+        out: where it is printed; a log of events gets events `progress`, `shard` and those of notices.
         num_rows: answers of the whole run.
         num_shards: shards of the whole run.
         rows_before: answers that were done before the command started.
@@ -57,6 +58,7 @@ class ProgressLine:
         notices: Notices = no_notices,
     ) -> None:
         self._out = out
+        self._events = events_of(out)
         self._num_rows = num_rows
         self._num_shards = num_shards
         self._rows_before = rows_before
@@ -70,15 +72,22 @@ class ProgressLine:
         self._is_terminal = out.isatty()
         self._width = 0
 
-    def shard_done(self, *, num_rows_found: int = 0) -> None:
+    def shard_done(
+        self, *, num_rows_found: int = 0, shard: int | None = None, rows: int | None = None, failed: int | None = None
+    ) -> None:
         """Count a shard.
 
         Args:
+            shard: its number, for the event.
+            rows: its aligned answers, for the event.
+            failed: its failed answers, for the event.
             num_rows_found: the answers of a shard that was found committed: they are done, but not by this command,
                 and must not count for its speed.
         """
         self.shards_done += 1
         self._rows_before += num_rows_found
+        if self._events is not None and shard is not None:
+            self._events.event("shard", shard=shard, rows=rows, failed=failed, was_found=bool(num_rows_found))
 
     def text(self, counts: Counts, waits: Sequence[str] = ()) -> str:
         """The line for these counts; before the first tokens it says what is waited for."""
@@ -91,11 +100,33 @@ class ProgressLine:
         failed = f"{counts.failed:,} failed"
         if not counts.rows:
             return f"{done}step {counts.steps:,} of the first rows  {failed}"
-        elapsed_s = 0.0 if self._began_s is None else time.monotonic() - self._began_s
-        # within the first moment there is no speed yet
-        speed = f"{counts.tokens / elapsed_s:,.0f}" if elapsed_s >= SETTLED_S else "--"
+        pace = self._pace(counts)
+        speed = "--" if pace is None else f"{pace:,.0f}"
         left = f"  {left} left" if (left := self._left(self._num_rows - rows)) else ""
         return f"{done}{speed} tokens/s{left}  {failed}"
+
+    def _pace(self, counts: Counts) -> float | None:
+        """Tokens per second; None within the first moment, when there is none yet."""
+        elapsed_s = 0.0 if self._began_s is None else time.monotonic() - self._began_s
+        return counts.tokens / elapsed_s if elapsed_s >= SETTLED_S else None
+
+    def _show_event(self, events: EventLog, counts: Counts, waits: Sequence[str], *, is_last: bool) -> None:
+        self._note(counts)
+        pace = self._pace(counts)
+        left_s = None if self._ends_s is None else max(0, round(self._ends_s - time.monotonic()))
+        events.event(
+            "progress",
+            rows=min(self._rows_before + counts.rows, self._num_rows),
+            num_rows=self._num_rows,
+            shards=self.shards_done,
+            num_shards=self._num_shards,
+            failed=counts.failed,
+            tokens=counts.tokens,
+            tokens_per_second=None if pace is None else round(pace, 1),
+            seconds_left=left_s,
+            waiting_for=_stage_of(waits) if _is_starting(counts) else None,
+            is_last=is_last,
+        )
 
     def _note(self, counts: Counts) -> None:
         """Remember when the first step was seen, and estimate the end when more rows have ended."""
@@ -125,6 +156,9 @@ class ProgressLine:
 
     def show(self, counts: Counts, *, waits: Sequence[str] = (), is_last: bool = False) -> None:
         """Print the line now."""
+        if self._events is not None:
+            self._show_event(self._events, counts, waits, is_last=is_last)
+            return
         line = self.text(counts, waits)
         if self._is_terminal:
             line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be rewritten
@@ -137,8 +171,11 @@ class ProgressLine:
     def notify(self, counts: Counts, *, is_last: bool = False) -> None:
         """Print the notices that are new."""
         for notice in self._notices(counts, is_last=is_last):
+            if self._events is not None:
+                self._events.notice(notice)
+                continue
             self._clear()
-            self._out.write(notice + "\n")
+            self._out.write(notice.text + "\n")
             self._out.flush()
 
     def _clear(self) -> None:

@@ -111,6 +111,9 @@ class Scores(Protocol):
     def resize(self, num_slots: int) -> None:
         """Forget every row and hold `num_slots` at once from now on."""
 
+    def work(self) -> HostWork:
+        """Passes, tokens and seconds since it was loaded, and what its rows take in memory."""
+
 
 class Proposes(Scores, Protocol):
     """A host that serves the base."""
@@ -154,9 +157,6 @@ class Samples(Proposes, Protocol):
         Raises:
             StateLost: as in `advance`, and where a token is DRAWN that was not drawn here.
         """
-
-    def work(self) -> HostWork:
-        """Passes, tokens and seconds since it was loaded."""
 
 
 class ScoringClient(Protocol):

@@ -217,13 +217,15 @@ class HostWork:
         num_forwards: forward passes.
         num_tokens: tokens that went through them.
         forward_s: seconds in passes, measured on the device.
-        solve_s: seconds in which games were solved and tokens drawn.
+        solve_s: seconds in which games were solved and tokens drawn; 0 for a host that does neither.
+        cache_bytes: what its rows take in memory now: keys, values and states.
     """
 
-    num_forwards: int
-    num_tokens: int
-    forward_s: float
-    solve_s: float
+    num_forwards: int = 0
+    num_tokens: int = 0
+    forward_s: float = 0.0
+    solve_s: float = 0.0
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,9 @@ from pipeline.garbage import collection_paused
 from pipeline.inputs.notes import describe_columns, describe_input
 from pipeline.inputs.source import InputSource
 from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.events import Notice, reason_without_values
 from pipeline.monitoring.progress import Notices, ProgressLine
+from pipeline.monitoring.reasons import Example
 from pipeline.monitoring.stall import ended_when_stalled
 from pipeline.monitoring.values import SilenceWatch
 from pipeline.monitoring.waits import waiting_for, waits
@@ -264,7 +266,12 @@ def _decode(stream: Stream, todo: Sequence[int], line: ProgressLine, limit: Fail
             if outcome.error is not None:
                 failures.append(outcome.error)
                 continue
-            line.shard_done(num_rows_found=outcome.rows + outcome.failed if outcome.was_committed else 0)
+            line.shard_done(
+                num_rows_found=outcome.rows + outcome.failed if outcome.was_committed else 0,
+                shard=outcome.index,
+                rows=outcome.rows,
+                failed=outcome.failed,
+            )
             if error := limit.one_reason(stream.counts()):
                 raise error
             limit.add(outcome.failed)
@@ -277,14 +284,20 @@ def _notices(run: Run) -> Notices:
     watch = SilenceWatch(run.plan.config["principals"])
     kinds: set[str] = set()
 
-    def lines(counts: Counts, *, is_last: bool) -> Sequence[str]:
+    def lines(counts: Counts, *, is_last: bool) -> Sequence[Notice]:
         new = [kind for kind in counts.failures if kind not in kinds][: SHOWN_FAILURES - len(kinds)]
         kinds.update(new)
         examples = [example for kind in new for example in counts.failures[kind].examples[:1]]
-        failed = [one_line(f"row {each.row_id} failed: {each.reason}", limit=LONGEST_NOTICE) for each in examples]
-        return [*failed, *watch.lines(counts.values, is_last=is_last)]
+        silent = [Notice(line) for line in watch.lines(counts.values, is_last=is_last)]
+        return [*map(_failed_row, examples), *silent]
 
     return lines
+
+
+def _failed_row(example: Example) -> Notice:
+    text = one_line(f"row {example.row_id} failed: {example.reason}", limit=LONGEST_NOTICE)
+    fields = {"row_id": example.row_id, "reason": reason_without_values(example.reason)}
+    return Notice(text, "row_failed", fields)
 
 
 def _watched(config: Config, stream: Stream, line: ProgressLine, limit: FailureLimit) -> AbstractContextManager[None]:

@@ -71,7 +71,9 @@ class LocalStore:
                 # exactly one of several writers wins.
                 os.link(temporary, file)
             except FileExistsError:
-                return False
+                # NFS sends a request again whose reply was lost, and then finds the link that the first one made
+                if temporary.stat().st_nlink == 1:
+                    return False
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                     raise StorageError(

@@ -37,6 +37,21 @@ TEMPORARY_WORDS = ("expired", "timeout", "timed out", "slowdown", "slow down", "
 T = TypeVar("T")
 
 
+class _Repeats:
+    """Counts repeated calls of this process; threads may miss each other's, which a count for people can bear."""
+
+    count = 0
+
+    @classmethod
+    def add(cls, _: object) -> None:
+        cls.count += 1
+
+
+def num_repeats() -> int:
+    """How often a call was repeated in this process so far."""
+    return _Repeats.count
+
+
 def retried(action: str, attempt: Callable[[], T]) -> T:
     """Call `attempt` and return its result; call it again after a failure that `may_pass`.
 
@@ -54,6 +69,7 @@ def retried(action: str, attempt: Callable[[], T]) -> T:
         # The jitter keeps many writers that failed together from coming back together.
         wait=wait_chain(*(wait_random(0.5 * wait_s, 1.5 * wait_s) for wait_s in WAITS_S)),
         retry=retry_if_exception(_is_worth_another_try),
+        before_sleep=_Repeats.add,
         reraise=True,
     )
     try:

@@ -32,6 +32,7 @@ from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.branch_rows import BranchRow, Scorer, ScoringRequest, Text
 from pipeline.worker.captured_passes import MIN_ROWS
 from pipeline.worker.memory import budget_of
+from pipeline.worker.stopwatch import Stopwatch
 from pipeline.worker.whole_vectors import WholeVectors
 
 PASS_TOKENS = 256  # of a strict pass on a GPU, or a multiple of it for a row that alone has more
@@ -86,6 +87,7 @@ class BranchRunner:
         self._bytes_per_token = bytes_per_token
         self._device: torch.device = next(backbone.parameters()).device
         self.num_forwards = self.num_tokens = 0
+        self._watch = Stopwatch(self._device)
         self.resize(num_slots)
 
     @property
@@ -101,6 +103,16 @@ class BranchRunner:
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, and what is free."""
         return budget_of(self._device, len(self._roles) * capacity_for(row_tokens) * self._bytes_per_token)
+
+    @property
+    def work(self) -> tuple[int, int, float]:
+        """Passes so far, tokens that went through them, and the seconds that they took."""
+        return self.num_forwards, self.num_tokens, self._watch.seconds
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that its rows take in memory."""
+        return sum(row.cache.num_bytes for rows in self._rows for row in rows)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -285,7 +297,8 @@ class BranchRunner:
             numbers = [number for each, number in adapted for _ in each.tokens]
             numbers += [0] * (ids.shape[1] - len(numbers))
             self._adapters.of_tokens = torch.tensor(numbers, device=self._device)
-        with WholeVectors() if self._needs_whole_vectors else nullcontext(), reading(padded, self._layers):
+        whole = WholeVectors() if self._needs_whole_vectors else nullcontext()
+        with self._watch.running(), whole, reading(padded, self._layers):
             output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
         return list(torch.split(output.last_hidden_state[0, : sum(counts)].float(), counts))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.attention.transfers import on_device
 from pipeline.errors import HostOutOfMemory, StateLost
-from pipeline.protocol.messages import Candidates, MemoryBudget, Position, Step
+from pipeline.protocol.messages import Candidates, HostWork, MemoryBudget, Position, Step
 from pipeline.worker.branch_runner import BranchRunner
 from pipeline.worker.reward_values import due_rows, rewards_of_answer, spread_rewards
 
@@ -32,6 +32,14 @@ class Runner(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
+
+    @property
+    def work(self) -> tuple[int, int, float]:
+        """Passes so far, tokens that went through them, and the seconds that they took."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that its rows take in memory: keys, values and states."""
 
     def advance(self, step: Step) -> None:
         """Read parts of new rows' prompts and append one token to each running row."""
@@ -51,10 +59,6 @@ class LanguageRunner(Runner, Protocol):
     """
 
     newest_S: Tensor
-
-    @property
-    def work(self) -> tuple[int, int, float]:
-        """Passes so far, tokens that went through them, and the seconds that they took."""
 
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         """The base role's candidates for each slot, most likely first; None proposes the whole vocabulary."""
@@ -157,6 +161,11 @@ class GuardedHost(Generic[RunnerT]):
         self._guard.forget()
         with self._guard.all_or_nothing():
             self._runner.resize(num_slots)
+
+    def work(self) -> HostWork:
+        """Passes, tokens and seconds so far, and what its rows take in memory."""
+        num_forwards, num_tokens, forward_s = self._runner.work
+        return HostWork(num_forwards, num_tokens, forward_s, cache_bytes=self._runner.cache_bytes)
 
 
 class LanguageModelHost(GuardedHost[LanguageRunner]):

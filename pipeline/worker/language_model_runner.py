@@ -156,6 +156,11 @@ class LanguageModelRunner:
         return self._passes.num_forwards, self._passes.num_tokens, self._passes.forward_s
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes that its rows take in memory."""
+        return self._cache.num_bytes
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Bytes per token of one row; 0 before the first pass."""
         return self._cache.bytes_per_token()

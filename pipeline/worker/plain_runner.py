@@ -207,6 +207,11 @@ class PlainRunner:
         """Passes so far, tokens that went through them, and the seconds that they took."""
         return self._passes.num_forwards, self._passes.num_tokens, self._passes.forward_s
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that its rows take in memory."""
+        return sum(row.num_bytes for row in [*self._rows.values(), *(newest[1] for newest in self._newest.values())])
+
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of so many tokens, and what is free."""
         row_bytes = row_tokens * self._bytes_per_token + logits_bytes(self._vocab_size)

@@ -123,6 +123,11 @@ class RecurrentPasses:
         return self._watch.seconds
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of all keys, values and states."""
+        return self._cache.num_bytes + self._states.num_bytes
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Bytes per token of one row; 0 before the first pass."""
         return self._cache.bytes_per_token()

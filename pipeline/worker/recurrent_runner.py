@@ -102,6 +102,11 @@ class RecurrentRunner:
         return self._passes.num_forwards, self._passes.num_tokens, self._passes.forward_s
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes that its rows take in memory."""
+        return self._passes.cache_bytes
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Bytes per token of one row; 0 before the first pass."""
         return self._passes.cache_bytes_per_token

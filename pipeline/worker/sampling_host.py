@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -80,8 +81,8 @@ class SamplingHost(LanguageModelHost):
         super().resize(num_slots)
 
     def work(self) -> HostWork:
-        """Passes, tokens and seconds so far."""
-        return HostWork(*self._runner.work, self._game_watch.seconds)
+        """Passes, tokens and seconds so far, and what its rows take in memory."""
+        return replace(super().work(), solve_s=self._game_watch.seconds)
 
     def _check_drawn(self, step: Step) -> None:
         """Raise StateLost where a token of the step is DRAWN and was not drawn here."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from pipeline.engine.special_text import TextEncoder
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.evaluation.judges.interface import JudgeContext, JudgedAnswer, NoScore
 from pipeline.hub.model_facts import context_length
+from pipeline.hub.template_limits import limited
 from pipeline.hub.tokenizer_facts import facts_of_tokenizer, load_tokenizer
 from pipeline.protocol.specs import HostSpec
 from pipeline.sections import ModelConfig
@@ -75,9 +77,10 @@ class ChatJudge:
         system, user = encoder.mark(self.judge.messages(answer))
         joined = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
         reason = "it leaves out the instructions"
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
         for messages in ([system, user], [joined]):
             try:
-                text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+                text = limited(partial(render, messages))
             except Exception as error:  # Jinja runs the template's own code
                 reason = type(error).__name__
                 continue

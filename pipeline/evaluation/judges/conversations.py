@@ -10,6 +10,7 @@ from pipeline.engine.special_text import TextEncoder
 from pipeline.errors import RowError
 from pipeline.evaluation.judges.interface import JudgedAnswer
 from pipeline.hub.chat_templates import PromptTemplate
+from pipeline.hub.template_limits import limited
 from pipeline.inputs.conversations import read_conversation
 
 
@@ -41,11 +42,13 @@ class JudgedConversations:
         try:
             prompt_messages = read_conversation(list(answer.prompt), "prompt") if answer.prompt else ()
             messages = place([*prompt_messages, {"role": "assistant", "content": answer.text}], None, self.template)
-            text = self.tokenizer.apply_chat_template(
-                encoder.mark(messages),
-                chat_template=self.template.text,
-                tokenize=False,
-                **self.template.variables,
+            text = limited(
+                lambda: self.tokenizer.apply_chat_template(
+                    encoder.mark(messages),
+                    chat_template=self.template.text,
+                    tokenize=False,
+                    **self.template.variables,
+                )
             )
             ids = encoder.encode_marked(text)
         except RowError:
