@@ -38,11 +38,18 @@ def test_each_set_of_weights_gets_its_own_device_and_stated_cpus(base, arm, has_
     assert bundles(base, arm, has_gpus=has_gpus) == expected
 
 
-def test_a_replica_that_restarts_finds_its_place_and_a_new_one_takes_the_oldest():
+def test_a_replica_that_restarts_finds_its_place_and_a_new_one_takes_the_oldest(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(board_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(board_module, "_is_alive", lambda node: True)
     board = ProgressBoard(2)
-    assert [board.lease("a"), board.lease("b"), board.lease("a")] == [0, 1, 0]
-    assert board.lease("c") == 0
+    assert [board.lease("a"), board.lease("b")] == [0, 1]
+    clock[0] += 1
     assert board.lease("b") == 1
+    assert board.lease("c") == 0  # of a, which was unheard for longest
+    clock[0] += 1
+    assert board.lease("c") == 0
+    assert board.lease("a") == 1
 
 
 def test_what_replicas_wait_for_is_reported_with_their_names(monkeypatch):

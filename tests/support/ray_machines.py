@@ -143,6 +143,7 @@ class Machines:
             "RAY_AUTH_TOKEN": self._token,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "300",
+            "RAY_agent_register_timeout_ms": "300000",
             "PYTHONPATH": str(Path(__file__).parent.parent.parent),
             **self.environment,
         }
