@@ -9,7 +9,7 @@ import pytest
 from support.commands import cage
 from support.runs import job, run_job, write_prompts
 
-from jobs.commands.status import describe_status, run_status
+from jobs.commands.status import describe_status, replica_paces, run_status, slow_shards
 from pipeline.stages import doctor
 from pipeline.stages.doctor import Verdict, examine
 from pipeline.stores.store import open_store
@@ -26,7 +26,8 @@ def test_this_machine_can_run_and_its_folder_takes_commits(tmp_path):
     done = cage("doctor", "--storage", str(tmp_path / "runs"), "--json")
     assert done.returncode == 0, done.stderr
     found = {each["area"]: each for each in json.loads(done.stdout)}
-    assert set(found) == {"python", "packages", "processor", "memory", "gpu", "storage"}
+    assert set(found) == {"python", "packages", "processor", "memory", "gpu", "compiler", "clock", "storage"}
+    assert found["clock"]["verdict"] == "ok"
     assert "torch" in found["packages"]["text"]
     assert found["storage"]["verdict"] == "ok"
     assert not [name for name in (tmp_path / "runs").iterdir() if name.name.startswith("_doctor")]
@@ -43,12 +44,47 @@ def test_a_place_that_cannot_be_written_ends_with_exit_code_1(tmp_path):
 
 def test_a_store_that_lets_two_writers_win_is_told(monkeypatch):
     store = SimpleNamespace(
-        path="x", create=lambda name, data: True, read=lambda name: b"second", remove=lambda name: None
+        path="x",
+        create=lambda name, data: True,
+        read=lambda name: b"second",
+        remove=lambda name: None,
+        url=lambda name: __file__,
     )
     monkeypatch.setattr(doctor, "open_store", lambda path: store)
     (found,) = findings(storage="x")["storage"]
     assert found.verdict is Verdict.MISSING
     assert "two drivers could both commit a shard" in found.text
+
+
+@pytest.mark.parametrize(("ahead_s", "said"), [(600, "600 s ahead of"), (-90, "90 s behind")])
+def test_a_clock_that_is_off_is_told(tmp_path, monkeypatch, ahead_s, said):
+    written_at = doctor._written_at
+    monkeypatch.setattr(doctor, "_written_at", lambda url: written_at(url) - ahead_s)
+    (found,) = findings(storage=str(tmp_path))["clock"]
+    assert found.verdict is Verdict.SLOW
+    assert said in found.text
+
+
+def test_a_compiler_is_needed_for_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    (found,) = findings()["compiler"]
+    assert found.verdict is Verdict.OK
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (found,) = list(doctor._compiler())
+    assert found.verdict is Verdict.SLOW
+    assert "cannot be built" in found.text
+
+
+def test_status_tells_the_pace_of_each_replica_and_which_shards_are_slow():
+    def record(shard, at_s, host, seconds):
+        return SimpleNamespace(shard=shard, committed_at=at_s, host=host, seconds=seconds, tokens=100)
+
+    records = [record(at, 10.0 * at, "ab" if at % 2 else "cd", 20.0) for at in range(8)]
+    records.append(record(8, 90.0, "cd", 95.0))
+    assert replica_paces(records) == {"ab": 5.0, "cd": pytest.approx(400 / 90)}
+    assert slow_shards(records) == {8: 95.0}
+    assert replica_paces(records[:1]) == {}
+    assert slow_shards(records[:3]) == {}
 
 
 def test_what_is_slow_is_said(monkeypatch):

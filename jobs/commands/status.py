@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from statistics import median
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from jobs.commands.text import printable, shown_path
 from pipeline.monitoring.progress import duration
+from pipeline.storage.commits import CommitRecord
 from pipeline.storage.run import Run
 
 SHOWN_REASONS = 10
 LAST_SHARDS = 16  # whose commits give the pace
+SHOWN_REPLICAS, SHOWN_SLOW = 8, 3
+SLOW, SLOW_S = 3.0, 10.0  # a shard is slow that took so many times the median, and so long
+ENOUGH_SHARDS = 5  # before one of them is called slow
 
 
 def run_status(path: str, *, as_json: bool = False, every_s: float | None = None) -> None:
@@ -54,6 +60,8 @@ def _as_json(run: Run) -> str:
         "recoveries": asdict(status.recoveries),
         "tokens_per_second": None if pace is None else pace.tokens_per_second,
         "seconds_left": None if pace is None else pace.seconds_left,
+        "tokens_per_second_by_replica": replica_paces(run.committed().values()),
+        "slow_shards": slow_shards(run.committed().values()),
     }
     return json.dumps(tree, ensure_ascii=False, indent=1)
 
@@ -84,6 +92,29 @@ def _pace(run: Run) -> _Pace | None:
     return _Pace(tokens / seconds, left * seconds / tokens)
 
 
+def replica_paces(records: Iterable[CommitRecord]) -> dict[str, float]:
+    """Tokens per second of each replica's process over its last shards, the one that committed last first."""
+    by_host: dict[str, list[CommitRecord]] = {}
+    for record in sorted(records, key=lambda each: each.committed_at):
+        by_host.setdefault(record.host, []).append(record)
+    paces = {}
+    for host, found in sorted(by_host.items(), key=lambda item: -item[1][-1].committed_at):
+        last = found[-LAST_SHARDS:]
+        seconds = last[-1].committed_at - last[0].committed_at
+        if seconds > 0:
+            paces[host] = sum(record.tokens for record in last[1:]) / seconds
+    return paces
+
+
+def slow_shards(records: Iterable[CommitRecord]) -> dict[int, float]:
+    """The seconds of shards that took much longer than the others, the slowest first."""
+    seconds = {record.shard: record.seconds for record in records}
+    if len(seconds) < ENOUGH_SHARDS:
+        return {}
+    least = max(SLOW_S, SLOW * median(seconds.values()))
+    return {shard: took for shard, took in sorted(seconds.items(), key=lambda item: -item[1]) if took >= least}
+
+
 def describe_status(run: Run) -> str:
     """A few lines: state, counts, reasons of failures, where the files are and how to read them."""
     status = run.status()
@@ -110,6 +141,13 @@ def describe_status(run: Run) -> str:
             f"  pace      {pace.tokens_per_second:,.1f} tokens/s over the last shards; at that pace "
             f"{duration(pace.seconds_left)} are left"
         )
+        paces = replica_paces(run.committed().values())
+        if len(paces) > 1:
+            shown = ", ".join(f"{host} {pace:,.1f}" for host, pace in list(paces.items())[:SHOWN_REPLICAS])
+            lines.append(f"  replicas  {printable(shown)} tokens/s" + ", ..." * (len(paces) > SHOWN_REPLICAS))
+    if slow := slow_shards(run.committed().values()):
+        shown = ", ".join(f"{shard} ({duration(took)})" for shard, took in list(slow.items())[:SHOWN_SLOW])
+        lines.append(f"  slow      shards {shown}" + ", ..." * (len(slow) > SHOWN_SLOW))
     if status.last_commit_at is not None:
         lines.append(f"  last      {datetime.fromtimestamp(status.last_commit_at, UTC):%Y-%m-%d %H:%M:%S} UTC")
     repeats = f"attempts of shards lost {status.attempts_lost:,}" if status.attempts_lost else ""

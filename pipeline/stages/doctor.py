@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,12 +15,15 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.quoting import one_line
+from pipeline.stores.addresses import file_system, split_address
 from pipeline.stores.store import open_store
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels, reproducible_mode
 
 SUPPORTED_PYTHON = ((3, 11), (3, 12))
 PACKAGES = ("torch", "transformers", "ray", "pyarrow", "datasets", "s3fs", "peft")
 GIGABYTE = 1e9
+COMPILERS = ("cc", "gcc", "clang")
+CLOCK_S = 30.0  # stores refuse requests of a clock that is minutes off
 SMALL_MEMORY, SMALL_SHARED_MEMORY = 6 * GIGABYTE, 2 * GIGABYTE
 
 
@@ -52,6 +57,7 @@ def examine(*, storage: str | None, address: str | None) -> Iterator[Finding]:
     yield from _guarded("processor", _processor)
     yield from _guarded("memory", _memory)
     yield from _guarded("gpu", _gpu)
+    yield from _guarded("compiler", _compiler)
     if storage is not None:
         yield from _guarded("storage", lambda: _storage(storage))
     if address is not None:
@@ -171,6 +177,20 @@ def _gpu() -> Iterator[Finding]:
             yield Finding("gpu", Verdict.OK, f"{text}; kernels can be built")
 
 
+def _compiler() -> Iterator[Finding]:
+    import torch
+
+    found = next((path for name in COMPILERS if (path := shutil.which(name)) is not None), None)
+    if found is not None:
+        yield Finding("compiler", Verdict.OK, found)
+    elif torch.cuda.is_available():
+        yield Finding(
+            "compiler", Verdict.SLOW, f"none of {', '.join(COMPILERS)}: kernels for the GPU cannot be built"
+        )
+    else:
+        yield Finding("compiler", Verdict.OK, "none, and none is needed without a GPU")
+
+
 def _storage(path: str) -> Iterator[Finding]:
     """Write, read and remove a file, and see that a second writer of the same name loses."""
     store = open_store(path)
@@ -178,8 +198,18 @@ def _storage(path: str) -> Iterator[Finding]:
     try:
         first, second = store.create(name, b"first"), store.create(name, b"second")
         read = store.read(name)
+        ahead_s = time.time() - _written_at(store.url(name))
     finally:
         store.remove(name)
+    if abs(ahead_s) > CLOCK_S:
+        yield Finding(
+            "clock",
+            Verdict.SLOW,
+            f"this machine's clock is {abs(ahead_s):,.0f} s {'ahead of' if ahead_s > 0 else 'behind'} that of "
+            f"{store.path}: signatures of requests may be refused, and times in records are wrong; set it by NTP",
+        )
+    else:
+        yield Finding("clock", Verdict.OK, f"within {CLOCK_S:.0f} s of that of {store.path}")
     if (first, second, read) == (True, False, b"first"):
         yield Finding("storage", Verdict.OK, f"{store.path}: files are written once, read back and removed")
     else:
@@ -189,6 +219,14 @@ def _storage(path: str) -> Iterator[Finding]:
             f"{store.path}: a file that exists was written again, so two drivers could both commit a shard; use "
             "another place",
         )
+
+
+def _written_at(url: str) -> float:
+    """When a file was written, in Unix seconds, by the clock of the machine that has it."""
+    scheme, address = split_address(url)
+    if scheme is None:
+        return Path(address).stat().st_mtime
+    return float(file_system(scheme).modified(address).timestamp())
 
 
 def _cluster(address: str) -> Iterator[Finding]:
