@@ -56,8 +56,8 @@ def expected(tiny, s3, tmp_path_factory):
 
 
 @pytest.fixture
-def machines(s3):
-    found = Machines()
+def machines(s3, tmp_path_factory):
+    found = Machines(hidden=(tmp_path_factory.getbasetemp(),))
     try:
         found.start_head()
         found.add("one", "127.0.0.2", num_cpus=2)

@@ -1,7 +1,7 @@
-"""Machines of a Ray cluster that share nothing but the network: each has a file system of its own below /tmp.
+"""Machines of a Ray cluster that share nothing but the network and the package, which is there as in an image.
 
-A machine is a mount namespace with an empty /tmp, where its home, its caches and Ray's session are; the package is
-there as it would be in an image. It is started by `ray start` with an address of its own, as `infra/` does.
+A machine is a mount namespace in which the folder of the head is empty: the machine's home, its caches and Ray's
+session are there. Other folders can be hidden from it, such as those with a test's prompts and models. It is started by `ray start` with an address of its own, as `infra/` does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -30,7 +31,7 @@ def has_namespaces() -> bool:
     """Whether this machine lets a process have file systems of its own."""
     if shutil.which("unshare") is None:
         return False
-    tried = subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/tmp"], capture_output=True, check=False)
+    tried = subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
     return tried.returncode == 0
 
 
@@ -39,10 +40,12 @@ class Machines:
     """A head, and machines that are added and lost.
 
     Args:
+        hidden: folders that the machines but the head cannot see.
         programs: the folder that has `ray`, of the environment that all processes run in.
         environment: of every process, beside this one's.
     """
 
+    hidden: tuple[Path, ...] = ()
     programs: Path = Path(sys.executable).parent
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -123,11 +126,12 @@ class Machines:
     def _start(self, name: str, options: list[str], *, namespace: bool = False) -> None:
         words = [str(self.programs / "ray"), "start", *options, "--block", "--disable-usage-stats"]
         if namespace:
-            script = 'mount -t tmpfs tmpfs /tmp && mkdir /tmp/home && cd /tmp/home && exec "$@"'
+            mounts = [f"mount -t tmpfs tmpfs {shlex.quote(str(each))}" for each in (self.folder, *self.hidden)]
+            script = " && ".join([*mounts, f"cd {shlex.quote(str(self.folder))}", 'exec "$@"'])
             words = [*UNSHARE, "sh", "-c", script, "sh", *words]
-        log = (self.folder / f"{name}.log").open("wb")
-        environment = self._environment(Path("/tmp/home") if namespace else self.folder)
-        self._processes[name] = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        with (self.folder / f"{name}.log").open("wb") as log:
+            environment = self._environment(self.folder)
+            self._processes[name] = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
         until_s = time.monotonic() + START_S
         while b"Ray runtime started" not in (self.folder / f"{name}.log").read_bytes():
             if time.monotonic() > until_s or not self.is_up(name):
