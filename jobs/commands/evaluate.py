@@ -72,8 +72,7 @@ def run_evaluate(
         log_evaluation(tracker, package, evaluation.metrics, name=name)
         logged.append(f"  logged    to {tracker}")
     show_result(
-        lambda: "
-".join([*notes, describe_evaluation(evaluation), *logged]),
+        lambda: "\n".join([*notes, describe_evaluation(evaluation), *logged]),
         was_run=evaluation.was_run,
         **status_fields(evaluation.run),
         prompts=evaluation.metrics["num_prompts"],

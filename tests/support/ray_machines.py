@@ -1,7 +1,8 @@
 """Machines of a Ray cluster that share nothing but the network and the package, which is there as in an image.
 
 A machine is a mount namespace in which the folder of the head is empty: the machine's home, its caches and Ray's
-session are there. Other folders can be hidden from it, such as those with a test's prompts and models. It is started by `ray start` with an address of its own, as `infra/` does.
+session are there. Other folders can be hidden from it, such as those with a test's prompts and models. It is started
+by `ray start` with an address of its own, as `infra/` does.
 """
 
 from __future__ import annotations
