@@ -45,7 +45,11 @@ def test_waits_are_reported_by_thread_and_end():
 
 @pytest.mark.parametrize(
     ("point", "awaited"),
-    [(Failpoint.MID_STEP, "an answer of host base to advance"), (Failpoint.BEFORE_DATA, "the commit of shard 0")],
+    [
+        (Failpoint.MID_STEP, "an answer of host base to advance"),
+        (Failpoint.BEFORE_DATA, "the commit of shard 0"),
+        (Failpoint.BEFORE_MANIFEST, "the end of the run in"),
+    ],
 )
 def test_a_run_that_stands_still_is_ended_and_goes_on_later(tiny, tmp_path, point, awaited):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 4)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.errors import CageError
@@ -38,16 +39,28 @@ def start_hosts(assembly: Assembly, *, wiring: Wiring = DIRECT) -> Hosts:
     """
     plans, specs = assembly.topology.hosts, assembly.hosts
     (plan, *other_plans), (spec, *other_specs), (load, *other_loads) = plans, specs, assembly.loads
-    with waiting_for(load):
+    with _loading(plan, load):
         if spec.games is not None:
             sampler = wiring.wrap_host(start_sampling(spec, spec.games))
             return Hosts.lone(LocalSamplingHost(sampler, plan), runs_ahead=sampler.runs_ahead)
         base = LocalProposingHost(wiring.wrap_host(start_proposing(spec)), plan)
     others = []
     for other, other_spec, load in zip(other_plans, other_specs, other_loads, strict=True):
-        with waiting_for(load):
+        with _loading(other, load):
             others.append(LocalHost(wiring.wrap_host(start_scoring(other_spec)), other))
     return Hosts(base, tuple(others))
+
+
+@contextmanager
+def _loading(plan: HostPlan, load: str) -> Iterator[None]:
+    """Start a host in the block. What a machine cannot do is a HostError that names it, as it is over Ray."""
+    with waiting_for(load):
+        try:
+            yield
+        except CageError:
+            raise
+        except FAILURES as error:
+            raise describe_failure(plan, "load", error) from error
 
 
 class LocalHost(Generic[HostT]):

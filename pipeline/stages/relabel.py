@@ -145,10 +145,11 @@ def relabel(
     """
     prepared = prepare(config, cache_folder, lambda line: print(line, file=out, flush=True))
     places = _places(config.output.path, may_begin_beside=may_begin_beside)
-    existing = open_run(prepared.plan, places, wiring, may_create=False, may_extend=may_extend)
-    extended = None if existing is None else _extended(existing, prepared.plan, config)
-    if existing is not None and extended is None and existing.is_complete:
-        return existing, False
+    with bounded(config, f"the run in {config.output.path}"):
+        existing = open_run(prepared.plan, places, wiring, may_create=False, may_extend=may_extend)
+        extended = None if existing is None else _extended(existing, prepared.plan, config)
+        if existing is not None and extended is None and existing.is_complete:
+            return existing, False
     for note in prepared.notes:
         print(note, file=out, flush=True)
     # refuses what cannot work before a run is created
@@ -159,19 +160,32 @@ def relabel(
     if existing is not None:
         begun_with = existing.plan.fingerprint
         refuse_mismatch(existing.store.path, begun_with, existing.plan.with_reasoning(markers).fingerprint)
-    run = existing or open_run(plan, places, wiring, may_create=True)
-    assert run is not None
-    if extended is not None:
-        run = run.extend(extended)
-        print(describe_extension(run.plan), file=out, flush=True)
+    with bounded(config, f"the plan of the run in {config.output.path}"):
+        run = existing or open_run(plan, places, wiring, may_create=True)
+        assert run is not None
+        if extended is not None:
+            run = run.extend(extended)
+            print(describe_extension(run.plan), file=out, flush=True)
+        run.begin()
     if run.plan.template_time != replica.template_time:  # another driver was faster
         replica = plan_replica(config, prepared.models, cache_folder, now=run.plan.template_time)
-    run.begin()
     work(config, run, replica, out, is_first=existing is None, is_verbose=is_verbose, wiring=wiring)
-    run.finish()
-    if run.is_superseded:
-        print("another command has extended the run meanwhile, and goes on with it", file=out, flush=True)
+    with bounded(config, f"the end of the run in {run.store.path}"):
+        run.finish()
+        if run.is_superseded:
+            print("another command has extended the run meanwhile, and goes on with it", file=out, flush=True)
     return run, True
+
+
+@contextmanager
+def bounded(config: Config, what: str) -> Iterator[None]:
+    """End the command where its store does not answer: the block, in which it waits for `what`, may not take long.
+
+    Raises:
+        RunStalled: it took longer than `cluster.stall_timeout_s`.
+    """
+    with waiting_for(what), ended_when_stalled(config.cluster.stall_timeout_s, lambda: None, waits):
+        yield
 
 
 def work(
@@ -185,7 +199,8 @@ def work(
     wiring: Wiring,
 ) -> None:
     """Decode the shards that are not committed."""
-    committed = run.committed()
+    with bounded(config, f"the commit records of the run in {run.store.path}"):
+        committed = run.committed()
     todo = [shard.index for shard in run.plan.shards if shard.index not in committed]
     if not is_first:  # another driver may be at work: begin elsewhere than it did
         start = random.randrange(len(todo) or 1)

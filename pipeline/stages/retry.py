@@ -24,7 +24,7 @@ from pipeline.inputs.files import Format
 from pipeline.inputs.source import is_unchanged, open_input
 from pipeline.runtime.replica_plan import plan_replica
 from pipeline.runtime.wiring import DIRECT, Wiring
-from pipeline.stages.relabel import MAX_BESIDE, Prepared, open_run, prepare, work
+from pipeline.stages.relabel import MAX_BESIDE, Prepared, bounded, open_run, prepare, work
 from pipeline.storage.commits import CommitRecord
 from pipeline.storage.extension import adopt, fit_source
 from pipeline.storage.failed_rows import CONVERSATION, ID, RESPONSE, TOOLS, WEIGHTS, read_stored, write_failed_rows
@@ -91,9 +91,10 @@ def retry(
         return command.decode(run, prepared, _beside(run, asked.only)), True
     again = command.decode(run, prepared, [f"{run.store.path}/{RETRIES}{_key(run, choice)}"])
     is_accepted = run.is_complete
-    run.reopen()
-    for shard, rerun in _reruns(again, choice):
-        run.revise(committed[shard], rerun)
+    with bounded(config, f"the new revisions in {run.store.path}"):
+        run.reopen()
+        for shard, rerun in _reruns(again, choice):
+            run.revise(committed[shard], rerun)
     num_rows = sum(len(ids) for ids in choice.new_id_by_old.values())
     say(f"{num_rows:,} rows were run again, in new revisions of {len(choice.new_id_by_old):,} shards")
     _finish(run, run.committed(), say, is_accepted=is_accepted)
@@ -242,9 +243,11 @@ class _Command:
         replica = plan_replica(self.config, prepared.models, self.cache_folder, now=run.plan.template_time)
         markers = None if replica.reasoning is None else replica.reasoning.describe()
         plan = prepared.plan.with_template_time(replica.template_time).with_reasoning(markers)
-        again = open_run(plan, places, self.wiring, may_create=True)
-        assert again is not None
-        if not again.is_complete:
+        with bounded(self.config, f"the run in {places[0]}"):
+            again = open_run(plan, places, self.wiring, may_create=True)
+            assert again is not None
+            is_complete = again.is_complete
+        if not is_complete:
             work(
                 self.config,
                 again,
@@ -254,7 +257,8 @@ class _Command:
                 is_verbose=self.is_verbose,
                 wiring=self.wiring,
             )
-            again.finish()
+            with bounded(self.config, f"the end of the run in {again.store.path}"):
+                again.finish()
         return again
 
 

@@ -106,6 +106,8 @@ def _code_version() -> str:
 
 def differing_fields(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """The fields in which two fingerprints differ, but for keys that came later and have no effect."""
+    if first == second:
+        return []
     left, right = without_later_keys(first), without_later_keys(second)
     return sorted(key for key in {*left, *right} if key not in left or key not in right or left[key] != right[key])
 
@@ -122,6 +124,8 @@ def explain_mismatch(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def refuse_mismatch(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise RunMismatch unless the fingerprints are the same, but for keys that came later and have no effect."""
+    if old == new:
+        return
     difference = explain_mismatch(without_later_keys(old), without_later_keys(new))
     if difference:
         raise RunMismatch(

@@ -8,7 +8,6 @@ from pipeline.errors import ConfigurationError
 from pipeline.quoting import quote
 from pipeline.storage.names import EARLIER_PLAN, OWN_INPUT, PLAN
 from pipeline.storage.plan import Plan
-from pipeline.stores.addresses import split_address
 from pipeline.stores.store import Store
 
 SHOWN = 5  # names of other files in a message
@@ -51,11 +50,15 @@ def refuse_other_files(store: Store) -> None:
         )
 
 
-def check_exclusive(store: Store, plan: Plan) -> None:
+def check_exclusive(store: Store) -> None:
     """Refuse a store that lets a second writer win: some S3-compatible ones ignore If-None-Match.
 
-    The plan was just created, so creating it again must fail.
+    The plan is there, so creating it again must fail. Every command that decodes looks: one that was refused leaves
+    its plan.
     """
-    is_object_store = split_address(store.path)[0] is not None
-    if is_object_store and store.create(PLAN, plan.to_json()):
-        raise ConfigurationError(f"{store.path} is in a store without create-only writes (If-None-Match)")
+    data = store.read(PLAN)
+    if data is not None and store.create(PLAN, data):
+        raise ConfigurationError(
+            f"{store.path} is in a store without create-only writes (hard links in a folder, If-None-Match in an "
+            "object store), so that two commands would overwrite each other; choose another output.path"
+        )

@@ -67,7 +67,7 @@ class Run:
         if not has_plan(store):
             refuse_other_files(store)
             if store.create(PLAN, plan.to_json()):
-                check_exclusive(store, plan)
+                check_exclusive(store)
                 return cls(store, plan)
             # another driver was faster: its plan is checked like that of any earlier run
         stored = read_plan(store)
@@ -120,7 +120,14 @@ class Run:
         return self.store.read(SUCCESS) == self._success
 
     def begin(self) -> None:
-        """Take away the mark of a finished run, which is of the shards before an extension, or there for nothing."""
+        """Look whether the store can create-only, before shards are decoded.
+
+        The mark of a finished run is taken away where it is of the shards before an extension, or there for nothing.
+
+        Raises:
+            ConfigurationError: the store lets a second writer win.
+        """
+        check_exclusive(self.store)
         if not self.is_complete:
             self.store.remove(SUCCESS)
 
@@ -246,15 +253,19 @@ class Run:
         if self.is_superseded:  # whoever extended the run, or resumes it, finishes it
             return
         records = self.committed()
+        for shard in self.plan.shards:  # listings of some object stores are behind: a read is not
+            if shard.index not in records and (record := self.commit_of(shard.index)) is not None:
+                records[shard.index] = record
         self._publish(records)
         names = {name for record in records.values() for name in record.sha256_by_file}
         stored = {name for folder in ("part-", FAILED, EARLIER_FAILED) for name in self.store.names(folder)}
-        if len(records) < len(self.plan.shards) or not names <= stored:
-            missing = len(self.plan.shards) - len(records)
+        missing = [name for name in sorted(names - stored) if self.store.read(name) is None]
+        if len(records) < len(self.plan.shards) or missing:
             raise CageError(
-                f"{self.store.path} is not complete: {missing} shards and {len(names - stored)} files missing"
+                f"{self.store.path} is not complete: {len(self.plan.shards) - len(records)} shards and "
+                f"{len(missing)} files missing"
             )
-        for name in stored - names:
+        for name in sorted(stored - names):
             # of an attempt that was not the one committed, or that came after a revision
             is_late = shard_of(name) in records and records[shard_of(name)].revision > 0
             if (is_of_failed_rows(name) or is_late) and shard_of(name) < len(self.plan.shards):

@@ -20,6 +20,8 @@ from pipeline.stores.retries import retried
 TEMPORARY_SUFFIX = ".tmp"
 ABANDONED_AFTER_S = 600.0  # no write takes so long: an older temporary file has lost its writer
 
+_durable_folders: set[Path] = set()  # of which this process knows that they survive a power cut
+
 
 @dataclass(frozen=True, slots=True)
 class LocalStore:
@@ -73,6 +75,8 @@ class LocalStore:
             except FileExistsError:
                 # NFS sends a request again whose reply was lost, and then finds the link that the first one made
                 if temporary.stat().st_nlink == 1:
+                    # the caller goes on with the file that is there; its writer may have died before it synced
+                    _sync_folder(file.parent)
                     return False
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
@@ -133,7 +137,7 @@ class LocalStore:
         no or half the data, and a commit record would vouch for it. The file lies in the same folder because links
         and renames do not cross file systems.
         """
-        if not file.parent.is_dir():
+        if file.parent not in _durable_folders or not file.parent.is_dir():
             _make_folder(file.parent)
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
         try:
@@ -141,7 +145,11 @@ class LocalStore:
                 handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())
-            yield temporary
+            try:
+                yield temporary
+            except FileNotFoundError as error:
+                # swept away by a machine whose clock is ahead, or with its folder: another try writes it again
+                raise OSError(errno.ESTALE, f"{temporary} was removed while it was written") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -167,6 +175,11 @@ def check_folder(folder: Path) -> None:
 
 
 def _make_folder(folder: Path) -> None:
+    """Make a folder, and see that it survives a power cut.
+
+    The entries of all folders above it are synced. Another process may have made some of them and been killed
+    before it synced their names.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -178,7 +191,10 @@ def _make_folder(folder: Path) -> None:
             raise
         reason = (error.strerror or "").lower()
         raise ConfigurationError(f"cannot make the folder {folder}: {reason}") from None
-    _sync_folder(folder.parent)
+    for place in reversed(folder.parents):
+        with contextlib.suppress(PermissionError):  # one that may not be looked into is not of this process's making
+            _sync_folder(place)
+    _durable_folders.add(folder)
 
 
 def _sync_folder(folder: Path) -> None:
