@@ -18,6 +18,7 @@ from support.sampling_hosts import LoneHost, assert_same, config_of_lone_host
 
 from pipeline.aligner import Aligner
 from pipeline.config.files import parse_config
+from pipeline.engine.choices import ChoiceEngine
 from pipeline.engine.engine import decode_rows
 from pipeline.engine.reasoning import Phase
 from pipeline.errors import ConfigurationError, HostError, RunMismatch
@@ -478,6 +479,52 @@ def test_judges_and_training_data_have_the_answer_alone(tmp_path, model):
     for name in data_files(run):
         for candidate, row in zip(read_candidates(run, name), rows, strict=True):
             assert (candidate.text, candidate.num_tokens) == (row["response"], row["num_tokens"] - 5)
+
+
+class RestartingHost(ScriptedHost):
+    """A `ScriptedHost` whose script begins again with every row, behind what its prompt has of the answer."""
+
+    first = None
+
+    def advance(self, at, step):
+        for admission in step.admissions:
+            length = len(admission.prompts["base"])
+            self.first = length if self.first is None else self.first
+            self.sent = [0] * (length - self.first)
+        super().advance(at, step)
+
+
+@pytest.mark.parametrize("unit", ["answer", "block"])
+@pytest.mark.parametrize("in_answers", [False, True])
+def test_judges_that_are_principals_read_what_a_user_reads(model, unit, in_answers):
+    """Without reasoning and special tokens, block by block, and its tokens are counted without them as well."""
+    judge = {"long": {"kind": "judge", "judge": {"kind": "length"}}}
+    decoding = {"unit": unit, "proposals": 2, "thinking": {"in_answers": in_answers}}
+    decoding |= {"block_tokens": 3} if unit == "block" else {}
+    assembly = assemble(config_of(model(OPENED, *THINK), judge, decoding=decoding, cluster={"slots": 1}), NOWHERE)
+    reasoning, answer = assembly.prompter._ids("hm hm</think>"), assembly.prompter._ids("yes, well then")
+    script = [*reasoning, *answer, *[assembly.prompter._end_id] * 9]
+    host = RestartingHost(script, assembly.config.decoding.sampling)
+    hosts = Hosts.lone(LocalSamplingHost(host, assembly.topology.hosts[0]), runs_ahead=False)
+    judged = []
+
+    def score(prompt, texts, num_tokens):
+        judged.extend(zip(texts, num_tokens, strict=True))
+        return [float(len(text)) for text in texts]
+
+    inner = make_engine(assembly, hosts)
+    parts = (assembly.topology, assembly.prompter, assembly.config.decoding, assembly.variants)
+    (record,) = decode_rows(ChoiceEngine(inner, *parts, {"long": score}), [ask("a", "hello")])
+    assert record.num_reasoning_tokens == len(reasoning)
+    last_text, last_count = judged[-1]
+    if in_answers:
+        assert "</think>" in last_text
+        return
+    assert record.response == last_text == "yes, well then"
+    assert last_count == len(answer) + 1  # with the token that ends it
+    assert record.rewards["long"] == len(last_text)
+    assert all(last_text.startswith(text) for text, _ in judged)
+    assert ("" in dict(judged)) == (unit == "block")  # blocks that are reasoning alone
 
 
 def test_a_run_goes_on_only_with_a_base_that_reasons_as_before(tmp_path, model):

@@ -389,7 +389,7 @@ def test_candidates_that_cannot_be_read_cost_their_row_alone(value, said):
 
 
 def test_candidates_need_games_over_answers(tiny):
-    with pytest.raises(ConfigurationError, match=r"input\.candidates needs decoding\.unit: answer; got token"):
+    with pytest.raises(ConfigurationError, match=r"input\.candidates needs unit: answer; got unit: token"):
         config_of(str(tiny("llama")), PAIR, input={"path": "x.jsonl", "candidates": "c"})
 
 

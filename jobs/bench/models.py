@@ -99,6 +99,9 @@ class GivenPrompts:
     def encode_existing(self, row: Row, prompts: Mapping[str, Sequence[int]]) -> tuple[list[int], int]:
         return self.encode_answer(row.response or ""), 0
 
+    def without_reasoning(self, text: str) -> str:
+        return text
+
     def begin_turn(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> None:
         return None
 

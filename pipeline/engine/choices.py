@@ -180,12 +180,17 @@ class ChoiceEngine:
         menu = self._menus.get(key)
         if menu is None and whole.row.candidates:
             menu = self._menus[key] = Menu(
-                0, whole.prompts, whole.row.messages, given=whole.row.candidates, weights=whole.terms.weights
+                0,
+                whole.prompts,
+                whole.prompts,
+                whole.row.messages,
+                given=whole.row.candidates,
+                weights=whole.terms.weights,
             )
         elif menu is None:
             count = self._decoding.proposals
             prompts = {role: [*prompt, *taken] for role, prompt in whole.prompts.items()} if taken else whole.prompts
-            menu = self._menus[key] = Menu(count, prompts, whole.row.messages, taken)
+            menu = self._menus[key] = Menu(count, prompts, whole.prompts, whole.row.messages, taken)
             for number in range(count):
                 inner = self._proposal(whole, prompts, number, first=path.num_games * SAMPLES)
                 self._menu_of[inner.key] = key, number

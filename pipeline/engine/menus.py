@@ -12,6 +12,7 @@ from pipeline.config.sections import DecodingConfig
 from pipeline.engine.calls import HostCalls
 from pipeline.engine.engine import Ended
 from pipeline.engine.prompter import Prompter
+from pipeline.engine.reasoning import Turn
 from pipeline.engine.row_state import RunningRow
 from pipeline.errors import RowError
 from pipeline.protocol.messages import TokenOutcome
@@ -56,6 +57,7 @@ class Choice:
         weight: in the base policy, relative to the others.
         outcomes: of its tokens, as the base drew them.
         rewards: by principal, in nats.
+        turn: what a whole answer says, of a base that reasons; None for blocks, and for answers that rows bring.
     """
 
     tokens: tuple[int, ...]
@@ -64,6 +66,7 @@ class Choice:
     weight: float
     outcomes: tuple[TokenOutcome, ...]
     rewards: tuple[float, ...]
+    turn: Turn | None = None
 
 
 @dataclass(slots=True)
@@ -73,6 +76,7 @@ class Menu:
     Args:
         num_waiting: proposals that have not ended.
         prompts: token ids by role that all of them begin with.
+        turn_prompts: those before the answer, without the tokens of it that were taken.
         ended: by number.
         given: answers that the row brings, in place of proposals.
         weights: of the row, for roles that take them.
@@ -87,6 +91,7 @@ class Menu:
 
     num_waiting: int
     prompts: Mapping[str, Sequence[int]]
+    turn_prompts: Mapping[str, Sequence[int]]
     prompt: Sequence[Message] = ()
     taken: tuple[int, ...] = ()
     given: Sequence[Candidate] = ()
@@ -148,7 +153,8 @@ class Valuer:
                 continue
             assert ended.turn is not None
             rewards = self._rewards(menu, running, ended.turn.num_reasoning_tokens)
-            choices[tokens] = Choice(tokens, ended.turn.text, 1, 1.0, tuple(running.outcomes), rewards)
+            turn = None if running.reasoning is None else ended.turn
+            choices[tokens] = Choice(tokens, ended.turn.text, 1, 1.0, tuple(running.outcomes), rewards, turn)
         menu.ended.clear()
         return self._with_scores(menu, list(choices.values()))
 
@@ -180,9 +186,9 @@ class Valuer:
         """Choices with the rewards of principals that value text: what each adds to the score so far."""
         if not self._scorers or not choices:
             return tuple(choices)
-        before, num_before = self._prompter.decode(menu.taken) if menu.taken else "", len(menu.taken)
-        texts = [self._text(menu, choice) for choice in choices]
-        num_tokens = [num_before + len(choice.tokens) for choice in choices]
+        before, num_before = self._answer_of(menu, menu.taken)
+        judged = [self._judged(menu, choice) for choice in choices]
+        texts, num_tokens = [text for text, _ in judged], [count for _, count in judged]
         for name, scorer in self._scorers.items():
             at = self._names.index(name)
             so_far = scorer(menu.prompt, [before], [num_before])[0] if before else 0.0
@@ -190,31 +196,54 @@ class Valuer:
                 rewards = list(choices[index].rewards)
                 rewards[at] = score - so_far
                 choices[index] = replace(choices[index], rewards=tuple(rewards))
-        judged = []
+        with_scores = []
         is_final = True
         for choice in choices:
             by_name = zip(self._names, choice.rewards, strict=True)
             missing = {name: reward for name, reward in by_name if not math.isfinite(reward)}
             if not missing:
-                judged.append(choice)
+                with_scores.append(choice)
             for name, reward in missing.items():
                 if is_final:
                     menu.error = f"{name} gives no score: {getattr(reward, 'reason', f'it is {float(reward)}')}"
                 # a game without proposals that may be scored later would depend on when it is played
                 is_final = is_final and getattr(reward, "is_final", True)
-        return tuple(judged) if is_final else ()
+        return tuple(with_scores) if is_final else ()
 
-    def _text(self, menu: Menu, choice: Choice) -> str:
-        """The answer with a proposal: all tokens read together, as a character may begin before the block."""
-        if not menu.taken:
-            return choice.text
-        whole = self._prompter.decode([*menu.taken, *choice.tokens])
+    def _judged(self, menu: Menu, choice: Choice) -> tuple[str, int]:
+        """What a user reads of the answer with a proposal, and how many tokens that is: without reasoning."""
+        in_answers = self._decoding.thinking.in_answers
+        if menu.given:
+            text = choice.text if in_answers else self._prompter.without_reasoning(choice.text)
+            return text, len(choice.tokens)
+        if choice.turn is not None and not in_answers:
+            turn = choice.turn
+            return turn.answer if turn.is_closed else "", len(choice.tokens) - turn.num_reasoning_tokens
+        if choice.turn is not None:
+            return choice.text, len(choice.tokens)
+        # all tokens are read together, as a character may begin before the block
+        text, num_tokens = self._answer_of(menu, [*menu.taken, *choice.tokens])
         num_cut = max(0, len(self._prompter.decode(choice.tokens)) - len(choice.text))  # by a stop string
-        return whole[: len(whole) - num_cut]
+        return text[: max(0, len(text) - num_cut)], num_tokens
+
+    def _answer_of(self, menu: Menu, tokens: Sequence[int]) -> tuple[str, int]:
+        """What a user reads of these first tokens of an answer, and how many tokens that is."""
+        in_answers = self._decoding.thinking.in_answers
+        track = None if in_answers else self._prompter.begin_turn(menu.prompt, menu.turn_prompts)
+        if track is None or not tokens:
+            return self._prompter.decode(tokens), len(tokens)
+        for count in range(1, len(tokens) + 1):
+            track.advance(tokens[:count])
+        is_ended = tokens[-1] in self._prompter.stop_ids and track.num_closed != len(tokens)
+        turn = track.read(tokens[:-1] if is_ended else tokens)
+        return turn.answer if turn.is_closed else "", len(tokens) - turn.num_reasoning_tokens
 
     def scores_of(self, prompt: Sequence[Message], text: str) -> dict[str, float]:
         """What principals that value text give for a whole answer, by name."""
-        num_tokens = len(self._prompter.encode_answer(text)) if self._scorers else 0
+        if not self._scorers:
+            return {}
+        text = text if self._decoding.thinking.in_answers else self._prompter.without_reasoning(text)
+        num_tokens = len(self._prompter.encode_answer(text))
         return {name: scorer(prompt, [text], [num_tokens])[0] for name, scorer in self._scorers.items()}
 
     def _rewards(self, menu: Menu, running: RunningRow, num_reasoning: int) -> tuple[float, ...]:

@@ -56,6 +56,9 @@ class Prompter(Protocol):
     def begin_turn(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> ReasoningTrack | None:
         """What follows the reasoning in an answer to these prompts; None where the base does not reason."""
 
+    def without_reasoning(self, text: str) -> str:
+        """An answer's text without the block of reasoning that it may begin with."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
 

@@ -219,6 +219,10 @@ class ChatPrompter:
             return None
         return ReasoningTrack(self._control, self, self._phase(messages, prompts))
 
+    def without_reasoning(self, text: str) -> str:
+        """An answer's text without the block of reasoning that it may begin with."""
+        return text if self._control is None else self._control.form.split(text)[1]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
         return str(self._base.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
