@@ -50,6 +50,14 @@ def test_a_difference_is_paired_by_prompt(tmp_path):
     assert high - low > 5
 
 
+def test_one_prompt_shows_no_difference(tmp_path):
+    """Every resampling of it is the same, which says nothing about others."""
+    paths = [words(tmp_path, "a.jsonl", [3]), words(tmp_path, "b.jsonl", [7])]
+    (difference,) = found(paths)["differences"]
+    assert difference["difference"] == 4
+    assert (difference["p"], difference["p_adjusted"], difference["prompts_for_this_difference"]) == (None,) * 3
+
+
 def test_the_interval_covers_the_true_difference_as_often_as_it_says(tmp_path):
     generator, hits = np.random.default_rng(1), 0
     for at in range(60):

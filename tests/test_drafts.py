@@ -13,7 +13,9 @@ from support.unreliable import FreePace, Replica, failed, nothing
 from pipeline.engine import drafting
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import HostOutOfMemory
+from pipeline.protocol import messages
 from pipeline.protocol.hosts import Reply
+from pipeline.worker import language_model_runner
 
 EXISTING = {"input": {"path": "x", "response": "r"}}
 GREEDY = {"temperature": 0.0, "agent_temperature": 3.0}  # leaves the base's answers here and there
@@ -81,6 +83,16 @@ def test_samples_over_the_whole_vocabulary(tiny):
     decoding = {"n": 3, "temperature": 0.3, "candidates": "all"}
     _, tally = compared(tiny(), MANY_ROWS[:3], "siblings", decoding=decoding)
     assert tally.accepted > 2
+
+
+def test_a_pass_may_have_parts_of_a_prompt_alone(tiny, monkeypatch):
+    """A relaxed pass is not padded: while the first part of a long prompt is read, no row draws a token."""
+    decoding = {"max_new_tokens": 4, "reproducibility": "relaxed", "draft": ["lookup"]}
+    engine, _ = engine_of(config_of(tiny(), decoding=decoding, cluster={"slots": 2}))
+    for module in (messages, language_model_runner):  # a few words are a long prompt
+        monkeypatch.setattr(module, "CHUNK", 16)
+    [record] = decode_rows(engine, [ask("long", "again and " * 8)])
+    assert (record.error, record.num_tokens) == (None, 4)
 
 
 def test_adapters_and_the_prefixes_that_rows_share(tiny, tmp_path):

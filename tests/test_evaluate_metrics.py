@@ -241,6 +241,18 @@ def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():
     ]
 
 
+def test_one_prompt_makes_no_rule_better():
+    variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
+    [mip] = [
+        row
+        for row in summary.differences(resampled(variants, {"a": [[3.0], [1.0]]}, np.ones((2, 1))), {})
+        if row["metric"] == "mip"
+    ]
+    assert mip["difference"] == 1
+    assert (mip["p"], mip["p_adjusted"], mip["prompts_for_this_difference"]) == (None,) * 3
+    assert "is not distinguishable from linear" in reading([mip], 0.95)[0]
+
+
 def test_differences_say_how_many_prompts_they_take_and_are_adjusted_by_metric():
     """Against the test of a mean of differences: its deviation over prompts, and 2.8 of its standard errors."""
     generator = np.random.default_rng(4)

@@ -172,7 +172,7 @@ def _difference(
         "system": scored.names[at],
         "difference": _number(difference_S[0]),
         "interval": _interval(difference_S, bootstrap),
-        "p": p_value(difference_S[1:]),
+        "p": p_value(difference_S[1:], len(lead_P)),
         "wins": int((lead_P > TIE).sum()),
         "ties": int((abs(lead_P) <= TIE).sum()),
         "losses": int((lead_P < -TIE).sum()),

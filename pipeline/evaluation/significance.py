@@ -13,10 +13,13 @@ from pipeline.evaluation.metrics import Floats
 QUANTILES = 1.959964 + 0.841621
 
 
-def p_value(difference_S: Floats) -> float | None:
-    """Twice the share of bootstrap samples on the far side of 0, and no less than the samples can resolve."""
+def p_value(difference_S: Floats, num_prompts: int) -> float | None:
+    """Twice the share of bootstrap samples on the far side of 0, and no less than the samples can resolve.
+
+    None for fewer than two prompts: resampling one says nothing about others.
+    """
     known_S = difference_S[np.isfinite(difference_S)]
-    if not len(known_S):
+    if not len(known_S) or num_prompts < 2:
         return None
     tail = min((known_S <= 0).sum(), (known_S >= 0).sum())
     return float(min(1.0, 2 * (tail + 1) / (len(known_S) + 1)))
@@ -26,8 +29,9 @@ def normal_p_value(difference: float, deviation: float, num_prompts: int) -> flo
     """Two-sided, of a difference with this standard deviation over prompts, by the normal distribution.
 
     Unlike the share of bootstrap samples it has no smallest value, so that it can be adjusted for many comparisons.
+    None for fewer than two prompts.
     """
-    if not (math.isfinite(difference) and math.isfinite(deviation)):
+    if num_prompts < 2 or not (math.isfinite(difference) and math.isfinite(deviation)):
         return None
     error = deviation / math.sqrt(num_prompts)
     if error < 1e-12 * max(1.0, abs(difference)):  # the same on every prompt, up to rounding
@@ -64,6 +68,10 @@ def smallest_difference(deviation: float, num_prompts: int) -> float | None:
 
 
 def deviation_of(samples_S: Floats, num_prompts: int) -> float:
-    """The standard deviation over prompts that bootstrap samples of a statistic imply: sqrt(P) times theirs."""
+    """The standard deviation over prompts that bootstrap samples of a statistic imply: sqrt(P) times theirs.
+
+    NaN for fewer than two of either.
+    """
     known_S = samples_S[np.isfinite(samples_S)]
-    return float(known_S.std(ddof=1) * math.sqrt(num_prompts)) if len(known_S) > 1 else math.nan
+    is_known = len(known_S) > 1 and num_prompts > 1  # resampling one prompt says nothing about others
+    return float(known_S.std(ddof=1) * math.sqrt(num_prompts)) if is_known else math.nan

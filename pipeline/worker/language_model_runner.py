@@ -198,7 +198,7 @@ class LanguageModelRunner:
         if done := self._passes.run(self._newest_batch, self.newest_S):
             places_R, logits_RV = done
             if self._drafts:  # a cache row may have run more than once; otherwise its number is its logits' place
-                places_R = torch.tensor(self._newest_batch.outputs)
+                places_R = torch.tensor(self._newest_batch.outputs, dtype=torch.long)  # may be empty
             self._logits.put(places_R, logits_RV)
 
     @torch.inference_mode()
