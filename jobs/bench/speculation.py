@@ -249,4 +249,6 @@ def print_table(measured: Sequence[Measured]) -> None:
             f"{each.tokens_per_cpu_s:.1f}",
             f"{each.speedup:.2f}",
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 118)  # a narrower table wraps its numbers
+    console.print(table)
