@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,6 +43,7 @@ def _run(name: str, only: tuple[str, ...], output: Path, *, list_stages: bool) -
     for word in only:
         if not any(each.startswith(word) for each in known):
             raise ConfigurationError(f"--only {word}: no stage begins so; stages: {', '.join(known)}")
+    print(f"{scale.name}: {scale.duration}", flush=True)
     for stage in everything:
         if only and not stage.name.startswith(only):
             continue
@@ -70,9 +71,18 @@ def _publish(name: str, folder: Path, output: Path) -> None:
     }
     output.mkdir(parents=True, exist_ok=True)
     place = output / f"{name}.json"
-    place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    place.write_text(json.dumps(_rounded(found), indent=1) + "\n", encoding="utf-8")
     draw(scale, asked, output)
     print(f"written: {place} and the charts beside it")
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers with six digits after the point: nobody reads more, and files stay small."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

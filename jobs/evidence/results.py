@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import metadata
@@ -162,6 +163,7 @@ def facts(scale: Scale, folder: Path) -> Json:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "scale": scale.name,
+        "date": time.strftime("%Y-%m-%d"),
         "seed": SEED,
         "commit": commit or None,
         "processor": platform.processor() or platform.machine(),

@@ -11,7 +11,7 @@ class Scale:
 
     Args:
         name: of the folder below `runs/evidence`.
-        duration: on two CPU cores, as measured or as computed from the measured speed.
+        duration: on CPU cores, as measured or as computed from the measured speed.
         training: prompts for the pairs of both halves together.
         epochs: passes of a training over its pairs.
         advise: prompts on which token rewards are recorded.
@@ -46,7 +46,7 @@ class Scale:
 
 FULL = Scale(
     name="full",
-    duration="about eight days",
+    duration="about 90 core-hours for games over tokens, and several hundred more for those over answers",
     training=1000,
     epochs=1.0,
     advise=100,
@@ -63,7 +63,7 @@ FULL = Scale(
 )
 SMALL = Scale(
     name="small",
-    duration="about three hours",
+    duration="about an hour on two idle cores",
     training=100,
     epochs=0.5,
     advise=50,
