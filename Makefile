@@ -10,11 +10,13 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs format browser kernels evidence audit lock soak clean help
+.PHONY: demo test simulate chaos check docs format browser kernels evidence audit lock soak clean help
 
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
 	@echo "make test    run the tests (all but those that need a GPU)"
+	@echo "make simulate  10,000 simulated runs with faults, in two processes: some minutes"
+	@echo "make chaos   50 real runs that are killed and resumed"
 	@echo "make check   formatter, linter, types, import contracts, documentation"
 	@echo "make docs    build the documentation into site/"
 	@echo "make format  format and fix what can be fixed"
@@ -36,6 +38,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+simulate: $(READY)
+	$(BIN)/python -m tests.simulation --schedules 10000 --jobs 2
+
+chaos: $(READY)
+	$(BIN)/python tests/chaos.py --schedules 50
 
 check: $(READY) docs
 	$(BIN)/ruff format --check .

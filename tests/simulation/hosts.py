@@ -1,0 +1,262 @@
+"""Hosts whose model is a table: the logits of a role are a hash of the tokens that it has read."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.prompter import NOTHING
+from pipeline.errors import ConfigurationError, RowError
+from pipeline.protocol.hosts import Reply
+from pipeline.protocol.messages import DRAWN, Candidates, MemoryBudget, Position, Step, Terms, TokenOutcome
+from pipeline.protocol.specs import GameSpec, HostSpec
+from pipeline.protocol.topology import Role
+from pipeline.records import Message, Row, Tool
+from pipeline.sampling.games import SampledStep, solve_and_sample
+from pipeline.worker.hosts import LanguageModelHost, PositionGuard
+from pipeline.worker.sampling_host import SamplingHost
+from simulation.threads import Current
+
+VOCAB = 6
+END = 0
+PASS_S = 0.02
+POISON = "poison"
+
+_tables: dict[int, list[float]] = {}
+
+
+def logprobs(state: int) -> list[float]:
+    """Log-probabilities of all tokens after what hashes to `state`."""
+    if state not in _tables:
+        logits = [((state >> (5 * token)) & 31) / 12 for token in range(VOCAB)]
+        total = math.log(sum(map(math.exp, logits)))
+        _tables[state] = [logit - total for logit in logits]
+    return _tables[state]
+
+
+class TableRunner:
+    """A language model (`LanguageRunner`) that is a table.
+
+    Args:
+        spec: of its host.
+        salt: another machine kind gives other bits.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, spec: HostSpec, salt: int) -> None:
+        self._roles = [role.name for role in spec.roles]
+        self._salt = salt
+        self._states: dict[int, list[int]] = {}
+        self._poisoned: set[int] = set()
+        self.newest_S = torch.zeros(spec.num_slots, dtype=torch.int64)
+
+    def forget(self) -> None:
+        """Know no row any more, as a process that was restarted."""
+        self._states.clear()
+
+    def advance(self, step: Step) -> None:
+        world, task = Current.world, Current.task()
+        world.pause(PASS_S)
+        Current.inject.host_call(task.process)
+        for slot, token in zip(step.slots, step.tokens, strict=True):
+            token = int(self.newest_S[slot]) if token == DRAWN else token
+            self._states[slot] = [zlib.crc32(b"%d" % token, state) for state in self._states[slot]]
+        for admission in step.admissions:
+            states = []
+            for role in self._roles:
+                tokens = [*admission.prompts[role], *admission.answer]
+                states.append(zlib.crc32(repr((role, self._salt, tokens)).encode()))
+                if POISON_TOKEN in tokens and Current.inject.has("a row kills its host"):
+                    task.process.kill()
+            self._states[admission.slot] = states
+
+    def _of(self, slots: Sequence[int]) -> list[list[list[float]]]:
+        return [[logprobs(state) for state in self._states[slot]] for slot in slots]
+
+    def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
+        Current.world.pause(PASS_S / 4)
+        ids, base, covered, others = [], [], [], []
+        for roles in self._of(slots):
+            order = sorted(range(VOCAB), key=lambda token: (-roles[0][token], token))[:num_candidates]
+            ids.append(order)
+            base.append([roles[0][token] for token in order])
+            covered.append(sum(map(math.exp, base[-1])))
+            others.append([[role[token] for token in order] for role in roles])
+        return Candidates(
+            torch.tensor(ids),
+            torch.tensor(base, dtype=torch.float64),
+            torch.tensor(covered, dtype=torch.float64),
+            torch.tensor(others, dtype=torch.float64),
+        )
+
+    def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
+        Current.world.pause(PASS_S / 4)
+        assert ids_BK is not None
+        return torch.tensor(
+            [
+                [[role[token] for token in row] for role in roles]
+                for row, roles in zip(ids_BK.tolist(), self._of(slots), strict=True)
+            ],
+            dtype=torch.float64,
+        )
+
+    def score(
+        self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
+    ) -> Tensor:
+        raise RowError("a table scores no existing answers")
+
+    def memory_budget(self, row_tokens: int) -> MemoryBudget:
+        return MemoryBudget("here", "cpu", 1, 1000)
+
+    def resize(self, num_slots: int) -> None:
+        Current.world.pause(PASS_S / 4)
+        self._states.clear()
+        self.newest_S = torch.zeros(num_slots, dtype=torch.int64)
+
+    @property
+    def work(self) -> tuple[int, int, float]:
+        return 0, 0, 0.0
+
+    cache_bytes = 0
+
+
+class Forgetful:
+    """A host that may lose its state between two calls."""
+
+    _runner: TableRunner
+    _guard: PositionGuard
+
+    def advance(self, at: Position, step: Step) -> None:
+        if Current.inject.host_forgets():
+            self._runner.forget()
+            self._guard.forget()
+        super().advance(at, step)  # type: ignore[misc]
+
+
+class TableHost(Forgetful, LanguageModelHost):
+    """A host that proposes or scores."""
+
+
+class TableSamplingHost(Forgetful, SamplingHost):
+    """A host that samples."""
+
+
+class LateSamplingHost(TableSamplingHost):
+    """A host whose outcomes come later than its answer, as those of a GPU do."""
+
+    def advance_and_sample(
+        self, at: Position, step: Step, slots: Sequence[int], terms: Sequence[Terms], uniforms: Sequence[float]
+    ) -> Reply[list[TokenOutcome]]:
+        outcomes = super().advance_and_sample(at, step, slots, terms, uniforms).result()
+
+        def wait() -> list[TokenOutcome]:
+            Current.world.pause(PASS_S / 2)
+            return outcomes
+
+        return Reply(wait)
+
+
+def _runner(spec: HostSpec) -> TableRunner:
+    Current.world.pause(1.0)
+    if Current.inject.has("hosts never load"):
+        raise RuntimeError("the weights' file ends before it should")
+    salt = 1 if Current.task().process.driver.name != "d1" and Current.inject.has("other bits") else 0
+    return TableRunner(spec, salt)
+
+
+def start_scoring(spec: HostSpec) -> TableHost:
+    return TableHost(_runner(spec))
+
+
+start_proposing = start_scoring
+
+
+def start_sampling(spec: HostSpec, games: GameSpec) -> TableSamplingHost:
+    kind = LateSamplingHost if Current.is_late else TableSamplingHost
+    return kind(_runner(spec), spec.roles, games)
+
+
+class TablePrompter:
+    """What the engine asks of prompts (`Prompter`), for a vocabulary of six tokens."""
+
+    stop_ids = frozenset((END,))
+
+    def __init__(self, roles: Mapping[str, Role]) -> None:
+        self._roles = roles
+        self._encoded: dict[str, Mapping[str, Sequence[int]]] = {}
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        weights: Mapping[str, float],
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] = NOTHING,
+    ) -> Mapping[str, Sequence[int]]:
+        text = messages[-1]["content"]
+        if text not in self._encoded:
+            tokens = [1 + ord(char) % (VOCAB - 1) for char in text]
+            tokens += [POISON_TOKEN] if text.startswith(POISON) else []
+            self._encoded[text] = {name: [len(role.principle or ""), *tokens] for name, role in self._roles.items()}
+        return self._encoded[text]
+
+    def shared_prefixes(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        return {}
+
+    def context_left(self, prompts: Mapping[str, Sequence[int]]) -> int | None:
+        return None
+
+    def encode_answer(self, text: str) -> Sequence[int]:
+        raise ConfigurationError("the rows have no answers")
+
+    def kwargs_of(self, row: Row) -> Mapping[str, Any]:
+        return NOTHING
+
+    def encode_existing(self, row: Row, prompts: Mapping[str, Sequence[int]]) -> tuple[Sequence[int], int]:
+        raise ConfigurationError("the rows have no answers")
+
+    def begin_turn(self, messages: Sequence[Message], prompts: Mapping[str, Sequence[int]]) -> None:
+        return None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(" abcdef"[token] for token in ids)
+
+    raw_text = decode
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+
+POISON_TOKEN = 999
+
+_solved: dict[tuple[Any, ...], list[float]] = {}
+
+
+def solve_once(
+    options: Any,
+    proposal: Candidates,
+    rewards: Sequence[Tensor],
+    terms: Sequence[Terms],
+    uniforms: Sequence[float],
+    at_weights: Tensor | None = None,
+) -> SampledStep:
+    """`solve_and_sample`, which solves each game once in the life of the process: a row's bits are its own."""
+    assert at_weights is None
+    base, ids = proposal.base_logprobs_BK.tolist(), proposal.ids_BK
+    assert ids is not None
+    valued = torch.stack([*rewards], 1).tolist()
+    keys = [
+        (tuple(base[row]), repr(valued[row]), terms[row].rule, terms[row].weights, uniforms[row], tuple(id_K))
+        for row, id_K in enumerate(ids.tolist())
+    ]
+    for row, key in enumerate(keys):
+        if key not in _solved:
+            one = [reward[row : row + 1] for reward in rewards]
+            solved = solve_and_sample(options, proposal.rows([row]), one, [terms[row]], [uniforms[row]])
+            _solved[key] = solved.numbers_BC[0].tolist()
+    return SampledStep(torch.tensor([_solved[key] for key in keys], dtype=torch.float64))
