@@ -8,8 +8,9 @@ with its owner, errors come as Ray's own classes. `pool` has Ray Data's actor po
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import ray.exceptions
@@ -58,17 +59,24 @@ class Actor:
 
     Args:
         kind: its class.
-        args: of its constructor.
+        args: of its constructor, and `options` by name.
         owner: dies with it.
         machine: where it runs.
     """
 
-    def __init__(self, kind: Any, args: Sequence[Any], owner: Process, machine: str) -> None:
+    def __init__(
+        self,
+        kind: Any,
+        args: Sequence[Any],
+        owner: Process,
+        machine: str,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         world = Current.world
         world.num_actors += 1
         self.process = Process(world, f"{owner.name}.{kind.__name__.lower()}{world.num_actors}", machine, owner)
         self.process.at_death.append(self._died)
-        self._kind, self._args = kind, args
+        self._kind, self._args, self._options = kind, args, options
         self._calls: deque[Call] = deque()
         self._arrived = Waiters()
         self._underway: list[Call] = []
@@ -114,7 +122,7 @@ class Actor:
         world = Current.world
         world.pause(START_S)
         try:
-            self.instance = self._kind(*self._args)
+            self.instance = self._kind(*self._args, **self._options)
         except Exception as error:
             self.init_error = error
             self.process.kill(is_end=True)
@@ -176,11 +184,11 @@ class RemoteClass:
     def options(self, **options: Any) -> RemoteClass:
         return self
 
-    def remote(self, *args: Any) -> Handle:
+    def remote(self, *args: Any, **options: Any) -> Handle:
         process = Current.task().process
         if not process.is_alive:
             Current.world.block()
-        return Handle(Actor(self._kind, args, process, process.machine))
+        return Handle(Actor(self._kind, args, process, process.machine, options))
 
 
 class PlacementGroup:
