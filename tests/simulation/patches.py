@@ -30,6 +30,7 @@ from simulation.threads import (
 OUTSIDE = {"time", "threading", "queue", "signal", "secrets", "random", "os", "ray", "Future", "subprocess", "socket"}
 
 SIMULATED: dict[str, dict[str, Any]] = {
+    "pipeline.cluster.assignments": {"time": Time},
     "pipeline.cluster.board": {
         "time": Time,
         "ray": cluster.Ray,
@@ -125,6 +126,7 @@ SIMULATED: dict[str, dict[str, Any]] = {
 }
 
 NEEDS_NOTHING = {
+    "pipeline.monitoring.events": "writes lines of a log under a lock, without waiting",
     "pipeline.monitoring.host_meter": "measures seconds for metrics, from which nothing follows",
     "pipeline.cluster.processes": "is for benchmarks",
     "pipeline.cluster.scoring": "runs judges, which are not simulated",
