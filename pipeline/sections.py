@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 EMBEDDED_MODEL = "smollm2-135m"
 Placement = Literal["auto", "system", "user"]
@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 
 class Resources(Section):
-    """What Ray reserves for one host. `num_gpus: null` means one GPU where the device is a GPU."""
+    """What Ray reserves for a host, or for each of its ranks. `num_gpus: null`: one GPU where the device is a GPU."""
 
     num_cpus: float = Field(1, ge=0, description="CPU cores")
     num_gpus: float | None = Field(
@@ -44,6 +44,9 @@ class ModelConfig(Section):
         "auto", description="of the weights; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="processes that the weights are split over, with a GPU each where there are GPUs"
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one; cpu, cuda or cuda:N"
     )
@@ -53,6 +56,23 @@ class ModelConfig(Section):
         description="slots: all rows in one pass. plain: one row at a time, slow and right for every family. "
         "auto: slots where they are exact, else plain",
     )
+
+    @model_validator(mode="after")
+    def _ranks_have_a_gpu_each(self) -> ModelConfig:
+        num_gpus = self.resources.num_gpus
+        if self.tensor_parallel > 1 and num_gpus not in (None, 0, 1):
+            raise ValueError(
+                f"resources are those of each rank, which has one GPU or none: with tensor_parallel: "
+                f"{self.tensor_parallel} num_gpus must be null, 0 or 1; got {num_gpus:g}"
+            )
+        return self
+
+
+def in_one_process(model: ModelConfig) -> ModelConfig:
+    """Refuse a model that is split over ranks, for where that has no effect."""
+    if model.tensor_parallel > 1:
+        raise ValueError(f"tensor_parallel must be 1 here, as one process runs it; got {model.tensor_parallel}")
+    return model
 
 
 class BaseConfig(ModelConfig):

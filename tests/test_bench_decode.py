@@ -48,3 +48,19 @@ def test_what_cannot_be_measured_is_refused_by_name(option, value):
     options = {**OPTIONS, "candidates": "50", "json_file": None, name: value}
     with pytest.raises(ConfigurationError, match=f"--{option} must be .*{value}"):
         run_bench_decode(**options)
+
+
+def test_ranks_are_measured_beside_one_process_and_what_they_send_is_counted(tmp_path, capsys):
+    options = {**OPTIONS, "num_adapters": 0, "candidates": "20", "json_file": tmp_path / "measured.json"}
+    run_bench_decode(**options, num_ranks=2)
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    one, two = measured["cases"]["local"], measured["cases"]["2 ranks"]
+    assert (two["tokens"], two["forwards_per_step"]) == (one["tokens"], 1)
+    sent = measured["collectives"]
+    # the embedding, the ends of attention and MLP in four layers, and the logits
+    assert sent["per_step"] == 1 + 2 * 4 + 1
+    rows, width, half_of_vocabulary = 2 * 2, 128, 1024
+    assert sent["bytes_per_step"] == rows * 4 * ((1 + 2 * 4) * width + half_of_vocabulary)
+    assert "ranks: 10 collectives a step" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError, match=r"--tensor-parallel must be 1 .*got 3: its num_attention_heads, 4"):
+        run_bench_decode(**options, num_ranks=3)

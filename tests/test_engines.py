@@ -68,6 +68,6 @@ def test_a_lone_host_steps_all_slots_at_once(tiny):
 
 
 def test_hosts_over_ray_are_concurrent_unless_there_is_one_which_runs_ahead():
-    clients = [RayHost(None, None, 1.0) for _ in range(3)]
+    clients = [RayHost([None], None, 1.0) for _ in range(3)]
     assert hosts_of(clients) == Hosts(clients[0], tuple(clients[1:]), is_concurrent=True)
     assert hosts_of(clients[:1]) == Hosts.lone(clients[0], runs_ahead=True)

@@ -11,10 +11,13 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from jobs.commands.models import markdown_table, run_models
-from jobs.families.configurations import FAMILIES, is_installed
-from jobs.families.measure import measure
+from jobs.families.configurations import FAMILIES, is_installed, make_config, make_random_model
+from jobs.families.measure import greedy, host_spec, measure, prompts
+from jobs.families.ranks import RankPair, why_no_split
 from pipeline.errors import ConfigurationError
-from pipeline.hub.families import PLAIN, REFUSED, SLOTS, expect, read_table
+from pipeline.hub.families import PLAIN, REFUSED, SLOTS, expect, keeps_states, read_table
+from pipeline.hub.model_facts import as_mapping
+from pipeline.worker.loading import load_language_model
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(name for name in FAMILIES if is_installed(name))
@@ -36,6 +39,46 @@ def test_every_family_of_causal_models_is_in_the_table_by_name():
     for name, family in read_table().families.items():
         assert (family.decoding == REFUSED) == (FAMILIES[name].why_not is not None), name
         assert family.decoding == SLOTS or family.reasons["decoding"], name
+
+
+def plan_kind(name):
+    """How transformers splits a family: families of one kind take the same way through the same code."""
+    text = make_config(name).get_text_config(decoder=True)
+    styles = frozenset((text.base_model_tp_plan or {}).values())
+    return read_table().families[name].decoding, styles, bool(text.base_model_ep_plan), keeps_states(as_mapping(text))
+
+
+SPLIT = [name for name in MADE if read_table().families[name].is_tensor_parallel]
+# one of each kind; `cage models --measure` goes through all
+OF_EACH_KIND = sorted({plan_kind(name): name for name in reversed(SPLIT)}.values())
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with RankPair() as pair:
+        yield pair
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_two_ranks_decode_a_family_of_each_kind_of_plan_as_one_process_does(name, ranks, tmp_path):
+    make_random_model(name).save_pretrained(tmp_path / "model")
+    spec = host_spec(tmp_path / "model")
+
+    def expected(rows, num_new):
+        return greedy(load_language_model(spec).runner, rows, num_new)
+
+    assert ranks.why_not(name, spec, prompts(), expected) is None
+
+
+def test_whether_a_family_is_split_is_what_its_plan_says():
+    assert len(SPLIT) > 140
+    assert len(OF_EACH_KIND) > 25
+    for family in read_table().families.values():
+        assert family.is_tensor_parallel == (family.decoding != REFUSED and "tensor_parallel" not in family.reasons)
+    for name in ("llama", "gpt2", "hunyuan_v1_dense", "gpt_oss", "qwen3_next"):
+        reason = why_no_split(make_random_model(name))
+        assert reason == read_table().families[name].reasons.get("tensor_parallel")
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -72,7 +72,7 @@ def test_answers_of_a_device_that_goes_on_are_those_of_one_process(tiny):
     here = LocalSamplingHost(capturing_host(assembly), plan)
     expected = records(assembly, Hosts.lone(here, runs_ahead=True))
     actor = ray.remote(CapturingActor).remote(config)
-    assert records(assembly, hosts_of([RayHost(actor, plan, 60.0)])) == expected
+    assert records(assembly, hosts_of([RayHost([actor], plan, 60.0)])) == expected
     events = ray.get(actor.events.remote())
     collected = [event for event in events if event.startswith("collect")]
     behind = [
@@ -101,7 +101,7 @@ def test_reasoning_that_is_left_alone_and_closed_is_that_of_one_process(tiny):
     assert all(record.num_reasoning_tokens == 5 + len("</think>") for record in expected.values())
     assert any(sum(record.payments.values()) > 0 for record in expected.values())
     actor = ray.remote(CapturingActor).remote(config)
-    assert records(assembly, hosts_of([RayHost(actor, plan, 60.0)])) == expected
+    assert records(assembly, hosts_of([RayHost([actor], plan, 60.0)])) == expected
 
 
 def test_a_mixture_of_experts_has_the_same_bits_over_ray_and_with_other_slots(tmp_path):

@@ -37,7 +37,7 @@ def test_hosts_share_the_memory_of_their_machine_and_answers_do_not_change(tiny,
     auto = config_of(tiny("llama"), {**PAIR, **others}, decoding=DECODING, cluster={"slots": "auto"})
     engine, _ = engine_of(auto)
     alone, _ = engine_of(config_of(tiny("llama"), PAIR, decoding=DECODING, cluster={"slots": "auto"}))
-    budgets = [client.memory_budget(1030).result() for client in engine.calls.hosts.all]
+    budgets = [each for client in engine.calls.hosts.all for each in client.memory_budgets(1030).result()]
     assert engine.num_slots == 20_000_000 // sum(budget.slot_bytes for budget in budgets)
     assert 1 < engine.num_slots < alone.num_slots == 20_000_000 // budgets[0].slot_bytes
     # a reward model keeps no logits: two layers, two heads of 16, keys and values

@@ -52,6 +52,7 @@ def bench_decode(
     threads: Annotated[int, typer.Option(min=1, help="torch threads of every case.")] = 1,
     candidates: Annotated[str, typer.Option(help="Tokens that take part in a game: a number, or all.")] = "50",
     ray: Annotated[bool, typer.Option(help="Measure the decoder over Ray, too.")] = True,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Measure it split over so many ranks, too.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
 ) -> None:
     """This decoder beside bare forward passes, over Ray, a plain transformers loop, and one row at a time."""
@@ -69,6 +70,7 @@ def bench_decode(
         threads=threads,
         candidates=candidates,
         with_ray=ray,
+        num_ranks=tensor_parallel,
         json_file=json_file,
     )
 

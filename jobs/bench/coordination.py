@@ -169,7 +169,7 @@ class SimulatedReplica:
     def __init__(self, config: Config, actors: Sequence[Any]) -> None:
         torch.set_num_threads(1)
         topology = build_topology(config)
-        hosts = hosts_of([RayHost(actor, plan, 60.0) for plan, actor in zip(topology.hosts, actors, strict=True)])
+        hosts = hosts_of([RayHost([actor], plan, 60.0) for plan, actor in zip(topology.hosts, actors, strict=True)])
         prompter = GivenPrompts([{role: [1, 2, 3] for role in topology.roles}])
         self._engine = make_engine(Assembly(config, topology, (), {}, prompter, lay_out(config)), hosts)
         for at in range(config.cluster.first_slots):

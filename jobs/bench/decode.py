@@ -32,14 +32,20 @@ from jobs.bench.models import (
     save_random_model,
 )
 from jobs.bench.plain import bytes_a_pass, copy_bandwidth, decode_plainly, load_plain_model, time_floor
+from jobs.bench.ranks import CountingRanks
 from pipeline.engine.engine import Engine
 from pipeline.errors import ConfigurationError
 from pipeline.hub.descriptions import describe_model
 from pipeline.hub.embedded import default_cache_folder
+from pipeline.hub.parallel_plans import why_not_tensor_parallel
 from pipeline.hub.sources import fetch_weights, resolve_model
+from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
+from pipeline.protocol.hosts import Hosts
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.engines import make_engine
 from pipeline.runtime.local_hosts import start_hosts
+from pipeline.runtime.rank_groups import RankGroupHost
+from pipeline.runtime.wiring import Wiring
 
 FULL_BATCH_STEPS, FULL_BATCH_ROUNDS = 16, 3
 ROW_BY_ROW_STEPS = 4  # each has as many passes as rows
@@ -59,8 +65,11 @@ class Setup:
     vocab_size: int
     work: Work
     cache_folder: Path
+    num_ranks: int = 1
 
-    def assembly(self, *, strict: bool = True, slots: int | None = None, attention: str = "auto") -> Assembly:
+    def assembly(
+        self, *, strict: bool = True, slots: int | None = None, attention: str = "auto", num_ranks: int = 1
+    ) -> Assembly:
         config = make_config(
             self.model,
             num_principals=self.num_principals,
@@ -69,6 +78,7 @@ class Setup:
             max_length=max(self.work.lengths),
             strict=strict,
             candidates=self.candidates,
+            tensor_parallel=num_ranks,
         )
         return make_assembly(config, self.work, self.vocab_size, self.cache_folder, attention=attention)
 
@@ -87,6 +97,7 @@ def run_bench_decode(
     candidates: str,
     with_ray: bool,
     json_file: Path | None,
+    num_ranks: int = 1,
 ) -> None:
     """Measure every case, print a table, write the file."""
     if shape not in SHAPES:
@@ -99,6 +110,9 @@ def run_bench_decode(
         path = model or str(save_random_model(shape, Path(folder) / "model"))
         cache_folder = default_cache_folder(os.environ)
         source = resolve_model(path, cache_folder=cache_folder)
+        stated = read_json(LocalTree(Path(source.path)), CONFIG)
+        if num_ranks > 1 and (reason := why_not_tensor_parallel(stated, num_ranks)):
+            raise ConfigurationError(f"--tensor-parallel must be 1 for {source.name}; got {num_ranks}: {reason}")
         vocab_size = describe_model(source).vocab_size
         adapters: list[str] = []
         if num_adapters:
@@ -110,7 +124,7 @@ def run_bench_decode(
             roles, num_rows=num_rows, vocab_size=vocab_size, mean_length=mean_length, max_length=max_length
         )
         num = "all" if candidates == "all" else int(candidates)
-        setup = Setup(path, num_principals, adapters, slots, threads, num, vocab_size, work, cache_folder)
+        setup = Setup(path, num_principals, adapters, slots, threads, num, vocab_size, work, cache_folder, num_ranks)
         measured = measure(setup, with_ray=with_ray and importlib.util.find_spec("ray") is not None)
     measured["model"] = model or f"random {shape}"
     print_tables(measured)
@@ -133,6 +147,9 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
         cases[name] = _decode(engines[mode], setup.work, threads=setup.threads)
     if with_ray:
         cases["ray"] = measure_ray(setup)
+    collectives = None
+    if setup.num_ranks > 1:
+        cases[f"{setup.num_ranks} ranks"], collectives = measure_ranks(setup)
     torch.set_num_threads(setup.threads)
     cases["plain"] = decode_plainly(plain, setup.work, setup.slots)
     few = setup.work.first(max(2, len(setup.work.lengths) // 8))
@@ -149,6 +166,7 @@ def measure(setup: Setup, *, with_ray: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "cases": cases,
         "full_batch": full_batch,
+        **({} if collectives is None else {"collectives": collectives}),
         "ratios": {f"local to {name}": local / cases[name]["tokens_per_s"] for name in ("plain", "batch1")},
         "peak_memory_mib": _peak_memory_mib(),
     }
@@ -203,6 +221,19 @@ def measure_ray(setup: Setup) -> dict[str, Any]:
     assembly = setup.assembly()
     with cluster(assembly, is_verbose=False), one_replica(assembly) as hosts:
         return _decode(make_engine(assembly, hosts), setup.work, threads=setup.threads)
+
+
+def measure_ranks(setup: Setup) -> tuple[dict[str, Any], dict[str, float]]:
+    """This decoder with its host split over ranks; and what these send each other in a step."""
+    assembly = setup.assembly(num_ranks=setup.num_ranks)
+    host = start_hosts(assembly, wiring=Wiring(wrap_host=CountingRanks())).base
+    assert isinstance(host, RankGroupHost)
+    try:
+        case = _decode(make_engine(assembly, Hosts.lone(host, runs_ahead=False)), setup.work, threads=setup.threads)
+        num_steps, num_calls, num_bytes = host.ask("collectives")
+    finally:
+        host.close()
+    return case, {"per_step": num_calls / num_steps, "bytes_per_step": num_bytes / num_steps}
 
 
 def _local_engine(assembly: Assembly) -> Engine:
@@ -297,6 +328,11 @@ def print_tables(measured: dict[str, Any]) -> None:
         console.print(
             f"of what memory allows ({full['bandwidth_tb_per_s']:.2f} TB/s in a copy): "
             + ", ".join(f"{name} {share:.1%}" for name, share in full["of_memory_bound"].items())
+        )
+    if (sent := measured.get("collectives")) is not None:
+        console.print(
+            f"ranks: {sent['per_step']:.0f} collectives a step, to which each gives "
+            f"{sent['bytes_per_step'] / 1024:,.1f} KiB"
         )
     console.print(", ".join(f"{name}: {ratio:.2f} x" for name, ratio in measured["ratios"].items()))
     console.print(f"peak memory {measured['peak_memory_mib']:,.0f} MiB")

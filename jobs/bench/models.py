@@ -181,6 +181,7 @@ def make_config(
     max_length: int,
     strict: bool,
     candidates: int | str,
+    tensor_parallel: int = 1,
 ) -> Config:
     """Prompted principals and adapters on one base: as many roles of one set of weights, and the base."""
     weight = 1 / max(num_principals + len(adapters), 1)
@@ -190,7 +191,7 @@ def make_config(
         {
             "input": {"path": "none"},
             "output": {"path": "none"},
-            "base": model,
+            "base": {"model": model, "tensor_parallel": tensor_parallel},
             "principals": {name: {**each, "weight": weight} for name, each in (prompted | adapted).items()},
             "decoding": {
                 "max_new_tokens": max_length,
@@ -227,6 +228,7 @@ def make_assembly(
         adapters={name: resolve_adapter(folder, cache_folder=cache_folder) for name, folder in plan.adapters.items()},
         games=GameSpec(config.decoding.sampling, topology.principals, rules),
         attention=attention,
+        tensor_parallel=config.base.tensor_parallel,
     )
     return Assembly(config, topology, (spec,), {}, GivenPrompts(work.prompts), variants)
 

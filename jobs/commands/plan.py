@@ -90,6 +90,7 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         _hosts(replica),
         *_decoding(replica),
         *_drafts(replica),
+        *_ranks(replica),
         *_masked(replica),
         *_unobeyed(replica),
         "",
@@ -229,6 +230,21 @@ def _drafts(replica: ReplicaPlan) -> list[str]:
     return [
         f"drafts    {', '.join(sources)}: a pass on a CPU verifies several tokens of an answer{after} where that "
         "takes less time"
+    ]
+
+
+def _ranks(replica: ReplicaPlan) -> list[str]:
+    """A line for each host whose weights are split, with what that needs of the machines."""
+    where = (
+        " and a GPU of its own where there are GPUs"
+        if replica.config.cluster.transport is Transport.LOCAL
+        else "; on one machine where one has what all of them reserve, else on several, and every layer waits for "
+        "the network"
+    )
+    return [
+        f"{plan.name} is split over {plan.model.tensor_parallel} processes, each with its part of every layer{where}"
+        for plan in replica.topology.hosts
+        if plan.model.tensor_parallel > 1
     ]
 
 

@@ -48,11 +48,13 @@ def _row(plan: HostPlan, spec: HostSpec, cache: _Cache, config: Config) -> list[
     dtype = _dtype(plan.model)
     gpus = plan.model.resources.num_gpus
     longest = _limit_tokens(description, config)
+    num_ranks = plan.model.tensor_parallel
+    each = f"{num_ranks} x " if num_ranks > 1 else ""
     return [
         plan.name,
         plan.model.device,
-        f"{plan.model.resources.num_cpus:g}",
-        "auto" if gpus is None else f"{gpus:g}",
+        f"{each}{plan.model.resources.num_cpus:g}",
+        each + ("auto" if gpus is None else f"{gpus:g}"),
         dtype + (" (auto)" if plan.model.dtype == "auto" else ""),
         size(description.weight_bytes(dtype)),
         f"{size(cache.bytes_per_token)} ({cache.num_rows} rows)",

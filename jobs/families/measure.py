@@ -31,8 +31,9 @@ from jobs.families.configurations import (
     make_random_model,
     model_class,
 )
+from jobs.families.ranks import RankPair
 from pipeline.errors import ConfigurationError
-from pipeline.hub.families import PLAIN, REFUSED, SLOTS, FamilyTable, ServedFamily
+from pipeline.hub.families import PLAIN, REFUSED, SLOTS, FamilyTable, ServedFamily, read_table
 from pipeline.hub.sources import resolve_adapter, resolve_model
 from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec, RewardSpec
@@ -56,8 +57,12 @@ class FamilyError(Exception):
     """A family's tiny model is decoded wrong, which must not be."""
 
 
-def measure(name: str) -> ServedFamily:
+def measure(name: str, ranks: RankPair | None = None) -> ServedFamily:
     """Make a tiny model of a family, and see.
+
+    Args:
+        name: of the family.
+        ranks: where it is split over two; None: what the table says of that is kept.
 
     Raises:
         FamilyError: it is decoded, and not as `generate` does.
@@ -68,7 +73,7 @@ def measure(name: str) -> ServedFamily:
         warnings.simplefilter("ignore")
         folder = Path(place) / "model"
         _save(make_random_model(name), folder)
-        return _measure(name, folder)
+        return _measure(name, folder, ranks)
 
 
 def prompts() -> list[list[int]]:
@@ -98,7 +103,7 @@ def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _measure(name: str, folder: Path) -> ServedFamily:
+def _measure(name: str, folder: Path, ranks: RankPair | None) -> ServedFamily:
     expected = generated(name, folder)
     spec = host_spec(folder)
     try:
@@ -120,12 +125,21 @@ def _measure(name: str, folder: Path) -> ServedFamily:
         reasons["lora"] = reason
     if reason := _why_no_reward_model(name, spec, folder):
         reasons["reward_model"] = reason
+    if ranks is not None:
+        runner = loaded.runner
+        reason = ranks.why_not(name, spec, prompts(), lambda rows, num_new: greedy(runner, rows, num_new))
+    else:
+        known = read_table().families.get(name)
+        reason = None if known is None else known.reasons.get("tensor_parallel")
+    if reason:
+        reasons["tensor_parallel"] = reason
     return ServedFamily(
         decoding=loaded.decoding,
         is_strict=is_strict,
         takes_adapters="lora" not in reasons,
         is_reward_model="reward_model" not in reasons,
         has_fixed_passes=loaded.slot_runner is not None and _has_fixed_passes(loaded.slot_runner, spec),
+        is_tensor_parallel="tensor_parallel" not in reasons,
         reasons=reasons,
     )
 
@@ -280,7 +294,8 @@ def measure_families(names: Sequence[str] = ()) -> FamilyTable:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     found = {}
-    for at, name in enumerate(chosen, 1):
-        found[name] = measure(name)
-        print(f"{at}/{len(chosen)} {name}: {found[name].decoding}", file=sys.stderr, flush=True)
+    with RankPair() as ranks:
+        for at, name in enumerate(chosen, 1):
+            found[name] = measure(name, ranks)
+            print(f"{at}/{len(chosen)} {name}: {found[name].decoding}", file=sys.stderr, flush=True)
     return FamilyTable(str(transformers.__version__), found)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import ray
@@ -16,11 +17,12 @@ from pipeline.cluster.assignments import Waiting
 from pipeline.cluster.board import ask
 from pipeline.cluster.host_actors import HostActor, RayHost, hosts_of
 from pipeline.cluster.host_reports import HostReports
-from pipeline.cluster.placement import bundle_of, draining_nodes, nodes_of, placed, sum_text
+from pipeline.cluster.placement import HostPlace, draining_nodes, nodes_of, placed, sum_text
 from pipeline.config.sections import ClusterConfig
 from pipeline.errors import CageError, ConfigurationError, ReplicaReleased
 from pipeline.monitoring.waits import waiting_for
 from pipeline.protocol.hosts import Hosts
+from pipeline.protocol.specs import RankPlace
 from pipeline.protocol.topology import HostPlan
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.wiring import DIRECT, Wiring
@@ -37,10 +39,10 @@ class HostLaunch:
         plans: of the hosts.
         loads: what is waited for while each of them loads.
         cluster: time limits.
-        places: one placement group per replica. The driver creates and removes them: a group that a replica creates
+        groups: one placement group per replica. The driver creates and removes them: a group that a replica creates
             is left behind with its CPUs and GPUs when the replica dies, as Ray keeps the groups of an actor that can
             restart.
-        has_gpus: whether the cluster has GPUs.
+        places: where each host goes in a group.
         wiring: opens stores and wraps hosts.
     """
 
@@ -48,8 +50,8 @@ class HostLaunch:
     plans: tuple[HostPlan, ...]
     loads: tuple[str, ...]
     cluster: ClusterConfig
-    places: tuple[PlacementGroup, ...]
-    has_gpus: bool
+    groups: tuple[PlacementGroup, ...]
+    places: tuple[HostPlace, ...]
     wiring: Wiring = DIRECT
 
 
@@ -66,21 +68,23 @@ class HostGroup:
     Raises:
         ConfigurationError: the cluster did not provide the resources within `cluster.start_timeout_s`.
         ReplicaReleased: it has fewer machines than before, and others have room for the replica's shards.
+
+    Attributes:
+        actors: by host and rank.
     """
 
     def __init__(self, launch: HostLaunch, replica: int, board: Any = None) -> None:
         self._launch = launch
         self._replica = replica
         self._board = board
-        self._place = launch.places[replica]
-        bundles = [bundle_of(plan, has_gpus=launch.has_gpus) for plan in launch.plans]
-        timeout_s = launch.cluster.start_timeout_s
-        with waiting_for(f"{sum_text(bundles)} of the cluster for the hosts"):
-            self._await_place(sum_text(bundles))
-        self._actors = [self._start_actor(index, bundle) for index, bundle in enumerate(bundles)]
+        self._place = launch.groups[replica]
+        needed, timeout_s = sum_text(self._place.bundle_specs), launch.cluster.start_timeout_s
+        with waiting_for(f"{needed} of the cluster for the hosts"):
+            self._await_place(needed)
+        self.actors = [self._start_ranks(index, place) for index, place in enumerate(launch.places)]
         self._loads = [
-            RayHost(actor, plan, timeout_s).load(wait)
-            for (actor, plan), wait in zip(self._planned(), launch.loads, strict=True)
+            RayHost(actors, plan, timeout_s).load(wait)
+            for (actors, plan), wait in zip(self._planned(), launch.loads, strict=True)
         ]
 
     def _await_place(self, needed: str) -> None:
@@ -121,27 +125,32 @@ class HostGroup:
             self.stop()
             raise
         timeout_s = self._launch.cluster.step_timeout_s
-        return hosts_of([RayHost(actor, plan, timeout_s) for actor, plan in self._planned()])
+        return hosts_of([RayHost(actors, plan, timeout_s) for actors, plan in self._planned()])
 
     def stop(self) -> None:
         """End the actors. They hold no state that is needed: rows belong to the coordinator."""
-        for actor in self._actors:
+        for actor in chain.from_iterable(self.actors):
             ray.kill(actor)
 
-    def _planned(self) -> list[tuple[Any, HostPlan]]:
-        return list(zip(self._actors, self._launch.plans, strict=True))
+    def _planned(self) -> list[tuple[list[Any], HostPlan]]:
+        return list(zip(self.actors, self._launch.plans, strict=True))
 
-    def _start_actor(self, index: int, bundle: dict[str, float]) -> Any:
-        return (
-            ray.remote(HostActor)
-            .options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                max_restarts=0,  # see the module's docstring
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=index),
+    def _start_ranks(self, index: int, place: HostPlace) -> list[Any]:
+        """An actor for each rank of a host; the first one reports."""
+        launch, size = self._launch, len(place.bundles)
+        timeout_s = max(launch.cluster.start_timeout_s, launch.cluster.step_timeout_s)
+        actors = []
+        for rank, bundle in enumerate(place.bundles):
+            rank_place = RankPlace(rank, size, "", place.is_on_one_machine, timeout_s) if size > 1 else None
+            actor_class = ray.remote(HostActor).options(
+                num_cpus=place.each_rank["CPU"],
+                num_gpus=place.each_rank.get("GPU", 0),
+                max_restarts=0,  # see pipeline.cluster.host_actors
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, bundle),
             )
-            .remote(self._launch.specs, index, self._launch.wiring.wrap_host, self._reports(index))
-        )
+            reports = self._reports(index) if rank == 0 else None
+            actors.append(actor_class.remote(launch.specs, index, launch.wiring.wrap_host, reports, rank_place))
+        return actors
 
     def _reports(self, index: int) -> HostReports | None:
         if self._board is None:
@@ -154,10 +163,9 @@ def one_replica(assembly: Assembly) -> Iterator[Hosts]:
     """The loaded hosts of a single replica on the joined cluster; they are stopped at the end of the block."""
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     plans = assembly.topology.hosts
-    with placed(plans, num_replicas=1, has_gpus=has_gpus) as places:
-        launch = HostLaunch(
-            (ray.put(assembly.hosts),), plans, assembly.loads, assembly.config.cluster, places, has_gpus
-        )
+    with placed(plans, num_replicas=1, has_gpus=has_gpus) as (groups, places):
+        specs = (ray.put(assembly.hosts),)
+        launch = HostLaunch(specs, plans, assembly.loads, assembly.config.cluster, groups, places)
         group = HostGroup(launch, 0)
         try:
             yield group.wait()

@@ -1,9 +1,16 @@
-"""What Ray reserves for replicas: a placement group for the hosts of each."""
+"""Where the hosts of a replica go on a Ray cluster: a placement group for each replica, and in it a place for each
+rank.
+
+A bundle of a group is always on one machine. So the ranks of a host share a bundle, and its GPUs are of one machine;
+only where no machine has as many does each rank get a bundle of its own. Groups are packed: a replica uses several
+machines only where it must.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
 from ray.util.placement_group import (
@@ -15,25 +22,84 @@ from ray.util.placement_group import (
 
 from pipeline.protocol.topology import HostPlan
 
+Bundle = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlace:
+    """Where a host goes in its replica's placement group.
+
+    Args:
+        each_rank: what Ray reserves for each rank.
+        bundles: by rank, the number of its bundle in the group.
+    """
+
+    each_rank: Bundle
+    bundles: tuple[int, ...]
+
+    @property
+    def is_on_one_machine(self) -> bool:
+        """Whether all ranks are on the same machine for certain."""
+        return len(set(self.bundles)) == 1
+
 
 @contextmanager
-def placed(plans: Sequence[HostPlan], *, num_replicas: int, has_gpus: bool) -> Iterator[tuple[PlacementGroup, ...]]:
+def placed(
+    plans: Sequence[HostPlan], *, num_replicas: int, has_gpus: bool
+) -> Iterator[tuple[tuple[PlacementGroup, ...], tuple[HostPlace, ...]]]:
     """A placement group for the hosts of each replica, removed at the end of the block; some may be pending.
 
     A group reserves the resources of all hosts of a replica at once: two replicas that each got half of their hosts
     would wait for each other without end.
+
+    Yields:
+        The groups, and where each host goes in any of them.
     """
-    bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in plans]
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    bundles, places = lay_out(plans, machines, has_gpus=has_gpus)
     groups = tuple(placement_group(bundles, strategy="PACK") for _ in range(num_replicas))
     try:
-        yield groups
+        yield groups, places
     finally:
         for group in groups:
             remove_placement_group(group)
 
 
-def bundle_of(plan: HostPlan, *, has_gpus: bool) -> dict[str, float]:
-    """What Ray reserves for a host: CPUs, and one GPU where the device is a GPU, unless the configuration says."""
+def lay_out(
+    plans: Sequence[HostPlan], machines: Sequence[Mapping[str, float]], *, has_gpus: bool
+) -> tuple[list[Bundle], tuple[HostPlace, ...]]:
+    """The bundles of a replica's placement group, and where each host goes in it.
+
+    Args:
+        plans: of the hosts.
+        machines: what each machine of the cluster has, by Ray's names.
+        has_gpus: whether the cluster has GPUs.
+    """
+    bundles: list[Bundle] = []
+    places = []
+    for plan in plans:
+        each, whole = bundle_of(plan, has_gpus=has_gpus), resources_of(plan, has_gpus=has_gpus)
+        num_ranks, first = plan.model.tensor_parallel, len(bundles)
+        if num_ranks == 1 or any(_holds(machine, whole) for machine in machines):
+            bundles.append(whole)
+            places.append(HostPlace(each, (first,) * num_ranks))
+        else:
+            bundles += [each] * num_ranks
+            places.append(HostPlace(each, tuple(range(first, first + num_ranks))))
+    return bundles, tuple(places)
+
+
+def spread_hosts(
+    plans: Sequence[HostPlan], machines: Sequence[Mapping[str, float]], *, has_gpus: bool
+) -> list[HostPlan]:
+    """The hosts whose ranks no machine of the cluster can hold together."""
+    _, places = lay_out(plans, machines, has_gpus=has_gpus)
+    return [plan for plan, place in zip(plans, places, strict=True) if not place.is_on_one_machine]
+
+
+def bundle_of(plan: HostPlan, *, has_gpus: bool) -> Bundle:
+    """What Ray reserves for a host, or for each of its ranks: CPUs, and one GPU where the device is a GPU, unless
+    the configuration says."""
     resources = plan.model.resources
     num_gpus = resources.num_gpus
     if num_gpus is None:
@@ -42,10 +108,19 @@ def bundle_of(plan: HostPlan, *, has_gpus: bool) -> dict[str, float]:
     return {"CPU": resources.num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
 
 
+def resources_of(plan: HostPlan, *, has_gpus: bool) -> Bundle:
+    """What Ray reserves for a host, all ranks together."""
+    return {kind: plan.model.tensor_parallel * amount for kind, amount in bundle_of(plan, has_gpus=has_gpus).items()}
+
+
 def sum_text(bundles: Sequence[Mapping[str, float]]) -> str:
-    """What bundles reserve together, for messages."""
+    """What some bundles reserve together, in words."""
     total = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
     return " and ".join(f"{amount:g} {kind}" for kind, amount in total.items() if amount)
+
+
+def _holds(machine: Mapping[str, float], bundle: Bundle) -> bool:
+    return all(machine.get(kind, 0.0) >= amount for kind, amount in bundle.items())
 
 
 def nodes_of(group: PlacementGroup) -> set[str]:

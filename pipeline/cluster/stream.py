@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from pipeline import errors
 from pipeline.cluster.board import start_board
 from pipeline.cluster.host_groups import HostLaunch
-from pipeline.cluster.placement import bundle_of, placed
+from pipeline.cluster.placement import placed, resources_of, spread_hosts, sum_text
 from pipeline.cluster.ray_errors import first_reason
 from pipeline.cluster.replica import Replica
 from pipeline.cluster.session import joined, lost_process
@@ -103,14 +104,14 @@ class ShardStream:
         replicas = config.cluster.replica_range
         num_replicas = min(replicas.max, len(shards))
         plans = self._assembly.topology.hosts
-        with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as places:
+        with placed(plans, num_replicas=num_replicas, has_gpus=self._has_gpus) as (groups, places):
             launch = HostLaunch(
                 (ray.put(self._assembly.hosts),),
                 plans,
                 self._assembly.loads,
                 config.cluster,
+                groups,
                 places,
-                self._has_gpus,
                 self._wiring,
             )
             assembly = (ray.put(self._assembly),)
@@ -154,7 +155,9 @@ def cluster(assembly: Assembly, *, is_verbose: bool) -> Iterator[None]:
 
 def _cpus_needed(assembly: Assembly) -> float:
     config = assembly.config.cluster
-    per_replica = config.coordinator_cpus + sum(plan.model.resources.num_cpus for plan in assembly.topology.hosts)
+    per_replica = config.coordinator_cpus + sum(
+        plan.model.tensor_parallel * plan.model.resources.num_cpus for plan in assembly.topology.hosts
+    )
     return config.replica_range.max * per_replica
 
 
@@ -162,7 +165,7 @@ def _check_capacity(assembly: Assembly) -> None:
     """Refuse a replica that no machine of the cluster could hold, unless the cluster can grow."""
     resources = ray.cluster_resources()
     has_gpus = resources.get("GPU", 0) > 0
-    bundles = [bundle_of(plan, has_gpus=has_gpus) for plan in assembly.topology.hosts]
+    bundles = [resources_of(plan, has_gpus=has_gpus) for plan in assembly.topology.hosts]
     for kind in ("CPU", "GPU"):
         needed = sum(bundle.get(kind, 0.0) for bundle in bundles)
         if needed > resources.get(kind, 0.0) and assembly.config.cluster.address is None:
@@ -170,6 +173,15 @@ def _check_capacity(assembly: Assembly) -> None:
                 f"one replica needs {needed:g} {kind} and the cluster has {resources.get(kind, 0.0):g}; "
                 "give hosts less by resources (num_cpus, num_gpus), or set device: cpu"
             )
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for plan in spread_hosts(assembly.topology.hosts, machines, has_gpus=has_gpus):
+        reserved = sum_text([resources_of(plan, has_gpus=has_gpus)])
+        warnings.warn(
+            f"no machine of the cluster has {reserved} for host {plan.name}: its ranks are put on several, and every "
+            "layer waits for the network",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _be_quiet(*, is_verbose: bool) -> None:

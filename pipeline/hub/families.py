@@ -36,7 +36,8 @@ class ServedFamily:
         takes_adapters: whether LoRA of all its linear layers was exact.
         is_reward_model: whether its sequence classifier was exact.
         has_fixed_passes: whether a pass asks nothing of the host, so that a GPU can capture it as a CUDA graph.
-        reasons: why not, by "decoding" (not in slots), "lora" and "reward_model".
+        is_tensor_parallel: whether two ranks that share its layers decoded as one process does.
+        reasons: why not, by "decoding" (not in slots), "lora", "reward_model" and "tensor_parallel".
     """
 
     decoding: str
@@ -44,6 +45,7 @@ class ServedFamily:
     takes_adapters: bool = False
     is_reward_model: bool = False
     has_fixed_passes: bool = False
+    is_tensor_parallel: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -175,7 +175,8 @@ class ScoringClient(Protocol):
         self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
     ) -> Reply[Tensor]: ...
 
-    def memory_budget(self, row_tokens: int) -> Reply[MemoryBudget]: ...
+    def memory_budgets(self, row_tokens: int) -> Reply[tuple[MemoryBudget, ...]]:
+        """The budget of each process that the host consists of: its ranks."""
 
     def resize(self, num_slots: int) -> Reply[None]: ...
 

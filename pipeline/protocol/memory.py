@@ -16,7 +16,7 @@ def slots_that_fit(budgets: Iterable[MemoryBudget]) -> int:
     """The largest number of slots that fits everywhere; at least 1.
 
     Args:
-        budgets: of every host of a replica. Hosts in one place share its memory.
+        budgets: of every host of a replica, and of every rank of a host. Those in one place share its memory.
     """
     by_place: dict[str, list[MemoryBudget]] = defaultdict(list)
     for budget in budgets:

@@ -80,6 +80,27 @@ class TextSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Which rank of a tensor parallel host a process is.
+
+    Args:
+        rank: from 0, which answers.
+        size: ranks of the group.
+        meeting_point: where the ranks find each other: a file of their machine, or the address and port of a store.
+        is_on_one_machine: whether all ranks are on the same machine for certain.
+        timeout_s: how long a rank waits for the others, in every collective.
+        device_index: the rank's GPU among those that its process sees.
+    """
+
+    rank: int
+    size: int
+    meeting_point: str
+    is_on_one_machine: bool
+    timeout_s: float
+    device_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class HostSpec:
     """All that a process needs to start a host.
 
@@ -92,7 +113,6 @@ class HostSpec:
         roles: what it serves.
         num_slots: rows at once.
         vocab_size: token ids that all models of the run share.
-        holes: ids among these that no token has.
         drafts: whether steps may have proposed tokens.
         strict: whether a row's bits must not depend on the batch composition.
         cache_folder: where weights are fetched to that are not on the machine.
@@ -101,6 +121,8 @@ class HostSpec:
         text: set for a language model whose tokens are not the base's.
         games: set for a host that holds every role of the run.
         attention: as configured: "auto", "slots" or "plain".
+        holes: ids below `vocab_size` that no token has.
+        tensor_parallel: ranks that the weights are split over, each a process of its own.
     """
 
     name: str
@@ -120,6 +142,7 @@ class HostSpec:
     attention: str = "auto"
     holes: tuple[int, ...] = ()
     drafts: bool = False
+    tensor_parallel: int = 1
 
     @property
     def title(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from pipeline.config.sections import Config
 from pipeline.config.units import Unit
 from pipeline.engine.choices import ChoiceEngine
@@ -9,7 +11,7 @@ from pipeline.engine.decoding import DecodingEngine
 from pipeline.engine.drafting import Drafter
 from pipeline.engine.engine import Engine
 from pipeline.engine.shards import ShardDecoder
-from pipeline.protocol.hosts import Hosts
+from pipeline.protocol.hosts import Hosts, ScoringClient
 from pipeline.protocol.memory import slots_that_fit
 from pipeline.runtime.assembly import Assembly
 
@@ -66,7 +68,8 @@ def agree_on_slots(config: Config, hosts: Hosts) -> int:
     if config.cluster.slots != "auto":
         return config.cluster.slots
     row_tokens = LONG_PROMPT + config.decoding.max_new_tokens
-    num_slots = slots_that_fit([client.memory_budget(row_tokens).result() for client in hosts.all])
+    budgets = [client.memory_budgets(row_tokens).result() for client in hosts.all]
+    num_slots = slots_that_fit(chain.from_iterable(budgets))
     for client in hosts.all:
         client.resize(num_slots).result()
     return num_slots
@@ -75,6 +78,11 @@ def agree_on_slots(config: Config, hosts: Hosts) -> int:
 def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
     """What proposes tokens to an engine; None where nothing is proposed, or some host verifies nothing."""
     sources, prompter = assembly.config.draft_sources, assembly.prompter
-    if not sources or not all(client.memory_budget(1).result().verifies_drafts for client in hosts.all):
+    if not sources or not all(map(_verifies_drafts, hosts.all)):
         return None
     return Drafter(sources, lambda running: prompter.encode_existing(running.row, running.prompts)[0])
+
+
+def _verifies_drafts(client: ScoringClient) -> bool:
+    """Whether every process of a host does."""
+    return all(budget.verifies_drafts for budget in client.memory_budgets(1).result())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from pipeline.engine.shards import ShardDecoder, ShardOutcome
-from pipeline.errors import CageError
+from pipeline.engine.shards import ShardDecoder, ShardOutcome, ShardOutput
+from pipeline.errors import CageError, HostError
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.waits import waiting_for, waits
+from pipeline.protocol.hosts import Hosts
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.engines import make_decoder
-from pipeline.runtime.local_hosts import start_hosts
+from pipeline.runtime.local_hosts import start_again, start_hosts
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.storage.run import Run
 
@@ -58,7 +59,7 @@ class LocalStream:
                     yield ShardOutcome(index, rows=standing.rows, failed=standing.failed, was_committed=True)
                     continue
                 decoder.add(index, self._run.plan.read_shard(index))
-            for output in decoder.step():
+            for output in self._step(decoder, hosts):
                 with waiting_for(f"the commit of shard {output.index}"):
                     record = self._run.commit(
                         output.index,
@@ -69,3 +70,13 @@ class LocalStream:
                         recoveries=output.recoveries,
                     )
                 yield ShardOutcome(output.index, rows=record.rows, failed=record.failed)
+
+    def _step(self, decoder: ShardDecoder, hosts: Hosts) -> list[ShardOutput]:
+        """Run a step of the decoder. Where a rank of a host was lost, the same decoder goes on with new ones."""
+        try:
+            return decoder.step()
+        except HostError as error:
+            if not start_again(hosts, self._assembly):
+                raise
+            decoder.recover(hosts, error)
+            return []

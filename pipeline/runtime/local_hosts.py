@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pipeline.errors import CageError
 from pipeline.monitoring.waits import waiting_for
 from pipeline.protocol.failures import describe_failure
-from pipeline.protocol.hosts import Hosts, Proposes, Reply, Samples, Scores
+from pipeline.protocol.hosts import (
+    Hosts,
+    Proposes,
+    ProposingClient,
+    Reply,
+    Samples,
+    Scores,
+    ScoringClient,
+)
 from pipeline.protocol.messages import Candidates, HostWork, MemoryBudget, Position, Step, Terms, TokenOutcome
 from pipeline.protocol.topology import HostPlan
 from pipeline.runtime.assembly import Assembly
+from pipeline.runtime.rank_groups import RankGroupHost
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.worker.start import start_proposing, start_sampling, start_scoring
 
@@ -28,7 +37,7 @@ FAILURES = (CageError, RuntimeError, ValueError, IndexError, KeyError, MemoryErr
 
 
 def start_hosts(assembly: Assembly, *, wiring: Wiring = DIRECT) -> Hosts:
-    """Load every host of a replica into this process.
+    """Load every host of a replica: into this process, or one process for each rank where its weights are split.
 
     Args:
         assembly: the replica.
@@ -37,18 +46,56 @@ def start_hosts(assembly: Assembly, *, wiring: Wiring = DIRECT) -> Hosts:
     Raises:
         ConfigurationError: a model cannot be served.
     """
-    plans, specs = assembly.topology.hosts, assembly.hosts
+    plans, specs, cluster = assembly.topology.hosts, assembly.hosts, assembly.config.cluster
+    # groups begin to load at once, each in processes of its own
+    groups = {
+        spec.name: RankGroupHost(
+            spec,
+            plan,
+            wiring.wrap_host,
+            start_timeout_s=cluster.start_timeout_s,
+            step_timeout_s=cluster.step_timeout_s,
+        )
+        for plan, spec in zip(plans, specs, strict=True)
+        if spec.tensor_parallel > 1
+    }
     (plan, *other_plans), (spec, *other_specs), (load, *other_loads) = plans, specs, assembly.loads
     with _loading(plan, load):
         if spec.games is not None:
+            if spec.name in groups:
+                return Hosts.lone(groups[spec.name].loaded(load), runs_ahead=False)
             sampler = wiring.wrap_host(start_sampling(spec, spec.games))
             return Hosts.lone(LocalSamplingHost(sampler, plan), runs_ahead=sampler.runs_ahead)
-        base = LocalProposingHost(wiring.wrap_host(start_proposing(spec)), plan)
-    others = []
+        base: ProposingClient = groups.get(spec.name) or LocalProposingHost(
+            wiring.wrap_host(start_proposing(spec)), plan
+        )
+    others: list[ScoringClient] = []
     for other, other_spec, load in zip(other_plans, other_specs, other_loads, strict=True):
         with _loading(other, load):
-            others.append(LocalHost(wiring.wrap_host(start_scoring(other_spec)), other))
-    return Hosts(base, tuple(others))
+            group = groups.get(other_spec.name)
+            others.append(group or LocalHost(wiring.wrap_host(start_scoring(other_spec)), other))
+    for name, load in zip((each.name for each in specs), assembly.loads, strict=True):
+        if name in groups:
+            groups[name].loaded(load)
+    return Hosts(base, tuple(others), is_concurrent=len(groups) == len(specs))
+
+
+def start_again(hosts: Hosts, assembly: Assembly) -> bool:
+    """Start the ranks of those hosts again that lost one; whether there were any.
+
+    Raises:
+        CageError: they cannot be loaded any more.
+    """
+    lost = [
+        (client, load)
+        for client, load in zip(hosts.all, assembly.loads, strict=True)
+        if isinstance(client, RankGroupHost) and client.is_lost
+    ]
+    for client, _ in lost:
+        client.start()
+    for client, load in lost:
+        client.loaded(load)
+    return bool(lost)
 
 
 @contextmanager
@@ -91,8 +138,8 @@ class LocalHost(Generic[HostT]):
     ) -> Reply[Tensor]:
         return self._run("score", lambda: self.host.score(prompts, answer, weights))
 
-    def memory_budget(self, row_tokens: int) -> Reply[MemoryBudget]:
-        return self._run("memory_budget", lambda: self.host.memory_budget(row_tokens))
+    def memory_budgets(self, row_tokens: int) -> Reply[tuple[MemoryBudget, ...]]:
+        return self._run("memory_budget", lambda: (self.host.memory_budget(row_tokens),))
 
     def resize(self, num_slots: int) -> Reply[None]:
         return self._run("resize", lambda: self.host.resize(num_slots))

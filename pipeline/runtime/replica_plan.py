@@ -18,6 +18,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
 from pipeline.hub.model_facts import ModelFacts, read_model_facts
+from pipeline.hub.parallel_plans import why_not_tensor_parallel
 from pipeline.hub.reasoning import ReasoningFormat, find_reasoning
 from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_model
 from pipeline.hub.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
@@ -168,6 +169,8 @@ def plan_replica(
     _check_ends(end_id, stop_ids, vocab_size, {name: facts[name].vocab_size for name in facts}, tokenizers[BASE])
     holes = tuple(each for each in range(vocab_size) if each not in tokenizers[BASE].token_by_id)
     variants = lay_out(config)
+    for plan in topology.hosts:
+        _check_ranks(plan, sources[plan.name])
     expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.scores_branches}
     undrafted = why_not_drafted(config, topology, sources, expected)
 
@@ -179,6 +182,7 @@ def plan_replica(
             dtype=plan.model.dtype,
             device=plan.model.device,
             attention=plan.model.attention,
+            tensor_parallel=plan.model.tensor_parallel,
             roles=plan.roles,
             num_slots=config.cluster.first_slots,
             vocab_size=vocab_size,
@@ -281,6 +285,17 @@ def _expect(plan: HostPlan, source: ModelSource) -> Expected:
             "time"
         )
     return replace(expected, decoding=PLAIN, reason=None) if plan.model.attention == "plain" else expected
+
+
+def _check_ranks(plan: HostPlan, source: ModelSource) -> None:
+    """Refuse a model that cannot be split over the ranks that its host is to have."""
+    num_ranks = plan.model.tensor_parallel
+    if num_ranks == 1:
+        return
+    config = read_json(LocalTree(Path(source.path)), CONFIG)
+    if reason := why_not_tensor_parallel(config, num_ranks):
+        where = f"{source.name} (for {', '.join(plan.serves)}), architecture {config.get('model_type')}"
+        raise ConfigurationError(f"{where}, cannot be split over {num_ranks} ranks: {reason}")
 
 
 def _check_ends(

@@ -22,7 +22,7 @@ def build_topology(
 
     Args:
         config: base and principals.
-        identify: names a model's weights; models of one name, dtype and device share a host.
+        identify: names a model's weights; models of one name, dtype, device and number of ranks share a host.
         reads_text: whether a model, which scores or not, has other tokens than the base.
     """
     builder = _TopologyBuilder(config, identify, reads_text)
@@ -152,7 +152,8 @@ class _TopologyBuilder:
         """The host of the requested weights; a model scores or gives log-probabilities, not both."""
         model = request.model or self._config.base
         scores = request.scoring is not None
-        key = (self._identify(model), model.dtype, model.device, model.trust_remote_code, scores)
+        placed = (model.dtype, model.device, model.tensor_parallel, model.trust_remote_code)
+        key = (self._identify(model), *placed, scores)
         if key not in self.hosts:
             self.hosts[key] = _HostBuilder(name, model, reads_text=self._reads_text(model, scores))
         self.hosts[key].serves.append(name.partition(".")[0])

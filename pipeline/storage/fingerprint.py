@@ -39,6 +39,8 @@ LATER_KEYS: Mapping[str, Any] = {
     "base.chat_template_time": None,
     "base.attention": "auto",
     "principals.*.attention": "auto",
+    "base.tensor_parallel": 1,
+    "principals.*.tensor_parallel": 1,
     "principals.*.placement": "auto",
     "principals.*.negative_principle": None,
     "principals.*.adapter": None,

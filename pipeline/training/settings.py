@@ -5,11 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config.sections import PRINCIPAL_NAME, Transport, as_list
 from pipeline.evaluation.judges.table import AnyJudge
-from pipeline.sections import EMBEDDED_MODEL, BaseConfig, Section, model_from_name
+from pipeline.sections import EMBEDDED_MODEL, BaseConfig, Section, in_one_process, model_from_name
 
 OBJECTIVE = "preferred"  # the objective's name where the data have one objective and no name for it
 
@@ -178,7 +178,9 @@ class TrainConfig(Section):
 
     input: PairsInputConfig
     output: AdaptersConfig
-    base: Annotated[BaseConfig, BeforeValidator(model_from_name)] = BaseConfig(model=EMBEDDED_MODEL)
+    base: Annotated[BaseConfig, BeforeValidator(model_from_name), AfterValidator(in_one_process)] = BaseConfig(
+        model=EMBEDDED_MODEL
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     cluster: TrainClusterConfig = TrainClusterConfig()
 
@@ -186,7 +188,8 @@ class TrainConfig(Section):
         """Every setting that changes results, by its dotted name, as plain values."""
         tree = self.model_dump(mode="json")
         left_out = {"input": ("path", "split", "subset"), "training": ("device_batch_size",)}
-        base = {key: value for key, value in tree["base"].items() if key not in ("device", "resources", "model")}
+        of_place = ("device", "resources", "model", "tensor_parallel")
+        base = {key: value for key, value in tree["base"].items() if key not in of_place}
         sections = {"base": base, "input": tree["input"], "training": tree["training"]}
         return {
             f"{section}.{key}": value

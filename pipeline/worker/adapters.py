@@ -12,7 +12,7 @@ T tokens of a pass, A adapters, R ranks of all of them together, I inputs and O 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.functional import linear, pad
 
 from pipeline.hub.preference_adapters import PreferenceForm
 from pipeline.protocol.topology import HostRole
+from pipeline.worker.ranks import local_part, sum_over_ranks
 
 MIN_RANKS = 4  # a matrix product with one column takes a kernel whose bits depend on the number of tokens
 
@@ -108,6 +109,7 @@ class LowRank(nn.Module):
         gates: [A + 1, R], the scaling of an adapter at its own ranks and 0 at others'.
         adapters: of the running pass.
         columns: the column of the tokens' preferences that scales each rank, [R]; None: no rank depends on them.
+        add_parts: adds over the processes that share the projection's inputs, [..., R]; None: this one has them all.
     """
 
     down: Tensor
@@ -116,19 +118,29 @@ class LowRank(nn.Module):
     columns: Tensor | None
 
     def __init__(
-        self, down: Tensor, up: Tensor, gates: Tensor, adapters: TokenAdapters, columns: Tensor | None = None
+        self,
+        down: Tensor,
+        up: Tensor,
+        gates: Tensor,
+        adapters: TokenAdapters,
+        columns: Tensor | None = None,
+        add_parts: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         for name, tensor in (("down", down), ("up", up), ("gates", gates), ("columns", columns)):
             self.register_buffer(name, tensor)
         self.adapters = adapters
+        self.add_parts = add_parts
 
     def forward(self, states: Tensor, rows: slice = slice(None)) -> Tensor:
         """What is added to the outputs of `rows`, for inputs [1, T, I], or [R, 1, I] of R rows of one token."""
         gates = self.gates[self.adapters.of(states)]
         if self.columns is not None and self.adapters.preferences is not None:
             gates = gates * self.adapters.preferences_of(states)[..., self.columns]
-        return linear(linear(states, self.down) * gates, self.up[rows])
+        inner = linear(states, self.down)
+        if self.add_parts is not None:
+            inner = self.add_parts(inner)
+        return linear(inner * gates, self.up[rows])
 
 
 class _Adapted(nn.Module):
@@ -237,9 +249,12 @@ def take_adapters(
 
 def _low_rank(layer: Any, names: Sequence[str], adapters: TokenAdapters) -> LowRank:
     present = [name for name in names if name in layer.lora_A]
-    like = layer.base_layer.weight
-    down = torch.cat([layer.lora_A[name].weight for name in present]).to(like)
-    up = torch.cat([layer.lora_B[name].weight for name in present], 1).to(like)
+    like = local_part(layer.base_layer.weight)
+    # of a model that is split over ranks peft has split these as the projection is: over its outputs, or its inputs
+    down_parts = [local_part(layer.lora_A[name].weight) for name in present]
+    up_parts = [local_part(layer.lora_B[name].weight) for name in present]
+    down, up = torch.cat(down_parts).to(like), torch.cat(up_parts, 1).to(like)
+    shares_inputs = down.shape[1] < layer.lora_A[present[0]].weight.shape[1]
     missing = max(0, MIN_RANKS - len(down))
     down, up = pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
     gates = down.new_zeros(len(names) + 1, len(down))
@@ -253,4 +268,6 @@ def _low_rank(layer: Any, names: Sequence[str], adapters: TokenAdapters) -> LowR
             of_objectives = torch.arange(1, len(form.objectives) + 1, device=down.device)
             columns[at + form.fixed_rank : at + rank] = of_objectives.repeat_interleave(form.rank)
         at += rank
-    return LowRank(down, up, gates, adapters, columns if columns.any() else None)
+    return LowRank(
+        down, up, gates, adapters, columns if columns.any() else None, sum_over_ranks if shares_inputs else None
+    )

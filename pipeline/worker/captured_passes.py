@@ -42,6 +42,7 @@ class CapturedPasses:
         spare_row: a cache row that is never read, for padding.
         device: of the model and the cache.
         layers: what each attention call of a pass asks for.
+        captures: whether a GPU captures them; otherwise they are computed anew every time.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CapturedPasses:
         spare_row: int,
         device: torch.device,
         layers: Sequence[LayerFacts] = (),
+        captures: bool = True,
     ) -> None:
         self._layers = layers
         self._forward = forward
@@ -67,7 +69,7 @@ class CapturedPasses:
         self._prompt_ids = torch.zeros(num_prompt_tokens, dtype=torch.long, device=device)
         self._prompts = Prompts(num_prompt_tokens, MOST_SEGMENTS, spare_row=spare_row, device=device)
         self._moves = -1
-        self.graphs = GraphPool(device, "passes")
+        self.graphs = GraphPool(device, "passes", captures=captures)
 
     def run_rows(self, tokens_R: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The cache rows [rows] and the logits [rows, V] of these rows' newest tokens; lengths count those."""

@@ -25,12 +25,13 @@ class GraphPool:
     Args:
         device: where they run.
         what: names them in the warning.
+        captures: False: functions are called every time.
     """
 
-    def __init__(self, device: torch.device, what: str) -> None:
+    def __init__(self, device: torch.device, what: str, *, captures: bool = True) -> None:
         self._device = device
         self._what = what
-        self._captures = device.type == "cuda"
+        self._captures = captures and device.type == "cuda"
         self._graphs: dict[Hashable, CapturedGraph[Any]] = {}
 
     @property

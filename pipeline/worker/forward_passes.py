@@ -23,6 +23,7 @@ from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.captured_passes import MIN_ROWS, MOST_SEGMENTS, CapturedPasses
 from pipeline.worker.compiled_layers import CompiledLayers
 from pipeline.worker.forward_batch import ForwardBatch
+from pipeline.worker.ranks import num_ranks
 from pipeline.worker.stopwatch import Stopwatch
 from pipeline.worker.whole_vectors import WholeVectors
 
@@ -68,7 +69,9 @@ class Passes:
         self.device: torch.device = weight.device
         self._dtype = weight.dtype
         self.has_fixed_shapes = can_build_for(self.device) if has_fixed_shapes is None else has_fixed_shapes
-        self._compiled = CompiledLayers(model) if self.has_fixed_shapes and self.device.type == "cuda" else None
+        # a compiled layer would not see the collectives of a model that is split over ranks
+        is_compiled = self.has_fixed_shapes and self.device.type == "cuda" and num_ranks() == 1
+        self._compiled = CompiledLayers(model) if is_compiled else None
         self._captured_passes: CapturedPasses | None = None
         self._cache: SlotCache | None = None
         self._spare_row = 0
@@ -101,6 +104,7 @@ class Passes:
                 spare_row=self._spare_row,
                 device=self.device,
                 layers=self._layers,
+                captures=num_ranks() == 1,
             )
 
     def prefer(self, row: int, preference: Sequence[float] | None) -> None:

@@ -43,6 +43,7 @@ from pipeline.worker.probes import (
     reads_parts,
     small_limits,
 )
+from pipeline.worker.ranks import agree
 from pipeline.worker.recurrent_passes import RecurrentPasses
 from pipeline.worker.recurrent_runner import RecurrentRunner, RowBytes
 from pipeline.worker.token_holes import close_holes
@@ -128,22 +129,28 @@ class _Loading:
         try:
             self._expect(self._model, None)
         except MODEL_ERRORS as error:
-            reason = f"its own forward pass over text fails: {reason_of_model(error)}"
-            raise _refused(spec, self._model.config, reason) from error
+            why = f"its own forward pass over text fails: {reason_of_model(error)}"
+            raise _refused(spec, self._model.config, why) from error
         if spec.adapters:
             self._take_adapters()
         if spec.attention == "plain":
             return LoadedModel(self._plain_runner())
+        runner: SlotRunner | None = None
+        reason: str | None = None
         try:
             runner = self._slot_runner()
         except NotServed as error:
-            if spec.attention == "slots":
-                raise _refused(spec, self._model.config, str(error)) from error
-            self._model.set_attn_implementation(self._own_attention)
-            if self._can_forget_padding:
-                self._model.config.pad_token_id = self._pad_id
-            return LoadedModel(self._plain_runner(), why_plain=str(error))
-        return LoadedModel(runner)
+            reason = str(error)
+        reason = agree(reason)
+        if runner is not None and reason is None:
+            return LoadedModel(runner)
+        assert reason is not None
+        if spec.attention == "slots":
+            raise _refused(spec, self._model.config, reason)
+        self._model.set_attn_implementation(self._own_attention)
+        if self._can_forget_padding:
+            self._model.config.pad_token_id = self._pad_id
+        return LoadedModel(self._plain_runner(), why_plain=reason)
 
     def _expect(self, model: Any, adapter: str | None) -> None:
         """Note what plain passes give, with windows as they are and with small ones."""

@@ -32,7 +32,7 @@ from pipeline.worker.loading import exact_context, pick_device, pick_dtype, why_
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import probe_tokens, small_limits
 from pipeline.worker.scoring_models import ScoringModel, load_scoring_model, load_value_head
-from pipeline.worker.weights import why_not_finite
+from pipeline.worker.weights import sharding_of, why_not_finite
 from pipeline.worker.whole_vectors import detect_partial_vectors
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of the scores' size
@@ -109,6 +109,7 @@ def _load(spec: HostSpec, device: torch.device) -> _Loaded:
         dtype=pick_dtype(spec.dtype, device),
         trust_remote_code=spec.source.trust_remote_code,
         takes_adapters=bool(spec.adapters),
+        sharding=sharding_of(spec, folder),
     )
     model = found.model.to(device).eval().requires_grad_(False)
     if reason := why_not_finite(model):

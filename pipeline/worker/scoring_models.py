@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ class ScoringModel:
 
 
 def load_scoring_model(
-    title: str, folder: Path, *, dtype: torch.dtype, trust_remote_code: bool, takes_adapters: bool = False
+    title: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    takes_adapters: bool = False,
+    sharding: Mapping[str, Any] = MappingProxyType({}),
 ) -> ScoringModel:
     """Load a model with a head.
 
@@ -63,15 +70,18 @@ def load_scoring_model(
         dtype: of the weights.
         trust_remote_code: whether code of the model's own may run.
         takes_adapters: whether LoRA adapters are added later, which bring heads; then the model itself may have none.
+        sharding: options of `from_pretrained` that split the weights over ranks; see `pipeline.worker.sharding`.
 
     Raises:
         ConfigurationError: it cannot be read, has no head, or one that does not fit, or lacks weights.
     """
     head = find_head(folder, title)
     if not takes_adapters and (head is None or _is_transformers_own(folder, head)):
-        return _load_classifier(title, folder, dtype, trust_remote_code)
+        return _load_classifier(title, folder, dtype, trust_remote_code, sharding)
     loader = AutoModelForCausalLM if takes_adapters else AutoModel
-    model, report = read_with_report(title, loader, folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, report = read_with_report(
+        title, loader, folder, dtype=dtype, trust_remote_code=trust_remote_code, **sharding
+    )
     beside = head.weights if head is not None and head.file is None else frozenset()
     unexpected = {name for name in report["unexpected_keys"] if not (name in beside or BESIDE.fullmatch(name))}
     fault = describe_faults({**report, "unexpected_keys": unexpected}, model)
@@ -140,7 +150,9 @@ def _statistic(tensors: Mapping[str, Tensor], name: str, stated: Sequence[float]
     return None if stated is None else torch.tensor(stated, dtype=torch.float32)
 
 
-def _load_classifier(title: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> ScoringModel:
+def _load_classifier(
+    title: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool, sharding: Mapping[str, Any]
+) -> ScoringModel:
     """A sequence classifier of transformers' own."""
     architectures = read_json(LocalTree(folder), CONFIG).get("architectures") or []
     if architectures and not any(CLASSIFIER in str(each) or "RewardModel" in str(each) for each in architectures):
@@ -149,7 +161,12 @@ def _load_classifier(title: str, folder: Path, dtype: torch.dtype, trust_remote_
             "sequence classifier"
         )
     model, report = read_with_report(
-        title, AutoModelForSequenceClassification, folder, dtype=dtype, trust_remote_code=trust_remote_code
+        title,
+        AutoModelForSequenceClassification,
+        folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **sharding,
     )
     fault = describe_faults(report, model)
     if fault is not None:

@@ -32,6 +32,7 @@ from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
 from pipeline.hub.weight_files import LocalTree, find_model_files, shapes_in
 from pipeline.protocol.specs import HostSpec
+from pipeline.worker.ranks import local_part
 
 # what wrappers put before or into the names of a model's weights, where the wrapped model is saved
 WRAPPERS = {
@@ -60,10 +61,7 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
         ConfigurationError: the checkpoint cannot be read, or lacks weights, or has others.
     """
     folder = fetch_weights(spec.source, cache_folder=spec.cache_folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.source.trust_remote_code)
-    except UNREADABLE as error:
-        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
+    config, sharding = _read_config(spec, folder), sharding_of(spec, folder)
     loaders: list[Any] = []
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or spec.source.trust_remote_code:
         loaders.append(AutoModelForCausalLM)
@@ -71,7 +69,7 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
         loaders.append(AutoModelForImageTextToText)
     found: list[_Faults] = []
     for loader in loaders or [AutoModelForCausalLM]:  # which says what it can read
-        model, report = _read(spec, loader, folder, dtype=dtype)
+        model, report = _read(spec, loader, folder, dtype=dtype, **sharding)
         faults = _Faults.of(report, model)
         if faults.are_unexpected_alone and loader is not loaders[-1]:
             # of parts that see or hear, where the class that has them all has a place for all
@@ -118,6 +116,22 @@ def towers_of(model: Any) -> dict[str, PreTrainedModel]:
 def is_composite(config: Any) -> bool:
     """Whether a configuration has parts beside its text."""
     return any(name.endswith("_config") and name != "text_config" for name in getattr(config, "sub_configs", {}))
+
+
+def sharding_of(spec: HostSpec, folder: Path) -> dict[str, Any]:
+    """Options of `from_pretrained` that split a host's weights over its ranks. Raises ConfigurationError."""
+    if spec.tensor_parallel == 1:
+        return {}
+    from pipeline.worker.sharding import from_pretrained_options  # transformers' plans, for ranks alone
+
+    return from_pretrained_options(_read_config(spec, folder), spec.tensor_parallel, is_strict=spec.strict)
+
+
+def _read_config(spec: HostSpec, folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.source.trust_remote_code)
+    except UNREADABLE as error:
+        raise ConfigurationError(f"{spec.title}: {reason_of(error)}") from error
 
 
 def _read(
@@ -184,6 +198,7 @@ def _is_finite(tensor: Tensor, *, may_be_infinite: bool) -> bool:
     """Whether a tensor has no NaN, and nothing infinite unless that is allowed: masks among a model's buffers."""
     if tensor.dtype not in COMPUTED_TYPES:
         return True
+    tensor = local_part(tensor)
     # a sum is the cheapest look at all numbers; that of large finite ones may be infinite, too
     if bool(tensor.sum(dtype=torch.float32).isfinite()):
         return True

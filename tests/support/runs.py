@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def write_prompts(path: Path, num_rows: int = 11) -> Path:
     return path
 
 
-def job(prompts: Path | str, output: Path | str, base: Path | str, **sections: Any) -> Config:
+def job(prompts: Path | str, output: Path | str, base: Path | str | Mapping[str, Any], **sections: Any) -> Config:
     """A job with two prompted principals and shards of three rows; `sections` add to its own or replace them."""
     decoding = {"max_new_tokens": 8, "agent_temperature": 0.5, "trace": "tokens"} | sections.pop("decoding", {})
     cluster = {"transport": "local", "slots": 4} | sections.pop("cluster", {})
@@ -34,7 +35,7 @@ def job(prompts: Path | str, output: Path | str, base: Path | str, **sections: A
         {
             "input": {"path": str(prompts), "id": "id"} | sections.pop("input", {}),
             "output": {"path": str(output), "rows_per_shard": 3},
-            "base": str(base),
+            "base": dict(base) if isinstance(base, Mapping) else str(base),
             "principals": sections.pop("principals", PRINCIPALS),
             "decoding": decoding,
             "cluster": cluster,

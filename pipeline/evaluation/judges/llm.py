@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext, JudgedAnswer
 from pipeline.evaluation.judges.reward_model import NOT_IN_IDENTITY
 from pipeline.records import Message
-from pipeline.sections import ModelConfig, Section, model_from_name
+from pipeline.sections import ModelConfig, Section, in_one_process, model_from_name
 
 if TYPE_CHECKING:
     from pipeline.hub.sources import ModelSource
@@ -61,7 +61,9 @@ class LlmJudge(JudgeConfig):
     low: int = Field(1, ge=-100, le=100, description="the worst score")
     high: int = Field(5, ge=-100, le=100, description="the best score")
     model: Annotated[
-        ModelConfig | None, BeforeValidator(model_from_name), Field(description="a chat model of this machine")
+        Annotated[ModelConfig, AfterValidator(in_one_process)] | None,
+        BeforeValidator(model_from_name),
+        Field(description="a chat model of this machine"),
     ] = None
     endpoint: EndpointConfig | None = None
     reads: Literal["mean", "likeliest"] = Field(

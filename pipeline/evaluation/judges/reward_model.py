@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext
@@ -15,13 +15,13 @@ from pipeline.hub.reward_heads import CLASSIFIER, choose_output, read_head
 from pipeline.hub.sources import Location
 from pipeline.hub.tokenizer_facts import TokenizerFacts, facts_of_tokenizer, read_tokenizer_facts
 from pipeline.principals.section import Label
-from pipeline.sections import ModelConfig, model_from_name
+from pipeline.sections import ModelConfig, in_one_process, model_from_name
 
 if TYPE_CHECKING:
     from pipeline.hub.sources import ModelSource
 
 # where the model comes from and runs; its identity stands for the first two
-NOT_IN_IDENTITY = ("model", "revision", "resources", "device")
+NOT_IN_IDENTITY = ("model", "revision", "resources", "device", "tensor_parallel")
 
 
 class RewardModelJudge(JudgeConfig):
@@ -31,7 +31,7 @@ class RewardModelJudge(JudgeConfig):
     """
 
     kind: Literal["reward_model"]
-    model: Annotated[ModelConfig, BeforeValidator(model_from_name)]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name), AfterValidator(in_one_process)]
     label: Label = Field(
         None, description="which of the model's outputs is the score, by its number or name, where it has several"
     )
