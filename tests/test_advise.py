@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,15 @@ def test_a_lead_that_chance_explains_is_no_reason_to_leave_the_weighted_sum():
     found = advise(with_views(), games_of(tokens=0.1, steps=0.15, noise=2.0, num_rows=2, per_row=4, seed=3))
     assert not found.is_ahead
     assert found.suggested.choice.rule is RuleName.LINEAR
+
+
+def test_games_that_decide_nothing_are_refused():
+    with pytest.raises(ConfigurationError, match="2 prompts or more; got games of 1"):
+        advise(with_views(), games_of(num_rows=1))
+    games = games_of(num_rows=2)
+    silent = replace(games, rewards={name: 0 * reward for name, reward in games.rewards.items()})
+    with pytest.raises(ConfigurationError, match="does not leave the base"):
+        advise(with_views(target_kl=None), silent)
 
 
 @pytest.mark.parametrize("choice", ALL_RULES, ids=str)
@@ -266,6 +276,9 @@ def test_the_command_suggests_lines_and_keeps_the_games(job, tmp_path, capsys, m
     again = capsys.readouterr().out
     assert "equilibrium" in again
     assert "solo" not in again
+    with pytest.raises(ConfigurationError, match=r"another principals\.kind\. Remove it"):
+        run_advise(file, ["principals.kind.principle=Be rude."], games_file=games)
+    run_advise(file, ["principals.kind.weight=2", "advise.rules=[equilibrium]"], games_file=games)  # needs no others
     with pytest.raises(ConfigurationError, match="holds no games of more"):
         run_advise(file, ["principals.more={kind: prompted, principle: x}"], games_file=games)
 

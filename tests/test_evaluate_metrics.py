@@ -241,6 +241,14 @@ def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():
     ]
 
 
+def test_a_principal_that_no_judge_measures_is_not_alone_where_it_has_weight():
+    vectors = [{"a": 0.5, "b": 0, "c": 0.5}, {"a": 0.5, "b": 0.5, "c": 0}, {"a": 1, "b": 0, "c": 0}]
+    variants = [Variant(LINEAR, 0.1, vector) for vector in vectors]
+    samples = resampled(variants, {"a": [[4, 4], [1, 1], [3, 3]], "b": [[0, 0], [1, 1], [0, 0]]}, np.ones((3, 2)))
+    assert samples.regrets(range(3))[0] == pytest.approx((3 - 1) / 3)
+    assert np.isnan(samples.regrets(range(2))[0])
+
+
 def test_one_prompt_makes_no_rule_better():
     variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
     [mip] = [

@@ -50,6 +50,11 @@ def _games(config: AdviseConfig, file: Path | None) -> RecordedGames:
             f"{file} holds no games of {', '.join(missing)}; it holds {', '.join(games.rewards)}. Remove it, or name "
             "another file"
         )
+    stored, given = games.settings, config.recorded
+    if stored and (other := [name for name in given if stored.get(name) != given[name]]):
+        raise ConfigurationError(
+            f"{file} holds games of a job with another {', '.join(other)}. Remove it, or name another file"
+        )
     return games
 
 

@@ -10,6 +10,9 @@ from pipeline.advice.comparison import Comparison, RuleChoice, RuleGain, choices
 from pipeline.advice.measures import RewardMeasures, correlation, measure_rewards
 from pipeline.advice.recording import RecordedGames
 from pipeline.advice.settings import COMPARABLE, VIEW, AdviseConfig
+from pipeline.errors import ConfigurationError
+
+LEAST_KL = 1e-6  # nats per token; less is rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,12 @@ def advise(config: AdviseConfig, games: RecordedGames) -> Advice:
     Args:
         config: the job; its principals and views are those of the games.
         games: recorded.
+
+    Raises:
+        ConfigurationError: there are games of one prompt alone, or the configured rule does not leave the base.
     """
+    if len(games.row_ids) < 2:  # resampling one prompt says nothing about others
+        raise ConfigurationError(f"rules are compared over 2 prompts or more; got games of {len(games.row_ids)}")
     settings = config.advise
     views = {name: name + VIEW for name in settings.views}
     rules = choices(settings.rules, settings.k)
@@ -93,7 +101,13 @@ def _configured_kl(config: AdviseConfig, comparison: Comparison) -> float:
     if rule.takes_k:
         given = decoding.soft_threshold
         k = given if not isinstance(given, dict) else sum(given.values()) / len(given)
-    return comparison.kl_of(RuleChoice(rule, k), decoding.agent_temperature)
+    kl = comparison.kl_of(RuleChoice(rule, k), decoding.agent_temperature)
+    if kl < LEAST_KL:
+        raise ConfigurationError(
+            f"{rule} at decoding.agent_temperature {decoding.agent_temperature:g} does not leave the base on these "
+            "games, so there is no distance to compare rules at; give advise.target_kl"
+        )
+    return kl
 
 
 def _suggest(rules: Sequence[RuleGain]) -> tuple[RuleGain, bool, float]:

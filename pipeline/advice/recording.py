@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class RecordedGames:
         rewards: q [N, K] in nats by principal, before weights.
         row_N: which of `row_ids` each game belongs to.
         row_ids: the prompts.
+        settings: what they were recorded with (`AdviseConfig.recorded`); empty where that is not known.
     """
 
     base_NK: Tensor
     rewards: Mapping[str, Tensor]
     row_N: Tensor
     row_ids: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_games(self) -> int:
@@ -52,7 +54,7 @@ class RecordedGames:
     def save(self, path: Path) -> None:
         """Write all of it to a file of numpy's format `.npz`, in float32."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = json.dumps({"names": list(self.rewards), "row_ids": self.row_ids})
+        facts = json.dumps({"names": list(self.rewards), "row_ids": self.row_ids, "settings": self.settings})
         arrays: dict[str, Any] = {
             f"q{at}": reward_NK.float().numpy() for at, reward_NK in enumerate(self.rewards.values())
         }
@@ -70,7 +72,8 @@ class RecordedGames:
                 facts = json.loads(str(file["facts"]))
                 rewards = {name: _doubles(file[f"q{at}"]) for at, name in enumerate(facts["names"])}
                 base_NK = _doubles(file["base"]).log_softmax(-1)
-                return cls(base_NK, rewards, torch.from_numpy(file["row"]), tuple(facts["row_ids"]))
+                row_N, row_ids = torch.from_numpy(file["row"]), tuple(facts["row_ids"])
+                return cls(base_NK, rewards, row_N, row_ids, facts.get("settings", {}))
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise ConfigurationError(f"{path} does not hold recorded games: {error}") from None
 
@@ -80,7 +83,7 @@ def _doubles(array: Any) -> Tensor:
 
 
 class Recorder:
-    """Keeps the games that an engine solves; give it to `HostCalls.observer`.
+    """Keeps the games that an engine solves and principals take part in; give it to `HostCalls.observer`.
 
     Args:
         names: the principals, in the topology's order.
@@ -93,8 +96,10 @@ class Recorder:
 
     def __call__(self, rows: Sequence[RunningRow], candidates: Candidates, rewards: Sequence[Tensor]) -> None:
         base_BK, rewards_BJK = as_game(candidates.cpu(), [reward.cpu() for reward in rewards])
-        self._games.append((base_BK, rewards_BJK))
-        self._rows += [row.row.row_id for row in rows]
+        # of reasoning that is left alone, no rule changes a token
+        kept = [at for at, row in enumerate(rows) if row.reasoning is None or row.reasoning.is_steered]
+        self._games.append((base_BK[kept], rewards_BJK[kept]))
+        self._rows += [rows[at].row.row_id for at in kept]
 
     def games(self, failed: frozenset[str] = frozenset()) -> RecordedGames:
         """Everything so far, without the rows that failed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from cage.rule_names import RuleName
@@ -62,6 +64,22 @@ class AdviseConfig(Config):
         return Config(
             **{**fields, "principals": {**self.principals, **views}, "decoding": decoding, "grid": GridConfig()}
         )
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What recorded games depend on, as plain values by dotted name."""
+        job = self.recording.model_dump(mode="json", include={"input", "base", "principals", "decoding"})
+        principals = job.pop("principals")
+        found = {f"{section}.{key}": value for section, values in job.items() for key, value in values.items()}
+        found["advise.prompts"] = self.advise.prompts
+        # q is recorded before weights, unless a model reads them
+        reads = any(
+            each.takes_weights or getattr(each, "preference", "") == "weights" for each in self.principals.values()
+        )
+        for name, section in principals.items():
+            kept = {key: value for key, value in section.items() if reads or key != "weight"}
+            found[f"principals.{name}"] = kept
+        return found
 
     @model_validator(mode="after")
     def _can_be_recorded(self) -> AdviseConfig:

@@ -157,7 +157,12 @@ class BootstrapSamples:
         data = self.data
         is_alike = data.method_by_variant[alone] == data.method_by_variant[at]
         temperatures = data.variants[alone].agent_temperature, data.variants[at].agent_temperature
-        return is_alike and temperatures[0] == temperatures[1] and bool(self.weights_VM[alone, index] == 1)
+        # a principal that no judge measures may have weight, too
+        others = [
+            weight for name, weight in (data.variants[alone].weights or {}).items() if name != self.objectives[index]
+        ]
+        is_single = bool(self.weights_VM[alone, index] == 1) and not any(others)
+        return is_alike and temperatures[0] == temperatures[1] and is_single
 
     def front_metrics(self, variants: Iterable[int]) -> dict[str, float | None]:
         """Of the variants' normalised points: spread, distance to the front of all variants, and share on it."""

@@ -51,4 +51,4 @@ def record_games(config: AdviseConfig, cache_folder: Path, out: TextIO) -> Recor
             report(f"row {record.row_id} failed: {record.error}")
         if number % SHOWN_EVERY == 0 or number == len(rows):
             report(f"{number:,} of {len(rows):,} prompts")
-    return recorder.games(frozenset(failed))
+    return replace(recorder.games(frozenset(failed)), settings=config.recorded)
