@@ -15,7 +15,7 @@ from support.tiny_models import make_model, make_pair_tokenizer
 from jobs.commands.plan import describe_plan
 from jobs.commands.status import describe_status
 from pipeline.engine.pace import PROBES, Pace
-from pipeline.engine.passages import LONGEST, START, Passages
+from pipeline.engine.passages import LONGEST, PLACES, START, Passages
 from pipeline.errors import ConfigurationError
 from pipeline.runtime.assembly import assemble
 from pipeline.runtime.replica_plan import plan_replica
@@ -45,6 +45,14 @@ def test_what_follows_the_longest_suffix_is_found(sequences, text):
     # of many equal places the newest are looked at
     assert found.length == longest or lengths.count(longest) < len([each for each in lengths if each >= 2]) - 8
     assert any(found.tokens == sequence[at : at + 4] for sequence in padded for at in range(2, len(sequence)))
+
+
+def test_of_a_pair_the_newest_places_are_kept():
+    passages = Passages()
+    for at in range(2 * PLACES):
+        passages.extend(passages.begin(), [1, 2, 100 + at])
+    assert passages.find([1, 2], 1).tokens == [100 + 2 * PLACES - 1]
+    assert {len(places) for places in passages._places.values()} <= {*range(1, PLACES + 1)}
 
 
 def pace_after(seconds_of, positions):
