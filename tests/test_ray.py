@@ -57,8 +57,10 @@ def two_hosts(tiny):
 
 @pytest.mark.parametrize("replicas", [2])
 def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas):
+    """Also where passes verify drafts, as those that learn what they cost do."""
     prompts, expected = reference
-    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(replicas=replicas), **two_hosts(tiny))
+    sections = {"cluster": on_ray(replicas=replicas), "decoding": {"draft": "lookup"}, **two_hosts(tiny)}
+    config = job(prompts, tmp_path / "run", tiny(), **sections)
     run, _ = run_job(config, tmp_path)
     assert parts(tmp_path / "run") == expected
     hosts = {record.host for record in run.committed().values()}
@@ -68,7 +70,8 @@ def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas
 @pytest.mark.parametrize(("point", "nth"), [(Failpoint.MID_STEP, 7)])
 def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, reference, point, nth):
     prompts, expected = reference
-    config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
+    sections = {"cluster": on_ray(), "decoding": {"draft": "lookup"}, **two_hosts(tiny)}
+    config = job(prompts, tmp_path / "run", tiny(), **sections)
     kill = KillAt(point, tmp_path, nth)
     run, _ = run_job(config, tmp_path, watch=kill)
     assert kill.has_killed
