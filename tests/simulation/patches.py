@@ -8,11 +8,13 @@ holds that every module which a run uses and which imports one of these is in th
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.cluster.assignments import Assignments
 from simulation import cluster, hosts, memo, paths, pool
 from simulation.threads import (
     Current,
@@ -30,12 +32,12 @@ from simulation.threads import (
 OUTSIDE = {"time", "threading", "queue", "signal", "secrets", "random", "os", "ray", "Future", "subprocess", "socket"}
 
 SIMULATED: dict[str, dict[str, Any]] = {
-    "pipeline.cluster.assignments": {"time": Time},
     "pipeline.cluster.board": {
         "time": Time,
         "ray": cluster.Ray,
         "NodeAffinitySchedulingStrategy": cluster.nowhere,
         "MetricExporter": cluster.Exporter,
+        "Assignments": functools.partial(Assignments, clock=Time.monotonic),
     },
     "pipeline.cluster.departure": {
         "threading": Threading,
@@ -126,6 +128,7 @@ SIMULATED: dict[str, dict[str, Any]] = {
 }
 
 NEEDS_NOTHING = {
+    "pipeline.cluster.assignments": "is given a clock, the simulated one",
     "pipeline.monitoring.events": "writes lines of a log under a lock, without waiting",
     "pipeline.monitoring.host_meter": "measures seconds for metrics, from which nothing follows",
     "pipeline.cluster.processes": "is for benchmarks",
