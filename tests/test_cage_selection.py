@@ -38,6 +38,15 @@ def test_three_principals_can_have_two_equilibria():
     assert residual_at(game, solution.thresholds) < 1e-9
 
 
+def test_jacobi_finds_the_other_equilibrium_from_drawn_starts():
+    solutions = [cage.Jacobi(start_seed=seed, max_steps=60).solve(free_riders(1)) for seed in range(8)]
+    settled = [each for each in solutions if each.status.item() == cage.Status.CONVERGED]
+    ends = {round(each.policy[0, 0].item(), 3) for each in settled}
+    assert ends == {0.7, 0.914}
+    again = cage.Jacobi(start_seed=0, max_steps=60).solve(free_riders(1))
+    assert torch.equal(again.thresholds, solutions[0].thresholds)
+
+
 @pytest.mark.parametrize("x", [1.0, 2.0, 4.0])
 def test_the_equilibrium_of_least_intervention_is_returned(x):
     solution = cage.solve(free_riders(x))
