@@ -17,6 +17,8 @@ from jobs.options import (
     ConfigFile,
     Dtype,
     Extend,
+    GpuName,
+    Like,
     Limit,
     Log,
     Mended,
@@ -24,10 +26,13 @@ from jobs.options import (
     NewRun,
     Only,
     Overrides,
+    PlannedFile,
+    Price,
     PrintConfig,
     Revision,
     RunPath,
     Seed,
+    TokensPerSecond,
     TrustRemoteCode,
     Verbose,
 )
@@ -235,14 +240,31 @@ def advise(
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None, limit: Limit = None, model: Model = None) -> None:
+def plan(
+    config: PlannedFile = None,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    model: Model = None,
+    gpu: GpuName = None,
+    price: Price = None,
+    like: Like = None,
+    throughput: TokensPerSecond = None,
+) -> None:
     """Show what `relabel`, `evaluate`, `synthesize` or `train` would run, without running it.
 
-    Rows, shards, principals, hosts and their roles, placement and memory. No weights are loaded.
+    Rows, shards, principals, hosts and their roles, placement, memory of every device, time and cost. No weights are
+    loaded.
     """
-    from jobs.commands.plan import run_plan
+    from jobs.commands.plan import Machines, run_plan
+    from pipeline.hub.gpus import find_gpu
 
-    run_plan(config, _merge(overrides, {"input.limit": limit, "base.model": model}))
+    overrides = list(overrides or [])
+    if config is None and overrides and "=" not in overrides[0]:
+        config = Path(overrides.pop(0))
+    if config is None:
+        raise typer.BadParameter("a configuration is needed: -c FILE", param_hint="'--config' / '-c'")
+    machines = Machines(None if gpu is None else find_gpu(gpu), price, like, throughput)
+    run_plan(config, _merge(overrides, {"input.limit": limit, "base.model": model}), machines)
 
 
 @app.command()

@@ -65,4 +65,20 @@ Mended = Annotated[
         "has with other content, are run again.",
     ),
 ]
+PlannedFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file; it may also be given as the first argument.")
+]
+GpuName = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="NAME", help="Plan for GPUs of this kind, such as a100-80gb, here or not."),
+]
+Price = Annotated[float | None, typer.Option(min=0, help="Of one GPU for an hour, in any currency: prices the run.")]
+Like = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Reckon with the measured tokens per second and per answer of this run."),
+]
+TokensPerSecond = Annotated[
+    float | None,
+    typer.Option("--throughput", min=1e-6, help="Tokens a second of one replica, not measured."),
+]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, local or s3://.")]

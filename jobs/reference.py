@@ -178,10 +178,10 @@ def _type(annotation: Any) -> str:
 
 
 def _kind_of(model: type[BaseModel]) -> str | None:
-    """The value of `kind` that selects a section; None where it has no kind."""
+    """The one value of `kind` that selects a section; None where it has no kind, or several."""
     field = model.model_fields.get(KIND)
     values = [] if field is None else get_args(field.annotation)
-    return str(values[0]) if values else None
+    return str(values[0]) if len(values) == 1 else None
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -38,6 +38,7 @@ from pipeline.sampling.proposals import propose_from
 from pipeline.steered_answers import Account, SteeredAnswer, SteeredStep
 from pipeline.worker.loading import pick_device, pick_dtype
 from pipeline.worker.padded_passes import pad_left, role_passes
+from pipeline.worker.quantised import quantised_options
 from pipeline.worker.token_holes import without_holes
 from pipeline.worker.weights import describe_faults, read_with_report
 
@@ -299,12 +300,15 @@ class _NamedModels:
         self.sources[name] = source
         if value not in self._loaded:
             device = pick_device("auto")
+            dtype = pick_dtype("auto", device)
+            options = quantised_options(source, device, dtype)
             model, report = read_with_report(
                 place,
                 AutoModelForCausalLM,
                 fetch_weights(source, cache_folder=cache_folder),
-                dtype=pick_dtype("auto", device),
+                dtype=dtype,
                 trust_remote_code=False,
+                **options,
             )
             if fault := describe_faults(report, model):
                 raise ConfigurationError(f"{place}: {fault}")

@@ -6,12 +6,13 @@ The principals' sections build on these; `pipeline.config.sections` puts all of 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 EMBEDDED_MODEL = "smollm2-135m"
 Placement = Literal["auto", "system", "user"]
+QuantizationKind = Literal["bnb-4bit", "bnb-8bit", "torchao-int8", "torchao-float8", "quanto-int8", "fp8"]
 
 
 def shortened(value: Any) -> str:
@@ -35,6 +36,36 @@ class Resources(Section):
     )
 
 
+class ModelSizes(Section):
+    """Sizes of a decoder such as LLaMA, with gated feed-forward layers.
+
+    `cage plan` reckons with them where the model's own config.json cannot be had. No run reads them.
+    """
+
+    layers: int = Field(ge=1, description="decoder layers")
+    hidden_size: int = Field(ge=1, description="width of a hidden state")
+    intermediate_size: int = Field(ge=1, description="width inside a feed-forward layer")
+    heads: int = Field(ge=1, description="attention heads")
+    kv_heads: int | None = Field(None, ge=1, description="heads of keys and values; null: as many as heads")
+    vocab_size: int = Field(ge=1, description="rows of the embedding")
+    is_tied: bool = Field(False, description="whether the head's weights are the embedding's")
+
+
+class QuantizationConfig(Section):
+    """How the weights of a model are quantised while they are loaded, by transformers' own quantisers."""
+
+    kind: QuantizationKind = Field(
+        description="bnb-4bit: NF4 by bitsandbytes, scales quantised too; bnb-8bit: LLM.int8() by bitsandbytes; "
+        "torchao-int8, torchao-float8 and quanto-int8: weights alone; fp8: blocks of 128 by 128, weights and inputs, "
+        "on a GPU of compute capability 8.9 or more"
+    )
+
+
+def _kind_of_quantization(value: Any) -> Any:
+    """Accept the bare name of a kind."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class ModelConfig(Section):
     """One set of weights."""
 
@@ -42,6 +73,12 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    quantization: Annotated[QuantizationConfig | None, BeforeValidator(_kind_of_quantization)] = Field(
+        None, description="quantise the weights while they are loaded; null: as its files have them"
+    )
+    sizes: ModelSizes | None = Field(
+        None, description="what `cage plan` reckons with where the model cannot be had; no run reads it"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     tensor_parallel: int = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,7 +23,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from pipeline.errors import ConfigurationError
 from pipeline.hub import packages
-from pipeline.hub.packages import ATTENTION, NOT_READ, QUANTISATION, WITHOUT_PACKAGES, Need, check_needs, find_needs
+from pipeline.hub.packages import ATTENTION, WITHOUT_PACKAGES, Need, check_device, check_needs
+from pipeline.hub.quantisation import KINDS, METHODS, NOT_READ, find_needs, need_of_kind
 from pipeline.hub.sources import resolve_model
 from pipeline.runtime.assembly import assemble
 from pipeline.worker.weights import load_causal_lm
@@ -61,7 +63,7 @@ def configured(folder: Path, target: Path, **settings: Any) -> Path:
 
 def test_every_quantisation_of_transformers_is_known() -> None:
     methods = {quantised(method)["quant_method"] for method in AUTO_QUANTIZER_MAPPING}
-    assert methods == QUANTISATION.keys() | NOT_READ.keys()
+    assert methods == METHODS.keys() | NOT_READ.keys()
 
 
 @pytest.mark.parametrize("method", list(AUTO_QUANTIZER_MAPPING))
@@ -69,8 +71,9 @@ def test_a_quantised_model_names_what_to_install(method: str) -> None:
     config = quantised(method)
     name = config["quant_method"]
     for place in ({"quantization_config": config}, {"text_config": {"quantization_config": config}}):
-        if installed := QUANTISATION.get(name):
-            expected = f"a/model has weights quantised with {name}: pip install {' '.join(installed.values())}"
+        if name in METHODS:
+            installed = METHODS[name].packages.values()
+            expected = f"a/model has weights quantised with {name}: pip install {' '.join(installed)}"
             assert refusal(place) == expected
         if name not in NOT_READ:
             check_packages(place, "a/model", is_installed=lambda module: True)
@@ -86,6 +89,50 @@ def test_what_transformers_would_miss_is_missed_here(method: str) -> None:
             check_packages({"quantization_config": quantised(method)}, "a/model")
     except (RuntimeError, ValueError):
         pytest.skip("transformers asks for a GPU first")
+
+
+@pytest.mark.parametrize("method", list(AUTO_QUANTIZER_MAPPING))
+def test_what_transformers_runs_on_a_gpu_alone_is_refused_on_a_cpu(method: str) -> None:
+    """Where transformers' own check of the environment asks for a GPU, so does this one, before."""
+    config, name = quantised(method), quantised(method)["quant_method"]
+    if name in NOT_READ:
+        pytest.skip("such checkpoints are not read")
+    needs = find_needs({"quantization_config": config}, "a/model")
+    try:
+        AutoHfQuantizer.from_config(config, pre_quantized=True).validate_environment(device_map=None)
+    except (ImportError, RuntimeError, ValueError) as error:
+        asks = "GPU" in str(error) and not torch.cuda.is_available()
+        if asks and name != "gptq":  # runs on a CPU where its package is installed, which is asked for before
+            with pytest.raises(ConfigurationError, match="needs a GPU"):
+                check_device(needs, "a/model", capability=None)
+            return
+    if METHODS[name].least_gpu is None:
+        check_device(needs, "a/model", capability=None)
+
+
+def test_the_documentation_lists_every_method_and_kind_with_what_it_needs() -> None:
+    text = (Path(__file__).parents[1] / "docs/models.md").read_text(encoding="utf-8")
+    section = text.partition("## Quantised weights")[2].partition("## Tokens")[0]
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([^|]*\|[^|]*)\|", section, re.MULTILINE))
+    assert rows.keys() >= METHODS.keys() | NOT_READ.keys() | {"bnb-4bit", "bnb-8bit", "quanto-int8", "fp8"}
+    for name, facts in METHODS.items():
+        packages, _, device = rows[name].partition("|")
+        named = {each.strip("'") for each in facts.packages.values()} - {"accelerate"}
+        assert set(re.findall(r"`([^`]+)`", packages)) == named
+        assert ("CPU" in device) == (facts.least_gpu is None or facts.is_expanded_on_cpu)
+    assert all(f"`{kind}`" in section for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_ways_to_quantise_name_their_packages_and_their_gpu(kind: str) -> None:
+    need = need_of_kind(kind)  # type: ignore[arg-type]
+    [*_, package] = need.packages.values()
+    with pytest.raises(ConfigurationError, match=rf"a/model is to be quantised \({kind}\): pip install .*{package}"):
+        check_needs([need], "a/model", is_installed=lambda module: False)
+    check_device([need], "a/model", capability=(9, 0))
+    if kind == "fp8":
+        with pytest.raises(ConfigurationError, match=r"capability 8\.9 or more, and it has 8\.0 on machine m"):
+            check_device([need], "a/model", capability=(8, 0), machine="m")
 
 
 @pytest.mark.parametrize("method", list(NOT_READ))
@@ -173,10 +220,13 @@ def test_every_command_says_it_in_one_line_before_weights_are_read(
         "base": {"model": str(folder)}, "principals": {}, "cluster": {"transport": transport},
     }  # fmt: skip
     (tmp_path / "job.yaml").write_text(json.dumps(job))
+    missing = [each for module, each in METHODS["gptq"].packages.items() if not packages.is_installed(module)]
+    if not missing:
+        pytest.skip("everything is installed")
     done = cage(command, "-c", str(tmp_path / "job.yaml"))
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"cage: {folder} has weights quantised with gptq: pip install optimum gptqmodel"
+        f"cage: {folder} has weights quantised with gptq: pip install {' '.join(missing)}"
     ]
     assert not (tmp_path / "out").exists()
 

@@ -56,6 +56,17 @@ def test_the_time_left_counts_down_and_is_not_raised(clock):
     assert left(500, 100) is None
 
 
+def test_the_time_left_is_by_tokens_of_what_is_done(clock):
+    """Ten answers of 100 tokens in 10 s, after ninety of 20: 100 are left with the mean of all, 28 tokens."""
+    line = ProgressLine(
+        io.StringIO(), num_rows=200, num_shards=2, rows_before=90, shards_before=1, tokens_before=1800
+    )
+    clock[0] = 0.0
+    line.text(Counts(steps=9))
+    clock[0] = 10.0
+    assert "  28 s left" in line.text(Counts(rows=10, tokens=1000, steps=99))
+
+
 def test_the_time_left_never_rises_in_a_run_of_even_speed(clock):
     # rows that began together end by length: the first ones say that all are fast, the later ones that all are slow
     line = ProgressLine(io.StringIO(), num_rows=60, num_shards=1)

@@ -101,6 +101,7 @@ def test_what_the_hub_lacks_is_told(hub: Hub) -> None:
         {"name": "org/adapter"},
     )
     assert "no safetensors weights" in pickled["error"]
+    assert "run `cage convert FOLDER` and name that folder" in pickled["error"]
     assert "org/none is neither a folder here" in missing["error"]
     assert "has no revision v9" in revision["error"]
     assert "is it an adapter?" in adapter["error"]

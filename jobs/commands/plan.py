@@ -6,38 +6,102 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.commands.job_files import load_job
-from jobs.commands.plan_memory import placement
+from jobs.commands.plan_cost import Throughput, describe_cost, find_throughput
+from jobs.commands.plan_memory import describe_devices, placement, plan_hosts
 from jobs.commands.plan_prompts import describe_prompts
 from jobs.commands.plan_run import describe_existing
+from jobs.commands.plan_stated import describe_stated, find_what_is_here, plan_stated_hosts
 from jobs.commands.text import printable, table
 from pipeline.config.sections import Config, ReplicaRange, Transport
 from pipeline.config.variants import lay_out, names_of
+from pipeline.errors import ConfigurationError
 from pipeline.hub.descriptions import describe_model
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.families import PLAIN, ROW_BY_ROW
 from pipeline.hub.generation_settings import unobeyed_settings
+from pipeline.hub.gpus import Gpu
 from pipeline.hub.tokenizers import listed_tokens
 from pipeline.principals.section import TUNED
+from pipeline.protocol.memory import available_bytes
 from pipeline.protocol.topology import PrincipalPlan, Scoring
+from pipeline.runtime.memory_plan import PlannedHost
 from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica
 from pipeline.stages.relabel import prepare
 from pipeline.storage.plan import Plan
 from pipeline.training.settings import TrainConfig
 
 
-def run_plan(config_file: Path, overrides: list[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """What a run is planned for.
+
+    Args:
+        gpu: the kind of GPU that hosts are planned on; None: it is not known.
+        price: of one GPU for an hour.
+        like: folder of a run whose speed is taken.
+        throughput: tokens a second of one replica.
+    """
+
+    gpu: Gpu | None = None
+    price: float | None = None
+    like: str | None = None
+    throughput: float | None = None
+
+
+ANY_MACHINES = Machines()
+
+
+def run_plan(config_file: Path, overrides: list[str], machines: Machines = ANY_MACHINES) -> None:
     config = load_job(config_file, overrides)
     cache_folder = default_cache_folder(os.environ)
     if isinstance(config, TrainConfig):
+        if machines != ANY_MACHINES:
+            raise ConfigurationError(
+                "--gpu, --price, --like and --throughput are for plans of answers, not of training"
+            )
         print(describe_training(config, cache_folder))
+        return
+    throughput = find_throughput(config, machines.like, machines.throughput)
+    if (findings := find_what_is_here(config, cache_folder)) is not None:
+        hosts = plan_stated_hosts(config, findings, machines.gpu)
+        text, num_rows = describe_stated(config, findings, hosts, machines.gpu)
+        print(text)
+        num_answers = num_rows * len(lay_out(config)) * config.decoding.n
+        print(_cost(hosts, config, machines, throughput, num_answers, num_rows))
         return
     prepared = prepare(config, cache_folder)
     replica = plan_replica(config, prepared.models, cache_folder)
-    print(describe_plan(prepared.plan, replica, (prepared.columns, *prepared.notes)))
+    hosts = plan_hosts(replica, machines.gpu)
+    notes = (prepared.columns, *prepared.notes)
+    print(describe_plan(prepared.plan, replica, notes, hosts=hosts, gpu=machines.gpu))
+    print(_cost(hosts, config, machines, throughput, prepared.plan.num_answers, prepared.plan.num_rows))
     print(describe_prompts(prepared.plan, replica))
+
+
+def _cost(
+    hosts: Sequence[PlannedHost],
+    config: Config,
+    machines: Machines,
+    throughput: Throughput | None,
+    num_answers: int,
+    num_rows: int,
+) -> str:
+    return "\n".join(
+        describe_cost(
+            hosts, config, num_answers, num_rows, gpu=machines.gpu, throughput=throughput, price=machines.price
+        )
+    )
+
+
+def _machine_bytes(config: Config) -> int | None:
+    """What can be allocated on this machine, where hosts on CPUs are on it."""
+    if config.cluster.transport is Transport.RAY and config.cluster.address is not None:
+        return None
+    return available_bytes()
 
 
 def describe_training(config: TrainConfig, cache_folder: Path) -> str:
@@ -66,12 +130,20 @@ def describe_training(config: TrainConfig, cache_folder: Path) -> str:
     return "\n".join([*lines, table(["objective", "pairs", "held out", "tokens an epoch", "steps"], rows)])
 
 
-def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -> str:
+def describe_plan(
+    plan: Plan,
+    replica: ReplicaPlan,
+    notes: Sequence[str] = (),
+    *,
+    hosts: Sequence[PlannedHost] | None = None,
+    gpu: Gpu | None = None,
+) -> str:
     """Rows and shards, principals and their roles, hosts and their placement, and what one replica takes.
 
     `notes` on the input are shown below it.
     """
     config = replica.config
+    hosts = plan_hosts(replica, gpu) if hosts is None else hosts
     decoding, cluster = config.decoding, config.cluster
     files, answers = len(plan.files), len(plan.variants) * plan.num_samples
     lines = [
@@ -94,7 +166,9 @@ def describe_plan(plan: Plan, replica: ReplicaPlan, notes: Sequence[str] = ()) -
         *_masked(replica),
         *_unobeyed(replica),
         "",
-        placement(replica),
+        placement(hosts, config),
+        "",
+        describe_devices(hosts, config, gpu, _machine_bytes(config)),
         f"cluster   {_where(config)}: {_replicas(cluster.replica_range)} "
         + ("with as many slots as memory holds" if cluster.slots == "auto" else f"with {cluster.slots} slots")
         + " each" * (cluster.replica_range.max != 1),

@@ -1,53 +1,63 @@
-"""`cage plan`: where hosts run, and what their weights, KV caches and states take."""
+"""`cage plan`: what every host and every device holds, how many slots fit, and what to change where they do not."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from jobs.commands.text import table
 from pipeline.config.sections import Config
-from pipeline.hub.descriptions import ModelDescription, describe_model, recurrent_config
-from pipeline.protocol.specs import HostSpec
-from pipeline.protocol.topology import HostPlan
+from pipeline.hub.descriptions import BYTES_BY_DTYPE
+from pipeline.hub.gpus import Gpu
+from pipeline.protocol.memory import SHARE
 from pipeline.quoting import size
+from pipeline.runtime.memory_plan import (
+    PlannedDevice,
+    PlannedHost,
+    device_type_of,
+    lay_out_devices,
+    plan_host,
+    row_tokens,
+    size_of_source,
+)
 from pipeline.runtime.replica_plan import ReplicaPlan
-from pipeline.sections import ModelConfig
 
-COLUMNS = ["host", "device", "CPUs", "GPUs", "dtype", "weights", "KV cache per token", "KV cache at the limit"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Cache:
-    """What the cache rows of a host take.
-
-    Args:
-        num_rows: of all slots and roles, and those that hold what is kept.
-        bytes_per_token: keys and values of all rows.
-        states: of all rows, for a table; None where the model keeps none.
-    """
-
-    num_rows: int
-    bytes_per_token: int
-    states: str | None = None
+HOSTS = ["host", "device", "CPUs", "GPUs", "dtype", "weights", "KV cache and logits of a slot", "beside slots"]
+DEVICES = ["device", "memory", "hosts", "weights", "beside slots", "a slot", "headroom", "slots that fit"]
 
 
-def placement(replica: ReplicaPlan) -> str:
-    """A table with a row for each host."""
-    hosts = list(zip(replica.topology.hosts, replica.hosts, strict=True))
-    caches = [_cache(plan, spec, replica.config) for plan, spec in hosts]
-    rows = [_row(plan, spec, cache, replica.config) for (plan, spec), cache in zip(hosts, caches, strict=True)]
-    if not any(cache.states for cache in caches):
-        return table(COLUMNS, rows)
-    return table(
-        [*COLUMNS, "states"], [[*row, each.states or "none"] for row, each in zip(rows, caches, strict=True)]
-    )
+def plan_hosts(replica: ReplicaPlan, gpu: Gpu | None) -> list[PlannedHost]:
+    """What each host of a replica takes. Raises ConfigurationError where a model's sizes cannot be found."""
+    return [
+        plan_host(
+            plan,
+            size_of_source(spec.source),
+            replica.config,
+            device_type=device_type_of(plan.model, gpu),
+            adapters=tuple(spec.adapters.values()),
+            source=spec.source,
+            drafts=spec.drafts,
+        )
+        for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
+    ]
 
 
-def _row(plan: HostPlan, spec: HostSpec, cache: _Cache, config: Config) -> list[str]:
-    description = describe_model(spec.source)
-    dtype = _dtype(plan.model)
-    gpus = plan.model.resources.num_gpus
-    longest = _limit_tokens(description, config)
+def placement(hosts: Sequence[PlannedHost], config: Config) -> str:
+    """A table with a row for each host of a replica."""
+    rows = [_host_row(host, config) for host in hosts]
+    if all(host.states == 0 for host in hosts):
+        return table(HOSTS, rows)
+    states = [_states(host) for host in hosts]
+    return table([*HOSTS, "states of a row"], [[*row, each] for row, each in zip(rows, states, strict=True)])
+
+
+def _states(host: PlannedHost) -> str:
+    if host.states is None:
+        return "not known before it is loaded"
+    return size(host.states) if host.states else "none"
+
+
+def _host_row(host: PlannedHost, config: Config) -> list[str]:
+    plan, gpus = host.plan, host.plan.model.resources.num_gpus
     num_ranks = plan.model.tensor_parallel
     each = f"{num_ranks} x " if num_ranks > 1 else ""
     return [
@@ -55,43 +65,87 @@ def _row(plan: HostPlan, spec: HostSpec, cache: _Cache, config: Config) -> list[
         plan.model.device,
         f"{each}{plan.model.resources.num_cpus:g}",
         each + ("auto" if gpus is None else f"{gpus:g}"),
-        dtype + (" (auto)" if plan.model.dtype == "auto" else ""),
-        size(description.weight_bytes(dtype)),
-        f"{size(cache.bytes_per_token)} ({cache.num_rows} rows)",
-        f"{size(cache.bytes_per_token * longest)} ({longest:,} tokens)",
+        host.dtype + (" (auto)" if plan.model.dtype == "auto" else ""),
+        each + weights_text(host),
+        f"{each}{size(host.memory.slot_bytes)} ({len(plan.roles)} rows of {row_tokens(config):,} tokens)",
+        each + size(host.memory.reserved_bytes),
     ]
 
 
-def _cache(plan: HostPlan, spec: HostSpec, config: Config) -> _Cache:
-    description = describe_model(spec.source)
-    dtype = _dtype(plan.model)
-    num_rows = len(plan.roles) * config.cluster.first_slots
-    per_token = description.kv_bytes_per_token(dtype)
-    recurrent = recurrent_config(spec.source)
-    if recurrent is None:
-        return _Cache(num_rows, per_token * num_rows)
-    # these import torch and transformers, which takes seconds
-    from pipeline.attention.cached_layers import bytes_per_row, cache_of_config
-    from pipeline.worker.recurrent_runner import NUM_KEPT
-
-    try:
-        layers = cache_of_config(recurrent, dtype)
-    except Exception:  # whatever the model raises; what it keeps is seen when it is loaded
-        return _Cache(num_rows, per_token * num_rows, "not known before it is loaded")
-    num_rows += len(plan.roles) * NUM_KEPT
-    share = sum(layer.attends for layer in layers) / max(1, description.num_layers)
-    return _Cache(num_rows, round(per_token * share) * num_rows, size(bytes_per_row(layers) * num_rows))
+def weights_text(host: PlannedHost) -> str:
+    """The bytes of a host's weights, by what they are where that is more than one."""
+    held = {label: num_bytes for label, num_bytes in host.weights.items() if num_bytes}
+    whole = size(host.weight_bytes)
+    if len(held) == 1 and next(iter(held)) in BYTES_BY_DTYPE:
+        return whole
+    return f"{whole} ({', '.join(f'{label} {size(num_bytes)}' for label, num_bytes in held.items())})"
 
 
-def _dtype(model: ModelConfig) -> str:
-    """The dtype that "auto" becomes; on a machine that plans for others, bfloat16 where a GPU is asked for."""
-    if model.dtype != "auto":
-        return model.dtype
-    wants_gpu = model.device.startswith("cuda") or bool(model.resources.num_gpus)
-    return "bfloat16" if wants_gpu else "float32"
+def describe_devices(hosts: Sequence[PlannedHost], config: Config, gpu: Gpu | None, machine_bytes: int | None) -> str:
+    """A table with a row for each device, alike ones together, and a line for each number that must change."""
+    devices = lay_out_devices(hosts, config, gpu=gpu, machine_bytes=machine_bytes)
+    alike: dict[tuple[object, ...], list[PlannedDevice]] = {}
+    for device in devices:
+        alike.setdefault((device.device_type, device.capacity, tuple(map(id, device.hosts))), []).append(device)
+    groups = list(alike.values())
+    rows = [_device_row(group) for group in groups]
+    lines = [table(DEVICES, rows)]
+    fits = [device.num_fitting for device in devices]
+    if gpu is None and any(device.device_type == "cuda" for device in devices):
+        lines.append("how many slots fit on a GPU is shown with --gpu, such as --gpu a100-80gb")
+    known = [number for number in fits if number is not None]
+    if known and min(known) >= 1 and config.cluster.slots == "auto" and len(known) == len(fits):
+        lines.append(f"slots: auto becomes {min(known):,} on devices that hold nothing else")
+    for group in groups:
+        lines += what_to_change(group[0], config)
+    return "\n".join(lines)
 
 
-def _limit_tokens(description: ModelDescription, config: Config) -> int:
-    """Tokens of the longest row that is certain to fit: its answer, and a prompt of up to 1,024 tokens."""
-    longest = config.decoding.max_new_tokens + 1024
-    return min(longest, description.context_length or longest)
+def _device_row(group: Sequence[PlannedDevice]) -> list[str]:
+    device = group[0]
+    names = device.name if len(group) == 1 else f"{device.name} and {len(group) - 1} more"
+    free = None if device.capacity is None else device.capacity - device.weight_bytes
+    held = [host.plan.name for host in device.hosts]
+    counted = [name if held.count(name) == 1 else f"{held.count(name)} x {name}" for name in dict.fromkeys(held)]
+    fits = device.num_fitting
+    return [
+        names,
+        "not known" if device.capacity is None else size(device.capacity),
+        ", ".join(counted),
+        size(device.weight_bytes),
+        size(device.reserved_bytes),
+        size(device.slot_bytes),
+        "not known" if free is None else size(max(0, free) * (1 - SHARE[device.device_type])),
+        "not known" if fits is None else f"{max(fits, 0):,}",
+    ]
+
+
+def what_to_change(device: PlannedDevice, config: Config) -> list[str]:
+    """What does not fit on a device and which numbers would make it fit; nothing where all fits."""
+    fits, slots = device.num_fitting, config.cluster.slots
+    wanted = 1 if slots == "auto" else slots
+    if fits is None or device.capacity is None:
+        return []
+    room = SHARE[device.device_type] * (device.capacity - device.weight_bytes) - device.reserved_bytes
+    if device.slot_bytes * wanted <= room:
+        return []
+    if fits >= 1:
+        return [
+            f"{device.name}: {wanted:,} slots do not fit; set cluster.slots={fits} (or auto), or lower "
+            f"decoding.max_new_tokens ({config.decoding.max_new_tokens:,})"
+        ]
+    largest = max(device.hosts, key=lambda host: host.weight_bytes)
+    name = "base" if largest.plan.name == "base" else f"the model of {largest.plan.name}"
+    ways = []
+    if device.weight_bytes < SHARE[device.device_type] * device.capacity:
+        ways.append(f"lower decoding.max_new_tokens ({config.decoding.max_new_tokens:,})")
+    if largest.plan.model.quantization is None:
+        four_bits = device.weight_bytes - largest.weight_bytes * 3 // 4
+        ways.append(f"quantise {name} (quantization: bnb-4bit; then about {size(four_bits)} of weights)")
+    if len(device.hosts) > 1:
+        ways.append("give its hosts devices of their own (resources.num_gpus: 1)")
+    ways.append("take a device with more memory (--gpu)" if device.device_type == "cuda" else "more memory")
+    return [
+        f"{device.name}: not one slot fits: {size(device.weight_bytes)} of weights, {size(device.reserved_bytes)} "
+        f"beside slots and {size(device.slot_bytes)} a slot, with {size(device.capacity)}: {', or '.join(ways)}"
+    ]

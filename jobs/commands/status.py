@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any
@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from jobs.commands.text import printable, shown_path
 from pipeline.monitoring.progress import duration
 from pipeline.storage.commits import CommitRecord
+from pipeline.storage.pace import Pace, measure_pace
 from pipeline.storage.run import Run
+from pipeline.storage.run_status import RunStatus
 
 SHOWN_REASONS = 10
 LAST_SHARDS = 16  # whose commits give the pace
@@ -52,44 +54,28 @@ def status_fields(run: Run) -> dict[str, Any]:
 
 def _as_json(run: Run) -> str:
     """Everything that `RunStatus` has, and the pace of the last shards."""
-    status = run.status()
+    records = run.committed()
+    status = run.status(records)
     tree = {name: value for name, value in asdict(status).items() if name not in ("failures", "recoveries")}
-    pace = _pace(run)
+    pace = _pace(records.values(), status)
     tree |= {
         "failures": status.errors,
         "recoveries": asdict(status.recoveries),
         "tokens_per_second": None if pace is None else pace.tokens_per_second,
-        "seconds_left": None if pace is None else pace.seconds_left,
-        "tokens_per_second_by_replica": replica_paces(run.committed().values()),
-        "slow_shards": slow_shards(run.committed().values()),
+        "seconds_left": None if pace is None else pace.seconds_for(_answers_left(status)),
+        "tokens_per_second_by_replica": replica_paces(records.values()),
+        "slow_shards": slow_shards(records.values()),
     }
     return json.dumps(tree, ensure_ascii=False, indent=1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pace:
-    """How fast the last shards were, over all replicas, and how long the rest would take at that pace."""
-
-    tokens_per_second: float
-    seconds_left: float
+def _answers_left(status: RunStatus) -> int:
+    return status.num_rows - status.rows_aligned - status.rows_failed
 
 
-def _pace(run: Run) -> _Pace | None:
-    """From the last shards' commits; None before there are two of them, or where nothing is left to do.
-
-    The rest is estimated by tokens: what is left has as many per answer as what is done.
-    """
-    records = sorted(run.committed().values(), key=lambda record: record.committed_at)
-    status = run.status()
-    if len(records) < 2 or status.shards_done >= status.num_shards:
-        return None
-    last = records[-LAST_SHARDS:]
-    seconds = last[-1].committed_at - last[0].committed_at
-    tokens, done = sum(record.tokens for record in last[1:]), status.rows_aligned + status.rows_failed
-    if seconds <= 0 or not tokens or not done:
-        return None
-    left = (status.num_rows - done) * status.tokens / done
-    return _Pace(tokens / seconds, left * seconds / tokens)
+def _pace(records: Iterable[CommitRecord], status: RunStatus) -> Pace | None:
+    """That of the last shards, over all replicas; None where nothing is left to do."""
+    return None if status.shards_done >= status.num_shards else measure_pace(records, newest=LAST_SHARDS)
 
 
 def replica_paces(records: Iterable[CommitRecord]) -> dict[str, float]:
@@ -117,7 +103,8 @@ def slow_shards(records: Iterable[CommitRecord]) -> dict[int, float]:
 
 def describe_status(run: Run) -> str:
     """A few lines: state, counts, reasons of failures, where the files are and how to read them."""
-    status = run.status()
+    records = run.committed()
+    status = run.status(records)
     path = shown_path(status.path)
     lines = [
         f"{path}: {'complete' if status.is_complete else 'not complete; the same command continues it'}",
@@ -136,10 +123,10 @@ def describe_status(run: Run) -> str:
             f"  revised   {status.revised_shards:,} shards: {status.reruns:,} rows were run again (newest revision "
             f"{newest}); the files before are in {path}/_superseded"
         )
-    if (pace := _pace(run)) is not None:
+    if (pace := _pace(records.values(), status)) is not None:
         lines.append(
             f"  pace      {pace.tokens_per_second:,.1f} tokens/s over the last shards; at that pace "
-            f"{duration(pace.seconds_left)} are left"
+            f"{duration(pace.seconds_for(_answers_left(status)))} are left"
         )
         paces = replica_paces(run.committed().values())
         if len(paces) > 1:

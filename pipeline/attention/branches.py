@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from pipeline.attention.capacity import capacity_for
 from pipeline.attention.plain import AttentionTerms, attend_by_terms
 from pipeline.attention.visibility import ALL_ALIKE, LayerFacts, Visibility
+from pipeline.protocol.capacity import capacity_for
 
 ATTENTION = "cage_branches"
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from pipeline.attention import rows as row_attention
-from pipeline.attention.capacity import capacity_for
 from pipeline.attention.plain import AttentionTerms, attend_batch, attend_each_row, attend_segment
 from pipeline.attention.prompt_segments import Prompts
 from pipeline.attention.segments import Copied, RunningRows, Segment
 from pipeline.attention.transfers import to_device
 from pipeline.attention.visibility import ALL_ALIKE, LayerFacts
+from pipeline.protocol.capacity import capacity_for
 
 ATTENTION = "cage_slots"
 

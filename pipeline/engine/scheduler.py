@@ -12,12 +12,10 @@ from pipeline.engine.recovery import PoisonRowIsolation
 from pipeline.engine.row_state import RunningRow
 from pipeline.monitoring.metrics import Load
 from pipeline.protocol.hosts import Reply
-from pipeline.protocol.messages import Draft, Position, TokenOutcome, most_drafted
+from pipeline.protocol.messages import PROMPT_TOKENS_PER_STEP, Draft, Position, TokenOutcome, most_drafted
 
 if TYPE_CHECKING:
     from pipeline.engine.drafting import Guess
-
-PROMPT_TOKENS_PER_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
 
 
 @dataclass(frozen=True, slots=True)

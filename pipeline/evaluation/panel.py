@@ -76,5 +76,6 @@ def _resolve(model: ModelConfig, cache_folder: Path, progress: Callable[[str], N
         revision=model.revision,
         cache_folder=cache_folder,
         trust_remote_code=model.trust_remote_code,
+        quantization=None if model.quantization is None else model.quantization.kind,
         progress=progress,
     )

@@ -82,7 +82,8 @@ def _count_on_hub(name: str, commit: str) -> Mapping[str, int]:
             counts = HfApi().get_safetensors_metadata(name, revision=commit).parameter_count
     except NotASafetensorsRepoError:
         raise ConfigurationError(
-            f"hub model {name} has no safetensors weights; pickled ones are refused, as they can run code when read"
+            f"hub model {name} has no safetensors weights; pickled ones are refused, as they can run code when read. "
+            f"Download it (`hf download {name} --local-dir FOLDER`), run `cage convert FOLDER` and name that folder"
         ) from None
     return {str(dtype): count for dtype, count in counts.items()}
 

@@ -8,7 +8,7 @@ file states everything that the answer depends on: a family, or a missing key, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ class ModelFacts:
         context_length: most tokens of a sequence; None where none is stated.
         eos_token_ids: ids that end a sequence.
         label_names: the names of a sequence classifier's outputs by index; two of them where nothing is stated.
+        hidden_size: width of a hidden state; None where none is stated.
+        mlp_size: width inside the feed-forward layers, of experts that of all that a token goes through; four times
+            `hidden_size` where none is stated.
     """
 
     model_type: str
@@ -93,10 +96,17 @@ class ModelFacts:
     context_length: int | None
     eos_token_ids: frozenset[int]
     label_names: Mapping[int, str]
+    hidden_size: int | None = None
+    mlp_size: int | None = None
 
     @property
     def num_labels(self) -> int:
         return len(self.label_names)
+
+    @property
+    def attention_size(self) -> int:
+        """Numbers of one token's queries, keys and values in one layer; 0 without attention."""
+        return ((self.num_heads or 0) + 2 * (self.num_kv_heads or 0)) * (self.head_dim or 0)
 
 
 def read_model_facts(source: ModelSource) -> ModelFacts:
@@ -140,6 +150,8 @@ def facts_of_config(config: Any, name: str) -> ModelFacts:
         context_length=context_length(config),
         eos_token_ids=as_ids(stated(text, "eos_token_id")),
         label_names={int(index): str(label) for index, label in config.id2label.items()},
+        hidden_size=width if _is_count(width) else None,
+        mlp_size=_mlp_size(lambda key: stated(text, key), width) if _is_count(width) else None,
     )
 
 
@@ -233,7 +245,23 @@ def _stated_facts(tree: Mapping[str, Any]) -> ModelFacts | None:
         context_length=sizes["max_position_embeddings"],
         eos_token_ids=as_ids(text.get("eos_token_id")),
         label_names=labels,
+        hidden_size=width,
+        mlp_size=_mlp_size(text.get, width),
     )
+
+
+def _mlp_size(value_of: Callable[[str], Any], hidden_size: int) -> int:
+    """The width inside the feed-forward layers, by the names that families have for it."""
+    dense = next(
+        (value for key in ("intermediate_size", "ffn_dim", "n_inner") if _is_count(value := value_of(key))), 0
+    )
+    of_expert = value_of("moe_intermediate_size")
+    num_experts = value_of("num_experts_per_tok")
+    if not _is_count(num_experts):
+        return dense or 4 * hidden_size
+    of_expert = of_expert if _is_count(of_expert) else dense
+    shared = value_of("shared_expert_intermediate_size")
+    return max(dense, num_experts * of_expert + (shared if _is_count(shared) else 0)) or 4 * hidden_size
 
 
 def _value(text: Mapping[str, Any], family: Family, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Packages that a model's config.json asks for: of its quantisation and of its attention.
+"""What a model asks for beyond transformers and torch: packages, and a device. Of its attention it is found here.
 
 transformers finds that one is missing when it loads the weights, which may have been fetched for an hour by then.
 Here that is known from config.json, without importing transformers.
@@ -14,39 +14,7 @@ from typing import Any
 from pipeline.errors import ConfigurationError
 from pipeline.quoting import quote
 
-# what transformers' quantizers import, by quant_method: modules, and what is installed for them
-ACCELERATE = {"accelerate": "accelerate"}
 KERNELS = {"kernels": "kernels"}
-QUANTISATION: Mapping[str, Mapping[str, str]] = {
-    "aqlm": {**ACCELERATE, "aqlm": "'aqlm[gpu,cpu]'"},
-    "auto-round": {"auto_round": "auto-round"},
-    "awq": {**ACCELERATE, "gptqmodel": "gptqmodel"},
-    "bitnet": ACCELERATE,
-    "bitsandbytes": {**ACCELERATE, "bitsandbytes": "bitsandbytes"},
-    "compressed-tensors": {"compressed_tensors": "compressed-tensors"},
-    "eetq": {**ACCELERATE, **KERNELS},
-    "fbgemm_fp8": {**ACCELERATE, "fbgemm_gpu": "fbgemm-gpu"},
-    "fouroversix": {"fouroversix": "fouroversix"},
-    "fp8": ACCELERATE,
-    "fp_quant": {"fp_quant": "fp_quant"},
-    "gemma": {},
-    "gptq": {"optimum": "optimum", "gptqmodel": "gptqmodel"},
-    "higgs": {**ACCELERATE, "flute": "flute-kernel", "fast_hadamard_transform": "fast_hadamard_transform"},
-    "hqq": {"hqq": "hqq"},
-    "metal": {},  # becomes the original type where there is no GPU of Apple's
-    "mxfp4": ACCELERATE,
-    "mxfp8": ACCELERATE,
-    "quanto": {**ACCELERATE, "optimum.quanto": "optimum-quanto"},
-    "quark": {"quark": "amd-quark"},
-    "sinq": {"sinq": "sinq"},
-    "spqr": {**ACCELERATE, "spqr_quant": "'spqr_quant[gpu]'"},
-    "torchao": {"torchao": "torchao"},
-    "vptq": {**ACCELERATE, "vptq": "vptq"},
-}
-NOT_READ = {
-    "gguf": "GGUF files are not read; name the model that they were made from",
-    "nvfp4": "transformers does not load such checkpoints; name the model that it was made from",
-}
 # by attn_implementation
 WITHOUT_PACKAGES = ("eager", "sdpa", "flex_attention")
 ATTENTION: Mapping[str, Mapping[str, str]] = {
@@ -72,15 +40,17 @@ class Need:
         asked: in words that go on from the model's name.
         packages: what is installed for it, by the module that is then there.
         or_else: what helps instead, in words; empty where nothing does.
+        least_gpu: the compute capability that it needs at least; None: no GPU.
     """
 
     asked: str
     packages: Mapping[str, str] = field(hash=False)
     or_else: str = ""
+    least_gpu: tuple[int, int] | None = None
 
 
-def find_needs(config: Mapping[str, Any], name: str) -> tuple[Need, ...]:
-    """What a model asks for in its config.json beyond transformers and torch.
+def needs_of_attention(config: Mapping[str, Any], name: str) -> tuple[Need, ...]:
+    """What a model asks for in its config.json for its attention.
 
     Args:
         config: of config.json.
@@ -89,7 +59,7 @@ def find_needs(config: Mapping[str, Any], name: str) -> tuple[Need, ...]:
     Raises:
         ConfigurationError: something that no package gives.
     """
-    found = [need for part in _parts(config) for need in (*_of_quantisation(part, name), *_of_attention(part, name))]
+    found = [need for part in parts_of(config) for need in _of_attention(part, name)]
     return tuple(need for need in found if need.packages)
 
 
@@ -117,15 +87,32 @@ def check_needs(
             raise ConfigurationError(f"{name} {need.asked}: pip install {' '.join(missing)}{where}{need.or_else}")
 
 
-def _of_quantisation(config: Mapping[str, Any], name: str) -> Iterator[Need]:
-    """What is asked for. Raises ConfigurationError where nothing gives it."""
-    quantisation = config.get("quantization_config")
-    if isinstance(quantisation, Mapping):
-        method = _method(quantisation)
-        if method not in QUANTISATION:
-            reason = NOT_READ.get(method, f"that is not one of {', '.join(QUANTISATION)}")
-            raise ConfigurationError(f"{name} has weights quantised with {method}: {reason}")
-        yield Need(f"has weights quantised with {method}", QUANTISATION[method])
+def check_device(
+    needs: Iterable[Need],
+    name: str,
+    *,
+    capability: tuple[int, int] | None,
+    machine: str | None = None,
+) -> None:
+    """Check that what a model asks for runs on a device.
+
+    Args:
+        needs: of the model.
+        name: of the model, for messages.
+        capability: the compute capability of the GPU; None: the device is a CPU.
+        machine: where this is, for messages; None where that is plain.
+
+    Raises:
+        ConfigurationError: it does not, and what it needs.
+    """
+    for need in needs:
+        if need.least_gpu is None or (capability is not None and capability >= need.least_gpu):
+            continue
+        major, minor = need.least_gpu
+        wanted = f" of compute capability {major}.{minor} or more" if need.least_gpu > (0, 0) else ""
+        here = "its device is a CPU" if capability is None else f"it has {capability[0]}.{capability[1]}"
+        where = "" if machine is None else f" on machine {machine}"
+        raise ConfigurationError(f"{name} {need.asked}: that needs a GPU{wanted}, and {here}{where}{need.or_else}")
 
 
 def _of_attention(config: Mapping[str, Any], name: str) -> Iterator[Need]:
@@ -141,16 +128,10 @@ def _of_attention(config: Mapping[str, Any], name: str) -> Iterator[Need]:
         yield Need(asked, packages, ", or delete that key from config.json")
 
 
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A configuration and those within it, such as the language model's of a multimodal one."""
     yield config
     yield from (part for key, part in config.items() if key.endswith("_config") and isinstance(part, Mapping))
-
-
-def _method(quantisation: Mapping[str, Any]) -> str:
-    if quantisation.get("load_in_8bit") or quantisation.get("load_in_4bit"):
-        return "bitsandbytes"  # files of its first years do not say so
-    return str(quantisation.get("quant_method", "a method that is not named"))
 
 
 def _attentions(config: Mapping[str, Any]) -> Iterator[str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from pipeline.errors import ConfigurationError
 from pipeline.hub import embedded
 from pipeline.hub.huggingface import fetch_hub_adapter, fetch_hub_model, resolve_on_hub
-from pipeline.hub.packages import Need, check_needs, find_needs
+from pipeline.hub.packages import Need, check_needs, parts_of
 from pipeline.hub.preference_adapters import PreferenceForm, read_form
+from pipeline.hub.quantisation import KINDS, computing_packages, find_needs, need_of_kind, stored_method
 from pipeline.hub.remote import fetch, list_remote
 from pipeline.hub.weight_files import (
     ADAPTER_CONFIG,
@@ -30,6 +31,7 @@ from pipeline.hub.weight_files import (
     take_inventory,
 )
 from pipeline.sections import EMBEDDED_MODEL
+from pipeline.sections import QuantizationKind as Kind
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 # what an adapter's configuration may say that products of low rank, token by token, cannot do
@@ -66,7 +68,10 @@ class ModelSource:
         identity: fingerprint of the content.
         num_parameters_by_dtype: as stored, by safetensors' dtype names.
         trust_remote_code: whether code of the model's own is run.
-        needs: packages that it asks for, wherever it is loaded.
+        needs: packages and devices that it asks for, wherever it is loaded.
+        quantisation: transformers' name of the way in which its weights are quantised, in its files or while they
+            are loaded; None of ordinary weights.
+        kind: how its weights are quantised while they are loaded, if they are.
     """
 
     name: str
@@ -77,6 +82,13 @@ class ModelSource:
     num_parameters_by_dtype: Mapping[str, int] = field(hash=False)
     trust_remote_code: bool = False
     needs: tuple[Need, ...] = ()
+    quantisation: str | None = None
+    kind: Kind | None = None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The distributions that compute with its quantised weights: what they round changes with their versions."""
+        return () if self.quantisation is None else computing_packages(self.quantisation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +125,13 @@ def resolve_model(
     revision: str | None = None,
     cache_folder: Path,
     trust_remote_code: bool = False,
+    quantization: Kind | None = None,
     progress: Progress = _silent,
 ) -> ModelSource:
     """Find a model: `smollm2-135m`, a folder, an s3:// or gs:// folder, or a hub id such as org/name.
 
-    Of a model elsewhere only configuration, tokenizer and the weights' headers are fetched.
+    Of a model elsewhere only configuration, tokenizer and the weights' headers are fetched. `quantization` says how
+    its weights are to be quantised while they are loaded.
 
     Raises:
         ConfigurationError: there is no such model, or it cannot be used, and why: a package that its configuration
@@ -126,9 +140,10 @@ def resolve_model(
     location = _locate(name, revision)
     if location is Location.HUB:
         folder, commit, counts = resolve_on_hub(name, revision, with_code=trust_remote_code)
-        needs = _needs(folder, name)
-        identity = f"hub:{name}@{commit}"
-        return ModelSource(name, location, str(folder), commit, identity, counts, trust_remote_code, needs)
+        asked = _asked(folder, name, quantization)
+        return ModelSource(
+            name, location, str(folder), commit, f"hub:{name}@{commit}", counts, trust_remote_code, *asked
+        )
     if location is Location.REMOTE:
         tree = list_remote(name)
         files = find_model_files(tree, with_code=trust_remote_code)
@@ -137,17 +152,31 @@ def resolve_model(
     else:
         folder = _folder_here(name, location, cache_folder, progress)
         inventory = _inventory_here(folder, adapter=False, with_code=trust_remote_code)
-    needs = _needs(folder, name)
+    asked = _asked(folder, name, quantization)
     identity = embedded.IDENTITY if location is Location.EMBEDDED else inventory.identity
     counts = inventory.num_parameters_by_dtype
-    return ModelSource(name, location, str(folder), None, identity, counts, trust_remote_code, needs)
+    return ModelSource(name, location, str(folder), None, identity, counts, trust_remote_code, *asked)
 
 
-def _needs(folder: Path, name: str) -> tuple[Need, ...]:
-    """What a model asks for. Raises ConfigurationError where it is not installed here: hosts mostly are alike."""
-    needs = find_needs(read_json(LocalTree(folder), CONFIG), name)
+def _asked(folder: Path, name: str, kind: Kind | None) -> tuple[tuple[Need, ...], str | None, Kind | None]:
+    """What a model asks for, how its weights are quantised, and how they are to be.
+
+    Raises:
+        ConfigurationError: a package is not installed here (hosts mostly are alike), or weights that are quantised
+            already are to be quantised.
+    """
+    config = read_json(LocalTree(folder), CONFIG)
+    needs = find_needs(config, name)
+    found = [method for part in parts_of(config) if (method := stored_method(part, name)) is not None]
+    if kind is not None:
+        if found:
+            raise ConfigurationError(
+                f"{name} has weights quantised with {found[0]} already; leave out quantization ({kind}), or name the "
+                "model that it was made from"
+            )
+        needs, found = (*needs, need_of_kind(kind)), [KINDS[kind].method]
     check_needs(needs, name)
-    return needs
+    return needs, next(iter(found), None), kind
 
 
 def resolve_adapter(

@@ -44,6 +44,7 @@ class ProgressLine:
         num_shards: shards of the whole run.
         rows_before: answers that were done before the command started.
         shards_before: shards that were done before the command started.
+        tokens_before: of those answers; what is left is reckoned with the tokens of all that is done.
         notices: warnings, each of which is printed on a line of its own.
     """
 
@@ -55,6 +56,7 @@ class ProgressLine:
         num_shards: int,
         rows_before: int = 0,
         shards_before: int = 0,
+        tokens_before: int = 0,
         notices: Notices = no_notices,
     ) -> None:
         self._out = out
@@ -62,6 +64,7 @@ class ProgressLine:
         self._num_rows = num_rows
         self._num_shards = num_shards
         self._rows_before = rows_before
+        self._counted_before = (rows_before, tokens_before)
         self.shards_done = shards_before
         self._notices = notices
         self._began_s: float | None = None  # when the first step was seen: loading says nothing about the speed
@@ -141,11 +144,18 @@ class ProgressLine:
         # the first rows that end are the short ones: they say little about the others
         if elapsed_s < SETTLED_S or counts.rows < SETTLED_SHARE * (counts.rows + num_left):
             return
-        left_s = num_left * elapsed_s / counts.rows
+        left_s = self._tokens_left(num_left, counts) * elapsed_s / max(counts.tokens, 1)
+        if not counts.tokens:
+            left_s = num_left * elapsed_s / counts.rows
         shown_s = math.inf if self._ends_s is None else max(0.0, self._ends_s - now_s)
         if left_s > RAISED * shown_s + RAISED_S:  # far off: a wrong time would be shown for long
             shown_s = left_s
         self._ends_s = now_s + min(left_s, shown_s)
+
+    def _tokens_left(self, rows_left: int, counts: Counts) -> float:
+        """The tokens of the rows that are left, as many for each as of those done, by this command or before it."""
+        rows_before, tokens_before = self._counted_before
+        return rows_left * (tokens_before + counts.tokens) / (rows_before + counts.rows)
 
     def _left(self, rows_left: int) -> str:
         """The time left. It counts down and is not raised, unless it is far off."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DRAWN = -1  # stands for the token that the host itself drew for the slot
 MOST_DRAFTED = 8  # proposed tokens of one slot in a step
 DRAFTED_PER_PASS = 32  # of all slots
+PROMPT_TOKENS_PER_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
 CHUNK = 1024  # tokens of a prompt that are computed in one step; another value changes the last bits of results
 
 
@@ -238,6 +239,7 @@ class MemoryBudget:
         slot_bytes: bytes that one slot takes with rows of the requested length.
         free_bytes: bytes that could be allocated there now.
         verifies_drafts: whether a step may have proposed tokens.
+        reserved_bytes: of the free ones, what the host takes beside its slots, however many they are.
     """
 
     place: str
@@ -245,3 +247,4 @@ class MemoryBudget:
     slot_bytes: int
     free_bytes: int
     verifies_drafts: bool = False
+    reserved_bytes: int = 0

@@ -74,9 +74,11 @@ class TextSpec:
 
     Args:
         retokeniser: reads the base's tokens; None while a replica is planned.
+        num_candidates: of the base's, whose texts it reads at most.
     """
 
     retokeniser: Retokeniser | None = None
+    num_candidates: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,8 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
             return replace(spec, reward=reward)
         token_bytes(own, spec.source.name)  # refused before its host loads any weights
         base_bytes = token_bytes(base, plan.hosts[0].source.name)
-        return replace(spec, text=TextSpec(Retokeniser(base, own, plan.stop_ids, end_id, base_bytes)))
+        retokeniser = Retokeniser(base, own, plan.stop_ids, end_id, base_bytes)
+        return replace(spec, text=replace(spec.text or TextSpec(), retokeniser=retokeniser))
 
     hosts = {
         name: HostText(

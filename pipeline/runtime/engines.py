@@ -12,10 +12,9 @@ from pipeline.engine.drafting import Drafter
 from pipeline.engine.engine import Engine
 from pipeline.engine.shards import ShardDecoder
 from pipeline.protocol.hosts import Hosts, ScoringClient
-from pipeline.protocol.memory import slots_that_fit
+from pipeline.protocol.memory import LONG_PROMPT, slots_that_fit
 from pipeline.runtime.assembly import Assembly
 
-LONG_PROMPT = 1024  # tokens of a prompt for which "auto" leaves memory in every slot
 MIN_SLOTS_FOR_GROUPS = 8  # with fewer slots, half a batch takes a host nearly as long as a whole one
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.config.sections import Config, Reproducibility
+from pipeline.config.sections import Config, Reproducibility, Transport
 from pipeline.config.units import Unit
 from pipeline.config.variants import Variant, draws_of, lay_out, sampling_of
 from pipeline.errors import ConfigurationError
 from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
 from pipeline.hub.model_facts import ModelFacts, read_model_facts
+from pipeline.hub.packages import check_device
 from pipeline.hub.parallel_plans import why_not_tensor_parallel
 from pipeline.hub.reasoning import ReasoningFormat, find_reasoning
 from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_model
@@ -114,6 +115,7 @@ def resolve_models(
             revision=model.revision,
             cache_folder=cache_folder,
             trust_remote_code=model.trust_remote_code,
+            quantization=None if model.quantization is None else model.quantization.kind,
             progress=progress,
         )
         for place, model in models_of(config)
@@ -173,6 +175,11 @@ def plan_replica(
         _check_ranks(plan, sources[plan.name])
     expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.scores_branches}
     undrafted = why_not_drafted(config, topology, sources, expected)
+
+    for plan in topology.hosts:
+        sees_no_gpu = config.cluster.transport is Transport.RAY and plan.model.resources.num_gpus == 0
+        if plan.model.device == "cpu" or sees_no_gpu:
+            check_device(sources[plan.name].needs, sources[plan.name].name, capability=None)
 
     def specify(plan: HostPlan) -> HostSpec:
         return HostSpec(
@@ -293,6 +300,8 @@ def _check_ranks(plan: HostPlan, source: ModelSource) -> None:
     if num_ranks == 1:
         return
     config = read_json(LocalTree(Path(source.path)), CONFIG)
+    if source.quantisation is not None:
+        config = {"quantization_config": source.quantisation, **config}
     if reason := why_not_tensor_parallel(config, num_ranks):
         where = f"{source.name} (for {', '.join(plan.serves)}), architecture {config.get('model_type')}"
         raise ConfigurationError(f"{where}, cannot be split over {num_ranks} ranks: {reason}")

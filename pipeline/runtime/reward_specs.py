@@ -63,7 +63,7 @@ def specify_text(
             f"decoding.candidates: all needs models with the base's tokens, and {plan.model.model} (for "
             f"{', '.join(plan.serves)}) has others: it reads every candidate as text. Give a number"
         )
-    return TextSpec()
+    return TextSpec(num_candidates=config.decoding.candidates)
 
 
 def _label(

@@ -116,7 +116,8 @@ def prepare(
     identities = {**models.identities, **({} if scorers is None else scorers.identities())}
     versions = {}
     if config.decoding.reproducibility is Reproducibility.STRICT:
-        versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+        packages = {package for source in models.models.values() for package in source.packages}
+        versions = {name: metadata.version(name) for name in ("torch", "transformers", *sorted(packages))}
     plan = make_plan(config, identities, versions=versions, source=source)
     return Prepared(models, plan, notes, describe_columns(source))
 
@@ -211,6 +212,7 @@ def work(
         num_rows=run.plan.num_answers,
         num_shards=len(run.plan.shards),
         rows_before=sum(commit.rows + commit.failed for commit in committed.values()),
+        tokens_before=sum(commit.tokens for commit in committed.values()),
         shards_before=len(committed),
         notices=_notices(run),
     )

@@ -13,8 +13,8 @@ from pipeline.inputs.files import InputFile
 from pipeline.quoting import quote
 
 DISTRIBUTION = "cage-align"
-# These say where a model runs, not what it computes.
-PLACEMENT_KEYS = ("resources", "device")
+# These say where a model runs, or what it takes, not what it computes.
+PLACEMENT_KEYS = ("resources", "device", "sizes")
 # These change how long a run takes, and nothing that it computes.
 PACE_KEYS = ("decoding.draft",)
 # Where the caller gives the identity of a model, it replaces these.
@@ -38,6 +38,8 @@ LATER_KEYS: Mapping[str, Any] = {
     "input.allow_special_tokens": False,
     "base.chat_template_time": None,
     "base.attention": "auto",
+    "base.quantization": None,
+    "principals.*.quantization": None,
     "principals.*.attention": "auto",
     "base.tensor_parallel": 1,
     "principals.*.tensor_parallel": 1,

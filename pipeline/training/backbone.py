@@ -64,7 +64,7 @@ class Backbone:
 
     def load_model(self) -> Any:
         """The model, on the CPU. Raises ConfigurationError."""
-        return load_causal_lm(self.spec, dtype=pick_dtype(self.spec.dtype, self.device))
+        return load_causal_lm(self.spec, dtype=pick_dtype(self.spec.dtype, self.device), device=self.device)
 
     def load_tokenizer(self) -> Any:
         """Its tokenizer, of transformers."""
@@ -89,6 +89,8 @@ def find_backbone(
     Raises:
         ConfigurationError: there is no such model, or its chat template cannot be used.
     """
+    if config.base.quantization is not None:
+        raise ConfigurationError("base.quantization: adapters are trained on ordinary weights; leave it out")
     run = Config(
         input=InputConfig(path=config.input.path, allow_special_tokens=config.input.allow_special_tokens),
         output=OutputConfig(path=config.output.path),

@@ -23,8 +23,16 @@ from torch.nn.functional import linear, pad
 
 from pipeline.hub.preference_adapters import PreferenceForm
 from pipeline.protocol.topology import HostRole
+from pipeline.worker.quantised import is_plain
 from pipeline.worker.ranks import local_part, sum_over_ranks
 
+# peft's layers over quantised projections; what they add is what they add to ordinary ones
+OVER_QUANTISED = frozenset(
+    (
+        "AqlmLoraLinear", "AwqLoraLinear", "EetqLoraLinear", "GPTQLoraLinear", "HqqLoraLinear", "Linear4bit",
+        "Linear8bitLt", "TorchaoLoraLinear",
+    )
+)  # fmt: skip
 MIN_RANKS = 4  # a matrix product with one column takes a kernel whose bits depend on the number of tokens
 
 
@@ -230,8 +238,9 @@ def take_adapters(
     adapters = TokenAdapters(names, forms)
     for path, parent in list(model.get_base_model().named_modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is Linear and not child.lora_variant and not any(child.lora_bias.values()):
-                setattr(parent, name, AdaptedLinear(child.base_layer, _low_rank(child, names, adapters)))
+            if _is_lora(child, Linear):
+                low_rank = _low_rank(child, names, adapters, dtype=model.get_base_model().dtype)
+                setattr(parent, name, AdaptedLinear(child.base_layer, low_rank))
             elif type(child) is ModulesToSaveWrapper:
                 own = {
                     adapters.number(key): child.modules_to_save[key] for key in names if key in child.modules_to_save
@@ -247,13 +256,26 @@ def take_adapters(
     return adapters
 
 
-def _low_rank(layer: Any, names: Sequence[str], adapters: TokenAdapters) -> LowRank:
+def _is_lora(layer: Any, linear: type) -> bool:
+    """Whether a layer of peft's is a linear map, quantised or not, and what LoRA adds to it."""
+    is_linear = type(layer) is linear or (
+        type(layer).__module__.startswith("peft.tuners.lora.") and type(layer).__name__ in OVER_QUANTISED
+    )
+    return is_linear and not layer.lora_variant and not any(layer.lora_bias.values())
+
+
+def _low_rank(layer: Any, names: Sequence[str], adapters: TokenAdapters, *, dtype: torch.dtype) -> LowRank:
+    """What adapters add, in the type of the layer's weights; in `dtype`, the model's, where those are quantised."""
     present = [name for name in names if name in layer.lora_A]
-    like = local_part(layer.base_layer.weight)
+    weight = getattr(layer.base_layer, "weight", None)
+    if isinstance(weight, Tensor):
+        weight = local_part(weight)
+    dtype = weight.dtype if isinstance(weight, Tensor) and is_plain(weight) else dtype
     # of a model that is split over ranks peft has split these as the projection is: over its outputs, or its inputs
     down_parts = [local_part(layer.lora_A[name].weight) for name in present]
     up_parts = [local_part(layer.lora_B[name].weight) for name in present]
-    down, up = torch.cat(down_parts).to(like), torch.cat(up_parts, 1).to(like)
+    device = down_parts[0].device
+    down, up = torch.cat(down_parts).to(device, dtype), torch.cat(up_parts, 1).to(device, dtype)
     shares_inputs = down.shape[1] < layer.lora_A[present[0]].weight.shape[1]
     missing = max(0, MIN_RANKS - len(down))
     down, up = pad(down, (0, 0, 0, missing)), pad(up, (0, missing))

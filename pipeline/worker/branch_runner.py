@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from pipeline.attention.branches import Reading, RowCache, reading
-from pipeline.attention.capacity import capacity_for
 from pipeline.attention.prefixes import Key, Prefixes, Prompt
 from pipeline.attention.visibility import LayerFacts
 from pipeline.hub.retokeniser import Retokeniser
+from pipeline.protocol.memory import memory_of_host
 from pipeline.protocol.messages import CHUNK, Admission, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.branch_rows import BranchRow, Scorer, ScoringRequest, Text
 from pipeline.worker.captured_passes import MIN_ROWS
-from pipeline.worker.memory import budget_of
+from pipeline.worker.memory import budget_of, pass_sizes
 from pipeline.worker.stopwatch import Stopwatch
 from pipeline.worker.whole_vectors import WholeVectors
 
@@ -51,6 +51,8 @@ class BranchRunner:
         stop_ids: the base's tokens that end an answer.
         adapters: of the model, where a role has one.
         num_slots: rows at once.
+        num_candidates: that it reads at most, where roles do not say so.
+        vocab_size: logits of each token that is read; 0 where only hidden states are kept.
         context_length: longest sequence that the model reads; what is longer is scored NaN.
         strict: pad passes, so that no row's bits depend on the batch composition.
         bytes_per_token: what one token of one row takes in the cache.
@@ -65,6 +67,8 @@ class BranchRunner:
         roles: Sequence[HostRole],
         *,
         num_slots: int,
+        num_candidates: int = 0,
+        vocab_size: int = 0,
         retokeniser: Retokeniser | None = None,
         stop_ids: frozenset[int] = frozenset(),
         adapters: TokenAdapters | None = None,
@@ -75,6 +79,7 @@ class BranchRunner:
         needs_whole_vectors: bool = False,
     ) -> None:
         self._layers = layers
+        self._num_candidates, self._vocab_size = num_candidates, vocab_size
         self._needs_whole_vectors = needs_whole_vectors
         self._backbone = backbone
         self._scorer = scorer
@@ -102,7 +107,16 @@ class BranchRunner:
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, and what is free."""
-        return budget_of(self._device, len(self._roles) * capacity_for(row_tokens) * self._bytes_per_token)
+        scored = max((role.scoring.candidates for role in self._roles if role.scoring), default=self._num_candidates)
+        memory = memory_of_host(
+            pass_sizes(self._backbone, self._vocab_size),
+            num_roles=len(self._roles),
+            row_tokens=row_tokens,
+            cache_bytes_per_token=self._bytes_per_token,
+            scored_tokens=1 + scored,
+            device_type=self._device.type,
+        )
+        return budget_of(self._device, memory)
 
     @property
     def work(self) -> tuple[int, int, float]:

@@ -12,8 +12,14 @@ import torch._dynamo
 from transformers.modeling_layers import GradientCheckpointingLayer  # what every decoder layer is derived from
 
 from pipeline.worker.joined_projections import join_projections
+from pipeline.worker.quantised import largest_quantised
 
 RECOMPILATIONS = 64  # shapes and kinds of layers, over all models of a process
+
+
+def can_be_compiled(model: Any) -> bool:
+    """Whether a model's layers are compiled. Those of quantised ones, with kernels of other packages, are not."""
+    return largest_quantised(model) == 0
 
 
 @contextmanager

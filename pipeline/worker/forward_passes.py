@@ -18,16 +18,16 @@ from pipeline.attention.slots import SlotCache, SlotPass, serving
 from pipeline.attention.transfers import to_device
 from pipeline.attention.visibility import LayerFacts
 from pipeline.hub.model_facts import stated, text_config
+from pipeline.protocol.memory import PROMPT_SHAPE
 from pipeline.protocol.messages import DRAWN
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.captured_passes import MIN_ROWS, MOST_SEGMENTS, CapturedPasses
-from pipeline.worker.compiled_layers import CompiledLayers
+from pipeline.worker.compiled_layers import CompiledLayers, can_be_compiled
 from pipeline.worker.forward_batch import ForwardBatch
+from pipeline.worker.memory import pass_sizes
 from pipeline.worker.ranks import num_ranks
 from pipeline.worker.stopwatch import Stopwatch
 from pipeline.worker.whole_vectors import WholeVectors
-
-PROMPT_SHAPE = 256  # tokens of a pass over prompts alone
 
 
 class Passes:
@@ -65,12 +65,14 @@ class Passes:
         self._vocab_size = vocab_size
         self._adapters = adapters
         self._strict = strict
+        self.sizes = pass_sizes(model, vocab_size)
         weight = next(model.parameters())
         self.device: torch.device = weight.device
         self._dtype = weight.dtype
         self.has_fixed_shapes = can_build_for(self.device) if has_fixed_shapes is None else has_fixed_shapes
         # a compiled layer would not see the collectives of a model that is split over ranks
-        is_compiled = self.has_fixed_shapes and self.device.type == "cuda" and num_ranks() == 1
+        may_compile = num_ranks() == 1 and can_be_compiled(model)
+        is_compiled = self.has_fixed_shapes and self.device.type == "cuda" and may_compile
         self._compiled = CompiledLayers(model) if is_compiled else None
         self._captured_passes: CapturedPasses | None = None
         self._cache: SlotCache | None = None

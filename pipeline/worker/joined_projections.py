@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pipeline.worker.adapters import AdaptedLinear, LowRank
+from pipeline.worker.quantised import is_plain
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as transformers names them
 
@@ -37,8 +38,8 @@ def _plain(projection: Any) -> Any:
 
 
 def _are_alike(linears: list[Any]) -> bool:
-    """Whether they are plain projections of the same kind of input."""
-    if not all(type(each) is nn.Linear for each in linears):
+    """Whether they are plain projections of the same kind of input; quantised ones are left alone."""
+    if not all(type(each) is nn.Linear and is_plain(each.weight) for each in linears):
         return False
     kinds = {(each.in_features, each.bias is None, each.weight.dtype, each.weight.device) for each in linears}
     return len(kinds) == 1

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.attention.capacity import capacity_for
 from pipeline.attention.prefixes import Prefixes, Prompt
 from pipeline.attention.segments import Copied
 from pipeline.attention.slots import SlotCache
 from pipeline.attention.visibility import LayerFacts
+from pipeline.protocol.memory import memory_of_host
 from pipeline.protocol.messages import (
     CHUNK,
     DRAFTED_PER_PASS,
@@ -36,7 +36,7 @@ from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.forward_batch import ForwardBatch
 from pipeline.worker.forward_passes import Passes
 from pipeline.worker.memory import budget_of
-from pipeline.worker.newest_logits import NewestLogits, logits_bytes
+from pipeline.worker.newest_logits import NewestLogits
 
 
 class LanguageModelRunner:
@@ -95,12 +95,16 @@ class LanguageModelRunner:
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, passes included, and what is free."""
-        row_bytes = capacity_for(row_tokens) * self._bytes_per_token
-        output_bytes = len(self._roles) * logits_bytes(self._vocab_size)
-        lanes_bytes = DRAFTED_PER_PASS * output_bytes * self._drafts
-        slot_bytes = len(self._roles) * row_bytes + output_bytes
-        budget = budget_of(self._passes.device, slot_bytes, reserved_bytes=lanes_bytes)
-        return replace(budget, verifies_drafts=self._drafts)
+        device = self._passes.device
+        memory = memory_of_host(
+            self._passes.sizes,
+            num_roles=len(self._roles),
+            row_tokens=row_tokens,
+            cache_bytes_per_token=self._bytes_per_token,
+            num_drafted=DRAFTED_PER_PASS if self._drafts else 0,
+            device_type=device.type,
+        )
+        return replace(budget_of(device, memory), verifies_drafts=self._drafts)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

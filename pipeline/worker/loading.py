@@ -43,6 +43,7 @@ from pipeline.worker.probes import (
     reads_parts,
     small_limits,
 )
+from pipeline.worker.quantised import why_bits_are_shared
 from pipeline.worker.ranks import agree
 from pipeline.worker.recurrent_passes import RecurrentPasses
 from pipeline.worker.recurrent_runner import RecurrentRunner, RowBytes
@@ -105,7 +106,7 @@ class _Loading:
 
     def __init__(self, spec: HostSpec, device: torch.device) -> None:
         self._spec = spec
-        model = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device))
+        model = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device), device=device)
         self._model = model.to(device).eval().requires_grad_(False)
         if reason := why_not_finite(self._model):
             raise ConfigurationError(f"{spec.title}: {reason}")
@@ -185,6 +186,8 @@ class _Loading:
             model.config.pad_token_id = None
         if reason := why_not_in_slots(as_mapping(model.config)):
             raise NotServed(reason)
+        if spec.strict and (reason := why_bits_are_shared(model.config)):
+            raise NotServed(f"in strict mode no bit of a row may depend on the rows beside it, and {reason}")
         try:
             if keeps_states(as_mapping(model.config)):
                 if self._adapters is not None and self._adapters.num_preferences:

@@ -1,27 +1,45 @@
-"""Free memory of a device."""
+"""Free memory of a device, and what a loaded model takes of it."""
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pipeline.hub.model_facts import facts_of_config
+from pipeline.protocol.memory import HostMemory, PassSizes, available_bytes
 from pipeline.protocol.messages import MemoryBudget
+from pipeline.worker.quantised import largest_quantised
 
 
-def budget_of(device: torch.device, slot_bytes: int, *, reserved_bytes: int = 0) -> MemoryBudget:
-    """The budget of slots of `slot_bytes` bytes, with what is free on the device now.
-
-    Args:
-        device: where the slots are.
-        slot_bytes: of one slot.
-        reserved_bytes: that the host takes beside its slots, however many they are.
-    """
+def budget_of(device: torch.device, memory: HostMemory) -> MemoryBudget:
+    """The budget of a host on a device, with what is free there now."""
     is_gpu = device.type == "cuda"
     place = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else _machine()
-    return MemoryBudget(place, device.type, slot_bytes, max(0, free_bytes(device) - reserved_bytes))
+    free = free_bytes(device)
+    return MemoryBudget(place, device.type, memory.slot_bytes, free, reserved_bytes=memory.reserved_bytes)
+
+
+def pass_sizes(model: Any, vocab_size: int = 0) -> PassSizes:
+    """What a pass of a loaded model takes.
+
+    Args:
+        model: of transformers.
+        vocab_size: logits that are kept.
+    """
+    facts = facts_of_config(model.config, model.config.model_type)
+    hidden_size = facts.hidden_size or model.get_input_embeddings().weight.shape[-1]
+    return PassSizes(
+        hidden_size,
+        facts.mlp_size or 4 * hidden_size,
+        facts.attention_size,
+        vocab_size,
+        model.dtype.itemsize,
+        facts.head_dim or 0,
+        largest_quantised(model),
+    )
 
 
 def _machine() -> str:
@@ -34,11 +52,4 @@ def _machine() -> str:
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that could be allocated on the device; on a CPU what is free or can be freed."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # no Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -14,7 +14,6 @@ from pipeline.protocol.messages import Candidates
 from pipeline.sampling.proposals import at_candidates, propose_from
 
 BLOCK = 64  # numbers
-COPIES = 4  # the newest logits, and those of a step while candidates are found
 
 
 class NewestLogits:
@@ -72,11 +71,6 @@ class NewestLogits:
         """Newest logits [B, R, V] of the slots."""
         rows = [[self.place(index, slot) for index in range(self._num_roles)] for slot in slots]
         return self._logits[torch.tensor(rows, device=self._device)]
-
-
-def logits_bytes(vocab_size: int) -> int:
-    """Bytes that the logits of one role of one slot take, copies of a step included."""
-    return COPIES * vocab_size * torch.float32.itemsize
 
 
 def answer_logprobs(logits_TV: Tensor, answer: Sequence[int]) -> Tensor:

@@ -23,11 +23,12 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from pipeline.attention.cached_layers import MODULE_STATES
 from pipeline.attention.prefixes import Prompt
+from pipeline.protocol.memory import PassSizes, memory_of_host
 from pipeline.protocol.messages import DRAWN, Admission, Candidates, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapters import TokenAdapters
-from pipeline.worker.memory import budget_of
-from pipeline.worker.newest_logits import NewestLogits, answer_logprobs, logits_bytes
+from pipeline.worker.memory import budget_of, pass_sizes
+from pipeline.worker.newest_logits import NewestLogits, answer_logprobs
 
 
 @dataclass(slots=True)
@@ -81,6 +82,10 @@ class PlainPasses:
         self.device: torch.device = next(model.parameters()).device
         self.num_forwards = self.num_tokens = 0
         self.forward_s = 0.0
+
+    def sizes(self, vocab_size: int) -> PassSizes:
+        """What a pass takes, with so many logits kept."""
+        return pass_sizes(self._model, vocab_size)
 
     def begin(
         self, tokens: Sequence[int], adapter: str | None, preference: Sequence[float] | None = None
@@ -214,8 +219,13 @@ class PlainRunner:
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of so many tokens, and what is free."""
-        row_bytes = row_tokens * self._bytes_per_token + logits_bytes(self._vocab_size)
-        return budget_of(self.device, len(self._roles) * row_bytes)
+        memory = memory_of_host(
+            self._passes.sizes(self._vocab_size),
+            num_roles=len(self._roles),
+            row_tokens=row_tokens,
+            cache_bytes_per_token=self._bytes_per_token,
+        )
+        return budget_of(self.device, memory)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

@@ -26,6 +26,7 @@ from pipeline.attention.visibility import LayerFacts
 from pipeline.protocol.messages import DRAWN
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.captured_passes import MIN_ROWS
+from pipeline.worker.memory import pass_sizes
 from pipeline.worker.stopwatch import Stopwatch
 from pipeline.worker.whole_vectors import WholeVectors
 
@@ -112,6 +113,7 @@ class RecurrentPasses:
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
+        self.sizes = pass_sizes(model, vocab_size)
         self._watch = Stopwatch(self.device)
         self.num_forwards = self.num_tokens = 0
         self._num_running = 0

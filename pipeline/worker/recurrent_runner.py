@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.attention.capacity import capacity_for
 from pipeline.attention.prefixes import Key, Prompt
+from pipeline.protocol.memory import memory_of_host
 from pipeline.protocol.messages import CHUNK, Admission, Candidates, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.memory import budget_of
-from pipeline.worker.newest_logits import NewestLogits, answer_logprobs, logits_bytes
+from pipeline.worker.newest_logits import NewestLogits, answer_logprobs
 from pipeline.worker.recurrent_passes import RecurrentPasses, RunningBatch
 
 NUM_KEPT = 2  # rows of each role that hold a shared prefix and a whole prompt
@@ -113,10 +113,16 @@ class RecurrentRunner:
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of so many tokens, states included, and what is free beside kept rows."""
-        row = capacity_for(row_tokens) * self._row_bytes.per_token + self._row_bytes.states
-        of_slot = len(self._roles) * (row + logits_bytes(self._vocab_size))
-        kept = len(self._kept) * row
-        return budget_of(self.device, of_slot, reserved_bytes=kept)
+        memory = memory_of_host(
+            self._passes.sizes,
+            num_roles=len(self._roles),
+            row_tokens=row_tokens,
+            cache_bytes_per_token=self._row_bytes.per_token,
+            state_bytes_per_row=self._row_bytes.states,
+            num_kept=len(self._kept),
+            device_type=self.device.type,
+        )
+        return budget_of(self.device, memory)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

@@ -31,6 +31,7 @@ from pipeline.worker.head_scorer import HeadScorer, RoleHead
 from pipeline.worker.loading import exact_context, pick_device, pick_dtype, why_not_strict
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import probe_tokens, small_limits
+from pipeline.worker.quantised import quantised_options, why_bits_are_shared
 from pipeline.worker.scoring_models import ScoringModel, load_scoring_model, load_value_head
 from pipeline.worker.weights import sharding_of, why_not_finite
 from pipeline.worker.whole_vectors import detect_partial_vectors
@@ -75,6 +76,8 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> BranchRunner:
     model = loaded.model
     if (reason := why_layers_differ(as_mapping(model.config))) is not None:
         raise _refused(spec, model, reason)
+    if spec.strict and (reason := why_bits_are_shared(model.config)) is not None:
+        raise _refused(spec, model, f"{reason}; choose decoding.reproducibility=relaxed")
     role_heads = [_role_head(loaded, role, at, reward) for at, role in enumerate(spec.roles)]
     with detect_partial_vectors() as detector:
         probed = _check(loaded, spec)
@@ -102,14 +105,16 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> BranchRunner:
 
 
 def _load(spec: HostSpec, device: torch.device) -> _Loaded:
+    dtype = pick_dtype(spec.dtype, device)
+    options = quantised_options(spec.source, device, dtype)
     folder = fetch_weights(spec.source, cache_folder=spec.cache_folder)
     found = load_scoring_model(
         spec.title,
         folder,
-        dtype=pick_dtype(spec.dtype, device),
+        dtype=dtype,
         trust_remote_code=spec.source.trust_remote_code,
         takes_adapters=bool(spec.adapters),
-        sharding=sharding_of(spec, folder),
+        options={**options, **sharding_of(spec, folder)},
     )
     model = found.model.to(device).eval().requires_grad_(False)
     if reason := why_not_finite(model):

@@ -31,7 +31,7 @@ class ScoringModel:
     """A model that gives scores.
 
     Args:
-        model: as transformers loads it, in eval mode on the CPU.
+        model: as transformers loads it, in eval mode; on the CPU, quantised ones on their device.
         backbone: the part that gives hidden states.
         head: from hidden states to outputs, in the backbone's dtype; None where only the whole model gives scores
             (encoders), or where adapters bring the heads.
@@ -60,7 +60,7 @@ def load_scoring_model(
     dtype: torch.dtype,
     trust_remote_code: bool,
     takes_adapters: bool = False,
-    sharding: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> ScoringModel:
     """Load a model with a head.
 
@@ -70,17 +70,17 @@ def load_scoring_model(
         dtype: of the weights.
         trust_remote_code: whether code of the model's own may run.
         takes_adapters: whether LoRA adapters are added later, which bring heads; then the model itself may have none.
-        sharding: options of `from_pretrained` that split the weights over ranks; see `pipeline.worker.sharding`.
+        options: of `from_pretrained`, as `quantised_options` gives them, and those that split the weights over ranks.
 
     Raises:
         ConfigurationError: it cannot be read, has no head, or one that does not fit, or lacks weights.
     """
     head = find_head(folder, title)
     if not takes_adapters and (head is None or _is_transformers_own(folder, head)):
-        return _load_classifier(title, folder, dtype, trust_remote_code, sharding)
+        return _load_classifier(title, folder, dtype, trust_remote_code, options)
     loader = AutoModelForCausalLM if takes_adapters else AutoModel
     model, report = read_with_report(
-        title, loader, folder, dtype=dtype, trust_remote_code=trust_remote_code, **sharding
+        title, loader, folder, dtype=dtype, trust_remote_code=trust_remote_code, **options
     )
     beside = head.weights if head is not None and head.file is None else frozenset()
     unexpected = {name for name in report["unexpected_keys"] if not (name in beside or BESIDE.fullmatch(name))}
@@ -151,7 +151,7 @@ def _statistic(tensors: Mapping[str, Tensor], name: str, stated: Sequence[float]
 
 
 def _load_classifier(
-    title: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool, sharding: Mapping[str, Any]
+    title: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool, options: Mapping[str, Any]
 ) -> ScoringModel:
     """A sequence classifier of transformers' own."""
     architectures = read_json(LocalTree(folder), CONFIG).get("architectures") or []
@@ -166,7 +166,7 @@ def _load_classifier(
         folder,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        **sharding,
+        **options,
     )
     fault = describe_faults(report, model)
     if fault is not None:

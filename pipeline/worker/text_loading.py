@@ -29,6 +29,7 @@ from pipeline.worker.head_scorer import HeadScorer, RoleHead
 from pipeline.worker.loading import exact_context, pick_device, pick_dtype, why_not_strict
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import NUM_STEPS, TOLERANCE, plain_logprobs, probe_tokens, small_limits
+from pipeline.worker.quantised import why_bits_are_shared
 from pipeline.worker.text_scorer import TextScorer
 from pipeline.worker.weights import load_causal_lm, why_not_finite
 from pipeline.worker.whole_vectors import detect_partial_vectors
@@ -60,6 +61,8 @@ def load_text_model(spec: HostSpec, retokeniser: Retokeniser) -> BranchRunner:
         TextScorer(loading.logits, index, device),
         spec.roles,
         num_slots=spec.num_slots,
+        num_candidates=0 if spec.text is None else spec.text.num_candidates,
+        vocab_size=vocab_size,
         retokeniser=retokeniser,
         adapters=loading.adapters,
         context_length=min(contexts, default=None),
@@ -84,11 +87,14 @@ class _Loading:
 
     def __init__(self, spec: HostSpec, device: torch.device) -> None:
         self._spec = spec
-        self.model: Any = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device)).to(device).eval()
+        self.model: Any = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device), device=device)
+        self.model.to(device).eval()
         self.model.requires_grad_(False)
         self.adapters: TokenAdapters | None = None
         if (reason := why_layers_differ(as_mapping(self.model.config))) is not None:
             raise self._refused(reason)
+        if spec.strict and (reason := why_bits_are_shared(self.model.config)) is not None:
+            raise self._refused(f"{reason}; choose decoding.reproducibility=relaxed")
         self._ids = probe_tokens(self.model, int(text_config(self.model.config).vocab_size))[0]
         self._expected: dict[bool, dict[str | None, Tensor]] = {True: {}, False: {}}
         if reason := why_not_finite(self.model):

@@ -32,6 +32,7 @@ from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
 from pipeline.hub.weight_files import LocalTree, find_model_files, shapes_in
 from pipeline.protocol.specs import HostSpec
+from pipeline.worker.quantised import is_plain, quantised_options
 from pipeline.worker.ranks import local_part
 
 # what wrappers put before or into the names of a model's weights, where the wrapped model is saved
@@ -43,7 +44,7 @@ WRAPPERS = {
 }
 MODELS_OWN = ("module.",)  # also the name of a part in some models: a wrapper's only where all names begin with it
 SHOWN = 5
-COMPUTED_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CPU = torch.device("cpu")
 # what transformers raises for a checkpoint that it cannot read, packages of quantised ones that are missing included
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
 
@@ -52,14 +53,15 @@ UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeErro
 _WITHOUT_NUMBERS = {"device_map": "meta"} if find_spec("accelerate") else {}
 
 
-def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
-    """A causal LM in eval mode, on the CPU, with all of its weights from its files.
+def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype, device: torch.device = CPU) -> Any:
+    """A causal LM in eval mode with all of its weights from its files: on the CPU, quantised ones on the device.
 
     Of a checkpoint that also sees or hears, the class that reads all of the text part's weights is taken.
 
     Raises:
         ConfigurationError: the checkpoint cannot be read, or lacks weights, or has others.
     """
+    options = quantised_options(spec.source, device, dtype)
     folder = fetch_weights(spec.source, cache_folder=spec.cache_folder)
     config, sharding = _read_config(spec, folder), sharding_of(spec, folder)
     loaders: list[Any] = []
@@ -69,16 +71,16 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype) -> Any:
         loaders.append(AutoModelForImageTextToText)
     found: list[_Faults] = []
     for loader in loaders or [AutoModelForCausalLM]:  # which says what it can read
-        model, report = _read(spec, loader, folder, dtype=dtype, **sharding)
+        model, report = _read(spec, loader, folder, dtype=dtype, **options, **sharding)
         faults = _Faults.of(report, model)
         if faults.are_unexpected_alone and loader is not loaders[-1]:
             # of parts that see or hear, where the class that has them all has a place for all
-            whole, report_of_whole = _read(spec, loaders[-1], folder, dtype=dtype, **_WITHOUT_NUMBERS)
+            whole, report_of_whole = _read(spec, loaders[-1], folder, dtype=dtype, **(options | _WITHOUT_NUMBERS))
             faults = _Faults.of({**report, "unexpected_keys": report_of_whole["unexpected_keys"]}, whole)
         if not faults:
             for tower in towers_of(model).values():
                 for parameter in tower.parameters():
-                    if parameter.dtype in COMPUTED_TYPES:  # quantised ones cannot be cut
+                    if is_plain(parameter):  # quantised ones cannot be cut
                         parameter.data = parameter.data.new_empty(0)  # nothing reads it, and it may be large
             return model
         found.append(faults)
@@ -148,7 +150,7 @@ def read_with_report(
     """A model by one of transformers' classes, and transformers' report on its weights.
 
     Names that wrappers of training have changed are understood, and a warning says so. Other options are those of
-    `from_pretrained`.
+    `from_pretrained`, such as what `quantised_options` gives.
 
     Raises:
         ConfigurationError: the checkpoint cannot be read.
@@ -196,7 +198,7 @@ def why_not_finite(model: Any, which: str = "") -> str | None:
 
 def _is_finite(tensor: Tensor, *, may_be_infinite: bool) -> bool:
     """Whether a tensor has no NaN, and nothing infinite unless that is allowed: masks among a model's buffers."""
-    if tensor.dtype not in COMPUTED_TYPES:
+    if not is_plain(tensor):
         return True
     tensor = local_part(tensor)
     # a sum is the cheapest look at all numbers; that of large finite ones may be infinite, too

@@ -135,6 +135,7 @@ def load_chat_judge(context: JudgeContext, judge: LlmJudge, placement: ModelConf
         device=placement.device, roles=(), num_slots=1, vocab_size=len(tokenizer), strict=False,
         cache_folder=context.cache_folder,
     )  # fmt: skip
-    model = load_causal_lm(spec, dtype=pick_dtype(placement.dtype, device)).to(device).eval().requires_grad_(False)
+    model = load_causal_lm(spec, dtype=pick_dtype(placement.dtype, device), device=device)
+    model.to(device).eval().requires_grad_(False)
     special_tokens = frozenset(facts_of_tokenizer(tokenizer).special_tokens)
     return ChatJudge(model, tokenizer, judge, context_length(model.config), special_tokens)

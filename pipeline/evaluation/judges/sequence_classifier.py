@@ -21,6 +21,7 @@ from pipeline.hub.sources import ModelSource, fetch_weights
 from pipeline.hub.tokenizer_facts import load_tokenizer
 from pipeline.sections import ModelConfig
 from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.quantised import quantised_options
 from pipeline.worker.scoring_models import ScoringModel, load_scoring_model
 
 
@@ -114,11 +115,14 @@ def load_judge_model(
         ConfigurationError: the model cannot be loaded, or has no trained head.
     """
     device = pick_device(placement.device)
+    dtype = pick_dtype(placement.dtype, device)
+    options = quantised_options(source, device, dtype)
     found = load_scoring_model(
         f"judge {name}: {source.name}",
         fetch_weights(source, cache_folder=cache_folder),
-        dtype=pick_dtype(placement.dtype, device),
+        dtype=dtype,
         trust_remote_code=source.trust_remote_code,
+        options=options,
     )
     found.model.to(device).eval().requires_grad_(False)
     if found.head is not None:
