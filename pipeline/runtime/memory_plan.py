@@ -288,7 +288,7 @@ def lay_out_devices(
     by_index: dict[int, list[PlannedHost]] = {}
     on_cpus: list[PlannedHost] = []
     for _ in range(config.cluster.replica_range.max):
-        for host, rank in ((host, rank) for host in hosts for rank in range(host.plan.model.tensor_parallel)):
+        for host, rank in [(each, rank) for each in hosts for rank in range(each.plan.model.tensor_parallel)]:
             if host.device_type == "cpu":
                 on_cpus.append(host)
             elif is_local:
