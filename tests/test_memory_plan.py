@@ -128,7 +128,7 @@ def test_a_plan_and_a_loaded_host_reckon_the_same(tiny: Tiny, judge: Tiny, kind:
     planned = planned_hosts(config)
     row_tokens = LONG_PROMPT + config.decoding.max_new_tokens
     for host, client in zip(planned, engine.calls.hosts.all, strict=True):
-        budget = client.memory_budget(min(row_tokens, 512)).result()  # the tiny models' context
+        (budget,) = client.memory_budgets(min(row_tokens, 512)).result()  # the tiny models' context
         assert HostMemory(budget.slot_bytes, budget.reserved_bytes) == host.memory
 
 
