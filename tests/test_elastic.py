@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from jobs.commands.plan import _replicas
+from pipeline.cluster import replica as replicas
 from pipeline.cluster.assignments import QUIET_S, Assignments, Waiting
 from pipeline.cluster.board import ProgressBoard
 from pipeline.config.files import parse_config
@@ -119,3 +122,25 @@ def test_a_new_replica_takes_the_number_that_was_unheard_for_longest(monkeypatch
     for number in (0, 2):
         board.report(str(number), Counts(), (), ReplicaReport(number))
     assert board.lease("d") == 1  # b is the one that is gone
+
+
+def test_a_replica_watches_the_machines_of_its_own_placement_group(monkeypatch):
+    """Its number selects a group; there are as many of them as replicas, and a place for each host in any of them."""
+    watched = []
+    answers = iter([1, 2])  # the first start, of replica 2
+    call = SimpleNamespace(remote=lambda *given: None)
+    board = SimpleNamespace(start=call, lease=call, report=call)
+    monkeypatch.setattr(replicas, "ask", lambda answer: next(answers))
+    monkeypatch.setattr(replicas, "Departure", lambda group, *given: watched.append(group))
+    monkeypatch.setattr(replicas, "_started", lambda *given: None)
+    monkeypatch.setattr("pipeline.cluster.coordinator.Coordinator", lambda *given, **named: None)
+    monkeypatch.setattr(replicas.Replica, "_keep_reporting", lambda self: None)
+    context = SimpleNamespace(get_node_id=lambda: "node", get_actor_id=lambda: "actor")
+    monkeypatch.setattr(
+        replicas, "ray", SimpleNamespace(get_runtime_context=lambda: context, get=lambda reference: reference)
+    )
+    launch = SimpleNamespace(
+        groups=("first", "second", "third"), places=("of the only host",), cluster=ClusterConfig(), loads=("base",)
+    )
+    replicas.Replica((None,), launch, "run", board, 3)
+    assert watched == ["third"]

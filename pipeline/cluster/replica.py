@@ -56,7 +56,7 @@ class Replica:
             self._num_starts: int = ask(board.start.remote())
             self._max_starts = launch.cluster.replica_range.max + STARTS_PER_ATTEMPT * max_attempts
             replica: int = ask(board.lease.remote(context.get_actor_id(), context.get_node_id()))
-            self._departure = Departure(launch.places[replica], context.get_actor_id(), context.get_node_id(), board)
+            self._departure = Departure(launch.groups[replica], context.get_actor_id(), context.get_node_id(), board)
             self._number = replica
             first_hosts = _started(launch, replica, board)
         with waiting_for("; ".join(launch.loads)):  # the hosts load meanwhile, and that takes longer
