@@ -16,6 +16,7 @@ from jobs import cli
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.events import EventLog, Level, Notice, reason_without_values, without_values
 from pipeline.monitoring.progress import ProgressLine
+from pipeline.quoting import quote
 
 SECRET = "xylophone"  # stands in prompts and must be in no event
 
@@ -59,6 +60,15 @@ def test_values_are_left_out_of_messages_unless_they_are_asked_for():
         assert (SECRET in out.getvalue()) == keeps
     reason = f"line 3 of a.jsonl: the template refuses the prompt: {SECRET} 7"
     assert reason_without_values(reason) == "the template refuses the prompt"
+
+
+def test_values_that_are_cut_or_have_both_quotation_marks_are_left_out():
+    for value in (f"{SECRET} " * 20, f'he said "hi" and it\'s {SECRET}', f"it's {SECRET} " * 20):
+        reason = f"the column has {quote(value)}; a number is needed"
+        assert SECRET in reason
+        assert SECRET not in without_values(reason)
+        assert SECRET not in reason_without_values(reason)
+        assert without_values(reason).startswith("the column has …")
 
 
 def test_notices_of_rows_have_fields_and_no_text_unless_values_are_kept():

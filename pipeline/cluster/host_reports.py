@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -48,7 +49,8 @@ class HostReports:
         """Report what a meter measures, from a thread of its own, until the process ends."""
 
         def keep_reporting() -> None:
-            process = f"{self.host} of replica {self.replica}, process {os.getpid()}"
+            mark = secrets.token_hex(4)  # processes of two machines may have the same id
+            process = f"{self.host} of replica {self.replica}, process {os.getpid()} {mark}"
             while True:
                 self.board.report_host.remote(process, self.replica, self.host, meter.report())
                 time.sleep(REPORT_S)

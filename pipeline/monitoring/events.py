@@ -18,7 +18,8 @@ from typing import Any, TextIO
 
 from pipeline.monitoring.reasons import kind_of
 
-QUOTED = re.compile(r"(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")(?!\w)")  # and no apostrophe
+# No apostrophe; up to the end of the line where the closing mark was cut off with the rest of a long value.
+QUOTED = re.compile(r"(?<!\w)(?:(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")(?!\w)|['\"].*)")
 EXAMPLES = re.compile(r"\n  .*")  # indented lines of a message are of single rows
 
 
@@ -114,7 +115,7 @@ def without_values(text: str) -> str:
 
 def reason_without_values(reason: str) -> str:
     """The kind of a failed row's reason up to its first colon: behind it libraries and templates may quote rows."""
-    return kind_of(reason).partition(": ")[0]
+    return kind_of(without_values(reason)).partition(": ")[0]
 
 
 def events_of(out: TextIO) -> EventLog | None:

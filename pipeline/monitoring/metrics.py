@@ -49,7 +49,11 @@ def _gauge(name: str, description: str, *labels: str) -> Metric:
 
 TOKENS = _counter("cage_tokens", "Tokens of finished answers.")
 ROWS = _counter("cage_rows", "Finished answers, by outcome: aligned or failed.", "outcome")
-SHARDS = _counter("cage_shards", "Shards, by outcome: committed, found (committed before) or failed.", "outcome")
+SHARDS = _counter(
+    "cage_shards",
+    "Shards, by outcome: committed, found (committed before), failed or released (given up, for others).",
+    "outcome",
+)
 ERRORS = _counter("cage_errors", "Errors by class; those that were overcome count, too.", "error")
 RETRIES = _counter("cage_retries", "Repeated calls of a store, and repeated attempts of a shard.", "what")
 STEPS = _counter("cage_steps", "Steps of the engine. A step draws a token for each row of a batch.")

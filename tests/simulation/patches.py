@@ -50,7 +50,12 @@ SIMULATED: dict[str, dict[str, Any]] = {
         "PlacementGroupSchedulingStrategy": cluster.nowhere,
         "draining_nodes": set,
     },
-    "pipeline.cluster.host_reports": {"threading": Threading, "time": Time, "os": cluster.Os},
+    "pipeline.cluster.host_reports": {
+        "threading": Threading,
+        "time": Time,
+        "os": cluster.Os,
+        "secrets": Secrets,
+    },
     "pipeline.cluster.placement": {
         "ray": cluster.Ray,
         "placement_group": cluster.PlacementGroup,
@@ -135,6 +140,7 @@ NEEDS_NOTHING = {
     "pipeline.cluster.scoring": "runs judges, which are not simulated",
     "pipeline.cluster.session": "joins a cluster, for which `cluster.joined_cluster` stands",
     "pipeline.cluster.training": "trains, which is not simulated",
+    "pipeline.runtime.rank_groups": "starts ranks of hosts that are split, which are not simulated",
     "pipeline.stages.doctor": "is another command",
     "pipeline.storage.revisions": "is of rows that are run again, which are not simulated",
 }
