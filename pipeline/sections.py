@@ -97,6 +97,11 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _ranks_have_a_gpu_each(self) -> ModelConfig:
         num_gpus = self.resources.num_gpus
+        if self.tensor_parallel > 1 and self.quantization is not None:
+            raise ValueError(
+                f"quantised weights are not split over ranks: leave out quantization ({self.quantization.kind}), or "
+                f"set tensor_parallel to 1; got {self.tensor_parallel}"
+            )
         if self.tensor_parallel > 1 and num_gpus not in (None, 0, 1):
             raise ValueError(
                 f"resources are those of each rank, which has one GPU or none: with tensor_parallel: "

@@ -19,8 +19,9 @@ from support.quantised_checkpoints import WRITTEN, write_pair
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from jobs.commands.plan_cost import Throughput, describe_cost, find_throughput
+from jobs.commands.plan_cost import Throughput, count_gpus, describe_cost, find_throughput
 from jobs.commands.plan_memory import describe_devices
+from jobs.commands.plan_stated import Findings, plan_stated_hosts
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
 from pipeline.hub.gpus import GPUS, find_gpu
@@ -224,6 +225,30 @@ def test_what_does_not_fit_names_the_number_to_change(
     assert ("fit;" in text or "not one" in text) == (says is not None)
     if says is not None:
         assert re.search(says, text)
+
+
+def test_a_plan_does_not_ask_for_what_would_be_refused() -> None:
+    whole = planned_host(1, 130 * GB)
+    split = replace(whole, plan=build_topology(config_of({"model": "m", "tensor_parallel": 2})).hosts[0])
+    quantised = replace(whole, weights={"gptq": 130 * GB})
+    texts = [describe_devices([host], on_ray(), find_gpu("a100-80gb"), None) for host in (split, quantised)]
+    assert not any("quantise" in text for text in texts)
+    assert "split base over more ranks (tensor_parallel)" in texts[0]
+
+
+def test_stated_sizes_that_ranks_cannot_divide_are_refused() -> None:
+    sizes = {"layers": 2, "hidden_size": 96, "intermediate_size": 128, "heads": 6, "vocab_size": 100}
+    config = config_of({"model": "no/such", "sizes": sizes, "tensor_parallel": 4})
+    with pytest.raises(ConfigurationError, match=r"no/such \(for base\).*num_attention_heads, 6, cannot be divided"):
+        plan_stated_hosts(config, Findings({}, {}), None)
+
+
+def test_the_cost_counts_the_gpus_of_ranks_and_without_ray_those_that_hosts_share() -> None:
+    host = planned_host(None, GB)
+    split = replace(host, plan=build_topology(config_of({"model": "m", "tensor_parallel": 4})).hosts[0])
+    local = config_of("m", cluster={"transport": "local"})
+    assert count_gpus([split, planned_host(0.5, GB)], on_ray(replicas=2)) == 9
+    assert count_gpus([split, host], local) == 4
 
 
 def test_gpus_are_listed_with_the_sizes_in_their_names() -> None:

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from support.decoding import NOWHERE, config_of
 from support.lora import make_lora
@@ -15,17 +16,21 @@ from support.rank_groups import decode_with, make_divisible, numbers_of, tokens_
 from support.runs import write_prompts
 from support.sampling_hosts import PAIR, ROWS
 from support.tiny_models import make_model, make_pair_tokenizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from jobs.commands.plan import run_plan
 from pipeline.errors import ConfigurationError, HostError
 from pipeline.evaluation.judges.llm import LlmJudge
-from pipeline.evaluation.judges.reward_model import RewardModelJudge
+from pipeline.evaluation.judges.reward_model import RewardModelJudge, settings_in_identity
 from pipeline.runtime.assembly import assemble
 from pipeline.runtime.engines import make_engine
 from pipeline.runtime.local_hosts import start_again, start_hosts
 from pipeline.runtime.rank_groups import RankGroupHost
 from pipeline.runtime.wiring import unwrapped
+from pipeline.sections import ModelConfig
 from pipeline.training.settings import TrainConfig
+from pipeline.worker.weights import why_not_finite
 
 DECODING = {"max_new_tokens": 12, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2}
 
@@ -180,6 +185,22 @@ def test_what_cannot_be_split_is_refused_by_name_before_weights_are_loaded(tiny,
             assemble(config_of({"model": str(folder), "tensor_parallel": num_ranks}), NOWHERE)
     with pytest.raises(ConfigurationError, match=r"num_gpus must be null, 0 or 1; got 0.5"):
         config_of({"model": str(model), "tensor_parallel": 2, "resources": {"num_gpus": 0.5}})
+    with pytest.raises(ConfigurationError, match=r"not split over ranks: leave out quantization \(bnb-4bit\)"):
+        config_of({"model": str(model), "tensor_parallel": 2, "quantization": "bnb-4bit"})
+
+
+def test_a_rank_looks_for_nan_in_its_part_of_a_split_weight():
+    layer = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight[0, 0] = float("nan")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer.weight = torch.nn.Parameter(
+            distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        )
+        assert "1 weight (weight) with numbers that are NaN" in why_not_finite(layer)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_plan_says_what_is_split_and_into_how_many_processes(model, tmp_path, capsys):
@@ -208,3 +229,13 @@ def test_trainings_and_judges_refuse_ranks_that_they_would_not_start(model):
         LlmJudge.model_validate({"kind": "llm", "rubric": "good?", "model": split})
     plain = TrainConfig.model_validate({**data, "base": str(model)})
     assert not any("tensor_parallel" in name for name in plain.fields())  # adapters of before are not trained anew
+    assert not any("sizes" in name for name in plain.fields())
+
+
+def test_a_judges_scores_of_before_stay_valid_and_do_not_depend_on_what_plans_reckon_with():
+    section = {"model": "m", "dtype": "float32", "attention": "auto", "trust_remote_code": False}
+    sizes = {"layers": 2, "hidden_size": 64, "intermediate_size": 128, "heads": 4, "vocab_size": 100}
+    judged = {key: value for key, value in section.items() if key != "model"}
+    assert settings_in_identity(ModelConfig(**section, sizes=sizes).model_dump(mode="json")) == judged
+    quantised = ModelConfig(**section, quantization="bnb-4bit").model_dump(mode="json")
+    assert settings_in_identity(quantised) == {**judged, "quantization": {"kind": "bnb-4bit"}}

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config.sections import Config
+from pipeline.config.sections import Config, Transport
 from pipeline.errors import ConfigurationError
 from pipeline.hub.gpus import Gpu
 from pipeline.monitoring.progress import duration
-from pipeline.protocol.topology import HostPlan
-from pipeline.runtime.memory_plan import PlannedHost
+from pipeline.runtime.memory_plan import PlannedHost, lay_out_devices
 from pipeline.storage.pace import measure_pace
 from pipeline.storage.run import Run
 
@@ -72,14 +71,16 @@ def _measure(path: str, *, num_replicas: int | None) -> Throughput | None:
     )
 
 
-def count_gpus(hosts: Sequence[HostPlan | PlannedHost]) -> float:
-    """GPUs of one replica."""
-    total = 0.0
+def count_gpus(hosts: Sequence[PlannedHost], config: Config) -> float:
+    """GPUs of all replicas: those that Ray reserves, a share as a share; without Ray those that hosts are on."""
+    if config.cluster.transport is Transport.LOCAL:
+        return sum(device.device_type == "cuda" for device in lay_out_devices(hosts, config))
+    of_replica = 0.0
     for host in hosts:
-        if isinstance(host, PlannedHost) and host.device_type == "cuda":
+        if host.device_type == "cuda":
             share = host.plan.model.resources.num_gpus
-            total += 1.0 if share is None else share
-    return total
+            of_replica += host.plan.model.tensor_parallel * (1.0 if share is None else share)
+    return of_replica * config.cluster.replica_range.max
 
 
 def describe_cost(
@@ -103,7 +104,7 @@ def describe_cost(
         throughput: of one replica.
         price: of one GPU for an hour.
     """
-    num_gpus = count_gpus(hosts) * config.cluster.replica_range.max
+    num_gpus = count_gpus(hosts, config)
     lines = [] if gpu is None else [_bound(hosts, gpu, config.cluster.slots)]
     if throughput is None:
         lines.append(

@@ -11,6 +11,7 @@ from pipeline.hub.gpus import Gpu
 from pipeline.protocol.memory import SHARE
 from pipeline.quoting import size
 from pipeline.runtime.memory_plan import (
+    ADAPTERS,
     PlannedDevice,
     PlannedHost,
     device_type_of,
@@ -139,7 +140,9 @@ def what_to_change(device: PlannedDevice, config: Config) -> list[str]:
     ways = []
     if device.weight_bytes < SHARE[device.device_type] * device.capacity:
         ways.append(f"lower decoding.max_new_tokens ({config.decoding.max_new_tokens:,})")
-    if largest.plan.model.quantization is None:
+    if largest.plan.model.tensor_parallel > 1:  # quantised weights are not split
+        ways.append(f"split {name} over more ranks (tensor_parallel)")
+    elif all(label in BYTES_BY_DTYPE or label == ADAPTERS for label in largest.weights):
         four_bits = device.weight_bytes - largest.weight_bytes * 3 // 4
         ways.append(f"quantise {name} (quantization: bnb-4bit; then about {size(four_bits)} of weights)")
     if len(device.hosts) > 1:

@@ -12,10 +12,13 @@ from pipeline.config.sections import Config
 from pipeline.config.variants import lay_out
 from pipeline.errors import ConfigurationError
 from pipeline.hub.gpus import Gpu
+from pipeline.hub.parallel_plans import why_not_divided
 from pipeline.hub.sources import ModelSource, resolve_model
+from pipeline.protocol.topology import HostPlan
 from pipeline.runtime.memory_plan import PlannedHost, device_type_of, plan_host, size_as_stated, size_of_source
+from pipeline.runtime.replica_plan import check_ranks
 from pipeline.runtime.topology import build_topology, models_of
-from pipeline.sections import ModelConfig
+from pipeline.sections import ModelConfig, ModelSizes
 from pipeline.storage.plan import open_planned_input
 
 
@@ -66,14 +69,37 @@ def _resolve(model: ModelConfig, cache_folder: Path) -> ModelSource:
 
 
 def plan_stated_hosts(config: Config, findings: Findings, gpu: Gpu | None) -> list[PlannedHost]:
-    """What each host of a replica takes; models that are here by their own configuration."""
+    """What each host of a replica takes; models that are here by their own configuration.
+
+    Raises:
+        ConfigurationError: a model cannot be split over its ranks.
+    """
     hosts = []
     for plan in build_topology(config).hosts:
         source = findings.sources.get(plan.model.model_dump_json())
-        assert source is not None or plan.model.sizes is not None
-        sized = size_of_source(source) if source is not None else size_as_stated(plan.model.sizes)  # type: ignore[arg-type]
+        if source is not None:
+            check_ranks(plan, source)
+            sized = size_of_source(source)
+        else:
+            assert plan.model.sizes is not None
+            _check_sizes(plan, plan.model.sizes)
+            sized = size_as_stated(plan.model.sizes)
         hosts.append(plan_host(plan, sized, config, device_type=device_type_of(plan.model, gpu), source=source))
     return hosts
+
+
+def _check_sizes(plan: HostPlan, sizes: ModelSizes) -> None:
+    """Refuse a model whose stated sizes cannot be divided by the number of its ranks."""
+    stated = {
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads or sizes.heads,
+        "intermediate_size": sizes.intermediate_size,
+    }
+    if reason := why_not_divided(stated, plan.model.tensor_parallel):
+        raise ConfigurationError(
+            f"{plan.model.model} (for {', '.join(plan.serves)}) cannot be split over {plan.model.tensor_parallel} "
+            f"ranks: {reason}"
+        )
 
 
 def describe_stated(config: Config, findings: Findings, hosts: list[PlannedHost], gpu: Gpu | None) -> tuple[str, int]:

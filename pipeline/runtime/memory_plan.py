@@ -20,6 +20,7 @@ from pipeline.protocol.messages import DRAFTED_PER_PASS, MemoryBudget
 from pipeline.protocol.topology import HostPlan
 from pipeline.sections import ModelConfig, ModelSizes
 
+ADAPTERS = "adapters"  # as their bytes are labelled
 APPLES = "metal"  # which other GPUs expand, too
 
 
@@ -196,7 +197,7 @@ def plan_host(
     facts, element = model.facts, BYTES_BY_DTYPE[dtype]
     weights = weights_of(model, plan.model, dtype, device_type)
     if adapters:
-        weights["adapters"] = element * sum(sum(each.num_parameters_by_dtype.values()) for each in adapters)
+        weights[ADAPTERS] = element * sum(sum(each.num_parameters_by_dtype.values()) for each in adapters)
     hidden, num_ranks = facts.hidden_size or 0, plan.model.tensor_parallel
     if num_ranks > 1:  # plans split the layers; embeddings may stay whole on every rank
         whole = min(sum(weights.values()), 2 * facts.vocab_size * hidden * element)

@@ -172,7 +172,7 @@ def plan_replica(
     holes = tuple(each for each in range(vocab_size) if each not in tokenizers[BASE].token_by_id)
     variants = lay_out(config)
     for plan in topology.hosts:
-        _check_ranks(plan, sources[plan.name])
+        check_ranks(plan, sources[plan.name])
     expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.scores_branches}
     undrafted = why_not_drafted(config, topology, sources, expected)
 
@@ -294,14 +294,14 @@ def _expect(plan: HostPlan, source: ModelSource) -> Expected:
     return replace(expected, decoding=PLAIN, reason=None) if plan.model.attention == "plain" else expected
 
 
-def _check_ranks(plan: HostPlan, source: ModelSource) -> None:
-    """Refuse a model that cannot be split over the ranks that its host is to have."""
+def check_ranks(plan: HostPlan, source: ModelSource) -> None:
+    """Refuse a model that cannot be split over the ranks that its host is to have. Raises ConfigurationError."""
     num_ranks = plan.model.tensor_parallel
     if num_ranks == 1:
         return
     config = read_json(LocalTree(Path(source.path)), CONFIG)
     if source.quantisation is not None:
-        config = {"quantization_config": source.quantisation, **config}
+        config = {**config, "quantization_config": source.quantisation}
     if reason := why_not_tensor_parallel(config, num_ranks):
         where = f"{source.name} (for {', '.join(plan.serves)}), architecture {config.get('model_type')}"
         raise ConfigurationError(f"{where}, cannot be split over {num_ranks} ranks: {reason}")

@@ -188,7 +188,7 @@ class TrainConfig(Section):
         """Every setting that changes results, by its dotted name, as plain values."""
         tree = self.model_dump(mode="json")
         left_out = {"input": ("path", "split", "subset"), "training": ("device_batch_size",)}
-        of_place = ("device", "resources", "model", "tensor_parallel")
+        of_place = ("device", "resources", "model", "tensor_parallel", "sizes")
         base = {key: value for key, value in tree["base"].items() if key not in of_place}
         sections = {"base": base, "input": tree["input"], "training": tree["training"]}
         return {

@@ -198,9 +198,9 @@ def why_not_finite(model: Any, which: str = "") -> str | None:
 
 def _is_finite(tensor: Tensor, *, may_be_infinite: bool) -> bool:
     """Whether a tensor has no NaN, and nothing infinite unless that is allowed: masks among a model's buffers."""
+    tensor = local_part(tensor)  # first: a part of a split weight is an ordinary tensor, the whole is not
     if not is_plain(tensor):
         return True
-    tensor = local_part(tensor)
     # a sum is the cheapest look at all numbers; that of large finite ones may be infinite, too
     if bool(tensor.sum(dtype=torch.float32).isfinite()):
         return True

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext, JudgedAnswer
-from pipeline.evaluation.judges.reward_model import NOT_IN_IDENTITY
+from pipeline.evaluation.judges.reward_model import settings_in_identity
 from pipeline.records import Message
 from pipeline.sections import ModelConfig, Section, in_one_process, model_from_name
 
@@ -92,7 +92,7 @@ class LlmJudge(JudgeConfig):
         described = super().identity(source)
         if source is not None:
             described["identity"] = source.identity
-            described["model"] = {key: each for key, each in described["model"].items() if key not in NOT_IN_IDENTITY}
+            described["model"] = settings_in_identity(described["model"])
         else:
             endpoint = described["endpoint"]
             described["endpoint"] = {

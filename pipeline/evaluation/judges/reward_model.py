@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,8 +21,17 @@ from pipeline.sections import ModelConfig, in_one_process, model_from_name
 if TYPE_CHECKING:
     from pipeline.hub.sources import ModelSource
 
-# where the model comes from and runs; its identity stands for the first two
-NOT_IN_IDENTITY = ("model", "revision", "resources", "device", "tensor_parallel")
+# where the model comes from and runs, and what plans reckon with; its identity stands for the first two
+NOT_IN_IDENTITY = ("model", "revision", "resources", "device", "tensor_parallel", "sizes")
+
+
+def settings_in_identity(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a judge's model section decides a score; without a quantization of null, so that scores stay valid that
+    were made before there was the key."""
+    kept = {key: value for key, value in model.items() if key not in NOT_IN_IDENTITY}
+    if kept.get("quantization") is None:
+        kept.pop("quantization", None)
+    return kept
 
 
 class RewardModelJudge(JudgeConfig):
@@ -83,7 +93,7 @@ class RewardModelJudge(JudgeConfig):
     def identity(self, source: ModelSource | None) -> dict[str, Any]:
         assert source is not None
         described = {**super().identity(source), "identity": source.identity}
-        described["model"] = {key: each for key, each in described["model"].items() if key not in NOT_IN_IDENTITY}
+        described["model"] = settings_in_identity(described["model"])
         del described["batch_size"]  # a text's score does not depend on its batch
         described["conversations"] = "as prompts, to the end of the turn"
         return described
