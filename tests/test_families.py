@@ -49,8 +49,9 @@ def plan_kind(name):
 
 
 SPLIT = [name for name in MADE if read_table().families[name].is_tensor_parallel]
-# one of each kind; `cage models --measure` goes through all
+# one of each kind, of which the tests take some: `cage models --measure` goes through all families
 OF_EACH_KIND = sorted({plan_kind(name): name for name in reversed(SPLIT)}.values())
+SOME_KINDS = OF_EACH_KIND[::5]
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,8 @@ def ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OF_EACH_KIND)
-def test_two_ranks_decode_a_family_of_each_kind_of_plan_as_one_process_does(name, ranks, tmp_path):
+@pytest.mark.parametrize("name", SOME_KINDS)
+def test_two_ranks_decode_a_family_as_one_process_does(name, ranks, tmp_path):
     make_random_model(name).save_pretrained(tmp_path / "model")
     spec = host_spec(tmp_path / "model")
 

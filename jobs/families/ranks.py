@@ -22,6 +22,7 @@ from pipeline.runtime.wiring import unwrapped
 from pipeline.sections import ModelConfig
 
 NUM_RANKS = 2
+MOST_LOADED = 10  # models by one pair of processes
 NUM_NEW = 6  # tokens of each answer
 LEAST_SHARE = 0.5  # of the layers' weights that must be split for it to be worth the ranks
 TIMEOUT_S = 120.0
@@ -36,6 +37,7 @@ class RankPair:
 
     def __init__(self) -> None:
         self._group: RankGroupHost | None = None
+        self._num_loaded = 0
         self._epochs = count()
 
     def __enter__(self) -> RankPair:
@@ -99,8 +101,13 @@ class RankPair:
         plan = HostPlan(spec.name, ModelConfig(model=spec.source.path), spec.roles, {}, spec.serves)
         if self._group is None:
             self._group = RankGroupHost(spec, plan, unwrapped, start_timeout_s=TIMEOUT_S, step_timeout_s=TIMEOUT_S)
+        elif self._num_loaded >= MOST_LOADED:  # each model leaves groups behind, whose threads take processor time
+            self._group.close()
+            self._group, self._num_loaded = None, 0
+            return self._loaded(spec, num_slots)
         elif self._group.is_lost or self._group.spec != spec:
             self._group.load(spec, plan)
+            self._num_loaded += 1
         self._group.loaded(spec.title)
         self._group.resize(num_slots).result()
         return self._group
