@@ -24,6 +24,7 @@ from pipeline.hub import template_limits
 from pipeline.hub.chat_templates import render
 from pipeline.hub.file_tokenizer import FileTokenizer
 from pipeline.hub.template_limits import TemplateTooLong, limited
+from pipeline.inputs import tabular
 
 ROOT = Path(__file__).parent.parent
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -217,6 +218,20 @@ def test_a_line_of_any_length_takes_the_memory_of_the_longest_that_is_read(tmp_p
     found, grown = read(path, 3)
     assert found.startswith("3 7")
     assert grown < 300
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "gzip", "none"])
+def test_an_honest_column_is_bounded_by_its_dictionary_and_not_by_its_size(tmp_path, compression):
+    """Writers begin a dictionary and give it up at a megabyte: such a column is long, and its longest value is not."""
+    path = tmp_path / "prompts.parquet"
+    texts = {"different": [f"{at:0340d}" for at in range(12000)], "long": ["x" * 300_000] * 12000}
+    pq.write_table(pa.table(texts), path, compression=compression)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    with path.open("rb") as handle:
+        different, long = (tabular._dictionary_bytes(handle, group.column(at)) for at in range(2))
+        assert tabular._batch_rows(handle, group, ["different"]) > 200
+    assert different < 2**21 < group.column(0).total_uncompressed_size
+    assert 300_000 < long < 300_100
 
 
 @pytest.mark.slow

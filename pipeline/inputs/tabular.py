@@ -24,6 +24,8 @@ BATCH_ROWS = 1024
 PROMPT = "text, or a list of {role, content}"
 CONVERSATION = "a list of {role, content} with text in both, or that list as JSON text"
 BATCH_BYTES = 32 * 2**20  # of decoded values at once, so that a few large rows cost no more than many small ones
+INTEGER_FIELD = 0x15  # of Thrift's compact protocol: the next field, a 32-bit integer
+DICTIONARY_PAGE = 2
 REPEATED_BYTES = 256 * 2**20  # of decoded values at once, where all rows have a column's longest value
 HASH_BLOCK_BYTES = 2**20
 FLOAT_IDS = (
@@ -209,14 +211,15 @@ def _parquet_batches(file: InputFile, names: Sequence[str], start: int, stop: in
             last = first + table.metadata.row_group(group).num_rows
             low, high = max(start, first), min(stop, last)
             if low < high:
-                yield from _group_batches(table, group, names, low - first, high - first)
+                batch_rows = _batch_rows(handle, table.metadata.row_group(group), names)
+                yield from _group_batches(table, group, names, low - first, high - first, batch_rows)
             first = last
 
 
-def _group_batches(table: Any, group: int, names: Sequence[str], low: int, high: int) -> Iterator[pa.RecordBatch]:
+def _group_batches(
+    table: Any, group: int, names: Sequence[str], low: int, high: int, batch_rows: int
+) -> Iterator[pa.RecordBatch]:
     seen = 0
-    metadata = table.metadata.row_group(group)
-    batch_rows = _batch_rows(metadata, names)
     for batch in table.iter_batches(batch_rows, row_groups=[group], columns=list(names), use_threads=False):
         begin, end = max(low - seen, 0), min(high - seen, batch.num_rows)
         if begin < end:
@@ -226,21 +229,48 @@ def _group_batches(table: Any, group: int, names: Sequence[str], low: int, high:
             return
 
 
-def _batch_rows(group: Any, names: Sequence[str]) -> int:
+def _batch_rows(handle: Any, group: Any, names: Sequence[str]) -> int:
     """Rows of a row group that are decoded at once.
 
-    A column with a dictionary may repeat its longest value in every row, and only the column's size says how long
+    A column with a dictionary may repeat its longest value in every row, and only the dictionary's size says how long
     that can be: a small file may stand for terabytes.
     """
     usual = int(BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
     columns = [group.column(at) for at in range(group.num_columns)]
     repeated = [
-        each.total_uncompressed_size
+        _dictionary_bytes(handle, each)
         for each in columns
         if each.has_dictionary_page and each.path_in_schema.partition(".")[0] in names
     ]
     safe = int(REPEATED_BYTES // max(1, max(repeated, default=1)))
     return max(1, min(BATCH_ROWS, usual, safe))
+
+
+def _dictionary_bytes(handle: Any, column: Any) -> int:
+    """Bytes of a column's dictionary, from the header of its page; of the whole column where that cannot be read.
+
+    A header begins with three numbers in Thrift's compact protocol: the kind of page, its size in memory and in the file
+    (https://parquet.apache.org/docs/file-format/data-pages/).
+    """
+    whole = int(column.total_uncompressed_size)
+    offset = column.dictionary_page_offset
+    if not offset:
+        return whole
+    handle.seek(offset)
+    header = handle.read(24)
+    numbers, at = [], 0
+    while len(numbers) < 2:
+        if at >= len(header) or header[at] != INTEGER_FIELD:
+            return whole
+        number, shift, at = 0, 0, at + 1
+        while at < len(header):
+            number |= (header[at] & 0x7F) << shift
+            shift, at = shift + 7, at + 1
+            if header[at - 1] < 0x80:
+                break
+        numbers.append((number >> 1) ^ -(number & 1))
+    kind, size = numbers
+    return size if kind == DICTIONARY_PAGE and 0 <= size <= whole else whole
 
 
 def _is_text(type_: pa.DataType) -> bool:
