@@ -222,7 +222,7 @@ def test_a_line_of_any_length_takes_the_memory_of_the_longest_that_is_read(tmp_p
 
 @pytest.mark.parametrize("compression", ["snappy", "zstd", "gzip", "none"])
 def test_an_honest_column_is_bounded_by_its_dictionary_and_not_by_its_size(tmp_path, compression):
-    """Writers begin a dictionary and give it up at a megabyte: such a column is long, and its longest value is not."""
+    """Writers begin a dictionary and give it up at a megabyte: such a column is long, its longest value is not."""
     path = tmp_path / "prompts.parquet"
     texts = {"different": [f"{at:0340d}" for at in range(12000)], "long": ["x" * 300_000] * 12000}
     pq.write_table(pa.table(texts), path, compression=compression)

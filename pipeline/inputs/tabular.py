@@ -249,8 +249,8 @@ def _batch_rows(handle: Any, group: Any, names: Sequence[str]) -> int:
 def _dictionary_bytes(handle: Any, column: Any) -> int:
     """Bytes of a column's dictionary, from the header of its page; of the whole column where that cannot be read.
 
-    A header begins with three numbers in Thrift's compact protocol: the kind of page, its size in memory and in the file
-    (https://parquet.apache.org/docs/file-format/data-pages/).
+    A header begins with three numbers in Thrift's compact protocol: the kind of page, its size in memory and its size
+    in the file (https://parquet.apache.org/docs/file-format/data-pages/).
     """
     whole = int(column.total_uncompressed_size)
     offset = column.dictionary_page_offset
