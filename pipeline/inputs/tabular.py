@@ -258,7 +258,8 @@ def _dictionary_bytes(handle: Any, column: Any) -> int:
         return whole
     handle.seek(offset)
     header = handle.read(24)
-    numbers, at = [], 0
+    numbers: list[int] = []
+    at = 0
     while len(numbers) < 2:
         if at >= len(header) or header[at] != INTEGER_FIELD:
             return whole
