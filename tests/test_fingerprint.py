@@ -62,3 +62,16 @@ def test_a_later_key_with_another_value_is_a_difference(tmp_path: Path, sections
     with pytest.raises(RunMismatch) as caught:
         Run.create_or_resume(store, changed)
     assert field in str(caught.value)
+
+
+def test_names_that_a_user_chooses_are_in_the_fingerprint_whatever_they_are(tmp_path: Path) -> None:
+    """A principal may be named as a key of placement is, and so may a value that a chat template reads."""
+    sections = {
+        "base": {"model": "base", "device": "cpu", "chat_template_kwargs": {"device": "phone", "more": {"sizes": 1}}},
+        "principals": {"device": {"kind": "prompted", "principle": "Name a device.", "weight": 2}},
+    }
+    fields = small_plan(tmp_path, **sections).fingerprint
+    assert fields["principals.device.weight"] == 2
+    assert fields["base.chat_template_kwargs.device"] == "phone"
+    assert fields["base.chat_template_kwargs.more.sizes"] == 1
+    assert "base.device" not in fields

@@ -6,7 +6,9 @@ ends its whole group, which can be started again.
 
 from __future__ import annotations
 
+import math
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -218,7 +220,7 @@ class _Ranks:
         folder = TemporaryDirectory(prefix="cage-ranks-")
         meeting_point = str(Path(folder.name) / "ranks")
         first_gpu = int(spec.device.partition(":")[2] or 0)
-        self.ranks = [_Rank(rank) for rank in range(size)]
+        self.ranks = [_Rank(rank, timeout_s) for rank in range(size)]
         self._end = weakref.finalize(self, _end, self.ranks, folder)
         self._places = [
             RankPlace(rank.number, size, meeting_point, True, timeout_s, first_gpu + rank.number)
@@ -252,9 +254,10 @@ class _Rank:
 
     Args:
         number: of the rank.
+        timeout_s: for sending a message.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, timeout_s: float) -> None:
         self.number = number
         ours, theirs = socket.socketpair()
         with theirs:
@@ -264,6 +267,8 @@ class _Rank:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the parent, which ends its ranks
             )
+        # of a rank that is stopped the buffer fills up: sending ends then, too
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout_s), 0))
         self.connection = Connection(ours.detach())
         self._waiting: deque[Future[Answer]] = deque()
         self._lock = threading.Lock()
@@ -291,6 +296,8 @@ class _Rank:
             try:
                 answer: Answer = receive(self.connection)
             except (EOFError, OSError):
+                break
+            if not self._waiting:  # all were failed: a message could not be sent
                 break
             if answer.error is not None:
                 self._waiting.popleft().set_exception(answer.error)

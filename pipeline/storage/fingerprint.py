@@ -15,6 +15,14 @@ from pipeline.quoting import quote
 DISTRIBUTION = "cage-align"
 # These say where a model runs, or what it takes, not what it computes.
 PLACEMENT_KEYS = ("resources", "device", "sizes")
+# Places, as patterns, whose keys a user chooses: a principal may be named device.
+OPEN_PLACES = (
+    "principals",
+    "*.terms",
+    "*.chat_template_kwargs",
+    "*.chat_template_kwargs.*",
+    "decoding.soft_threshold",
+)
 # These change how long a run takes, and nothing that it computes.
 PACE_KEYS = ("decoding.draft",)
 # Where the caller gives the identity of a model, it replaces these.
@@ -97,7 +105,8 @@ def _flatten(place: str, value: Any, models: Mapping[str, str]) -> Iterator[tupl
         is_replaced = (place in models and key in ("model", "revision")) or (
             where in models and key in IDENTITY_KEYS and not isinstance(child, dict)
         )
-        if key not in PLACEMENT_KEYS and where not in PACE_KEYS and not is_replaced:
+        is_placement = key in PLACEMENT_KEYS and not any(fnmatchcase(place, each) for each in OPEN_PLACES)
+        if not (is_placement or where in PACE_KEYS or is_replaced):
             yield from _flatten(where, child, models)
 
 
