@@ -137,8 +137,8 @@ def watch_pools(monkeypatch: pytest.MonkeyPatch, *, device: torch.device | None 
     pools: list[GraphPool] = []
     begin = GraphPool.__init__
 
-    def watched(self: GraphPool, own: torch.device, what: str) -> None:
-        begin(self, device or own, what)
+    def watched(self: GraphPool, own: torch.device, what: str, **options: Any) -> None:
+        begin(self, device or own, what, **options)
         pools.append(self)
 
     monkeypatch.setattr(GraphPool, "__init__", watched)
