@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 
-.PHONY: demo test simulate chaos check docs format browser kernels evidence audit lock soak clean help
+.PHONY: demo test clusters simulate chaos check docs format browser kernels evidence audit lock soak clean help
 
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
@@ -88,6 +88,9 @@ lock: $(READY)
 	  --extra lora --extra embedded --extra evaluate --extra synthesize --extra gcs --extra cluster --extra train
 
 # An hour of kills over Ray with memory recorded; SOAK=--minutes=5 for less.
+clusters: $(READY)
+	$(BIN)/python -m pytest -m clusters tests/test_clusters.py tests/test_soak.py
+
 soak: $(READY)
 	$(BIN)/python tests/soak.py $(SOAK)
 
