@@ -97,7 +97,7 @@ class ModelFacts:
     eos_token_ids: frozenset[int]
     label_names: Mapping[int, str]
     hidden_size: int | None = None
-    mlp_size: int | None = None
+    mlp_size: int | None = field(default=None, compare=False)  # an estimate, where the file leaves it to its class
 
     @property
     def num_labels(self) -> int:
