@@ -59,8 +59,11 @@ def as_written(model_type: str, **more: Any) -> dict[str, Any]:
     """The whole configuration of a family, as a file of it states it."""
     kind = CONFIG_MAPPING[model_type]
     own = {kind.attribute_map.get(name, name): value for name, value in SIZES.items()}
+    family = FAMILIES.get(f"{model_type}_text" if model_type in COMPOSITES else model_type)
+    if family is not None:
+        own |= {name: 24 + at for at, name in enumerate(family.mlp_sizes)}
     if model_type in COMPOSITES:
-        own = {"text_config": {**SIZES, "model_type": f"{model_type}_text"}}
+        own = {"text_config": {**own, "model_type": f"{model_type}_text"}}
     return {"architectures": ["OurForCausalLM"], "model_type": model_type, **own, **more}
 
 

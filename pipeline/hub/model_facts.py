@@ -34,34 +34,41 @@ class Family:
         has_head_dim: it has a default for the size of a head; otherwise that is the width over the heads.
         has_end: it has a default for the end token; otherwise there is none.
         names: keys that the family spells in its own way.
+        mlp_sizes: keys of its feed-forward layers that have defaults of the family's own.
     """
 
     has_kv_heads: bool = False
     has_head_dim: bool = False
     has_end: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
+    mlp_sizes: tuple[str, ...] = ("intermediate_size",)
 
 
+EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
 FAMILIES: Mapping[str, Family] = {
     "cohere": Family(),
     "gemma": Family(has_kv_heads=True, has_head_dim=True),
     "gemma2": Family(has_kv_heads=True, has_head_dim=True),
     "gemma3_text": Family(has_kv_heads=True, has_head_dim=True),
-    "gpt2": Family(names=GPT2_NAMES),
+    "gpt2": Family(names=GPT2_NAMES, mlp_sizes=()),
     "gpt_neox": Family(),
-    "gptj": Family(names=GPT2_NAMES),
+    "gptj": Family(names=GPT2_NAMES, mlp_sizes=()),
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(has_kv_heads=True),
-    "mixtral": Family(has_kv_heads=True),
+    "mixtral": Family(has_kv_heads=True, mlp_sizes=("intermediate_size", "num_experts_per_tok")),
     "olmo2": Family(),
-    "opt": Family(),
+    "opt": Family(mlp_sizes=("ffn_dim",)),
     "phi": Family(),
     "phi3": Family(),
     "qwen2": Family(has_kv_heads=True, has_end=False),
-    "qwen2_moe": Family(has_kv_heads=True, has_end=False),
+    "qwen2_moe": Family(
+        has_kv_heads=True,
+        has_end=False,
+        mlp_sizes=("intermediate_size", "shared_expert_intermediate_size", *EXPERTS),
+    ),
     "qwen3": Family(has_kv_heads=True, has_head_dim=True, has_end=False),
-    "qwen3_moe": Family(has_kv_heads=True, has_end=False),
+    "qwen3_moe": Family(has_kv_heads=True, has_end=False, mlp_sizes=("intermediate_size", *EXPERTS)),
     "smollm3": Family(has_kv_heads=True),
     "stablelm": Family(has_kv_heads=True),
     "starcoder2": Family(has_kv_heads=True),
@@ -97,7 +104,7 @@ class ModelFacts:
     eos_token_ids: frozenset[int]
     label_names: Mapping[int, str]
     hidden_size: int | None = None
-    mlp_size: int | None = field(default=None, compare=False)  # an estimate, where the file leaves it to its class
+    mlp_size: int | None = None
 
     @property
     def num_labels(self) -> int:
@@ -223,7 +230,8 @@ def _stated_facts(tree: Mapping[str, Any]) -> ModelFacts | None:
     sizes = {name: _value(text, family, name) for name in names}
     labels, architectures = _labels(tree), tree.get("architectures") or []
     states_end = _is_end(text["eos_token_id"]) if "eos_token_id" in text else not family.has_end
-    if not (states_end and labels is not None and all(_is_count(size) for size in sizes.values())):
+    given = (*sizes.values(), *(text.get(name) for name in family.mlp_sizes))
+    if not (states_end and labels is not None and all(_is_count(size) for size in given)):
         return None
     heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
     kv_heads, head_dim = text.get("num_key_value_heads"), text.get("head_dim")
