@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.runs import job, parts, run_job, write_prompts
+from support.storage import wait_for_server
 
 from pipeline.storage.run import Run
 from pipeline.stores.store import Store, open_store
@@ -48,25 +48,13 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         logging.getLogger("gcsfs").setLevel(logging.ERROR)  # that there are no credentials
         gcsfs.GCSFileSystem.clear_instance_cache()
         try:
-            _await(port)
+            wait_for_server(port, server)
             gcsfs.GCSFileSystem().mkdir("runs")
             yield "gs://runs"
         finally:
             gcsfs.GCSFileSystem.clear_instance_cache()
             server.terminate()
             server.wait(10)
-
-
-def _await(port: int) -> None:
-    until_s = time.monotonic() + 60
-    while time.monotonic() < until_s:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    raise RuntimeError("the server does not answer")
 
 
 @pytest.fixture

@@ -105,3 +105,16 @@ def test_a_host_is_idle_between_its_calls_and_not_within_them():
     with pytest.raises(KeyError), meter.calling():
         raise KeyError
     assert meter.report().idle_s == 6
+
+
+def test_what_a_host_did_since_the_last_look_is_read_when_it_is_asked_for():
+    work = [HostWork(num_forwards=1)]
+    meter = HostMeter(lambda: work[0], clock=lambda: 10.0)
+    with meter.calling():
+        pass
+    work[0] = HostWork(num_forwards=2)
+    with meter.calling():
+        pass
+    assert meter.report().work.num_forwards == 1
+    assert meter.read().work.num_forwards == 2
+    assert meter.report().work.num_forwards == 2

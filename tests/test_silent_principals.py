@@ -13,6 +13,7 @@ from support.tiny_models import make_model, make_reward_model
 
 from jobs.commands.status import describe_status
 from pipeline.monitoring.counts import Counts
+from pipeline.monitoring.events import Notice
 from pipeline.monitoring.progress import ProgressLine
 from pipeline.monitoring.values import SilenceWatch, ValueRange, add_values, describe_silent
 from pipeline.principals.kinds import KINDS
@@ -121,9 +122,11 @@ def test_the_terminal_shows_it_on_a_line_of_its_own():
             return True
 
     watch, out = SilenceWatch({}), Terminal()
-    line = ProgressLine(
-        out, num_rows=9, num_shards=1, notices=lambda counts, *, is_last: watch.lines(counts.values, is_last=is_last)
-    )
+
+    def notices(counts, *, is_last):
+        return [Notice(text) for text in watch.lines(counts.values, is_last=is_last)]
+
+    line = ProgressLine(out, num_rows=9, num_shards=1, notices=notices)
     counts = Counts(rows=8, values={"kind": ValueRange(8, 80, 0.0, 0.0)})
     line.show(counts)
     line.notify(counts)

@@ -249,6 +249,7 @@ def test_addresses_have_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_missing_client_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)  # or found by an earlier test
     with pytest.raises(ConfigurationError, match="gs:// needs the package gcsfs"):
         open_store("gs://bucket/run").read("plan.json")
 

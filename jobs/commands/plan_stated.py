@@ -13,12 +13,12 @@ from pipeline.config.variants import lay_out
 from pipeline.errors import ConfigurationError
 from pipeline.hub.gpus import Gpu
 from pipeline.hub.parallel_plans import why_not_divided
-from pipeline.hub.sources import ModelSource, resolve_model
+from pipeline.hub.sources import ModelSource, resolve_configured
 from pipeline.protocol.topology import HostPlan
 from pipeline.runtime.memory_plan import PlannedHost, device_type_of, plan_host, size_as_stated, size_of_source
 from pipeline.runtime.replica_plan import check_ranks
 from pipeline.runtime.topology import build_topology, models_of
-from pipeline.sections import ModelConfig, ModelSizes
+from pipeline.sections import ModelSizes
 from pipeline.storage.plan import open_planned_input
 
 
@@ -49,23 +49,13 @@ def find_what_is_here(config: Config, cache_folder: Path) -> Findings | None:
     unstated: dict[str, str] = {}
     for place, model in models:
         try:
-            sources[model.model_dump_json()] = _resolve(model, cache_folder)
+            sources[model.model_dump_json()] = resolve_configured(model, cache_folder)
         except ConfigurationError as error:
             (missing if model.sizes is not None else unstated)[place] = str(error)
     if missing and unstated:
         place, reason = next(iter(unstated.items()))
         raise ConfigurationError(f"{place}: {reason}. State {place}.sizes to plan without it")
     return Findings(sources, missing) if missing else None
-
-
-def _resolve(model: ModelConfig, cache_folder: Path) -> ModelSource:
-    return resolve_model(
-        model.model,
-        revision=model.revision,
-        cache_folder=cache_folder,
-        trust_remote_code=model.trust_remote_code,
-        quantization=None if model.quantization is None else model.quantization.kind,
-    )
 
 
 def plan_stated_hosts(config: Config, findings: Findings, gpu: Gpu | None) -> list[PlannedHost]:

@@ -121,6 +121,11 @@ class Coordinator:
             )
         return ShardOutcome(index, rows=record.rows, failed=record.failed)
 
+    def report_hosts(self) -> None:
+        """Have the hosts report what they did up to now."""
+        if isinstance(hosts := self._hosts, HostGroup):
+            hosts.report()
+
     def _serve(self) -> None:
         """Decode until the process ends; after a failure that the decoder cannot recover from, make a new one."""
         while True:

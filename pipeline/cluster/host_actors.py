@@ -15,7 +15,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.serialization import register_serializer
 
-from pipeline.cluster.host_reports import HostReports, measured
+from pipeline.cluster.board import ask
+from pipeline.cluster.host_reports import HostReports, SendReport, measured
 from pipeline.cluster.ray_errors import lost_actor
 from pipeline.errors import ConfigurationError, HostError, StateLost
 from pipeline.monitoring.host_meter import HostMeter
@@ -75,6 +76,7 @@ class HostActor:
         self._store: Any = None
         self._reports = reports
         self.meter: HostMeter | None = None
+        self._send_report: SendReport | None = None
         self._specs = specs
         self._index = index
         self._wrap_host = wrap_host
@@ -139,7 +141,7 @@ class HostActor:
     def _begin_to_report(self, host: Scores) -> None:
         if self._reports is not None:
             self.meter = HostMeter(host.work)
-            self._reports.follow(self.meter)
+            self._send_report = self._reports.follow(self.meter)
 
     @measured
     def advance(self, at: Position, step: Step) -> None:
@@ -193,6 +195,11 @@ class HostActor:
 
     def work(self) -> HostWork:
         return _present(self._sampling).work()
+
+    def report(self) -> None:
+        """Report what it did up to now; returns when the board has it."""
+        if self.meter is not None and self._send_report is not None:
+            ask(self._send_report(self.meter.read()))
 
 
 def _present(value: T | None) -> T:

@@ -28,6 +28,7 @@ from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.wiring import DIRECT, Wiring
 
 PLACE_S = 5.0  # from one look for a place to the next
+REPORTED_S = 5.0  # for the last reports of hosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,11 @@ class HostGroup:
             raise
         timeout_s = self._launch.cluster.step_timeout_s
         return hosts_of([RayHost(actors, plan, timeout_s) for actors, plan in self._planned()])
+
+    def report(self) -> None:
+        """Have the hosts report what they did up to now; not waited for long: they may hang or be gone."""
+        reports = [first.report.remote() for first, *_ in self.actors]
+        ray.wait(reports, num_returns=len(reports), timeout=REPORTED_S)
 
     def stop(self) -> None:
         """End the actors. They hold no state that is needed: rows belong to the coordinator."""

@@ -72,6 +72,7 @@ class Replica:
         Errors are returned, never raised: Ray Data would end the whole stream, or repeat the call without limit.
         """
         outcomes = [self._decode(int(index)) for index in batch["shard"]]
+        self._coordinator.report_hosts()
         with contextlib.suppress(CageError):  # a lost board is reported when the next shard begins, if there is one
             ask(self._report())  # wait, so that the driver sees a shard's counts no later than the shard
         return {

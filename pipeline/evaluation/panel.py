@@ -61,21 +61,10 @@ def resolve_panel(
     sources: dict[str, ModelSource] = {}
     for name, config in configs.items():
         if config.required_model is not None:
-            sources[name] = _resolve(config.required_model, cache_folder, progress)
+            from pipeline.hub.sources import resolve_configured  # takes seconds, and most judges have no model
+
+            sources[name] = resolve_configured(config.required_model, cache_folder, progress=progress)
         config.check(JudgeContext(name, cache_folder, sources.get(name)))
     identities = {name: config.identity(sources.get(name)) for name, config in configs.items()}
     text = json.dumps(identities, sort_keys=True, allow_nan=False)
     return Panel(dict(configs), sources, cache_folder, hashlib.sha256(text.encode()).hexdigest())
-
-
-def _resolve(model: ModelConfig, cache_folder: Path, progress: Callable[[str], None]) -> ModelSource:
-    from pipeline.hub.sources import resolve_model  # imports transformers: seconds, and most judges have no model
-
-    return resolve_model(
-        model.model,
-        revision=model.revision,
-        cache_folder=cache_folder,
-        trust_remote_code=model.trust_remote_code,
-        quantization=None if model.quantization is None else model.quantization.kind,
-        progress=progress,
-    )

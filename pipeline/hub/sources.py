@@ -30,7 +30,7 @@ from pipeline.hub.weight_files import (
     read_json,
     take_inventory,
 )
-from pipeline.sections import EMBEDDED_MODEL
+from pipeline.sections import EMBEDDED_MODEL, ModelConfig
 from pipeline.sections import QuantizationKind as Kind
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -156,6 +156,18 @@ def resolve_model(
     identity = embedded.IDENTITY if location is Location.EMBEDDED else inventory.identity
     counts = inventory.num_parameters_by_dtype
     return ModelSource(name, location, str(folder), None, identity, counts, trust_remote_code, *asked)
+
+
+def resolve_configured(model: ModelConfig, cache_folder: Path, *, progress: Progress = _silent) -> ModelSource:
+    """Find the model of a section of the configuration, as `resolve_model` does."""
+    return resolve_model(
+        model.model,
+        revision=model.revision,
+        cache_folder=cache_folder,
+        trust_remote_code=model.trust_remote_code,
+        quantization=None if model.quantization is None else model.quantization.kind,
+        progress=progress,
+    )
 
 
 def _asked(folder: Path, name: str, kind: Kind | None) -> tuple[tuple[Need, ...], str | None, Kind | None]:

@@ -48,6 +48,11 @@ class HostMeter:
                 self._num_calls -= 1
                 self._idle_since_s = self._clock()
 
+    def read(self) -> HostReport:
+        """What was measured up to now. Call it in the thread that calls the host, between its calls."""
+        self._work, self._read_s = self._read_work(), self._clock()
+        return self.report()
+
     def report(self) -> HostReport:
         """What was measured so far. May be called from any thread."""
         with self._lock:

@@ -21,7 +21,7 @@ from pipeline.hub.model_facts import ModelFacts, read_model_facts
 from pipeline.hub.packages import check_device
 from pipeline.hub.parallel_plans import why_not_tensor_parallel
 from pipeline.hub.reasoning import ReasoningFormat, find_reasoning
-from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_model
+from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_configured
 from pipeline.hub.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
 from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_stop_ids, stop_token_ids
 from pipeline.hub.weight_files import CONFIG, TRAINING_FACTS, LocalTree, read_json
@@ -109,17 +109,7 @@ def resolve_models(
     Raises:
         ConfigurationError: one is missing, or cannot be used.
     """
-    models = {
-        place: resolve_model(
-            model.model,
-            revision=model.revision,
-            cache_folder=cache_folder,
-            trust_remote_code=model.trust_remote_code,
-            quantization=None if model.quantization is None else model.quantization.kind,
-            progress=progress,
-        )
-        for place, model in models_of(config)
-    }
+    models = {place: resolve_configured(model, cache_folder, progress=progress) for place, model in models_of(config)}
     adapters = {
         place: resolve_adapter(path, cache_folder=cache_folder, progress=progress)
         for place, path in adapters_of(config)

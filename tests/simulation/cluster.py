@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -92,7 +92,7 @@ class Actor:
         if not self.process.is_alive:
             world.after(CALL_S, lambda: call.ref.set(error=RayActorError()))
             return call.ref
-        fault = Current.inject.message()
+        fault = Current.inject.message(call.method)
         kind, size = (fault.kind, fault.size) if fault else ("", 0.0)
         self._underway.append(call)
         if kind == "call lost":
@@ -109,7 +109,7 @@ class Actor:
             world.after(arrives_s - world.now_s, lambda: self._arrive(call))
             return given
         world.after(arrives_s - world.now_s, lambda: self._arrive(call))
-        if kind == "call repeated":
+        if kind in ("call repeated", "step repeated"):
             again = Call(call.method, call.args, call.options, call.caller)
             world.after(arrives_s - world.now_s + size + 1e-6, lambda: self._arrive(again))
         return call.ref
@@ -196,6 +196,7 @@ class PlacementGroup:
 
     def __init__(self, bundles: Any, strategy: str) -> None:
         self.owner = Current.task().process
+        self.bundle_specs = list(bundles)
 
     def wait(self, timeout_s: float) -> bool:
         Current.world.pause(0.05)
@@ -219,12 +220,22 @@ class Ray:
     exceptions = ray.exceptions
 
     @staticmethod
-    def get(ref: Ref, *, timeout: float | None = None) -> Any:
+    def get(ref: Ref | list[Ref], *, timeout: float | None = None) -> Any:
+        if isinstance(ref, list):  # of the ranks of a host, which has one here
+            return [Ray.get(each, timeout=timeout) for each in ref]
         if timeout is None and not ref.is_put:  # what was put is there; its fetch is part of an actor's call
             Current.world.violate(f"{Current.task().name} waits for an answer without a limit")
         if ref.is_put:
             Current.world.pause(CALL_S)
         return ref.wait(timeout)
+
+    @staticmethod
+    def wait(refs: list[Ref], *, num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        ends_s = Current.world.now_s + timeout
+        for ref in refs:
+            with suppress(Exception):
+                ref.wait(max(0.0, ends_s - Current.world.now_s))
+        return [ref for ref in refs if ref.is_done], [ref for ref in refs if not ref.is_done]
 
     @staticmethod
     def put(value: Any) -> Ref:
@@ -245,7 +256,11 @@ class Ray:
 
     @staticmethod
     def nodes() -> list[dict[str, Any]]:
-        return [{"NodeID": f"{each.machine}-node", "Alive": True} for each in Current.world.processes]
+        resources = Ray.cluster_resources()
+        return [
+            {"NodeID": f"{each.machine}-node", "Alive": True, "Resources": resources}
+            for each in Current.world.processes
+        ]
 
     @staticmethod
     def cluster_resources() -> dict[str, float]:

@@ -27,8 +27,9 @@ class Kind:
     """A kind of fault.
 
     Args:
-        trigger: what is counted until it occurs: awaits, points, storage operations, messages, steps of hosts, or
-            "lasting" for one that is there from the start, until somebody repairs it.
+        trigger: what is counted until it occurs: awaits, points, storage operations, messages, steps that hosts are
+            told to do, steps that they do, or "lasting" for one that is there from the start, until somebody repairs
+            it.
         most: the largest number at which it occurs.
         errors: the classes of errors that a command may end with because of it.
         stores: with which stores it can occur.
@@ -78,6 +79,7 @@ KINDS = {
     "call lost": Kind("message", 300, LOST, transports=RAY, fails_hosts=True),
     "reply lost": Kind("message", 300, LOST, transports=RAY, fails_hosts=True),
     "call repeated": Kind("message", 300, transports=RAY, sizes=(0.0, 0.05, 0.3)),
+    "step repeated": Kind("step", 30, transports=RAY, sizes=(0.0, 0.05, 0.3)),
     "calls swapped": Kind("message", 300, LOST, transports=RAY, fails_hosts=True),
     # hosts
     "host dies": Kind("host", 60, LOST, transports=RAY, fails_hosts=True),
@@ -302,9 +304,10 @@ class Inject:
 
     # calls
 
-    def message(self) -> Fault | None:
+    def message(self, method: str) -> Fault | None:
         """The fault of the next call between two processes, or None."""
-        return self._due("message")
+        step = self._due("step") if method.startswith("advance") else None
+        return self._due("message") or step
 
     def host_forgets(self) -> bool:
         """Whether a host loses its state before its next step."""

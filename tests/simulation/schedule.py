@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from support.failpoints import WatchedStore, WrapWatchedHost
 
 from pipeline.config.sections import Config
@@ -310,6 +311,7 @@ def _interrupted(*_: object) -> None:
     raise Interrupted
 
 
+@torch.inference_mode()  # hosts wait within it, and one would restore what another one has: so all have it throughout
 def run_schedule(schedule: Schedule, *, keeps_log: bool = False) -> Result:
     """Run a schedule and check what it came to. Use it inside `patches.simulated`."""
     simulation = Simulation(schedule, keeps_log=keeps_log)

@@ -91,7 +91,7 @@ def s3_server() -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_for(port, server)
+        wait_for_server(port, server)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {**AWS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
                 patch.setenv(name, value)
@@ -103,18 +103,19 @@ def s3_server() -> Iterator[str]:
         server.wait(10)
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+def wait_for_server(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server of this machine answers. Raises RuntimeError where it ends, or does not answer."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError("the S3 server did not start")
+            raise RuntimeError("the server did not start")
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
             time.sleep(0.05)
         else:
             return
-    raise RuntimeError("the S3 server does not answer")
+    raise RuntimeError("the server does not answer")
 
 
 class Killed(Exception):
