@@ -10,28 +10,37 @@ from support.unreliable import FreePace
 
 from jobs.bench.speculation import run_bench_speculation
 from pipeline.engine import drafting
+from pipeline.engine.model_drafts import ModelDrafts
 from pipeline.errors import ConfigurationError
 
 
 def test_every_kind_of_workload_is_measured_and_written(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(drafting, "Pace", FreePace)
-    kinds = ["relabel: base's own, tau 1", "relabel: shorter", "grid: 5 weights x 2 rules, s", "synthesis"]
+    monkeypatch.setattr(ModelDrafts, "_how_many", lambda self, ranked, *_: len(ranked))
+    kinds = [
+        "relabel: base's own, tau 1",
+        "relabel: shorter",
+        "grid: 5 weights x 2 rules, s",
+        "synthesis",
+        "weak-to-strong",
+    ]
     run_bench_speculation(
         model=str(tiny()), prompts=write_prompts(tmp_path / "in.jsonl", 2), num_rows=2, max_new_tokens=5, slots=[3],
-        workloads=kinds, json_file=tmp_path / "out.json",
+        workloads=kinds, json_file=tmp_path / "out.json", draft_model={"layers": 1},
     )  # fmt: skip
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
-    assert [case["tokens"] for case in cases] == [10, 10, 100, 40]
+    assert [case["tokens"] for case in cases] == [10, 10, 100, 40, 10, 10]
     for case in cases:
         assert case["passes"] + case["accepted"] == case["tokens"]
         assert sum(case["accepted_by_source"].values()) == case["accepted"] <= case["drafted"]
         assert case["speedup"] > 0
     assert cases[2]["accepted"] > 10
+    assert all(case["drafted"] and {*case["accepted_by_source"]} == {"model"} for case in cases[4:])
     assert "passes a token" in capsys.readouterr().out
 
 
 def test_a_workload_that_is_unknown_is_refused(tmp_path):
-    options = {"model": "x", "num_rows": 1, "max_new_tokens": 1, "slots": [1], "json_file": None}
+    options = {"model": "x", "num_rows": 1, "max_new_tokens": 1, "slots": [1], "json_file": None, "draft_model": {}}
     with pytest.raises(ConfigurationError, match="of one of: relabel"):
         run_bench_speculation(prompts=tmp_path, workloads=["chat"], **options)
     with pytest.raises(ConfigurationError, match="there is no file"):

@@ -90,8 +90,7 @@ REFUSED = {
     "needs existing answers": {"decoding": {"draft": ["response"]}},
     "needs several answers": {"decoding": {"draft": ["siblings"]}},
     "names each source once": {"decoding": {"draft": ["lookup", "lookup"]}},
-    "proposals of a model take passes of their own": {"decoding": {"draft": ["model"]}},
-    "a list of response, siblings, lookup; got 'guess'": {"decoding": {"draft": ["guess"]}},
+    "a list of response, siblings, lookup, model; got 'guess'": {"decoding": {"draft": ["guess"]}},
 }
 
 

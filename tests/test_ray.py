@@ -57,9 +57,10 @@ def two_hosts(tiny):
 
 @pytest.mark.parametrize("replicas", [2])
 def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas):
-    """Also where passes verify drafts, as those that learn what they cost do."""
+    """Also where passes verify drafts, of texts and of a model in the coordinator's process."""
     prompts, expected = reference
-    sections = {"cluster": on_ray(replicas=replicas), "decoding": {"draft": "lookup"}, **two_hosts(tiny)}
+    drafts = {"draft": ["lookup", "model"], "draft_model": str(tiny())}
+    sections = {"cluster": on_ray(replicas=replicas), "decoding": drafts, **two_hosts(tiny)}
     config = job(prompts, tmp_path / "run", tiny(), **sections)
     run, _ = run_job(config, tmp_path)
     assert parts(tmp_path / "run") == expected

@@ -113,11 +113,17 @@ def bench_speculation(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     slots: Annotated[list[int], typer.Option(min=1, help="Rows at once.")] = [1, 4, 16],  # noqa: B006
     workload: Annotated[
-        list[str], typer.Option(help="Beginnings of names: relabel, grid, synthesis; all without.")
+        list[str], typer.Option(help="Beginnings of names: relabel, grid, synthesis, weak-to-strong; all without.")
     ] = [],  # noqa: B006
+    draft_model: Annotated[
+        str | None, typer.Option(help="Proposes tokens in weak-to-strong; without it, the base itself.")
+    ] = None,
+    draft_layers: Annotated[
+        int | None, typer.Option(min=1, help="First layers of it that propose; without it, all; of the base 25.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
 ) -> None:
-    """What drafts save on a CPU: relabeling, an evaluation grid and synthesis, with and without them."""
+    """What drafts save on a CPU: relabeling, an evaluation grid, synthesis, weak-to-strong, with and without them."""
     from jobs.bench.speculation import run_bench_speculation
 
     run_bench_speculation(
@@ -128,4 +134,5 @@ def bench_speculation(
         slots=slots,
         workloads=workload,
         json_file=json_file,
+        draft_model={"model": draft_model, "layers": draft_layers or (25 if draft_model is None else None)},
     )

@@ -22,13 +22,12 @@ from rich.table import Table
 
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
-from pipeline.config.variants import lay_out
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.protocol.hosts import Hosts
 from pipeline.records import Record, Row
-from pipeline.runtime.assembly import Assembly, assemble
+from pipeline.runtime.assembly import assemble
 from pipeline.runtime.engines import make_engine
 from pipeline.runtime.local_hosts import start_hosts
 
@@ -53,6 +52,7 @@ class Workload:
             beginning of the prompt; None: there are none.
         decoding: its section.
         grid: its section.
+        has_model: whether a model proposes tokens, instead of texts.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Workload:
     existing: str | None
     decoding: Tree
     grid: Tree
+    has_model: bool = False
 
 
 GRID = {"weights": WEIGHTS, "rules": ["equilibrium", "linear"]}
@@ -71,6 +72,8 @@ WORKLOADS = (
     Workload("grid: 5 weights x 2 rules", 0.0, None, {"agent_temperature": 1.0}, GRID),
     Workload("grid: 5 weights x 2 rules, sampled", 1.0, None, {"agent_temperature": 1.0}, GRID),
     Workload("synthesis: n = 4", 1.0, None, {"agent_temperature": 0.3, "n": 4}, {}),
+    Workload("weak-to-strong: greedy", 0.0, None, {"agent_temperature": 1.0}, {}, has_model=True),
+    Workload("weak-to-strong: sampled", 1.0, None, {"agent_temperature": 1.0}, {}, has_model=True),
 )
 
 
@@ -112,8 +115,12 @@ def run_bench_speculation(
     slots: Sequence[int],
     workloads: Sequence[str],
     json_file: Path | None,
+    draft_model: Tree,
 ) -> None:
-    """Measure every workload whose name begins with one of `workloads` (all without any); print, write the file."""
+    """Measure every workload whose name begins with one of `workloads` (all without any); print, write the file.
+
+    `draft_model` is that section, for workloads with a model.
+    """
     chosen = [each for each in WORKLOADS if not workloads or each.name.startswith(tuple(workloads))]
     if not chosen:
         known = ", ".join(dict.fromkeys(each.name for each in WORKLOADS))
@@ -123,14 +130,14 @@ def run_bench_speculation(
     torch.set_num_threads(1)
     lines = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()[:num_rows]]
     rows = [Row(str(line["id"]), ({"role": "user", "content": line["prompt"]},)) for line in lines]
-    bench = _Bench(model, max_new_tokens)
+    bench = _Bench(model, max_new_tokens, draft_model)
     measured = []
     for workload, num_slots in product(chosen, slots):
         measured.append(bench.measure(workload, rows, num_slots))
         print_row(measured[-1])
     print_table(measured)
     if json_file is not None:
-        tree = {"model": model, "rows": len(rows), "max_new_tokens": max_new_tokens,
+        tree = {"model": model, "draft_model": draft_model, "rows": len(rows), "max_new_tokens": max_new_tokens,
                 "cases": [asdict(each) for each in measured]}  # fmt: skip
         json_file.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
@@ -141,18 +148,20 @@ class _Bench:
     Args:
         model: folder, hub id or name.
         max_new_tokens: of an answer.
+        draft_model: its section.
     """
 
-    def __init__(self, model: str, max_new_tokens: int) -> None:
-        self._model, self._max_new_tokens = model, max_new_tokens
-        self._loaded: dict[float, tuple[Assembly, Hosts]] = {}
+    def __init__(self, model: str, max_new_tokens: int, draft_model: Tree) -> None:
+        self._model, self._max_new_tokens, self._draft_model = model, max_new_tokens, draft_model
+        self._loaded: dict[float, Hosts] = {}
         self._existing: dict[str, list[Row]] = {}
 
     def measure(self, workload: Workload, rows: Sequence[Row], num_slots: int) -> Measured:
         """Decode the rows without drafts and with them. Raises RuntimeError where the records differ."""
         rows = self._with_existing(workload, rows)
-        plain, (plain_cpu_s, plain_s), _ = self._decode(workload, rows, num_slots, draft="off")
-        drafted, (cpu_s, clock_s), engine = self._decode(workload, rows, num_slots, draft="auto")
+        plain, (plain_cpu_s, plain_s), _ = self._decode(workload, rows, num_slots, {"draft": "off"})
+        drafts = {"draft": ["model"], "draft_model": self._draft_model} if workload.has_model else {"draft": "auto"}
+        drafted, (cpu_s, clock_s), engine = self._decode(workload, rows, num_slots, drafts)
         if plain != drafted:
             raise RuntimeError(f"{workload.name} with {num_slots} slots: records differ with drafts")
         tallies = {} if engine.drafter is None else engine.drafter.tallies
@@ -179,30 +188,28 @@ class _Bench:
             asked = [replace(row, messages=_shortened(row)) for row in rows] if how == "short" else rows
             by_base = {"rule": "base", "seed": int(how == "seed")}
             maker = replace(workload, decoding=by_base)
-            records, _, _ = self._decode(maker, asked, max(len(rows), 1), draft="off")
+            records, _, _ = self._decode(maker, asked, max(len(rows), 1), {"draft": "off"})
             self._existing[how] = [replace(row, response=records[row.row_id, 0, 0].response) for row in rows]
         return self._existing[how]
 
     def _decode(
-        self, workload: Workload, rows: Sequence[Row], num_slots: int, *, draft: str
+        self, workload: Workload, rows: Sequence[Row], num_slots: int, drafts: Tree
     ) -> tuple[dict[tuple[str, int, int], Record], tuple[float, float], Any]:
         """Records by answer, the process's and the clock's seconds, and the engine."""
-        config = self._config(workload, num_slots, draft)
+        config = self._config(workload, num_slots, drafts)
+        assembly = assemble(config, default_cache_folder(os.environ))
         if workload.temperature not in self._loaded:
-            assembly = assemble(config, default_cache_folder(os.environ))
             specs = tuple(replace(spec, drafts=True) for spec in assembly.hosts)
-            assembly = replace(assembly, hosts=specs)
-            self._loaded[workload.temperature] = assembly, start_hosts(assembly)
-        assembly, hosts = self._loaded[workload.temperature]
-        variants = lay_out(config)
-        engine = make_engine(replace(assembly, config=config, variants=variants), hosts)
+            self._loaded[workload.temperature] = start_hosts(replace(assembly, hosts=specs))
+        hosts, variants = self._loaded[workload.temperature], assembly.variants
+        engine = make_engine(assembly, hosts)
         engine.resize()
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         found = decode_rows(engine, rows, num_variants=len(variants), num_samples=config.decoding.n)
         records = {(each.row_id, each.variant, each.sample): each for each in found}
         return records, (time.process_time() - began_cpu_s, time.perf_counter() - began_s), engine
 
-    def _config(self, workload: Workload, num_slots: int, draft: str) -> Config:
+    def _config(self, workload: Workload, num_slots: int, drafts: Tree) -> Config:
         return parse_config(
             {
                 "input": {"path": "unused"},
@@ -213,7 +220,7 @@ class _Bench:
                     "max_new_tokens": self._max_new_tokens,
                     "temperature": workload.temperature,
                     "trace": "tokens",
-                    "draft": draft,
+                    **drafts,
                     **workload.decoding,
                 },
                 "grid": workload.grid,

@@ -27,6 +27,7 @@ from pipeline.hub.gpus import Gpu
 from pipeline.hub.tokenizers import listed_tokens
 from pipeline.principals.section import TUNED
 from pipeline.protocol.memory import available_bytes
+from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import PrincipalPlan, Scoring
 from pipeline.runtime.memory_plan import PlannedHost
 from pipeline.runtime.replica_plan import ReplicaPlan, plan_replica
@@ -300,11 +301,18 @@ def _drafts(replica: ReplicaPlan) -> list[str]:
         return []
     if replica.undrafted:
         return [f"drafts    none: {'; '.join(replica.undrafted)}"]
-    sources, after = replica.config.draft_sources, " after its reasoning" if replica.reasoning is not None else ""
+    sources: list[str] = [*replica.config.draft_sources]
+    if replica.draft is not None:
+        sources[sources.index("model")] = f"model ({_of_model(replica.draft)})"
+    after = " after its reasoning" if replica.reasoning is not None else ""
     return [
         f"drafts    {', '.join(sources)}: a pass on a CPU verifies several tokens of an answer{after} where that "
         "takes less time"
     ]
+
+
+def _of_model(draft: HostSpec) -> str:
+    return draft.source.name if draft.layers is None else f"the first {draft.layers} layers of {draft.source.name}"
 
 
 def _ranks(replica: ReplicaPlan) -> list[str]:

@@ -10,11 +10,13 @@ from pipeline.hub.descriptions import BYTES_BY_DTYPE
 from pipeline.hub.gpus import Gpu
 from pipeline.protocol.memory import SHARE
 from pipeline.quoting import size
+from pipeline.runtime.drafts import draft_host, draft_section
 from pipeline.runtime.memory_plan import (
     ADAPTERS,
     PlannedDevice,
     PlannedHost,
     device_type_of,
+    first_layers,
     lay_out_devices,
     plan_host,
     row_tokens,
@@ -28,7 +30,7 @@ DEVICES = ["device", "memory", "hosts", "weights", "beside slots", "a slot", "he
 
 def plan_hosts(replica: ReplicaPlan, gpu: Gpu | None) -> list[PlannedHost]:
     """What each host of a replica takes. Raises ConfigurationError where a model's sizes cannot be found."""
-    return [
+    hosts = [
         plan_host(
             plan,
             size_of_source(spec.source),
@@ -40,6 +42,12 @@ def plan_hosts(replica: ReplicaPlan, gpu: Gpu | None) -> list[PlannedHost]:
         )
         for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
     ]
+    draft, section = replica.draft, draft_section(replica.config)
+    if draft is not None and section is not None:
+        model = size_of_source(draft.source)
+        model = model if draft.layers is None else first_layers(model, draft.layers)
+        hosts.append(plan_host(draft_host(section), model, replica.config, device_type="cpu", source=draft.source))
+    return hosts
 
 
 def placement(hosts: Sequence[PlannedHost], config: Config) -> str:

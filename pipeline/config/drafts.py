@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.units import Unit
-from pipeline.sections import shortened
+from pipeline.sections import ModelConfig, Section, model_from_name, shortened
 
 
 class DraftSource(StrEnum):
@@ -18,11 +18,43 @@ class DraftSource(StrEnum):
     RESPONSE = "response"
     SIBLINGS = "siblings"
     LOOKUP = "lookup"
+    MODEL = "model"
 
 
+class DraftModelConfig(Section):
+    """A small language model with the base's tokens, or the base's first layers, on a CPU beside the coordinator."""
+
+    model: str | None = Field(
+        None, min_length=1, description="folder, hub id, s3:// folder, or smollm2-135m; null: the base's own weights"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
+    layers: int | None = Field(
+        None, ge=1, description="its first layers alone, followed by its own norm and head; null: all of them"
+    )
+
+    @model_validator(mode="after")
+    def _names_weights(self) -> DraftModelConfig:
+        if self.model is None and (self.layers is None or self.revision is not None):
+            raise ValueError(
+                "name a model, or give the number of the base's layers; got "
+                + ("neither" if self.revision is None else f"revision: {self.revision} of no model")
+            )
+        return self
+
+    def section(self, base: ModelConfig) -> ModelConfig:
+        """The model as a section that can be resolved."""
+        if self.model is not None:
+            base = ModelConfig(model=self.model, revision=self.revision)
+        # in the coordinator's process, which has its CPU already
+        own = {"device": "cpu", "attention": "slots", "tensor_parallel": 1, "resources": {"num_cpus": 0}}
+        return ModelConfig(**(base.model_dump(include=set(ModelConfig.model_fields)) | own))
+
+
+DraftModel = Annotated[DraftModelConfig, BeforeValidator(model_from_name)]
 NEEDS = {
     DraftSource.RESPONSE: "needs existing answers; set input.response",
     DraftSource.SIBLINGS: "needs several answers to a prompt: a grid, or decoding.n",
+    DraftSource.MODEL: "needs a model; set decoding.draft_model",
 }
 
 
@@ -33,9 +65,10 @@ def read_draft(value: Any) -> Any:
         return value
     known = ", ".join(DraftSource)
     for each in value:
-        if each in ("model", "reference"):
+        if each == "reference":
             raise ValueError(
-                f"{each}: proposals of a model take passes of their own and are not made; choose from {known}"
+                "reference: what the base would draw next is known with the pass that draws it, so it proposes "
+                f"nothing; choose from {known}"
             )
         if each not in list(DraftSource):
             raise ValueError(f"draft is auto, off, or a list of {known}; got {shortened(each)}")
@@ -59,19 +92,30 @@ def why_not_drafted(draft: Draft, units: Sequence[Unit], target_kl: float | None
     return tuple(reason for reason, holds in reasons.items() if holds)
 
 
-def check_draft(draft: Draft, undrafted: Sequence[str], *, has_existing: bool, has_siblings: bool) -> None:
-    """Raise ValueError for named sources that have no effect.
+def check_draft(
+    draft: Draft, undrafted: Sequence[str], *, has_existing: bool, has_siblings: bool, has_model: bool
+) -> None:
+    """Raise ValueError for named sources, or a model, that have no effect.
 
     Args:
         draft: as configured.
         undrafted: what `why_not_drafted` says.
         has_existing: whether rows come with answers.
         has_siblings: whether a prompt has several answers.
+        has_model: whether there is a model that proposes tokens.
     """
+    if has_model and draft != "auto" and DraftSource.MODEL not in draft:
+        said = draft if isinstance(draft, str) else f"[{', '.join(draft)}]"
+        raise ValueError(f"decoding.draft_model has no effect with draft: {said}; add model to it, or say auto")
     if isinstance(draft, str):
         return
     if undrafted:
         raise ValueError(f"decoding.draft: {', '.join(draft)} has no effect: {'; '.join(undrafted)}")
-    for source, is_there in ((DraftSource.RESPONSE, has_existing), (DraftSource.SIBLINGS, has_siblings)):
+    needed = {
+        DraftSource.RESPONSE: has_existing,
+        DraftSource.SIBLINGS: has_siblings,
+        DraftSource.MODEL: has_model,
+    }
+    for source, is_there in needed.items():
         if source in draft and not is_there:
             raise ValueError(f"decoding.draft: {source} {NEEDS[source]}, or leave it out")

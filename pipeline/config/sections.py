@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from cage.rule_names import RuleName
-from pipeline.config.drafts import Draft, DraftSource, check_draft, why_not_drafted
+from pipeline.config.drafts import Draft, DraftModel, DraftSource, check_draft, why_not_drafted
 from pipeline.config.units import Unit, check_one_reward_model, check_options, check_principals, check_rules
 from pipeline.principals.kinds import Principal
 from pipeline.protocol.specs import SamplingOptions
@@ -147,7 +147,7 @@ class ThinkingConfig(Section):
 
 
 class DecodingConfig(Section):
-    """How a row is decoded. Every field but `draft` changes results and is part of the fingerprint."""
+    """How a row is decoded. Every field but those of drafts changes results and is part of the fingerprint."""
 
     rule: RuleName = Field(RuleName.EQUILIBRIUM, description="how base and principals become one policy")
     agent_temperature: float = Field(0.1, gt=0, description="tau, in nats of weighted reward")
@@ -201,8 +201,11 @@ class DecodingConfig(Section):
         "off",
         description="where several tokens at once are proposed from, which one pass verifies; changes no result. A "
         "list in order of preference: response (input.response), siblings (other answers to the prompt), lookup (the "
-        "prompt and the answer so far). auto: all of them; off: none. Fewer are proposed, or none, where a pass with "
-        "them would take longer than they save",
+        "prompt and the answer so far), model (draft_model). auto: all of them; off: none. Fewer are proposed, or "
+        "none, where they would take longer than they save",
+    )
+    draft_model: DraftModel | None = Field(
+        None, description="what proposes tokens for source model: a name, or a section; changes no result"
     )
     trace: Trace = Field(
         Trace.SUMMARY, description="numbers by answer (summary), also by token (tokens), or rewards alone (none)"
@@ -445,7 +448,10 @@ class Config(Section):
     def draft_sources(self) -> tuple[DraftSource, ...]:
         """Where proposed tokens come from; empty where none are proposed."""
         draft = self.decoding.draft
-        return () if self.undrafted else tuple(DraftSource if isinstance(draft, str) else draft)
+        if self.undrafted:
+            return ()
+        known = (each for each in DraftSource if each is not DraftSource.MODEL or self.decoding.draft_model)
+        return tuple(known if isinstance(draft, str) else draft)
 
     @model_validator(mode="after")
     def _drafts_fit(self) -> Config:
@@ -454,6 +460,7 @@ class Config(Section):
             self.undrafted,
             has_existing=self.input.response is not None or self.input.last_assistant is not None,
             has_siblings=self.decoding.n > 1 or not self.grid.is_empty,
+            has_model=self.decoding.draft_model is not None,
         )
         return self
 

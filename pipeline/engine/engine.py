@@ -313,6 +313,8 @@ class Engine:
             for row in rows:
                 self._fail(row, "its host has no memory for it even when it is decoded alone")
         self._calls.resize(self._slots.num_slots)
+        if self.drafter is not None:
+            self.drafter.resize(self._slots.num_slots)
 
     def _fail(self, running: RunningRow, reason: str) -> None:
         """Fail a row that waits to begin again."""

@@ -62,14 +62,48 @@ class Pace:
         self._probes_left -= 1
         return True
 
-    def is_worth(self, chance: float, expected: float, num_positions: int) -> bool:
+    def is_worth(self, chance: float, expected: float, num_positions: int, *, spent_s: float = 0.0) -> bool:
         """Whether one more position lowers the seconds for each token.
 
         Args:
             chance: that its token is drawn.
             expected: tokens that the pass gives without it.
             num_positions: of the pass without it.
+            spent_s: seconds that were spent before the pass.
         """
-        if self._spread < LEAST_SPREAD:
-            return False
-        return chance * self.seconds(num_positions) > MARGIN * self.slope * expected
+        return self.gain(chance, 1, expected, num_positions, spent_s=spent_s) > 0
+
+    def gain(
+        self,
+        tokens: float,
+        num_more: int,
+        expected: float,
+        num_positions: int,
+        *,
+        spent_s: float = 0.0,
+        extra_s: float = 0.0,
+    ) -> float:
+        """What more positions bring beyond what they cost; above 0 where they lower the seconds for each token.
+
+        Args:
+            tokens: that they are expected to give.
+            num_more: positions.
+            expected: tokens that the step gives without them.
+            num_positions: of the pass without them.
+            spent_s: seconds that the step has taken before the pass.
+            extra_s: seconds that they take beside the pass: one of a model that proposes them.
+        """
+        if not self.is_known:
+            return 0.0
+        step_s = self.seconds(num_positions) + spent_s
+        return tokens * step_s - MARGIN * expected * (self.slope * num_more + extra_s)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether passes of several sizes were seen."""
+        return self._spread >= LEAST_SPREAD
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a pass was seen."""
+        return self._weight > 0

@@ -15,7 +15,7 @@ from pipeline.protocol.hosts import Reply
 from pipeline.protocol.messages import PROMPT_TOKENS_PER_STEP, Draft, Position, TokenOutcome, most_drafted
 
 if TYPE_CHECKING:
-    from pipeline.engine.drafting import Guess
+    from pipeline.engine.guesses import Guess
 
 
 @dataclass(frozen=True, slots=True)

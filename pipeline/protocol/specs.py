@@ -125,6 +125,7 @@ class HostSpec:
         attention: as configured: "auto", "slots" or "plain".
         holes: ids below `vocab_size` that no token has.
         tensor_parallel: ranks that the weights are split over, each a process of its own.
+        layers: of a model that proposes tokens, how many of its layers are loaded; None: all.
     """
 
     name: str
@@ -145,6 +146,7 @@ class HostSpec:
     holes: tuple[int, ...] = ()
     drafts: bool = False
     tensor_parallel: int = 1
+    layers: int | None = None
 
     @property
     def title(self) -> str:

@@ -35,6 +35,7 @@ class Assembly:
         prompter: encodes prompts and decodes answers.
         variants: the ways to answer a row.
         scorers: of principals that value text.
+        draft: how to start the model that proposes tokens; None where none does.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Assembly:
     prompter: Prompter
     variants: tuple[Variant, ...]
     scorers: TextScorers | None = None
+    draft: HostSpec | None = None
 
     @property
     def loads(self) -> tuple[str, ...]:
@@ -120,4 +122,5 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
             thinking=plan.config.decoding.thinking,
         ),
         variants=plan.variants,
+        draft=plan.draft,
     )

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
+from pipeline.config.drafts import DraftSource
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
-from pipeline.hub.families import PLAIN, Expected, keeps_states
+from pipeline.hub.families import PLAIN, REFUSED, Expected, expect, keeps_states
+from pipeline.hub.model_facts import read_model_facts
+from pipeline.hub.reward_heads import CLASSIFIER
 from pipeline.hub.sources import ModelSource
+from pipeline.hub.tokenizer_facts import TokenizerFacts
+from pipeline.hub.tokenizers import compare_tokenizers
 from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
-from pipeline.protocol.topology import HostPlan, Topology
+from pipeline.protocol.specs import HostSpec
+from pipeline.protocol.topology import BASE, HostPlan, HostRole, Topology
+from pipeline.sections import ModelConfig
+
+DRAFT = "draft"  # the model that proposes tokens, its role and its place in messages
+PLACE = "decoding.draft_model"
 
 
 def why_not_drafted(
@@ -39,6 +49,90 @@ def why_not_drafted(
             f"decoding.draft: [{', '.join(wanted)}] has no effect: {'; '.join(reasons)}; leave it out, or say off"
         )
     return reasons
+
+
+def draft_section(config: Config) -> ModelConfig | None:
+    """The model that proposes tokens; None where none does."""
+    chosen = config.decoding.draft_model
+    return None if chosen is None or DraftSource.MODEL not in config.draft_sources else chosen.section(config.base)
+
+
+def draft_host(section: ModelConfig) -> HostPlan:
+    """The model that proposes tokens, as the memory of a host is planned."""
+    return HostPlan(DRAFT, section, (HostRole(DRAFT),), {}, (DRAFT,), reads_text=False, objectives={})
+
+
+def specify_draft(
+    config: Config,
+    source: ModelSource,
+    base_tokens: TokenizerFacts,
+    tokens: TokenizerFacts,
+    vocab_size: int,
+    ends: Container[int],
+    cache_folder: Path,
+) -> HostSpec:
+    """How to start the model that proposes tokens.
+
+    Args:
+        config: of the run.
+        source: the model.
+        base_tokens: of the base.
+        tokens: of the model.
+        vocab_size: token ids that answers are made of.
+        ends: ids that end an answer.
+        cache_folder: where weights are kept that are fetched.
+
+    Raises:
+        ConfigurationError: it cannot propose tokens of the base, with the reason.
+    """
+    section = draft_section(config)
+    assert section is not None
+    assert config.decoding.draft_model is not None
+    layers = config.decoding.draft_model.layers
+    if reason := _why_not_proposing(source, base_tokens, tokens, vocab_size, ends, layers):
+        raise ConfigurationError(f"{PLACE}: {source.name} {reason}")
+    return HostSpec(
+        name=DRAFT,
+        serves=(DRAFT,),
+        source=source,
+        dtype=section.dtype,
+        device=section.device,
+        roles=(HostRole(DRAFT),),
+        num_slots=config.cluster.first_slots,
+        vocab_size=vocab_size,
+        strict=False,  # what it proposes is verified
+        cache_folder=cache_folder,
+        attention=section.attention,
+        layers=layers,
+    )
+
+
+def _why_not_proposing(
+    source: ModelSource,
+    base_tokens: TokenizerFacts,
+    tokens: TokenizerFacts,
+    vocab_size: int,
+    ends: Container[int],
+    layers: int | None,
+) -> str | None:
+    """Why a model cannot propose tokens, as far as its files show; None: no reason."""
+    facts, tree = read_model_facts(source), read_json(LocalTree(Path(source.path)), CONFIG)
+    if any(name.endswith(CLASSIFIER) for name in facts.architectures):
+        return f"is a reward model ({facts.architectures[0]}), which proposes no tokens; name a language model"
+    try:
+        compare_tokenizers(base_tokens, tokens, BASE, source.name, ends=ends)
+    except ConfigurationError:
+        return "has other tokens than the base, so it can propose none; name a model of the base's family"
+    if facts.vocab_size < vocab_size:
+        return f"has an embedding of {facts.vocab_size:,} rows, and answers are made of {vocab_size:,} tokens"
+    text = tree.get("text_config")
+    if keeps_states(text if isinstance(text, Mapping) else tree):
+        return "keeps states, which cannot go back to before a rejected token; name a model that only attends"
+    if (expected := expect(tree)).decoding in (PLAIN, REFUSED):
+        return f"is not decoded in slots, which proposing takes: {expected.reason}"
+    if layers is not None and layers >= (facts.num_layers or 0):
+        return f"has {facts.num_layers} layers; draft_model.layers must be below that, got {layers}"
+    return None
 
 
 def _why_not_verified(plan: HostPlan, source: ModelSource, expected: Expected | None) -> str | None:

@@ -6,13 +6,17 @@ from itertools import chain
 
 from pipeline.config.sections import Config
 from pipeline.config.units import Unit
+from pipeline.config.variants import sampling_of
 from pipeline.engine.choices import ChoiceEngine
 from pipeline.engine.decoding import DecodingEngine
 from pipeline.engine.drafting import Drafter
 from pipeline.engine.engine import Engine
 from pipeline.engine.shards import ShardDecoder
+from pipeline.monitoring.waits import waiting_for
+from pipeline.protocol.drafts import DraftingModel
 from pipeline.protocol.hosts import Hosts, ScoringClient
 from pipeline.protocol.memory import LONG_PROMPT, slots_that_fit
+from pipeline.protocol.specs import HostSpec
 from pipeline.runtime.assembly import Assembly
 
 MIN_SLOTS_FOR_GROUPS = 8  # with fewer slots, half a batch takes a host nearly as long as a whole one
@@ -29,7 +33,8 @@ def make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
         HostError: a host failed.
     """
     config = assembly.config
-    num_slots = agree_on_slots(config, hosts)
+    drafter = make_drafter(assembly, hosts)  # before slots take the memory that is left
+    num_slots = agree_on_slots(config, hosts, drafter)
     return Engine(
         assembly.topology,
         hosts,
@@ -40,7 +45,7 @@ def make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
         num_groups=2 if hosts.is_concurrent and num_slots >= MIN_SLOTS_FOR_GROUPS else 1,
         max_failures=config.errors.max_host_failures,
         loaded_slots=config.cluster.first_slots,
-        drafter=make_drafter(assembly, hosts),
+        drafter=drafter,
     )
 
 
@@ -62,24 +67,45 @@ def make_decoder(assembly: Assembly, hosts: Hosts) -> ShardDecoder:
     )
 
 
-def agree_on_slots(config: Config, hosts: Hosts) -> int:
+def agree_on_slots(config: Config, hosts: Hosts, drafter: Drafter | None) -> int:
     """The slots of a replica: the configured number, or as many as fit into every memory; hosts are resized to it."""
     if config.cluster.slots != "auto":
         return config.cluster.slots
     row_tokens = LONG_PROMPT + config.decoding.max_new_tokens
     budgets = [client.memory_budgets(row_tokens).result() for client in hosts.all]
-    num_slots = slots_that_fit(chain.from_iterable(budgets))
+    own = () if drafter is None else drafter.memory_budgets(row_tokens)
+    num_slots = slots_that_fit(chain(own, *budgets))
     for client in hosts.all:
         client.resize(num_slots).result()
+    if drafter is not None:
+        drafter.resize(num_slots)
     return num_slots
 
 
 def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
-    """What proposes tokens to an engine; None where nothing is proposed, or some host verifies nothing."""
+    """What proposes tokens to an engine; None where nothing is proposed, or some host verifies nothing.
+
+    Raises:
+        ConfigurationError: the model that is to propose tokens cannot be loaded.
+    """
     sources, prompter = assembly.config.draft_sources, assembly.prompter
     if not sources or not all(map(_verifies_drafts, hosts.all)):
         return None
-    return Drafter(sources, lambda running: prompter.encode_existing(running.row, running.prompts)[0])
+    model = None if assembly.draft is None else _load_draft_model(assembly.draft, assembly)
+    sampling = sampling_of(assembly.config.decoding, assembly.variants)
+    return Drafter(
+        sources,
+        lambda running: prompter.encode_existing(running.row, running.prompts)[0],
+        model=model,
+        draw=(sampling.temperature, sampling.top_p),
+    )
+
+
+def _load_draft_model(spec: HostSpec, assembly: Assembly) -> DraftingModel:
+    from pipeline.worker.start import start_drafting  # takes seconds, and most runs have no such model
+
+    with waiting_for(f"loading the model that proposes tokens ({spec.source.name})"):
+        return start_drafting(spec, sampling_of(assembly.config.decoding, assembly.variants))
 
 
 def _verifies_drafts(client: ScoringClient) -> bool:

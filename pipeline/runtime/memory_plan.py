@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.sections import Config, Transport
 from pipeline.hub.descriptions import BYTES_BY_DTYPE, CONVERTED, STORED_BYTES, recurrent_config
@@ -147,6 +147,16 @@ def size_as_stated(sizes: ModelSizes) -> SizedModel:
         mlp_size=sizes.intermediate_size,
     )
     return SizedModel(facts, {"BF16": counts.total}, None, counts)
+
+
+def first_layers(model: SizedModel, count: int) -> SizedModel:
+    """The model without its later layers. Whatever is no embedding is taken to be in layers, in all alike."""
+    facts = model.facts
+    whole = sum(model.counts.values())
+    outside = min(whole, facts.vocab_size * (facts.hidden_size or 0))
+    share = (outside + (whole - outside) * count / (facts.num_layers or count)) / max(whole, 1)
+    counts = {stored: round(number * share) for stored, number in model.counts.items()}
+    return replace(model, facts=replace(facts, num_layers=count), counts=counts)
 
 
 def weights_of(model: SizedModel, config: ModelConfig, dtype: str, device_type: str) -> dict[str, int]:

@@ -27,7 +27,7 @@ from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_st
 from pipeline.hub.weight_files import CONFIG, TRAINING_FACTS, LocalTree, read_json
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, Topology
-from pipeline.runtime.drafts import why_not_drafted
+from pipeline.runtime.drafts import draft_section, specify_draft, why_not_drafted
 from pipeline.runtime.prompt_templates import end_of_answer, plan_templates
 from pipeline.runtime.reward_specs import specify_reward, specify_text
 from pipeline.runtime.topology import adapters_of, build_topology, models_of
@@ -41,10 +41,12 @@ class ResolvedModels:
     Args:
         models: by their dotted places in the configuration.
         adapters: likewise.
+        draft: the model that proposes tokens; None where none does. It changes no result, so it has no identity.
     """
 
     models: Mapping[str, ModelSource]
     adapters: Mapping[str, AdapterSource]
+    draft: ModelSource | None = None
 
     @property
     def identities(self) -> dict[str, str]:
@@ -76,6 +78,7 @@ class ReplicaPlan:
         undrafted: why no tokens are proposed; empty where they are, or a host's device decides.
         masked: tokens by id that a host's model has and the base has not, or the reverse, by host name; no answer has
             them.
+        draft: how to start the model that proposes tokens; None where none does.
     """
 
     config: Config
@@ -94,6 +97,7 @@ class ReplicaPlan:
     reasoning: ReasoningFormat | None
     undrafted: tuple[str, ...]
     masked: Mapping[str, Mapping[int, str]]
+    draft: HostSpec | None = None
 
 
 def resolve_models(
@@ -114,7 +118,9 @@ def resolve_models(
         place: resolve_adapter(path, cache_folder=cache_folder, progress=progress)
         for place, path in adapters_of(config)
     }
-    return ResolvedModels(models, adapters)
+    section = draft_section(config)
+    draft = None if section is None else resolve_configured(section, cache_folder, progress=progress)
+    return ResolvedModels(models, adapters, draft)
 
 
 def plan_replica(
@@ -165,6 +171,12 @@ def plan_replica(
         check_ranks(plan, sources[plan.name])
     expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.scores_branches}
     undrafted = why_not_drafted(config, topology, sources, expected)
+    draft = None
+    if resolved.draft is not None and not undrafted:
+        facts_of_draft = tokens.of(resolved.draft)
+        draft = specify_draft(
+            config, resolved.draft, tokenizers[BASE], facts_of_draft, vocab_size, stop_ids, cache_folder
+        )
 
     for plan in topology.hosts:
         sees_no_gpu = config.cluster.transport is Transport.RAY and plan.model.resources.num_gpus == 0
@@ -221,6 +233,7 @@ def plan_replica(
         reasoning=_reasoning(config, templates[BASE].text, tokenizers[BASE]),
         undrafted=undrafted,
         masked={name: tokens for name, tokens in masked.items() if tokens},
+        draft=draft,
     )
 
 

@@ -196,7 +196,7 @@ def sample(
     """
     game, rewards_BJK, decision = solved.game, solved.rewards_BJK, solved.decision
     log_policy_BK, base_BK = decision.log_policy, game.base_logprobs
-    drawn_B1 = _draw_rows(options, log_policy_BK, uniforms_B, draws)[:, None]
+    drawn_B1 = draw_rows(options, log_policy_BK, uniforms_B, draws)[:, None]
     at_BJ1 = drawn_B1[:, None].expand(-1, game.num_principals, 1)
     thresholds_BJ = decision.thresholds
     if thresholds_BJ is None:
@@ -219,7 +219,7 @@ def sample(
     return SampledStep(torch.stack([column.double() for column in columns], 1))
 
 
-def _draw_rows(
+def draw_rows(
     options: SamplingOptions,
     log_policy_BK: Tensor,
     uniforms_B: Tensor,

@@ -24,7 +24,7 @@ OPEN_PLACES = (
     "decoding.soft_threshold",
 )
 # These change how long a run takes, and nothing that it computes.
-PACE_KEYS = ("decoding.draft",)
+PACE_KEYS = ("decoding.draft", "decoding.draft_model")
 # Where the caller gives the identity of a model, it replaces these.
 IDENTITY_KEYS = ("model", "revision", "adapter", "reference", "reference_adapter")
 # Keys that came later, as patterns: at their defaults nothing changes, so a run that began without them goes on.

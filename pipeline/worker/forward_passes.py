@@ -17,7 +17,7 @@ from pipeline.attention.segments import RunningRows, Segment
 from pipeline.attention.slots import SlotCache, SlotPass, serving
 from pipeline.attention.transfers import to_device
 from pipeline.attention.visibility import LayerFacts
-from pipeline.hub.model_facts import stated, text_config
+from pipeline.hub.model_facts import context_length, stated, text_config
 from pipeline.protocol.memory import PROMPT_SHAPE
 from pipeline.protocol.messages import DRAWN
 from pipeline.worker.adapters import TokenAdapters
@@ -83,6 +83,11 @@ class Passes:
         self._preferences_of_rows: Tensor | None = None
         self._watch = Stopwatch(self.device)
         self.num_forwards = self.num_tokens = 0
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a text, as the model's configuration states it; None where it states none."""
+        return context_length(self._model.config)
 
     @property
     def forward_s(self) -> float:

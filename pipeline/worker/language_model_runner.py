@@ -140,6 +140,11 @@ class LanguageModelRunner:
         return self._passes.device
 
     @property
+    def passes(self) -> Passes:
+        """What runs the model."""
+        return self._passes
+
+    @property
     def vocab_size(self) -> int:
         """Token ids that all models share."""
         return self._vocab_size

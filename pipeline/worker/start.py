@@ -13,8 +13,9 @@ from pipeline.attention.rows import can_build_for
 from pipeline.errors import ConfigurationError
 from pipeline.garbage import collection_paused
 from pipeline.protocol.hosts import Proposes, Samples, Scores
-from pipeline.protocol.specs import GameSpec, HostSpec, RankPlace
+from pipeline.protocol.specs import GameSpec, HostSpec, RankPlace, SamplingOptions
 from pipeline.worker.captured_sampling import CapturedSampling
+from pipeline.worker.draft_model import DraftModel
 from pipeline.worker.hosts import LanguageModelHost, RewardModelHost, TextModelHost
 from pipeline.worker.loading import LoadedModel, load_language_model, pick_device
 from pipeline.worker.ranks import FollowingHost, join, num_ranks
@@ -42,6 +43,15 @@ def start_scoring(spec: HostSpec) -> Scores:
 def start_proposing(spec: HostSpec) -> Proposes:
     """The base's host. Raises ConfigurationError."""
     return LanguageModelHost(_load(spec).runner)
+
+
+@collection_paused()
+def start_drafting(spec: HostSpec, sampling: SamplingOptions) -> DraftModel:
+    """The model that proposes tokens. Raises ConfigurationError."""
+    runner = _load(spec).slot_runner
+    if runner is None:
+        raise ConfigurationError(f"{spec.title} keeps states, which cannot go back to before a rejected token")
+    return DraftModel(runner, sampling, runner.passes.context_length)
 
 
 @collection_paused()

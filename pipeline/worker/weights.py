@@ -32,6 +32,7 @@ from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
 from pipeline.hub.weight_files import LocalTree, find_model_files, shapes_in
 from pipeline.protocol.specs import HostSpec
+from pipeline.worker.first_layers import keep_first_layers, without_later_layers
 from pipeline.worker.quantised import is_plain, quantised_options
 from pipeline.worker.ranks import local_part
 
@@ -64,6 +65,9 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype, device: torch.device =
     options = quantised_options(spec.source, device, dtype)
     folder = fetch_weights(spec.source, cache_folder=spec.cache_folder)
     config, sharding = _read_config(spec, folder), sharding_of(spec, folder)
+    if spec.layers is not None:
+        keep_first_layers(config, spec.layers)
+        options = {**options, "config": config}
     loaders: list[Any] = []
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or spec.source.trust_remote_code:
         loaders.append(AutoModelForCausalLM)
@@ -72,10 +76,14 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype, device: torch.device =
     found: list[_Faults] = []
     for loader in loaders or [AutoModelForCausalLM]:  # which says what it can read
         model, report = _read(spec, loader, folder, dtype=dtype, **options, **sharding)
+        if spec.layers is not None:
+            report = without_later_layers(report, spec.layers)
         faults = _Faults.of(report, model)
         if faults.are_unexpected_alone and loader is not loaders[-1]:
             # of parts that see or hear, where the class that has them all has a place for all
             whole, report_of_whole = _read(spec, loaders[-1], folder, dtype=dtype, **(options | _WITHOUT_NUMBERS))
+            if spec.layers is not None:
+                report_of_whole = without_later_layers(report_of_whole, spec.layers)
             faults = _Faults.of({**report, "unexpected_keys": report_of_whole["unexpected_keys"]}, whole)
         if not faults:
             for tower in towers_of(model).values():

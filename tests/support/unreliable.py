@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.drafts import DraftSource
 from pipeline.engine.drafting import Drafter
 from pipeline.engine.engine import Engine
 from pipeline.engine.pace import Pace
@@ -20,6 +19,7 @@ from pipeline.worker.hosts import LanguageModelHost
 from pipeline.worker.language_model_runner import LanguageModelRunner
 from pipeline.worker.loading import load_language_model
 from pipeline.worker.sampling_host import SamplingHost
+from pipeline.worker.start import start_drafting
 from support.decoding import NOWHERE, ask, config_of
 
 ROWS = [ask(f"r{at}", "x" * (3 * at % 7 + 1), response="fine" if at % 2 else None) for at in range(5)]
@@ -29,8 +29,8 @@ PRINCIPALS = {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7
 class FreePace(Pace):
     """Passes that take the same time whatever they verify: so every proposal is."""
 
-    def is_worth(self, chance: float, expected: float, num_positions: int) -> bool:
-        return True
+    def gain(self, tokens: float, num_more: int, expected: float, num_positions: int, **_: float) -> float:
+        return tokens
 
 
 # Called with a client, the number of its call, the message and its arguments; a reply that it returns is the call's.
@@ -77,7 +77,7 @@ class Replica:
     """An engine whose hosts run `before`; the models are loaded once.
 
     One that runs ahead has a lone host, which samples; others have a second host. With `drafts`, passes verify
-    tokens wherever any are proposed.
+    tokens wherever any are proposed, also by `draft_model` where there is one.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Replica:
         stop: Iterable[str] = (),
         drafts: bool = False,
         max_new_tokens: int = 4,
+        draft_model: Path | None = None,
     ) -> None:
         arm = {"kind": "arm", "model": str(tiny(seed=5)), "reference": "none", "weight": 0.1}
         self.config = config_of(
@@ -104,12 +105,16 @@ class Replica:
                 "trace": "tokens",
                 "reproducibility": reproducibility,
                 "stop": list(stop),
+                "draft_model": None if draft_model is None else str(draft_model),
             },
             cluster={"slots": slots},
         )
         self.runs_ahead, self.drafts = runs_ahead, drafts
         self.options = {"num_slots": slots, "num_groups": num_groups, "max_failures": max_failures}
         self.assembly = assemble(self.config, NOWHERE)
+        self.draft_model = None
+        if (spec := self.assembly.draft) is not None:
+            self.draft_model = start_drafting(spec, self.config.decoding.sampling)
         self.plans = {plan.name: plan for plan in self.assembly.topology.hosts}
         self.runners = {spec.name: load_language_model(spec).runner for spec in self.assembly.hosts}
 
@@ -132,7 +137,9 @@ class Replica:
         """Records by id, and the engine; hosts that fail are replaced."""
         hosts = self.hosts(before)
         assembly = self.assembly
-        drafter = Drafter(list(DraftSource), self._existing, FreePace()) if self.drafts else None
+        drafter = None
+        if self.drafts:
+            drafter = Drafter(self.config.draft_sources, self._existing, FreePace(), model=self.draft_model)
         engine = Engine(
             assembly.topology,
             hosts,

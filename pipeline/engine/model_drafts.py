@@ -1,0 +1,175 @@
+"""Proposals of a model: one small pass for the next token of several rows, then another for the one behind it.
+
+Unlike a text, a model costs something whenever it is asked. So it is asked as long as the tokens that it is likely to
+give are worth its passes and their places in the base's pass, by what both were measured to take. Where it is not
+worth that, it is asked about few tokens now and then, for a small share of the time, in case that changes.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.config.drafts import DraftSource
+from pipeline.engine.guesses import Guess, Key, Proposal, Rates
+from pipeline.engine.pace import Pace
+from pipeline.engine.row_state import RunningRow
+from pipeline.errors import HostOutOfMemory
+from pipeline.protocol.drafts import DraftingModel, DraftRequest
+
+LEVELS = 8  # of the probability that the model gives a token
+ANY_LEVEL = -1
+HOPEFUL = 0.5  # chance of a token, with which the first trials are made whatever they take
+FIRST_TRIALS = 4
+TRIED = 4  # tokens
+TRIAL_SHARE = 0.01  # of the time, for trials
+
+
+@dataclass(slots=True)
+class Asked:
+    """A row that the model may be asked about.
+
+    Args:
+        slot: of the row.
+        running: the row.
+        text: its prompt, its tokens and what was proposed so far.
+        most: tokens to propose.
+        chance: that all proposed so far are drawn.
+        proposals: so far.
+    """
+
+    slot: int
+    running: RunningRow
+    text: list[int]
+    most: int
+    chance: float = 1.0
+    proposals: list[Proposal] = field(default_factory=list)
+
+    @property
+    def any_key(self) -> Key:
+        """What its next proposal is counted among, whatever its probability."""
+        return self.running.variant, DraftSource.MODEL, ANY_LEVEL
+
+
+class ModelDrafts:
+    """Asks the model.
+
+    Args:
+        model: proposes tokens.
+        rates: how often proposals were drawn.
+        pace: what passes of the base cost.
+        draw: temperature and top_p of rows that have no other.
+    """
+
+    def __init__(self, model: DraftingModel, rates: Rates, pace: Pace, draw: tuple[float, float]) -> None:
+        self.model = model
+        self.spent_s = 0.0  # by the step that is being drafted
+        self._rates, self._pace, self._draw = rates, pace, draw
+        self._own_pace = Pace()
+        self._num_trials, self._trials_s = 0, 0.0
+        self._passes_s = 0.0
+        self._read: set[tuple[str, int, int]] = set()
+        self._is_off = False
+
+    def resize(self, num_slots: int) -> None:
+        """Have the model hold `num_slots` rows from now on; one that is given up holds none."""
+        self._read.clear()
+        self.model.resize(0 if self._is_off else num_slots)
+
+    def completed(self, seconds: float) -> None:
+        """Count the seconds of a step."""
+        self._passes_s += seconds
+
+    def end(self, running: RunningRow) -> None:
+        """Forget a row that has ended."""
+        self._read.discard(running.key)
+
+    def guess(self, rows: Sequence[Asked], *, num_rows: int, most: int, may_try: bool) -> Mapping[int, Guess]:
+        """What the rows may draw next, by slot.
+
+        Args:
+            rows: that it may be asked about.
+            num_rows: all that the step advances.
+            most: tokens, over all rows.
+            may_try: whether tokens may be asked for that are not worth it.
+        """
+        self.spent_s, num_tokens, expected, left = 0.0, 0, float(num_rows), list(rows)
+        is_trial = False
+        while left and num_tokens < most and not self._is_off:
+            left.sort(key=lambda each: -each.chance * self._rates.of(each.any_key))
+            count = self._how_many(left, expected, num_rows + num_tokens)
+            if not count and not num_tokens and may_try and self._begins_trial(left):
+                is_trial = True
+                left.sort(key=lambda each: each.running.key not in self._read)  # whose texts are read already
+            if is_trial:
+                count = TRIED - num_tokens
+            chosen = left[: min(count, most - num_tokens)]
+            if not chosen:
+                break
+            expected += self._ask(chosen)
+            num_tokens += len(chosen)
+            left = [each for each in chosen if len(each.proposals) < each.most]
+        if is_trial:
+            self._trials_s += self.spent_s
+        return {
+            each.slot: Guess.of(DraftSource.MODEL, each.proposals, self._rates) for each in rows if each.proposals
+        }
+
+    def _how_many(self, ranked: Sequence[Asked], expected: float, num_positions: int) -> int:
+        """The number of the likeliest rows that one more token each is worth its costs for."""
+        if not self._own_pace.is_begun:
+            return 0
+        best, best_gain, tokens = 0, 0.0, 0.0
+        for count, each in enumerate(ranked, 1):
+            tokens += each.chance * self._rates.of(each.any_key)
+            own_s = self._own_pace.seconds(count)
+            gain = self._pace.gain(tokens, count, expected, num_positions, spent_s=self.spent_s, extra_s=own_s)
+            if gain > best_gain:
+                best, best_gain = count, gain
+        return best
+
+    def _begins_trial(self, ranked: Sequence[Asked]) -> bool:
+        is_first = self._num_trials < FIRST_TRIALS and self._rates.of(ranked[0].any_key) >= HOPEFUL
+        if not self._pace.is_begun or not (is_first or self._trials_s <= TRIAL_SHARE * self._passes_s):
+            return False
+        self._num_trials += 1
+        return True
+
+    def _ask(self, rows: Sequence[Asked]) -> float:
+        """Have the model propose one more token for each row; the tokens that these are expected to give."""
+        requests = [
+            DraftRequest(
+                each.slot,
+                each.text,
+                each.running.uniform(len(each.proposals)),
+                each.running.step_terms.draw or self._draw,
+            )
+            for each in rows
+        ]
+        began_s = time.monotonic()
+        try:
+            found = self.model.propose(requests)
+        except HostOutOfMemory as error:
+            warnings.warn(f"{error}; it proposes nothing from now on", RuntimeWarning, stacklevel=2)
+            self._is_off = True
+            self.model.resize(0)
+            return 0.0
+        taken_s = time.monotonic() - began_s
+        self.spent_s += taken_s
+        if all(each.running.key in self._read for each in rows):  # otherwise it has read prompts as well
+            self._own_pace.note(len(rows), taken_s)
+        gained = 0.0
+        for each, proposed in zip(rows, found, strict=True):
+            self._read.add(each.running.key)
+            if proposed is None:
+                each.most = 0
+                continue
+            level = min(int(proposed.probability * LEVELS), LEVELS - 1)
+            proposal = Proposal(proposed.token, ((each.running.variant, DraftSource.MODEL, level), each.any_key))
+            each.proposals.append(proposal)
+            each.text.append(proposed.token)
+            each.chance *= self._rates.of(proposal.keys[0])
+            gained += each.chance
+        return gained
