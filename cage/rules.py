@@ -22,7 +22,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from cage.direct import in_batches
 from cage.game import Game
@@ -107,7 +106,7 @@ def mixture(game: Game, weights: Tensor | None = None) -> Decision:
     mixed = _Tuned.of(game, weights)
     mix_BV = torch.full_like(mixed.base_BV, -torch.inf)
     for log_ratio_BV, log_weight_B1 in mixed.log_ratios():
-        mix_BV = torch.logaddexp(mix_BV, log_ratio_BV + log_weight_B1)
+        mix_BV = _log_add(mix_BV, log_ratio_BV + log_weight_B1)
     return mixed.decision(mix_BV)
 
 
@@ -120,7 +119,7 @@ def forward_kl(game: Game, weights: Tensor | None = None) -> Decision:
     mixed = _Tuned.of(game, weights)
     inverse_BV = torch.full_like(mixed.base_BV, -torch.inf)
     for log_ratio_BV, log_weight_B1 in mixed.log_ratios():
-        inverse_BV = torch.logaddexp(inverse_BV, log_weight_B1 - log_ratio_BV)
+        inverse_BV = _log_add(inverse_BV, log_weight_B1 - log_ratio_BV)
     return mixed.decision(-inverse_BV)
 
 
@@ -134,10 +133,21 @@ def jensen_shannon(game: Game, weights: Tensor | None = None) -> Decision:
     # loss = -log(x / (1 + x)), in logarithms: it is as small as exp(-200) where a base probability is
     log_loss_BV = torch.full_like(mixed.base_BV, -torch.inf)
     for log_ratio_BV, log_weight_B1 in mixed.log_ratios():
-        log_loss_B = torch.where(log_ratio_BV > 15.0, -log_ratio_BV, softplus(-log_ratio_BV).log())
-        log_loss_BV = torch.logaddexp(log_loss_BV, log_loss_B + log_weight_B1)
+        softplus_BV = (-log_ratio_BV).clamp_min(0.0) + torch.log1p(torch.exp(-log_ratio_BV.abs()))
+        log_ratio_loss_BV = torch.where(log_ratio_BV > 15.0, -log_ratio_BV, softplus_BV.log())
+        log_loss_BV = _log_add(log_loss_BV, log_ratio_loss_BV + log_weight_B1)
     loss_BV = log_loss_BV.exp()
     return mixed.decision(-loss_BV - torch.where(log_loss_BV < -15.0, log_loss_BV, (-torch.expm1(-loss_BV)).log()))
+
+
+def _log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b), elementwise.
+
+    torch.logaddexp and softplus take another way for the last numbers of a tensor than for those before: their bits
+    depend on where a row stands in a batch. exp and log1p do not.
+    """
+    gap = (a - b).abs().nan_to_num_(nan=0.0)  # of two infinities
+    return torch.maximum(a, b) + torch.log1p(torch.exp(-gap))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
