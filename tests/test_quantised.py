@@ -76,6 +76,8 @@ def spec_with(folder: Path, kind: str | None, **options: Any) -> HostSpec:
 def plain_logprobs(folder: Path, adapter: Path | None, tokens: list[int], **options: Any) -> Tensor:
     """Log-probabilities [V] after the tokens by transformers and peft alone."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    for module in model.modules():  # else bitsandbytes computes in bfloat16 on some CPUs
+        module.support_avx512bf16_for_cpu = False
     if adapter is not None:
         import peft
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 END_S = 5.0  # for a process that was killed
+NOTICED_S = 1.0  # within which the end of a process shows here, too
 
 
 class RankGroupHost:
@@ -240,9 +241,16 @@ class _Ranks:
         return [rank.ask(message) for rank in self.ranks]
 
     def why_ended(self) -> HostError | None:
-        """Which process has ended by itself; None where all run."""
-        ended = (rank.why_ended() for rank in self.ranks if rank.process.poll() is not None)
-        return next(ended, None)
+        """Which process has ended by itself; None where all run.
+
+        The other ranks may notice that before this process does, which waits for it a little.
+        """
+        until_s = time.monotonic() + NOTICED_S
+        while not (ended := [rank for rank in self.ranks if rank.process.poll() is not None]):
+            if time.monotonic() >= until_s:
+                return None
+            time.sleep(0.01)
+        return ended[0].why_ended()
 
     def end(self) -> None:
         """End all processes."""

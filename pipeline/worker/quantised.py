@@ -73,6 +73,17 @@ def _config_of(kind: Kind, name: str, dtype: torch.dtype) -> Any:
     raise AssertionError(kind)
 
 
+def compute_in_stated_type(model: nn.Module) -> None:
+    """Have bitsandbytes' layers compute in the type that they were told, for any number of rows alike.
+
+    On a CPU with bfloat16 instructions they would compute in bfloat16, whatever the type, and a single row by other
+    code than several rows.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def is_plain(weight: Any) -> bool:
     """Whether a weight is an ordinary tensor of numbers: some quantised ones are tensors of a class of their own."""
     return (

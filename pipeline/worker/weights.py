@@ -33,7 +33,7 @@ from pipeline.hub.sources import fetch_weights
 from pipeline.hub.weight_files import LocalTree, find_model_files, shapes_in
 from pipeline.protocol.specs import HostSpec
 from pipeline.worker.first_layers import keep_first_layers, without_later_layers
-from pipeline.worker.quantised import is_plain, quantised_options
+from pipeline.worker.quantised import compute_in_stated_type, is_plain, quantised_options
 from pipeline.worker.ranks import local_part
 
 # what wrappers put before or into the names of a model's weights, where the wrapped model is saved
@@ -185,6 +185,7 @@ def read_with_report(
         )
     except UNREADABLE as error:
         raise ConfigurationError(f"{title}: {reason_of(error)}") from error
+    compute_in_stated_type(model)
     return model, report
 
 
