@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
+from jobs import cli
 from jobs.commands.job_files import load_job
 from jobs.evidence import questions
+from jobs.evidence.__main__ import run
 from jobs.evidence.charts import Panel, write_chart
+from jobs.evidence.drawing import draw_answers, draw_questions
 from jobs.evidence.prompts import questions_more, split, write_prompts
-from jobs.evidence.results import ask, draw
-from jobs.evidence.scales import SCALES, SMALL
+from jobs.evidence.results import ask, evaluations, facts, prediction, trainings
+from jobs.evidence.scales import MEDIUM, SCALES, SMALL
+from jobs.evidence.scored import write_scored
 from jobs.evidence.stages import Marks, Stage, StageFailed, stages
 from pipeline.advice.recording import RecordedGames
 from pipeline.config.variants import lay_out
+from pipeline.errors import CageError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.judges.interface import JudgedAnswer
 
+app = typer.Typer()
+app.command()(run)
 JUDGES = Path(__file__).parent.parent / "configs/evidence/judges.py"
 
 
@@ -74,6 +87,7 @@ def test_more_prompts_than_there_are_is_refused(tmp_path, name, count):
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_every_command_of_every_stage_is_a_configuration_that_loads(scale, tmp_path):
     names = []
+    evaluations = {each.name: each for each in scale.evaluations}
     for stage in stages(scale, tmp_path):
         names.append(stage.name)
         if callable(stage.command):
@@ -83,13 +97,28 @@ def test_every_command_of_every_stage_is_a_configuration_that_loads(scale, tmp_p
         job = load_job(Path(config), overrides)
         assert (command in ("synthesize", "train", "advise", "evaluate"), option) == (True, "-c")
         assert job.output.path.startswith(str(tmp_path))
-        if isinstance(job, EvaluateConfig) and stage.name.endswith("-temperature"):
-            num_weights = len(scale.weights)
-            of_rules = (len(scale.rules) - 1) * num_weights * len(scale.agent_temperatures)
-            best_of_n = num_weights if "-answer-" in stage.name else 0  # it has no agent temperature
-            assert len(lay_out(job)) == 1 + of_rules + best_of_n
+        if isinstance(job, EvaluateConfig):
+            name, _, at = stage.name.rpartition("-")
+            evaluation = evaluations[name]
+            assert job.input.limit == evaluation.prompts
+            assert all(str(tmp_path) in str(each) for each in job.principals.values()) == (
+                evaluation.kind != "prompted"
+            )
+            temperatures = len(scale.agent_temperatures) or 1 if at == "temperature" else 1
+            free = {"base", "best_of_n"} & set(evaluation.rules)  # they have no agent temperature
+            rules = len(evaluation.rules) - len(free)
+            num_weights = len(evaluation.weights)
+            expected = rules * num_weights * temperatures + ("base" in free) + num_weights * ("best_of_n" in free)
+            assert len(lay_out(job)) == expected
     assert len(names) == len(set(names))
-    assert len([name for name in names if name.startswith("train-")]) == 2 * len(scale.objectives)
+    num_aware = len({each.pair for each in scale.evaluations if each.kind == "aware"})
+    num_trained = len(scale.halves) * len(scale.objectives) + num_aware
+    assert len([name for name in names if name.startswith("train-")]) == num_trained
+    assert ("rewards" in names) == scale.has_views
+    for each in scale.evaluations:
+        ways = {way for way in ("kl", "temperature") if f"{each.name}-{way}" in names}
+        over_tokens = {"kl", "temperature"} if scale.agent_temperatures else {"kl"}
+        assert ways == ({"temperature"} if each.unit == "answer" else over_tokens)
 
 
 def test_a_stage_that_is_done_is_not_run_again(tmp_path):
@@ -97,14 +126,127 @@ def test_a_stage_that_is_done_is_not_run_again(tmp_path):
     marks = Marks(tmp_path / "_done")
     stage = Stage("one", lambda: ran.append(1), "as it is")
     assert not marks.is_done(stage)
+    assert marks.durations(stage) == {}
     marks.run(stage)
     assert marks.is_done(stage)
     assert not marks.is_done(Stage("one", stage.command, "otherwise"))
-    assert list(marks.seconds()) == ["one"]
+    assert marks.durations(stage).keys() == {"seconds", "core_seconds", "ended"}
     failing = Stage("two", ("relabel", "-c", str(tmp_path / "missing.yaml")), "as it is")
     with pytest.raises(StageFailed, match="stage two: cage relabel ended with code 2"):
         marks.run(failing)
     assert not marks.is_done(failing)
+
+
+def test_what_an_interrupted_stage_took_is_counted(tmp_path):
+    marks, tries = Marks(tmp_path / "_done"), []
+
+    def work():
+        tries.append(1)
+        time.sleep(0.3)
+        if len(tries) == 1:
+            raise KeyboardInterrupt
+
+    stage = Stage("one", work, "as it is")
+    with pytest.raises(KeyboardInterrupt):
+        marks.run(stage)
+    assert not marks.is_done(stage)
+    marks.run(stage)
+    assert marks.durations(stage)["seconds"] >= 0.6
+    other = Stage("one", lambda: None, "other sizes")
+    marks.run(other)
+    assert marks.durations(other)["seconds"] < 0.3
+
+
+def test_results_are_not_written_before_every_stage_is_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, ["--scale", "medium", "--only", "results", "--output", str(tmp_path / "out")])
+    assert found.exit_code == 2
+    assert "results need every stage; not done: prompts, pairs-a-cheerful" in found.output
+    assert not (tmp_path / "out").exists()
+
+
+def scored_run(folder, scores, finish_reasons):
+    """What `cage synthesize` leaves of one prompt's answers and their scores."""
+    (folder / "_scores").mkdir(parents=True)
+    rows = [
+        {"row_id": "x", "sample": at, "prompt": "why", "response": f"answer {at}", "finish_reason": reason}
+        for at, reason in enumerate(finish_reasons)
+    ]
+    known = [{"row_id": "x", "sample": at, "funny": score, "long": 1.0} for at, score in enumerate(scores)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "part-0.parquet")
+    pq.write_table(pa.Table.from_pylist(known), folder / "_scores" / "part-0.parquet")
+
+
+def test_scored_answers_are_those_that_every_judge_scored(tmp_path):
+    scored_run(tmp_path, [0.5, None, float("nan"), 2.0, 3.0], ["stop", "stop", "stop", "length", None])
+    write_scored(tmp_path, ["funny", "long"], tmp_path / "scored.jsonl")
+    assert read(tmp_path / "scored.jsonl") == [
+        {"prompt": "why", "response": "answer 0", "funny": 0.5, "long": 1.0},
+        {"prompt": "why", "response": "answer 3", "funny": 2.0, "long": 1.0},
+    ]
+    with pytest.raises(CageError, match="no answer is scored by funny, dull"):
+        write_scored(tmp_path, ["funny", "dull"], tmp_path / "other.jsonl")
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+SCORES = """
+def odd(answers):
+    return [float(sum(map(ord, each.text)) % 7) for each in answers]
+
+
+def even(answers):
+    return [float(sum(map(ord, each.text)) % 8) for each in answers]
+"""
+
+
+def in_process(*words):
+    """A command of `cage`, without seconds of imports for each."""
+    cli.app(words, standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
+    """Every kind of principals: ARMs, a preference-aware model, and games over whole answers."""
+    (tmp_path / "scores.py").write_text(SCORES)
+    judges = {
+        name: f"{{kind: function, function: '{tmp_path}/scores.py:{function}'}}"
+        for name, function in (("cheerful", "odd"), ("formal", "even"))
+    }
+    scale = replace(
+        MEDIUM,
+        name="tiny",
+        training=40,
+        evaluations=tuple(replace(each, prompts=3, weights=(0.2, 0.8)) for each in MEDIUM.evaluations),
+    )
+    marks = Marks(tmp_path / "_done")
+    for stage in stages(scale, tmp_path):
+        if not callable(stage.command):
+            command = stage.command[0]
+            section = {"synthesize": "synthesis", "evaluate": "evaluation"}.get(command)
+            words = [f"base.model={tiny()}", "base.dtype=float32"]
+            words += [f"{section}.judges.{name}={judge}" for name, judge in judges.items() if section]
+            words += ["decoding.max_new_tokens=8"] if section else []
+            stage = replace(stage, command=partial(in_process, *stage.command, *words))
+        marks.run(stage)
+        assert marks.is_done(stage)
+    trained = list(trainings(scale, tmp_path))
+    assert [(each["principal"], each["objective"]) for each in trained] == [
+        ("aware_tone", "cheerful"), ("aware_tone", "formal"), ("cheerful", "cheerful"), ("formal", "formal"),
+    ]  # fmt: skip
+    judged = list(evaluations(scale, tmp_path))
+    assert [(each["set"], each["unit"], each["prompts"]) for each in judged] == [
+        ("trained_tone", "token", 3), ("aware_tone", "token", 3), ("trained_tone", "answer", 3),
+    ]  # fmt: skip
+    for found, asked in zip(judged, scale.evaluations, strict=True):
+        assert {each["rule"].partition(" ")[0] for each in found["points"]} == set(asked.rules)
+        assert {each["metric"] for each in found["differences"]} >= {"mip", "hypervolume", "equal_length"}
+    assert list(prediction(scale, {}, judged)) == []
+    told = facts(scale, tmp_path)
+    assert all(each["seconds"] >= 0 and each["ended"] for each in told["stages"].values())
+    draw_answers(scale, judged, tmp_path / "charts")
+    assert {file.name for file in (tmp_path / "charts").iterdir()} == {
+        "tiny-trained_tone-token.svg", "tiny-aware_tone-token.svg",
+    }  # fmt: skip
 
 
 def test_the_judges_count_what_they_say():
@@ -185,7 +327,7 @@ def test_all_questions_are_asked_and_drawn(tmp_path, monkeypatch):
     json.dumps(asked, allow_nan=False)
     (tmp_path / "answers/equal_kl-prompted_tone.json").unlink()
     assert ask(replace(SMALL, starts=1), games, tmp_path / "answers") == asked
-    draw(SMALL, asked, tmp_path)
+    draw_questions(SMALL, asked, tmp_path)
     drawn = sorted(tmp_path.glob("*.svg"))
     assert len(drawn) == 6
     for file in drawn:

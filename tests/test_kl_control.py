@@ -84,6 +84,7 @@ def test_each_principal_can_have_its_own_threshold(tiny):
         ({"soft_threshold": 2.0}, "no effect without rule: soft_threshold"),
         ({"soft_threshold": {"brief": 1.0, "kind": 2.0}}, "no effect without rule: soft_threshold"),
         ({"target_kl": 0.2, "rule": "base"}, "no effect where no principal steers"),
+        ({"target_kl": 0.2, "unit": "answer"}, "no effect with unit: answer, which is one game"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(tiny, decoding, said):

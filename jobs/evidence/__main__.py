@@ -52,15 +52,18 @@ def _run(name: str, only: tuple[str, ...], output: Path, *, list_stages: bool) -
         if not (done or list_stages):
             marks.run(stage)
     if not list_stages and (not only or "results".startswith(only)):
+        if missing := [stage.name for stage in everything if not marks.is_done(stage)]:
+            raise ConfigurationError(f"results need every stage; not done: {', '.join(missing)}")
         _publish(name, folder, output)
 
 
 def _publish(name: str, folder: Path, output: Path) -> None:
-    from jobs.evidence.results import ask, draw, evaluations, facts, prediction, trainings
+    from jobs.evidence.drawing import draw_answers, draw_questions
+    from jobs.evidence.results import ask, evaluations, facts, prediction, trainings
     from pipeline.advice.recording import RecordedGames
 
     scale = SCALES[name]
-    asked = ask(scale, RecordedGames.load(folder / "games.npz"), folder / "answers")
+    asked = ask(scale, RecordedGames.load(folder / "games.npz"), folder / "answers") if scale.has_views else {}
     judged = list(evaluations(scale, folder))
     found = {
         **facts(scale, folder),
@@ -72,7 +75,9 @@ def _publish(name: str, folder: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     place = output / f"{name}.json"
     place.write_text(json.dumps(_rounded(found), indent=1) + "\n", encoding="utf-8")
-    draw(scale, asked, output)
+    if asked:
+        draw_questions(scale, asked, output)
+    draw_answers(scale, judged, output)
     print(f"written: {place} and the charts beside it")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -15,9 +16,8 @@ from typing import Any
 import torch
 
 from jobs.evidence import questions
-from jobs.evidence.charts import Panel, write_chart
 from jobs.evidence.scales import Scale
-from jobs.evidence.stages import HALVES, PAIRS, SEED, Marks
+from jobs.evidence.stages import PAIRS, SEED, Marks, stages
 from pipeline.advice.recording import RecordedGames
 from pipeline.evaluation.metrics import spearman
 
@@ -27,6 +27,7 @@ FAR = 0.5  # nats a token at which what-if questions are asked
 PROMPTED = ("cheerful", "formal", "simple")
 KINDS = {"trained": "", "prompted": "_prompted"}  # what the names of their principals end with
 NUMBERS = ("kl_per_token", "num_tokens", "weighted", "worst_principal")
+DIFFERENCES = ("mip", "hypervolume", "worst_principal", "equal_kl", "equal_length")
 
 
 def pairs_of_principals(scale: Scale) -> dict[str, tuple[str, str]]:
@@ -84,43 +85,46 @@ def parts(scale: Scale, games: RecordedGames) -> Iterator[tuple[str, str, Callab
 
 
 def trainings(scale: Scale, folder: Path) -> Iterator[Json]:
-    """How many held-out pairs every trained principal orders right."""
-    for half in HALVES:
-        for objective in scale.objectives:
-            file = folder / f"principals-{half}" / objective / objective / "training.json"
-            if file.exists():
-                facts = json.loads(file.read_text(encoding="utf-8"))
-                yield {"half": half, "objective": objective, "held_out": facts["held_out"][objective]}
+    """How many held-out pairs every trained principal orders right, by objective."""
+    for half in scale.halves:
+        for file in sorted((folder / f"principals-{half}").glob("*/*/training.json")):
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            for objective, held_out in facts["held_out"].items():
+                yield {
+                    "half": half,
+                    "principal": file.parent.parent.name,
+                    "objective": objective,
+                    **{key: facts[key] for key in ("loss", "pairs", "steps")},
+                    "held_out": held_out,
+                }
 
 
 def evaluations(scale: Scale, folder: Path) -> Iterator[Json]:
     """Every finished evaluation: its points, and the differences of rules with their intervals."""
-    for unit in scale.units:
-        for name in scale.sets:
-            for at in ("kl", "temperature"):
-                file = folder / f"{name}-{unit}-{at}" / "_metrics.json"
-                if not file.exists():
-                    continue
-                metrics = json.loads(file.read_text(encoding="utf-8"))
-                yield {
-                    "set": name,
-                    "unit": unit,
-                    "at": at,
-                    "prompts": metrics["num_prompts"],
-                    "answers": metrics["num_answers"],
-                    "rules": metrics["rules"],
-                    "points": [
-                        {
-                            **{key: point[key] for key in ("rule", "agent_temperature", "weights", "objectives")},
-                            **{key: point[key] for key in (*NUMBERS, "scores", "intervals")},
-                        }
-                        for point in metrics["points"]
-                    ],
-                    "differences": [
-                        each for each in metrics["differences"] if each["metric"] in ("mip", "worst_principal")
-                    ],
-                    "control": metrics["control"],
-                }
+    for evaluation in scale.evaluations:
+        for at in ("kl", "temperature"):
+            file = folder / f"{evaluation.name}-{at}" / "_metrics.json"
+            if not file.exists():
+                continue
+            metrics = json.loads(file.read_text(encoding="utf-8"))
+            yield {
+                "set": evaluation.principals,
+                "unit": evaluation.unit,
+                "at": at,
+                "prompts": metrics["num_prompts"],
+                "answers": metrics["num_answers"],
+                **{key: metrics[key] for key in ("reference_point", "normalised_from")},
+                "rules": metrics["rules"],
+                "points": [
+                    {
+                        **{key: point[key] for key in ("rule", "agent_temperature", "weights", "objectives")},
+                        **{key: point[key] for key in (*NUMBERS, "scores", "intervals")},
+                    }
+                    for point in metrics["points"]
+                ],
+                "differences": [each for each in metrics["differences"] if each["metric"] in DIFFERENCES],
+                "control": metrics["control"],
+            }
 
 
 def prediction(scale: Scale, asked: Json, judged: Sequence[Json]) -> Iterator[Json]:
@@ -129,9 +133,10 @@ def prediction(scale: Scale, asked: Json, judged: Sequence[Json]) -> Iterator[Js
     `soft_threshold` was judged at k = 1, so the other k are left out.
     """
     for evaluation in judged:
-        if evaluation["at"] != "kl" or evaluation["unit"] != "token":
+        pair = pairs_of_principals(scale).get(evaluation["set"])
+        if evaluation["at"] != "kl" or evaluation["unit"] != "token" or pair is None or "equal_kl" not in asked:
             continue
-        one, other = pairs_of_principals(scale)[evaluation["set"]]
+        one, other = pair
         for weight in sorted({each["weight"] for each in asked["equal_kl"]}):
             expected = {
                 each["rule"].removesuffix(" 1"): each["share"]
@@ -159,83 +164,24 @@ def prediction(scale: Scale, asked: Json, judged: Sequence[Json]) -> Iterator[Js
 
 
 def facts(scale: Scale, folder: Path) -> Json:
-    """When, where and with what it was measured."""
+    """When, where and with what it was measured, and how long every stage took."""
+    marks = Marks(folder / "_done")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "scale": scale.name,
         "date": time.strftime("%Y-%m-%d"),
         "seed": SEED,
         "commit": commit or None,
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
-        "seconds": Marks(folder / "_done").seconds(),
+        "stages": {stage.name: marks.durations(stage) for stage in stages(scale, folder)},
     }
 
 
-def draw(scale: Scale, asked: Json, place: Path) -> None:
-    """The charts of the what-if questions."""
-    sets = pairs_of_principals(scale)
-    write_chart(
-        place / "louder.svg",
-        "What is left for a principal when the other one is louder (equal KL, 0.5 nats a token)",
-        "scale of the louder one",
-        "gain, nats a token",
-        [_panel(title, asked["scaled"], pair, "scale", "other", least=1.0) for title, pair in sets.items()],
-    )
-    write_chart(
-        place / "mis-scaled.svg",
-        "Weighted gain when one principal is mis-scaled, as a share of the weighted sum's",
-        "scale of one principal",
-        "share",
-        [_panel(title, asked["scaled"], pair, "scale", "share") for title, pair in sets.items()],
-    )
-    write_chart(
-        place / "noise.svg",
-        "Weighted gain under white noise in q, as a share of the weighted sum's (equal KL)",
-        "noise, nats",
-        "share",
-        [_panel(title, asked["noisy"], pair, "noise", "share") for title, pair in sets.items()],
-    )
-    for who in ("liar", "victim"):
-        write_chart(
-            place / f"lie-{who}.svg",
-            f"What an inflated report brings the {who}, at the agent temperature of the truth",
-            "factor of the lie",
-            "true gain, nats a token",
-            [_panel(title, asked["lying"], pair, "lie", who) for title, pair in sets.items()],
-        )
-    groups = {f"{each['principals']}: {', '.join(each['group'])}": each["group"] for each in asked["many"]}
-    sizes = [len(group) for group in groups.values()]
-    rules = list(dict.fromkeys(each["rule"] for each in asked["many"]))
-    lines = {
-        key: {
-            rule: [
-                each[key]
-                for group in groups.values()
-                for each in asked["many"]
-                if each["group"] == group and each["rule"] == rule
-            ]
-            for rule in rules
-        }
-        for key in ("gain", "worst")
-    }
-    write_chart(
-        place / "many.svg",
-        "Three to eight principals with equal weights (equal KL)",
-        "principals",
-        "gain, nats a token",
-        [
-            Panel({"gain": "weighted gain", "worst": "the worst principal's gain"}[key], sizes, by_rule)
-            for key, by_rule in lines.items()
-        ],
-    )
-
-
-def _panel(
-    title: str, rows: Sequence[Json], pair: Sequence[str], x: str, y: str, *, least: float = float("-inf")
-) -> Panel:
-    of_pair = [each for each in rows if each["pair"] == list(pair) and each[x] >= least]
-    places = list(dict.fromkeys(each[x] for each in of_pair))
-    rules = list(dict.fromkeys(each["rule"] for each in of_pair))
-    by_place = {(each["rule"], each[x]): each[y] for each in of_pair}
-    return Panel(title.replace("_", ", "), places, {rule: [by_place[rule, at] for at in places] for rule in rules})
+def _processor() -> str:
+    """Its model where the system says so, else its architecture."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

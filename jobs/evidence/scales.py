@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Rules beside one another on held-out prompts.
+
+    Args:
+        principals: the name of their file in `configs/evidence`, which is a kind and a pair of objectives.
+        rules: `grid.rules`.
+        weights: `grid.weights`, of the first principal against the second.
+        prompts: how many of the held-out ones, from the first on.
+        unit: `decoding.unit`.
+    """
+
+    principals: str
+    rules: tuple[str, ...]
+    weights: tuple[float, ...]
+    prompts: int
+    unit: str = "token"
+
+    @property
+    def name(self) -> str:
+        """Of its stages and folders."""
+        return f"{self.principals}-{self.unit}"
+
+    @property
+    def kind(self) -> str:
+        """Of its principals: trained (ARMs), prompted, or aware (one preference-aware reward model)."""
+        return self.principals.partition("_")[0]
+
+    @property
+    def pair(self) -> str:
+        """Of its objectives, a key of `stages.PAIRS`."""
+        return self.principals.partition("_")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,16 +48,18 @@ class Scale:
         name: of the folder below `runs/evidence`.
         duration: on CPU cores, as measured or as computed from the measured speed.
         training: prompts for the pairs of both halves together.
+        halves: of the training prompts that principals are trained on. The principals of the second half are the
+            views of the first half's; without it no rewards are recorded and no what-if questions are asked.
+        answers: of the base to each training prompt, which judges compare.
+        pairs: by objective, the pairs of one prompt's answers that its principal is trained on, the widest first.
         epochs: passes of a training over its pairs.
+        training_dtype: of the backbone while a principal is trained.
         advise: prompts on which token rewards are recorded.
-        held_out: prompts whose answers are judged.
-        rules: `grid.rules` of the evaluations; over answers, `best_of_n` as well.
-        weights: `grid.weights` of the evaluations, of the first principal against the second.
-        agent_temperatures: `grid.agent_temperatures` of the evaluations at equal agent temperature; may be none.
-        target_kl: nats a token of the evaluations at equal KL.
-        units: `decoding.unit` of the evaluations.
-        objectives: which of them have trained principals.
-        sets: principals that are evaluated, by the names of their files.
+        evaluations: of answers, by judges.
+        agent_temperatures: `grid.agent_temperatures` of the evaluations at equal agent temperature. Without any, only
+            games over whole answers are evaluated so, at `stages.BEGIN`.
+        target_kl: nats a token of the evaluations at equal KL, which games over whole answers are not part of.
+        slots: rows that are decoded at once; more are faster, and change no byte.
         games: most recorded games on which what-if questions are asked; twice as many for the gains at equal KL.
         starts: of Jacobi in each game, to look for other equilibria.
     """
@@ -30,52 +67,99 @@ class Scale:
     name: str
     duration: str
     training: int
+    halves: tuple[str, ...]
+    answers: int
+    pairs: Mapping[str, int]
     epochs: float
+    training_dtype: str
     advise: int
-    held_out: int
-    rules: tuple[str, ...]
-    weights: tuple[float, ...]
+    evaluations: tuple[Evaluation, ...]
     agent_temperatures: tuple[float, ...]
     target_kl: float
-    units: tuple[str, ...]
-    objectives: tuple[str, ...]
-    sets: tuple[str, ...]
+    slots: int
     games: int
     starts: int
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Which have trained principals."""
+        return tuple(self.pairs)
 
+    @property
+    def has_views(self) -> bool:
+        """Whether both halves have principals, so that token rewards can be judged by other ones."""
+        return len(self.halves) == 2
+
+    @property
+    def held_out(self) -> int:
+        """Prompts whose answers are judged."""
+        return max(each.prompts for each in self.evaluations)
+
+
+ALL_RULES = ("base", "linear", "mixture", "maximin", "equilibrium", "solo", "soft_threshold")
+FEW_RULES = ("base", "linear", "equilibrium", "soft_threshold")
+ELEVEN = tuple(round(0.1 * at, 1) for at in range(11))
+THREE = (0.25, 0.5, 0.75)
 FULL = Scale(
     name="full",
     duration="about 90 core-hours for games over tokens, and several hundred more for those over answers",
     training=1000,
+    halves=("a", "b"),
+    answers=6,
+    pairs={"cheerful": 4, "formal": 4, "simple": 4},
     epochs=1.0,
+    training_dtype="float32",
     advise=100,
-    held_out=200,
-    rules=("base", "linear", "mixture", "maximin", "equilibrium", "solo", "soft_threshold"),
-    weights=tuple(round(0.1 * at, 1) for at in range(11)),
+    evaluations=(
+        *(
+            Evaluation(principals, (*ALL_RULES, *(["best_of_n"] if unit == "answer" else [])), ELEVEN, 200, unit)
+            for unit in ("token", "answer")
+            for principals in ("trained_tone", "prompted_tone", "trained_words", "prompted_words")
+        ),
+        Evaluation("aware_tone", (*ALL_RULES, "parm"), ELEVEN, 200),
+    ),
     agent_temperatures=(0.1, 0.2, 0.4, 0.8),
     target_kl=0.5,
-    units=("token", "answer"),
-    objectives=("cheerful", "formal", "simple"),
-    sets=("trained_tone", "prompted_tone", "trained_words", "prompted_words"),
+    slots=16,
     games=2000,
     starts=20,
+)
+MEDIUM = Scale(
+    name="medium",
+    duration="about an hour of one core",
+    training=480,
+    halves=("a",),
+    answers=8,
+    pairs={"cheerful": 2, "formal": 1},
+    epochs=1.0,
+    training_dtype="bfloat16",
+    advise=50,
+    evaluations=(
+        Evaluation("trained_tone", ("base", "linear", "equilibrium"), THREE, 200),
+        Evaluation("aware_tone", ("base", "parm", "linear", "equilibrium"), THREE, 60),
+        Evaluation("trained_tone", ("base", "best_of_n", "linear", "equilibrium"), (0.5,), 100, "answer"),
+    ),
+    agent_temperatures=(),
+    target_kl=0.5,
+    slots=64,
+    games=200,
+    starts=4,
 )
 SMALL = Scale(
     name="small",
     duration="about an hour on two idle cores",
     training=100,
+    halves=("a", "b"),
+    answers=6,
+    pairs={"cheerful": 4, "formal": 4},
     epochs=0.5,
+    training_dtype="float32",
     advise=50,
-    held_out=40,
-    rules=("base", "linear", "equilibrium", "soft_threshold"),
-    weights=(0.5,),
+    evaluations=tuple(Evaluation(each, FEW_RULES, (0.5,), 40) for each in ("trained_tone", "prompted_tone")),
     agent_temperatures=(),
     target_kl=0.5,
-    units=("token",),
-    objectives=("cheerful", "formal"),
-    sets=("trained_tone", "prompted_tone"),
+    slots=16,
     games=200,
     starts=4,
 )
-SCALES = {scale.name: scale for scale in (FULL, SMALL)}
+SCALES = {scale.name: scale for scale in (FULL, MEDIUM, SMALL)}

@@ -6,23 +6,26 @@ A stage that is done is skipped; one that was interrupted goes on, because the c
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from jobs.evidence.prompts import write_prompts
-from jobs.evidence.scales import Scale
+from jobs.evidence.scales import Evaluation, Scale
+from jobs.evidence.scored import write_scored
 from pipeline.errors import CageError
 
 CONFIGS = Path("configs/evidence")
-HALVES = ("a", "b")
 PAIRS = {"tone": ("cheerful", "formal"), "words": ("simple", "formal")}
 SEED = 0
+BEGIN = 0.3  # the agent temperature at which a row with a target of KL begins
 
 
 class StageFailed(CageError):
@@ -65,21 +68,42 @@ class Marks:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether it was run to its end as it is now."""
-        file = self._folder / f"{stage.name}.json"
-        return file.exists() and json.loads(file.read_text(encoding="utf-8"))["done"] == stage.done
+        found = self._read(stage.name)
+        return found.get("done") == stage.done and "ended" in found
 
     def run(self, stage: Stage) -> None:
-        """Run a stage and mark it. Raises StageFailed."""
-        started = time.time()
-        stage.run()
-        mark = {"done": stage.done, "seconds": round(time.time() - started), "ended": time.strftime("%Y-%m-%d %H:%M")}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / f"{stage.name}.json").write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+        """Run a stage and mark it. What an interrupted run of it took is counted, too. Raises StageFailed."""
+        found = self._read(stage.name)
+        goes_on = found.get("done") == stage.done
+        spent = {key: found[key] if goes_on else 0.0 for key in ("seconds", "core_seconds")} if found else {}
+        started, started_core = time.time(), _core_seconds()
+        ended = {}
+        try:
+            stage.run()
+            ended = {"ended": time.strftime("%Y-%m-%d %H:%M")}
+        finally:
+            mark = {
+                "done": stage.done,
+                "seconds": round(spent.get("seconds", 0.0) + time.time() - started, 1),
+                "core_seconds": round(spent.get("core_seconds", 0.0) + _core_seconds() - started_core, 1),
+                **ended,
+            }
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / f"{stage.name}.json").write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
-    def seconds(self) -> dict[str, int]:
-        """Wall-clock seconds by stage, of the last command that ended it."""
-        files = sorted(self._folder.glob("*.json"))
-        return {file.stem: json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files}
+    def durations(self, stage: Stage) -> dict[str, Any]:
+        """When a stage that is done ended, its seconds by the clock, and those of processor cores."""
+        return {key: value for key, value in self._read(stage.name).items() if key != "done"}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self._folder / f"{name}.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _core_seconds() -> float:
+    """Of this process and of all that it waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def stages(scale: Scale, folder: Path) -> Iterator[Stage]:
@@ -92,50 +116,90 @@ def stages(scale: Scale, folder: Path) -> Iterator[Stage]:
     prompts = folder / "prompts"
     sizes = {"training": scale.training, "advise": scale.advise, "held_out": scale.held_out}
     yield Stage("prompts", lambda: write_prompts(prompts, **sizes, seed=SEED), json.dumps(sizes))
-    for half in HALVES:
-        for objective in scale.objectives:
-            pairs = (f"input.path={prompts}/train-{half}.jsonl", f"output.path={folder}/pairs-{half}")
-            yield _command(f"pairs-{half}-{objective}", "synthesize", "pairs", *pairs, f"synthesis.score={objective}")
-            place = f"output.path={folder}/principals-{half}/{objective}"
-            words = (f"input.path={folder}/pairs-{half}", place, f"training.epochs={scale.epochs}")
-            yield _command(f"train-{half}-{objective}", "train", "train", *words)
+    for half in scale.halves:
+        yield from _trainings(scale, folder, half)
+    if scale.has_views:
+        yield _command(
+            "rewards",
+            "advise",
+            "rewards",
+            f"--games={folder}/games.npz",
+            f"input.path={prompts}/advise.jsonl",
+            f"output.path={folder}/rewards",
+            f"advise.prompts={scale.advise}",
+            *(f"principals.{each}={_trained(folder, each, 'a')}" for each in scale.objectives),
+            *(f"advise.views.{each}={_trained(folder, each, 'b')}" for each in scale.objectives),
+        )
+    for pair in dict.fromkeys(each.pair for each in scale.evaluations if each.kind == "aware"):
+        yield from _aware_training(scale, folder, pair)
+    for evaluation in scale.evaluations:
+        yield from _evaluations(scale, folder, evaluation)
+
+
+def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
+    """Answers of the base, and for every objective its pairs of them and a principal."""
+    for objective in scale.objectives:
+        yield _command(
+            f"pairs-{half}-{objective}",
+            "synthesize",
+            "pairs",
+            f"input.path={folder}/prompts/train-{half}.jsonl",
+            f"output.path={folder}/pairs-{half}",
+            f"decoding.n={scale.answers}",
+            f"cluster.slots={scale.slots}",
+            f"synthesis.score={objective}",
+            f"synthesis.pairs.max_pairs={scale.pairs[objective]}",
+        )
+        place = f"output.path={folder}/principals-{half}/{objective}"
+        words = (f"input.path={folder}/pairs-{half}", place, f"training.epochs={scale.epochs}")
+        yield _command(f"train-{half}-{objective}", "train", "train", *words, f"base.dtype={scale.training_dtype}")
+
+
+def _aware_training(scale: Scale, folder: Path, pair: str) -> Iterator[Stage]:
+    """One preference-aware reward model for two objectives, of the first half's answers."""
+    half, names = scale.halves[0], PAIRS[pair]
+    scored = folder / f"scored-{half}-{pair}.jsonl"
+    yield Stage(f"scored-{half}-{pair}", lambda: write_scored(folder / f"pairs-{half}", names, scored), str(scored))
     yield _command(
-        "rewards",
-        "advise",
-        "rewards",
-        f"--games={folder}/games.npz",
-        f"input.path={prompts}/advise.jsonl",
-        f"output.path={folder}/rewards",
-        f"advise.prompts={scale.advise}",
-        *(f"principals.{each}={_trained(folder, each, 'a')}" for each in scale.objectives),
-        *(f"advise.views.{each}={_trained(folder, each, 'b')}" for each in scale.objectives),
+        f"train-{half}-aware_{pair}",
+        "train",
+        "train_aware",
+        f"input.path={scored}",
+        f"input.scores={_flow({name: name for name in names})}",
+        f"input.max_pairs={min(scale.pairs[name] for name in names)}",
+        f"output.path={folder}/principals-{half}/aware_{pair}",
+        f"training.epochs={scale.epochs}",
+        f"base.dtype={scale.training_dtype}",
     )
-    for unit in scale.units:
-        for name in scale.sets:
-            yield from _evaluations(scale, folder, name, unit)
 
 
-def _evaluations(scale: Scale, folder: Path, name: str, unit: str) -> Iterator[Stage]:
-    """One set of principals at equal KL, and at equal agent temperature."""
-    kind, _, pair = name.partition("_")
-    names = PAIRS[pair]
-    vectors = [dict(zip(names, (weight, round(1 - weight, 2)), strict=True)) for weight in scale.weights]
+def _evaluations(scale: Scale, folder: Path, evaluation: Evaluation) -> Iterator[Stage]:
+    """One set of principals at equal KL (but for games over whole answers), and at equal agent temperature."""
+    half, names = scale.halves[0], PAIRS[evaluation.pair]
+    vectors = [dict(zip(names, (weight, round(1 - weight, 2)), strict=True)) for weight in evaluation.weights]
     common = [
         f"input.path={folder}/prompts/held_out.jsonl",
+        f"input.limit={evaluation.prompts}",
         f"grid.weights={_flow(vectors)}",
-        f"grid.rules={_flow([*scale.rules, *(['best_of_n'] if unit == 'answer' else [])])}",
-        *([f"decoding.unit={unit}"] if unit != "token" else []),
+        f"grid.rules={_flow(list(evaluation.rules))}",
+        f"cluster.slots={scale.slots}",
+        *([f"decoding.unit={evaluation.unit}"] if evaluation.unit != "token" else []),
     ]
-    if kind == "trained":
-        common += [f"principals.{each}={_trained(folder, each, 'a')}" for each in names]
-    ways: dict[str, tuple[str, ...]] = {
-        "kl": (f"decoding.target_kl={scale.target_kl}", "grid.agent_temperatures=[0.3]")
-    }
-    if scale.agent_temperatures:
-        ways["temperature"] = (f"grid.agent_temperatures={_flow(list(scale.agent_temperatures))}",)
+    if evaluation.kind == "trained":
+        common += [f"principals.{each}={_trained(folder, each, half)}" for each in names]
+    if evaluation.kind == "aware":
+        adapter = f"{folder}/principals-{half}/aware_{evaluation.pair}/preference"
+        common += [f"principals.{each}.adapter={adapter}" for each in names]
+    is_one_game = evaluation.unit == "answer"
+    temperatures = scale.agent_temperatures or ((BEGIN,) if is_one_game else ())
+    ways: dict[str, tuple[str, ...]] = {}
+    if not is_one_game:
+        ways["kl"] = (f"decoding.target_kl={scale.target_kl}", f"grid.agent_temperatures=[{BEGIN}]")
+    if temperatures:
+        ways["temperature"] = (f"grid.agent_temperatures={_flow(list(temperatures))}",)
     for at, changes in ways.items():
-        place = f"{name}-{unit}-{at}"
-        yield _command(place, "evaluate", name, *common, *changes, f"output.path={folder}/{place}")
+        place = f"{evaluation.name}-{at}"
+        yield _command(place, "evaluate", evaluation.principals, *common, *changes, f"output.path={folder}/{place}")
 
 
 def _command(name: str, command: str, config: str, *words: str) -> Stage:

@@ -437,6 +437,9 @@ class Config(Section):
             raise ValueError("decoding.soft_threshold: no effect without rule: soft_threshold")
         if decoding.target_kl is not None and not (self.principals and any(rule.uses_temperature for rule in rules)):
             raise ValueError("decoding.target_kl: no effect where no principal steers; leave it out")
+        is_one_game = self.units == (Unit.ANSWER,) and not decoding.proposals_by.uses_temperature
+        if decoding.target_kl is not None and is_one_game:
+            raise ValueError("decoding.target_kl: no effect with unit: answer, which is one game; leave it out")
         return self
 
     @property

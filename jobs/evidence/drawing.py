@@ -1,0 +1,105 @@
+"""Which charts are drawn of what the evidence found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.evidence.charts import Panel, write_chart
+from jobs.evidence.results import Json, pairs_of_principals
+from jobs.evidence.scales import Scale
+from jobs.evidence.stages import PAIRS
+
+
+def draw_answers(scale: Scale, judged: Sequence[Json], place: Path) -> None:
+    """For every evaluation at equal KL with several weights: both objectives by the weight of the first one."""
+    for evaluation in judged:
+        names = PAIRS[evaluation["set"].partition("_")[2]]
+        places = sorted({each["weights"][names[0]] for each in evaluation["points"] if each["rule"] != "base"})
+        if evaluation["at"] != "kl" or len(places) < 2:
+            continue
+        scores: dict[tuple[str, float], Json] = {}
+        for point in evaluation["points"]:
+            for weight in places if point["rule"] == "base" else [point["weights"][names[0]]]:
+                scores[point["rule"], weight] = point["objectives"]
+        rules = list(dict.fromkeys(rule for rule, _ in scores))
+        write_chart(
+            place / f"{scale.name}-{evaluation['set']}-{evaluation['unit']}.svg",
+            f"Mean scores of answers to {evaluation['prompts']} held-out prompts (equal KL, {scale.target_kl:g} nats "
+            "a token)",
+            f"weight of {names[0]}",
+            "score",
+            [
+                Panel(name, places, {rule: [scores[rule, weight][name] for weight in places] for rule in rules})
+                for name in names
+            ],
+        )
+
+
+def draw_questions(scale: Scale, asked: Json, place: Path) -> None:
+    """The charts of the what-if questions."""
+    sets = pairs_of_principals(scale)
+    write_chart(
+        place / "louder.svg",
+        "What is left for a principal when the other one is louder (equal KL, 0.5 nats a token)",
+        "scale of the louder one",
+        "gain, nats a token",
+        [_panel(title, asked["scaled"], pair, "scale", "other", least=1.0) for title, pair in sets.items()],
+    )
+    write_chart(
+        place / "mis-scaled.svg",
+        "Weighted gain when one principal is mis-scaled, as a share of the weighted sum's",
+        "scale of one principal",
+        "share",
+        [_panel(title, asked["scaled"], pair, "scale", "share") for title, pair in sets.items()],
+    )
+    write_chart(
+        place / "noise.svg",
+        "Weighted gain under white noise in q, as a share of the weighted sum's (equal KL)",
+        "noise, nats",
+        "share",
+        [_panel(title, asked["noisy"], pair, "noise", "share") for title, pair in sets.items()],
+    )
+    for who in ("liar", "victim"):
+        write_chart(
+            place / f"lie-{who}.svg",
+            f"What an inflated report brings the {who}, at the agent temperature of the truth",
+            "factor of the lie",
+            "true gain, nats a token",
+            [_panel(title, asked["lying"], pair, "lie", who) for title, pair in sets.items()],
+        )
+    groups = {f"{each['principals']}: {', '.join(each['group'])}": each["group"] for each in asked["many"]}
+    sizes = [len(group) for group in groups.values()]
+    rules = list(dict.fromkeys(each["rule"] for each in asked["many"]))
+    lines = {
+        key: {
+            rule: [
+                each[key]
+                for group in groups.values()
+                for each in asked["many"]
+                if each["group"] == group and each["rule"] == rule
+            ]
+            for rule in rules
+        }
+        for key in ("gain", "worst")
+    }
+    write_chart(
+        place / "many.svg",
+        "Three to eight principals with equal weights (equal KL)",
+        "principals",
+        "gain, nats a token",
+        [
+            Panel({"gain": "weighted gain", "worst": "the worst principal's gain"}[key], sizes, by_rule)
+            for key, by_rule in lines.items()
+        ],
+    )
+
+
+def _panel(
+    title: str, rows: Sequence[Json], pair: Sequence[str], x: str, y: str, *, least: float = float("-inf")
+) -> Panel:
+    of_pair = [each for each in rows if each["pair"] == list(pair) and each[x] >= least]
+    places = list(dict.fromkeys(each[x] for each in of_pair))
+    rules = list(dict.fromkeys(each["rule"] for each in of_pair))
+    by_place = {(each["rule"], each[x]): each[y] for each in of_pair}
+    return Panel(title.replace("_", ", "), places, {rule: [by_place[rule, at] for at in places] for rule in rules})
