@@ -28,6 +28,7 @@ from pipeline.errors import ConfigurationError, HostOutOfMemory
 from pipeline.protocol.drafts import DraftRequest, Proposed
 from pipeline.protocol.hosts import Reply
 from pipeline.protocol.specs import SamplingOptions
+from pipeline.runtime import engines
 from pipeline.runtime.assembly import assemble
 from pipeline.runtime.replica_plan import plan_replica
 from pipeline.stages.relabel import prepare
@@ -280,6 +281,22 @@ def test_what_is_kept_of_earlier_texts_changes_no_proposal(tiny, monkeypatch):
                     model._held[other] = model_state[other]
         assert [each.token for each in found] == [each.token for each in fresh]
         assert [each.probability for each in found] == pytest.approx([each.probability for each in fresh], abs=1e-4)
+
+
+def test_slots_leave_memory_for_the_model(tiny, monkeypatch):
+    budgets = []
+
+    def fits(found):
+        budgets.extend(found)
+        return 7
+
+    monkeypatch.setattr(engines, "slots_that_fit", fits)
+    options = {"cluster": {"slots": "auto"}, "decoding": {"draft": ["model"], "draft_model": str(tiny(seed=2))}}
+    engine, _ = engine_of(config_of(tiny(), PAIR, **options))
+    assert engine.num_slots == len(engine.drafter._model.model._held) == 7
+    of_model, of_base = budgets
+    assert 2 < of_base.slot_bytes / of_model.slot_bytes < 4  # three roles
+    assert of_model.place == of_base.place
 
 
 class Counting:
