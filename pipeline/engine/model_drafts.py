@@ -21,10 +21,10 @@ from pipeline.protocol.drafts import DraftingModel, DraftRequest
 
 LEVELS = 8  # of the probability that the model gives a token
 ANY_LEVEL = -1
-HOPEFUL = 0.5  # chance of a token, with which the first trials are made whatever they take
-FIRST_TRIALS = 4
+HOPEFUL = 0.5  # chance that all proposed tokens are drawn, with which a trial goes on to the next one
 TRIED = 4  # tokens
 TRIAL_SHARE = 0.01  # of the time, for trials
+FIRST_PASSES = 2  # of the base, whose time trials may take before that
 
 
 @dataclass(slots=True)
@@ -68,8 +68,7 @@ class ModelDrafts:
         self.spent_s = 0.0  # by the step that is being drafted
         self._rates, self._pace, self._draw = rates, pace, draw
         self._own_pace = Pace()
-        self._num_trials, self._trials_s = 0, 0.0
-        self._passes_s = 0.0
+        self._trials_s = self._passes_s = 0.0
         self._read: set[tuple[str, int, int]] = set()
         self._is_off = False
 
@@ -100,10 +99,11 @@ class ModelDrafts:
         while left and num_tokens < most and not self._is_off:
             left.sort(key=lambda each: -each.chance * self._rates.of(each.any_key))
             count = self._how_many(left, expected, num_rows + num_tokens)
-            if not count and not num_tokens and may_try and self._begins_trial(left):
+            if not count and not num_tokens and may_try and self._may_try(num_rows):
                 is_trial = True
                 left.sort(key=lambda each: each.running.key not in self._read)  # whose texts are read already
             if is_trial:
+                left = [each for each in left if each.chance >= HOPEFUL]
                 count = TRIED - num_tokens
             chosen = left[: min(count, most - num_tokens)]
             if not chosen:
@@ -130,12 +130,11 @@ class ModelDrafts:
                 best, best_gain = count, gain
         return best
 
-    def _begins_trial(self, ranked: Sequence[Asked]) -> bool:
-        is_first = self._num_trials < FIRST_TRIALS and self._rates.of(ranked[0].any_key) >= HOPEFUL
-        if not self._pace.is_begun or not (is_first or self._trials_s <= TRIAL_SHARE * self._passes_s):
+    def _may_try(self, num_rows: int) -> bool:
+        """Whether trials have taken so little time that another one is not felt."""
+        if not self._pace.is_begun:
             return False
-        self._num_trials += 1
-        return True
+        return self._trials_s <= FIRST_PASSES * self._pace.seconds(num_rows) + TRIAL_SHARE * self._passes_s
 
     def _ask(self, rows: Sequence[Asked]) -> float:
         """Have the model propose one more token for each row; the tokens that these are expected to give."""
