@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 
-.PHONY: demo test clusters simulate chaos check docs format browser kernels evidence audit lock soak clean help
+.PHONY: demo test nightly simulate chaos check docs format browser kernels evidence audit lock soak clean help
 
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
-	@echo "make test    run the tests (all but those that need a GPU)"
+	@echo "make test    run the tests, but for those that need a GPU and the long ones"
+	@echo "make nightly run the long tests: clusters, images, kills over Ray, every family's game (half an hour)"
 	@echo "make simulate  10,000 simulated runs with faults, in two processes: some minutes"
 	@echo "make chaos   50 real runs that are killed and resumed"
 	@echo "make check   formatter, linter, types, import contracts, documentation"
@@ -87,10 +88,11 @@ lock: $(READY)
 	  --python-version 3.11 --python-platform linux -c constraints.txt pyproject.toml -o requirements.lock \
 	  --extra lora --extra embedded --extra evaluate --extra synthesize --extra gcs --extra cluster --extra train
 
-# An hour of kills over Ray with memory recorded; SOAK=--minutes=5 for less.
-clusters: $(READY)
-	$(BIN)/python -m pytest -m clusters tests/test_clusters.py tests/test_soak.py
+# What takes half a minute or more each: most of it are processes that start.
+nightly: $(READY)
+	$(BIN)/python -m pytest -m nightly -n 2 --dist loadscope --no-loadscope-reorder
 
+# An hour of kills over Ray with memory recorded; SOAK=--minutes=5 for less.
 soak: $(READY)
 	$(BIN)/python tests/soak.py $(SOAK)
 

@@ -17,7 +17,11 @@ from support.commands import ROOT
         (["--schedules", "3", "--seed", "100"], 3),
         (["--schedules", "2", "--seed", "200", "--growing"], 2),
         # a coordinator at a point, and a node of a cluster of three
-        pytest.param(["--schedules", "1", "--seed", "11", "--transport", "ray"], 1, marks=pytest.mark.ray),
+        pytest.param(
+            ["--schedules", "1", "--seed", "11", "--transport", "ray"],
+            1,
+            marks=[pytest.mark.ray, pytest.mark.nightly],
+        ),
     ],
 )
 def test_runs_killed_at_random_lose_repeat_and_change_nothing(options, num_kills):

@@ -125,7 +125,7 @@ def test_too_many_bad_rows_exit_with_3(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(config, tmp_path, number):
     path, run = config
     (tmp_path / "prompts.jsonl").write_text(

@@ -15,7 +15,7 @@ from support.runs import job, parts, run_job, write_prompts
 from support.storage import s3_server
 
 pytestmark = [
-    pytest.mark.clusters,
+    pytest.mark.nightly,
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.skipif(not has_namespaces(), reason="needs mount namespaces (unshare)"),

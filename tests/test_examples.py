@@ -62,6 +62,7 @@ def test_solve_a_game_shows_an_equilibrium(capsys):
     assert float(lines[-1].split("residual ")[1].split(";")[0]) < 1e-6
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")

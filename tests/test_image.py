@@ -88,6 +88,7 @@ def run(image: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_image_has_what_each_command_needs(image: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
@@ -130,6 +131,7 @@ def test_the_image_has_what_each_command_needs(image: Path, tmp_path: Path) -> N
     run(image, "report", tmp_path / "evaluate")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_image_shows_the_help_of_each_command(image: Path) -> None:
     shown = run(image, "--help")
@@ -138,12 +140,14 @@ def test_the_image_shows_the_help_of_each_command(image: Path) -> None:
         assert "Usage:" in run(image, command, "--help")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_image_reaches_the_stores_that_the_documentation_names(image: Path) -> None:
     packages = "import s3fs, gcsfs, peft, gguf, moocore, datasketch, vaderSentiment, better_profanity, aiohttp"
     subprocess.run([image / "python", "-c", packages], check=True, cwd=image.parent, timeout=300)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_of_the_image_exports_what_the_dashboard_asks_for(image: Path, tmp_path: Path) -> None:

@@ -427,9 +427,12 @@ def test_the_plan_says_what_it_costs_and_an_aligner_and_a_run_agree(tiny, pairs,
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_over_ray_a_model_with_other_tokens_writes_the_bytes_of_one_process(tiny, pairs, tmp_path):
+def test_over_ray_models_with_other_tokens_write_the_bytes_of_one_process(tiny, pairs, judge, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 7)
-    principals = {"kind": {"kind": "prompted", "model": str(pairs(seed=1)), "principle": "be kind", "weight": 0.5}}
+    principals = {
+        "kind": {"kind": "prompted", "model": str(pairs(seed=1)), "principle": "be kind", "weight": 0.5},
+        "judge": {"kind": "reward_model", "model": str(judge(pairs=True)), "interval": 2},
+    }
     run_job(job(prompts, tmp_path / "one", tiny(), principals=principals), tmp_path)
     cluster = {"transport": "ray", "slots": 4}
     run_job(job(prompts, tmp_path / "two", tiny(), principals=principals, cluster=cluster), tmp_path)

@@ -104,6 +104,7 @@ def test_a_run_whose_board_is_killed_ends_in_one_line_and_the_same_command_conti
     assert parts(tmp_path / "run") == expected
 
 
+@pytest.mark.nightly
 def test_a_shard_whose_replica_dies_each_time_is_given_up(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), errors={"max_attempts": 2})
@@ -113,6 +114,7 @@ def test_a_shard_whose_replica_dies_each_time_is_given_up(tiny, tmp_path):
     assert run.is_complete
 
 
+@pytest.mark.nightly
 def test_a_full_disk_in_a_replica_ends_the_run_in_one_line_and_the_same_command_continues(tiny, tmp_path, reference):
     prompts, expected = reference
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
@@ -141,6 +143,7 @@ def test_a_cluster_on_this_machine_knows_its_user_by_a_token():
         assert ("Failed to connect" in result.stderr) == (stranger is not None), result.stderr
 
 
+@pytest.mark.nightly
 def test_shards_that_another_driver_committed_are_not_decoded_again(tiny, tmp_path, reference):
     prompts, _ = reference
     config = job(prompts, tmp_path / "run", tiny(), **two_hosts(tiny))
@@ -196,6 +199,7 @@ def test_a_replica_that_no_machine_can_hold_is_refused(tiny, tmp_path):
         run_job(config, tmp_path)
 
 
+@pytest.mark.nightly
 def test_a_run_on_ray_is_extended_and_mended(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 7)
     run_job(job(prompts, tmp_path / "whole", tiny()), tmp_path)

@@ -136,6 +136,7 @@ def test_outcomes_that_nobody_collects_are_let_go():
     assert 2 < KEPT_OUTCOMES < len(tickets)  # an engine waits for two at most
 
 
+@pytest.mark.nightly
 def test_coordination_is_measured_beside_hosts_that_never_wait():
     [cell] = measure([5.0], 1, 1, 4, 0.5, is_gpu=True)
     assert cell.device == "gpu"

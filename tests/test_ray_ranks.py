@@ -68,6 +68,7 @@ def test_base_principals_and_ranks_are_on_gpus_of_their_own_and_span_machines_on
     assert len(machines(large)) == 2
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")

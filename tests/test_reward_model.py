@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.decoding import NOWHERE, ask, config_of, decode
 from support.reward_hosts import RewardReplica
-from support.runs import job, parts, run_job, write_prompts
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -225,18 +224,3 @@ def test_the_plan_says_what_is_scored_and_on_text_at_which_cost(tiny, judge, tmp
     assert "other is scored on text" in text
     assert "8 texts per row and scored step" in text
     assert "same is scored on text" not in text
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_over_ray_a_reward_model_with_its_own_tokenizer_writes_the_bytes_of_one_process(tiny, judge, tmp_path):
-    prompts = write_prompts(tmp_path / "prompts.jsonl", 9)
-    principals = {
-        "kind": {"kind": "prompted", "principle": "be kind", "weight": 0.5},
-        "judge": {"kind": "reward_model", "model": str(judge(pairs=True)), "interval": 2},
-    }
-    run_job(job(prompts, tmp_path / "one", tiny(), principals=principals), tmp_path)
-    cluster = {"transport": "ray", "slots": 4}
-    run_job(job(prompts, tmp_path / "two", tiny(), principals=principals, cluster=cluster), tmp_path)
-    assert parts(tmp_path / "one") == parts(tmp_path / "two")

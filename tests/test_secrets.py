@@ -35,6 +35,7 @@ def test_a_run_writes_and_says_no_secret_of_its_environment(tiny, tmp_path, plan
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_over_ray_leaves_no_secret_with_ray_either(tiny, tmp_path, planted, monkeypatch):

@@ -37,7 +37,7 @@ def test_memory_is_told_by_kind_with_the_growth_of_the_oldest_process():
     assert "driver" in soak.describe({"rows": 3, "memory": facts})
 
 
-@pytest.mark.clusters
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_minute_of_kills_loses_and_changes_nothing(tmp_path):

@@ -191,6 +191,7 @@ def test_a_full_disk_is_waited_for_and_then_reported(
     assert parts(tmp_path / "run") == parts(tmp_path / "whole")
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
 def test_expired_credentials_in_a_replica_end_the_command_with_1_and_it_continues(faulty_s3, tiny, tmp_path):

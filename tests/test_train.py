@@ -217,6 +217,7 @@ def test_the_command_ends_with_lines_that_are_a_configuration(tiny, tmp_path):
     assemble(run, NOWHERE)
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_objectives_that_are_trained_on_actors_are_those_of_one_process(tiny, tmp_path, ray_cluster):
     rows = [

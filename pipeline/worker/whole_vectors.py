@@ -54,6 +54,7 @@ SENSITIVE = frozenset(
 PRODUCTS = frozenset(
     (functional.linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm)
 )
+WATCHED = SENSITIVE | PRODUCTS  # every function of torch passes here: the others must cost nothing
 EXACT_POWERS = (2, 3, -1, -2, 0.5, -0.5)  # computed by products and roots
 
 
@@ -99,6 +100,8 @@ class WholeVectors(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function not in WATCHED:
+            return function(*args, **kwargs)
         if _is_narrow(function, args) or _is_short(function, args):
             return _product(function, args, kwargs)
         # a tensor with gaps, such as half of a wider one, is computed run by run: each run has an end of its own
@@ -121,6 +124,8 @@ class _Detector(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if function not in WATCHED:
+            return function(*args, **(kwargs or {}))
         if _is_sensitive(function, args) and args[0].shape[-1:] != ():
             self.found |= bool(args[0].shape[-1] % WHOLE)
         self.found |= _is_narrow(function, args)
