@@ -36,7 +36,7 @@ from pipeline.runtime.topology import build_topology
 from pipeline.sampling.games import as_game, solve, token_rewards
 from pipeline.sampling.proposals import propose_from
 from pipeline.steered_answers import Account, SteeredAnswer, SteeredStep
-from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.devices import pick_device, pick_dtype
 from pipeline.worker.padded_passes import pad_left, role_passes
 from pipeline.worker.quantised import quantised_options
 from pipeline.worker.token_holes import without_holes

@@ -32,7 +32,10 @@ class Resources(Section):
 
     num_cpus: float = Field(1, ge=0, description="CPU cores")
     num_gpus: float | None = Field(
-        None, ge=0, description="GPUs; a share lets several hosts use one; null: one where the device is a GPU"
+        None,
+        ge=0,
+        description="GPUs; a share lets several hosts use one; null: one where the device is a GPU, or "
+        "as many as layers are spread over",
     )
 
 
@@ -84,6 +87,9 @@ class ModelConfig(Section):
     tensor_parallel: int = Field(
         1, ge=1, le=64, description="processes that the weights are split over, with a GPU each where there are GPUs"
     )
+    pipeline_parallel: int = Field(
+        1, ge=1, le=64, description="GPUs of one process that the layers are spread over, each with a range of them"
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one; cpu, cuda or cuda:N"
     )
@@ -109,11 +115,39 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _layers_are_on_gpus(self) -> ModelConfig:
+        count, num_gpus = self.pipeline_parallel, self.resources.num_gpus
+        if count == 1:
+            return self
+        if self.tensor_parallel > 1:
+            raise ValueError(
+                f"a model is split by layers or within them: set tensor_parallel or pipeline_parallel to 1; got "
+                f"{self.tensor_parallel} and {count}"
+            )
+        if self.quantization is not None:
+            raise ValueError(
+                f"quantised weights are not spread over devices: leave out quantization ({self.quantization.kind}), "
+                f"or set pipeline_parallel to 1; got {count}"
+            )
+        if self.device == "cpu":
+            raise ValueError(
+                f"pipeline_parallel spreads layers over GPUs: with device: cpu it must be 1; got {count} "
+                "(tensor_parallel splits them over processes of a CPU)"
+            )
+        if num_gpus not in (None, count):
+            raise ValueError(
+                f"resources are those of the process: with pipeline_parallel: {count} num_gpus must be null or "
+                f"{count}; got {num_gpus:g}"
+            )
+        return self
 
-def in_one_process(model: ModelConfig) -> ModelConfig:
-    """Refuse a model that is split over ranks, for where that has no effect."""
-    if model.tensor_parallel > 1:
-        raise ValueError(f"tensor_parallel must be 1 here, as one process runs it; got {model.tensor_parallel}")
+
+def on_one_device(model: ModelConfig) -> ModelConfig:
+    """Refuse a model that is split over processes or devices, for where that has no effect."""
+    for name in ("tensor_parallel", "pipeline_parallel"):
+        if (count := getattr(model, name)) > 1:
+            raise ValueError(f"{name} must be 1 here, as one process runs it on one device; got {count}")
     return model
 
 

@@ -100,7 +100,7 @@ def test_drafts_without_an_effect_are_refused(words):
         config_of("base", PRINCIPALS, **REFUSED[words])
 
 
-@pytest.mark.parametrize("kind", ["states", "rows", "reward_model", "tokens", "gpu"])
+@pytest.mark.parametrize("kind", ["states", "rows", "reward_model", "tokens", "gpu", "gpus"])
 def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, judge, tmp_path, kind):
     base, principals = {"model": str(tiny())}, dict(PRINCIPALS)
     if kind == "states":
@@ -109,6 +109,8 @@ def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, jud
         base, says = {**base, "attention": "plain"}, "one row at a time"
     elif kind == "gpu":
         base, says = {**base, "device": "cuda"}, "on a GPU"
+    elif kind == "gpus":
+        base, says = {**base, "pipeline_parallel": 2}, "on a GPU"
     elif kind == "tokens":
         other = make_model(tmp_path / "m", tokenizer=make_pair_tokenizer())
         principals["other"] = {"kind": "arm", "model": str(other), "reference": "none"}

@@ -12,11 +12,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from jobs.commands.models import markdown_table, run_models
 from jobs.families.configurations import FAMILIES, is_installed, make_config, make_random_model
-from jobs.families.measure import greedy, host_spec, measure, prompts
+from jobs.families.devices import why_not_spread
+from jobs.families.measure import greedy, greedy_on_devices, host_spec, measure, prompts
 from jobs.families.ranks import RankPair, why_no_split
+from jobs.families.simulated_devices import simulated
+from pipeline.attention.slots import SlotCache
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import PLAIN, REFUSED, SLOTS, expect, keeps_states, read_table
 from pipeline.hub.model_facts import as_mapping
+from pipeline.worker.layer_devices import _OutputTo
 from pipeline.worker.loading import load_language_model
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +74,49 @@ def test_two_ranks_decode_a_family_as_one_process_does(name, ranks, tmp_path):
         return greedy(load_language_model(spec).runner, rows, num_new)
 
     assert ranks.why_not(name, spec, prompts(), expected) is None
+
+
+SPREAD = [name for name in MADE if read_table().families[name].is_pipeline_parallel]
+
+
+@pytest.mark.parametrize("name", [*SOME_KINDS, *[name for name in SPREAD if name not in SPLIT][::12]])
+def test_two_devices_give_the_bits_of_one(name, tmp_path):
+    make_random_model(name).save_pretrained(tmp_path / "model")
+    spec = host_spec(tmp_path / "model")
+    expected, _ = greedy_on_devices(load_language_model(spec).runner)
+    assert why_not_spread(spec, greedy_on_devices, expected) is None
+
+
+def hold_on_the_first_device(monkeypatch):
+    hold = SlotCache.hold
+
+    def held(self, layer, key_GTD, value_GTD, num_tokens):
+        return hold(self, layer, key_GTD.to(simulated(0)), value_GTD.to(simulated(0)), num_tokens)
+
+    monkeypatch.setattr(SlotCache, "hold", held)
+
+
+def leave_outputs_on_the_last_device(monkeypatch):
+    monkeypatch.setattr(_OutputTo, "__call__", lambda self, module, args, output: output)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (hold_on_the_first_device, "two devices decode it row by row: .*all tensors must be on one device"),
+        (leave_outputs_on_the_last_device, "two devices cannot run it: .*all tensors must be on one device"),
+    ],
+)
+def test_layers_that_cannot_be_spread_are_noticed(fault, says, tmp_path, monkeypatch):
+    fault(monkeypatch)
+    make_random_model("llama").save_pretrained(tmp_path / "model")
+    assert re.match(says, why_not_spread(host_spec(tmp_path / "model"), greedy_on_devices, []))
+
+
+def test_every_family_that_is_decoded_can_be_spread():
+    assert SPREAD == MADE
+    for family in read_table().families.values():
+        assert "pipeline_parallel" not in family.reasons
 
 
 def test_whether_a_family_is_split_is_what_its_plan_says():

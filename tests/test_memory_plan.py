@@ -105,7 +105,7 @@ def test_a_slots_buffers_and_a_pass_take_what_the_plan_says(tiny: Tiny) -> None:
     admit(10)
     held = sum(each.nbytes for each in (*runner._cache.keys, *runner._cache.values))
     num_rows = 4 * len(ROLES)
-    of_row = capacity_for(300) * runner.cache_bytes_per_token
+    of_row = capacity_for(300) * runner.cache_bytes_per_token.total()
     assert held == (num_rows + 1) * of_row  # and one row for padding
     sizes = runner._passes.sizes
     assert runner.memory_budget(300).slot_bytes == len(ROLES) * (

@@ -220,7 +220,7 @@ def test_memory_of_a_slot_counts_states_and_what_is_kept_beside_slots(runner_of,
     passes = runner._passes
     buffers = [each for layer in passes._states._buffers for each in layer]
     num_rows = len(ROLES) * (3 + NUM_KEPT) + 1
-    assert sum(each.nbytes for each in buffers) == num_rows * bytes_per_row(passes._cached)
+    assert sum(each.nbytes for each in buffers) == num_rows * bytes_per_row(passes._cached).total()
     keys = sum(each.nbytes for each in (*passes._cache.keys, *passes._cache.values))
     logits = 4 * 4 * 261
     of_row = (keys + sum(each.nbytes for each in buffers)) // num_rows

@@ -21,7 +21,7 @@ from pipeline.records import Message, Row, Tool
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.topology import build_topology
 from pipeline.worker.adapters import without_peft_warnings
-from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.devices import pick_device, pick_dtype
 
 # Llama architectures, and a mixture of experts that chooses 2 of 16; the names say how many parameters they have.
 SHAPES: Mapping[str, Mapping[str, Any]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from jobs.bench.models import Work
 from pipeline.hub.sources import fetch_weights, resolve_model
 from pipeline.worker.cuda_graphs import CapturedGraph
-from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.devices import pick_device, pick_dtype
 from pipeline.worker.stopwatch import Stopwatch
 
 CONTEXT = 64  # tokens of every row when the floor is measured

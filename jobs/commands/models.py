@@ -21,7 +21,17 @@ from pipeline.hub.families import (
 )
 
 WORDS = {SLOTS: "in slots", PLAIN: "row by row", REFUSED: "refused"}
-HEAD = ("family", "decoding", "strict", "LoRA", "CUDA graphs", "reward model", "tensor parallel", "reason")
+HEAD = (
+    "family",
+    "decoding",
+    "strict",
+    "LoRA",
+    "CUDA graphs",
+    "reward model",
+    "tensor parallel",
+    "pipeline parallel",
+    "reason",
+)
 
 
 def run_models(names: Sequence[str], *, measure: bool, write: bool, markdown: bool, json_file: Path | None) -> None:
@@ -65,15 +75,22 @@ def markdown_table(found: FamilyTable) -> str:
 
 def _row(name: str, family: ServedFamily) -> list[str]:
     if family.decoding == REFUSED:
-        return [name, WORDS[REFUSED], "", "", "", "", "", family.reasons["decoding"]]
+        return [name, WORDS[REFUSED], "", "", "", "", "", "", family.reasons["decoding"]]
     said = (
         family.is_strict,
         family.takes_adapters,
         family.has_fixed_passes,
         family.is_reward_model,
         family.is_tensor_parallel,
+        family.is_pipeline_parallel,
     )
-    labels = {"decoding": "", "lora": "LoRA: ", "reward_model": "reward model: ", "tensor_parallel": "ranks: "}
+    labels = {
+        "decoding": "",
+        "lora": "LoRA: ",
+        "reward_model": "reward model: ",
+        "tensor_parallel": "ranks: ",
+        "pipeline_parallel": "devices: ",
+    }
     reasons = [f"{label}{family.reasons[key]}" for key, label in labels.items() if key in family.reasons]
     return [name, WORDS[family.decoding], *("yes" if each else "no" for each in said), "; ".join(reasons)]
 

@@ -163,7 +163,7 @@ def describe_plan(
         _hosts(replica),
         *_decoding(replica),
         *_drafts(replica),
-        *_ranks(replica),
+        *_splits(replica),
         *_masked(replica),
         *_unobeyed(replica),
         "",
@@ -315,8 +315,8 @@ def _of_model(draft: HostSpec) -> str:
     return draft.source.name if draft.layers is None else f"the first {draft.layers} layers of {draft.source.name}"
 
 
-def _ranks(replica: ReplicaPlan) -> list[str]:
-    """A line for each host whose weights are split, with what that needs of the machines."""
+def _splits(replica: ReplicaPlan) -> list[str]:
+    """A line for each host whose weights are on several devices, with what that needs of the machines."""
     where = (
         " and a GPU of its own where there are GPUs"
         if replica.config.cluster.transport is Transport.LOCAL
@@ -327,6 +327,11 @@ def _ranks(replica: ReplicaPlan) -> list[str]:
         f"{plan.name} is split over {plan.model.tensor_parallel} processes, each with its part of every layer{where}"
         for plan in replica.topology.hosts
         if plan.model.tensor_parallel > 1
+    ] + [
+        f"the layers of {plan.name} are spread over {plan.model.pipeline_parallel} GPUs of one process, which "
+        "compute one after another, without CUDA graphs and compiled layers, and do not run ahead"
+        for plan in replica.topology.hosts
+        if plan.model.pipeline_parallel > 1
     ]
 
 

@@ -78,8 +78,8 @@ def count_gpus(hosts: Sequence[PlannedHost], config: Config) -> float:
     of_replica = 0.0
     for host in hosts:
         if host.device_type == "cuda":
-            share = host.plan.model.resources.num_gpus
-            of_replica += host.plan.model.tensor_parallel * (1.0 if share is None else share)
+            model, share = host.plan.model, host.plan.model.resources.num_gpus
+            of_replica += model.tensor_parallel * (model.pipeline_parallel if share is None else share)
     return of_replica * config.cluster.replica_range.max
 
 

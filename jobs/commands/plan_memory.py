@@ -67,8 +67,10 @@ def _states(host: PlannedHost) -> str:
 
 def _host_row(host: PlannedHost, config: Config) -> list[str]:
     plan, gpus = host.plan, host.plan.model.resources.num_gpus
-    num_ranks = plan.model.tensor_parallel
+    num_ranks, num_devices = plan.model.tensor_parallel, plan.model.pipeline_parallel
     each = f"{num_ranks} x " if num_ranks > 1 else ""
+    if gpus is None and num_devices > 1:
+        gpus = num_devices
     return [
         plan.name,
         plan.model.device,
@@ -150,6 +152,8 @@ def what_to_change(device: PlannedDevice, config: Config) -> list[str]:
         ways.append(f"lower decoding.max_new_tokens ({config.decoding.max_new_tokens:,})")
     if largest.plan.model.tensor_parallel > 1:  # quantised weights are not split
         ways.append(f"split {name} over more ranks (tensor_parallel)")
+    elif largest.plan.model.pipeline_parallel > 1:  # nor are they spread
+        ways.append(f"spread {name} over more GPUs (pipeline_parallel)")
     elif all(label in BYTES_BY_DTYPE or label == ADAPTERS for label in largest.weights):
         four_bits = device.weight_bytes - largest.weight_bytes * 3 // 4
         ways.append(f"quantise {name} (quantization: bnb-4bit; then about {size(four_bits)} of weights)")

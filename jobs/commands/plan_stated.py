@@ -12,11 +12,11 @@ from pipeline.config.sections import Config
 from pipeline.config.variants import lay_out
 from pipeline.errors import ConfigurationError
 from pipeline.hub.gpus import Gpu
-from pipeline.hub.parallel_plans import why_not_divided
+from pipeline.hub.parallel_plans import why_not_divided, why_too_few_layers
 from pipeline.hub.sources import ModelSource, resolve_configured
 from pipeline.protocol.topology import HostPlan
 from pipeline.runtime.memory_plan import PlannedHost, device_type_of, plan_host, size_as_stated, size_of_source
-from pipeline.runtime.replica_plan import check_ranks
+from pipeline.runtime.splits import check_split
 from pipeline.runtime.topology import build_topology, models_of
 from pipeline.sections import ModelSizes
 from pipeline.storage.plan import open_planned_input
@@ -68,7 +68,7 @@ def plan_stated_hosts(config: Config, findings: Findings, gpu: Gpu | None) -> li
     for plan in build_topology(config).hosts:
         source = findings.sources.get(plan.model.model_dump_json())
         if source is not None:
-            check_ranks(plan, source)
+            check_split(plan, source)
             sized = size_of_source(source)
         else:
             assert plan.model.sizes is not None
@@ -79,7 +79,7 @@ def plan_stated_hosts(config: Config, findings: Findings, gpu: Gpu | None) -> li
 
 
 def _check_sizes(plan: HostPlan, sizes: ModelSizes) -> None:
-    """Refuse a model whose stated sizes cannot be divided by the number of its ranks."""
+    """Refuse a model whose stated sizes cannot be divided by the number of its ranks, or whose layers are too few."""
     stated = {
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads or sizes.heads,
@@ -89,6 +89,11 @@ def _check_sizes(plan: HostPlan, sizes: ModelSizes) -> None:
         raise ConfigurationError(
             f"{plan.model.model} (for {', '.join(plan.serves)}) cannot be split over {plan.model.tensor_parallel} "
             f"ranks: {reason}"
+        )
+    if reason := why_too_few_layers(sizes.layers, plan.model.pipeline_parallel):
+        raise ConfigurationError(
+            f"{plan.model.model} (for {', '.join(plan.serves)}) cannot be spread over {plan.model.pipeline_parallel} "
+            f"devices: {reason}"
         )
 
 

@@ -338,7 +338,7 @@ FAMILIES: dict[str, Family] = {
         }
     ),
     "longcat_flash": Family(
-        {"num_layers": 1, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "head_dim": 8}
+        {"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "head_dim": 8}
     ),
     "mellum": Family({"layer_types": SLIDING_FULL}),
     "mimo_v2_flash": Family({"layer_types": SLIDING_FULL, "mlp_layer_types": DENSE_SPARSE}),

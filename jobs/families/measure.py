@@ -31,6 +31,7 @@ from jobs.families.configurations import (
     make_random_model,
     model_class,
 )
+from jobs.families.devices import why_not_spread
 from jobs.families.ranks import RankPair
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import PLAIN, REFUSED, SLOTS, FamilyTable, ServedFamily, read_table
@@ -42,12 +43,13 @@ from pipeline.worker.adapters import without_peft_warnings
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
 from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.language_model_runner import LanguageModelRunner
-from pipeline.worker.loading import load_language_model
+from pipeline.worker.loading import LoadedModel, load_language_model
 from pipeline.worker.reward_loading import load_reward_model
 from pipeline.worker.weights import is_composite, load_causal_lm
 
 NUM_NEW = 24
 LENGTHS = (56, 11, 37)  # of the prompts: beyond window and chunk, within both, and across the window in the answer
+NUM_ON_DEVICES = 6  # tokens of each answer on simulated devices
 ADAPTER = "adapter"
 # operations whose result the host waits for
 HOST_READS = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::item"})
@@ -62,7 +64,7 @@ def measure(name: str, ranks: RankPair | None = None) -> ServedFamily:
 
     Args:
         name: of the family.
-        ranks: where it is split over two; None: what the table says of that is kept.
+        ranks: where it is split over two; None: what the table says of ranks and devices is kept.
 
     Raises:
         FamilyError: it is decoded, and not as `generate` does.
@@ -125,14 +127,7 @@ def _measure(name: str, folder: Path, ranks: RankPair | None) -> ServedFamily:
         reasons["lora"] = reason
     if reason := _why_no_reward_model(name, spec, folder):
         reasons["reward_model"] = reason
-    if ranks is not None:
-        runner = loaded.runner
-        reason = ranks.why_not(name, spec, prompts(), lambda rows, num_new: greedy(runner, rows, num_new))
-    else:
-        known = read_table().families.get(name)
-        reason = None if known is None else known.reasons.get("tensor_parallel")
-    if reason:
-        reasons["tensor_parallel"] = reason
+    reasons |= _why_not_split(name, spec, loaded, expected, ranks)
     return ServedFamily(
         decoding=loaded.decoding,
         is_strict=is_strict,
@@ -140,8 +135,31 @@ def _measure(name: str, folder: Path, ranks: RankPair | None) -> ServedFamily:
         is_reward_model="reward_model" not in reasons,
         has_fixed_passes=loaded.slot_runner is not None and _has_fixed_passes(loaded.slot_runner, spec),
         is_tensor_parallel="tensor_parallel" not in reasons,
+        is_pipeline_parallel="pipeline_parallel" not in reasons,
         reasons=reasons,
     )
+
+
+def _why_not_split(
+    name: str, spec: HostSpec, loaded: LoadedModel, expected: Sequence[Sequence[int]], ranks: RankPair | None
+) -> dict[str, str]:
+    """Why the model is not split over ranks or spread over devices, where it is not."""
+    if ranks is None:
+        known = read_table().families.get(name)
+        said = {} if known is None else known.reasons
+        return {way: said[way] for way in ("tensor_parallel", "pipeline_parallel") if way in said}
+    found = {
+        "tensor_parallel": ranks.why_not(
+            name, spec, prompts(), lambda rows, num_new: greedy(loaded.runner, rows, num_new)
+        ),
+        "pipeline_parallel": why_not_spread(spec, greedy_on_devices, [each[:NUM_ON_DEVICES] for each in expected]),
+    }
+    return {way: reason for way, reason in found.items() if reason is not None}
+
+
+def greedy_on_devices(runner: LanguageRunner) -> tuple[list[list[int]], list[Tensor]]:
+    """The first tokens of greedy answers to all prompts, for `why_not_spread`."""
+    return greedy(runner, range(len(LENGTHS)), NUM_ON_DEVICES)
 
 
 def host_spec(folder: Path) -> HostSpec:
@@ -171,7 +189,7 @@ def greedy(
     for step in range(num_new):
         if step:
             runner.advance(Step((), slots, [answer[-1] for answer in answers]))
-        logprobs_BV = runner.logprobs_at(slots, None)[:, 0]
+        logprobs_BV = runner.logprobs_at(slots, None)[:, 0].cpu()
         logprobs_BV = logprobs_BV.index_fill(1, torch.tensor([0]), -torch.inf)  # no answer ends
         for answer, token in zip(answers, logprobs_BV.argmax(-1).tolist(), strict=True):
             answer.append(token)

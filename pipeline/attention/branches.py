@@ -10,6 +10,7 @@ C capacity.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,9 +43,12 @@ class RowCache:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
-    def bytes_per_token(self) -> int:
-        """Bytes per token over all layers; 0 before the first pass."""
-        return sum(each.element_size() * each.shape[0] * each.shape[2] for each in (*self.keys, *self.values))
+    def bytes_per_token(self) -> Counter[torch.device]:
+        """Bytes per token over all layers, by device; none before the first pass."""
+        found: Counter[torch.device] = Counter()
+        for each in (*self.keys, *self.values):
+            found[each.device] += each.element_size() * each.shape[0] * each.shape[2]
+        return found
 
     @property
     def num_bytes(self) -> int:
@@ -120,13 +124,14 @@ class Reading:
             self.positions += [branch.fork + at for at in range(len(branch.tokens))]
             self._limits += [branch.fork] * len(branch.tokens)
             self._owners += [owner] * len(branch.tokens)
-        self._masks: dict[Visibility, Tensor] = {}
+        self._masks: dict[tuple[Visibility, torch.device], Tensor] = {}
 
     def mask(self, visibility: Visibility, device: torch.device) -> Tensor:
         """Which keys each token of the reading may attend to, [T, L + T]."""
-        if visibility not in self._masks:
-            self._masks[visibility] = self._make_mask(visibility).to(device)
-        return self._masks[visibility]
+        key = visibility, device
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(visibility).to(device)
+        return self._masks[key]
 
     def _make_mask(self, visibility: Visibility) -> Tensor:
         num_trunk = len(self.trunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,12 +38,14 @@ class State:
         index: which of the layer's states of that name.
         shape: of one row.
         dtype: of its numbers.
+        device: of its layer.
     """
 
     name: str
     index: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device = field(compare=False)  # a plan has none, and compares
 
     @property
     def num_bytes(self) -> int:
@@ -122,7 +125,9 @@ def _states_of_modules(model: Any) -> list[CachedLayer]:
     for path, module in model.named_modules():
         kept = {name: vars(module)[name] for name in MODULE_STATES if vars(module).get(name) is not None}
         if kept:
-            states = [State(name, 0, tuple(state.shape[1:]), state.dtype) for name, state in kept.items()]
+            states = [
+                State(name, 0, tuple(state.shape[1:]), state.dtype, state.device) for name, state in kept.items()
+            ]
             found.append(CachedLayer(states=tuple(states), module=path))
     return found
 
@@ -142,11 +147,15 @@ def _describe(layer: Any) -> CachedLayer:
                 continue
             if state.shape[0] != 1:
                 raise NotServed(f"{name} of its {kind.__name__} have no dimension for rows")
-            states.append(State(name, index, tuple(state.shape[1:]), state.dtype))
+            states.append(State(name, index, tuple(state.shape[1:]), state.dtype, state.device))
     attends = kind in HYBRID_CLASSES and layer.is_initialized
     return CachedLayer(attends, layer.number_of_states, tuple(states), dict(layer.conv_kernel_size))
 
 
-def bytes_per_row(layers: Sequence[CachedLayer]) -> int:
-    """Bytes of all states of one row."""
-    return sum(state.num_bytes for layer in layers for state in layer.states)
+def bytes_per_row(layers: Sequence[CachedLayer]) -> Counter[torch.device]:
+    """Bytes of all states of one row, by device."""
+    found: Counter[torch.device] = Counter()
+    for layer in layers:
+        for state in layer.states:
+            found[state.device] += state.num_bytes
+    return found

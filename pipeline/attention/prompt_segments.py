@@ -9,6 +9,7 @@ T tokens of a pass, S segments, H query heads, G key-value heads, D head width, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -58,6 +59,12 @@ class Prompts:
     def positions(self) -> Tensor:
         """Of each token in its row, [T]."""
         return self._places[1]
+
+    def on(self, device: torch.device) -> Prompts:
+        """The same segments, with tensors on another device that are good for one pass."""
+        other = copy.copy(self)
+        other._places, other._bounds = self._places.to(device), self._bounds.to(device)
+        return other
 
     def load(self, segments: Sequence[Segment]) -> None:
         """Replace the segments. The tensors keep their addresses, which captured CUDA graphs read from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class RunningRows:
     lengths: Sequence[int]
     rows_R: Tensor
     last_R: Tensor
+
+    def on(self, device: torch.device) -> RunningRows:
+        """The same, with its tensors on another device."""
+        return replace(self, rows_R=self.rows_R.to(device), last_R=self.last_R.to(device))
 
     @classmethod
     def none(cls, device: torch.device) -> RunningRows:

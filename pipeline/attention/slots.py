@@ -9,10 +9,11 @@ R running rows of a pass, T packed tokens, H query heads, G key-value heads, D h
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ class SlotPass:
         """Tokens of its longest row after the pass."""
         return max([*self.running.lengths, *(part.stop for part in self.segments)], default=0)
 
+    def on(self, device: torch.device) -> SlotPass:
+        """The same pass as a layer on another device needs it."""
+        prompts = None if self.prompts is None else self.prompts.on(device)
+        return replace(self, running=self.running.on(device), prompts=prompts)
+
     def token_rows(self, device: torch.device) -> Tensor:
         """The cache row of every token, [T]."""
         if self.prompts is not None:
@@ -70,10 +76,25 @@ class SlotPass:
 
 @dataclass(slots=True)
 class _ActivePass:
-    """The running pass, and how many of its layers have attended."""
+    """The running pass, and how many of its layers have attended.
+
+    Args:
+        slot_pass: with its tensors on the model's first device.
+        num_layers: that have attended.
+        by_device: the pass on other devices that have layers of the model.
+    """
 
     slot_pass: SlotPass
     num_layers: int = 0
+    by_device: dict[torch.device, SlotPass] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> SlotPass:
+        """The pass on a layer's device."""
+        if device == self.slot_pass.running.rows_R.device:
+            return self.slot_pass
+        if device not in self.by_device:
+            self.by_device[device] = self.slot_pass.on(device)
+        return self.by_device[device]
 
 
 _active: ContextVar[_ActivePass] = ContextVar("cage_slot_pass")
@@ -91,6 +112,8 @@ def serving(slot_pass: SlotPass) -> Iterator[None]:
 
 class SlotCache:
     """Keys and values by layer, each [rows, G, L, D]; L grows as rows get longer.
+
+    Each layer's are on the device of the layer.
 
     Args:
         num_rows: cache rows, one per slot and role.
@@ -144,10 +167,12 @@ class SlotCache:
         for buffer in (*self.keys, *self.values):
             _copy(buffer, copied)
 
-    def bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes, over all layers; 0 before the first pass."""
-        buffers = [*self.keys, *self.values]
-        return sum(buffer.element_size() * buffer.shape[1] * buffer.shape[3] for buffer in buffers)
+    def bytes_per_token(self) -> Counter[torch.device]:
+        """Bytes that one token of one row takes over all layers, by device; none before the first pass."""
+        found: Counter[torch.device] = Counter()
+        for buffer in (*self.keys, *self.values):
+            found[buffer.device] += buffer.element_size() * buffer.shape[1] * buffer.shape[3]
+        return found
 
 
 def _with_capacity(buffer: Tensor, num_tokens: int) -> Tensor:
@@ -207,7 +232,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     active = _active.get()
-    slot_pass, layer = active.slot_pass, active.num_layers
+    slot_pass, layer = active.on(query.device), active.num_layers
     active.num_layers += 1
     facts = slot_pass.layers[layer] if slot_pass.layers else ALL_ALIKE
     terms = AttentionTerms(scaling, facts.visibility, softcap, sinks)

@@ -26,15 +26,17 @@ class SlotStates:
         model: what they are of.
         layers: of the model, as `learn_states` found them.
         num_rows: cache rows.
-        device: where they are.
     """
 
-    def __init__(self, model: Any, layers: Sequence[CachedLayer], num_rows: int, device: torch.device) -> None:
+    def __init__(self, model: Any, layers: Sequence[CachedLayer], num_rows: int) -> None:
         self._layers = [layer for layer in layers if layer.module is None]
         self._modules = [(model.get_submodule(layer.module), layer) for layer in layers if layer.module is not None]
         self._buffers, self._module_buffers = (
             [
-                [torch.zeros(num_rows, *state.shape, dtype=state.dtype, device=device) for state in layer.states]
+                [
+                    torch.zeros(num_rows, *state.shape, dtype=state.dtype, device=state.device)
+                    for state in layer.states
+                ]
                 for layer in each
             ]
             for each in (self._layers, [layer for _, layer in self._modules])
@@ -60,8 +62,9 @@ class SlotStates:
         """
         for (module, layer), buffers in zip(self._modules, self._module_buffers, strict=True):
             for state, buffer in zip(layer.states, buffers, strict=True):
-                setattr(module, state.name, buffer[rows] if has_previous else None)
-        return PassCache(self._layers, [[each[rows] for each in buffers] for buffers in self._buffers], has_previous)
+                setattr(module, state.name, _rows_of(buffer, rows) if has_previous else None)
+        states_R = [[_rows_of(each, rows) for each in buffers] for buffers in self._buffers]
+        return PassCache(self._layers, states_R, has_previous)
 
     def end(self, cache: PassCache, rows: slice | Tensor, num_rows: int) -> None:
         """Write back what a pass made of the first `num_rows` of its rows."""
@@ -74,10 +77,15 @@ class SlotStates:
                 setattr(module, state.name, None)
 
 
+def _rows_of(buffer: Tensor, rows: slice | Tensor) -> Tensor:
+    """Some rows of a layer's states, on the layer's device."""
+    return buffer[rows.to(buffer.device) if isinstance(rows, Tensor) else rows]
+
+
 def _write(buffer: Tensor, rows: slice | Tensor, made: Tensor, num_rows: int) -> None:
     """Write rows of states back, where a pass has not changed them in place."""
     if isinstance(rows, Tensor):
-        buffer.index_copy_(0, rows[:num_rows], made[:num_rows])
+        buffer.index_copy_(0, rows[:num_rows].to(buffer.device), made[:num_rows])
     elif made.data_ptr() != buffer[rows].data_ptr():
         buffer[rows] = made
 

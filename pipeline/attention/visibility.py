@@ -105,6 +105,10 @@ class _Described(Tensor):
         described.visibility = visibility
         return described
 
+    def to(self, *_: Any, **__: Any) -> _Described:
+        """Itself: it goes with a layer's inputs to any device."""
+        return self
+
 
 def learn_layers(model: Any) -> tuple[LayerFacts, ...]:
     """What every attention call of a forward pass asks for, in the order of the calls.

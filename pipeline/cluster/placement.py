@@ -2,8 +2,8 @@
 rank.
 
 A bundle of a group is always on one machine. So the ranks of a host share a bundle, and its GPUs are of one machine;
-only where no machine has as many does each rank get a bundle of its own. Groups are packed: a replica uses several
-machines only where it must.
+only where no machine has as many does each rank get a bundle of its own. A process with several GPUs has one bundle.
+Groups are packed: a replica uses several machines only where it must.
 """
 
 from __future__ import annotations
@@ -98,13 +98,14 @@ def spread_hosts(
 
 
 def bundle_of(plan: HostPlan, *, has_gpus: bool) -> Bundle:
-    """What Ray reserves for a host, or for each of its ranks: CPUs, and one GPU where the device is a GPU, unless
-    the configuration says."""
+    """What Ray reserves for a host, or for each of its ranks: CPUs, and one GPU where the device is a GPU, or as many
+    as its layers are spread over, unless the configuration says."""
     resources = plan.model.resources
     num_gpus = resources.num_gpus
     if num_gpus is None:
-        wants_gpu = plan.model.device.startswith("cuda") or (plan.model.device == "auto" and has_gpus)
-        num_gpus = 1.0 if wants_gpu else 0.0
+        count = plan.model.pipeline_parallel
+        wants_gpu = plan.model.device.startswith("cuda") or (plan.model.device == "auto" and has_gpus) or count > 1
+        num_gpus = float(count) if wants_gpu else 0.0
     return {"CPU": resources.num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
 
 

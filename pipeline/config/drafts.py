@@ -46,7 +46,8 @@ class DraftModelConfig(Section):
         if self.model is not None:
             base = ModelConfig(model=self.model, revision=self.revision)
         # in the coordinator's process, which has its CPU already
-        own = {"device": "cpu", "attention": "slots", "tensor_parallel": 1, "resources": {"num_cpus": 0}}
+        whole = {"tensor_parallel": 1, "pipeline_parallel": 1}
+        own = {"device": "cpu", "attention": "slots", "resources": {"num_cpus": 0}, **whole}
         return ModelConfig(**(base.model_dump(include=set(ModelConfig.model_fields)) | own))
 
 

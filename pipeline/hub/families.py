@@ -37,7 +37,9 @@ class ServedFamily:
         is_reward_model: whether its sequence classifier was exact.
         has_fixed_passes: whether a pass asks nothing of the host, so that a GPU can capture it as a CUDA graph.
         is_tensor_parallel: whether two ranks that share its layers decoded as one process does.
-        reasons: why not, by "decoding" (not in slots), "lora", "reward_model" and "tensor_parallel".
+        is_pipeline_parallel: whether two devices with a part of its layers each gave the bits of one.
+        reasons: why not, by "decoding" (not in slots), "lora", "reward_model", "tensor_parallel" and
+            "pipeline_parallel".
     """
 
     decoding: str
@@ -46,6 +48,7 @@ class ServedFamily:
     is_reward_model: bool = False
     has_fixed_passes: bool = False
     is_tensor_parallel: bool = False
+    is_pipeline_parallel: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -139,7 +139,8 @@ def slots_that_fit(budgets: Iterable[MemoryBudget]) -> int:
     """
     by_place: dict[str, list[MemoryBudget]] = defaultdict(list)
     for budget in budgets:
-        by_place[budget.place].append(budget)
+        for each in (budget, *budget.others):
+            by_place[each.place].append(each)
     return max(1, min(min(MOST_SLOTS[each[0].device_type], room_for_slots(each)) for each in by_place.values()))
 
 

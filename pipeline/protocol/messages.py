@@ -240,6 +240,7 @@ class MemoryBudget:
         free_bytes: bytes that could be allocated there now.
         verifies_drafts: whether a step may have proposed tokens.
         reserved_bytes: of the free ones, what the host takes beside its slots, however many they are.
+        others: of the host's other devices, where its layers are spread over several.
     """
 
     place: str
@@ -248,3 +249,4 @@ class MemoryBudget:
     free_bytes: int
     verifies_drafts: bool = False
     reserved_bytes: int = 0
+    others: tuple[MemoryBudget, ...] = ()

@@ -126,6 +126,7 @@ class HostSpec:
         holes: ids below `vocab_size` that no token has.
         tensor_parallel: ranks that the weights are split over, each a process of its own.
         layers: of a model that proposes tokens, how many of its layers are loaded; None: all.
+        pipeline_parallel: devices of the process that the layers are spread over.
     """
 
     name: str
@@ -147,6 +148,7 @@ class HostSpec:
     drafts: bool = False
     tensor_parallel: int = 1
     layers: int | None = None
+    pipeline_parallel: int = 1
 
     @property
     def title(self) -> str:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.sections import Config, Transport
@@ -17,6 +17,7 @@ from pipeline.hub.quantisation import KINDS, METHODS
 from pipeline.hub.sources import AdapterSource, ModelSource
 from pipeline.protocol.memory import LONG_PROMPT, MOST_SLOTS, HostMemory, PassSizes, memory_of_host, room_for_slots
 from pipeline.protocol.messages import DRAFTED_PER_PASS, MemoryBudget
+from pipeline.protocol.spread import spread
 from pipeline.protocol.topology import HostPlan
 from pipeline.sections import ModelConfig, ModelSizes
 
@@ -60,6 +61,7 @@ class PlannedHost:
             hold a part of the model each.
         memory: beside them, of each rank.
         states: bytes of one row's states; None where they are not known before the model is loaded.
+        stages: what each of its devices holds, where its layers are spread over several; else none.
     """
 
     plan: HostPlan
@@ -68,10 +70,16 @@ class PlannedHost:
     weights: Mapping[str, int]
     memory: HostMemory
     states: int | None = 0
+    stages: tuple[PlannedHost, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
         return sum(self.weights.values())
+
+    @property
+    def on_devices(self) -> tuple[PlannedHost, ...]:
+        """What is on each of its devices."""
+        return self.stages or (self,) * self.plan.model.tensor_parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,19 +234,40 @@ def plan_host(
     share, states, num_kept = _recurrent(source, dtype, facts)
     scored_tokens = _scored_tokens(plan, config)
     verifies = drafts and device_type == "cpu" and not scored_tokens and states == 0
-    memory = memory_of_host(
-        passes,
-        num_roles=len(plan.roles),
-        row_tokens=row_tokens(config, facts.context_length),
-        cache_bytes_per_token=round(model.cache_bytes_per_token(dtype) * share),
-        state_bytes_per_row=states or 0,
-        num_kept=num_kept * len(plan.roles),
-        scored_tokens=scored_tokens,
-        num_drafted=DRAFTED_PER_PASS if verifies else 0,
-        device_type=device_type,
-        num_ranks=num_ranks,
-    )
-    return PlannedHost(plan, device_type, dtype, weights, memory, states)
+
+    def part(held: Mapping[str, int], of_layers: float) -> PlannedHost:
+        """What is on a device with some of the weights and a share of the layers."""
+        memory = memory_of_host(
+            passes,
+            num_roles=len(plan.roles),
+            row_tokens=row_tokens(config, facts.context_length),
+            cache_bytes_per_token=round(model.cache_bytes_per_token(dtype) * share * of_layers),
+            state_bytes_per_row=round((states or 0) * of_layers),
+            num_kept=num_kept * len(plan.roles),
+            scored_tokens=scored_tokens,
+            num_drafted=DRAFTED_PER_PASS if verifies else 0,
+            device_type=device_type,
+            num_ranks=num_ranks,
+        )
+        return PlannedHost(plan, device_type, dtype, held, memory, states)
+
+    whole_host = part(weights, 1.0)
+    embedding_bytes = 2 * facts.vocab_size * hidden * element
+    return replace(whole_host, stages=tuple(part(*each) for each in _stages(whole_host, facts, embedding_bytes)))
+
+
+def _stages(host: PlannedHost, facts: ModelFacts, embedding_bytes: int) -> Iterator[tuple[Mapping[str, int], float]]:
+    """The weights and the share of the layers of each device that layers are spread over, as if all were alike."""
+    num_devices, num_layers = host.plan.model.pipeline_parallel, facts.num_layers or 0
+    if num_devices == 1 or num_layers < num_devices:
+        return
+    total = max(1, host.weight_bytes)
+    beside = min(total, embedding_bytes)
+    of_layer = (total - beside) // num_layers
+    counts = spread([of_layer] * num_layers, num_devices, first_bytes=beside)
+    for at, count in enumerate(counts):
+        held = (count * of_layer + (beside if at == 0 else 0)) / total
+        yield {label: round(num_bytes * held) for label, num_bytes in host.weights.items()}, count / num_layers
 
 
 def row_tokens(config: Config, context_length: int | None = None) -> int:
@@ -262,7 +291,7 @@ def _recurrent(source: ModelSource | None, dtype: str, facts: ModelFacts) -> tup
     except Exception:  # whatever the model raises; what it keeps is seen when it is loaded
         return 1.0, None, NUM_KEPT
     share = sum(layer.attends for layer in layers) / max(1, facts.num_layers or 0)
-    return share, bytes_per_row(layers), NUM_KEPT
+    return share, bytes_per_row(layers).total(), NUM_KEPT
 
 
 def _scored_tokens(plan: HostPlan, config: Config) -> int:
@@ -278,7 +307,7 @@ def device_type_of(model: ModelConfig, gpu: Gpu | None) -> str:
     """Where a host will be: on a GPU where one is asked for, or planned for and not declined."""
     if model.device == "cpu" or model.resources.num_gpus == 0:
         return "cpu"
-    wants_gpu = model.device.startswith("cuda") or bool(model.resources.num_gpus)
+    wants_gpu = model.device.startswith("cuda") or bool(model.resources.num_gpus) or model.pipeline_parallel > 1
     return "cuda" if wants_gpu or gpu is not None else "cpu"
 
 
@@ -299,14 +328,14 @@ def lay_out_devices(
     by_index: dict[int, list[PlannedHost]] = {}
     on_cpus: list[PlannedHost] = []
     for _ in range(config.cluster.replica_range.max):
-        for host, rank in [(each, rank) for each in hosts for rank in range(each.plan.model.tensor_parallel)]:
-            if host.device_type == "cpu":
-                on_cpus.append(host)
+        for at, part in [(at, part) for each in hosts for at, part in enumerate(each.on_devices)]:
+            if part.device_type == "cpu":
+                on_cpus.append(part)
             elif is_local:
-                index = int(host.plan.model.device.partition(":")[2] or 0) + rank
-                by_index.setdefault(index, []).append(host)
+                index = int(part.plan.model.device.partition(":")[2] or 0) + at
+                by_index.setdefault(index, []).append(part)
             else:
-                _place(host, on_gpus)
+                _place(part, on_gpus)
     placed = [by_index[index] for index in sorted(by_index)] if is_local else [held for _, held in on_gpus]
     title = "GPU" if gpu is None else gpu.name
     memory = None if gpu is None else gpu.memory_bytes
@@ -318,8 +347,8 @@ def lay_out_devices(
 
 def _place(host: PlannedHost, devices: list[tuple[float, list[PlannedHost]]]) -> None:
     """Put a host on GPUs, each with the share that is taken of it. A host with several is on the first of them."""
-    stated = host.plan.model.resources.num_gpus
-    share = 1.0 if stated is None else stated
+    model, stated = host.plan.model, host.plan.model.resources.num_gpus
+    share = 1.0 if stated is None or model.pipeline_parallel > 1 else stated
     if share < 1:
         for at, (taken, held) in enumerate(devices):
             if taken + share <= 1 + 1e-9:

@@ -19,7 +19,6 @@ from pipeline.hub.chat_templates import PromptTemplate
 from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
 from pipeline.hub.model_facts import ModelFacts, read_model_facts
 from pipeline.hub.packages import check_device
-from pipeline.hub.parallel_plans import why_not_tensor_parallel
 from pipeline.hub.reasoning import ReasoningFormat, find_reasoning
 from pipeline.hub.sources import AdapterSource, ModelSource, resolve_adapter, resolve_configured
 from pipeline.hub.tokenizer_facts import TokenizerFacts, read_tokenizer_facts
@@ -30,6 +29,7 @@ from pipeline.protocol.topology import BASE, HostPlan, Topology
 from pipeline.runtime.drafts import draft_section, specify_draft, why_not_drafted
 from pipeline.runtime.prompt_templates import end_of_answer, plan_templates
 from pipeline.runtime.reward_specs import specify_reward, specify_text
+from pipeline.runtime.splits import check_split
 from pipeline.runtime.topology import adapters_of, build_topology, models_of
 from pipeline.sections import ModelConfig
 
@@ -168,7 +168,7 @@ def plan_replica(
     holes = tuple(each for each in range(vocab_size) if each not in tokenizers[BASE].token_by_id)
     variants = lay_out(config)
     for plan in topology.hosts:
-        check_ranks(plan, sources[plan.name])
+        check_split(plan, sources[plan.name])
     expected = {plan.name: _expect(plan, sources[plan.name]) for plan in topology.hosts if not plan.scores_branches}
     undrafted = why_not_drafted(config, topology, sources, expected)
     draft = None
@@ -192,6 +192,7 @@ def plan_replica(
             device=plan.model.device,
             attention=plan.model.attention,
             tensor_parallel=plan.model.tensor_parallel,
+            pipeline_parallel=plan.model.pipeline_parallel,
             roles=plan.roles,
             num_slots=config.cluster.first_slots,
             vocab_size=vocab_size,
@@ -295,19 +296,6 @@ def _expect(plan: HostPlan, source: ModelSource) -> Expected:
             "time"
         )
     return replace(expected, decoding=PLAIN, reason=None) if plan.model.attention == "plain" else expected
-
-
-def check_ranks(plan: HostPlan, source: ModelSource) -> None:
-    """Refuse a model that cannot be split over the ranks that its host is to have. Raises ConfigurationError."""
-    num_ranks = plan.model.tensor_parallel
-    if num_ranks == 1:
-        return
-    config = read_json(LocalTree(Path(source.path)), CONFIG)
-    if source.quantisation is not None:
-        config = {**config, "quantization_config": source.quantisation}
-    if reason := why_not_tensor_parallel(config, num_ranks):
-        where = f"{source.name} (for {', '.join(plan.serves)}), architecture {config.get('model_type')}"
-        raise ConfigurationError(f"{where}, cannot be split over {num_ranks} ranks: {reason}")
 
 
 def _check_ends(

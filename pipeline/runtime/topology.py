@@ -152,7 +152,8 @@ class _TopologyBuilder:
         """The host of the requested weights; a model scores or gives log-probabilities, not both."""
         model = request.model or self._config.base
         scores = request.scoring is not None
-        placed = (model.dtype, model.quantization, model.device, model.tensor_parallel, model.trust_remote_code)
+        split = (model.tensor_parallel, model.pipeline_parallel)
+        placed = (model.dtype, model.quantization, model.device, split, model.trust_remote_code)
         key = (self._identify(model), *placed, scores)
         if key not in self.hosts:
             self.hosts[key] = _HostBuilder(name, model, reads_text=self._reads_text(model, scores))

@@ -51,6 +51,8 @@ LATER_KEYS: Mapping[str, Any] = {
     "principals.*.attention": "auto",
     "base.tensor_parallel": 1,
     "principals.*.tensor_parallel": 1,
+    "base.pipeline_parallel": 1,
+    "principals.*.pipeline_parallel": 1,
     "principals.*.placement": "auto",
     "principals.*.negative_principle": None,
     "principals.*.adapter": None,

@@ -21,7 +21,7 @@ from pipeline.records import Message, Row
 from pipeline.runtime.assembly import load_assembly
 from pipeline.runtime.replica_plan import plan_replica, resolve_models
 from pipeline.training.settings import TrainConfig
-from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.devices import pick_device, pick_dtype
 from pipeline.worker.weights import load_causal_lm
 
 

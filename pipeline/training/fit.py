@@ -36,7 +36,7 @@ from pipeline.training.progress import ProgressCallback, newest_checkpoint
 from pipeline.training.settings import Loss, TrainingConfig
 from pipeline.training.trainers import ArmTrainer, PolicyTrainer, as_dataset, make_collator
 from pipeline.training.value import make_value_trainer, measure_values, save_value_head
-from pipeline.worker.loading import pick_dtype
+from pipeline.worker.devices import pick_dtype
 
 NUM_LOGS = 50
 

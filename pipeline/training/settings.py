@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config.sections import PRINCIPAL_NAME, Transport, as_list
 from pipeline.evaluation.judges.table import AnyJudge
-from pipeline.sections import EMBEDDED_MODEL, BaseConfig, Section, in_one_process, model_from_name
+from pipeline.sections import EMBEDDED_MODEL, BaseConfig, Section, model_from_name, on_one_device
 
 OBJECTIVE = "preferred"  # the objective's name where the data have one objective and no name for it
 
@@ -178,7 +178,7 @@ class TrainConfig(Section):
 
     input: PairsInputConfig
     output: AdaptersConfig
-    base: Annotated[BaseConfig, BeforeValidator(model_from_name), AfterValidator(in_one_process)] = BaseConfig(
+    base: Annotated[BaseConfig, BeforeValidator(model_from_name), AfterValidator(on_one_device)] = BaseConfig(
         model=EMBEDDED_MODEL
     )
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -188,7 +188,7 @@ class TrainConfig(Section):
         """Every setting that changes results, by its dotted name, as plain values."""
         tree = self.model_dump(mode="json")
         left_out = {"input": ("path", "split", "subset"), "training": ("device_batch_size",)}
-        of_place = ("device", "resources", "model", "tensor_parallel", "sizes")
+        of_place = ("device", "resources", "model", "tensor_parallel", "pipeline_parallel", "sizes")
         base = {key: value for key, value in tree["base"].items() if key not in of_place}
         sections = {"base": base, "input": tree["input"], "training": tree["training"]}
         return {

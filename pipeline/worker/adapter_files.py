@@ -25,6 +25,7 @@ from pipeline.hub.sources import AdapterSource, fetch_weights
 from pipeline.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LocalTree, read_json, shapes_in
 from pipeline.protocol.specs import HostSpec
 from pipeline.worker.adapters import without_peft_warnings
+from pipeline.worker.layer_devices import devices_of
 from pipeline.worker.weights import UNREADABLE, listed
 
 PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
@@ -52,7 +53,8 @@ def add_adapters(model: Any, spec: HostSpec) -> Any:
             except UNREADABLE as error:
                 raise ConfigurationError(f"{title}: {reason_of(error)}") from error
             _check_after(model, name, own, folder, title)
-    return model.to(device).eval()
+    is_spread = len(devices_of(model)) > 1  # then peft has put the weights of an adapter beside those of its layer
+    return (model if is_spread else model.to(device)).eval()
 
 
 def at_own_preference(spec: HostSpec) -> dict[str, PreferenceForm]:

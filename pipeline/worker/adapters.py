@@ -54,6 +54,7 @@ class TokenAdapters:
         self.of_tokens = torch.empty(0, dtype=torch.long)
         self.forms = forms
         self.preferences: Tensor | None = None
+        self._copies: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
     def num_preferences(self) -> int:
@@ -89,7 +90,8 @@ class TokenAdapters:
         """The preferences of the tokens that some inputs belong to, as `of` gives their adapters."""
         assert self.preferences is not None
         numbers = self.of(states)
-        last = self.preferences[len(self.preferences) - numbers.numel() :]
+        preferences = self._near("preferences", self.preferences, states.device)
+        last = preferences[len(preferences) - numbers.numel() :]
         return last.view(*numbers.shape, -1)
 
     def number(self, name: str | None) -> int:
@@ -104,8 +106,19 @@ class TokenAdapters:
         """
         has_rows = states.ndim > 2 and len(states) > 1
         num_tokens = states.shape[:-1].numel() if has_rows else states.shape[-2]
-        numbers = self.of_tokens[len(self.of_tokens) - num_tokens :]
+        of_tokens = self._near("of_tokens", self.of_tokens, states.device)
+        numbers = of_tokens[len(of_tokens) - num_tokens :]
         return numbers.view(states.shape[:-1]) if has_rows else numbers
+
+    def _near(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
+        """A tensor of the pass on a layer's device: a copy where that is another one, made once a pass."""
+        if tensor.device == device:
+            return tensor
+        source, copy = self._copies.get((name, device), (None, tensor))
+        if source is not tensor:
+            copy = tensor.to(device)
+            self._copies[name, device] = tensor, copy
+        return copy
 
 
 class LowRank(nn.Module):

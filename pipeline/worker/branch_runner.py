@@ -13,9 +13,12 @@ B rows of a call, R roles of the host, N candidates, T tokens, H the width of th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.branch_rows import BranchRow, Scorer, ScoringRequest, Text
 from pipeline.worker.captured_passes import MIN_ROWS
+from pipeline.worker.layer_devices import devices_of
 from pipeline.worker.memory import budget_of, pass_sizes
 from pipeline.worker.stopwatch import Stopwatch
 from pipeline.worker.whole_vectors import WholeVectors
@@ -55,7 +59,7 @@ class BranchRunner:
         vocab_size: logits of each token that is read; 0 where only hidden states are kept.
         context_length: longest sequence that the model reads; what is longer is scored NaN.
         strict: pad passes, so that no row's bits depend on the batch composition.
-        bytes_per_token: what one token of one row takes in the cache.
+        bytes_per_token: what one token of one row takes in the cache, by device.
         layers: what each attention call of a pass asks for, as `learn_layers` found.
         needs_whole_vectors: whether activations have to be padded for a row's bits to be its own; see `WholeVectors`.
     """
@@ -74,7 +78,7 @@ class BranchRunner:
         adapters: TokenAdapters | None = None,
         context_length: int | None = None,
         strict: bool = True,
-        bytes_per_token: int = 0,
+        bytes_per_token: Mapping[torch.device, int] = MappingProxyType({}),
         layers: Sequence[LayerFacts] = (),
         needs_whole_vectors: bool = False,
     ) -> None:
@@ -90,7 +94,8 @@ class BranchRunner:
         self._context_length = context_length
         self._strict = strict
         self._bytes_per_token = bytes_per_token
-        self._device: torch.device = next(backbone.parameters()).device
+        self._devices = devices_of(backbone)
+        self._device = self._devices[0]
         self.num_forwards = self.num_tokens = 0
         self._watch = Stopwatch(self._device)
         self.resize(num_slots)
@@ -108,15 +113,15 @@ class BranchRunner:
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, and what is free."""
         scored = max((role.scoring.candidates for role in self._roles if role.scoring), default=self._num_candidates)
-        memory = memory_of_host(
+        memory_of = partial(
+            memory_of_host,
             pass_sizes(self._backbone, self._vocab_size),
             num_roles=len(self._roles),
             row_tokens=row_tokens,
-            cache_bytes_per_token=self._bytes_per_token,
             scored_tokens=1 + scored,
             device_type=self._device.type,
         )
-        return budget_of(self._device, memory)
+        return budget_of(self._devices, memory_of, bytes_per_token=self._bytes_per_token)
 
     @property
     def work(self) -> tuple[int, int, float]:
@@ -129,9 +134,10 @@ class BranchRunner:
         return sum(row.cache.num_bytes for rows in self._rows for row in rows)
 
     @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes per token of one row; 0 before the first pass."""
-        return max((row.cache.bytes_per_token() for rows in self._rows for row in rows), default=0)
+    def cache_bytes_per_token(self) -> Counter[torch.device]:
+        """Bytes per token of one row, by device; none before the first pass."""
+        found = (row.cache.bytes_per_token() for rows in self._rows for row in rows)
+        return max(found, key=Counter.total, default=Counter())
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

@@ -24,6 +24,7 @@ from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.captured_passes import MIN_ROWS, MOST_SEGMENTS, CapturedPasses
 from pipeline.worker.compiled_layers import CompiledLayers, can_be_compiled
 from pipeline.worker.forward_batch import ForwardBatch
+from pipeline.worker.layer_devices import devices_of
 from pipeline.worker.memory import pass_sizes
 from pipeline.worker.ranks import num_ranks
 from pipeline.worker.stopwatch import Stopwatch
@@ -66,12 +67,13 @@ class Passes:
         self._adapters = adapters
         self._strict = strict
         self.sizes = pass_sizes(model, vocab_size)
-        weight = next(model.parameters())
-        self.device: torch.device = weight.device
-        self._dtype = weight.dtype
+        self.devices = devices_of(model)
+        self.device = self.devices[0]
+        self._dtype = next(model.parameters()).dtype
         self.has_fixed_shapes = can_build_for(self.device) if has_fixed_shapes is None else has_fixed_shapes
-        # a compiled layer would not see the collectives of a model that is split over ranks
-        may_compile = num_ranks() == 1 and can_be_compiled(model)
+        # a compiled layer would not see the collectives of ranks, nor moves between devices; a graph is of one GPU
+        self._is_whole = num_ranks() == 1 and len(self.devices) == 1
+        may_compile = self._is_whole and can_be_compiled(model)
         is_compiled = self.has_fixed_shapes and self.device.type == "cuda" and may_compile
         self._compiled = CompiledLayers(model) if is_compiled else None
         self._captured_passes: CapturedPasses | None = None
@@ -111,7 +113,7 @@ class Passes:
                 spare_row=self._spare_row,
                 device=self.device,
                 layers=self._layers,
-                captures=num_ranks() == 1,
+                captures=self._is_whole,
             )
 
     def prefer(self, row: int, preference: Sequence[float] | None) -> None:

@@ -1,4 +1,4 @@
-"""Runs one language model on one device for every role that shares its weights, in one forward pass per step.
+"""Runs one language model for every role that shares its weights, in one forward pass per step.
 
 It holds the slot cache and the newest logits of each (slot, role) on its device; only candidates and the values at
 them leave it. A step is one forward pass: prompts of new rows are computed along with the newest tokens of running
@@ -9,8 +9,11 @@ B rows of a call, R roles of the host, K candidates, V vocabulary, T tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,7 +54,7 @@ class LanguageModelRunner:
         vocab_size: number of token ids that all models share; logits beyond it are cut.
         adapters: of the model, where a role has one.
         strict: attend row by row and pad small passes, so that no row's bits depend on the batch composition.
-        bytes_per_token: what one token of one row takes in the cache.
+        bytes_per_token: what one token of one row takes in the cache, by device.
         has_fixed_shapes: see `Passes`.
         layers: see `Passes`.
         needs_whole_vectors: see `Passes`.
@@ -70,7 +73,7 @@ class LanguageModelRunner:
         vocab_size: int,
         adapters: TokenAdapters | None = None,
         strict: bool = True,
-        bytes_per_token: int = 0,
+        bytes_per_token: Mapping[torch.device, int] = MappingProxyType({}),
         has_fixed_shapes: bool | None = None,
         layers: Sequence[LayerFacts] = (),
         needs_whole_vectors: bool = False,
@@ -95,16 +98,16 @@ class LanguageModelRunner:
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of `row_tokens` tokens, passes included, and what is free."""
-        device = self._passes.device
-        memory = memory_of_host(
+        memory_of = partial(
+            memory_of_host,
             self._passes.sizes,
             num_roles=len(self._roles),
             row_tokens=row_tokens,
-            cache_bytes_per_token=self._bytes_per_token,
             num_drafted=DRAFTED_PER_PASS if self._drafts else 0,
-            device_type=device.type,
+            device_type=self._passes.device.type,
         )
-        return replace(budget_of(device, memory), verifies_drafts=self._drafts)
+        budget = budget_of(self._passes.devices, memory_of, bytes_per_token=self._bytes_per_token)
+        return replace(budget, verifies_drafts=self._drafts)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
@@ -170,8 +173,8 @@ class LanguageModelRunner:
         return self._cache.num_bytes
 
     @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes per token of one row; 0 before the first pass."""
+    def cache_bytes_per_token(self) -> Counter[torch.device]:
+        """Bytes per token of one row, by device; none before the first pass."""
         return self._cache.bytes_per_token()
 
     @torch.inference_mode()

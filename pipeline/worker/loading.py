@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from pipeline.worker.cpu_kernels import (
     choose_reproducible_kernels,
     reproducible_mode,
 )
+from pipeline.worker.devices import pick_devices, pick_dtype
 from pipeline.worker.experts import pad_experts
 from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.language_model_runner import LanguageModelRunner
+from pipeline.worker.layer_devices import place_model
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.plain_runner import PlainPasses, PlainRunner
 from pipeline.worker.probes import (
@@ -83,7 +86,8 @@ def load_language_model(spec: HostSpec) -> LoadedModel:
     Raises:
         ConfigurationError: the model cannot be loaded or cannot be served, with the reason.
     """
-    device = pick_device(spec.device)
+    devices = pick_devices(spec)
+    device = devices[0]
     if spec.strict and device.type == "cpu":
         choose_reproducible_kernels()
         torch.set_num_threads(1)  # with more, a row's bits depend on the number of rows
@@ -94,7 +98,7 @@ def load_language_model(spec: HostSpec) -> LoadedModel:
             stacklevel=2,
         )
     with on_device(device):
-        return _Loading(spec, device).run()
+        return _Loading(spec, devices).run()
 
 
 class _Loading:
@@ -104,10 +108,11 @@ class _Loading:
     differs from them afterwards names its cause.
     """
 
-    def __init__(self, spec: HostSpec, device: torch.device) -> None:
+    def __init__(self, spec: HostSpec, devices: Sequence[torch.device]) -> None:
         self._spec = spec
+        device = devices[0]
         model = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device), device=device)
-        self._model = model.to(device).eval().requires_grad_(False)
+        self._model = place_model(model, devices, spec.title).eval().requires_grad_(False)
         if reason := why_not_finite(self._model):
             raise ConfigurationError(f"{spec.title}: {reason}")
         close_holes(self._model, spec.holes)
@@ -252,7 +257,7 @@ class _Loading:
         roles: Sequence[HostRole],
         *,
         num_slots: int,
-        bytes_per_token: int = 0,
+        bytes_per_token: Mapping[torch.device, int] = MappingProxyType({}),
         needs_whole_vectors: bool = False,
         drafts: bool = False,
     ) -> SlotRunner:
@@ -322,7 +327,7 @@ class _Loading:
             # some models' plain forward pass is not what their generate computes: then answers are read step by step
             reads_whole=difference <= self._tolerance,
             exact_context=exact_context(model.config),
-            bytes_per_token=-(-row.num_bytes // len(self._probes[0])),
+            bytes_per_token={at: -(-held // len(self._probes[0])) for at, held in row.num_bytes.items()},
         )
 
     def _check(self, runner: SlotRunner, expected: Mapping[str | None, Sequence[Tensor]]) -> None:
@@ -378,22 +383,6 @@ def exact_context(config: Any) -> int | None:
     elif "dynamic" not in kinds:
         return None
     return next((int(each) for each in stated_by if isinstance(each, int)), None)
-
-
-def pick_device(device: str) -> torch.device:
-    """ "auto" is the first GPU where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigurationError(f"device {device} is not available: torch finds no GPU; use auto or cpu")
-    return torch.device(device)
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on a CPU, where bfloat16 is slower, and bfloat16 on a GPU."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
 def _take_adapters(model: Any, spec: HostSpec) -> TokenAdapters:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,8 +17,35 @@ from pipeline.protocol.messages import MemoryBudget
 from pipeline.worker.quantised import largest_quantised
 
 
-def budget_of(device: torch.device, memory: HostMemory) -> MemoryBudget:
-    """The budget of a host on a device, with what is free there now."""
+def budget_of(
+    devices: Sequence[torch.device],
+    memory_of: Callable[..., HostMemory],
+    *,
+    bytes_per_token: Mapping[torch.device, int],
+    bytes_per_row: Mapping[torch.device, int] = MappingProxyType({}),
+) -> MemoryBudget:
+    """The budget of a host, with what is free on its devices now.
+
+    Args:
+        devices: of the host.
+        memory_of: what it takes on a device where its layers keep `cache_bytes_per_token` and `state_bytes_per_row`.
+        bytes_per_token: of one row in the cache, by device.
+        bytes_per_row: of one row's states, by device.
+    """
+    first, *others = [
+        _budget_on(
+            device,
+            memory_of(
+                cache_bytes_per_token=bytes_per_token.get(device, 0),
+                state_bytes_per_row=bytes_per_row.get(device, 0),
+            ),
+        )
+        for device in devices
+    ]
+    return replace(first, others=tuple(others))
+
+
+def _budget_on(device: torch.device, memory: HostMemory) -> MemoryBudget:
     is_gpu = device.type == "cuda"
     place = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else _machine()
     free = free_bytes(device)

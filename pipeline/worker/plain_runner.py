@@ -12,8 +12,11 @@ from __future__ import annotations
 import copy
 import inspect
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from pipeline.protocol.memory import PassSizes, memory_of_host
 from pipeline.protocol.messages import DRAWN, Admission, Candidates, MemoryBudget, Step
 from pipeline.protocol.topology import HostRole
 from pipeline.worker.adapters import TokenAdapters
+from pipeline.worker.layer_devices import devices_of
 from pipeline.worker.memory import budget_of, pass_sizes
 from pipeline.worker.newest_logits import NewestLogits, answer_logprobs
 
@@ -52,10 +56,13 @@ class PlainRow:
         return PlainRow(self.ids, copy.deepcopy(self.inputs), copy.deepcopy(self.states), self.preference)
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of what the model keeps."""
+    def num_bytes(self) -> Counter[torch.device]:
+        """Bytes of what the model keeps, by device."""
         kept = [value for name, value in self.inputs.items() if name in ALL_CACHE_NAMES]
-        return sum(each.untyped_storage().nbytes() for each in _tensors_in([*kept, self.states]))
+        found: Counter[torch.device] = Counter()
+        for each in _tensors_in([*kept, self.states]):
+            found[each.device] += each.untyped_storage().nbytes()
+        return found
 
 
 class PlainPasses:
@@ -79,7 +86,8 @@ class PlainPasses:
         self._states = [
             (module, name) for module in model.modules() for name in MODULE_STATES if name in vars(module)
         ]
-        self.device: torch.device = next(model.parameters()).device
+        self.devices = devices_of(model)
+        self.device = self.devices[0]
         self.num_forwards = self.num_tokens = 0
         self.forward_s = 0.0
 
@@ -172,7 +180,7 @@ class PlainRunner:
             are scored token by token.
         exact_context: tokens behind which keys are computed in another way (longrope); None: there is no such place.
             An answer that crosses it is scored token by token.
-        bytes_per_token: what one token of one row takes, as far as it grows with the text.
+        bytes_per_token: what one token of one row takes, as far as it grows with the text, by device.
     """
 
     def __init__(
@@ -184,7 +192,7 @@ class PlainRunner:
         vocab_size: int,
         reads_whole: bool = True,
         exact_context: int | None = None,
-        bytes_per_token: int = 0,
+        bytes_per_token: Mapping[torch.device, int] = MappingProxyType({}),
     ) -> None:
         self._passes = passes
         self._roles = tuple(roles)
@@ -215,17 +223,18 @@ class PlainRunner:
     @property
     def cache_bytes(self) -> int:
         """Bytes that its rows take in memory."""
-        return sum(row.num_bytes for row in [*self._rows.values(), *(newest[1] for newest in self._newest.values())])
+        rows = [*self._rows.values(), *(newest[1] for newest in self._newest.values())]
+        return sum(row.num_bytes.total() for row in rows)
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of so many tokens, and what is free."""
-        memory = memory_of_host(
+        memory_of = partial(
+            memory_of_host,
             self._passes.sizes(self._vocab_size),
             num_roles=len(self._roles),
             row_tokens=row_tokens,
-            cache_bytes_per_token=self._bytes_per_token,
         )
-        return budget_of(self.device, memory)
+        return budget_of(self._passes.devices, memory_of, bytes_per_token=self._bytes_per_token)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

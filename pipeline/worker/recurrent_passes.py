@@ -9,6 +9,7 @@ T tokens, R running rows, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from pipeline.attention.visibility import LayerFacts
 from pipeline.protocol.messages import DRAWN
 from pipeline.worker.adapters import TokenAdapters
 from pipeline.worker.captured_passes import MIN_ROWS
+from pipeline.worker.layer_devices import devices_of
 from pipeline.worker.memory import pass_sizes
 from pipeline.worker.stopwatch import Stopwatch
 from pipeline.worker.whole_vectors import WholeVectors
@@ -111,7 +113,8 @@ class RecurrentPasses:
         self._needs_whole_vectors = needs_whole_vectors
         self._cache_argument = cache_argument(model)
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
-        self.device: torch.device = next(model.parameters()).device
+        self.devices = devices_of(model)
+        self.device = self.devices[0]
         self.dtype: torch.dtype = model.dtype
         self.sizes = pass_sizes(model, vocab_size)
         self._watch = Stopwatch(self.device)
@@ -130,8 +133,8 @@ class RecurrentPasses:
         return self._cache.num_bytes + self._states.num_bytes
 
     @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes per token of one row; 0 before the first pass."""
+    def cache_bytes_per_token(self) -> Counter[torch.device]:
+        """Bytes per token of one row, by device; none before the first pass."""
         return self._cache.bytes_per_token()
 
     def lay_out(self, num_running: int, adapters: Sequence[str | None]) -> None:
@@ -144,7 +147,7 @@ class RecurrentPasses:
         self._num_running = num_running
         self._spare_row = len(adapters) - 1
         self._cache = SlotCache(len(adapters))
-        self._states = SlotStates(self._model, self._cached, len(adapters), self.device)
+        self._states = SlotStates(self._model, self._cached, len(adapters))
         if self._adapters is not None:
             self._numbers = [self._adapters.number(name) for name in adapters]
 

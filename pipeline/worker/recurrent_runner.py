@@ -10,8 +10,10 @@ R roles of the host, B rows of a call, K candidates, V vocabulary, T tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,15 +31,15 @@ NUM_KEPT = 2  # rows of each role that hold a shared prefix and a whole prompt
 
 @dataclass(frozen=True, slots=True)
 class RowBytes:
-    """What a cache row takes.
+    """What a cache row takes, by device.
 
     Args:
         per_token: keys and values.
         states: whatever the length.
     """
 
-    per_token: int = 0
-    states: int = 0
+    per_token: Mapping[torch.device, int]
+    states: Mapping[torch.device, int]
 
 
 class RecurrentRunner:
@@ -71,7 +73,7 @@ class RecurrentRunner:
         self._passes = passes
         self._roles = tuple(roles)
         self._vocab_size = vocab_size
-        self._row_bytes = row_bytes or RowBytes()
+        self._row_bytes = row_bytes or RowBytes({}, {})
         self._reads_parts = reads_parts
         self._lay_out(num_slots)
 
@@ -107,22 +109,22 @@ class RecurrentRunner:
         return self._passes.cache_bytes
 
     @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes per token of one row; 0 before the first pass."""
+    def cache_bytes_per_token(self) -> Counter[torch.device]:
+        """Bytes per token of one row, by device; none before the first pass."""
         return self._passes.cache_bytes_per_token
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
         """What a slot takes with rows of so many tokens, states included, and what is free beside kept rows."""
-        memory = memory_of_host(
+        memory_of = partial(
+            memory_of_host,
             self._passes.sizes,
             num_roles=len(self._roles),
             row_tokens=row_tokens,
-            cache_bytes_per_token=self._row_bytes.per_token,
-            state_bytes_per_row=self._row_bytes.states,
             num_kept=len(self._kept),
             device_type=self.device.type,
         )
-        return budget_of(self.device, memory)
+        row = self._row_bytes
+        return budget_of(self._passes.devices, memory_of, bytes_per_token=row.per_token, bytes_per_row=row.states)
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""

@@ -26,9 +26,11 @@ from pipeline.worker.adapters import TokenAdapters, take_adapters
 from pipeline.worker.branch_probes import bits_are_a_rows_own
 from pipeline.worker.branch_runner import BranchRunner
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
+from pipeline.worker.devices import pick_devices, pick_dtype
 from pipeline.worker.experts import pad_experts
 from pipeline.worker.head_scorer import HeadScorer, RoleHead
-from pipeline.worker.loading import exact_context, pick_device, pick_dtype, why_not_strict
+from pipeline.worker.layer_devices import place_model
+from pipeline.worker.loading import exact_context, why_not_strict
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import probe_tokens, small_limits
 from pipeline.worker.quantised import quantised_options, why_bits_are_shared
@@ -68,11 +70,12 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> BranchRunner:
     Raises:
         ConfigurationError: it has no head, or one that does not fit, or its backbone cannot be read in branches.
     """
-    device = pick_device(spec.device)
+    devices = pick_devices(spec)
+    device = devices[0]
     if spec.strict and device.type == "cpu":
         choose_reproducible_kernels()
         torch.set_num_threads(1)  # with more, a row's bits depend on the work beside it
-    loaded = _load(spec, device)
+    loaded = _load(spec, devices)
     model = loaded.model
     if (reason := why_layers_differ(as_mapping(model.config))) is not None:
         raise _refused(spec, model, reason)
@@ -104,7 +107,8 @@ def load_reward_model(spec: HostSpec, reward: RewardSpec) -> BranchRunner:
     )
 
 
-def _load(spec: HostSpec, device: torch.device) -> _Loaded:
+def _load(spec: HostSpec, devices: Sequence[torch.device]) -> _Loaded:
+    device = devices[0]
     dtype = pick_dtype(spec.dtype, device)
     options = quantised_options(spec.source, device, dtype)
     folder = fetch_weights(spec.source, cache_folder=spec.cache_folder)
@@ -116,7 +120,7 @@ def _load(spec: HostSpec, device: torch.device) -> _Loaded:
         takes_adapters=bool(spec.adapters),
         options={**options, **sharding_of(spec, folder)},
     )
-    model = found.model.to(device).eval().requires_grad_(False)
+    model = place_model(found.model, devices, spec.title).eval().requires_grad_(False)
     if reason := why_not_finite(model):
         raise _refused(spec, model, reason)
     if found.head is None and not spec.adapters:

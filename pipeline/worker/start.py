@@ -15,9 +15,10 @@ from pipeline.garbage import collection_paused
 from pipeline.protocol.hosts import Proposes, Samples, Scores
 from pipeline.protocol.specs import GameSpec, HostSpec, RankPlace, SamplingOptions
 from pipeline.worker.captured_sampling import CapturedSampling
+from pipeline.worker.devices import pick_device
 from pipeline.worker.draft_model import DraftModel
 from pipeline.worker.hosts import LanguageModelHost, RewardModelHost, TextModelHost
-from pipeline.worker.loading import LoadedModel, load_language_model, pick_device
+from pipeline.worker.loading import LoadedModel, load_language_model
 from pipeline.worker.ranks import FollowingHost, join, num_ranks
 from pipeline.worker.reward_loading import load_reward_model
 from pipeline.worker.sampling_host import CapturingHost, SamplingHost
@@ -64,7 +65,9 @@ def start_sampling(spec: HostSpec, games: GameSpec) -> Samples:
     loaded = _load(spec)
     in_slots = loaded.slot_runner
     is_captured = in_slots is not None and can_build_for(in_slots.device) and CapturedSampling.serves(games)
-    if in_slots is not None and is_captured and spec.tensor_parallel == 1:  # ranks wait for the drawn tokens
+    # ranks wait for the drawn tokens, and a graph is of one GPU
+    is_whole = spec.tensor_parallel == spec.pipeline_parallel == 1
+    if in_slots is not None and is_captured and is_whole:
         return CapturingHost(in_slots, spec.roles, games)
     return SamplingHost(loaded.runner, spec.roles, games)
 

@@ -24,9 +24,11 @@ from pipeline.worker.adapters import TokenAdapters, take_adapters
 from pipeline.worker.branch_probes import bits_are_a_rows_own
 from pipeline.worker.branch_runner import BranchRunner
 from pipeline.worker.cpu_kernels import choose_reproducible_kernels
+from pipeline.worker.devices import pick_devices, pick_dtype
 from pipeline.worker.experts import pad_experts
 from pipeline.worker.head_scorer import HeadScorer, RoleHead
-from pipeline.worker.loading import exact_context, pick_device, pick_dtype, why_not_strict
+from pipeline.worker.layer_devices import place_model
+from pipeline.worker.loading import exact_context, why_not_strict
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
 from pipeline.worker.probes import NUM_STEPS, TOLERANCE, plain_logprobs, probe_tokens, small_limits
 from pipeline.worker.quantised import why_bits_are_shared
@@ -41,11 +43,12 @@ def load_text_model(spec: HostSpec, retokeniser: Retokeniser) -> BranchRunner:
     Raises:
         ConfigurationError: it cannot be loaded, or not be read in branches, with the reason.
     """
-    device = pick_device(spec.device)
+    devices = pick_devices(spec)
+    device = devices[0]
     if spec.strict and device.type == "cpu":
         choose_reproducible_kernels()
         torch.set_num_threads(1)  # with more, a row's bits depend on the work beside it
-    loading = _Loading(spec, device)
+    loading = _Loading(spec, devices)
     with detect_partial_vectors() as detector:
         layers, bytes_per_token = loading.check()
     model = loading.model
@@ -78,17 +81,18 @@ class _Loading:
 
     Args:
         spec: of the host.
-        device: where the model goes.
+        devices: where the model goes.
 
     Attributes:
         model: with the adapters' layers in it.
         adapters: which tokens have which.
     """
 
-    def __init__(self, spec: HostSpec, device: torch.device) -> None:
+    def __init__(self, spec: HostSpec, devices: Sequence[torch.device]) -> None:
         self._spec = spec
-        self.model: Any = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device), device=device)
-        self.model.to(device).eval()
+        device = devices[0]
+        model = load_causal_lm(spec, dtype=pick_dtype(spec.dtype, device), device=device)
+        self.model: Any = place_model(model, devices, spec.title).eval()
         self.model.requires_grad_(False)
         self.adapters: TokenAdapters | None = None
         if (reason := why_layers_differ(as_mapping(self.model.config))) is not None:
@@ -123,8 +127,8 @@ class _Loading:
             logits_PV = cap * torch.tanh(logits_PV / cap)
         return logits_PV
 
-    def check(self) -> tuple[tuple[LayerFacts, ...], int]:
-        """What each attention call asks for, and the bytes that a token takes in the cache.
+    def check(self) -> tuple[tuple[LayerFacts, ...], Mapping[torch.device, int]]:
+        """What each attention call asks for, and the bytes that a token takes in the cache, by device.
 
         Raises:
             ConfigurationError: logits in branches differ from those of plain passes.
@@ -184,7 +188,9 @@ class _Loading:
             raise self._refused(reason_of_model(error)) from error
 
     @torch.inference_mode()
-    def _compare(self, expected: Mapping[str | None, Tensor], layers: Sequence[LayerFacts]) -> int:
+    def _compare(
+        self, expected: Mapping[str | None, Tensor], layers: Sequence[LayerFacts]
+    ) -> Mapping[torch.device, int]:
         """Read all but the last steps, then these as branches: their logits must be those of plain passes."""
         runner = BranchRunner(
             self.model.base_model, TextScorer(self.logits, ByteIndex((), (), ()), self.model.device), (),

@@ -20,7 +20,7 @@ from pipeline.hub.template_limits import limited
 from pipeline.hub.tokenizer_facts import facts_of_tokenizer, load_tokenizer
 from pipeline.protocol.specs import HostSpec
 from pipeline.sections import ModelConfig
-from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.devices import pick_device, pick_dtype
 from pipeline.worker.weights import load_causal_lm
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext, JudgedAnswer
 from pipeline.evaluation.judges.reward_model import settings_in_identity
 from pipeline.records import Message
-from pipeline.sections import ModelConfig, Section, in_one_process, model_from_name
+from pipeline.sections import ModelConfig, Section, model_from_name, on_one_device
 
 if TYPE_CHECKING:
     from pipeline.hub.sources import ModelSource
@@ -61,7 +61,7 @@ class LlmJudge(JudgeConfig):
     low: int = Field(1, ge=-100, le=100, description="the worst score")
     high: int = Field(5, ge=-100, le=100, description="the best score")
     model: Annotated[
-        Annotated[ModelConfig, AfterValidator(in_one_process)] | None,
+        Annotated[ModelConfig, AfterValidator(on_one_device)] | None,
         BeforeValidator(model_from_name),
         Field(description="a chat model of this machine"),
     ] = None

@@ -16,13 +16,13 @@ from pipeline.hub.reward_heads import CLASSIFIER, choose_output, read_head
 from pipeline.hub.sources import Location
 from pipeline.hub.tokenizer_facts import TokenizerFacts, facts_of_tokenizer, read_tokenizer_facts
 from pipeline.principals.section import Label
-from pipeline.sections import ModelConfig, in_one_process, model_from_name
+from pipeline.sections import ModelConfig, model_from_name, on_one_device
 
 if TYPE_CHECKING:
     from pipeline.hub.sources import ModelSource
 
 # where the model comes from and runs, and what plans reckon with; its identity stands for the first two
-NOT_IN_IDENTITY = ("model", "revision", "resources", "device", "tensor_parallel", "sizes")
+NOT_IN_IDENTITY = ("model", "revision", "resources", "device", "tensor_parallel", "pipeline_parallel", "sizes")
 
 
 def settings_in_identity(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class RewardModelJudge(JudgeConfig):
     """
 
     kind: Literal["reward_model"]
-    model: Annotated[ModelConfig, BeforeValidator(model_from_name), AfterValidator(in_one_process)]
+    model: Annotated[ModelConfig, BeforeValidator(model_from_name), AfterValidator(on_one_device)]
     label: Label = Field(
         None, description="which of the model's outputs is the score, by its number or name, where it has several"
     )

@@ -20,7 +20,7 @@ from pipeline.evaluation.judges.interface import JudgedAnswer, NoScore
 from pipeline.hub.sources import ModelSource, fetch_weights
 from pipeline.hub.tokenizer_facts import load_tokenizer
 from pipeline.sections import ModelConfig
-from pipeline.worker.loading import pick_device, pick_dtype
+from pipeline.worker.devices import pick_device, pick_dtype
 from pipeline.worker.quantised import quantised_options
 from pipeline.worker.scoring_models import ScoringModel, load_scoring_model
 
