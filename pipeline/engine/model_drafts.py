@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.config.drafts import DraftSource
-from pipeline.engine.guesses import Guess, Key, Proposal, Rates
+from pipeline.engine.guesses import FADES_AT, Guess, Key, Proposal, Rates
 from pipeline.engine.pace import Pace
 from pipeline.engine.row_state import RunningRow
 from pipeline.errors import HostOutOfMemory
@@ -70,6 +71,8 @@ class ModelDrafts:
         self._own_pace = Pace()
         self._trials_s = self._passes_s = 0.0
         self._read: set[tuple[str, int, int]] = set()
+        # by variant, the proposals of each level
+        self._levels: dict[int, list[float]] = defaultdict(lambda: [0.0] * LEVELS)
         self._is_off = False
 
     def resize(self, num_slots: int) -> None:
@@ -121,14 +124,38 @@ class ModelDrafts:
         """The number of the likeliest rows that one more token each is worth its costs for."""
         if not self._own_pace.is_begun:
             return 0
-        best, best_gain, tokens = 0, 0.0, 0.0
+        outlooks = {
+            variant: self._outlook(variant, expected, num_positions)
+            for variant in dict.fromkeys(each.running.variant for each in ranked)
+        }
+        best, best_gain, tokens, num_more = 0, 0.0, 0.0, 0.0
         for count, each in enumerate(ranked, 1):
-            tokens += each.chance * self._rates.of(each.any_key)
+            drawn, verified = outlooks[each.running.variant]
+            tokens, num_more = tokens + each.chance * drawn, num_more + verified
             own_s = self._own_pace.seconds(count)
-            gain = self._pace.gain(tokens, count, expected, num_positions, spent_s=self.spent_s, extra_s=own_s)
+            gain = self._pace.gain(tokens, num_more, expected, num_positions, spent_s=self.spent_s, extra_s=own_s)
             if gain > best_gain:
                 best, best_gain = count, gain
         return best
+
+    def _outlook(self, variant: int, expected: float, num_positions: int) -> tuple[float, float]:
+        """Of one proposal: the chance that it is verified and drawn, and the chance that it is verified.
+
+        A pass verifies those alone whose level makes them likely enough.
+        """
+        drawn, verified, total = HOPEFUL, 1.0, 1.0  # as if one had been seen
+        for level, number in enumerate(self._levels[variant]):
+            chance = self._rates.of((variant, DraftSource.MODEL, level))
+            total += number
+            if self._pace.is_worth(chance, expected, num_positions, spent_s=self.spent_s):
+                drawn, verified = drawn + number * chance, verified + number
+        return drawn / total, verified / total
+
+    def _count(self, variant: int, level: int) -> None:
+        levels = self._levels[variant]
+        levels[level] += 1
+        if sum(levels) > FADES_AT:
+            levels[:] = [number / 2 for number in levels]
 
     def _may_try(self, num_rows: int) -> bool:
         """Whether trials have taken so little time that another one is not felt."""
@@ -167,6 +194,7 @@ class ModelDrafts:
                 continue
             level = min(int(proposed.probability * LEVELS), LEVELS - 1)
             proposal = Proposal(proposed.token, ((each.running.variant, DraftSource.MODEL, level), each.any_key))
+            self._count(each.running.variant, level)
             each.proposals.append(proposal)
             each.text.append(proposed.token)
             each.chance *= self._rates.of(proposal.keys[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 DECAY = 0.98  # of the weight of a pass with each later one
 PROBES = 3  # passes that are made larger to learn what that costs
 LEAST_SPREAD = 0.5  # weighted sum of squares of the numbers of positions, below which it is to be learned again
-MARGIN = 1.15  # by how much a proposed token must be worth more than it costs
+MARGIN = 1.05  # by how much a proposed token must be worth more than it costs
 LARGEST = 4.0  # times what was expected; a pass that took longer waited for something else
 
 
@@ -76,7 +76,7 @@ class Pace:
     def gain(
         self,
         tokens: float,
-        num_more: int,
+        num_more: float,
         expected: float,
         num_positions: int,
         *,

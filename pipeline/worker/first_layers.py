@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from transformers.utils import logging
 
 from pipeline.hub.model_facts import text_config
 
@@ -17,6 +20,17 @@ def keep_first_layers(config: Any, count: int) -> None:
     for name in by_layer:
         setattr(text, name, getattr(text, name)[:count])
     text.num_hidden_layers = count
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from printing the names of the weights that are left out on purpose."""
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
 
 
 def without_later_layers(report: Mapping[str, Any], count: int) -> Mapping[str, Any]:

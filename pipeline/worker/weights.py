@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,7 @@ from pipeline.hub.model_facts import reason_of
 from pipeline.hub.sources import fetch_weights
 from pipeline.hub.weight_files import LocalTree, find_model_files, shapes_in
 from pipeline.protocol.specs import HostSpec
-from pipeline.worker.first_layers import keep_first_layers, without_later_layers
+from pipeline.worker.first_layers import keep_first_layers, without_later_layers, without_load_report
 from pipeline.worker.quantised import compute_in_stated_type, is_plain, quantised_options
 from pipeline.worker.ranks import local_part
 
@@ -75,7 +76,8 @@ def load_causal_lm(spec: HostSpec, *, dtype: torch.dtype, device: torch.device =
         loaders.append(AutoModelForImageTextToText)
     found: list[_Faults] = []
     for loader in loaders or [AutoModelForCausalLM]:  # which says what it can read
-        model, report = _read(spec, loader, folder, dtype=dtype, **options, **sharding)
+        with nullcontext() if spec.layers is None else without_load_report():
+            model, report = _read(spec, loader, folder, dtype=dtype, **options, **sharding)
         if spec.layers is not None:
             report = without_later_layers(report, spec.layers)
         faults = _Faults.of(report, model)

@@ -29,7 +29,7 @@ PRINCIPALS = {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7
 class FreePace(Pace):
     """Passes that take the same time whatever they verify: so every proposal is."""
 
-    def gain(self, tokens: float, num_more: int, expected: float, num_positions: int, **_: float) -> float:
+    def gain(self, tokens: float, num_more: float, expected: float, num_positions: int, **_: float) -> float:
         return tokens
 
 
