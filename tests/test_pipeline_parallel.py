@@ -123,22 +123,23 @@ def test_answers_and_their_numbers_do_not_depend_on_the_number_of_devices(model,
 
 
 @pytest.mark.parametrize(
-    "family",
+    ("family", "num_devices"),
     [
-        "gemma4_text",  # layers of the second device read keys of the first one's
-        "gpt_oss",  # a mixture of experts, with sinks and windows
-        "qwen3_next",  # layers with states, and experts
-        "zamba2",  # layers on both devices that share weights
-        "recurrent_gemma",  # modules that keep states themselves
-        "gpt2",  # a head whose weights are the embedding's
-        "xlm",  # decoded row by row
+        ("gemma4_text", 3),  # layers of the second device read keys of the first one's
+        ("gpt_oss", 2),  # a mixture of experts, with sinks and windows
+        ("qwen3_next", 2),  # layers with states, and experts
+        ("lfm3", 3),  # a first, a middle and a last device
+        ("zamba2", 3),  # layers on both devices that share weights
+        ("recurrent_gemma", 2),  # modules that keep states themselves
+        ("gpt2", 2),  # a head whose weights are the embedding's
+        ("xlm", 2),  # decoded row by row
     ],
 )
-def test_families_of_other_kinds_give_the_bits_of_one_device_in_any_batch(family, tmp_path):
+def test_families_of_other_kinds_give_the_bits_of_one_device_in_any_batch(family, num_devices, tmp_path):
     folder = make_family(tmp_path, family)
     found = []
-    for num_devices in (1, 2):
-        assembly, hosts = on_devices(config_with(folder, **PAIR), num_devices)
+    for count in (1, num_devices):
+        assembly, hosts = on_devices(config_with(folder, **PAIR), count)
         is_plain = isinstance(hosts.base.host._runner, PlainRunner)
         assert is_plain == (read_table().families[family].decoding == PLAIN)
         found.append([decode_with(assembly, hosts, ROWS[:4], slots) for slots in (1, 4)])
@@ -265,6 +266,7 @@ def test_simulated_tensors_of_two_devices_do_not_meet_and_are_copied_when_they_m
     with pytest.raises(RuntimeError, match="all tensors must be on one device"):
         one + torch.ones(2)
     assert (one * torch.tensor(2.0)).tolist() == [2.0, 2.0]  # a single number may be on the CPU
+    assert (one[[1]].tolist(), one[[]].tolist()) == ([1.0], [])  # as may indices
     moved = one.to(SECOND)
     moved.zero_()
     assert (moved.device, one.tolist()) == (SECOND, [1.0, 1.0])

@@ -50,6 +50,9 @@ def test_base_principals_and_ranks_are_on_gpus_of_their_own_and_span_machines_on
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
+    spread = [host for hosts in found.pop("layers") for host in hosts]
+    gpus = [(machine, gpu) for ((machine, gpus),) in spread for gpu in gpus.split(",")]
+    assert len(gpus) == len(set(gpus)) == 8  # each of the four processes sees two, and no other one sees them
     for replicas in found.values():
         ranks = [tuple(rank) for hosts in replicas for host in hosts for rank in host]
         assert all(gpus in {str(gpu) for gpu in range(GPUS)} for _, gpus in ranks)  # each sees one

@@ -154,7 +154,9 @@ def _indices(index: Any) -> Any:
     """An index whose lists are tensors of the CPU."""
     if isinstance(index, tuple):
         return tuple(map(_indices, index))
-    return torch.tensor(index) if isinstance(index, list) else index
+    if not isinstance(index, list):
+        return index
+    return torch.tensor(index, dtype=None if index else torch.long)
 
 
 def _leaves(values: Sequence[Any]) -> Iterator[Any]:

@@ -11,16 +11,19 @@ import os
 from typing import Any
 
 GPUS = 4
-# the ranks of each host, and the replicas
-SCENARIOS = {"fits": ((2, 1, 1), 2), "spans": ((3, 1, 1), 1), "too large": ((6,), 1)}
+# the ranks of each host, the replicas, and the devices of each rank
+SCENARIOS = {
+    "fits": ((2, 1, 1), 2, 1), "spans": ((3, 1, 1), 1, 1), "too large": ((6,), 1, 1), "layers": ((1, 1), 2, 2),
+}  # fmt: skip
 
 
-def plans_of(ranks: tuple[int, ...]) -> Any:
-    """The plans of a base and principals with so many ranks."""
+def plans_of(ranks: tuple[int, ...], num_devices: int = 1) -> Any:
+    """The plans of a base and principals with so many ranks, or one process with so many devices."""
     from pipeline.config.files import parse_config
     from pipeline.runtime.topology import build_topology
 
-    base, *others = ({"model": f"m{at}", "tensor_parallel": count} for at, count in enumerate(ranks))
+    split = {"pipeline_parallel": num_devices}
+    base, *others = ({"model": f"m{at}", "tensor_parallel": count, **split} for at, count in enumerate(ranks))
     principals = {f"p{at}": {"kind": "arm", "model": model, "reference": "none"} for at, model in enumerate(others)}
     tree = {"input": {"path": "unused"}, "output": {"path": "unused"}, "base": base, "principals": principals}
     return build_topology(parse_config(tree)).hosts
@@ -33,7 +36,7 @@ def where(_: Any) -> tuple[str, str]:
     return ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def seen(ranks: tuple[int, ...], num_replicas: int) -> list[list[list[tuple[str, str]]]]:
+def seen(ranks: tuple[int, ...], num_replicas: int, num_devices: int) -> list[list[list[tuple[str, str]]]]:
     """By replica, host and rank: the machine and its GPUs."""
     import ray
 
@@ -41,7 +44,7 @@ def seen(ranks: tuple[int, ...], num_replicas: int) -> list[list[list[tuple[str,
     from pipeline.cluster.placement import placed
     from pipeline.config.sections import ClusterConfig
 
-    plans = plans_of(ranks)
+    plans = plans_of(ranks, num_devices)
     with placed(plans, num_replicas=num_replicas, has_gpus=True) as (groups, places):
         no_specs = (ray.put(()),)  # there is nothing to load
         launch = HostLaunch(no_specs, plans, ("load",) * len(plans), ClusterConfig(), groups, places)
