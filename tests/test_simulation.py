@@ -39,7 +39,9 @@ def test_schedules_lose_repeat_and_change_nothing_and_every_fault_occurs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", FOUND_IN_CI)
+@pytest.mark.parametrize(
+    "mutant", [name if name in FOUND_IN_CI else pytest.param(name, marks=pytest.mark.nightly) for name in MUTANTS]
+)
 def test_planted_faults_are_found(mutant):
     found = cli.find(mutant, range(2000))
     assert found is not None

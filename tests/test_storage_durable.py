@@ -66,6 +66,25 @@ def test_a_file_that_another_process_created_is_durable_before_it_is_relied_on(
     assert synced == [tmp_path / "run"]
 
 
+def test_records_whose_writer_died_before_it_synced_them_are_durable_before_a_run_counts_as_complete(
+    tmp_path: Path, synced: list[Path]
+) -> None:
+    plan = small_plan(tmp_path)
+    run = Run.create_or_resume(LocalStore(tmp_path / "run"), plan)
+    for shard in plan.shards:
+        run.commit(shard, [answer(row) for row in plan.read_shard(shard)])
+    before_the_manifest: list[set[Path]] = []
+
+    class Noting(Changed):
+        def put(self, name: str, data: bytes) -> None:
+            before_the_manifest.append(set(synced))
+            self.store.put(name, data)
+
+    synced.clear()
+    Run.open(str(tmp_path / "run"), open_store=lambda path: Noting(open_store(path))).finish()
+    assert {tmp_path / "run", tmp_path / "run/_commits"} <= before_the_manifest[0]
+
+
 @pytest.mark.parametrize("method", ["create", "put"])
 def test_a_temporary_file_that_is_swept_away_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

@@ -252,6 +252,7 @@ class Run:
         """
         if self.is_superseded:  # whoever extended the run, or resumes it, finishes it
             return
+        self.store.settle()  # first: what follows is written because of records whose writers may have died
         records = self.committed()
         for shard in self.plan.shards:  # listings of some object stores are behind: a read is not
             if shard.index not in records and (record := self.commit_of(shard.index)) is not None:

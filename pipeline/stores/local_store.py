@@ -108,6 +108,15 @@ class LocalStore:
                     if time.time() - temporary.stat().st_mtime > ABANDONED_AFTER_S:
                         temporary.unlink()
 
+    def settle(self) -> None:
+        # a file's content is synced before it has its name
+        retried(f"write {self.folder}", self._settle_once)
+
+    def _settle_once(self) -> None:
+        for folder, _, _ in os.walk(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                _sync_folder(Path(folder))
+
     def names(self, prefix: str = "") -> list[str]:
         start = self.folder / prefix.rpartition("/")[0]
         with as_storage_error(f"list {start}"):

@@ -92,6 +92,9 @@ class ObjectStore:
     def sweep(self) -> None:
         """Nothing to do: an object appears whole or not at all."""
 
+    def settle(self) -> None:
+        """Nothing to do: what can be read stays."""
+
     def names(self, prefix: str = "") -> list[str]:
         folder, _, start = prefix.rpartition("/")
         under = f"{self.root}/{folder}".rstrip("/")

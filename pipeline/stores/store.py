@@ -60,6 +60,9 @@ class Store(Protocol):
     def sweep(self) -> None:
         """Remove temporary files that writers left when they were killed; those of live writers are kept."""
 
+    def settle(self) -> None:
+        """See that everything that is there stays: a writer may have died before it synced what others have read."""
+
     def names(self, prefix: str = "") -> list[str]:
         """Return the sorted names that start with `prefix`, those in subfolders included.
 

@@ -136,13 +136,6 @@ def count_failed_as_aligned(writer: ShardWriter, *args: Any) -> Any:
 _describe = ShardWriter.describe
 
 
-def read_nothing(store: Any, name: str) -> bytes | None:
-    try:
-        return store._file(name).read_bytes()
-    except OSError:
-        return None
-
-
 def forget_rows(slots: Any, groups: Any = None) -> list[Any]:
     rows: list[Any] = []
     for group in slots._groups if groups is None else groups:
@@ -179,13 +172,10 @@ MUTANTS: dict[str, dict[str, Any]] = {
     },
     "failed rows count as aligned": {f"{FILES}.describe": count_failed_as_aligned},
     "stores that overwrite are not refused": {"pipeline.storage.run.check_exclusive": lambda store: None},
-    "temporary files of live writers are removed": {f"{LOCAL}.ABANDONED_AFTER_S": -1e9},
-    "a file that cannot be read counts as absent": {f"{LOCAL}.LocalStore.read": read_nothing},
     "retries are without bound": {
         "pipeline.stores.retries.stop_after_attempt": lambda tries: stop_never,
         "pipeline.stores.retries.stop_after_delay": lambda seconds: stop_never,
     },
-    "attempts are not counted": {"pipeline.cluster.board.ProgressBoard.begin": lambda board, shard, replica=None: 1},
     "answers are waited for without limit": {"pipeline.cluster.host_actors.RayHost._get": get_without_limit},
     "the stall watch never fires": {"pipeline.monitoring.stall._StallCheck.run": wait_for_the_end},
     "a host that lost its state goes on": {f"{GUARD}.is_at": never_lost, f"{GUARD}.check": lambda *_: None},

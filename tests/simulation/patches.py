@@ -78,6 +78,7 @@ SIMULATED: dict[str, dict[str, Any]] = {
         "lost_process": lambda: None,
     },
     "pipeline.engine.drafting": {"time": Time},
+    "pipeline.engine.model_drafts": {"time": Time},
     "pipeline.engine.calls": {"time": Time, "solve_and_sample": hosts.solve_once},
     "pipeline.engine.scheduler": {"secrets": Secrets},
     "pipeline.engine.shards": {"time": Time},
