@@ -57,8 +57,10 @@ class Scale:
         advise: prompts on which token rewards are recorded.
         evaluations: of answers, by judges.
         agent_temperatures: `grid.agent_temperatures` of the evaluations at equal agent temperature. Without any, only
-            games over whole answers are evaluated so, at `stages.BEGIN`.
+            games over whole answers are evaluated so, at `begin`.
         target_kl: nats a token of the evaluations at equal KL, which games over whole answers are not part of.
+        begin: agent temperature at which rows with a target of KL begin. Where it is far from what the target takes,
+            24 tokens are too few to come close to the target.
         slots: rows that are decoded at once; more are faster, and change no byte.
         games: most recorded games on which what-if questions are asked; twice as many for the gains at equal KL.
         starts: of Jacobi in each game, to look for other equilibria.
@@ -76,6 +78,7 @@ class Scale:
     evaluations: tuple[Evaluation, ...]
     agent_temperatures: tuple[float, ...]
     target_kl: float
+    begin: float
     slots: int
     games: int
     starts: int
@@ -120,6 +123,7 @@ FULL = Scale(
     ),
     agent_temperatures=(0.1, 0.2, 0.4, 0.8),
     target_kl=0.5,
+    begin=0.3,
     slots=16,
     games=2000,
     starts=20,
@@ -135,12 +139,13 @@ MEDIUM = Scale(
     training_dtype="bfloat16",
     advise=50,
     evaluations=(
-        Evaluation("trained_tone", ("base", "linear", "equilibrium"), THREE, 200),
+        Evaluation("trained_tone", ("base", "linear", "mixture", "equilibrium", "soft_threshold"), THREE, 200),
         Evaluation("aware_tone", ("base", "parm", "linear", "equilibrium"), THREE, 60),
         Evaluation("trained_tone", ("base", "best_of_n", "linear", "equilibrium"), (0.5,), 100, "answer"),
     ),
     agent_temperatures=(),
     target_kl=0.5,
+    begin=1.6,
     slots=64,
     games=200,
     starts=4,
@@ -158,6 +163,7 @@ SMALL = Scale(
     evaluations=tuple(Evaluation(each, FEW_RULES, (0.5,), 40) for each in ("trained_tone", "prompted_tone")),
     agent_temperatures=(),
     target_kl=0.5,
+    begin=0.3,
     slots=16,
     games=200,
     starts=4,

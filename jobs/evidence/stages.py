@@ -25,7 +25,6 @@ from pipeline.errors import CageError
 CONFIGS = Path("configs/evidence")
 PAIRS = {"tone": ("cheerful", "formal"), "words": ("simple", "formal")}
 SEED = 0
-BEGIN = 0.3  # the agent temperature at which a row with a target of KL begins
 
 
 class StageFailed(CageError):
@@ -191,10 +190,10 @@ def _evaluations(scale: Scale, folder: Path, evaluation: Evaluation) -> Iterator
         adapter = f"{folder}/principals-{half}/aware_{evaluation.pair}/preference"
         common += [f"principals.{each}.adapter={adapter}" for each in names]
     is_one_game = evaluation.unit == "answer"
-    temperatures = scale.agent_temperatures or ((BEGIN,) if is_one_game else ())
+    temperatures = scale.agent_temperatures or ((scale.begin,) if is_one_game else ())
     ways: dict[str, tuple[str, ...]] = {}
     if not is_one_game:
-        ways["kl"] = (f"decoding.target_kl={scale.target_kl}", f"grid.agent_temperatures=[{BEGIN}]")
+        ways["kl"] = (f"decoding.target_kl={scale.target_kl}", f"grid.agent_temperatures=[{scale.begin}]")
     if temperatures:
         ways["temperature"] = (f"grid.agent_temperatures={_flow(list(temperatures))}",)
     for at, changes in ways.items():
