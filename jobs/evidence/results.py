@@ -102,15 +102,13 @@ def trainings(scale: Scale, folder: Path) -> Iterator[Json]:
 def evaluations(scale: Scale, folder: Path) -> Iterator[Json]:
     """Every finished evaluation: its points, and the differences of rules with their intervals."""
     for evaluation in scale.evaluations:
-        for at in ("kl", "temperature"):
-            file = folder / f"{evaluation.name}-{at}" / "_metrics.json"
-            if not file.exists():
-                continue
+        file = folder / evaluation.name / "_metrics.json"
+        if file.exists():
             metrics = json.loads(file.read_text(encoding="utf-8"))
             yield {
                 "set": evaluation.principals,
                 "unit": evaluation.unit,
-                "at": at,
+                "at": evaluation.at,
                 "prompts": metrics["num_prompts"],
                 "answers": metrics["num_answers"],
                 **{key: metrics[key] for key in ("reference_point", "normalised_from")},
@@ -123,6 +121,7 @@ def evaluations(scale: Scale, folder: Path) -> Iterator[Json]:
                     for point in metrics["points"]
                 ],
                 "differences": [each for each in metrics["differences"] if each["metric"] in DIFFERENCES],
+                "equal_kl": metrics["equal_kl"],
                 "control": metrics["control"],
             }
 

@@ -16,6 +16,8 @@ class Evaluation:
         weights: `grid.weights`, of the first principal against the second.
         prompts: how many of the held-out ones, from the first on.
         unit: `decoding.unit`.
+        agent_temperatures: `grid.agent_temperatures`, of which each rule has a curve over KL. Without any, rows have
+            the scale's target of KL, which games over whole answers cannot have.
     """
 
     principals: str
@@ -23,11 +25,17 @@ class Evaluation:
     weights: tuple[float, ...]
     prompts: int
     unit: str = "token"
+    agent_temperatures: tuple[float, ...] = ()
+
+    @property
+    def at(self) -> str:
+        """What is equal among its rules: kl, or temperature."""
+        return "temperature" if self.agent_temperatures else "kl"
 
     @property
     def name(self) -> str:
-        """Of its stages and folders."""
-        return f"{self.principals}-{self.unit}"
+        """Of its stage and folder."""
+        return f"{self.principals}-{self.unit}-{self.at}"
 
     @property
     def kind(self) -> str:
@@ -56,9 +64,7 @@ class Scale:
         training_dtype: of the backbone while a principal is trained.
         advise: prompts on which token rewards are recorded.
         evaluations: of answers, by judges.
-        agent_temperatures: `grid.agent_temperatures` of the evaluations at equal agent temperature. Without any, only
-            games over whole answers are evaluated so, at `begin`.
-        target_kl: nats a token of the evaluations at equal KL, which games over whole answers are not part of.
+        target_kl: nats a token of the evaluations without agent temperatures.
         begin: agent temperature at which rows with a target of KL begin. Where it is far from what the target takes,
             24 tokens are too few to come close to the target.
         slots: rows that are decoded at once; more are faster, and change no byte.
@@ -76,7 +82,6 @@ class Scale:
     training_dtype: str
     advise: int
     evaluations: tuple[Evaluation, ...]
-    agent_temperatures: tuple[float, ...]
     target_kl: float
     begin: float
     slots: int
@@ -103,9 +108,11 @@ ALL_RULES = ("base", "linear", "mixture", "maximin", "equilibrium", "solo", "sof
 FEW_RULES = ("base", "linear", "equilibrium", "soft_threshold")
 ELEVEN = tuple(round(0.1 * at, 1) for at in range(11))
 THREE = (0.25, 0.5, 0.75)
+FOUR = (0.1, 0.2, 0.4, 0.8)  # agent temperatures
+SETS = ("trained_tone", "prompted_tone", "trained_words", "prompted_words")
 FULL = Scale(
     name="full",
-    duration="about 90 core-hours for games over tokens, and several hundred more for those over answers",
+    duration="about 40 core-hours for games over tokens, and several hundred more for those over answers",
     training=1000,
     halves=("a", "b"),
     answers=6,
@@ -115,22 +122,21 @@ FULL = Scale(
     advise=100,
     evaluations=(
         *(
-            Evaluation(principals, (*ALL_RULES, *(["best_of_n"] if unit == "answer" else [])), ELEVEN, 200, unit)
-            for unit in ("token", "answer")
-            for principals in ("trained_tone", "prompted_tone", "trained_words", "prompted_words")
+            Evaluation(principals, (*ALL_RULES, *more), ELEVEN, 200, agent_temperatures=temperatures)
+            for principals, more in {**dict.fromkeys(SETS, ()), "aware_tone": ("parm",)}.items()
+            for temperatures in ((), FOUR)
         ),
-        Evaluation("aware_tone", (*ALL_RULES, "parm"), ELEVEN, 200),
+        *(Evaluation(name, (*ALL_RULES, "best_of_n"), ELEVEN, 200, "answer", FOUR) for name in SETS),
     ),
-    agent_temperatures=(0.1, 0.2, 0.4, 0.8),
     target_kl=0.5,
     begin=0.3,
-    slots=16,
+    slots=64,
     games=2000,
     starts=20,
 )
 MEDIUM = Scale(
     name="medium",
-    duration="about an hour of one core",
+    duration="about 40 minutes of one core",
     training=480,
     halves=("a",),
     answers=8,
@@ -139,11 +145,11 @@ MEDIUM = Scale(
     training_dtype="bfloat16",
     advise=50,
     evaluations=(
-        Evaluation("trained_tone", ("base", "linear", "mixture", "equilibrium", "soft_threshold"), THREE, 200),
-        Evaluation("aware_tone", ("base", "parm", "linear", "equilibrium"), THREE, 60),
-        Evaluation("trained_tone", ("base", "best_of_n", "linear", "equilibrium"), (0.5,), 100, "answer"),
+        Evaluation("trained_tone", ("base", "linear", "mixture", "equilibrium", "soft_threshold"), THREE, 120),
+        Evaluation(
+            "trained_tone", ("base", "linear", "equilibrium"), (0.5,), 100, agent_temperatures=(1.0, 2.0, 4.0)
+        ),
     ),
-    agent_temperatures=(),
     target_kl=0.5,
     begin=1.6,
     slots=64,
@@ -161,7 +167,6 @@ SMALL = Scale(
     training_dtype="float32",
     advise=50,
     evaluations=tuple(Evaluation(each, FEW_RULES, (0.5,), 40) for each in ("trained_tone", "prompted_tone")),
-    agent_temperatures=(),
     target_kl=0.5,
     begin=0.3,
     slots=16,

@@ -132,7 +132,7 @@ def stages(scale: Scale, folder: Path) -> Iterator[Stage]:
     for pair in dict.fromkeys(each.pair for each in scale.evaluations if each.kind == "aware"):
         yield from _aware_training(scale, folder, pair)
     for evaluation in scale.evaluations:
-        yield from _evaluations(scale, folder, evaluation)
+        yield _evaluation(scale, folder, evaluation)
 
 
 def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
@@ -172,11 +172,11 @@ def _aware_training(scale: Scale, folder: Path, pair: str) -> Iterator[Stage]:
     )
 
 
-def _evaluations(scale: Scale, folder: Path, evaluation: Evaluation) -> Iterator[Stage]:
-    """One set of principals at equal KL (but for games over whole answers), and at equal agent temperature."""
+def _evaluation(scale: Scale, folder: Path, evaluation: Evaluation) -> Stage:
+    """Answers to the held-out prompts, and what judges say of them."""
     half, names = scale.halves[0], PAIRS[evaluation.pair]
     vectors = [dict(zip(names, (weight, round(1 - weight, 2)), strict=True)) for weight in evaluation.weights]
-    common = [
+    words = [
         f"input.path={folder}/prompts/held_out.jsonl",
         f"input.limit={evaluation.prompts}",
         f"grid.weights={_flow(vectors)}",
@@ -185,20 +185,16 @@ def _evaluations(scale: Scale, folder: Path, evaluation: Evaluation) -> Iterator
         *([f"decoding.unit={evaluation.unit}"] if evaluation.unit != "token" else []),
     ]
     if evaluation.kind == "trained":
-        common += [f"principals.{each}={_trained(folder, each, half)}" for each in names]
+        words += [f"principals.{each}={_trained(folder, each, half)}" for each in names]
     if evaluation.kind == "aware":
         adapter = f"{folder}/principals-{half}/aware_{evaluation.pair}/preference"
-        common += [f"principals.{each}.adapter={adapter}" for each in names]
-    is_one_game = evaluation.unit == "answer"
-    temperatures = scale.agent_temperatures or ((scale.begin,) if is_one_game else ())
-    ways: dict[str, tuple[str, ...]] = {}
-    if not is_one_game:
-        ways["kl"] = (f"decoding.target_kl={scale.target_kl}", f"grid.agent_temperatures=[{scale.begin}]")
-    if temperatures:
-        ways["temperature"] = (f"grid.agent_temperatures={_flow(list(temperatures))}",)
-    for at, changes in ways.items():
-        place = f"{evaluation.name}-{at}"
-        yield _command(place, "evaluate", evaluation.principals, *common, *changes, f"output.path={folder}/{place}")
+        words += [f"principals.{each}.adapter={adapter}" for each in names]
+    if evaluation.agent_temperatures:
+        words.append(f"grid.agent_temperatures={_flow(list(evaluation.agent_temperatures))}")
+    else:
+        words += [f"decoding.target_kl={scale.target_kl}", f"grid.agent_temperatures=[{scale.begin}]"]
+    words.append(f"output.path={folder}/{evaluation.name}")
+    return _command(evaluation.name, "evaluate", evaluation.principals, *words)
 
 
 def _command(name: str, command: str, config: str, *words: str) -> Stage:
