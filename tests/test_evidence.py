@@ -25,7 +25,7 @@ from jobs.evidence.charts import Panel, write_chart
 from jobs.evidence.drawing import draw_answers, draw_questions
 from jobs.evidence.prompts import questions_more, split, write_prompts
 from jobs.evidence.results import ask, evaluations, facts, prediction, trainings
-from jobs.evidence.scales import MEDIUM, SCALES, SMALL
+from jobs.evidence.scales import MEDIUM, SCALES, SMALL, Evaluation
 from jobs.evidence.scored import write_scored
 from jobs.evidence.stages import Marks, Stage, StageFailed, stages
 from pipeline.advice.recording import RecordedGames
@@ -98,27 +98,23 @@ def test_every_command_of_every_stage_is_a_configuration_that_loads(scale, tmp_p
         assert (command in ("synthesize", "train", "advise", "evaluate"), option) == (True, "-c")
         assert job.output.path.startswith(str(tmp_path))
         if isinstance(job, EvaluateConfig):
-            name, _, at = stage.name.rpartition("-")
-            evaluation = evaluations[name]
+            evaluation = evaluations[stage.name]
             assert job.input.limit == evaluation.prompts
-            assert all(str(tmp_path) in str(each) for each in job.principals.values()) == (
-                evaluation.kind != "prompted"
-            )
-            temperatures = len(scale.agent_temperatures) or 1 if at == "temperature" else 1
+            are_trained = [str(tmp_path) in str(each) for each in job.principals.values()]
+            assert are_trained == [evaluation.kind != "prompted"] * 2
+            assert (job.decoding.target_kl is None) == bool(evaluation.agent_temperatures)
+            assert job.decoding.unit == evaluation.unit
             free = {"base", "best_of_n"} & set(evaluation.rules)  # they have no agent temperature
-            rules = len(evaluation.rules) - len(free)
+            num_games = (len(evaluation.rules) - len(free)) * (len(evaluation.agent_temperatures) or 1)
             num_weights = len(evaluation.weights)
-            expected = rules * num_weights * temperatures + ("base" in free) + num_weights * ("best_of_n" in free)
+            expected = (num_games + ("best_of_n" in free)) * num_weights + ("base" in free)
             assert len(lay_out(job)) == expected
     assert len(names) == len(set(names))
+    assert evaluations.keys() <= set(names)
     num_aware = len({each.pair for each in scale.evaluations if each.kind == "aware"})
     num_trained = len(scale.halves) * len(scale.objectives) + num_aware
     assert len([name for name in names if name.startswith("train-")]) == num_trained
     assert ("rewards" in names) == scale.has_views
-    for each in scale.evaluations:
-        ways = {way for way in ("kl", "temperature") if f"{each.name}-{way}" in names}
-        over_tokens = {"kl", "temperature"} if scale.agent_temperatures else {"kl"}
-        assert ways == ({"temperature"} if each.unit == "answer" else over_tokens)
 
 
 def test_a_stage_that_is_done_is_not_run_again(tmp_path):
@@ -216,7 +212,11 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
         MEDIUM,
         name="tiny",
         training=40,
-        evaluations=tuple(replace(each, prompts=3, weights=(0.2, 0.8)) for each in MEDIUM.evaluations),
+        evaluations=(
+            Evaluation("trained_tone", ("base", "linear", "equilibrium"), (0.2, 0.8), 3),
+            Evaluation("aware_tone", ("base", "parm", "equilibrium"), (0.2, 0.8), 3),
+            Evaluation("trained_tone", ("base", "best_of_n", "linear"), (0.5,), 3, "answer", (0.3, 1.0)),
+        ),
     )
     marks = Marks(tmp_path / "_done")
     for stage in stages(scale, tmp_path):
@@ -234,8 +234,9 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
         ("aware_tone", "cheerful"), ("aware_tone", "formal"), ("cheerful", "cheerful"), ("formal", "formal"),
     ]  # fmt: skip
     judged = list(evaluations(scale, tmp_path))
-    assert [(each["set"], each["unit"], each["prompts"]) for each in judged] == [
-        ("trained_tone", "token", 3), ("aware_tone", "token", 3), ("trained_tone", "answer", 3),
+    assert [(each["set"], each["unit"], each["at"], each["prompts"]) for each in judged] == [
+        ("trained_tone", "token", "kl", 3), ("aware_tone", "token", "kl", 3),
+        ("trained_tone", "answer", "temperature", 3),
     ]  # fmt: skip
     for found, asked in zip(judged, scale.evaluations, strict=True):
         assert {each["rule"].partition(" ")[0] for each in found["points"]} == set(asked.rules)
@@ -245,7 +246,7 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
     assert all(each["seconds"] >= 0 and each["ended"] for each in told["stages"].values())
     draw_answers(scale, judged, tmp_path / "charts")
     assert {file.name for file in (tmp_path / "charts").iterdir()} == {
-        "tiny-trained_tone-token.svg", "tiny-aware_tone-token.svg",
+        "tiny-trained_tone-token-kl.svg", "tiny-aware_tone-token-kl.svg", "tiny-trained_tone-answer-temperature.svg",
     }  # fmt: skip
 
 

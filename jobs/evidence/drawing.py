@@ -12,28 +12,44 @@ from jobs.evidence.stages import PAIRS
 
 
 def draw_answers(scale: Scale, judged: Sequence[Json], place: Path) -> None:
-    """For every evaluation at equal KL with several weights: both objectives by the weight of the first one."""
+    """A chart of every evaluation: scores by weight at a target of KL, by KL over a sweep of agent temperatures."""
     for evaluation in judged:
-        names = PAIRS[evaluation["set"].partition("_")[2]]
-        places = sorted({each["weights"][names[0]] for each in evaluation["points"] if each["rule"] != "base"})
-        if evaluation["at"] != "kl" or len(places) < 2:
-            continue
-        scores: dict[tuple[str, float], Json] = {}
-        for point in evaluation["points"]:
-            for weight in places if point["rule"] == "base" else [point["weights"][names[0]]]:
-                scores[point["rule"], weight] = point["objectives"]
-        rules = list(dict.fromkeys(rule for rule, _ in scores))
-        write_chart(
-            place / f"{scale.name}-{evaluation['set']}-{evaluation['unit']}.svg",
-            f"Mean scores of answers to {evaluation['prompts']} held-out prompts (equal KL, {scale.target_kl:g} nats "
-            "a token)",
-            f"weight of {names[0]}",
-            "score",
-            [
-                Panel(name, places, {rule: [scores[rule, weight][name] for weight in places] for rule in rules})
-                for name in names
-            ],
-        )
+        names, prompts = PAIRS[evaluation["set"].partition("_")[2]], evaluation["prompts"]
+        file = place / f"{scale.name}-{evaluation['set']}-{evaluation['unit']}-{evaluation['at']}.svg"
+        if evaluation["at"] == "kl":
+            panels = _by_weight(evaluation["points"], names)
+            title = f"Mean scores of answers to {prompts} held-out prompts (target: {scale.target_kl:g} nats a token)"
+            write_chart(file, title, f"weight of {names[0]}", "score", panels)
+        else:
+            panels = _by_kl(evaluation["equal_kl"], names)
+            title = f"Weighted score at equal KL ({prompts} prompts)"
+            write_chart(file, title, "KL, nats a token", "weighted score", panels)
+
+
+def _by_weight(points: Sequence[Json], names: Sequence[str]) -> list[Panel]:
+    """A panel for each objective; the base, which has no weights, is level."""
+    places = sorted({each["weights"][names[0]] for each in points if each["rule"] != "base"})
+    scores: dict[tuple[str, float], Json] = {}
+    for point in points:
+        for weight in places if point["rule"] == "base" else [point["weights"][names[0]]]:
+            scores[point["rule"], weight] = point["objectives"]
+    rules = list(dict.fromkeys(rule for rule, _ in scores))
+    return [
+        Panel(name, places, {rule: [scores[rule, weight][name] for weight in places] for rule in rules})
+        for name in names
+    ]
+
+
+def _by_kl(levels: Sequence[Json], names: Sequence[str]) -> list[Panel]:
+    """A panel for each weight vector, at the KL levels that all rules reach."""
+    panels = []
+    for weights in {tuple(each["weights"].items()): each["weights"] for each in levels}.values():
+        here = [each for each in levels if each["weights"] == weights]
+        places = sorted({round(each["kl_per_token"], 3) for each in here})
+        rules = list(dict.fromkeys(each["rule"] for each in here))
+        lines = {rule: [each["weighted"] for each in here if each["rule"] == rule] for rule in rules}
+        panels.append(Panel(", ".join(f"{name} {weights[name]:g}" for name in names), places, lines))
+    return panels
 
 
 def draw_questions(scale: Scale, asked: Json, place: Path) -> None:

@@ -136,7 +136,7 @@ FULL = Scale(
 )
 MEDIUM = Scale(
     name="medium",
-    duration="about 40 minutes of one core",
+    duration="about half an hour of one idle core",
     training=480,
     halves=("a",),
     answers=8,
