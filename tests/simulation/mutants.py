@@ -13,6 +13,7 @@ from typing import Any
 from tenacity import stop_never
 
 from pipeline.cluster.host_actors import RayHost
+from pipeline.errors import HostError
 from pipeline.protocol.messages import Position
 from pipeline.storage.run import Run
 from pipeline.storage.shard_files import ShardWriter
@@ -135,6 +136,17 @@ def count_failed_as_aligned(writer: ShardWriter, *args: Any) -> Any:
 _describe = ShardWriter.describe
 
 
+def swallow(engine: Any, group: Any, error: HostError) -> None:
+    """Go on as if nothing had happened."""
+
+
+def forget_rows(slots: Any, groups: Any = None) -> list[Any]:
+    rows: list[Any] = []
+    for group in slots._groups if groups is None else groups:
+        rows += group.take_back(keeps_tokens=False)
+    return rows
+
+
 def wait_for_the_end(check: Any) -> None:
     check.ended.wait()
 
@@ -167,6 +179,8 @@ MUTANTS: dict[str, dict[str, Any]] = {
     "answers are waited for without limit": {"pipeline.cluster.host_actors.RayHost._get": get_without_limit},
     "the stall watch never fires": {"pipeline.monitoring.stall._StallCheck.run": wait_for_the_end},
     "a host that lost its state goes on": {f"{GUARD}.is_at": never_lost, f"{GUARD}.check": lambda *_: None},
+    "a lost state is not told to the engine": {"pipeline.engine.engine.Engine._rebuild": swallow},
+    "rows of a failed host are forgotten": {"pipeline.engine.scheduler.Slots.take_back": forget_rows},
     "a repeated call is computed twice": {f"{GUARD}.is_at": never_repeated},
 }
 

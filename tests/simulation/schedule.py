@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from simulation.threads import Current, Signal
 from simulation.world import Endless, Killed, Process, World
 
 COMMAND_S = 1500.0  # simulated seconds in which every command ends, whatever happens to it
+SPINS_S = 3.0  # of CPU time in one task without a wait
 NOWHERE = Path("nowhere")
 REFUSED = {"creates are not exclusive", "no hard links"}  # stores that no run may begin in
 
@@ -311,14 +314,36 @@ def _interrupted(*_: object) -> None:
     raise Interrupted
 
 
+@contextlib.contextmanager
+def ended_where_they_spin(world: World) -> Iterator[None]:
+    """End tasks that run on without waiting: simulated time does not pass in them, so no limit of it would."""
+    events_then = -1
+
+    def look(*_: object) -> None:
+        nonlocal events_then
+        if world.current is not None and world.num_events == events_then:
+            world.violate(f"{world.current.name} runs on without waiting")
+            raise Killed
+        events_then = world.num_events
+
+    before = signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SPINS_S, SPINS_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 @torch.inference_mode()  # hosts wait within it, and one would restore what another one has: so all have it throughout
 def run_schedule(schedule: Schedule, *, keeps_log: bool = False) -> Result:
     """Run a schedule and check what it came to. Use it inside `patches.simulated`."""
     simulation = Simulation(schedule, keeps_log=keeps_log)
     world = simulation.world
     try:
-        simulation.run()
-        checks.check_end(simulation)
+        with ended_where_they_spin(world):
+            simulation.run()
+            checks.check_end(simulation)
     except Endless as error:
         world.violate(str(error))
     finally:
