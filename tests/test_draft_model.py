@@ -215,7 +215,14 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(tiny, sketch, free_pa
     assert len(replica.draft_model._held) == 2
 
 
-def test_a_model_without_memory_proposes_nothing_more_and_says_so(tiny, sketch, free_passes, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("out of memory"), "out of memory"),
+        (IndexError("index 9 is out of range"), "index 9 is out of range"),
+    ],
+)
+def test_a_model_that_fails_proposes_nothing_more_and_says_so(tiny, sketch, free_passes, monkeypatch, error, says):
     calls = []
     config = config_of(
         tiny(), PAIR, decoding={"max_new_tokens": 12, "draft": ["model"], "draft_model": str(sketch())}
@@ -228,11 +235,11 @@ def test_a_model_without_memory_proposes_nothing_more_and_says_so(tiny, sketch, 
     def lacks(batch, newest):
         calls.append(batch)
         if len(calls) > 9:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return run(batch, newest)
 
     monkeypatch.setattr(passes, "run", lacks)
-    with pytest.warns(RuntimeWarning, match="the model that proposes tokens: out of memory; it proposes nothing"):
+    with pytest.warns(RuntimeWarning, match=f"the model that proposes tokens: {says}; it proposes nothing"):
         records = {(each.row_id, 0, 0): each for each in decode_rows(engine, MANY_ROWS[:4])}
     assert len(calls) == 10
     assert {key: each.response for key, each in records.items()} == {k: r.response for k, r in plain.items()}
@@ -284,6 +291,28 @@ def test_what_is_kept_of_earlier_texts_changes_no_proposal(tiny, monkeypatch):
         assert [each.probability for each in found] == pytest.approx([each.probability for each in fresh], abs=1e-4)
 
 
+def test_rows_that_are_new_together_are_read_in_passes_of_bounded_size(tiny, monkeypatch):
+    monkeypatch.setattr(draft_model, "CHUNK", 16)
+    monkeypatch.setattr(draft_model, "PROMPT_TOKENS_PER_STEP", 40)
+    config = config_of(
+        tiny(), PAIR, cluster={"slots": 6}, decoding={"draft": ["model"], "draft_model": str(tiny(seed=2))}
+    )
+    model = start_drafting(assemble(config, NOWHERE).draft, SamplingOptions(num_candidates=20))
+    run, read = model._passes.run, []
+
+    def noted(batch, newest):
+        read.append(len(batch.tokens))
+        return run(batch, newest)
+
+    monkeypatch.setattr(model._passes, "run", noted)
+    requests = [DraftRequest(at, [5 + at, *range(40, 55)], 0.3, (0.8, 0.95)) for at in range(6)]
+    together = model.propose(requests)
+    assert 16 < max(read) <= 40
+    model.resize(6)
+    alone = [model.propose([each])[0] for each in requests]
+    assert [each.token for each in together] == [each.token for each in alone]
+
+
 def test_slots_leave_memory_for_the_model(tiny, monkeypatch):
     budgets = []
 
@@ -318,7 +347,7 @@ class Row:
     """A running row as far as a model is asked about it; it draws 7 again and again."""
 
     def __init__(self, at):
-        self.key, self.variant, self.tokens = (f"r{at}", 0, 0), 0, []
+        self.key, self.variant, self.tokens, self.max_tokens = (f"r{at}", 0, 0), 0, [], 24
         self.step_terms = type("Terms", (), {"draw": None})
 
     def uniform(self, ahead):
@@ -395,6 +424,62 @@ def test_a_trial_is_small(monkeypatch):
     assert drafts.guess([], num_rows=16, most=32, may_try=True) == {}
     unasked = ModelDrafts(Counting(clock, 0.1, True), Rates(), pace, (1.0, 1.0))
     assert unasked.guess([Asked(0, Row(0), [1], 8)], num_rows=16, most=32, may_try=False) == {}
+
+
+def test_reading_long_prompts_for_short_answers_is_not_worth_it(monkeypatch):
+    clock, pace = [0.0], Pace()
+    monkeypatch.setattr("pipeline.engine.model_drafts.time.monotonic", lambda: clock[0])
+
+    class Reading(Counting):
+        def propose(self, requests):
+            new = [each for each in requests if len(each.text) == 3000]
+            self.seconds = 0.001 + 0.2 * len(new)
+            return super().propose(requests)
+
+    model = Reading(clock, 0.0, True)
+    drafts, num_reads = ModelDrafts(model, Rates(), pace, (1.0, 1.0)), []
+    for at in range(200):  # rows of 4 tokens, one after another
+        row = Row(at)
+        for step in range(4):
+            row.tokens = [7] * step
+            asked = Asked(0, row, [1] * (3000 + step), 4)
+            began_s = clock[0]
+            drafts.guess([asked], num_rows=1, most=4, may_try=True)
+            num_reads.append(clock[0] - began_s > 0.2)
+            clock[0] += 0.01
+            drafts.completed(0.01)
+            pace.note(1, 0.01)
+        drafts.end(row)
+    assert 1 <= sum(num_reads) < 5
+
+
+def test_a_model_whose_weights_need_a_gpu_is_refused_before_it_is_loaded(tiny, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        "pipeline.runtime.replica_plan.check_device",
+        lambda needs, name, *, capability: checked.append((name, capability)),
+    )
+    assemble(config_of(tiny(), PAIR, decoding={"draft": ["model"], "draft_model": str(tiny(seed=2))}), NOWHERE)
+    assert (f"decoding.draft_model: {tiny(seed=2)}", None) in checked
+
+
+def test_a_model_that_finds_no_memory_at_its_start_is_left_out(tiny, monkeypatch):
+    def lacks(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("pipeline.worker.start.start_drafting", lacks)
+    config = config_of(tiny(), PAIR, decoding={"draft": ["model"], "draft_model": str(tiny(seed=2))})
+    with pytest.warns(RuntimeWarning, match="proposes tokens: no room; the run goes on without it"):
+        engine, _ = engine_of(config)
+    assert len(list(decode_rows(engine, MANY_ROWS[:2]))) == 2
+
+
+def test_hosts_whose_device_verifies_nothing_are_named(tiny, monkeypatch):
+    monkeypatch.setattr(engines, "_verifies_drafts", lambda client: False)
+    config = config_of(tiny(), PAIR, decoding={"draft": ["lookup"]})
+    with pytest.warns(RuntimeWarning, match="decoding.draft has no effect.* no proposed tokens: base"):
+        engine, _ = engine_of(config)
+    assert engine.drafter is None
 
 
 @pytest.mark.parametrize("kind", ["reward_model", "tokens", "states", "rows", "layers", "embedding"])

@@ -15,11 +15,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.serialization import register_serializer
 
-from pipeline.cluster.board import ask
-from pipeline.cluster.host_reports import HostReports, SendReport, measured
+from pipeline.cluster.host_reports import HostReports, measured
 from pipeline.cluster.ray_errors import lost_actor
 from pipeline.errors import ConfigurationError, HostError, StateLost
 from pipeline.monitoring.host_meter import HostMeter
+from pipeline.monitoring.metrics import HostReport
 from pipeline.monitoring.waits import waiting_for
 from pipeline.protocol.failures import describe_failure
 from pipeline.protocol.hosts import Hosts, Proposes, Reply, Samples, Scores
@@ -76,7 +76,7 @@ class HostActor:
         self._store: Any = None
         self._reports = reports
         self.meter: HostMeter | None = None
-        self._send_report: SendReport | None = None
+        self._process = ""
         self._specs = specs
         self._index = index
         self._wrap_host = wrap_host
@@ -141,7 +141,7 @@ class HostActor:
     def _begin_to_report(self, host: Scores) -> None:
         if self._reports is not None:
             self.meter = HostMeter(host.work)
-            self._send_report = self._reports.follow(self.meter)
+            self._process = self._reports.follow(self.meter)
 
     @measured
     def advance(self, at: Position, step: Step) -> None:
@@ -196,10 +196,9 @@ class HostActor:
     def work(self) -> HostWork:
         return _present(self._sampling).work()
 
-    def report(self) -> None:
-        """Report what it did up to now; returns when the board has it."""
-        if self.meter is not None and self._send_report is not None:
-            ask(self._send_report(self.meter.read()))
+    def report(self) -> tuple[str, HostReport] | None:
+        """Its process's name on the board, and what it did up to now; None where it does not report."""
+        return None if self.meter is None else (self._process, self.meter.read())
 
 
 def _present(value: T | None) -> T:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -130,8 +131,12 @@ class HostGroup:
 
     def report(self) -> None:
         """Have the hosts report what they did up to now; not waited for long: they may hang or be gone."""
-        reports = [first.report.remote() for first, *_ in self.actors]
-        ray.wait(reports, num_returns=len(reports), timeout=REPORTED_S)
+        asked = {first.report.remote(): plan.name for (first, *_), plan in self._planned()}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=REPORTED_S)
+        for reference in answered:
+            with suppress(RayError):
+                if report := ray.get(reference, timeout=REPORTED_S):
+                    self._board.report_host.remote(report[0], self._replica, asked[reference], report[1])
 
     def stop(self) -> None:
         """End the actors. They hold no state that is needed: rows belong to the coordinator."""

@@ -12,9 +12,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 from pipeline.monitoring.host_meter import HostMeter
-from pipeline.monitoring.metrics import HostReport
 
-SendReport = Callable[[HostReport], Any]
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 REPORT_S = 2.0
@@ -47,22 +45,15 @@ class HostReports:
     replica: int
     host: str
 
-    def follow(self, meter: HostMeter) -> SendReport:
-        """Report what a meter measures, from a thread of its own, until the process ends.
-
-        Returns:
-            What sends a report besides; its answer is there when the board has it.
-        """
+    def follow(self, meter: HostMeter) -> str:
+        """Report what a meter measures until the process ends, from a thread of its own; the process's name there."""
         mark = secrets.token_hex(4)  # processes of two machines may have the same id
         process = f"{self.host} of replica {self.replica}, process {os.getpid()} {mark}"
 
-        def send(report: HostReport) -> Any:
-            return self.board.report_host.remote(process, self.replica, self.host, report)
-
         def keep_reporting() -> None:
             while True:
-                send(meter.report())
+                self.board.report_host.remote(process, self.replica, self.host, meter.report())
                 time.sleep(REPORT_S)
 
         threading.Thread(target=keep_reporting, name="report", daemon=True).start()
-        return send
+        return process

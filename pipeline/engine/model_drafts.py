@@ -18,7 +18,8 @@ from pipeline.engine.guesses import FADES_AT, Guess, Key, Proposal, Rates
 from pipeline.engine.pace import Pace
 from pipeline.engine.row_state import RunningRow
 from pipeline.errors import HostOutOfMemory
-from pipeline.protocol.drafts import DraftingModel, DraftRequest
+from pipeline.protocol.drafts import OF_MODEL, DraftingModel, DraftRequest
+from pipeline.quoting import one_line
 
 LEVELS = 8  # of the probability that the model gives a token
 ANY_LEVEL = -1
@@ -70,6 +71,8 @@ class ModelDrafts:
         self._rates, self._pace, self._draw = rates, pace, draw
         self._own_pace = Pace()
         self._trials_s = self._passes_s = 0.0
+        self._reading_s, self._num_tokens_read = 0.0, 0
+        self._num_ended, self._tokens_of_ended = 0, 0
         self._read: set[tuple[str, int, int]] = set()
         # by variant, the proposals of each level
         self._levels: dict[int, list[float]] = defaultdict(lambda: [0.0] * LEVELS)
@@ -86,6 +89,8 @@ class ModelDrafts:
 
     def end(self, running: RunningRow) -> None:
         """Forget a row that has ended."""
+        self._num_ended += 1
+        self._tokens_of_ended += len(running.tokens)
         self._read.discard(running.key)
 
     def guess(self, rows: Sequence[Asked], *, num_rows: int, most: int, may_try: bool) -> Mapping[int, Guess]:
@@ -128,15 +133,27 @@ class ModelDrafts:
             variant: self._outlook(variant, expected, num_positions)
             for variant in dict.fromkeys(each.running.variant for each in ranked)
         }
-        best, best_gain, tokens, num_more = 0, 0.0, 0.0, 0.0
+        best, best_gain, tokens, num_more, reading_s = 0, 0.0, 0.0, 0.0, 0.0
         for count, each in enumerate(ranked, 1):
             drawn, verified = outlooks[each.running.variant]
             tokens, num_more = tokens + each.chance * drawn, num_more + verified
-            own_s = self._own_pace.seconds(count)
+            reading_s += self._share_of_reading(each)
+            own_s = self._own_pace.seconds(count) + reading_s
             gain = self._pace.gain(tokens, num_more, expected, num_positions, spent_s=self.spent_s, extra_s=own_s)
             if gain > best_gain:
                 best, best_gain = count, gain
         return best
+
+    def _share_of_reading(self, asked: Asked) -> float:
+        """The seconds that reading a row's text takes, where it is still to be read, for each step that is left.
+
+        A row is taken to get as many tokens as those that have ended, and at least one more.
+        """
+        if asked.running.key in self._read or not self._num_tokens_read:
+            return 0.0
+        length = self._tokens_of_ended / self._num_ended if self._num_ended else asked.running.max_tokens
+        num_left = max(1.0, min(length, asked.running.max_tokens) - len(asked.running.tokens))
+        return len(asked.text) * self._reading_s / self._num_tokens_read / num_left
 
     def _outlook(self, variant: int, expected: float, num_positions: int) -> tuple[float, float]:
         """Of one proposal: the chance that it is verified and drawn, and the chance that it is verified.
@@ -177,14 +194,19 @@ class ModelDrafts:
         began_s = time.monotonic()
         try:
             found = self.model.propose(requests)
-        except HostOutOfMemory as error:
-            warnings.warn(f"{error}; it proposes nothing from now on", RuntimeWarning, stacklevel=2)
+        except Exception as error:  # whatever it is: no answer depends on what the model proposes
+            reason = str(error) if isinstance(error, HostOutOfMemory) else f"{OF_MODEL}: {one_line(error)}"
+            warnings.warn(f"{reason}; it proposes nothing from now on", RuntimeWarning, stacklevel=2)
             self._is_off = True
             self.model.resize(0)
             return 0.0
         taken_s = time.monotonic() - began_s
         self.spent_s += taken_s
-        if all(each.running.key in self._read for each in rows):  # otherwise it has read prompts as well
+        unread = [each for each in rows if each.running.key not in self._read]
+        if unread:
+            self._reading_s += taken_s
+            self._num_tokens_read += sum(len(each.text) for each in unread)
+        else:
             self._own_pace.note(len(rows), taken_s)
         gained = 0.0
         for each, proposed in zip(rows, found, strict=True):

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 
 from pipeline.protocol.messages import MemoryBudget
 
+OF_MODEL = "the model that proposes tokens"  # in messages
+
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import chain
 
 from pipeline.config.sections import Config
@@ -13,10 +14,11 @@ from pipeline.engine.drafting import Drafter
 from pipeline.engine.engine import Engine
 from pipeline.engine.shards import ShardDecoder
 from pipeline.monitoring.waits import waiting_for
-from pipeline.protocol.drafts import DraftingModel
+from pipeline.protocol.drafts import OF_MODEL, DraftingModel
 from pipeline.protocol.hosts import Hosts, ScoringClient
 from pipeline.protocol.memory import LONG_PROMPT, slots_that_fit
 from pipeline.protocol.specs import HostSpec
+from pipeline.quoting import one_line
 from pipeline.runtime.assembly import Assembly
 
 MIN_SLOTS_FOR_GROUPS = 8  # with fewer slots, half a batch takes a host nearly as long as a whole one
@@ -89,7 +91,20 @@ def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
         ConfigurationError: the model that is to propose tokens cannot be loaded.
     """
     sources, prompter = assembly.config.draft_sources, assembly.prompter
-    if not sources or not all(map(_verifies_drafts, hosts.all)):
+    if not sources:
+        return None
+    if undrafted := [
+        plan.name
+        for plan, client in zip(assembly.topology.hosts, hosts.all, strict=True)
+        if not _verifies_drafts(client)
+    ]:
+        if all(spec.drafts for spec in assembly.hosts):  # otherwise the plan has said why
+            names = ", ".join(undrafted)
+            warnings.warn(
+                f"decoding.draft has no effect: on their devices these hosts verify no proposed tokens: {names}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
     model = None if assembly.draft is None else _load_draft_model(assembly.draft, assembly)
     sampling = sampling_of(assembly.config.decoding, assembly.variants)
@@ -101,11 +116,21 @@ def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
     )
 
 
-def _load_draft_model(spec: HostSpec, assembly: Assembly) -> DraftingModel:
-    from pipeline.worker.start import start_drafting  # takes seconds, and most runs have no such model
+def _load_draft_model(spec: HostSpec, assembly: Assembly) -> DraftingModel | None:
+    """The loaded model; None where there is no memory for it, as no answer depends on it."""
+    # take seconds, and most runs have no such model
+    from pipeline.worker.hosts import is_out_of_memory
+    from pipeline.worker.start import start_drafting
 
-    with waiting_for(f"loading the model that proposes tokens ({spec.source.name})"):
-        return start_drafting(spec, sampling_of(assembly.config.decoding, assembly.variants))
+    with waiting_for(f"loading {OF_MODEL} ({spec.source.name})"):
+        try:
+            return start_drafting(spec, sampling_of(assembly.config.decoding, assembly.variants))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = one_line(error)
+            warnings.warn(f"{OF_MODEL}: {reason}; the run goes on without it", RuntimeWarning, stacklevel=2)
+            return None
 
 
 def _verifies_drafts(client: ScoringClient) -> bool:

@@ -173,6 +173,7 @@ def plan_replica(
     undrafted = why_not_drafted(config, topology, sources, expected)
     draft = None
     if resolved.draft is not None and not undrafted:
+        check_device(resolved.draft.needs, f"decoding.draft_model: {resolved.draft.name}", capability=None)  # a CPU's
         facts_of_draft = tokens.of(resolved.draft)
         draft = specify_draft(
             config, resolved.draft, tokenizers[BASE], facts_of_draft, vocab_size, stop_ids, cache_folder

@@ -15,8 +15,8 @@ from pipeline.attention.prefixes import Prompt
 from pipeline.attention.segments import Copied
 from pipeline.attention.slots import SlotCache
 from pipeline.errors import HostOutOfMemory
-from pipeline.protocol.drafts import DraftRequest, Proposed
-from pipeline.protocol.messages import CHUNK, MemoryBudget
+from pipeline.protocol.drafts import OF_MODEL, DraftRequest, Proposed
+from pipeline.protocol.messages import CHUNK, PROMPT_TOKENS_PER_STEP, MemoryBudget
 from pipeline.protocol.specs import SamplingOptions
 from pipeline.sampling.games import draw_rows
 from pipeline.sampling.proposals import propose_from
@@ -66,16 +66,22 @@ class DraftModel:
         except BaseException as error:
             self._held = [()] * len(self._held)  # any row may be half-written
             if is_out_of_memory(error):
-                raise HostOutOfMemory(f"the model that proposes tokens: {error}") from error
+                raise HostOutOfMemory(f"{OF_MODEL}: {error}") from error
             raise
         by_slot = {each.slot: proposed for each, proposed in zip(readable, found, strict=True)}
         return [by_slot.get(each.slot) for each in requests]
 
     def _read(self, requests: Sequence[DraftRequest]) -> Tensor:
         """The logits [B, V] behind each text: what a slot does not hold of it is computed."""
-        batch = ForwardBatch()
+        batch, begun = ForwardBatch(), []
         for request in requests:
             self._fill(batch, request)
+            begun.append(request)
+            if len(batch.tokens) > PROMPT_TOKENS_PER_STEP - CHUNK:  # what the memory of a pass is reckoned with
+                self._passes.run(batch, torch.empty(0, dtype=torch.long))
+                for each in begun:
+                    self._held[each.slot] = tuple(each.text[:-1])
+                batch, begun = ForwardBatch(), []
         for at, request in enumerate(requests):
             batch.append(request.slot, len(request.text) - 1, request.text[-1], at)
         done = self._passes.run(batch, torch.empty(0, dtype=torch.long))
