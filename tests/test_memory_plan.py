@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import accumulate
@@ -16,12 +18,13 @@ from support.commands import cage
 from support.decoding import NOWHERE, config_of, engine_of
 from support.language_models import ROLES, VOCAB_SIZE, spec_of
 from support.quantised_checkpoints import WRITTEN, write_pair
+from support.runs import write_prompts
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from jobs.commands.plan_cost import Throughput, count_gpus, describe_cost, find_throughput
 from jobs.commands.plan_memory import describe_devices
-from jobs.commands.plan_stated import Findings, plan_stated_hosts
+from jobs.commands.plan_stated import Findings, describe_stated, plan_stated_hosts
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
 from pipeline.hub.gpus import GPUS, find_gpu
@@ -31,7 +34,16 @@ from pipeline.hub.sources import resolve_model
 from pipeline.protocol.capacity import capacity_for
 from pipeline.protocol.memory import LONG_PROMPT, HostMemory, PassSizes, logits_bytes, memory_of_host
 from pipeline.protocol.messages import Admission, Step
-from pipeline.runtime.memory_plan import PlannedHost, lay_out_devices, plan_host, size_of_source, weights_of
+from pipeline.runtime.drafts import draft_host, draft_section
+from pipeline.runtime.memory_plan import (
+    PlannedHost,
+    first_layers,
+    lay_out_devices,
+    plan_host,
+    size_as_stated,
+    size_of_source,
+    weights_of,
+)
 from pipeline.runtime.replica_plan import plan_replica, resolve_models
 from pipeline.runtime.topology import build_topology
 from pipeline.sections import ModelConfig, ModelSizes
@@ -234,6 +246,51 @@ def test_a_plan_does_not_ask_for_what_would_be_refused() -> None:
     texts = [describe_devices([host], on_ray(), find_gpu("a100-80gb"), None) for host in (split, quantised)]
     assert not any("quantise" in text for text in texts)
     assert "split base over more ranks (tensor_parallel)" in texts[0]
+
+
+def test_a_draft_model_that_does_not_fit_is_to_be_smaller() -> None:
+    """It has no quantization and no resources to change."""
+    config = config_of(
+        "m",
+        {"kind": {"kind": "prompted", "principle": "be kind"}},
+        decoding={"draft": ["model"], "draft_model": "other"},
+    )
+    section = draft_section(config)
+    assert section is not None
+    held = {"bfloat16": 130 * GB}
+    draft = replace(planned_host(None, 1), plan=draft_host(section), device_type="cpu", weights=held)
+    base = replace(planned_host(None, GB), device_type="cpu")
+    text = describe_devices([base, draft], config, None, 80 * GB)
+    assert text.endswith("with 80 GB: choose a smaller decoding.draft_model, or more memory")
+
+
+def test_a_plan_by_stated_sizes_says_that_it_does_not_count_the_draft_model(tmp_path: Path) -> None:
+    sizes = {"layers": 2, "hidden_size": 96, "intermediate_size": 128, "heads": 6, "vocab_size": 100}
+    for drafts in ({}, {"draft": ["model"], "draft_model": {"layers": 1}}):
+        path = write_prompts(tmp_path / "prompts.jsonl", 2)
+        config = config_of({"model": "no/such", "sizes": sizes}, decoding=drafts, input={"path": str(path)})
+        findings = Findings({}, {"base": "it is not there"})
+        text, _ = describe_stated(config, findings, plan_stated_hosts(config, findings, None), None)
+        assert ("the draft model (decoding.draft_model) is not counted" in text) == bool(drafts)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_first_layers_of_a_model_are_counted_beside_its_embedding_and_its_head(is_tied: bool) -> None:
+    whole = LLAMA_65B.model_copy(update={"vocab_size": 250_000, "is_tied": is_tied})
+    found = first_layers(size_as_stated(whole), 8)
+    expected = count_stated(whole.model_copy(update={"layers": 8})).total
+    assert sum(found.counts.values()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stated", [True, False, None])
+def test_a_head_shares_the_embeddings_weights_where_the_file_says_so(tiny: Tiny, tmp_path: Path, stated: Any) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny(), folder)
+    tree = json.loads((folder / "config.json").read_text())
+    tree.pop("tie_word_embeddings", None)
+    tree |= {} if stated is None else {"tie_word_embeddings": stated}
+    (folder / "config.json").write_text(json.dumps(tree))
+    assert size_of_source(resolve_model(str(folder), cache_folder=NOWHERE)).is_tied == (stated is True)
 
 
 def test_stated_sizes_that_ranks_cannot_divide_are_refused() -> None:

@@ -147,17 +147,21 @@ def what_to_change(device: PlannedDevice, config: Config) -> list[str]:
         ]
     largest = max(device.hosts, key=lambda host: host.weight_bytes)
     name = "base" if largest.plan.name == "base" else f"the model of {largest.plan.name}"
+    section = draft_section(config)
+    is_draft = section is not None and largest.plan == draft_host(section)
     ways = []
     if device.weight_bytes < SHARE[device.device_type] * device.capacity:
         ways.append(f"lower decoding.max_new_tokens ({config.decoding.max_new_tokens:,})")
-    if largest.plan.model.tensor_parallel > 1:  # quantised weights are not split
+    if is_draft:
+        ways.append("choose a smaller decoding.draft_model")
+    elif largest.plan.model.tensor_parallel > 1:  # quantised weights are not split
         ways.append(f"split {name} over more ranks (tensor_parallel)")
     elif largest.plan.model.pipeline_parallel > 1:  # nor are they spread
         ways.append(f"spread {name} over more GPUs (pipeline_parallel)")
     elif all(label in BYTES_BY_DTYPE or label == ADAPTERS for label in largest.weights):
         four_bits = device.weight_bytes - largest.weight_bytes * 3 // 4
         ways.append(f"quantise {name} (quantization: bnb-4bit; then about {size(four_bits)} of weights)")
-    if len(device.hosts) > 1:
+    if len(device.hosts) > 1 and not is_draft:
         ways.append("give its hosts devices of their own (resources.num_gpus: 1)")
     ways.append("take a device with more memory (--gpu)" if device.device_type == "cuda" else "more memory")
     return [

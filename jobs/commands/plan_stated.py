@@ -15,6 +15,7 @@ from pipeline.hub.gpus import Gpu
 from pipeline.hub.parallel_plans import why_not_divided, why_too_few_layers
 from pipeline.hub.sources import ModelSource, resolve_configured
 from pipeline.protocol.topology import HostPlan
+from pipeline.runtime.drafts import PLACE, draft_section
 from pipeline.runtime.memory_plan import PlannedHost, device_type_of, plan_host, size_as_stated, size_of_source
 from pipeline.runtime.splits import check_split
 from pipeline.runtime.topology import build_topology, models_of
@@ -111,6 +112,7 @@ def describe_stated(config: Config, findings: Findings, hosts: list[PlannedHost]
             for place, reason in findings.missing.items()
         ),
         "a run needs these models; tokens, chat templates and adapters are not checked in this plan",
+        *([f"the draft model ({PLACE}) is not counted"] if draft_section(config) is not None else []),
         "",
         placement(hosts, config),
         "",

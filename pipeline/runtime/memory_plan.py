@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipeline.config.sections import Config, Transport
 from pipeline.hub.descriptions import BYTES_BY_DTYPE, CONVERTED, STORED_BYTES, recurrent_config
@@ -15,6 +16,7 @@ from pipeline.hub.model_facts import ModelFacts, read_model_facts
 from pipeline.hub.parameters import ParameterCounts, count_parameters, count_stated
 from pipeline.hub.quantisation import KINDS, METHODS
 from pipeline.hub.sources import AdapterSource, ModelSource
+from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
 from pipeline.protocol.memory import LONG_PROMPT, MOST_SLOTS, HostMemory, PassSizes, memory_of_host, room_for_slots
 from pipeline.protocol.messages import DRAFTED_PER_PASS, MemoryBudget
 from pipeline.protocol.spread import spread
@@ -35,12 +37,14 @@ class SizedModel:
         quantisation: transformers' name of how its files are quantised; None of ordinary files.
         linears: what its configuration makes, where that is not what its files hold: of models that are quantised at
             load, and of those that become ordinary.
+        is_tied: whether the head's weights are known to be the embedding's.
     """
 
     facts: ModelFacts
     counts: Mapping[str, int]
     quantisation: str | None = None
     linears: ParameterCounts | None = None
+    is_tied: bool = False
 
     def cache_bytes_per_token(self, dtype: str) -> int:
         """Keys and values of one token of one row, over all layers."""
@@ -134,7 +138,9 @@ def size_of_source(source: ModelSource) -> SizedModel:
     stored = None if source.kind is not None else source.quantisation
     may_expand = stored is not None and METHODS[stored].is_expanded_on_cpu
     linears = count_parameters(source) if source.kind is not None or may_expand else None
-    return SizedModel(read_model_facts(source), source.num_parameters_by_dtype, stored, linears)
+    tree = read_json(LocalTree(Path(source.path)), CONFIG)
+    is_tied = tree.get("tie_word_embeddings") is True
+    return SizedModel(read_model_facts(source), source.num_parameters_by_dtype, stored, linears, is_tied)
 
 
 def size_as_stated(sizes: ModelSizes) -> SizedModel:
@@ -154,14 +160,16 @@ def size_as_stated(sizes: ModelSizes) -> SizedModel:
         hidden_size=sizes.hidden_size,
         mlp_size=sizes.intermediate_size,
     )
-    return SizedModel(facts, {"BF16": counts.total}, None, counts)
+    return SizedModel(facts, {"BF16": counts.total}, None, counts, sizes.is_tied)
 
 
 def first_layers(model: SizedModel, count: int) -> SizedModel:
-    """The model without its later layers. Whatever is no embedding is taken to be in layers, in all alike."""
+    """The model without its later layers. Whatever is neither embedding nor head is taken to be in layers, in all
+    alike. A head has weights of its own unless it is known to share the embedding's."""
     facts = model.facts
     whole = sum(model.counts.values())
-    outside = min(whole, facts.vocab_size * (facts.hidden_size or 0))
+    num_outside = 1 if model.is_tied else 2
+    outside = min(whole, num_outside * facts.vocab_size * (facts.hidden_size or 0))
     share = (outside + (whole - outside) * count / (facts.num_layers or count)) / max(whole, 1)
     counts = {stored: round(number * share) for stored, number in model.counts.items()}
     return replace(model, facts=replace(facts, num_layers=count), counts=counts)
