@@ -7,7 +7,10 @@ import json
 import pytest
 from support.runs import write_prompts
 from support.unreliable import FreePace
+from typer.testing import CliRunner
 
+from jobs.bench import speculation
+from jobs.bench.cli import bench
 from jobs.bench.speculation import run_bench_speculation
 from pipeline.engine import drafting
 from pipeline.engine.model_drafts import ModelDrafts
@@ -37,6 +40,26 @@ def test_every_kind_of_workload_is_measured_and_written(tiny, tmp_path, monkeypa
     assert cases[2]["accepted"] > 10
     assert all(case["drafted"] and {*case["accepted_by_source"]} == {"model"} for case in cases[4:])
     assert "passes a token" in capsys.readouterr().out
+
+
+def test_five_sixths_of_the_bases_layers_propose_where_no_number_is_given(tiny, tmp_path):
+    prompts, out = write_prompts(tmp_path / "in.jsonl", 1), tmp_path / "out.json"
+    options = ["--rows", "1", "--max-new-tokens", "2", "--slots", "1", "--workload", "weak-to-strong: greedy"]
+    paths = ["--model", str(tiny()), "--prompts", str(prompts), "--json", str(out)]
+    done = CliRunner().invoke(bench, ["speculation", *paths, *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert json.loads(out.read_text())["draft_model"] == {"model": None, "layers": 1}  # of two
+
+
+def test_a_workload_that_cannot_run_is_refused_before_any_is_measured(tiny, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(speculation._Bench, "measure", lambda self, workload, *_: measured.append(workload))
+    with pytest.raises(ConfigurationError, match=r"has 2 layers; draft_model\.layers must be below that, got 25"):
+        run_bench_speculation(
+            model=str(tiny()), prompts=write_prompts(tmp_path / "in.jsonl", 1), num_rows=1, max_new_tokens=2,
+            slots=[1], workloads=["grid", "weak-to-strong"], json_file=None, draft_model={"layers": 25},
+        )  # fmt: skip
+    assert not measured
 
 
 def test_a_workload_that_is_unknown_is_refused(tmp_path):

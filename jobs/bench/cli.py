@@ -119,7 +119,12 @@ def bench_speculation(
         str | None, typer.Option(help="Proposes tokens in weak-to-strong; without it, the base itself.")
     ] = None,
     draft_layers: Annotated[
-        int | None, typer.Option(min=1, help="First layers of it that propose; without it, all; of the base 25.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many of its first layers propose. "
+            "Default: all of a model that is given; of the base five sixths.",
+        ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
 ) -> None:
@@ -134,5 +139,5 @@ def bench_speculation(
         slots=slots,
         workloads=workload,
         json_file=json_file,
-        draft_model={"model": draft_model, "layers": draft_layers or (25 if draft_model is None else None)},
+        draft_model={"model": draft_model, "layers": draft_layers},
     )

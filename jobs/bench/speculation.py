@@ -25,6 +25,8 @@ from pipeline.config.sections import Config
 from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError
 from pipeline.hub.embedded import default_cache_folder
+from pipeline.hub.model_facts import read_model_facts
+from pipeline.hub.sources import resolve_model
 from pipeline.protocol.hosts import Hosts
 from pipeline.records import Record, Row
 from pipeline.runtime.assembly import assemble
@@ -119,7 +121,11 @@ def run_bench_speculation(
 ) -> None:
     """Measure every workload whose name begins with one of `workloads` (all without any); print, write the file.
 
-    `draft_model` is that section, for workloads with a model.
+    `draft_model` is that section, for workloads with a model; where it names neither a model nor a number of layers,
+    five sixths of the base's layers propose.
+
+    Raises:
+        ConfigurationError: a chosen workload cannot run; nothing was measured then.
     """
     chosen = [each for each in WORKLOADS if not workloads or each.name.startswith(tuple(workloads))]
     if not chosen:
@@ -130,7 +136,11 @@ def run_bench_speculation(
     torch.set_num_threads(1)
     lines = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()[:num_rows]]
     rows = [Row(str(line["id"]), ({"role": "user", "content": line["prompt"]},)) for line in lines]
+    if any(each.has_model for each in chosen):
+        draft_model = _with_layers(draft_model, model)
     bench = _Bench(model, max_new_tokens, draft_model)
+    for workload, num_slots in product(chosen, slots):
+        bench.check(workload, num_slots)
     measured = []
     for workload, num_slots in product(chosen, slots):
         measured.append(bench.measure(workload, rows, num_slots))
@@ -140,6 +150,14 @@ def run_bench_speculation(
         tree = {"model": model, "draft_model": draft_model, "rows": len(rows), "max_new_tokens": max_new_tokens,
                 "cases": [asdict(each) for each in measured]}  # fmt: skip
         json_file.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+
+def _with_layers(draft_model: Tree, base: str) -> Tree:
+    """The section, with five sixths of the base's layers where the base proposes and no number was given."""
+    if draft_model.get("model") is not None or draft_model.get("layers") is not None:
+        return draft_model
+    facts = read_model_facts(resolve_model(base, cache_folder=default_cache_folder(os.environ)))
+    return {**draft_model, "layers": max(1, 5 * (facts.num_layers or 0) // 6)}
 
 
 class _Bench:
@@ -156,12 +174,20 @@ class _Bench:
         self._loaded: dict[float, Hosts] = {}
         self._existing: dict[str, list[Row]] = {}
 
+    def check(self, workload: Workload, num_slots: int) -> None:
+        """Plan both runs. Raises ConfigurationError where one cannot be."""
+        for drafts in ({"draft": "off"}, self._drafts(workload)):
+            assemble(self._config(workload, num_slots, drafts), default_cache_folder(os.environ))
+
+    def _drafts(self, workload: Workload) -> Tree:
+        """What has tokens proposed."""
+        return {"draft": ["model"], "draft_model": self._draft_model} if workload.has_model else {"draft": "auto"}
+
     def measure(self, workload: Workload, rows: Sequence[Row], num_slots: int) -> Measured:
         """Decode the rows without drafts and with them. Raises RuntimeError where the records differ."""
         rows = self._with_existing(workload, rows)
         plain, (plain_cpu_s, plain_s), _ = self._decode(workload, rows, num_slots, {"draft": "off"})
-        drafts = {"draft": ["model"], "draft_model": self._draft_model} if workload.has_model else {"draft": "auto"}
-        drafted, (cpu_s, clock_s), engine = self._decode(workload, rows, num_slots, drafts)
+        drafted, (cpu_s, clock_s), engine = self._decode(workload, rows, num_slots, self._drafts(workload))
         if plain != drafted:
             raise RuntimeError(f"{workload.name} with {num_slots} slots: records differ with drafts")
         tallies = {} if engine.drafter is None else engine.drafter.tallies
