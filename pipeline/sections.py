@@ -28,7 +28,8 @@ class Section(BaseModel):
 
 
 class Resources(Section):
-    """What Ray reserves for a host, or for each of its ranks. `num_gpus: null`: one GPU where the device is a GPU."""
+    """What Ray reserves for a host, or for each of its ranks. `num_gpus: null`: one GPU where the device is a GPU,
+    N with `pipeline_parallel: N`."""
 
     num_cpus: float = Field(1, ge=0, description="CPU cores")
     num_gpus: float | None = Field(

@@ -23,7 +23,8 @@ from support.runs import write_prompts
 from support.sampling_hosts import PAIR, ROWS
 from support.spread_models import on_devices
 from support.tiny_models import make_model, make_pair_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from jobs.commands.plan import Machines, run_plan
 from jobs.commands.plan_cost import count_gpus
@@ -255,6 +256,24 @@ def test_a_tensor_on_the_wrong_device_is_noticed(model, fault, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(ConfigurationError, match="on one device; found simulated:0, simulated:1"):
         load_language_model(spec)
+
+
+def test_a_model_whose_code_between_layers_brings_two_devices_together_is_refused(tmp_path, monkeypatch):
+    """Hidden states between two layers of the second device, and rotations, which are on the first."""
+    source = make_family(tmp_path / "two", "llama")
+    config = AutoConfig.from_pretrained(source)
+    config.num_hidden_layers = 4
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "four")
+    call = LlamaDecoderLayer.__call__
+
+    def mixed(self, hidden, **given):
+        return call(self, hidden + given["position_embeddings"][0][..., :1], **given)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", mixed)
+    spec = replace(spec_of(tmp_path / "four"), device=KIND, attention="plain")
+    load_language_model(spec)
+    with pytest.raises(ConfigurationError, match=r"own forward pass over text fails.*on one device; found"):
+        load_language_model(replace(spec, pipeline_parallel=2))
 
 
 def test_simulated_tensors_of_two_devices_do_not_meet_and_are_copied_when_they_move():

@@ -1,9 +1,10 @@
 """The layers of one model on several devices of one process, each with a range of them.
 
 A layer's inputs are moved to its device when it is called, and what the last layer gives is moved back to the first
-device. All that is beside the layers is there: embeddings, rotations, norms, the head. So a model's own code between
-layers, and all that runs the model, sees one device. What is called by a layer moves what it needs itself, and what a
-pass keeps of a layer is on the layer's device.
+device. What a model holds beside its layers is there: embeddings, rotations, norms, the head. Between the layers
+hidden states lie on the device of the layer that gave them. So all that runs the model sees one device, but a model's
+own code between layers that brings both together fails; the passes at load show that, and the model is refused. What
+is called by a layer moves what it needs itself, and what a pass keeps of a layer is on the layer's device.
 """
 
 from __future__ import annotations
