@@ -94,6 +94,7 @@ def test_a_damaged_cache_is_not_taken_for_the_model(damage: str, tmp_path: Path)
     assert embedded_path(tmp_path) is None
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_processes_that_prepare_together_share_one_preparation(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path)]

@@ -68,7 +68,9 @@ def test_a_run_that_stands_still_is_ended_and_goes_on_later(tiny, tmp_path, poin
     ("cluster", "awaited"),
     [
         # long enough for a slow machine to start a replica; the board is waited for on a very slow one
-        ({"stall_timeout_s": 20}, r"waiting for: (.+ \(\d+ s\)|the progress board)"),
+        pytest.param(
+            {"stall_timeout_s": 20}, r"waiting for: (.+ \(\d+ s\)|the progress board)", marks=pytest.mark.nightly
+        ),
         (
             {"stall_timeout_s": 8, "coordinator_cpus": 1000},
             r"waiting for: (starting a replica \(1000 CPU|the progress board)",
