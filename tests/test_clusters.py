@@ -76,7 +76,7 @@ def configured(machines, name):
     config = job("s3://clusters/prompts.jsonl", f"s3://clusters/{name}", "x", decoding=DECODING, cluster=cluster)
     tree = {**config.model_dump(mode="json", exclude_unset=True), "base": base}
     file = machines.folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(tree))
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))  # the order of principals is that of sums
     return file
 
 
