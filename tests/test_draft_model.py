@@ -14,7 +14,7 @@ from support.lora import make_lora
 from support.runs import PRINCIPALS, job, parts, run_job, write_prompts
 from support.sampling_hosts import MANY_ROWS, PAIR
 from support.tiny_models import make_model, make_pair_tokenizer
-from support.unreliable import FreePace, Replica, failed, nothing
+from support.unreliable import FailsOrForgets, FreePace, LacksMemoryForDrafts, Replica, nothing
 from transformers import AutoModelForCausalLM
 
 from jobs.commands.plan import describe_plan
@@ -24,9 +24,8 @@ from pipeline.engine.engine import decode_rows
 from pipeline.engine.guesses import Rates
 from pipeline.engine.model_drafts import TRIED, Asked, ModelDrafts
 from pipeline.engine.pace import Pace
-from pipeline.errors import ConfigurationError, HostOutOfMemory
+from pipeline.errors import ConfigurationError
 from pipeline.protocol.drafts import DraftRequest, Proposed
-from pipeline.protocol.hosts import Reply
 from pipeline.protocol.specs import SamplingOptions
 from pipeline.runtime import engines
 from pipeline.runtime.assembly import assemble
@@ -176,17 +175,7 @@ def test_hosts_that_fail_or_forget_change_nothing(tiny, sketch, free_passes, way
     records, engine = replica.decode(nothing)
     assert {key: each.response for key, each in records.items()} == {k: r.response for k, r in reference.items()}
     for moment in range(2, engine.calls.hosts.base.calls + 1, 7):
-        done = []
-
-        def fail(host, number, method, args, moment=moment, done=done):
-            if number == moment and not done:
-                done.append(method)
-                if moment % 2:
-                    return failed("a host died")
-                host.forget()
-            return None
-
-        records, engine = replica.decode(fail)
+        records, engine = replica.decode(FailsOrForgets(moment))
         if "reproducibility" not in way:
             assert records == reference
         assert {key: each.response for key, each in records.items()} == {k: r.response for k, r in reference.items()}
@@ -196,20 +185,10 @@ def test_hosts_that_fail_or_forget_change_nothing(tiny, sketch, free_passes, way
 def test_out_of_memory_halves_the_rows_and_changes_nothing(tiny, sketch, free_passes):
     options = {"max_new_tokens": 8, "slots": 4}
     reference, _ = Replica(tiny, **options).decode(nothing)
-    failures = []
-
-    def wait():
-        raise HostOutOfMemory("out of memory")
-
-    def lack(host, number, method, args):
-        if method == "advance_and_propose" and args[1].drafts and not failures:
-            failures.append(method)
-            return Reply(wait)
-        return None
-
+    lacks = LacksMemoryForDrafts()
     replica = Replica(tiny, **options, drafts=True, draft_model=sketch())
-    records, engine = replica.decode(lack)
-    assert failures
+    records, engine = replica.decode(lacks)
+    assert lacks.is_over
     assert engine.num_slots == 2
     assert records == reference
     assert len(replica.draft_model._held) == 2

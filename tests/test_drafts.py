@@ -8,13 +8,11 @@ import pytest
 from support.decoding import ask, config_of, engine_of
 from support.lora import make_lora
 from support.sampling_hosts import MANY_ROWS, PAIR
-from support.unreliable import FreePace, Replica, failed, nothing
+from support.unreliable import FailsOrForgets, FreePace, LacksMemoryForDrafts, Replica, nothing
 
 from pipeline.engine import drafting
 from pipeline.engine.engine import decode_rows
-from pipeline.errors import HostOutOfMemory
 from pipeline.protocol import messages
-from pipeline.protocol.hosts import Reply
 from pipeline.worker import language_model_runner
 
 EXISTING = {"input": {"path": "x", "response": "r"}}
@@ -126,17 +124,7 @@ def test_hosts_that_fail_or_forget_change_nothing(tiny, way):
     assert records == reference
     num_accepted = []
     for moment in range(2, engine.calls.hosts.base.calls + 1, 7):
-        done = []
-
-        def fail(host, number, method, args, moment=moment, done=done):
-            if number == moment and not done:
-                done.append(method)
-                if moment % 2:
-                    return failed("a host died")
-                host.forget()
-            return None
-
-        records, engine = replica.decode(fail)
+        records, engine = replica.decode(FailsOrForgets(moment))
         assert records == reference
         num_accepted.append(sum(tally.accepted for tally in engine.drafter.tallies.values()))
     assert max(num_accepted) > 2  # what a row had drawn before is proposed again
@@ -145,18 +133,8 @@ def test_hosts_that_fail_or_forget_change_nothing(tiny, way):
 def test_out_of_memory_halves_the_rows_and_changes_nothing(tiny):
     options = {"max_new_tokens": 8, "slots": 4}
     reference, _ = Replica(tiny, **options).decode(nothing)
-    failures = []
-
-    def wait():
-        raise HostOutOfMemory("out of memory")
-
-    def lack(host, number, method, args):
-        if method == "advance_and_propose" and args[1].drafts and not failures:
-            failures.append(method)
-            return Reply(wait)
-        return None
-
-    records, engine = Replica(tiny, **options, drafts=True).decode(lack)
-    assert failures
+    lacks = LacksMemoryForDrafts()
+    records, engine = Replica(tiny, **options, drafts=True).decode(lacks)
+    assert lacks.is_over
     assert engine.num_slots == 2
     assert records == reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pipeline.engine.drafting import Drafter
 from pipeline.engine.engine import Engine
 from pipeline.engine.pace import Pace
 from pipeline.engine.row_state import RunningRow
-from pipeline.errors import HostError
+from pipeline.errors import HostError, HostOutOfMemory
 from pipeline.protocol.hosts import Hosts, Reply
 from pipeline.records import Record, Row
 from pipeline.runtime.assembly import assemble
@@ -71,6 +72,40 @@ def failed(message: str) -> Reply[Any]:
         raise HostError(message)
 
     return Reply(wait)
+
+
+@dataclass
+class FailsOrForgets:
+    """At the call of this number a host dies, where the number is odd, or forgets its rows; once."""
+
+    moment: int
+    is_over: bool = False
+
+    def __call__(self, host: Any, number: int, method: str, args: Any) -> Reply[Any] | None:
+        if number != self.moment or self.is_over:
+            return None
+        self.is_over = True
+        if self.moment % 2:
+            return failed("a host died")
+        host.forget()
+        return None
+
+
+@dataclass
+class LacksMemoryForDrafts:
+    """The first pass that verifies drafts finds no memory."""
+
+    is_over: bool = False
+
+    def __call__(self, host: Any, number: int, method: str, args: Any) -> Reply[Any] | None:
+        if method != "advance_and_propose" or not args[1].drafts or self.is_over:
+            return None
+        self.is_over = True
+
+        def wait() -> Any:
+            raise HostOutOfMemory("out of memory")
+
+        return Reply(wait)
 
 
 class Replica:
