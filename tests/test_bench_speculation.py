@@ -29,14 +29,15 @@ def test_every_kind_of_workload_is_measured_and_written(tiny, tmp_path, monkeypa
     ]
     run_bench_speculation(
         model=str(tiny()), prompts=write_prompts(tmp_path / "in.jsonl", 2), num_rows=2, max_new_tokens=5, slots=[3],
-        workloads=kinds, json_file=tmp_path / "out.json", draft_model={"layers": 1},
+        repeats=2, workloads=kinds, json_file=tmp_path / "out.json", draft_model={"layers": 1},
     )  # fmt: skip
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert [case["tokens"] for case in cases] == [10, 10, 100, 40, 10, 10]
     for case in cases:
         assert case["passes"] + case["accepted"] == case["tokens"]
         assert sum(case["accepted_by_source"].values()) == case["accepted"] <= case["drafted"]
-        assert case["speedup"] > 0
+        assert min(case["speedups"]) <= case["speedup"] <= max(case["speedups"])
+        assert len(case["speedups"]) == 2
     assert cases[2]["accepted"] > 10
     assert all(case["drafted"] and {*case["accepted_by_source"]} == {"model"} for case in cases[4:])
     assert "passes a token" in capsys.readouterr().out
@@ -57,13 +58,14 @@ def test_a_workload_that_cannot_run_is_refused_before_any_is_measured(tiny, tmp_
     with pytest.raises(ConfigurationError, match=r"has 2 layers; draft_model\.layers must be below that, got 25"):
         run_bench_speculation(
             model=str(tiny()), prompts=write_prompts(tmp_path / "in.jsonl", 1), num_rows=1, max_new_tokens=2,
-            slots=[1], workloads=["grid", "weak-to-strong"], json_file=None, draft_model={"layers": 25},
+            slots=[1], repeats=1, workloads=["grid", "weak-to-strong"], json_file=None, draft_model={"layers": 25},
         )  # fmt: skip
     assert not measured
 
 
 def test_a_workload_that_is_unknown_is_refused(tmp_path):
-    options = {"model": "x", "num_rows": 1, "max_new_tokens": 1, "slots": [1], "json_file": None, "draft_model": {}}
+    options = {"model": "x", "num_rows": 1, "max_new_tokens": 1, "slots": [1], "repeats": 1, "draft_model": {}}
+    options["json_file"] = None
     with pytest.raises(ConfigurationError, match="of one of: relabel"):
         run_bench_speculation(prompts=tmp_path, workloads=["chat"], **options)
     with pytest.raises(ConfigurationError, match="there is no file"):

@@ -112,6 +112,7 @@ def bench_speculation(
     rows: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     slots: Annotated[list[int], typer.Option(min=1, help="Rows at once.")] = [1, 4, 16],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs, of which the median counts.")] = 1,
     workload: Annotated[
         list[str], typer.Option(help="Beginnings of names: relabel, grid, synthesis, weak-to-strong; all without.")
     ] = [],  # noqa: B006
@@ -137,6 +138,7 @@ def bench_speculation(
         num_rows=rows,
         max_new_tokens=max_new_tokens,
         slots=slots,
+        repeats=repeats,
         workloads=workload,
         json_file=json_file,
         draft_model={"model": draft_model, "layers": draft_layers},

@@ -1,8 +1,9 @@
 """`cage bench speculation`: what drafts save, by workload, temperature and number of slots, beside the same without.
 
-Every case decodes the same rows twice over the same loaded model, without drafts and with them, and refuses to go on
-where their records differ. Passes and accepted tokens are counts. Speed is by the process's own seconds, which other
-processes on the machine change less than those of the clock; both are in the file.
+Every case decodes the same rows over the same loaded model, without drafts and with them in turn, and refuses to go
+on where their records differ. Passes and accepted tokens are counts. Speed is by the process's own seconds, which
+other processes on the machine change less than those of the clock; both are in the file. Of several pairs of runs the
+median counts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from rich.table import Table
 
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
-from pipeline.engine.engine import decode_rows
+from pipeline.engine.engine import Engine, decode_rows
 from pipeline.errors import ConfigurationError
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.model_facts import read_model_facts
@@ -93,6 +95,9 @@ class Measured:
         tokens_per_cpu_s: with drafts, by the process's own seconds.
         speedup: that as a share of the same without drafts.
         clock_speedup: the same by the clock.
+        speedups: of every pair of runs, by the process's own seconds.
+
+    Counts are those of the first pair: what is drafted depends on what passes take, so others differ a little.
     """
 
     workload: str
@@ -106,6 +111,7 @@ class Measured:
     tokens_per_cpu_s: float
     speedup: float
     clock_speedup: float
+    speedups: Sequence[float]
 
 
 def run_bench_speculation(
@@ -115,6 +121,7 @@ def run_bench_speculation(
     num_rows: int,
     max_new_tokens: int,
     slots: Sequence[int],
+    repeats: int,
     workloads: Sequence[str],
     json_file: Path | None,
     draft_model: Tree,
@@ -143,12 +150,12 @@ def run_bench_speculation(
         bench.check(workload, num_slots)
     measured = []
     for workload, num_slots in product(chosen, slots):
-        measured.append(bench.measure(workload, rows, num_slots))
+        measured.append(bench.measure(workload, rows, num_slots, repeats))
         print_row(measured[-1])
     print_table(measured)
     if json_file is not None:
         tree = {"model": model, "draft_model": draft_model, "rows": len(rows), "max_new_tokens": max_new_tokens,
-                "cases": [asdict(each) for each in measured]}  # fmt: skip
+                "repeats": repeats, "cases": [asdict(each) for each in measured]}  # fmt: skip
         json_file.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
@@ -158,6 +165,16 @@ def _with_layers(draft_model: Tree, base: str) -> Tree:
         return draft_model
     facts = read_model_facts(resolve_model(base, cache_folder=default_cache_folder(os.environ)))
     return {**draft_model, "layers": max(1, 5 * (facts.num_layers or 0) // 6)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """Records by answer, the process's and the clock's seconds, and the engine."""
+
+    records: Mapping[tuple[str, int, int], Record]
+    cpu_s: float
+    clock_s: float
+    engine: Engine
 
 
 class _Bench:
@@ -183,28 +200,39 @@ class _Bench:
         """What has tokens proposed."""
         return {"draft": ["model"], "draft_model": self._draft_model} if workload.has_model else {"draft": "auto"}
 
-    def measure(self, workload: Workload, rows: Sequence[Row], num_slots: int) -> Measured:
-        """Decode the rows without drafts and with them. Raises RuntimeError where the records differ."""
+    def measure(self, workload: Workload, rows: Sequence[Row], num_slots: int, repeats: int) -> Measured:
+        """Decode the rows without drafts and with them, `repeats` times. Raises RuntimeError where records differ."""
         rows = self._with_existing(workload, rows)
-        plain, (plain_cpu_s, plain_s), _ = self._decode(workload, rows, num_slots, {"draft": "off"})
-        drafted, (cpu_s, clock_s), engine = self._decode(workload, rows, num_slots, self._drafts(workload))
-        if plain != drafted:
-            raise RuntimeError(f"{workload.name} with {num_slots} slots: records differ with drafts")
-        tallies = {} if engine.drafter is None else engine.drafter.tallies
-        tokens = sum(record.num_tokens for record in drafted.values())
+        pairs = [self._pair(workload, rows, num_slots, is_reversed=bool(at % 2)) for at in range(repeats)]
+        _, drafted = pairs[0]
+        tallies = {} if drafted.engine.drafter is None else drafted.engine.drafter.tallies
+        tokens = sum(record.num_tokens for record in drafted.records.values())
+        speedups = [plain.cpu_s / other.cpu_s for plain, other in pairs]
         return Measured(
             workload.name,
             workload.temperature,
             num_slots,
             tokens,
-            sum(record.num_passes for record in drafted.values()),
+            sum(record.num_passes for record in drafted.records.values()),
             sum(tally.drafted for tally in tallies.values()),
             sum(tally.accepted for tally in tallies.values()),
             {str(source): tally.accepted for source, tally in tallies.items()},
-            tokens / cpu_s,
-            plain_cpu_s / cpu_s,
-            plain_s / clock_s,
+            tokens / median(other.cpu_s for _, other in pairs),
+            median(speedups),
+            median(plain.clock_s / other.clock_s for plain, other in pairs),
+            speedups,
         )
+
+    def _pair(
+        self, workload: Workload, rows: Sequence[Row], num_slots: int, *, is_reversed: bool
+    ) -> tuple[_Decoded, _Decoded]:
+        """Without drafts and with them; what comes second finds a warmer machine, so that turns."""
+        both: list[Tree] = [{"draft": "off"}, self._drafts(workload)]
+        turn = -1 if is_reversed else 1
+        plain, drafted = [self._decode(workload, rows, num_slots, drafts) for drafts in both[::turn]][::turn]
+        if plain.records != drafted.records:
+            raise RuntimeError(f"{workload.name} with {num_slots} slots: records differ with drafts")
+        return plain, drafted
 
     def _with_existing(self, workload: Workload, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows with the answers that the base makes as the workload says."""
@@ -214,14 +242,11 @@ class _Bench:
             asked = [replace(row, messages=_shortened(row)) for row in rows] if how == "short" else rows
             by_base = {"rule": "base", "seed": int(how == "seed")}
             maker = replace(workload, decoding=by_base)
-            records, _, _ = self._decode(maker, asked, max(len(rows), 1), {"draft": "off"})
+            records = self._decode(maker, asked, max(len(rows), 1), {"draft": "off"}).records
             self._existing[how] = [replace(row, response=records[row.row_id, 0, 0].response) for row in rows]
         return self._existing[how]
 
-    def _decode(
-        self, workload: Workload, rows: Sequence[Row], num_slots: int, drafts: Tree
-    ) -> tuple[dict[tuple[str, int, int], Record], tuple[float, float], Any]:
-        """Records by answer, the process's and the clock's seconds, and the engine."""
+    def _decode(self, workload: Workload, rows: Sequence[Row], num_slots: int, drafts: Tree) -> _Decoded:
         config = self._config(workload, num_slots, drafts)
         assembly = assemble(config, default_cache_folder(os.environ))
         if workload.temperature not in self._loaded:
@@ -233,7 +258,7 @@ class _Bench:
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         found = decode_rows(engine, rows, num_variants=len(variants), num_samples=config.decoding.n)
         records = {(each.row_id, each.variant, each.sample): each for each in found}
-        return records, (time.process_time() - began_cpu_s, time.perf_counter() - began_s), engine
+        return _Decoded(records, time.process_time() - began_cpu_s, time.perf_counter() - began_s, engine)
 
     def _config(self, workload: Workload, num_slots: int, drafts: Tree) -> Config:
         return parse_config(
