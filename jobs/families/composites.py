@@ -82,7 +82,6 @@ _OCR_TOWERS = {
     "sam_config": {**_TOWER_SIZES, "downsample_channels": [16, 32], "output_channels": 16, "mlp_dim": 48},
     "encoder_config": _TOWER_SIZES,
 }
-_SMALL_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}}
 _VQ = {
     "base_channels": 32,
     "channel_multiplier": [1],
@@ -128,7 +127,8 @@ COMPOSITES: dict[str, Mapping[str, Mapping[str, Any]] | str] = {
     "florence2": "encodes the text before it decodes: an encoder-decoder",
     "glm46v": {"text_config": _MROPE},
     "glm4v": {"text_config": _MROPE},
-    "glm4v_moe": {"text_config": _SMALL_MROPE},
+    # of which half a head is rotated
+    "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}}},
     "glm5_next": {
         "text_config": {
             "num_key_value_heads": 4,
@@ -140,8 +140,8 @@ COMPOSITES: dict[str, Mapping[str, Mapping[str, Any]] | str] = {
             "index_kpool": 2,
         }
     },
-    "glm_ocr": {"text_config": _SMALL_MROPE},
-    "glmga": {"text_config": _SMALL_MROPE},
+    "glm_ocr": {"text_config": _MROPE},
+    "glmga": {"text_config": _MROPE},
     "granite4_vision": {
         "": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
         "vision_config": {"hidden_size": 64},

@@ -6,6 +6,7 @@ nats. Windows are of 24 tokens, chunks of 32 and sparse indexes of 16, so that s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -673,7 +674,8 @@ def _text_settings(config_class: Any) -> dict[str, Any]:
 
 def make_config(name: str) -> PreTrainedConfig:
     """The tiny configuration of a family."""
-    return CONFIG_MAPPING[_model_type(name)](**_settings(name))
+    # a copy: classes write what they derive into the mappings that they are given, which families share
+    return CONFIG_MAPPING[_model_type(name)](**copy.deepcopy(_settings(name)))
 
 
 def model_class(name: str) -> Any:
