@@ -217,10 +217,19 @@ def test_a_model_that_fails_proposes_nothing_more_and_says_so(tiny, sketch, free
             raise error
         return run(batch, newest)
 
+    prepared, guess, texts = [], engine.drafter._model.guess, engine.drafter._texts
+
+    def noted(rows, **options):
+        prepared.append(len(calls))
+        assert all(each.text is texts.read(each.running).text for each in rows)  # not a copy of it
+        return guess(rows, **options)
+
+    monkeypatch.setattr(engine.drafter._model, "guess", noted)
     monkeypatch.setattr(passes, "run", lacks)
     with pytest.warns(RuntimeWarning, match=f"the model that proposes tokens: {says}; it proposes nothing"):
         records = {(each.row_id, 0, 0): each for each in decode_rows(engine, MANY_ROWS[:4])}
     assert len(calls) == 10
+    assert prepared[-1] < 10  # no row is prepared for a model that is given up
     assert {key: each.response for key, each in records.items()} == {k: r.response for k, r in plain.items()}
 
 
@@ -403,6 +412,25 @@ def test_a_trial_is_small(monkeypatch):
     assert drafts.guess([], num_rows=16, most=32, may_try=True) == {}
     unasked = ModelDrafts(Counting(clock, 0.1, True), Rates(), pace, (1.0, 1.0))
     assert unasked.guess([Asked(0, Row(0), [1], 8)], num_rows=16, most=32, may_try=False) == {}
+
+
+def test_a_rows_text_is_left_as_it_is(monkeypatch):
+    clock, requested = [0.0], []
+    monkeypatch.setattr("pipeline.engine.model_drafts.time.monotonic", lambda: clock[0])
+
+    class Noting(Counting):
+        def propose(self, requests):
+            requested.extend(list(each.text) for each in requests)
+            return super().propose(requests)
+
+    pace = Pace()
+    pace.note(1, 1.0)
+    text, row = [5, 6], Row(0)
+    ModelDrafts(Noting(clock, 0.1, True), Rates(), pace, (1.0, 1.0)).guess(
+        [Asked(0, row, text, 8)], num_rows=1, most=8, may_try=True
+    )
+    assert requested[:2] == [[5, 6], [5, 6, 7]]
+    assert text == [5, 6]
 
 
 def test_reading_long_prompts_for_short_answers_is_not_worth_it(monkeypatch):

@@ -131,9 +131,9 @@ class Drafter:
             guess = self._texts.guess(running, most)
             if guess is not None:
                 found[slot] = guess
-            if self._model is None:
+            if self._model is None or self._model.is_off:
                 continue
-            row = Asked(slot, running, list(self._texts.read(running).text), most)
+            row = Asked(slot, running, self._texts.read(running).text, most)
             if guess is None or guess.chances[0] < self._rates.of(row.any_key):
                 asked.append(row)
         if self._model is None or not asked:

@@ -36,7 +36,7 @@ class Asked:
     Args:
         slot: of the row.
         running: the row.
-        text: its prompt, its tokens and what was proposed so far.
+        text: its prompt and its tokens; the row's own list, which nobody changes meanwhile.
         most: tokens to propose.
         chance: that all proposed so far are drawn.
         proposals: so far.
@@ -44,7 +44,7 @@ class Asked:
 
     slot: int
     running: RunningRow
-    text: list[int]
+    text: Sequence[int]
     most: int
     chance: float = 1.0
     proposals: list[Proposal] = field(default_factory=list)
@@ -63,11 +63,15 @@ class ModelDrafts:
         rates: how often proposals were drawn.
         pace: what passes of the base cost.
         draw: temperature and top_p of rows that have no other.
+
+    Attributes:
+        is_off: whether the model is given up.
     """
 
     def __init__(self, model: DraftingModel, rates: Rates, pace: Pace, draw: tuple[float, float]) -> None:
         self.model = model
         self.spent_s = 0.0  # by the step that is being drafted
+        self.is_off = False
         self._rates, self._pace, self._draw = rates, pace, draw
         self._own_pace = Pace()
         self._trials_s = self._passes_s = 0.0
@@ -76,12 +80,11 @@ class ModelDrafts:
         self._read: set[tuple[str, int, int]] = set()
         # by variant, the proposals of each level
         self._levels: dict[int, list[float]] = defaultdict(lambda: [0.0] * LEVELS)
-        self._is_off = False
 
     def resize(self, num_slots: int) -> None:
         """Have the model hold `num_slots` rows from now on; one that is given up holds none."""
         self._read.clear()
-        self.model.resize(0 if self._is_off else num_slots)
+        self.model.resize(0 if self.is_off else num_slots)
 
     def completed(self, seconds: float) -> None:
         """Count the seconds of a step."""
@@ -104,7 +107,7 @@ class ModelDrafts:
         """
         self.spent_s, num_tokens, expected, left = 0.0, 0, float(num_rows), list(rows)
         is_trial = False
-        while left and num_tokens < most and not self._is_off:
+        while left and num_tokens < most and not self.is_off:
             left.sort(key=lambda each: -each.chance * self._rates.of(each.any_key))
             count = self._how_many(left, expected, num_rows + num_tokens)
             if not count and not num_tokens and may_try and self._may_try(num_rows):
@@ -185,7 +188,7 @@ class ModelDrafts:
         requests = [
             DraftRequest(
                 each.slot,
-                each.text,
+                [*each.text, *(proposal.token for proposal in each.proposals)],
                 each.running.uniform(len(each.proposals)),
                 each.running.step_terms.draw or self._draw,
             )
@@ -197,7 +200,7 @@ class ModelDrafts:
         except Exception as error:  # whatever it is: no answer depends on what the model proposes
             reason = str(error) if isinstance(error, HostOutOfMemory) else f"{OF_MODEL}: {one_line(error)}"
             warnings.warn(f"{reason}; it proposes nothing from now on", RuntimeWarning, stacklevel=2)
-            self._is_off = True
+            self.is_off = True
             self.model.resize(0)
             return 0.0
         taken_s = time.monotonic() - began_s
@@ -218,7 +221,6 @@ class ModelDrafts:
             proposal = Proposal(proposed.token, ((each.running.variant, DraftSource.MODEL, level), each.any_key))
             self._count(each.running.variant, level)
             each.proposals.append(proposal)
-            each.text.append(proposed.token)
             each.chance *= self._rates.of(proposal.keys[0])
             gained += each.chance
         return gained
