@@ -410,10 +410,11 @@ def test_what_cannot_be_spread_is_refused_by_name_before_weights_are_loaded(mode
         ConfigurationError, match="it has 2 layers, and each device has at least one; use pipeline_parallel: 2"
     ):
         assemble(config_of({"model": str(model), "pipeline_parallel": 3}), NOWHERE)
-    assembly = assemble(config_of({"model": str(model), "pipeline_parallel": 2}), NOWHERE)
-    if torch.cuda.device_count() < 2:
-        with pytest.raises(ConfigurationError, match=r"pipeline_parallel: 2 needs 2 GPUs, and torch finds \d;"):
-            start_hosts(assembly)
+    for device, words in (("auto", "2 GPUs"), ("cuda", "2 GPUs"), ("cuda:1", "2 GPUs from cuda:1 on")):
+        assembly = assemble(config_of({"model": str(model), "device": device, "pipeline_parallel": 2}), NOWHERE)
+        if torch.cuda.device_count() < 2:
+            with pytest.raises(ConfigurationError, match=rf"pipeline_parallel: 2 needs {words}, and torch finds \d;"):
+                start_hosts(assembly)
     config = {**json.loads((model / "config.json").read_text()), "quantization_config": {"quant_method": "gptq"}}
     assert "quantised weights are not spread" in why_not_pipeline_parallel(config, 2, 2)
     with pytest.raises(ConfigurationError, match="must be at most the number of its layers, 2; got 3"):

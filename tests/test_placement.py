@@ -7,16 +7,16 @@ from support.decoding import config_of
 
 from pipeline.cluster import board as board_module
 from pipeline.cluster.board import ProgressBoard
-from pipeline.cluster.placement import bundle_of
+from pipeline.cluster.placement import bundle_of, why_too_small
 from pipeline.monitoring.counts import Counts
 from pipeline.runtime.topology import build_topology
 
 
-def bundles(base, arm, *, has_gpus):
+def hosts(base, arm):
     principals = {"arm": {"kind": "arm", "model": {"model": "small", **arm}, "reference": "none"}}
     config = config_of("unused", principals)
     config = config.model_copy(update={"base": config.base.model_validate({"model": "large", **base})})
-    return [bundle_of(plan, has_gpus=has_gpus) for plan in build_topology(config).hosts]
+    return build_topology(config).hosts
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,33 @@ def bundles(base, arm, *, has_gpus):
     ],
 )
 def test_each_set_of_weights_gets_its_own_device_and_stated_cpus(base, arm, has_gpus, expected):
-    assert bundles(base, arm, has_gpus=has_gpus) == expected
+    assert [bundle_of(plan, has_gpus=has_gpus) for plan in hosts(base, arm)] == expected
+
+
+SPREAD = {"pipeline_parallel": 2}
+
+
+@pytest.mark.parametrize(
+    ("base", "arm", "num_gpus", "says"),
+    [
+        ({}, {}, 0, None),
+        (SPREAD, {"device": "cpu"}, 2, None),
+        (SPREAD, {}, 0, "needs 2 GPU and the cluster has 0; start Ray where it has as many GPUs, or leave out "
+         "pipeline_parallel of base"),
+        ({}, SPREAD, 0, "needs 2 GPU and the cluster has 0; start Ray where it has as many GPUs, or leave out "
+         "pipeline_parallel of arm"),
+        (SPREAD, {}, 2, "needs 3 GPU and the cluster has 2; start Ray where it has as many GPUs, or leave out "
+         "pipeline_parallel of base, and give hosts less by resources.num_gpus, or set their device: cpu and leave "
+         "out num_gpus"),
+        ({"device": "cuda"}, {}, 0, "needs 1 GPU and the cluster has 0; give hosts less by resources.num_gpus, or "
+         "set their device: cpu and leave out num_gpus"),
+        ({"resources": {"num_cpus": 9}}, {}, 0, "needs 10 CPU and the cluster has 4; give hosts less by "
+         "resources.num_cpus"),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_is_too_small_is_told_what_would_do(base, arm, num_gpus, says):
+    found = why_too_small(hosts(base, arm), {"CPU": 4.0, "GPU": float(num_gpus)})
+    assert found == (None if says is None else f"one replica {says}")
 
 
 def test_a_replica_that_restarts_finds_its_place_and_a_new_one_takes_the_oldest(monkeypatch):

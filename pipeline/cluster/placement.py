@@ -114,6 +114,36 @@ def resources_of(plan: HostPlan, *, has_gpus: bool) -> Bundle:
     return {kind: plan.model.tensor_parallel * amount for kind, amount in bundle_of(plan, has_gpus=has_gpus).items()}
 
 
+def why_too_small(plans: Sequence[HostPlan], resources: Mapping[str, float]) -> str | None:
+    """Why a cluster with these resources cannot hold a replica, and what would be right; None where it can.
+
+    Args:
+        plans: of the replica's hosts.
+        resources: of the whole cluster, by Ray's names.
+    """
+    has_gpus = resources.get("GPU", 0.0) > 0
+    bundles = [resources_of(plan, has_gpus=has_gpus) for plan in plans]
+    for kind in ("CPU", "GPU"):
+        needed, there = sum(bundle.get(kind, 0.0) for bundle in bundles), resources.get(kind, 0.0)
+        if needed > there:
+            ways = ["give hosts less by resources.num_cpus"] if kind == "CPU" else _ways_to_fewer_gpus(plans, bundles)
+            return f"one replica needs {needed:g} {kind} and the cluster has {there:g}; {', and '.join(ways)}"
+    return None
+
+
+def _ways_to_fewer_gpus(plans: Sequence[HostPlan], bundles: Sequence[Bundle]) -> list[str]:
+    """What those who need GPUs can do: layers are spread over GPUs alone, and over whole ones."""
+    ways = []
+    spread = [name for plan in plans for name in plan.serves if plan.model.pipeline_parallel > 1]
+    if spread:
+        ways.append(f"start Ray where it has as many GPUs, or leave out pipeline_parallel of {', '.join(spread)}")
+    if any(
+        bundle.get("GPU") and plan.model.pipeline_parallel == 1 for plan, bundle in zip(plans, bundles, strict=True)
+    ):
+        ways.append("give hosts less by resources.num_gpus, or set their device: cpu and leave out num_gpus")
+    return ways
+
+
 def sum_text(bundles: Sequence[Mapping[str, float]]) -> str:
     """What some bundles reserve together, in words."""
     total = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}

@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from pipeline import errors
 from pipeline.cluster.board import start_board
 from pipeline.cluster.host_groups import HostLaunch
-from pipeline.cluster.placement import placed, resources_of, spread_hosts, sum_text
+from pipeline.cluster.placement import placed, resources_of, spread_hosts, sum_text, why_too_small
 from pipeline.cluster.ray_errors import first_reason
 from pipeline.cluster.replica import Replica
 from pipeline.cluster.session import joined, lost_process
@@ -165,14 +165,8 @@ def _check_capacity(assembly: Assembly) -> None:
     """Refuse a replica that no machine of the cluster could hold, unless the cluster can grow."""
     resources = ray.cluster_resources()
     has_gpus = resources.get("GPU", 0) > 0
-    bundles = [resources_of(plan, has_gpus=has_gpus) for plan in assembly.topology.hosts]
-    for kind in ("CPU", "GPU"):
-        needed = sum(bundle.get(kind, 0.0) for bundle in bundles)
-        if needed > resources.get(kind, 0.0) and assembly.config.cluster.address is None:
-            raise ConfigurationError(
-                f"one replica needs {needed:g} {kind} and the cluster has {resources.get(kind, 0.0):g}; "
-                "give hosts less by resources (num_cpus, num_gpus), or set device: cpu"
-            )
+    if assembly.config.cluster.address is None and (reason := why_too_small(assembly.topology.hosts, resources)):
+        raise ConfigurationError(reason)
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for plan in spread_hosts(assembly.topology.hosts, machines, has_gpus=has_gpus):
         reserved = sum_text([resources_of(plan, has_gpus=has_gpus)])
