@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,9 @@ from pipeline.cluster.assignments import QUIET_S, Assignments, Waiting
 from pipeline.cluster.board import ProgressBoard
 from pipeline.config.files import parse_config
 from pipeline.config.sections import ClusterConfig
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, HostError, ReplicaReleased
 from pipeline.monitoring.counts import Counts
-from pipeline.monitoring.metrics import ReplicaReport
+from pipeline.monitoring.metrics import Load, ReplicaReport
 
 
 class Clock:
@@ -124,16 +125,26 @@ def test_a_new_replica_takes_the_number_that_was_unheard_for_longest(monkeypatch
     assert board.lease("d") == 1  # b is the one that is gone
 
 
-def test_a_replica_watches_the_machines_of_its_own_placement_group(monkeypatch):
-    """Its number selects a group; there are as many of them as replicas, and a place for each host in any of them."""
-    watched = []
-    answers = iter([1, 2])  # the first start, of replica 2
-    call = SimpleNamespace(remote=lambda *given: None)
-    board = SimpleNamespace(start=call, lease=call, report=call)
-    monkeypatch.setattr(replicas, "ask", lambda answer: next(answers))
-    monkeypatch.setattr(replicas, "Departure", lambda group, *given: watched.append(group))
+def replica_of(monkeypatch, coordinator=None, watched=None):
+    """Replica 2 of three, at its first start, without Ray; the reports that it sends, too."""
+    watched, reports = [] if watched is None else watched, []
+
+    def answers(value):
+        return SimpleNamespace(remote=lambda *given, **named: value)
+
+    board = SimpleNamespace(
+        start=answers(1), lease=answers(2), begin=answers(1), end=answers(None),
+        report=SimpleNamespace(remote=lambda *given: reports.append(given[-1])),
+    )  # fmt: skip
+
+    def departure(group, *_):
+        watched.append(group)
+        return SimpleNamespace(unless_leaving=contextlib.nullcontext)
+
+    monkeypatch.setattr(replicas, "ask", lambda answer: answer)
+    monkeypatch.setattr(replicas, "Departure", departure)
     monkeypatch.setattr(replicas, "_started", lambda *given: None)
-    monkeypatch.setattr("pipeline.cluster.coordinator.Coordinator", lambda *given, **named: None)
+    monkeypatch.setattr("pipeline.cluster.coordinator.Coordinator", lambda *given, **named: coordinator)
     monkeypatch.setattr(replicas.Replica, "_keep_reporting", lambda self: None)
     context = SimpleNamespace(get_node_id=lambda: "node", get_actor_id=lambda: "actor")
     monkeypatch.setattr(
@@ -142,5 +153,29 @@ def test_a_replica_watches_the_machines_of_its_own_placement_group(monkeypatch):
     launch = SimpleNamespace(
         groups=("first", "second", "third"), places=("of the only host",), cluster=ClusterConfig(), loads=("base",)
     )
-    replicas.Replica((None,), launch, "run", board, 3)
+    return replicas.Replica((None,), launch, "run", board, 3), reports
+
+
+def test_a_replica_watches_the_machines_of_its_own_placement_group(monkeypatch):
+    """Its number selects a group; there are as many of them as replicas, and a place for each host in any of them."""
+    watched = []
+    replica_of(monkeypatch, watched=watched)
     assert watched == ["third"]
+
+
+def test_a_released_replica_is_no_error(monkeypatch):
+    """Its shards go to others, as planned; a shard that fails counts with its class."""
+
+    class Ends:
+        counts, load = Counts(), Load()
+
+        def decode_and_commit(self, index, attempt):
+            raise ReplicaReleased("no machine") if index else HostError("it died")
+
+        def report_hosts(self):
+            pass
+
+    replica, reports = replica_of(monkeypatch, Ends())
+    assert replica({"shard": [1, 0]})["kind"] == ["ReplicaReleased", "HostError"]
+    assert reports[-1].errors == {"HostError": 1}
+    assert reports[-1].shards == {"released": 1, "failed": 1}

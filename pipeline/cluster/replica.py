@@ -100,8 +100,11 @@ class Replica:
             self._repeats += attempt > 1
             self._check_attempts(index, attempt)
             outcome: ShardOutcome = self._coordinator.decode_and_commit(index, attempt)
+        except ReplicaReleased as error:  # no error of the run: others have room for the shard
+            self._shards["released"] += 1
+            return ShardOutcome(index, error)
         except CageError as error:
-            self._shards["released" if isinstance(error, ReplicaReleased) else "failed"] += 1
+            self._shards["failed"] += 1
             self._errors[type(error).__name__] += 1
             return ShardOutcome(index, error)
         self._shards["found" if outcome.was_committed else "committed"] += 1
