@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from cage.rule_names import RuleName
+from pipeline.config.files import parse_as
 from pipeline.config.units import Unit
 from pipeline.config.variants import Variant
 from pipeline.evaluation import summary
 from pipeline.evaluation.bootstrap import resample
-from pipeline.evaluation.config import BootstrapConfig
+from pipeline.evaluation.config import BootstrapConfig, EvaluateConfig
 from pipeline.evaluation.equal_kl import weighted_scores
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.metrics import (
@@ -35,9 +37,11 @@ from pipeline.evaluation.metrics import (
     spearman,
     weighted_means,
 )
+from pipeline.evaluation.notes import notes
 from pipeline.evaluation.pairs import difference_at_equal_length
+from pipeline.evaluation.panel import Panel
 from pipeline.evaluation.reading import reading
-from pipeline.evaluation.significance import normal_p_value
+from pipeline.evaluation.significance import normal_p_value, p_value
 
 EQ, LINEAR, BASE = RuleName.EQUILIBRIUM, RuleName.LINEAR, RuleName.BASE
 POINTS = np.array([(1, 2), (2, 1), (1.5, 1.5), (0.5, 0.5)], dtype=float)
@@ -165,6 +169,15 @@ def resampled(variants, scores_by_judge, kl, reference=None, judges=None, tokens
     return resample(data, judges, reference, BootstrapConfig(samples=bootstrap))
 
 
+def notes_of(samples):
+    tree = {
+        "input": {"path": "x", "prompt": "p"}, "output": {"path": "y"}, "base": "m",
+        "principals": {"a": {"kind": "prompted", "principle": "be kind"}},
+        "evaluation": {"judges": {"a": {"kind": "length"}}, "objectives": {"a": "a"}},
+    }  # fmt: skip
+    return notes(parse_as(EvaluateConfig, tree), Panel({}, {}, Path(), ""), {}, samples)
+
+
 def two_rules():
     """Equilibrium and linear at two weight vectors and the base; two prompts, two objectives."""
     vectors = [{"a": 3.0, "b": 1.0}, {"a": 0.0, "b": 2.0}]
@@ -234,8 +247,8 @@ def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():
     assert point["intervals"]["a"][0] < prompts.mean() < point["intervals"]["a"][1]
     [mip] = [row for row in summary.differences(samples, {}) if row["metric"] == "mip"]
     assert mip["interval"] == pytest.approx([mip["difference"]] * 2)
-    assert mip["p"] == mip["p_adjusted"] == 0
-    assert mip["prompts_for_this_difference"] == 2
+    assert mip["p"] == mip["p_adjusted"] == 2**-11  # 12 prompts
+    assert mip["prompts_for_this_difference"] == 6  # with fewer no p value is below 5 %
     assert reading([mip], 0.95) == [
         "By mean inner product, equilibrium is better than linear (+1.000, +1.000 to +1.000) (95% intervals)."
     ]
@@ -259,6 +272,83 @@ def test_one_prompt_makes_no_rule_better():
     assert mip["difference"] == 1
     assert (mip["p"], mip["p_adjusted"], mip["prompts_for_this_difference"]) == (None,) * 3
     assert "is not distinguishable from linear" in reading([mip], 0.95)[0]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(-4, 4).map(float), min_size=2, max_size=7))
+def test_no_p_value_is_below_that_of_all_signs_that_prompts_could_have(lead):
+    """The exact test: of all ways to swap two systems by prompt, the share with as large a difference."""
+    signs = np.array(list(product((1, -1), repeat=len(lead))))
+    exact = (abs(signs @ np.array(lead)) >= abs(sum(lead)) - 1e-9).mean()
+    smallest = 2.0 ** (1 - len(lead))
+    assert exact >= smallest
+    variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
+    samples = resampled(variants, {"a": [lead, [0.0] * len(lead)]}, np.ones((2, len(lead))), bootstrap=100)
+    for row in summary.differences(samples, {}):
+        assert row["p"] >= smallest
+    bootstrap = np.array([np.mean(lead)] * 1000)
+    assert p_value(bootstrap, len(lead)) >= smallest
+
+
+def test_a_lead_on_each_of_few_prompts_shows_nothing_and_on_enough_of_them_does():
+    variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
+    for num_prompts, is_shown in ((2, False), (5, False), (6, True)):
+        scores = [[1.0] * num_prompts, [0.0] * num_prompts]
+        samples = resampled(variants, {"a": scores}, np.ones((2, num_prompts)))
+        [mip] = [row for row in summary.differences(samples, {}) if row["metric"] == "mip"]
+        assert mip["p"] == 2.0 ** (1 - num_prompts)
+        assert ("is better than" in reading([mip], 0.95)[0]) == is_shown
+        assert (mip["smallest_difference_to_find"] is not None) == is_shown
+        assert any("give more prompts" in note for note in notes_of(samples)) == (not is_shown)
+
+
+def test_metrics_of_fronts_have_intervals_by_prompt():
+    """Prompts that agree leave no interval; otherwise each sample has fronts of its own."""
+    entry = summary.by_rule(two_rules(), {})["linear"]
+    names = ("spread", "inverted_generational_distance", "pareto_share", "sparsity")
+    for name in names:
+        assert entry[f"{name}_interval"][0] <= entry[name] <= entry[f"{name}_interval"][1]
+    assert entry["spread_interval"][0] < entry["spread_interval"][1]  # its first point goes from (1, 0) to (3, 0)
+    alike = resampled(
+        [Variant(rule, 0.1, {"a": weight, "b": 1 - weight}) for rule in (EQ, LINEAR) for weight in (0.2, 0.8)],
+        {"a": [[1, 1], [3, 3], [0, 0], [2, 2]], "b": [[3, 3], [1, 1], [2, 2], [0, 0]]},
+        np.ones((4, 2)),
+    )
+    for entry in summary.by_rule(alike, {}).values():
+        assert all(entry[f"{name}_interval"] == [entry[name]] * 2 for name in names)
+
+
+def test_metrics_of_fronts_by_sample_are_those_of_the_samples_means():
+    samples = two_rules()
+    found = samples.front_metrics([0, 1])
+    for at in (0, 1, 57, 200):
+        points = samples.normalised(samples.means_SVM[at])
+        best = front(points)
+        assert found["spread"][at] == extent(front(points[:2]))
+        assert found["pareto_share"][at] == on_front(points[:2], points).mean()
+        assert found["inverted_generational_distance"][at] == inverted_generational_distance(points[:2], best)
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "has_base", "says"),
+    [
+        ({EQ: (0.3,), LINEAR: (0.3,)}, True, "with one agent temperature the curve of equilibrium, linear is"),
+        ({EQ: (0.3, 0.1), LINEAR: (0.3,)}, True, "with one agent temperature the curve of linear is"),
+        ({EQ: (0.3, 0.1), LINEAR: (0.3, 0.1)}, True, None),
+        ({EQ: (0.3,), LINEAR: (0.3,)}, False, None),  # there is no comparison at equal KL
+    ],
+)
+def test_a_straight_line_from_the_base_is_noted(temperatures, has_base, says):
+    variants = [Variant(rule, each, {"a": 1.0}) for rule, of_rule in temperatures.items() for each in of_rule]
+    variants += [Variant(BASE, 0.3, {"a": 1.0})] * has_base
+    kl_V = np.array([1.0 / each.agent_temperature if each.rule is not BASE else 0.0 for each in variants])
+    samples = resampled(variants, {"a": np.sqrt(kl_V)[:, None] + np.arange(9)}, np.repeat(kl_V[:, None], 9, axis=1))
+    found = [note for note in notes_of(samples) if "straight line" in note]
+    assert len(found) == (says is not None)
+    if says is not None:
+        assert says in found[0]
+        assert "below the true curve" in found[0]
+        assert found[0].endswith("give grid.agent_temperatures several.")
 
 
 def test_differences_say_how_many_prompts_they_take_and_are_adjusted_by_metric():

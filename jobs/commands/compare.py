@@ -66,8 +66,9 @@ def describe(found: dict[str, Any]) -> str:
     lines.append(
         indented(
             f"Intervals ({confidence}) resample prompts and each prompt's samples; differences are paired by prompt. "
-            "p is two-sided and adjusted for all differences (Holm). needs: prompts with which a difference of this "
-            "size would be found with a chance of 80 %. cut: answers that ended at their length limit."
+            "p is two-sided, no smaller than 2^(1 - prompts), and adjusted for all differences (Holm). needs: "
+            "prompts with which a difference of this size would be found with a chance of 80 %. cut: answers that "
+            "ended at their length limit."
         )
     )
     return "\n".join(lines)

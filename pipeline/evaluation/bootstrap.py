@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from pipeline.evaluation.metrics import (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BootstrapSamples:
     """Every variant's mean of every objective in every bootstrap sample, and the scales to compare them on.
 
@@ -164,18 +165,26 @@ class BootstrapSamples:
         is_single = bool(self.weights_VM[alone, index] == 1) and not any(others)
         return is_alike and temperatures[0] == temperatures[1] and is_single
 
-    def front_metrics(self, variants: Iterable[int]) -> dict[str, float | None]:
-        """Of the variants' normalised points: spread, distance to the front of all variants, and share on it."""
-        points_NM, all_NM = (self.normalised(self.means_SVM[0, list(each)]) for each in (variants, self._all))
+    def front_metrics(self, variants: Iterable[int]) -> dict[str, Floats]:
+        """Of the variants' normalised points, each [S]: sparsity and spread of their front, and place in that of all.
+
+        Fronts are found anew in each sample. The sparsity of a single point is NaN.
+        """
+        points_SNM = self.normalised(self.means_SVM[:, list(variants)])
+        fronts = [front(points_NM) for points_NM in points_SNM]
+        steps = [gaps(front_NM) for front_NM in fronts]
+        pairs = list(zip(points_SNM, self._fronts_of_all, strict=True))
         return {
-            "spread": extent(front(points_NM)),
-            "inverted_generational_distance": inverted_generational_distance(points_NM, front(all_NM)),
-            "pareto_share": float(on_front(points_NM, all_NM).mean()),
+            "sparsity": np.array([np.nan if gaps_M is None else gaps_M.sum() for gaps_M in steps]),
+            "spread": np.array([extent(front_NM) for front_NM in fronts]),
+            "inverted_generational_distance": np.array([inverted_generational_distance(*pair) for pair in pairs]),
+            "pareto_share": np.array([on_front(*pair).mean() for pair in pairs]),
         }
 
-    @property
-    def _all(self) -> range:
-        return range(len(self.data.variants))
+    @cached_property
+    def _fronts_of_all(self) -> list[Floats]:
+        """The front of all variants' normalised points in each sample."""
+        return [front(points_VM) for points_VM in self.normalised(self.means_SVM)]
 
     def normalised_hypervolumes(self, variants: Iterable[int]) -> Floats:
         """The hypervolume as a share of the box from the reference point to the best mean of each objective, [S].
@@ -186,11 +195,6 @@ class BootstrapSamples:
         box = float(np.prod(sides_M)) if (sides_M > 0).all() else np.nan
         shares_S: Floats = self.hypervolumes(variants) / box
         return shares_S
-
-    def sparsity(self, variants: Iterable[int]) -> float | None:
-        """The sparsity of the normalised points' Pareto front (see `metrics.gaps`); None for a single point."""
-        gaps_M = gaps(front(self.normalised(self.means_SVM[0, list(variants)])))
-        return None if gaps_M is None else float(gaps_M.sum())
 
     def interval(self, samples_S: Floats) -> list[float] | None:
         """The bootstrap interval of a statistic [S] whose first value is the estimate; None without samples."""

@@ -57,8 +57,7 @@ def default_reference(points_NM: Floats) -> Floats:
 def front(points_NM: Floats) -> Floats:
     """The Pareto front: the points that no other dominates, each once, in the order of the first objective."""
     unique = np.unique(points_NM, axis=0)
-    beaten = [((unique >= point).all(1) & (unique > point).any(1)).any() for point in unique]
-    kept: Floats = unique[~np.array(beaten, dtype=bool)]
+    kept: Floats = unique[on_front(unique, unique) > 0]
     return kept
 
 
@@ -70,8 +69,9 @@ def published_reference(points_NM: Floats) -> Floats:
 
 def on_front(points_NM: Floats, among_NM: Floats) -> Floats:
     """Whether each of the first points is dominated by none of the others, [N] of 0 and 1."""
-    beaten = [((among_NM >= point).all(1) & (among_NM > point).any(1)).any() for point in points_NM]
-    return 1.0 - np.array(beaten, dtype=np.float64)
+    own_N1M, others_1NM = points_NM[:, None], among_NM[None]
+    beaten_N = ((others_1NM >= own_N1M).all(2) & (others_1NM > own_N1M).any(2)).any(1)
+    return 1.0 - beaten_N.astype(np.float64)
 
 
 def extent(points_NM: Floats) -> float:

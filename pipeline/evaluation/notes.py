@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.equal_kl import groups_of, sweeps
 from pipeline.evaluation.judges.interface import JudgeConfig
+from pipeline.evaluation.pairs import pairs_of
 from pipeline.evaluation.panel import Panel
+from pipeline.evaluation.significance import smallest_p_value
 
 
 def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], samples: BootstrapSamples) -> list[str]:
@@ -25,12 +27,13 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], sampl
         f"prompts ({samples.confidence:.0%}, {config.evaluation.bootstrap.samples:,} samples), differences "
         "are paired."
         + (" Each prompt's samples are resampled, too." if samples.data.num_samples > 1 else "")
-        + " p values are adjusted (Holm) for all pairs that one metric compares in one way.",
+        + " p values are adjusted (Holm) for all pairs that one metric compares in one way."
+        + _too_few_prompts(samples),
         "Reference point of the hypervolume: "
         + ("given" if config.evaluation.reference_point else "the lowest mean of everything compared, less a tenth")
         + (". " if config.evaluation.reference_point else " of the objective's range. ")
         + "Hypervolumes from different reference points do not compare; noise widens a front, so that resampled "
-        "hypervolumes lie above the estimate.",
+        "hypervolumes and spreads lie above the estimate.",
         "Objectives are normalised from 0, the lowest mean of everything compared, to 1, the highest; weights sum to "
         "1. The base uses no weights: its metrics are means over all weight vectors.",
         "All rules share batches, so tokens per second are those of the whole run.",
@@ -47,6 +50,8 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], sampl
         found.append(
             f"No KL is reached by all rules {units}with the same weights, so there is no comparison at equal KL."
         )
+    if straight := _straight_curves(samples):
+        found.append(_of_straight_curves(samples, straight))
     if len({variant.unit for variant in samples.data.variants if variant.rule.uses_principals}) > 1:
         found.append(
             "Rules are compared at equal KL among those of one unit, and two by two across units. The KL of a game "
@@ -77,6 +82,42 @@ def _not_independent(judge: JudgeConfig, principal: str) -> str:
         return ""
     whose = "its own reward" if measured == principal else f"the reward of the principal {measured}"
     return f"it is {whose}, which the rules optimize"
+
+
+def _too_few_prompts(samples: BootstrapSamples) -> str:
+    """A sentence where no p value can be below the level of the intervals."""
+    num_prompts, level = len(samples.data.row_ids), 1 - samples.confidence
+    smallest = smallest_p_value(num_prompts)
+    if num_prompts < 2 or smallest < level:
+        return ""
+    return (
+        f" {num_prompts} prompts give no p value below {smallest:g}, so that no rule can be told from another one at "
+        f"a level of {level:.2g}: give more prompts."
+    )
+
+
+def _straight_curves(samples: BootstrapSamples) -> list[str]:
+    """The methods that are compared at equal KL on a line from the base to their only point."""
+    found = {
+        method: None
+        for pair in pairs_of(samples.data)
+        if all(samples.data.rule_of(method).uses_principals for method in pair)
+        for sweep in sweeps(samples, pair)
+        if sweep.base is not None and sweep.levels(samples.kl_SV[0]) is not None
+        for method in pair
+        if len(sweep.by_method[method]) == 1
+    }
+    return [method for method in samples.data.methods if method in found]
+
+
+def _of_straight_curves(samples: BootstrapSamples, methods: Sequence[str]) -> str:
+    because, advice = "", ""
+    if any(samples.data.rule_of(method).uses_temperature for method in methods):
+        because, advice = "with one agent temperature ", "; give grid.agent_temperatures several"
+    return (
+        f"At equal KL, {because}the curve of {', '.join(methods)} is a straight line from the base to one point, "
+        f"below the true curve, which rises ever more slowly{advice}."
+    )
 
 
 def _without_equal_kl(samples: BootstrapSamples) -> str | None:

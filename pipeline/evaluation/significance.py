@@ -11,10 +11,21 @@ from pipeline.evaluation.metrics import Floats
 
 # a two-sided test at 5 % with a power of 80 %: the sum of both normal quantiles
 QUANTILES = 1.959964 + 0.841621
+LEAST_PROMPTS = 6  # with fewer no p value is below 5 %
+
+
+def smallest_p_value(num_prompts: int) -> float:
+    """The smallest two-sided p value that so many prompts can give: 2^(1 - P).
+
+    Where two systems are alike, the difference on each prompt could as well have the other sign. That makes 2^P
+    equally likely outcomes, and in two of them one system leads on every prompt. The bootstrap does not know: where
+    prompts agree, however few, so do all of its samples.
+    """
+    return float(2.0 ** (1 - num_prompts))
 
 
 def p_value(difference_S: Floats, num_prompts: int) -> float | None:
-    """Twice the share of bootstrap samples on the far side of 0, and no less than the samples can resolve.
+    """Twice the share of bootstrap samples on the far side of 0, and no less than samples and prompts can resolve.
 
     None for fewer than two prompts: resampling one says nothing about others.
     """
@@ -22,21 +33,21 @@ def p_value(difference_S: Floats, num_prompts: int) -> float | None:
     if not len(known_S) or num_prompts < 2:
         return None
     tail = min((known_S <= 0).sum(), (known_S >= 0).sum())
-    return float(min(1.0, 2 * (tail + 1) / (len(known_S) + 1)))
+    return float(min(1.0, max(smallest_p_value(num_prompts), 2 * (tail + 1) / (len(known_S) + 1))))
 
 
 def normal_p_value(difference: float, deviation: float, num_prompts: int) -> float | None:
     """Two-sided, of a difference with this standard deviation over prompts, by the normal distribution.
 
-    Unlike the share of bootstrap samples it has no smallest value, so that it can be adjusted for many comparisons.
-    None for fewer than two prompts.
+    Unlike the share of bootstrap samples it is not bounded by their number, so that it can be adjusted for many
+    comparisons; what bounds it is the number of prompts (`smallest_p_value`). None for fewer than two prompts.
     """
     if num_prompts < 2 or not (math.isfinite(difference) and math.isfinite(deviation)):
         return None
     error = deviation / math.sqrt(num_prompts)
     if error < 1e-12 * max(1.0, abs(difference)):  # the same on every prompt, up to rounding
-        return 0.0 if abs(difference) > 1e-12 else 1.0
-    return math.erfc(abs(difference) / error / math.sqrt(2))
+        return smallest_p_value(num_prompts) if abs(difference) > 1e-12 else 1.0
+    return max(smallest_p_value(num_prompts), math.erfc(abs(difference) / error / math.sqrt(2)))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -59,12 +70,16 @@ def prompts_for(difference: float, deviation: float) -> int | None:
     """
     if difference == 0 or not math.isfinite(difference) or not math.isfinite(deviation):
         return None
-    return max(2, math.ceil((QUANTILES * deviation / difference) ** 2))
+    return max(LEAST_PROMPTS, math.ceil((QUANTILES * deviation / difference) ** 2))
 
 
 def smallest_difference(deviation: float, num_prompts: int) -> float | None:
-    """The difference that so many prompts find with a chance of 80 %; None where the deviation is not known."""
-    return QUANTILES * deviation / math.sqrt(max(1, num_prompts)) if math.isfinite(deviation) else None
+    """The difference that so many prompts find with a chance of 80 %.
+
+    None where the deviation is not known, and where so few prompts find none.
+    """
+    can_find = num_prompts >= LEAST_PROMPTS and math.isfinite(deviation)
+    return QUANTILES * deviation / math.sqrt(num_prompts) if can_find else None
 
 
 def deviation_of(samples_S: Floats, num_prompts: int) -> float:

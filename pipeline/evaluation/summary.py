@@ -95,13 +95,17 @@ def _measures(samples: BootstrapSamples, variants: list[int]) -> Json:
     }
     measured = {**of_volume, **measured, "regret": samples.regrets(variants)}
     measured["kl_per_token"] = samples.kl_SV[:, variants].mean(1)
-    for name, value_S in measured.items():
-        entry[name], entry[f"{name}_interval"] = number(value_S[0]), samples.interval(value_S)
+    entry |= _with_intervals(samples, measured)
     for name in ("kl_per_answer", "num_tokens", "cut", "in_reasoning", "distinct_2", "repetition_3"):
         if name in samples.data.numbers:
             entry[name] = number(_mean(samples.data.numbers[name][variants]))
-    entry["sparsity"] = number(samples.sparsity(variants))
-    entry |= {name: number(value) for name, value in samples.front_metrics(variants).items()}
+    return entry | _with_intervals(samples, samples.front_metrics(variants))
+
+
+def _with_intervals(samples: BootstrapSamples, measured: Mapping[str, Floats]) -> Json:
+    entry: Json = {}
+    for name, value_S in measured.items():
+        entry[name], entry[f"{name}_interval"] = number(value_S[0]), samples.interval(value_S)
     return entry
 
 

@@ -62,8 +62,8 @@ MEANINGS = {
     "in_reasoning": "the share of answers that ended within their reasoning.",
     "distinct_2": "different pairs of words over all pairs of an answer.",
     "repetition_3": "the share of an answer's words in three words that occurred before.",
-    "p_adjusted": "two-sided, by the bootstrap's standard error, adjusted (Holm) for all pairs that one metric "
-    "compares in one way.",
+    "p_adjusted": "two-sided, by the bootstrap's standard error, no smaller than 2^(1 - prompts), and adjusted "
+    "(Holm) for all pairs that one metric compares in one way.",
     "prompts_for_this_difference": "with so many prompts a difference of this size is found with a chance of 80 %.",
     "smallest_difference_to_find": "the difference that the evaluation's prompts find with a chance of 80 %.",
     "monotone_share": "the share of steps to the next larger weight at which the objective does not fall.",
