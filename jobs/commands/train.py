@@ -12,6 +12,7 @@ from jobs.commands.text import indented, printable, shown_path
 from jobs.logs import command_log, show_result
 from pipeline.config.files import load_as
 from pipeline.hub.embedded import default_cache_folder
+from pipeline.training.processes import Processes
 from pipeline.training.report import configuration_lines, describe_results
 from pipeline.training.settings import TrainConfig
 
@@ -27,9 +28,9 @@ def run_train(
     from pipeline.stages.train import train
 
     # set by `accelerate launch` and `torchrun`, which start a process for each device
-    is_main = os.environ.get("RANK", "0") == "0"
+    processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     with command_log() as out:
-        trained = train(config, default_cache_folder(os.environ), out, is_main=is_main, is_verbose=is_verbose)
+        trained = train(config, default_cache_folder(os.environ), out, processes=processes, is_verbose=is_verbose)
     if trained is None:
         return
     path = str(trained.folder.path)

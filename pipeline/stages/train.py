@@ -12,6 +12,7 @@ from pipeline.config.sections import Transport
 from pipeline.errors import ConfigurationError
 from pipeline.training.data import Preferences, TrainingData, digest_of_scores, open_preferences, read_data
 from pipeline.training.folders import TrainingFolder
+from pipeline.training.processes import ALONE, Processes
 from pipeline.training.report import render_report
 from pipeline.training.settings import Loss, TrainConfig
 
@@ -37,7 +38,7 @@ class Trained:
 
 
 def train(
-    config: TrainConfig, cache_folder: Path, out: TextIO, *, is_main: bool = True, is_verbose: bool = False
+    config: TrainConfig, cache_folder: Path, out: TextIO, *, processes: Processes = ALONE, is_verbose: bool = False
 ) -> Trained | None:
     """Train a principal for each objective, or go on; what is finished stays.
 
@@ -45,7 +46,7 @@ def train(
         config: the data, the backbone and how to train.
         cache_folder: where downloaded and converted weights are kept.
         out: where progress is printed.
-        is_main: whether this process writes and prints, of several that train together.
+        processes: that train together; the main one writes, prints and asks a judge.
         is_verbose: whether Ray's own log is shown.
 
     Returns:
@@ -56,7 +57,7 @@ def train(
     """
 
     def say(line: str) -> None:
-        if is_main:
+        if processes.is_main:
             print(line, file=out, flush=True)
 
     _check_packages()
@@ -65,7 +66,7 @@ def train(
     from pipeline.training.backbone import find_backbone  # imports torch and transformers: seconds
 
     backbone = find_backbone(config, cache_folder, now=folder.template_time(), progress=say)
-    data = read_data(found, config, backbone.encode, cache_folder)
+    data = read_data(found, config, backbone.encode, cache_folder, processes)
     folder.begin(_fingerprint(config, found, backbone.source.identity, data), backbone.template_time)
     _describe_data(data, say)
     from pipeline.training.fit import Task, fit  # imports TRL: seconds
@@ -81,7 +82,7 @@ def train(
 
         fit_all(pending, config, say, is_verbose=is_verbose)
     results = [fit(task, say) for task in tasks]
-    if not is_main:
+    if not processes.is_main:
         return None
     trained = Trained(folder, data, results, bool(pending))
     folder.write_report(render_report(config, data, results))

@@ -15,6 +15,7 @@ from pipeline.records import Message
 from pipeline.stores.store import open_store
 from pipeline.training.comparisons import Comparison, Drops, read_comparisons
 from pipeline.training.layouts import Layout, Shape, choose_layout
+from pipeline.training.processes import ALONE, Processes
 from pipeline.training.returns import score_comparisons
 from pipeline.training.settings import OBJECTIVE, Loss, PairsInputConfig, TrainConfig
 
@@ -102,7 +103,13 @@ def open_preferences(config: PairsInputConfig) -> Preferences:
     return Preferences(records, layout, config.objective or objective, has_splits)
 
 
-def read_data(found: Preferences, config: TrainConfig, encode: Encode, cache_folder: Path = Path()) -> TrainingData:
+def read_data(
+    found: Preferences,
+    config: TrainConfig,
+    encode: Encode,
+    cache_folder: Path = Path(),
+    processes: Processes = ALONE,
+) -> TrainingData:
     """Read and encode all pairs, and hold out some prompts.
 
     Args:
@@ -110,6 +117,7 @@ def read_data(found: Preferences, config: TrainConfig, encode: Encode, cache_fol
         config: names objectives, the longest pair and the share of prompts that is held out.
         encode: gives the token ids of a prompt and of answers to it; raises RowError.
         cache_folder: where the weights of a judge are kept that are fetched.
+        processes: that train together; the main one alone asks a judge.
 
     Raises:
         ConfigurationError: an objective is unknown, or has no pair to train on or to hold out.
@@ -121,7 +129,7 @@ def read_data(found: Preferences, config: TrainConfig, encode: Encode, cache_fol
     if config.training.judge is not None:
         judge = config.training.judge
         name = config.input.objective or str(judge.kind)
-        comparisons = score_comparisons(comparisons, judge, name, cache_folder, drops)
+        comparisons = score_comparisons(comparisons, judge, name, cache_folder, drops, processes)
     objectives = _choose_objectives(comparisons, found, config, drops)
     wanted = [each for each in comparisons if any(name in objectives for name in each.labels)]
     pairs = list(_encode_all(wanted, encode, config.training.max_length, drops))

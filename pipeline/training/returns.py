@@ -10,33 +10,47 @@ from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import JudgeConfig, JudgedAnswer
 from pipeline.evaluation.panel import resolve_panel
 from pipeline.training.comparisons import TIE, Answer, Comparison, Drops
+from pipeline.training.processes import ALONE, Processes
 
 NO_SCORE = "an answer that the judge cannot score"
 
 
 def score_comparisons(
-    comparisons: Sequence[Comparison], judge: JudgeConfig, name: str, cache_folder: Path, drops: Drops
+    comparisons: Sequence[Comparison],
+    judge: JudgeConfig,
+    name: str,
+    cache_folder: Path,
+    drops: Drops,
+    processes: Processes = ALONE,
 ) -> list[Comparison]:
     """The comparisons with the judge's scores as returns and as the only label; what has none is counted.
 
     Args:
         comparisons: whose labels are not used.
-        judge: scores each answer once.
+        judge: scores each answer once, in the main process.
         name: of the objective.
         cache_folder: where downloaded weights are kept.
         drops: is added to.
+        processes: that need the scores.
 
     Raises:
         ConfigurationError: the judge cannot be loaded, or measures principals, of which there are none.
+        CageError: another process could not ask the judge.
     """
     if judge.measured_principal is not None:
         raise ConfigurationError(
             "training.judge must score answers by themselves; there are no principals to measure"
         )
-    scorer = resolve_panel({name: judge}, cache_folder).load()[name]
     keys = dict.fromkeys((str(each.prompt), answer.text) for each in comparisons for answer in each.answers)
     prompts = {str(each.prompt): each.prompt for each in comparisons}
-    scores = scorer.score([JudgedAnswer(prompts[prompt], text) for prompt, text in keys])
+
+    def ask() -> list[float]:
+        scorer = resolve_panel({name: judge}, cache_folder).load()[name]
+        return [
+            float(score) for score in scorer.score([JudgedAnswer(prompts[prompt], text) for prompt, text in keys])
+        ]
+
+    scores = processes.share("scores of training.judge", ask)
     score_of = dict(zip(keys, scores, strict=True))
     judged = []
     for each in comparisons:
