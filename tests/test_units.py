@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 from collections import Counter
 from dataclasses import replace
 from itertools import count, product
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +23,7 @@ from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, HostError, HostOutOfMemory
 from pipeline.evaluation.judges.words import words
 from pipeline.evaluation.text_principals import resolve_judge_principals
+from pipeline.principals.judge import JudgePrincipal
 from pipeline.records import Candidate, FinishReason
 from pipeline.runtime.assembly import assemble
 from pipeline.runtime.engines import make_decoding_engine
@@ -264,6 +267,28 @@ def test_any_judge_is_a_principal_of_blocks_and_answers(tiny, unit):
             assert judged == pytest.approx(0.5 * num_words)
         (scored,) = aligner.score(["hello"], ["a b c d"])
         assert scored["long"] > 0
+
+
+def num_vowels(answers):
+    return [sum(each.text.count(vowel) for vowel in "aeiou") for each in answers]
+
+
+def test_a_python_function_is_a_principal_as_one_that_a_file_holds(tiny, tmp_path):
+    (tmp_path / "judges.py").write_text(inspect.getsource(num_vowels))
+    options = {"unit": "answer", "proposals": 4, "max_new_tokens": 6, "agent_temperature": 0.1}
+    found = []
+    for function in (num_vowels, f"{tmp_path / 'judges.py'}:num_vowels"):
+        of_function = {
+            "vowels": {"kind": "judge", "judge": {"kind": "function", "function": function}, "weight": 1.0}
+        }
+        with Aligner(str(tiny("llama")), {**PAIR, **of_function}, slots=4, **options) as aligner:
+            found.append([(each.text, each.rewards["vowels"], each.error) for each in aligner.generate(PROMPTS)])
+    assert found[0] == found[1]
+    assert all(reward == num_vowels([SimpleNamespace(text=text)])[0] for text, reward, _ in found[0])
+    section = JudgePrincipal(kind="judge", judge={"kind": "function", "function": num_vowels})
+    assert section.model_dump(mode="json")["judge"]["function"] == f"{__name__}:num_vowels"
+    with pytest.raises(ConfigurationError, match=r"principals\.p\.judge.* not a valid JSON value"):
+        Aligner("m", {"p": {"kind": "judge", "judge": {"kind": "function", "function": object()}}}, **options)
 
 
 def test_a_judge_alone_makes_best_of_n(tiny):
