@@ -45,7 +45,9 @@ def test_every_family_of_causal_models_is_in_the_table_by_name():
         assert family.decoding == SLOTS or family.reasons["decoding"], name
 
 
-@pytest.mark.parametrize(("name", "made_before"), [("glm_ocr", "glm4v_moe"), ("glmga", "glm4v_moe"), ("glm4v", "glm4v")])
+@pytest.mark.parametrize(
+    ("name", "made_before"), [("glm_ocr", "glm4v_moe"), ("glmga", "glm4v_moe"), ("glm4v", "glm4v")]
+)
 def test_a_familys_model_does_not_depend_on_the_models_made_before_it(name, made_before):
     # the class writes what it derives into the mapping that it is given
     make_config(made_before).text_config.rope_parameters["partial_rotary_factor"] = 0.5

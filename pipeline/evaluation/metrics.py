@@ -70,8 +70,9 @@ def published_reference(points_NM: Floats) -> Floats:
 def on_front(points_NM: Floats, among_NM: Floats) -> Floats:
     """Whether each of the first points is dominated by none of the others, [N] of 0 and 1."""
     own_N1M, others_1NM = points_NM[:, None], among_NM[None]
-    beaten_N = ((others_1NM >= own_N1M).all(2) & (others_1NM > own_N1M).any(2)).any(1)
-    return 1.0 - beaten_N.astype(np.float64)
+    beats_NN = np.all(others_1NM >= own_N1M, axis=2) & np.any(others_1NM > own_N1M, axis=2)
+    kept_N: Floats = 1.0 - np.any(beats_NN, axis=1)
+    return kept_N
 
 
 def extent(points_NM: Floats) -> float:
