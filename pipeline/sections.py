@@ -5,10 +5,12 @@ The principals' sections build on these; `pipeline.config.sections` puts all of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 EMBEDDED_MODEL = "smollm2-135m"
 Placement = Literal["auto", "system", "user"]
@@ -21,10 +23,33 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _types_within(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_within(part)
+
+
 class Section(BaseModel):
     """A frozen section that knows all its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        """Refuse true and false where a number is wanted: pydantic would read them as 1 and 0."""
+        faults = []
+        for name, field in cls.model_fields.items():
+            value = values.get(name) if isinstance(values, dict) else None
+            kinds = set(_types_within(field.annotation))
+            is_wrong = any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value]))
+            if is_wrong and bool not in kinds and kinds & {int, float}:
+                kind = "float_type" if float in kinds else "int_type"
+                faults.append(InitErrorDetails(type=kind, loc=(name,), input=value))
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return values
 
 
 class Resources(Section):

@@ -104,3 +104,26 @@ def test_a_fault_says_what_would_be_right(override, said):
     with pytest.raises(ConfigurationError) as refused:
         parse_config({**copy.deepcopy(START), "base": {"model": "m"}}, [override])
     assert str(refused.value) == f"configuration: {said}"
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("no", False)])
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("decoding.max_new_tokens", "a whole number"), ("decoding.candidates", "a whole number"),
+        ("decoding.target_kl", "a number"), ("cluster.replicas", "a whole number"),
+        ("input.limit", "a whole number"), ("base.resources.num_gpus", "a number"),
+    ],
+)  # fmt: skip
+def test_true_and_false_are_no_numbers(key, kind, text, value):
+    with pytest.raises(ConfigurationError) as refused:
+        parse_config({**copy.deepcopy(START), "base": {"model": "m"}}, [f"{key}={text}"])
+    assert str(refused.value) == f"configuration: {key} must be {kind}; got {value}"
+
+
+def test_true_is_no_weight_and_no_number_of_a_list():
+    principal = {"kind": "prompted", "principle": "be kind", "weight": True}
+    with pytest.raises(ConfigurationError, match=r"principals.a.weight must be a number; got True$"):
+        parse_config({**copy.deepcopy(START), "base": "m", "principals": {"a": principal}})
+    with pytest.raises(ConfigurationError, match=r"grid.agent_temperatures must be a number; got \[0.5, True\]$"):
+        parse_config({**copy.deepcopy(START), "base": "m"}, ["grid.agent_temperatures=[0.5, true]"])

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jobs.commands.exports import as_csv, as_json, as_latex, check_outputs, write_outputs
 from jobs.commands.text import indented, number, printable, table
-from pipeline.config.files import parse_as
+from pipeline.config.files import parse_as, read_yaml
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.compare import compare, score_systems
 from pipeline.evaluation.config import BootstrapConfig
@@ -99,12 +97,7 @@ def _tree(config_file: Path | None) -> dict[str, Any]:
     """The judges of a file, which may also be the configuration of an evaluation; the default ones without a file."""
     if config_file is None:
         return {"judges": {name: {"kind": kind} for name, kind in DEFAULT_JUDGES.items()}}
-    try:
-        tree = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {config_file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ConfigurationError(f"{config_file} is not YAML") from None
+    tree = read_yaml(config_file)
     if isinstance(tree, dict) and isinstance(tree.get("evaluation"), dict):
         tree = {key: value for key, value in tree["evaluation"].items() if key in ("judges", "bootstrap")}
     if not isinstance(tree, dict) or not tree.get("judges"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from pipeline.advice.settings import AdviseConfig
-from pipeline.config.files import load_as
+from pipeline.config.files import load_as, read_yaml
 from pipeline.config.sections import Config
+from pipeline.errors import ConfigurationError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.synthesis.settings import SynthesizeConfig
 from pipeline.training.settings import TrainConfig
@@ -24,8 +23,8 @@ KIND_BY_SECTION: dict[str, type[Config]] = {
 def load_job(path: Path, overrides: list[str] | None = None) -> Config | TrainConfig:
     """Read a configuration of any job. Raises ConfigurationError."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        tree = read_yaml(path)
+    except ConfigurationError:
         tree = None  # load_as reports the error
     sections = tree if isinstance(tree, dict) else {}
     if TRAINING in sections:

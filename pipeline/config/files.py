@@ -20,6 +20,9 @@ from pipeline.errors import ConfigurationError
 from pipeline.sections import Section, shortened
 
 C = TypeVar("C", bound=Section)
+BEHIND_COMMENTS = (yaml.BlockEndToken, yaml.StreamEndToken)  # tokens that PyYAML places after a comment
+MERGE_TAG = "tag:yaml.org,2002:merge"
+NAMED_BY_MODEL = ("base", "model", "reference", "draft_model")  # sections that a model's name may stand for
 MAX_FILE_BYTES = 2**20
 MAX_VALUES = 100_000  # of a configuration, each counted as often as an alias repeats it
 UNION_TAG = re.compile(
@@ -41,6 +44,41 @@ WORDS = {
 PATTERNS = {r"^(auto|cpu|cuda(:\d+)?)$": "auto, cpu, cuda or cuda:N"}
 
 
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a mapping that states a key twice: PyYAML would take the last one without a word."""
+
+    def compose_mapping_node(self, anchor: dict[str, yaml.Node] | None) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        stated: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE_TAG:
+                continue
+            if (key.tag, key.value) in stated:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {shortened(key.value)} is there twice", problem_mark=key.start_mark
+                )
+            stated.add((key.tag, key.value))
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _UniqueKeysLoader)
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file. Raises ConfigurationError where it cannot be read or states a key twice."""
+    try:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise ConfigurationError(f"{path} has {size:,} bytes; a configuration has at most {MAX_FILE_BYTES:,}")
+        return _parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"no configuration file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: such as a date with a 13th month
+        raise ConfigurationError(f"{path} is not valid YAML: {_printable(' '.join(str(error).split()))}") from None
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read and validate a `Config`; see `load_as`."""
     return load_as(Config, path, overrides)
@@ -59,17 +97,7 @@ def load_as(kind: type[C], path: str | Path, overrides: list[str] | None = None)
     Raises:
         ConfigurationError: the file cannot be read, or a key or value is wrong; all of them, one a line.
     """
-    path = Path(path)
-    try:
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            raise ConfigurationError(f"{path} has {size:,} bytes; a configuration has at most {MAX_FILE_BYTES:,}")
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"no configuration file at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: such as a date with a 13th month
-        raise ConfigurationError(f"{path} is not valid YAML: {_printable(' '.join(str(error).split()))}") from None
+    tree = read_yaml(Path(path))
     if not isinstance(tree, dict):
         raise ConfigurationError(
             f"{path} must hold a mapping with the keys input, output, ...; it holds {_printable(shortened(tree))}"
@@ -103,20 +131,30 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigurationError(f"an override has the form key.sub=value; got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value, has_comment = _parse_yaml(text), _ends_in_comment(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise ConfigurationError(f"the value of the override {override!r} is not valid YAML") from None
+    if has_comment:
+        raise ConfigurationError(
+            f"the override {override!r} ends in a comment, which begins at #; leave it out, or put the value in double "
+            f"quotes within the shell's single ones: '{dotted}=\"...\"'"
+        )
     node = tree
     for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if isinstance(child, str) and key in ("base", "model", "reference"):
-            child = node[key] = {"model": child}
-        if child is None:
-            child = node[key] = {}
-        if not isinstance(child, dict):
+        child = node.get(key)
+        if isinstance(child, str) and key in NAMED_BY_MODEL:
+            child = {"model": child}
+        if not isinstance(child, dict | None):
             raise ConfigurationError(f"override {override!r}: {key} is {child!r}, which has no keys below it")
+        # a copy, because an alias may have the same mapping elsewhere in the tree
+        child = node[key] = dict(child or {})
         node = child
     node[keys[-1]] = value
+
+
+def _ends_in_comment(text: str) -> bool:
+    ends = [token.end_mark.index for token in yaml.scan(text) if not isinstance(token, BEHIND_COMMENTS)]
+    return "#" in text[max(ends) :]
 
 
 def _num_values(value: Any, counted: dict[int, float], outer: set[int]) -> float:
