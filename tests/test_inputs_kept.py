@@ -180,3 +180,22 @@ def test_the_plan_names_what_is_kept_and_what_becomes_json_text(tmp_path: Path) 
     config = make_config(path, input={"keep": "all"})
     notes = describe_input(open_planned_input(config), config)
     assert "kept in the output: 'n', 'tree' (as JSON text)" in notes
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [
+        pa.struct([]), pa.list_(pa.struct([])), pa.struct([("a", pa.int64()), ("b", pa.struct([]))]),
+        pa.month_day_nano_interval(), pa.run_end_encoded(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_type_that_parquet_does_not_have_is_refused_before_anything_is_decoded(tmp_path: Path, type_: Any) -> None:
+    is_encoded = pa.types.is_run_end_encoded(type_)
+    values = pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), ["a"]) if is_encoded else pa.nulls(2, type_)
+    table = pa.table({"prompt": ["x", "y"], "kind": ["a", "b"], "meta": values})
+    with pa.ipc.new_file(tmp_path / "data.arrow", table.schema) as file:
+        file.write_table(table)
+    expected = f"Parquet, as which the output is written, has no type for the column 'meta' ({type_}); convert it, or"
+    assert refusal_of(tmp_path / "data.arrow", "all").startswith(f"input.keep: {expected}")
+    assert planned(tmp_path / "data.arrow", ["kind"]).fingerprint["input.keep"] == ["kind"]

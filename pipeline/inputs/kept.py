@@ -9,6 +9,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigurationError
 from pipeline.inputs import jsonl, tabular
@@ -47,7 +48,10 @@ def choose_kept(keep: Sequence[str] | Literal["all"], files: Sequence[InputFile]
             f"input.keep: the output has columns of its own named {', '.join(map(quote, reserved))}; rename them in "
             "the input, or list in input.keep the columns to keep without them"
         )
-    return pa.schema([_one_field(name, schemas, files) for name in names])
+    schema = pa.schema([_one_field(name, schemas, files) for name in names])
+    for field in schema:
+        _check_storable(field)
+    return schema
 
 
 def to_text(schema: pa.Schema | None) -> str | None:
@@ -165,6 +169,17 @@ def _one_field(name: str, schemas: Sequence[pa.Schema], files: Sequence[InputFil
             "or list in input.keep the columns to keep without it"
         ) from None
     return unified.field(name)
+
+
+def _check_storable(field: pa.Field) -> None:
+    """Refuse a type that Parquet does not have, such as a struct without fields, before anything is decoded."""
+    try:
+        pq.write_table(pa.schema([field]).empty_table(), pa.BufferOutputStream())
+    except pa.ArrowException:
+        raise ConfigurationError(
+            f"input.keep: Parquet, as which the output is written, has no type for the column {quote(field.name)} "
+            f"({field.type}); convert it, or list in input.keep the columns to keep without it"
+        ) from None
 
 
 def _stored(value: Any, *, as_json: bool) -> Any:
