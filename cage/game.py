@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class Game:
     agent_temperature: what moving away from the base policy costs the agent, in the unit of the values; a positive
         float, or a tensor with one entry per row, [B].
 
-    float32 and float64 are kept, float16 and bfloat16 become float32.
+    float32 and float64 are kept, float16 and bfloat16 become float32. Gradients do not flow through a game: tensors
+    that require them are detached.
 
     Raises ValueError for shapes, types, devices or temperatures that do not fit together. The numbers in
     base_logprobs and values are never a reason to raise: the status of a row says if they are not finite.
@@ -41,6 +43,8 @@ class Game:
         object.__setattr__(self, "values", _checked_type("values", self.values))
         _check_shapes(self.base_logprobs, self.values)
         _check_temperature(self.agent_temperature, self.base_logprobs)
+        if isinstance(self.agent_temperature, Tensor) and self.agent_temperature.requires_grad:
+            object.__setattr__(self, "agent_temperature", self.agent_temperature.detach())
 
     @property
     def num_rows(self) -> int:
@@ -65,6 +69,8 @@ class Game:
 def _checked_type(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype in _HALF_TYPES:
         return tensor.float()
     if tensor.dtype not in _TYPES:
@@ -91,6 +97,9 @@ def _check_shapes(base: Tensor, values: Tensor) -> None:
 
 def _check_temperature(temperature: float | Tensor, base: Tensor) -> None:
     if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, Real):
+            kind = type(temperature).__name__
+            raise ValueError(f"agent_temperature must be a number, or a tensor with one entry per row; got {kind}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"agent_temperature must be positive and finite; got {temperature}")
         return

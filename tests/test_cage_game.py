@@ -27,12 +27,32 @@ VALUES = torch.zeros(3, 2, 5)
         (BASE, VALUES, -1.0, r"agent_temperature must be positive and finite; got -1.0"),
         (BASE, VALUES, float("nan"), r"agent_temperature must be positive and finite; got nan"),
         (BASE, VALUES, torch.tensor([1.0, -2.0, 1.0]), r"agent_temperature must be positive and finite; got -2.0"),
+        (BASE, VALUES, [1.0, 2.0, 1.0], r"a number, or a tensor with one entry per row; got list"),
+        (BASE, VALUES, "1.0", r"a number, or a tensor with one entry per row; got str"),
         (BASE, VALUES, torch.ones(2), r"a number or one per row \[3\]; got \(2,\)"),
     ],
 )
 def test_a_game_that_does_not_fit_names_what_it_got(base, values, temperature, message):
     with pytest.raises(ValueError, match=message):
         cage.Game(base, values, temperature)
+
+
+@pytest.mark.parametrize(
+    "method", [cage.ThresholdNewton(), cage.FixedStepNewton(), cage.Jacobi(), cage.GaussSeidel()]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_that_require_gradients_are_solved_as_others_are(method, dtype):
+    torch.manual_seed(0)
+    base, values, temperature = (
+        torch.randn(3, 5).to(dtype),
+        torch.randn(3, 2, 5).to(dtype),
+        torch.ones(3, dtype=dtype),
+    )
+    expected = method.solve(cage.Game(base, values, temperature)).policy
+    tensors = [tensor.requires_grad_() for tensor in (base, values, temperature)]
+    found = method.solve(cage.Game(*tensors)).policy
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
