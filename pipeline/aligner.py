@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
 
 from pipeline.config.files import load_config, parse_config
 from pipeline.config.sections import Config
@@ -19,7 +23,7 @@ from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.evaluation.text_principals import resolve_judge_principals
 from pipeline.hub.embedded import default_cache_folder
-from pipeline.inputs.rows import InputColumns, make_row
+from pipeline.inputs.rows import InputColumns, make_row, read_id
 from pipeline.protocol.hosts import Hosts
 from pipeline.records import Message, Proposal, Record, Row, TokenTrace
 from pipeline.runtime.assembly import Assembly, assemble
@@ -27,6 +31,7 @@ from pipeline.runtime.engines import make_decoding_engine
 from pipeline.runtime.local_hosts import start_hosts
 
 Conversation = str | Sequence[Message]
+ModelName = str | PathLike[str]
 Weights = Mapping[str, float]
 T = TypeVar("T")
 MODEL_KEYS = ("model", "reference")
@@ -86,8 +91,8 @@ class Aligner:
     sample. Use it as a context manager, or call `close`, to release the models.
 
     Args:
-        model: the base: a folder, a hub id, an s3:// folder or "smollm2-135m"; or a mapping with the keys of `base`
-            in a configuration file.
+        model: the base: a folder (as text or a path), a hub id, an s3:// folder or "smollm2-135m"; or a mapping with
+            the keys of `base` in a configuration file.
         principals: by name, each a mapping with the keys of a configuration file: kind, weight, ...
         slots: prompts answered at once, or "auto": as many as there is memory for.
         device: of every model that names none: "auto", "cpu" or "cuda".
@@ -104,7 +109,7 @@ class Aligner:
 
     def __init__(
         self,
-        model: str | Mapping[str, Any],
+        model: ModelName | Mapping[str, Any],
         principals: Mapping[str, Mapping[str, Any]] | None = None,
         *,
         slots: int | Literal["auto"] = 16,
@@ -115,13 +120,18 @@ class Aligner:
         progress: bool = False,
         **decoding: Any,
     ) -> None:
+        if not isinstance(principals, Mapping | None):
+            raise ConfigurationError(f"principals must be a mapping of sections by name; got {principals!r:.200}")
         placed = {"device": device, "dtype": dtype}
         config = parse_config(
             {
                 "input": {"path": NOWHERE},
                 "output": {"path": NOWHERE},
                 "base": _placed(model, placed),
-                "principals": {name: _placed_models(each, placed) for name, each in (principals or {}).items()},
+                "principals": {
+                    name: _placed_models(each, placed) if isinstance(each, Mapping) else each
+                    for name, each in (principals or {}).items()
+                },
                 "decoding": {"reproducibility": reproducibility, **decoding},
                 "cluster": {"transport": "local", "slots": slots},
             },
@@ -200,7 +210,7 @@ class Aligner:
         """Answer every prompt; one that fails has `error`, and the others go on.
 
         Args:
-            prompts: texts, or conversations as lists of {"role": ..., "content": ...}.
+            prompts: texts, or conversations as lists (also tuples and arrays) of {"role": ..., "content": ...}.
             ids: of the prompts, which key their draws; by default "0", "1", and so on.
             weights: preference weights by principal, for all prompts or one mapping per prompt. Principals that are
                 left out keep their configured weight.
@@ -215,7 +225,7 @@ class Aligner:
         """
         if n < 1:
             raise ConfigurationError(f"n must be at least 1; got {n}")
-        rows = self._rows(prompts, ids=ids, weights=weights)
+        rows = self._rows(_listed(prompts, "prompts"), ids=ids, weights=weights)
         records: dict[tuple[str, int], Record] = {}
         with self._engine_in_use() as engine:
             for record in self._shown(decode_rows(engine, rows, num_samples=n), len(rows) * n):
@@ -238,6 +248,7 @@ class Aligner:
                 closed.
             CageError: a model's host failed; the aligner can be used again.
         """
+        prompts, answers = _listed(prompts, "prompts"), _listed(answers, "answers")
         if len(answers) != len(prompts):
             raise ConfigurationError(f"score takes one answer per prompt; got {len(prompts)} and {len(answers)}")
         rows = self._rows(prompts, answers=answers)
@@ -285,11 +296,9 @@ class Aligner:
         answers: Sequence[str] | None = None,
     ) -> list[Row]:
         """The prompts as rows, read as an input file's are."""
-        if isinstance(prompts, str):
-            raise ConfigurationError(f"prompts must be a list of texts or conversations; got the text {prompts!r}")
-        row_ids = [str(index) for index in range(len(prompts))] if ids is None else [str(each) for each in ids]
+        row_ids = [str(index) for index in range(len(prompts))] if ids is None else [_read_id(each) for each in ids]
         if len(row_ids) != len(prompts) or len(set(row_ids)) != len(row_ids):
-            raise ConfigurationError(f"ids must be one per prompt and all different; got {list(ids or ())!r:.200}")
+            raise ConfigurationError(f"ids must be one per prompt and all different; got {row_ids!r:.200}")
         own = [weights] * len(prompts) if weights is None or isinstance(weights, Mapping) else list(weights)
         if len(own) != len(prompts):
             raise ConfigurationError(f"weights must be one mapping, or one per prompt; got {len(own)}")
@@ -334,7 +343,7 @@ class AlignBatch:
 
     def __init__(
         self,
-        model: str | Mapping[str, Any],
+        model: ModelName | Mapping[str, Any],
         principals: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
@@ -361,16 +370,18 @@ class AlignBatch:
                 "a batch needs a column id: an id keys the draws of its row, and the place in a batch would repeat "
                 f"from batch to batch; it has {', '.join(batch)}"
             )
-        prompts: list[Conversation]
-        if "prompt" in batch:
-            prompts = [str(prompt) for prompt in batch["prompt"]]
-        else:
-            prompts = [[dict(message) for message in messages] for messages in batch["messages"]]
-        ids = [str(each) for each in batch["id"]]
+        prompts = batch["prompt" if "prompt" in batch else "messages"]
+        if (
+            "messages" in batch
+            and (text := next((each for each in prompts if isinstance(each, str)), None)) is not None
+        ):
+            raise ConfigurationError(
+                f"the column messages must hold lists of messages; got the text {text!r:.200} (texts are for prompt)"
+            )
         weights = (
             [dict(each) if each is not None else None for each in batch["weights"]] if "weights" in batch else None
         )
-        return {**batch, **_columns(self._aligner.generate(prompts, ids=ids, weights=weights))}
+        return {**batch, **_columns(self._aligner.generate(prompts, ids=batch["id"], weights=weights))}
 
 
 def _columns(answers: Sequence[AlignedAnswer]) -> dict[str, list[Any]]:
@@ -387,16 +398,50 @@ def _columns(answers: Sequence[AlignedAnswer]) -> dict[str, list[Any]]:
     }
 
 
+def _listed(values: Iterable[T], name: str) -> list[T]:
+    """The prompts or the answers as a list. A text and a mapping would be read by character and by key."""
+    if isinstance(values, str | Mapping):
+        what = "texts" if name == "answers" else "texts or conversations"
+        raise ConfigurationError(f"{name} must be a list of {what}; got {values!r:.200}")
+    return list(values)
+
+
+def _read_id(value: Any) -> str:
+    """An id as text. Numbers of numpy, which batches of Ray Data have, are whole numbers, too."""
+    found = read_id(int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value)
+    if found is None:
+        raise ConfigurationError(f"ids must be text or whole numbers; got {value!r:.200}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value with lists in place of the arrays and tuples in it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(each) for each in value]
+    return value
+
+
 def _placed(value: Any, placed: Mapping[str, str]) -> Any:
     """A model's section, with the device and the dtype of the aligner where it names none."""
+    value = _path_text(value)
     if isinstance(value, str) and value not in ("backbone", "none"):
         value = {"model": value}
-    return {**placed, **value} if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        return value
+    return {**placed, **{key: _path_text(each) for key, each in value.items()}}
+
+
+def _path_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, PathLike) else value
 
 
 def _placed_models(section: Mapping[str, Any], placed: Mapping[str, str]) -> dict[str, Any]:
     """A principal's section with its models placed, those of its terms included."""
-    found = {key: _placed(value, placed) if key in MODEL_KEYS else value for key, value in section.items()}
+    found = {
+        key: _placed(value, placed) if key in MODEL_KEYS else _path_text(value) for key, value in section.items()
+    }
     if isinstance(terms := found.get("terms"), Mapping):
         found["terms"] = {
             name: _placed_models(term, placed) if isinstance(term, Mapping) else term for name, term in terms.items()
@@ -404,17 +449,10 @@ def _placed_models(section: Mapping[str, Any], placed: Mapping[str, str]) -> dic
     return found
 
 
-def _row(prompt: Conversation, row_id: str, weights: Weights | None, answer: str | None, names: Sequence[str]) -> Row:
-    is_text = isinstance(prompt, str)
-    columns = InputColumns(
-        prompt="prompt" if is_text else None,
-        messages=None if is_text else "prompt",
-        weights="weights",
-        response="response",
-        has_tools=True,
-    )
+def _row(prompt: Any, row_id: str, weights: Weights | None, answer: str | None, names: Sequence[str]) -> Row:
+    columns = InputColumns(prompt="prompt", weights="weights", response="response", has_tools=True)
     record = {
-        "prompt": prompt if is_text else list(prompt),
+        "prompt": _plain(prompt),
         "weights": None if weights is None else dict(weights),
         "response": answer,
     }

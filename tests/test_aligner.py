@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -83,6 +85,23 @@ def test_a_prompt_that_fails_has_an_error_and_its_neighbours_go_on(aligner):
     assert "role must be one of" in bad.error
 
 
+@pytest.mark.parametrize("prompt", [None, 5, float("nan"), {"role": "user", "content": "x"}])
+def test_what_is_no_prompt_costs_its_own_row_alone(aligner, prompt):
+    good, bad = aligner.generate(["hello", prompt])
+    assert [good] == aligner.generate(["hello"])
+    assert re.search(r"prompt 1: prompt (is null|must be text or a list of messages; got )", bad.error)
+
+
+def test_prompts_ids_weights_and_paths_may_be_what_python_programs_hold(tiny, aligner):
+    expected = aligner.generate(PROMPTS, ids=["1", "2", "3"], weights={"brief": 1.0, "kind": 2.0})
+    weights = {"brief": np.float32(1), "kind": np.int64(2)}
+    assert aligner.generate((each for each in PROMPTS), ids=np.array([1, 2, 3]), weights=weights) == expected
+    with Aligner(tiny("llama"), PRINCIPALS, slots=4, **DECODING) as of_path:
+        assert of_path.generate(np.array(PROMPTS), ids=[1, 2, 3], weights=weights) == expected
+    with pytest.raises(ConfigurationError, match="principals must be a mapping of sections by name; got \\["):
+        Aligner("/nowhere", [PRINCIPALS["brief"]])
+
+
 def test_weights_are_for_all_prompts_or_for_each(aligner):
     each = aligner.generate(["hello", "hello"], ids=["a", "b"], weights=[{"brief": 0.0, "kind": 0.0}, None])
     assert each[0].kl_per_token == pytest.approx(0, abs=1e-12)  # nobody is listened to
@@ -109,6 +128,9 @@ def test_score_gives_the_rewards_that_relabel_gives_an_existing_answer(tiny, ali
     ("arguments", "options", "message"),
     [
         (("hello",), {}, "must be a list"),
+        (({"role": "user", "content": "x"},), {}, "prompts must be a list of texts or conversations; got {'role'"),
+        ((["a"],), {"ids": [None]}, "ids must be text or whole numbers; got None"),
+        ((["a"],), {"ids": [1.0]}, "ids must be text or whole numbers; got 1.0"),
         ((["a", "b"],), {"ids": ["1", "1"]}, "all different"),
         ((["a", "b"],), {"ids": ["1"]}, "one per prompt"),
         ((["a"],), {"weights": [{}, {}]}, "one per prompt"),
@@ -155,6 +177,23 @@ def test_batches_of_ray_data_get_the_same_answers(tiny, aligner):
     assert batch["other"] == [1, 2, 3]
     with pytest.raises(ConfigurationError, match="needs a column prompt or messages"):
         align({"text": PROMPTS, "id": ["0", "1", "2"]})
+
+
+def test_rows_of_a_batch_are_read_as_rows_of_a_file_are(tiny, aligner):
+    align = AlignBatch(str(tiny("llama")), PRINCIPALS, slots=4, **DECODING)
+    ids = np.array(["0", "1"], dtype=object)
+    conversation = [{"role": "user", "content": np.array([{"type": "text", "text": "hello"}], dtype=object)}]
+    held = np.empty(2, dtype=object)  # as batches of Ray Data hold lists
+    held[0], held[1] = np.array(conversation, dtype=object), None
+    expected = aligner.generate(["hello"])[0].text
+    for name in ("prompt", "messages"):
+        batch = align({name: held, "id": ids})
+        assert batch["response"] == [expected, None]
+        assert "is null" in batch["error"][1]
+    with pytest.raises(ConfigurationError, match="the column messages must hold lists of messages; got the text 'x'"):
+        align({"messages": ["x"], "id": ["0"]})
+    with pytest.raises(ConfigurationError, match="ids must be text or whole numbers; got None"):
+        align({"prompt": ["x"], "id": [None]})
 
 
 def test_a_batch_of_ray_data_without_ids_is_refused(tiny):

@@ -136,8 +136,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigurationError(f"the value of the override {override!r} is not valid YAML") from None
     if has_comment:
         raise ConfigurationError(
-            f"the override {override!r} ends in a comment, which begins at #; leave it out, or put the value in double "
-            f"quotes within the shell's single ones: '{dotted}=\"...\"'"
+            f"the override {override!r} ends in a comment, which begins at #; leave it out, or put the value in "
+            f"double quotes within the shell's single ones: '{dotted}=\"...\"'"
         )
     node = tree
     for key in keys[:-1]:

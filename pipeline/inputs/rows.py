@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Real
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -350,7 +351,7 @@ def _parse_weights(text: str) -> Any:
 def _check_weight(weight: Any, name: str) -> float:
     if weight is None:  # a column of structs has no way to leave a field out: a map has
         raise RowError(f"the weight of {name} is null; give a number, or leave it out to keep the configured one")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise RowError(f"the weight of {name} must be a number; got {quote(weight)}")
     try:
         number = float(weight)
