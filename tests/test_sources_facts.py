@@ -242,6 +242,30 @@ def write_empty_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("")
 
 
+def write_empty_template_beside_one_in_settings(folder: Path) -> None:
+    write_template_in_settings(folder)
+    (folder / "chat_template.jinja").write_text("")
+
+
+def write_named_extra_tokens(folder: Path) -> None:
+    save_generic(folder, bpe(("<e>", "<image>")), eos_token="<e>")
+    change_settings(folder, extra_special_tokens={"image_token": "<image>"})
+
+
+def write_settings_that_say_otherwise_what_is_special(folder: Path) -> None:
+    save_generic(folder, bpe(("<e>", "<x>")), eos_token="<e>")
+    token_id = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<x>")
+    plain = {"content": "<x>", "special": False, "lstrip": False, "rstrip": False, "normalized": False}
+    change_settings(folder, added_tokens_decoder={str(token_id): {**plain, "single_word": False}})
+
+
+def write_an_added_token_behind_a_gap(folder: Path) -> None:
+    save_generic(folder, bpe(("<e>",)), eos_token="<e>")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 500, "content": "<far>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
 def write_llama_class(folder: Path) -> None:
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "ab": 5}
     LlamaTokenizer(vocab=vocabulary, merges=[("a", "b")]).save_pretrained(folder)

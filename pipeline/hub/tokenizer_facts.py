@@ -163,14 +163,20 @@ def _stated_facts(source: ModelSource) -> TokenizerFacts | None:
     stated = {token: id_by_token.get(token) for token in (*DEFAULT_TOKENS[kind], *_special_tokens(settings))}
     if None in stated.values():  # transformers would add it
         return None
+    if len(set(id_by_token.values())) != max(id_by_token.values()) + 1:  # it would number added tokens anew
+        return None
+    marked = [token["content"] for token in tokenizer["added_tokens"] if token["special"]]
     for token_id, token in settings.get("added_tokens_decoder", {}).items():
         if id_by_token.get(token["content"]) != int(token_id):
+            return None
+        if bool(token.get("special")) != (token["content"] in marked):
             return None
     end = settings.get("eos_token")
     named = {key: token for key, token in DEFAULT_NAMES.get(kind, {}).items() if key not in settings}
     named |= {key: _text(value) for key, value in settings.items() if _names_token(key, value)}
-    marked = [token["content"] for token in tokenizer["added_tokens"] if token["special"]]
-    template = (folder / TEMPLATE).read_text("utf-8") if names.get(TEMPLATE) else settings.get("chat_template")
+    if isinstance(more := settings.get("extra_special_tokens"), Mapping):
+        named |= {key: _text(token) for key, token in more.items()}
+    template = (folder / TEMPLATE).read_text("utf-8") if TEMPLATE in names else settings.get("chat_template")
     if not template and OLD_TEMPLATE in names:
         template = read_json(tree, OLD_TEMPLATE).get("chat_template")
     return TokenizerFacts(
