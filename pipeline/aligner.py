@@ -327,10 +327,10 @@ class Aligner:
 class AlignBatch:
     """A callable class for `ray.data.Dataset.map_batches`: one aligner in each actor.
 
-    A batch needs a column `id` and a column `prompt` (texts) or `messages` (conversations), and may have `weights`.
-    Ids must differ between all rows of the dataset: they key the draws, so an answer does not depend on how rows are
-    put into batches. The columns response, reasoning, finish_reason, num_tokens, rewards, payments, kl_per_token and
-    error are added.
+    A batch needs a column `id` and a column `prompt` (texts or conversations) or `messages` (conversations), and may
+    have `weights`. Ids must differ between all rows of the dataset: they key the draws, so an answer does not depend
+    on how rows are put into batches. The columns response, reasoning, finish_reason, num_tokens, rewards, payments,
+    kl_per_token and error are added.
 
     Args:
         model: as in `Aligner`.

@@ -13,6 +13,7 @@ from support.commands import cage
 from transformers import GenerationConfig
 
 from pipeline import Aligner
+from pipeline.errors import ConfigurationError
 from pipeline.hub.generation_settings import DRAWING, OTHER, unobeyed_settings
 from pipeline.hub.sources import resolve_model
 
@@ -78,3 +79,12 @@ def test_each_of_several_ends_ends_an_answer(tiny: Tiny, tmp_path: Path) -> None
     folder = stating(tiny(), tmp_path / "model", eos_token_id=list(range(261)))
     with Aligner(str(folder), {}, slots=2, max_new_tokens=8) as aligner:
         assert [(each.text, each.finish_reason) for each in aligner.generate(["hello", "x"])] == [("", "stop")] * 2
+
+
+@pytest.mark.parametrize("ends", ["<|end|>", [0, "<|end|>"], [[0]], {"a": 0}, 1.5])
+def test_ends_that_are_no_ids_are_refused_by_name(tiny: Tiny, tmp_path: Path, ends: Any) -> None:
+    folder = stating(tiny(), tmp_path / "model", eos_token_id=ends)
+    with pytest.raises(
+        ConfigurationError, match=r"model: eos_token_id of generation_config.json must be a whole numb"
+    ):
+        Aligner(folder)

@@ -47,7 +47,7 @@ PATTERNS = {r"^(auto|cpu|cuda(:\d+)?)$": "auto, cpu, cuda or cuda:N"}
 class _UniqueKeysLoader(yaml.SafeLoader):
     """Refuses a mapping that states a key twice: PyYAML would take the last one without a word."""
 
-    def compose_mapping_node(self, anchor: dict[str, yaml.Node] | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         stated: set[tuple[str, str]] = set()
         for key, _ in node.value:

@@ -77,11 +77,21 @@ def share_tokens(base: TokenizerFacts, other: TokenizerFacts) -> bool:
 
 
 def stop_token_ids(source: ModelSource, tokenizer: TokenizerFacts, facts: ModelFacts) -> frozenset[int]:
-    """Ids that end an answer: of the generation configuration, the model's configuration and the tokenizer."""
+    """Ids that end an answer: of the generation configuration, the model's configuration and the tokenizer.
+
+    Raises:
+        ConfigurationError: the generation configuration states something else than ids.
+    """
     tree = LocalTree(Path(source.path))
     found = facts.eos_token_ids | as_ids(tokenizer.eos_token_id)
     if GENERATION_CONFIG in tree.sizes:
-        found |= as_ids(read_json(tree, GENERATION_CONFIG).get("eos_token_id"))
+        stated = read_json(tree, GENERATION_CONFIG).get("eos_token_id")
+        if not all(type(each) is int for each in (stated if isinstance(stated, list) else [stated or 0])):
+            raise ConfigurationError(
+                f"{source.name}: eos_token_id of {GENERATION_CONFIG} must be a whole number or a list of them; got "
+                f"{stated!r:.80}"
+            )
+        found |= as_ids(stated)
     return found
 
 
