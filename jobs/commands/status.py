@@ -113,7 +113,7 @@ def describe_status(run: Run) -> str:
         f"  tokens    {status.tokens:,}",
     ]
     if status.accepted:
-        lines.append(f"  drafts    {status.accepted:,} of these tokens were proposed and took no pass of their own")
+        lines.append(f"  drafts    {status.accepted:,} tokens were proposed and drawn, and took no pass of their own")
     if len(status.prompts) > 1:
         *before, now = (f"{number:,}" for number in status.prompts)
         lines.append(f"  extended  from {', '.join(before)} to {now} prompts")

@@ -25,7 +25,7 @@ from pipeline.inputs.source import is_unchanged, open_input
 from pipeline.runtime.replica_plan import plan_replica
 from pipeline.runtime.wiring import DIRECT, Wiring
 from pipeline.stages.relabel import MAX_BESIDE, Prepared, bounded, open_run, prepare, work
-from pipeline.storage.commits import CommitRecord
+from pipeline.storage.commits import CommitRecord, count_tokens
 from pipeline.storage.extension import adopt, fit_source
 from pipeline.storage.failed_rows import CONVERSATION, ID, RESPONSE, TOOLS, WEIGHTS, read_stored, write_failed_rows
 from pipeline.storage.fingerprint import differing_fields
@@ -271,10 +271,20 @@ def _reruns(again: Run, choice: Choice) -> list[tuple[int, Rerun]]:
         for name in record.sha256_by_file:
             (failed if is_of_failed_rows(name) else answers).append(read_stored(again.store, name))
     seconds = sum(record.seconds for record in records) / max(1, len(choice.new_id_by_old))
-    return [
-        (shard, Rerun(_rows_of(answers, ids.values()), _rows_of(failed, ids.values()), ids, seconds))
-        for shard, ids in sorted(choice.new_id_by_old.items())
-    ]
+    of_proposals = sum(record.accepted for record in records)
+    num_counted = of_proposals + sum(record.passes for record in records)  # 0 where passes are not counted
+    reruns: list[tuple[int, Rerun]] = []
+    before = 0
+    for shard, ids in sorted(choice.new_id_by_old.items()):
+        of_shard = _rows_of(answers, ids.values())
+        rerun = Rerun(of_shard, _rows_of(failed, ids.values()), ids, seconds)
+        if num_counted and of_shard is not None:  # a share by tokens; all together have the retry's
+            after = before + count_tokens(of_shard)
+            accepted = of_proposals * after // num_counted - of_proposals * before // num_counted
+            rerun = replace(rerun, passes=after - before - accepted, accepted=accepted)
+            before = after
+        reruns.append((shard, rerun))
+    return reruns
 
 
 def _rows_of(tables: Sequence[pa.Table], ids: Collection[str]) -> pa.Table | None:

@@ -60,8 +60,9 @@ class CommitRecord:
         revision: 0, or how often rows of the shard were run again and took the place of those before.
         reruns: how many rows were, over all revisions.
         passes: of the base that gave an answer tokens, over all answers; each answer of a batch counts its own. 0 for
-            games over blocks or answers, and in a record of an earlier version.
-        accepted: tokens that were proposed and drawn, and so took no pass of their own.
+            games over blocks or answers, and in a record of an earlier version. Those of answers whose rows were run
+            again stay counted, as in `seconds`.
+        accepted: tokens that were proposed and drawn, and so took no pass of their own; likewise.
     """
 
     shard: int

@@ -50,12 +50,16 @@ class Rerun:
         failed: those that failed; None for none.
         new_id_by_old: every row that was run again: its id in the run, and the one that it has now.
         seconds: how long it took.
+        passes: of the base that gave the new answers tokens.
+        accepted: tokens of the new answers that were proposed and drawn.
     """
 
     answers: pa.Table | None
     failed: pa.Table | None
     new_id_by_old: Mapping[str, str]
     seconds: float = 0.0
+    passes: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +97,8 @@ class Reviser:
                 host=record.host,
                 recoveries=record.recoveries,
                 values=record.values,
-                passes=record.passes,
-                accepted=record.accepted,
+                passes=record.passes + rerun.passes,
+                accepted=record.accepted + rerun.accepted,
             )
             name = commit_name(self.plan, record.shard, revision)
             if not self.store.create(name, new.to_json()):
