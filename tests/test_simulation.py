@@ -6,6 +6,7 @@ import ast
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def test_schedules_lose_repeat_and_change_nothing_and_every_fault_occurs():
     assert tally.endings["done"] >= NUM_SCHEDULES / 2
     reasons = {"RunStalled", "StorageError", "HostError", "Interrupted", "ConfigurationError", "NondeterminismError"}
     assert reasons <= tally.endings.keys()
+    assert tally.num_accepted > NUM_SCHEDULES / 5
+
+
+def test_drivers_and_hosts_that_die_while_a_model_proposes_tokens_change_nothing():
+    """Every third driver of a run has no such model."""
+    kills = [Fault("kill", at) for at in (60, 160, 300)]
+    schedules = [replace(draw(seed), has_drafts=True, faults=tuple(kills)) for seed in range(5)]
+    with simulated():
+        results = [run_schedule(each) for each in schedules]
+    assert [(str(each.schedule), each.violations) for each in results if each.violations] == []
+    assert sum(len(each.fired) for each in results) > len(schedules)
+    assert sum(each.num_accepted for each in results) > 3
 
 
 @pytest.mark.slow
@@ -78,9 +91,9 @@ def test_the_fewest_items_are_found():
 def test_shrinking_leaves_out_what_does_not_matter():
     cause = Fault("kill", 40)
     faults = (Fault("interrupt", 5), cause, Fault("kill", 9))
-    schedule = Schedule(1, "ray", "s3", "pair", 8, 2, True, (0.0, 1.0), faults)
+    schedule = Schedule(1, "ray", "s3", "pair", 8, 2, True, True, (0.0, 1.0), faults)
     least = shrink(schedule, lambda each: cause in each.faults)
-    assert least == Schedule(1, "ray", "s3", "lone", 2, 1, False, (0.0,), (cause,))
+    assert least == Schedule(1, "ray", "s3", "lone", 2, 1, False, False, (0.0,), (cause,))
 
 
 def test_a_schedule_comes_out_the_same_in_another_process():

@@ -21,7 +21,7 @@ def undisturbed(topology: str) -> dict[str, bytes]:
     """The files of the run of a topology that nothing disturbs."""
     from simulation.schedule import Schedule, Simulation
 
-    simulation = Simulation(Schedule(0, "local", "disk", topology, 3, 1, False, (0.0,), ()))
+    simulation = Simulation(Schedule(0, "local", "disk", topology, 3, 1, False, False, (0.0,), ()))
     simulation.run()
     simulation.world.stop()
     assert not simulation.world.violations, simulation.world.violations
@@ -93,6 +93,11 @@ def _records(files: dict[str, bytes]) -> list[dict[str, Any]]:
     return [json.loads(data) for name, data in files.items() if name.startswith("_commits/part-")]
 
 
+def num_accepted(files: dict[str, bytes]) -> int:
+    """Tokens that were proposed and drawn, as the commit records of a run count them."""
+    return sum(record["accepted"] for record in _records(files))
+
+
 @functools.lru_cache(maxsize=512)
 def _rows(data: bytes) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
@@ -139,6 +144,9 @@ def _check_manifest(simulation: Simulation, found: dict[str, bytes], failed: dic
     if "_manifest.json" not in found:
         world.violate("the last command ended well and there is no manifest")
         return
+    for record in _records(found):
+        if record["passes"] + record["accepted"] != record["tokens"]:
+            world.violate(f"the passes and accepted tokens of shard {record['shard']} are not its tokens: {record}")
     tree = json.loads(found["_manifest.json"])
     rows = [row for name, data in found.items() if name.startswith("part-") for row in _rows(data)]
     counted = (len(rows), len(failed), sum(row["num_tokens"] for row in rows))

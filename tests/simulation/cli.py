@@ -34,6 +34,7 @@ class Tally:
     cpu_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     endings: Counter[str] = field(default_factory=Counter)
+    num_accepted: int = 0
     failed: list[Result] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
@@ -41,6 +42,7 @@ class Tally:
         self.num_events += result.num_events
         self.faults.update(fault.kind for fault in result.fired)
         self.endings.update(ending.kind or "done" for ending in result.endings)
+        self.num_accepted += result.num_accepted
         if result.violations:
             self.failed.append(result)
 
@@ -51,6 +53,7 @@ class Tally:
             self.cpu_s + other.cpu_s,
             self.faults + other.faults,
             self.endings + other.endings,
+            self.num_accepted + other.num_accepted,
             self.failed + other.failed,
         )
 

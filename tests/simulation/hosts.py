@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.engine.model_drafts import Asked, ModelDrafts
 from pipeline.engine.prompter import NOTHING
 from pipeline.errors import ConfigurationError, RowError
+from pipeline.protocol.drafts import DraftRequest, Proposed
 from pipeline.protocol.hosts import Reply
-from pipeline.protocol.messages import DRAWN, Candidates, MemoryBudget, Position, Step, Terms, TokenOutcome
-from pipeline.protocol.specs import GameSpec, HostSpec
-from pipeline.protocol.topology import Role
+from pipeline.protocol.messages import (
+    DRAWN,
+    Candidates,
+    MemoryBudget,
+    Position,
+    Step,
+    Terms,
+    TokenOutcome,
+    most_drafted,
+)
+from pipeline.protocol.specs import GameSpec, HostSpec, SamplingOptions
+from pipeline.protocol.topology import BASE, Role
 from pipeline.records import Message, Row, Tool
 from pipeline.sampling.games import SampledStep, solve_and_sample
 from pipeline.worker.hosts import LanguageModelHost, PositionGuard
@@ -53,8 +65,8 @@ class TableRunner:
         self._roles = [role.name for role in spec.roles]
         self._salt = salt
         self._states: dict[int, list[int]] = {}
-        self._poisoned: set[int] = set()
-        self.newest_S = torch.zeros(spec.num_slots, dtype=torch.int64)
+        self._lanes: dict[int, Sequence[int]] = {}  # by slot, those of its draft in the last step
+        self.newest_S = _no_tokens(spec.num_slots)
 
     def forget(self) -> None:
         """Know no row any more, as a process that was restarted."""
@@ -66,15 +78,22 @@ class TableRunner:
         Current.inject.host_call(task.process)
         for slot, token in zip(step.slots, step.tokens, strict=True):
             token = int(self.newest_S[slot]) if token == DRAWN else token
-            self._states[slot] = [zlib.crc32(b"%d" % token, state) for state in self._states[slot]]
+            if accepted := step.accepted.get(slot):
+                self._states[slot] = self._states[self._lanes[slot][accepted - 1]]
+            self._states[slot] = _after(self._states[slot], token)
         for admission in step.admissions:
             states = []
             for role in self._roles:
                 tokens = [*admission.prompts[role], *admission.answer]
-                states.append(zlib.crc32(repr((role, self._salt, tokens)).encode()))
+                states.append(_read(role, self._salt, tokens))
                 if POISON_TOKEN in tokens and Current.inject.has("a row kills its host"):
                     task.process.kill()
             self._states[admission.slot] = states
+        for draft in step.drafts:
+            states = self._states[draft.slot]
+            for token, lane in zip(draft.tokens, draft.lanes, strict=True):
+                states = self._states[lane] = _after(states, token)
+            self._lanes[draft.slot] = draft.lanes
 
     def _of(self, slots: Sequence[int]) -> list[list[list[float]]]:
         return [[logprobs(state) for state in self._states[slot]] for slot in slots]
@@ -112,18 +131,63 @@ class TableRunner:
         raise RowError("a table scores no existing answers")
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
-        return MemoryBudget("here", "cpu", 1, 1000)
+        return MemoryBudget("here", "cpu", 1, 1000, verifies_drafts=True)
 
     def resize(self, num_slots: int) -> None:
         Current.world.pause(PASS_S / 4)
         self._states.clear()
-        self.newest_S = torch.zeros(num_slots, dtype=torch.int64)
+        self.newest_S = _no_tokens(num_slots)
 
     @property
     def work(self) -> tuple[int, int, float]:
         return 0, 0, 0.0
 
     cache_bytes = 0
+
+
+def _no_tokens(num_slots: int) -> Tensor:
+    return torch.zeros(num_slots + most_drafted(num_slots), dtype=torch.int64)
+
+
+def _read(role: str, salt: int, tokens: Sequence[int]) -> int:
+    """What a role has read, as one number."""
+    return functools.reduce(
+        lambda state, token: _after([state], token)[0], tokens, zlib.crc32(f"{role} {salt}".encode())
+    )
+
+
+def _after(states: Sequence[int], token: int) -> list[int]:
+    """What the roles have read when a token follows."""
+    return [zlib.crc32(b"%d" % token, state) for state in states]
+
+
+class TableDraftModel:
+    """A model that proposes tokens (`DraftingModel`): it draws from the base's table, so it is right now and then."""
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Proposed | None]:
+        Current.world.pause(PASS_S / 4)
+        return [self._draw(each) for each in requests]
+
+    def _draw(self, request: DraftRequest) -> Proposed:
+        chances = [math.exp(logprob) for logprob in logprobs(_read(BASE, 0, request.text))]
+        likeliest = sorted(range(VOCAB), key=lambda token: -chances[token])
+        left = request.uniform
+        for token in likeliest:
+            left -= chances[token]
+            if left <= 0:
+                return Proposed(token, chances[token])
+        return Proposed(likeliest[-1], chances[likeliest[-1]])
+
+    def memory_budget(self, row_tokens: int) -> MemoryBudget:
+        return MemoryBudget("here", "cpu", 1, 1000)
+
+    def resize(self, num_slots: int) -> None:
+        pass
+
+
+def ask_about_all(drafts: ModelDrafts, ranked: Sequence[Asked], expected: float, num_positions: int) -> int:
+    """In place of what passes cost: the model is asked whenever it may be."""
+    return len(ranked)
 
 
 class Forgetful:
@@ -175,6 +239,11 @@ def start_scoring(spec: HostSpec) -> TableHost:
 
 
 start_proposing = start_scoring
+
+
+def start_drafting(spec: HostSpec, sampling: SamplingOptions) -> TableDraftModel:
+    Current.world.pause(0.5)
+    return TableDraftModel()
 
 
 def start_sampling(spec: HostSpec, games: GameSpec) -> TableSamplingHost:

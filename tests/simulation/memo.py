@@ -47,8 +47,10 @@ def input_file() -> Path:
 
 
 @functools.cache
-def make_config(store: str, topology: str, transport: str, slots: int, replicas: int, budget: int) -> Config:
-    """The configuration of a schedule."""
+def make_config(
+    store: str, topology: str, transport: str, slots: int, replicas: int, budget: int, has_drafts: bool
+) -> Config:
+    """The configuration of a command."""
     principals: dict[str, Any] = {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.7}}
     if topology == "pair":
         principals["arm"] = {"kind": "arm", "model": "other-table", "reference": "none", "weight": 0.3}
@@ -58,7 +60,8 @@ def make_config(store: str, topology: str, transport: str, slots: int, replicas:
             "output": {"path": ADDRESSES[store], "rows_per_shard": ROWS_PER_SHARD},
             "base": "table",
             "principals": principals,
-            "decoding": {"max_new_tokens": NUM_TOKENS, "candidates": 4, "agent_temperature": 0.5},
+            "decoding": {"max_new_tokens": NUM_TOKENS, "candidates": 4, "agent_temperature": 0.5}
+            | ({"draft": ["model", "lookup"], "draft_model": "small-table"} if has_drafts else {}),
             "cluster": {
                 "transport": transport,
                 "slots": slots,
@@ -125,10 +128,12 @@ def _assemble(config: Config) -> Assembly:
             True,
             Path("nowhere"),
             games=games if len(topology.hosts) == 1 else None,
+            drafts=config.decoding.draft != "off",
         )
         for each in topology.hosts
     )
-    return Assembly(config, topology, hosts, {"base": "table@1"}, TablePrompter(topology.roles), variants)
+    prompter, draft = TablePrompter(topology.roles), hosts[0] if config.decoding.draft_model else None
+    return Assembly(config, topology, hosts, {"base": "table@1"}, prompter, variants, draft=draft)
 
 
 # pure functions of storage

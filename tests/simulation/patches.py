@@ -14,6 +14,8 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from support.unreliable import FreePace
+
 from pipeline.cluster.assignments import Assignments
 from simulation import cluster, hosts, memo, paths, pool
 from simulation.threads import (
@@ -77,8 +79,9 @@ SIMULATED: dict[str, dict[str, Any]] = {
         "cluster": cluster.joined_cluster,
         "lost_process": lambda: None,
     },
-    "pipeline.engine.drafting": {"time": Time},
+    "pipeline.engine.drafting": {"time": Time, "Pace": FreePace},
     "pipeline.engine.model_drafts": {"time": Time},
+    "pipeline.engine.model_drafts.ModelDrafts": {"_how_many": hosts.ask_about_all},
     "pipeline.engine.calls": {"time": Time, "solve_and_sample": hosts.solve_once},
     "pipeline.engine.scheduler": {"secrets": Secrets},
     "pipeline.engine.shards": {"time": Time},
@@ -123,6 +126,7 @@ SIMULATED: dict[str, dict[str, Any]] = {
     "pipeline.stores.retries": {"time": Time, "wait_chain": memo.wait_chain, "wait_random": memo.wait_random},
     "pipeline.worker.sampling_host": {"solve_and_sample": hosts.solve_once},
     "pipeline.worker.start": {
+        "start_drafting": hosts.start_drafting,
         "start_proposing": hosts.start_proposing,
         "start_sampling": hosts.start_sampling,
         "start_scoring": hosts.start_scoring,

@@ -49,6 +49,7 @@ class Schedule:
         slots: rows at once.
         replicas: over Ray.
         is_late: whether a lone host's outcomes come by a second call.
+        has_drafts: whether a model proposes tokens, to all drivers but every third one.
         starts_s: when each of the first drivers is started.
         faults: what goes wrong.
     """
@@ -60,6 +61,7 @@ class Schedule:
     slots: int
     replicas: int
     is_late: bool
+    has_drafts: bool
     starts_s: tuple[float, ...]
     faults: tuple[Fault, ...]
 
@@ -75,8 +77,12 @@ class Schedule:
     def __str__(self) -> str:
         job = f"seed {self.seed}: {self.transport}, {self.store}, {self.topology}, {self.slots} slots"
         drivers = ", ".join(f"{each:.1f} s" for each in self.starts_s)
-        lines = [f"{job}, {self.replicas} replicas{', late' if self.is_late else ''}; drivers start at {drivers}"]
+        lines = [f"{job}, {self.replicas} replicas{self._more}; drivers start at {drivers}"]
         return "\n".join([*lines, *(f"  {fault}" for fault in self.faults)])
+
+    @property
+    def _more(self) -> str:
+        return f"{', late' if self.is_late else ''}{', drafts' if self.has_drafts else ''}"
 
 
 def draw(seed: int) -> Schedule:
@@ -96,6 +102,7 @@ def draw(seed: int) -> Schedule:
         topology,
         chance.choice((2, 3, 8)),
         chance.choice((1, 2)) if transport == "ray" else 1,
+        chance.random() < 0.5,
         chance.random() < 0.5,
         starts_s,
         faults,
@@ -131,6 +138,7 @@ class Result:
     num_events: int = 0
     seconds: float = 0.0
     trace: int = 0
+    num_accepted: int = 0  # tokens that were proposed and drawn
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,8 @@ class Simulation:
         """The configuration of the next command."""
         job = self.schedule
         budget = 0 if "no row may fail" in self.inject.lasting else len(memo.ROWS)
-        return memo.make_config(job.store, job.topology, job.transport, job.slots, job.replicas, budget)
+        has_drafts = job.has_drafts and self.num_drivers % 3 != 0
+        return memo.make_config(job.store, job.topology, job.transport, job.slots, job.replicas, budget, has_drafts)
 
     # the store
 
@@ -359,12 +368,14 @@ def run_schedule(schedule: Schedule, *, keeps_log: bool = False) -> Result:
         world.num_events,
         world.now_s,
         simulation.trace,
+        checks.num_accepted(simulation.files()),
     )
 
 
 def without_faults(schedule: Schedule) -> Schedule:
     """The undisturbed schedule of the same job: one driver, in one process, on a disk."""
-    return replace(schedule, seed=0, transport="local", store="disk", slots=3, replicas=1, starts_s=(0.0,), faults=())
+    plain = {"seed": 0, "transport": "local", "store": "disk", "slots": 3, "replicas": 1, "has_drafts": False}
+    return replace(schedule, **plain, starts_s=(0.0,), faults=())
 
 
 def schedules(first: int, count: int) -> Iterator[Schedule]:

@@ -21,7 +21,8 @@ def shrink(schedule: Schedule, is_bad: Callable[[Schedule], bool] = fails) -> Sc
     schedule = replace(schedule, faults=tuple(faults))
     starts_s = fewest(schedule.starts_s, lambda some: bool(some) and is_bad(replace(schedule, starts_s=tuple(some))))
     schedule = replace(schedule, starts_s=tuple(starts_s))
-    for plainer in ({"replicas": 1}, {"is_late": False}, {"topology": "lone"}, {"slots": 2}, {"starts_s": (0.0,)}):
+    plainest = {"replicas": 1, "is_late": False, "has_drafts": False, "topology": "lone", "slots": 2}
+    for plainer in (*({name: value} for name, value in plainest.items()), {"starts_s": (0.0,)}):
         candidate = replace(schedule, **plainer)
         if candidate != schedule and is_bad(candidate):
             schedule = candidate
