@@ -100,11 +100,13 @@ def test_drafts_without_an_effect_are_refused(words):
         config_of("base", PRINCIPALS, **REFUSED[words])
 
 
-@pytest.mark.parametrize("kind", ["states", "rows", "reward_model", "tokens", "gpu", "gpus"])
+@pytest.mark.parametrize("kind", ["states", "unsaid", "rows", "reward_model", "tokens", "gpu", "gpus"])
 def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, judge, tmp_path, kind):
     base, principals = {"model": str(tiny())}, dict(PRINCIPALS)
     if kind == "states":
         base, says = {"model": str(make_family(tmp_path / "m", "lfm2"))}, "keeps states"
+    elif kind == "unsaid":  # config.json does not say that its layers keep states
+        base, says = {"model": str(make_family(tmp_path / "m", "mamba"))}, "keeps states"
     elif kind == "rows":
         base, says = {**base, "attention": "plain"}, "one row at a time"
     elif kind == "gpu":
@@ -150,5 +152,5 @@ def test_a_run_counts_its_passes_and_its_bytes_are_those_of_a_run_without_drafts
     assert all(record["passes"] + record["accepted"] == record["tokens"] for record in records)
     assert plain.status().passes == plain.status().tokens == drafted.status().tokens
     if accepted := drafted.status().accepted:  # passes of so small a model pay or not, by the machine
-        assert f"drafts    {accepted:,} of these tokens" in describe_status(drafted)
+        assert f"drafts    {accepted:,} tokens were proposed and drawn" in describe_status(drafted)
     assert "drafts" not in describe_status(plain)

@@ -13,9 +13,9 @@ from support.families import make_family
 from support.lora import make_lora
 from support.runs import PRINCIPALS, job, parts, run_job, write_prompts
 from support.sampling_hosts import MANY_ROWS, PAIR
-from support.tiny_models import make_model, make_pair_tokenizer
+from support.tiny_models import make_model, make_pair_tokenizer, make_tokenizer
 from support.unreliable import FailsOrForgets, FreePace, LacksMemoryForDrafts, Replica, nothing
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from jobs.commands.plan import describe_plan
 from pipeline.config.drafts import DraftSource
@@ -489,19 +489,37 @@ def test_hosts_whose_device_verifies_nothing_are_named(tiny, monkeypatch):
     assert engine.drafter is None
 
 
-@pytest.mark.parametrize("kind", ["reward_model", "tokens", "states", "rows", "layers", "embedding"])
+@pytest.mark.parametrize(
+    "kind",
+    ["reward_model", "tokens", "states", "unsaid", "rows", "layers", "shared", "embedding", "gone", "adapter", "t5"],
+)
 def test_models_that_cannot_propose_are_refused_before_they_are_loaded(tiny, judge, tmp_path, kind):
     if kind == "reward_model":
         model, says = str(judge()), "is a reward model"
     elif kind == "tokens":
         model = str(make_model(tmp_path / "m", tokenizer=make_pair_tokenizer()))
-        says = "has other tokens than the base"
+        says = r"has other tokens than the base, so it can propose none \([\d,]+ of 26\d ids differ: "
     elif kind == "states":
         model, says = str(make_family(tmp_path / "m", "lfm2")), "keeps states"
+    elif kind == "unsaid":  # in its config.json, that is
+        model, says = str(make_family(tmp_path / "m", "mamba")), "keeps states"
     elif kind == "rows":
         model, says = str(make_family(tmp_path / "m", "codegen")), "is not decoded in slots"
     elif kind == "layers":
         model, says = {"layers": 2}, "has 2 layers; draft_model.layers must be below that, got 2"
+    elif kind == "shared":
+        model = {"model": str(make_family(tmp_path / "m", "gemma3n_text")), "layers": 1}
+        says = r"layers that share keys or weights \(num_kv_shared_layers\)"
+    elif kind == "gone":
+        model, says = str(tmp_path / "gone"), "no model folder"
+    elif kind == "adapter":
+        make_lora(tmp_path / "m", tiny(), "q_proj")
+        model, says = str(tmp_path / "m"), "It is a LoRA adapter: .*merge it into its model"
+    elif kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        T5ForConditionalGeneration(T5Config(vocab_size=261, **sizes)).save_pretrained(tmp_path / "m")
+        make_tokenizer().save_pretrained(tmp_path / "m")
+        model, says = str(tmp_path / "m"), "it is an encoder-decoder"
     else:
         folder = make_model(tmp_path / "m")
         small = AutoModelForCausalLM.from_pretrained(folder)

@@ -312,7 +312,9 @@ def _drafts(replica: ReplicaPlan) -> list[str]:
 
 
 def _of_model(draft: HostSpec) -> str:
-    return draft.source.name if draft.layers is None else f"the first {draft.layers} layers of {draft.source.name}"
+    if draft.layers is None:
+        return draft.source.name
+    return f"the first {'layer' if draft.layers == 1 else f'{draft.layers} layers'} of {draft.source.name}"
 
 
 def _splits(replica: ReplicaPlan) -> list[str]:

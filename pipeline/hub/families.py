@@ -168,6 +168,8 @@ def expect(config: Mapping[str, Any]) -> Expected:
     text = text if isinstance(text, Mapping) else config
     family = family_named(config.get("model_type")) or family_named(text.get("model_type"))
     left_out = tuple(parts_left_out(config))
+    if family is None and "auto_map" not in config and config.get("is_encoder_decoder"):
+        return Expected(REFUSED, "it is an encoder-decoder, and answers are written by a decoder alone", left_out)
     if family is None or "auto_map" in config:
         return Expected(None, left_out=left_out)
     if family.decoding == SLOTS and (reason := why_not_in_slots(text)) is not None:

@@ -42,6 +42,27 @@ def compare_tokenizers(
     Raises:
         ConfigurationError: with the number of differing ids and the first few, as both spell them.
     """
+    masked, faults = _compare(base, other, base_name, other_name, ends)
+    if faults:
+        raise ConfigurationError(
+            f"{base_name} and {other_name} do not share a vocabulary ({len(base.token_by_id):,} and "
+            f"{len(other.token_by_id):,} tokens): {'; '.join(faults)}. Principals are paid by token, so every model "
+            "of a run needs the same tokens"
+        )
+    return masked
+
+
+def why_tokens_differ(
+    base: TokenizerFacts, other: TokenizerFacts, base_name: str, other_name: str, *, ends: Container[int] = ()
+) -> str | None:
+    """What keeps two tokenizers from being taken as the same, as `compare_tokenizers` says it; None: nothing."""
+    return "; ".join(_compare(base, other, base_name, other_name, ends)[1]) or None
+
+
+def _compare(
+    base: TokenizerFacts, other: TokenizerFacts, base_name: str, other_name: str, ends: Container[int]
+) -> tuple[dict[int, str], list[str]]:
+    """The tokens by id that only one of them has, where answers can do without these, and otherwise the faults."""
     tokens, others = base.token_by_id, other.token_by_id
     both = tokens.keys() & others.keys()
     differing = sorted(token_id for token_id in both if tokens[token_id] != others[token_id])
@@ -54,9 +75,8 @@ def compare_tokenizers(
         and all(token_id > max(both, default=-1) for token_id in (*only_base, *only_other))
     )
     if is_served:
-        return {
-            token_id: (tokens if token_id in tokens else others)[token_id] for token_id in (*only_base, *only_other)
-        }
+        only_one = (*only_base, *only_other)
+        return {token_id: (tokens if token_id in tokens else others)[token_id] for token_id in only_one}, []
     faults = []
     if differing:
         shown = ", ".join(f"{i} ({tokens[i]!r} / {others[i]!r})" for i in differing[:NUM_SHOWN])
@@ -65,10 +85,7 @@ def compare_tokenizers(
         faults.append(f"only {base_name} has {listed_tokens(only_base, tokens)}")
     if only_other:
         faults.append(f"only {other_name} has {listed_tokens(only_other, others)}")
-    raise ConfigurationError(
-        f"{base_name} and {other_name} do not share a vocabulary ({len(tokens):,} and {len(others):,} tokens): "
-        f"{'; '.join(faults)}. Principals are paid by token, so every model of a run needs the same tokens"
-    )
+    return {}, faults
 
 
 def share_tokens(base: TokenizerFacts, other: TokenizerFacts) -> bool:

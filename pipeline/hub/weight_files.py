@@ -107,7 +107,8 @@ def find_model_files(tree: FileTree, *, with_code: bool = False) -> ModelFiles:
     """
     sizes = tree.sizes
     if CONFIG not in sizes:
-        hint = " It is a LoRA adapter: name it under adapter, not model." if ADAPTER_CONFIG in sizes else ""
+        hint = " It is a LoRA adapter: name it under adapter, not model, or merge it into its model."
+        hint = hint if ADAPTER_CONFIG in sizes else ""
         raise ConfigurationError(f"{tree.address} has no {CONFIG}, so it is no model.{hint} {_contents(sizes)}")
     refuse_adapter_beside(tree.address, sizes)
     suffixes = (*SMALL, ".py") if with_code else SMALL

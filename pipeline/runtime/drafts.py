@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config.drafts import DraftSource
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigurationError
-from pipeline.hub.families import PLAIN, REFUSED, Expected, expect, keeps_states
+from pipeline.hub.descriptions import recurrent_config
+from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
 from pipeline.hub.model_facts import read_model_facts
 from pipeline.hub.reward_heads import CLASSIFIER
 from pipeline.hub.sources import ModelSource
 from pipeline.hub.tokenizer_facts import TokenizerFacts
-from pipeline.hub.tokenizers import compare_tokenizers
+from pipeline.hub.tokenizers import why_tokens_differ
 from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, HostRole, Topology
@@ -21,6 +23,8 @@ from pipeline.sections import ModelConfig
 
 DRAFT = "draft"  # the model that proposes tokens, its role and its place in messages
 PLACE = "decoding.draft_model"
+# in a config.json: layers at the end have no keys of their own; embeddings of all layers are one weight
+SHARED_BY_LAYERS = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 
 
 def why_not_drafted(
@@ -55,6 +59,15 @@ def draft_section(config: Config) -> ModelConfig | None:
     """The model that proposes tokens; None where none does."""
     chosen = config.decoding.draft_model
     return None if chosen is None or DraftSource.MODEL not in config.draft_sources else chosen.section(config.base)
+
+
+@contextmanager
+def naming_draft_model() -> Iterator[None]:
+    """Have errors of its files name the model that proposes tokens as their place."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{PLACE}: {error}") from error
 
 
 def draft_host(section: ModelConfig) -> HostPlan:
@@ -117,21 +130,23 @@ def _why_not_proposing(
 ) -> str | None:
     """Why a model cannot propose tokens, as far as its files show; None: no reason."""
     facts, tree = read_model_facts(source), read_json(LocalTree(Path(source.path)), CONFIG)
+    text = tree.get("text_config") or tree
     if any(name.endswith(CLASSIFIER) for name in facts.architectures):
         return f"is a reward model ({facts.architectures[0]}), which proposes no tokens; name a language model"
-    try:
-        compare_tokenizers(base_tokens, tokens, BASE, source.name, ends=ends)
-    except ConfigurationError:
-        return "has other tokens than the base, so it can propose none; name a model of the base's family"
+    if differing := why_tokens_differ(base_tokens, tokens, BASE, "it", ends=ends):
+        return f"has other tokens than the base, so it can propose none ({differing}); name a model of its family"
     if facts.vocab_size < vocab_size:
         return f"has an embedding of {facts.vocab_size:,} rows, and answers are made of {vocab_size:,} tokens"
-    text = tree.get("text_config")
-    if keeps_states(text if isinstance(text, Mapping) else tree):
+    if recurrent_config(source) is not None:
         return "keeps states, which cannot go back to before a rejected token; name a model that only attends"
     if (expected := expect(tree)).decoding in (PLAIN, REFUSED):
         return f"is not decoded in slots, which proposing takes: {expected.reason}"
     if layers is not None and layers >= (facts.num_layers or 0):
         return f"has {facts.num_layers} layers; draft_model.layers must be below that, got {layers}"
+    if layers is not None and (shared := [name for name in SHARED_BY_LAYERS if text.get(name)]):
+        return (
+            f"has layers that share keys or weights ({shared[0]}), so its first ones are no model; name a whole one"
+        )
     return None
 
 
@@ -143,9 +158,7 @@ def _why_not_verified(plan: HostPlan, source: ModelSource, expected: Expected | 
         return "reads text by tokens of its own, one step at a time"
     if expected is not None and expected.decoding == PLAIN:
         return "is decoded one row at a time"
-    config = read_json(LocalTree(Path(source.path)), CONFIG)
-    text = config.get("text_config")
-    if keeps_states(text if isinstance(text, Mapping) else config):
+    if recurrent_config(source) is not None:
         return "keeps states that a rejected token would have changed"
     if plan.model.device.startswith("cuda") or plan.model.pipeline_parallel > 1:
         return "is on a GPU, where passes have fixed shapes with one token for each row"

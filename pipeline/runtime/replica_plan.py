@@ -26,7 +26,7 @@ from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_st
 from pipeline.hub.weight_files import CONFIG, TRAINING_FACTS, LocalTree, read_json
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, Topology
-from pipeline.runtime.drafts import PLACE, draft_section, specify_draft, why_not_drafted
+from pipeline.runtime.drafts import PLACE, draft_section, naming_draft_model, specify_draft, why_not_drafted
 from pipeline.runtime.prompt_templates import end_of_answer, plan_templates
 from pipeline.runtime.reward_specs import specify_reward, specify_text
 from pipeline.runtime.splits import check_split
@@ -118,8 +118,10 @@ def resolve_models(
         place: resolve_adapter(path, cache_folder=cache_folder, progress=progress)
         for place, path in adapters_of(config)
     }
-    section = draft_section(config)
-    draft = None if section is None else resolve_configured(section, cache_folder, progress=progress)
+    draft = None
+    if (section := draft_section(config)) is not None:
+        with naming_draft_model():
+            draft = resolve_configured(section, cache_folder, progress=progress)
     return ResolvedModels(models, adapters, draft)
 
 
@@ -174,7 +176,8 @@ def plan_replica(
     draft = None
     if resolved.draft is not None and not undrafted:
         check_device(resolved.draft.needs, f"{PLACE}: {resolved.draft.name}", capability=None)  # a CPU's
-        facts_of_draft = tokens.of(resolved.draft)
+        with naming_draft_model():
+            facts_of_draft = tokens.of(resolved.draft)
         draft = specify_draft(
             config, resolved.draft, tokenizers[BASE], facts_of_draft, vocab_size, stop_ids, cache_folder
         )
