@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.engine.scheduler import Call, Group
 
 PROBED_CHANCE = 0.5  # of a first token, with which it pays to learn what a pass costs
-LEAST_PROBE = 4  # tokens
+LEAST_PROBE, PROBE_SHARE = 4, 1 / 4  # tokens; and of the rows: a full batch may have no use for what it learns
 UNSEEN_STEPS = 16  # that are sent ahead one after another
 
 
@@ -88,7 +88,7 @@ class Drafter:
         heapq.heapify(order)
         most, is_probe = len(group.lanes), False
         if order and -order[0][0] >= PROBED_CHANCE and not group.parts and self._pace.begins_probe():
-            most, is_probe = min(most, max(len(slots), LEAST_PROBE)), True
+            most, is_probe = min(most, max(int(PROBE_SHARE * len(slots)), LEAST_PROBE)), True
         while order and num_positions - len(slots) < most:
             negative, slot = heapq.heappop(order)
             if not is_probe and not self._pace.is_worth(-negative, expected, num_positions, spent_s=spent_s):
