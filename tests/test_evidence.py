@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import typer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from jobs import cli
@@ -27,7 +28,8 @@ from jobs.evidence.prompts import questions_more, split, write_prompts
 from jobs.evidence.results import ask, evaluations, facts, prediction, trainings
 from jobs.evidence.scales import MEDIUM, SCALES, SMALL, Evaluation
 from jobs.evidence.scored import write_scored
-from jobs.evidence.stages import Marks, Stage, StageFailed, stages
+from jobs.evidence.small_model import write_small_model
+from jobs.evidence.stages import SCORED, Marks, Stage, StageFailed, stages
 from pipeline.advice.recording import RecordedGames
 from pipeline.config.variants import lay_out
 from pipeline.errors import CageError
@@ -111,8 +113,8 @@ def test_every_command_of_every_stage_is_a_configuration_that_loads(scale, tmp_p
             assert len(lay_out(job)) == expected
     assert len(names) == len(set(names))
     assert evaluations.keys() <= set(names)
-    num_aware = len({each.pair for each in scale.evaluations if each.kind == "aware"})
-    num_trained = len(scale.halves) * len(scale.objectives) + num_aware
+    num_scored = len({each.principals for each in scale.evaluations if each.kind in SCORED})
+    num_trained = len(scale.halves) * len(scale.objectives) * scale.has_arms + num_scored
     assert len([name for name in names if name.startswith("train-")]) == num_trained
     assert ("rewards" in names) == scale.has_views
 
@@ -185,6 +187,20 @@ def test_scored_answers_are_those_that_every_judge_scored(tmp_path):
     assert not (tmp_path / "other.jsonl").exists()
 
 
+def test_the_small_model_is_the_first_layers_of_the_base(tiny, tmp_path):
+    write_small_model(str(tiny()), tmp_path / "small", layers=1)
+    whole, small = (AutoModelForCausalLM.from_pretrained(each) for each in (tiny(), tmp_path / "small"))
+    assert (whole.config.num_hidden_layers, small.config.num_hidden_layers) == (2, 1)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        whole.model.layers = whole.model.layers[:1]
+        assert torch.equal(whole(ids).logits, small(ids).logits)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in (tmp_path / "small").iterdir()}
+    with pytest.raises(ValueError, match="has 2 layers; layers must be fewer, got 2"):
+        write_small_model(str(tiny()), tmp_path / "other", layers=2)
+    assert not (tmp_path / "other").exists()
+
+
 SCORES = """
 def odd(answers):
     return [float(sum(map(ord, each.text)) % 7) for each in answers]
@@ -202,7 +218,7 @@ def in_process(*words):
 
 @pytest.mark.slow
 def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
-    """Every kind of principals: ARMs, a preference-aware model, and games over whole answers."""
+    """Every kind of principals: ARMs, a preference-aware model, value heads, and games over whole answers."""
     (tmp_path / "scores.py").write_text(SCORES)
     judges = {
         name: f"{{kind: function, function: '{tmp_path}/scores.py:{function}'}}"
@@ -212,9 +228,11 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
         MEDIUM,
         name="tiny",
         training=40,
+        pairs={"cheerful": 2, "formal": 1},
         evaluations=(
             Evaluation("trained_tone", ("base", "linear", "equilibrium"), (0.2, 0.8), 3),
             Evaluation("aware_tone", ("base", "parm", "equilibrium"), (0.2, 0.8), 3),
+            Evaluation("value_tone", ("base", "linear", "equilibrium"), (0.5,), 2, agent_temperatures=(0.1, 0.5)),
             Evaluation("trained_tone", ("base", "best_of_n", "linear"), (0.5,), 3, "answer", (0.3, 1.0)),
         ),
     )
@@ -232,11 +250,12 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
     trained = list(trainings(scale, tmp_path))
     assert [(each["principal"], each["objective"]) for each in trained] == [
         ("aware_tone", "cheerful"), ("aware_tone", "formal"), ("cheerful", "cheerful"), ("formal", "formal"),
+        ("value_tone", "cheerful"), ("value_tone", "formal"),
     ]  # fmt: skip
     judged = list(evaluations(scale, tmp_path))
     assert [(each["set"], each["unit"], each["at"], each["prompts"]) for each in judged] == [
         ("trained_tone", "token", "kl", 3), ("aware_tone", "token", "kl", 3),
-        ("trained_tone", "answer", "temperature", 3),
+        ("value_tone", "token", "temperature", 2), ("trained_tone", "answer", "temperature", 3),
     ]  # fmt: skip
     for found, asked in zip(judged, scale.evaluations, strict=True):
         assert {each["rule"].partition(" ")[0] for each in found["points"]} == set(asked.rules)
@@ -246,7 +265,8 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
     assert all(each["seconds"] >= 0 and each["ended"] for each in told["stages"].values())
     draw_answers(scale, judged, tmp_path / "charts")
     assert {file.name for file in (tmp_path / "charts").iterdir()} == {
-        "tiny-trained_tone-token-kl.svg", "tiny-aware_tone-token-kl.svg", "tiny-trained_tone-answer-temperature.svg",
+        "tiny-trained_tone-token-kl.svg", "tiny-aware_tone-token-kl.svg",
+        "tiny-value_tone-token-temperature.svg", "tiny-trained_tone-answer-temperature.svg",
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Evaluation:
 
     @property
     def kind(self) -> str:
-        """Of its principals: trained (ARMs), prompted, or aware (one preference-aware reward model)."""
+        """Of its principals: trained (ARMs), prompted, value (value heads), small (ARMs on a smaller model), or aware
+        (one preference-aware reward model)."""
         return self.principals.partition("_")[0]
 
     @property
@@ -99,15 +100,23 @@ class Scale:
         return len(self.halves) == 2
 
     @property
+    def has_arms(self) -> bool:
+        """Whether each objective has a principal of its own, trained on its pairs."""
+        return self.has_views or any(each.kind == "trained" for each in self.evaluations)
+
+    @property
     def held_out(self) -> int:
         """Prompts whose answers are judged."""
         return max(each.prompts for each in self.evaluations)
 
 
 ALL_RULES = ("base", "linear", "mixture", "maximin", "equilibrium", "solo", "soft_threshold")
+ANSWER_RULES = ("base", "linear", "mixture", "maximin", "equilibrium")
+TWO_RULES = ("base", "linear", "equilibrium")
 FEW_RULES = ("base", "linear", "equilibrium", "soft_threshold")
 ELEVEN = tuple(round(0.1 * at, 1) for at in range(11))
 THREE = (0.25, 0.5, 0.75)
+EQUAL = (0.5,)
 FOUR = (0.1, 0.2, 0.4, 0.8)  # agent temperatures
 SETS = ("trained_tone", "prompted_tone", "trained_words", "prompted_words")
 FULL = Scale(
@@ -126,7 +135,8 @@ FULL = Scale(
             for principals, more in {**dict.fromkeys(SETS, ()), "aware_tone": ("parm",)}.items()
             for temperatures in ((), FOUR)
         ),
-        *(Evaluation(name, (*ALL_RULES, "best_of_n"), ELEVEN, 200, "answer", FOUR) for name in SETS),
+        *(Evaluation(name, (*ALL_RULES, "best_of_n"), ELEVEN, 200, "answer", FOUR) for name in (*SETS, "aware_tone")),
+        *(Evaluation(name, ALL_RULES, EQUAL, 200, agent_temperatures=FOUR) for name in ("value_tone", "small_tone")),
     ),
     target_kl=0.5,
     begin=0.3,
@@ -146,15 +156,24 @@ MEDIUM = Scale(
     advise=50,
     evaluations=(
         Evaluation("trained_tone", ("base", "linear", "mixture", "equilibrium", "soft_threshold"), THREE, 120),
-        Evaluation(
-            "trained_tone", ("base", "linear", "equilibrium"), (0.5,), 100, agent_temperatures=(1.0, 2.0, 4.0)
-        ),
+        Evaluation("trained_tone", TWO_RULES, EQUAL, 100, agent_temperatures=(1.0, 2.0, 4.0)),
     ),
     target_kl=0.5,
     begin=1.6,
     slots=64,
     games=200,
     starts=4,
+)
+OTHER = replace(
+    MEDIUM,
+    name="other",
+    duration="about an hour and a half of one idle core",
+    pairs={"cheerful": 1, "formal": 1},
+    training_dtype="float32",
+    evaluations=(
+        Evaluation("aware_tone", (*TWO_RULES, "parm"), EQUAL, 100, agent_temperatures=(1.0, 2.0, 4.0)),
+        Evaluation("aware_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", (1.0, 2.0, 4.0, 8.0)),
+    ),
 )
 SMALL = Scale(
     name="small",
@@ -173,4 +192,4 @@ SMALL = Scale(
     games=200,
     starts=4,
 )
-SCALES = {scale.name: scale for scale in (FULL, MEDIUM, SMALL)}
+SCALES = {scale.name: scale for scale in (FULL, MEDIUM, OTHER, SMALL)}

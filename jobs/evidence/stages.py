@@ -20,10 +20,13 @@ import yaml
 from jobs.evidence.prompts import write_prompts
 from jobs.evidence.scales import Evaluation, Scale
 from jobs.evidence.scored import write_scored
+from jobs.evidence.small_model import LAYERS, write_small_model
 from pipeline.errors import CageError
 
 CONFIGS = Path("configs/evidence")
+BASE = "smollm2-135m"
 PAIRS = {"tone": ("cheerful", "formal"), "words": ("simple", "formal")}
+SCORED = ("aware", "value", "small")  # kinds of principals that are trained on scores of several objectives at once
 SEED = 0
 
 
@@ -129,15 +132,20 @@ def stages(scale: Scale, folder: Path) -> Iterator[Stage]:
             *(f"principals.{each}={_trained(folder, each, 'a')}" for each in scale.objectives),
             *(f"advise.views.{each}={_trained(folder, each, 'b')}" for each in scale.objectives),
         )
-    for pair in dict.fromkeys(each.pair for each in scale.evaluations if each.kind == "aware"):
-        yield from _aware_training(scale, folder, pair)
+    scored = [each for each in scale.evaluations if each.kind in SCORED]
+    for pair in dict.fromkeys(each.pair for each in scored):
+        yield _scores(scale, folder, pair)
+    if any(each.kind == "small" for each in scored):
+        yield Stage("small-model", lambda: write_small_model(BASE, folder / "small-model"), f"{BASE} {LAYERS}")
+    for kind, pair in dict.fromkeys((each.kind, each.pair) for each in scored):
+        yield _scored_training(scale, folder, kind, pair)
     for evaluation in scale.evaluations:
         yield _evaluation(scale, folder, evaluation)
 
 
 def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
-    """Answers of the base, and for every objective its pairs of them and a principal."""
-    for objective in scale.objectives:
+    """Answers of the base, and for every objective its pairs of them and a principal; or the answers alone."""
+    for objective in scale.objectives if scale.has_arms else scale.objectives[:1]:
         yield _command(
             f"pairs-{half}-{objective}",
             "synthesize",
@@ -149,26 +157,38 @@ def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
             f"synthesis.score={objective}",
             f"synthesis.pairs.max_pairs={scale.pairs[objective]}",
         )
+        if not scale.has_arms:
+            return
         place = f"output.path={folder}/principals-{half}/{objective}"
         words = (f"input.path={folder}/pairs-{half}", place, f"training.epochs={scale.epochs}")
         yield _command(f"train-{half}-{objective}", "train", "train", *words, f"base.dtype={scale.training_dtype}")
 
 
-def _aware_training(scale: Scale, folder: Path, pair: str) -> Iterator[Stage]:
-    """One preference-aware reward model for two objectives, of the first half's answers."""
+def _scored(scale: Scale, folder: Path, pair: str) -> Path:
+    return folder / f"scored-{scale.halves[0]}-{pair}.jsonl"
+
+
+def _scores(scale: Scale, folder: Path, pair: str) -> Stage:
+    """The first half's answers with their scores for two objectives."""
+    half, file = scale.halves[0], _scored(scale, folder, pair)
+    return Stage(file.stem, lambda: write_scored(folder / f"pairs-{half}", PAIRS[pair], file), str(file))
+
+
+def _scored_training(scale: Scale, folder: Path, kind: str, pair: str) -> Stage:
+    """Principals of two objectives that learn from these scores."""
     half, names = scale.halves[0], PAIRS[pair]
-    scored = folder / f"scored-{half}-{pair}.jsonl"
-    yield Stage(f"scored-{half}-{pair}", lambda: write_scored(folder / f"pairs-{half}", names, scored), str(scored))
-    yield _command(
-        f"train-{half}-aware_{pair}",
+    model = (f"base.model={folder}/small-model",) if kind == "small" else ()
+    return _command(
+        f"train-{half}-{kind}_{pair}",
         "train",
-        "train_aware",
-        f"input.path={scored}",
+        f"train_{kind}",
+        f"input.path={_scored(scale, folder, pair)}",
         f"input.scores={_flow({name: name for name in names})}",
         f"input.max_pairs={min(scale.pairs[name] for name in names)}",
-        f"output.path={folder}/principals-{half}/aware_{pair}",
+        f"output.path={folder}/principals-{half}/{kind}_{pair}",
         f"training.epochs={scale.epochs}",
         f"base.dtype={scale.training_dtype}",
+        *model,
     )
 
 
@@ -186,9 +206,12 @@ def _evaluation(scale: Scale, folder: Path, evaluation: Evaluation) -> Stage:
     ]
     if evaluation.kind == "trained":
         words += [f"principals.{each}={_trained(folder, each, half)}" for each in names]
-    if evaluation.kind == "aware":
-        adapter = f"{folder}/principals-{half}/aware_{evaluation.pair}/preference"
-        words += [f"principals.{each}.adapter={adapter}" for each in names]
+    if evaluation.kind in SCORED:
+        place = f"{folder}/principals-{half}/{evaluation.principals}"
+        adapters = {each: f"{place}/{'preference' if evaluation.kind == 'aware' else each}" for each in names}
+        words += [f"principals.{each}.adapter={adapter}" for each, adapter in adapters.items()]
+    if evaluation.kind == "small":
+        words += [f"principals.{each}.model={folder}/small-model" for each in names]
     if evaluation.agent_temperatures:
         words.append(f"grid.agent_temperatures={_flow(list(evaluation.agent_temperatures))}")
     else:
