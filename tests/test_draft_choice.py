@@ -121,9 +121,9 @@ def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, jud
         principals["judge"] = {"kind": "reward_model", "model": str(judge())}
         says = "scores candidates"
 
-    def config(draft):
+    def config(draft, **decoding):
         of_input = {"path": str(write_prompts(tmp_path / "in.jsonl"))}
-        return config_of(base, principals, decoding={"draft": draft}, input=of_input)
+        return config_of(base, principals, decoding={"draft": draft, **decoding}, input=of_input)
 
     prepared = prepare(config("auto"), NOWHERE)
     replica = plan_replica(config("auto"), prepared.models, NOWHERE)
@@ -131,8 +131,10 @@ def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, jud
     assert says in replica.undrafted[0]
     assert f"drafts    none: {replica.undrafted[0]}" in describe_plan(prepared.plan, replica)
     assert not any(spec.drafts for spec in replica.hosts)
-    with pytest.raises(ConfigurationError, match=says):
+    with pytest.raises(ConfigurationError, match=rf"decoding\.draft: \[lookup\] has no effect: .*{says}"):
         assemble(config("lookup"), NOWHERE)
+    with pytest.raises(ConfigurationError, match=rf"decoding\.draft_model has no effect: .*{says}"):
+        assemble(config("auto", draft_model=str(tiny())), NOWHERE)
 
 
 def test_a_run_counts_its_passes_and_its_bytes_are_those_of_a_run_without_drafts(tiny, tmp_path):

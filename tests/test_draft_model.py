@@ -60,7 +60,7 @@ def decoded(config, rows):
     engine, assembly = engine_of(config)
     found = decode_rows(engine, rows, num_variants=len(assembly.variants), num_samples=config.decoding.n)
     records = {(each.row_id, each.variant, each.sample): each for each in found}
-    return records, None if engine.drafter is None else engine.drafter.tallies[DraftSource.MODEL]
+    return records, None if engine.drafter is None else engine.drafter.tallies.get(DraftSource.MODEL)
 
 
 def compared(base, rows, model, *, principals=PAIR, slots=5, draft=("model",), **sections):
@@ -71,7 +71,7 @@ def compared(base, rows, model, *, principals=PAIR, slots=5, draft=("model",), *
         tree = {**decoding, **of_draft}
         return config_of(base, principals, decoding=tree, cluster={"slots": num_slots}, **sections)
 
-    plain, _ = decoded(config(8), rows)
+    plain, _ = decoded(config(8, draft="off"), rows)
     records, tally = decoded(config(slots, draft=list(draft), draft_model=model), rows)
     assert records == plain
     assert tally.accepted <= sum(record.num_tokens - record.num_passes for record in records.values())
@@ -539,6 +539,8 @@ def test_models_that_cannot_propose_are_refused_before_they_are_loaded(tiny, jud
         ({"draft": ["model"]}, "model needs a model; set decoding.draft_model"),
         ({"draft": "off", "draft_model": "x"}, "draft_model has no effect with draft: off"),
         ({"draft": ["lookup"], "draft_model": "x"}, r"draft_model has no effect with draft: \[lookup\]"),
+        ({"draft": "auto", "draft_model": "x", "unit": "answer"}, "draft_model has no effect: unit is answer, and"),
+        ({"draft": "auto", "draft_model": "x", "target_kl": 0.5}, "draft_model has no effect: target_kl is set"),
         ({"draft": ["model"], "draft_model": {}}, "name a model, or give the number of the base's layers; got nei"),
         ({"draft": ["model"], "draft_model": {"layers": 2, "revision": "v"}}, "got revision: v of no model"),
         ({"draft": ["model"], "draft_model": {"layers": 0}}, "greater than or equal to 1"),

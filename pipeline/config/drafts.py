@@ -108,6 +108,8 @@ def check_draft(
     if has_model and draft != "auto" and DraftSource.MODEL not in draft:
         said = draft if isinstance(draft, str) else f"[{', '.join(draft)}]"
         raise ValueError(f"decoding.draft_model has no effect with draft: {said}; add model to it, or say auto")
+    if has_model and undrafted:
+        raise ValueError(f"decoding.draft_model has no effect: {'; '.join(undrafted)}; leave it out")
     if isinstance(draft, str):
         return
     if undrafted:

@@ -212,6 +212,11 @@ class DecodingConfig(Section):
     )
     thinking: ThinkingConfig = ThinkingConfig()
 
+    @property
+    def asks_for_drafts(self) -> bool:
+        """Whether drafts were asked for, and not only allowed."""
+        return self.draft_model is not None or self.draft not in ("auto", "off")
+
     @model_validator(mode="after")
     def _leaves_room(self) -> DecodingConfig:
         limit = self.thinking.max_tokens

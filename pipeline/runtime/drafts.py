@@ -39,7 +39,8 @@ def why_not_drafted(
         expected: how each is decoded, by host name.
 
     Raises:
-        ConfigurationError: `decoding.draft` names sources, and they would have no effect.
+        ConfigurationError: `decoding.draft` names sources, or there is a `decoding.draft_model`, and it would have
+            no effect.
     """
     if not (wanted := config.draft_sources):
         return config.undrafted
@@ -48,10 +49,9 @@ def why_not_drafted(
         for plan in topology.hosts
         if (reason := _why_not_verified(plan, sources[plan.name], expected.get(plan.name)))
     )
-    if reasons and config.decoding.draft != "auto":
-        raise ConfigurationError(
-            f"decoding.draft: [{', '.join(wanted)}] has no effect: {'; '.join(reasons)}; leave it out, or say off"
-        )
+    if reasons and config.decoding.asks_for_drafts:
+        named = PLACE if config.decoding.draft == "auto" else f"decoding.draft: [{', '.join(wanted)}]"
+        raise ConfigurationError(f"{named} has no effect: {'; '.join(reasons)}; leave it out")
     return reasons
 
 

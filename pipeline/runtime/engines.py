@@ -98,7 +98,8 @@ def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
         for plan, client in zip(assembly.topology.hosts, hosts.all, strict=True)
         if not _verifies_drafts(client)
     ]:
-        if all(spec.drafts for spec in assembly.hosts):  # otherwise the plan has said why
+        # otherwise the plan has said why
+        if assembly.config.decoding.asks_for_drafts and all(spec.drafts for spec in assembly.hosts):
             names = ", ".join(undrafted)
             warnings.warn(
                 f"decoding.draft has no effect: on their devices these hosts verify no proposed tokens: {names}",
