@@ -270,6 +270,25 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
     }  # fmt: skip
 
 
+def test_three_of_many_weight_vectors_are_drawn(tmp_path):
+    levels = [
+        {
+            "weights": {"cheerful": at / 10, "formal": 1 - at / 10},
+            "kl_per_token": kl,
+            "rule": "linear",
+            "weighted": kl,
+        }
+        for at in range(11)
+        for kl in (0.1, 0.2)
+    ]
+    judged = [{"set": "aware_tone", "unit": "answer", "at": "temperature", "prompts": 7, "equal_kl": levels}]
+    draw_answers(MEDIUM, judged, tmp_path)
+    titles = [each.text for each in ElementTree.parse(tmp_path / "medium-aware_tone-answer-temperature.svg").iter()]
+    assert [each for each in titles if each and each.startswith("cheerful ")] == [
+        "cheerful 0.2, formal 0.8", "cheerful 0.5, formal 0.5", "cheerful 0.8, formal 0.2",
+    ]  # fmt: skip
+
+
 def test_the_judges_count_what_they_say():
     spec = importlib.util.spec_from_file_location("evidence_judges", JUDGES)
     judges = importlib.util.module_from_spec(spec)

@@ -10,6 +10,8 @@ from jobs.evidence.results import Json, pairs_of_principals
 from jobs.evidence.scales import Scale
 from jobs.evidence.stages import PAIRS
 
+SHOWN = (0.2, 0.5, 0.8)  # of many weight vectors in order, where those lie that a chart shows
+
 
 def draw_answers(scale: Scale, judged: Sequence[Json], place: Path) -> None:
     """A chart of every evaluation: scores by weight at a target of KL, by KL over a sweep of agent temperatures."""
@@ -41,9 +43,12 @@ def _by_weight(points: Sequence[Json], names: Sequence[str]) -> list[Panel]:
 
 
 def _by_kl(levels: Sequence[Json], names: Sequence[str]) -> list[Panel]:
-    """A panel for each weight vector, at the KL levels that all rules reach."""
+    """A panel for each weight vector, or for three of many, at the KL levels that all rules reach."""
     panels = []
-    for weights in {tuple(each["weights"].items()): each["weights"] for each in levels}.values():
+    vectors = list({tuple(each["weights"].items()): each["weights"] for each in levels}.values())
+    if len(vectors) > len(SHOWN):
+        vectors = [vectors[round(at * (len(vectors) - 1))] for at in SHOWN]
+    for weights in vectors:
         here = [each for each in levels if each["weights"] == weights]
         places = sorted({round(each["kl_per_token"], 3) for each in here})
         rules = list(dict.fromkeys(each["rule"] for each in here))
