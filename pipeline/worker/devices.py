@@ -26,15 +26,15 @@ def pick_devices(spec: HostSpec) -> tuple[torch.device, ...]:
     count = spec.pipeline_parallel
     if count == 1:
         return (pick_device(spec.device),)
-    start = 0 if spec.device == "auto" else torch.device(spec.device).index or 0
-    num_gpus = torch.cuda.device_count()
-    if spec.device == "cpu" or num_gpus < start + count:
-        from_on = f" from {spec.device} on" if start else ""
+    first = torch.device("cuda" if spec.device == "auto" else spec.device)
+    start, num_gpus = first.index or 0, torch.cuda.device_count()
+    if first.type == "cpu" or (first.type == "cuda" and num_gpus < start + count):
+        from_on = f" from {first} on" if start else ""
         raise ConfigurationError(
             f"{spec.title}: pipeline_parallel: {count} needs {count} GPUs{from_on}, and torch finds {num_gpus}; set "
             "it to the number of GPUs, or leave it out on a CPU"
         )
-    return tuple(torch.device("cuda", start + at) for at in range(count))
+    return tuple(torch.device(first.type, start + at) for at in range(count))
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
