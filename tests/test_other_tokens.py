@@ -425,7 +425,7 @@ def test_the_plan_says_what_it_costs_and_an_aligner_and_a_run_agree(tiny, pairs,
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("ray_cluster")
 def test_over_ray_models_with_other_tokens_write_the_bytes_of_one_process(tiny, pairs, judge, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 7)

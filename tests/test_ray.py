@@ -83,6 +83,7 @@ def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, r
     assert "overcome  hosts replaced 1\n" in describe_status(run)
 
 
+@pytest.mark.nightly
 def test_a_coordinator_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, reference):
     prompts, expected = reference
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
@@ -93,6 +94,7 @@ def test_a_coordinator_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_
     assert "attempts of shards lost" in describe_status(run)
 
 
+@pytest.mark.nightly
 def test_a_run_whose_board_is_killed_ends_in_one_line_and_the_same_command_continues(tiny, tmp_path, reference):
     prompts, expected = reference
     config = job(prompts, tmp_path / "run", tiny(), cluster=on_ray(), **two_hosts(tiny))
@@ -156,6 +158,7 @@ def test_shards_that_another_driver_committed_are_not_decoded_again(tiny, tmp_pa
     assert stream.counts().rows == 3
 
 
+@pytest.mark.nightly
 def test_a_row_that_kills_its_host_is_failed_and_its_neighbours_are_not(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 5)
     run_job(job(prompts, tmp_path / "whole", tiny()), tmp_path)
