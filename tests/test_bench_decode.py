@@ -50,6 +50,7 @@ def test_what_cannot_be_measured_is_refused_by_name(option, value):
         run_bench_decode(**options)
 
 
+@pytest.mark.nightly
 def test_ranks_are_measured_beside_one_process_and_what_they_send_is_counted(tmp_path, capsys):
     options = {**OPTIONS, "num_adapters": 0, "candidates": "20", "json_file": tmp_path / "measured.json"}
     run_bench_decode(**options, num_ranks=2)
