@@ -42,9 +42,10 @@ class Section(BaseModel):
         faults = []
         for name, field in cls.model_fields.items():
             value = values.get(name) if isinstance(values, dict) else None
+            if not any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value])):
+                continue
             kinds = set(_types_within(field.annotation))
-            is_wrong = any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value]))
-            if is_wrong and bool not in kinds and kinds & {int, float}:
+            if bool not in kinds and kinds & {int, float}:
                 kind = "float_type" if float in kinds else "int_type"
                 faults.append(InitErrorDetails(type=kind, loc=(name,), input=value))
         if faults:

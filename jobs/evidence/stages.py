@@ -145,7 +145,7 @@ def stages(scale: Scale, folder: Path) -> Iterator[Stage]:
 
 def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
     """Answers of the base, and for every objective its pairs of them and a principal; or the answers alone."""
-    for objective in scale.objectives if scale.has_arms else scale.objectives[:1]:
+    for objective in scale.objectives:
         yield _command(
             f"pairs-{half}-{objective}",
             "synthesize",
@@ -158,7 +158,7 @@ def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
             f"synthesis.pairs.max_pairs={scale.pairs[objective]}",
         )
         if not scale.has_arms:
-            return
+            return  # the scores of all objectives lie beside the answers
         place = f"output.path={folder}/principals-{half}/{objective}"
         words = (f"input.path={folder}/pairs-{half}", place, f"training.epochs={scale.epochs}")
         yield _command(f"train-{half}-{objective}", "train", "train", *words, f"base.dtype={scale.training_dtype}")
