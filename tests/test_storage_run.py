@@ -25,6 +25,7 @@ from pipeline.monitoring.reasons import failures_of
 from pipeline.records import Record
 from pipeline.storage.commits import CommitRecord, sha256
 from pipeline.storage.failed_rows import failed_of
+from pipeline.storage.names import commit_name
 from pipeline.storage.plan import Plan, make_plan
 from pipeline.storage.run import Run
 from pipeline.storage.tables import write_table_bytes
@@ -117,6 +118,34 @@ def test_committing_again_changes_nothing(tmp_path: Path) -> None:
     before = tree_bytes(tmp_path / "run", "**/*.*")
     assert run.commit(0, records_of(run.plan, 0), attempt=2, seconds=9.0) == first
     assert tree_bytes(tmp_path / "run", "**/*.*") == before
+
+
+@pytest.mark.parametrize(("failed_before", "failed_now"), [([1], []), ([], [1]), ([0], [1]), ([], [0, 1, 2])])
+def test_a_commit_counts_the_answers_of_the_file_that_it_takes_over(
+    tmp_path: Path, failed_before: list[int], failed_now: list[int]
+) -> None:
+    run = new_run(tmp_path)
+    shard = run.plan.shards[0]
+
+    def attempt(failed: list[int]) -> CommitRecord:
+        rows = list(run.plan.read_shard(0))
+        records = [answer(row, error="no host" if at in failed else None) for at, row in enumerate(rows)]
+        drafted = [
+            dataclasses.replace(each, num_passes=each.num_tokens - 2, values={"kind": (-float(at), float(at))})
+            for at, each in enumerate(records)
+            if not each.is_failed
+        ]
+        return run.commit(shard, [*drafted, *(each for each in records if each.is_failed)])
+
+    attempt(failed_before)
+    run.store.remove(commit_name(run.plan, 0))  # as if the process had been killed between the two
+    found = attempt(failed_now)
+    num_rows = shard.num_rows
+    in_both = num_rows - len({*failed_before, *failed_now})
+    assert (found.rows, found.failed) == (num_rows - len(failed_before), len(failed_before))
+    assert found.accepted == 2 * in_both
+    assert found.passes == found.tokens - found.accepted
+    assert found.values.get("kind", [0])[0] == in_both
 
 
 @pytest.mark.parametrize("is_after", [False, True])

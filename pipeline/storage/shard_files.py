@@ -4,8 +4,8 @@
    fail do not collide.
 2. The data file. It is created and never replaced, so the first attempt to get here decides the shard. Its footer
    names the file of step 1: whoever sees the data file finds the failed rows that belong to it.
-3. The commit record. It is made from the data file that is stored, not from the records in memory, so that every
-   attempt at a shard arrives at the same record.
+3. The commit record. It is made from the data file that is stored, so that every attempt at a shard arrives at the
+   same record. What no file says, such as values, is that of the records in memory whose answers the file has.
 
 A process that is killed between two steps leaves files that the next attempt takes over or `Run.finish` removes.
 """
@@ -37,7 +37,8 @@ from pipeline.storage.plan import Plan, Shard
 from pipeline.storage.tables import failed_schema, output_schema, to_table, write_table_bytes
 from pipeline.stores.store import Store
 
-# In a data file's footer: the name of the file with its failed rows
+KEYS = ("row_id", "variant", "sample", "num_tokens")  # columns that tell answers apart
+# in a data file's footer: the name of the file with its failed rows
 FAILED_KEY, EARLIER_FAILED_KEY = b"cage.failed", b"cage.rejected"
 
 
@@ -81,19 +82,24 @@ class ShardWriter:
         stored = self._write_first(shard, data, aligned)
         order = list(dict.fromkeys(record.row_id for record in ordered))
         name = data_name(self.plan, shard.index)
-        self.write_pairs(name, read_table(stored, self.store.url(name)))  # a committed shard has its pairs
+        found = read_table(stored, self.store.url(name))
+        self.write_pairs(name, found)  # a committed shard has its pairs
+        described, own = self.describe(shard.index, name, stored, order), _stored(ordered, found)
+        accepted = sum(each.num_tokens - each.num_passes for each in own if each.num_passes)
+        # games over blocks and answers are not counted; an answer that is not in memory has a pass for each token
+        passes = sum(each.num_passes for each in own) if self.plan.has_proposals else described.tokens - accepted
         record = replace(
-            self.describe(shard.index, name, stored, order),
+            described,
             attempt=attempt,
             seconds=round(seconds, 3),
             host=host,
             recoveries=_nonzero(recoveries),
-            passes=sum(each.num_passes for each in ordered),
-            accepted=sum(each.num_tokens - each.num_passes for each in ordered if each.num_passes),
+            passes=passes,
+            accepted=accepted,
             values={
-                name: [found.answers, found.tokens, found.low, found.high]
-                for name, found in values_of(ordered).items()
-                if math.isfinite(found.low) and math.isfinite(found.high)
+                name: [values.answers, values.tokens, values.low, values.high]
+                for name, values in values_of(own).items()
+                if math.isfinite(values.low) and math.isfinite(values.high)
             },
         )
         return self._create_record(record)
@@ -224,6 +230,15 @@ class ShardWriter:
                 f"shard {record.shard} of {self.store.path} is committed with other files than those that are there"
             )
         return winner
+
+
+def _stored(records: Sequence[Record], table: pa.Table) -> list[Record]:
+    """The records whose answers are in a data file, which another attempt may have written."""
+    answers = {
+        (row["row_id"], row.get("variant", 0), row["sample"], row["num_tokens"])
+        for row in table.select([each for each in KEYS if each in table.column_names]).to_pylist()
+    }
+    return [each for each in records if (each.row_id, each.variant, each.sample, each.num_tokens) in answers]
 
 
 def _failed_name(schema: pa.Schema) -> str:
