@@ -123,7 +123,7 @@ SIMULATED: dict[str, dict[str, Any]] = {
         "_durable_folders": FoldersByProcess(),
     },
     "pipeline.stores.object_store": {"file_system": lambda scheme: Current.bucket},
-    "pipeline.stores.retries": {"time": Time, "wait_chain": memo.wait_chain, "wait_random": memo.wait_random},
+    "pipeline.stores.retries": {"time": Time, "random": Random},
     "pipeline.worker.sampling_host": {"solve_and_sample": hosts.solve_once},
     "pipeline.worker.start": {
         "start_drafting": hosts.start_drafting,
@@ -131,10 +131,6 @@ SIMULATED: dict[str, dict[str, Any]] = {
         "start_sampling": hosts.start_sampling,
         "start_scoring": hosts.start_scoring,
     },
-    # retries wait by the clock of their library
-    "tenacity": {"time": Time},
-    "tenacity.nap": {"time": Time},
-    "tenacity.wait": {"random": Random},
 }
 
 NEEDS_NOTHING = {
