@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 from collections.abc import Collection
@@ -195,15 +196,17 @@ class Inject:
 
     # awaits
 
-    def at_await(self, number: int, task: Task) -> None:
-        waiting = self._waiting.get("await")
-        if not waiting or self.is_calm:
-            return
+    def at_await(self, number: int, task: Task) -> float:
+        """Let the faults occur whose turn it is; returns the number of the await at which the next one's is."""
+        waiting = self._waiting.get("await", [])
+        if self.is_calm:
+            return math.inf
         for fault in list(waiting):
             if number >= fault.at:
                 waiting.remove(fault)
                 self.note(fault)
                 self._strike(fault, task.process)
+        return min((fault.at for fault in waiting), default=math.inf)
 
     def _strike(self, fault: Fault, process: Process) -> None:
         world = Current.world
@@ -249,10 +252,11 @@ class Inject:
         if self.is_calm:
             return
         number = self.counts["storage"] = self.counts.get("storage", 0) + 1
-        if operation == "write" and self.has("disk stays full"):
-            raise _disk(errno.ENOSPC, path)
-        if operation in EVERY and self.has("credentials stay expired"):
-            raise PermissionError("The provided token has expired.")
+        if self.lasting:
+            if operation == "write" and self.has("disk stays full"):
+                raise _disk(errno.ENOSPC, path)
+            if operation in EVERY and self.has("credentials stay expired"):
+                raise PermissionError("The provided token has expired.")
         for fault in self._waiting.get("storage", ()):
             kind = KINDS[fault.kind]
             if number >= fault.at and operation in kind.on:

@@ -51,6 +51,17 @@ def logprobs(state: int) -> list[float]:
     return _tables[state]
 
 
+@functools.cache
+def _candidates(
+    states: tuple[int, ...], count: int | None
+) -> tuple[list[int], list[float], float, list[list[float]]]:
+    """What a host proposes for a row: tokens, the base's log-probabilities, their mass, and those of every role."""
+    base, *_ = roles = [logprobs(state) for state in states]
+    ids = sorted(range(VOCAB), key=lambda token: (-base[token], token))[:count]
+    outputs = [[role[token] for token in ids] for role in roles]
+    return ids, outputs[0], sum(map(math.exp, outputs[0])), outputs
+
+
 class TableRunner:
     """A language model (`LanguageRunner`) that is a table.
 
@@ -95,18 +106,10 @@ class TableRunner:
                 states = self._states[lane] = _after(states, token)
             self._lanes[draft.slot] = draft.lanes
 
-    def _of(self, slots: Sequence[int]) -> list[list[list[float]]]:
-        return [[logprobs(state) for state in self._states[slot]] for slot in slots]
-
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         Current.world.pause(PASS_S / 4)
-        ids, base, covered, others = [], [], [], []
-        for roles in self._of(slots):
-            order = sorted(range(VOCAB), key=lambda token: (-roles[0][token], token))[:num_candidates]
-            ids.append(order)
-            base.append([roles[0][token] for token in order])
-            covered.append(sum(map(math.exp, base[-1])))
-            others.append([[role[token] for token in order] for role in roles])
+        rows = [_candidates(tuple(self._states[slot]), num_candidates) for slot in slots]
+        ids, base, covered, others = zip(*rows, strict=True)
         return Candidates(
             torch.tensor(ids),
             torch.tensor(base, dtype=torch.float64),
@@ -119,8 +122,8 @@ class TableRunner:
         assert ids_BK is not None
         return torch.tensor(
             [
-                [[role[token] for token in row] for role in roles]
-                for row, roles in zip(ids_BK.tolist(), self._of(slots), strict=True)
+                [[logprobs(state)[token] for token in row] for state in self._states[slot]]
+                for row, slot in zip(ids_BK.tolist(), slots, strict=True)
             ],
             dtype=torch.float64,
         )
@@ -316,12 +319,11 @@ def solve_once(
 ) -> SampledStep:
     """`solve_and_sample`, which solves each game once in the life of the process: a row's bits are its own."""
     assert at_weights is None
-    base, ids = proposal.base_logprobs_BK.tolist(), proposal.ids_BK
-    assert ids is not None
-    valued = torch.stack([*rewards], 1).tolist()
+    assert proposal.ids_BK is not None
+    numbers = [each.numpy() for each in (proposal.base_logprobs_BK, torch.stack([*rewards], 1), proposal.ids_BK)]
     keys = [
-        (tuple(base[row]), repr(valued[row]), terms[row].rule, terms[row].weights, uniforms[row], tuple(id_K))
-        for row, id_K in enumerate(ids.tolist())
+        (*(each[row].tobytes() for each in numbers), terms[row].rule, terms[row].weights, uniforms[row])
+        for row in range(len(terms))
     ]
     for row, key in enumerate(keys):
         if key not in _solved:

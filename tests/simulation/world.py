@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -48,6 +49,7 @@ class Process:
         self.at_death: list[Callable[[], None]] = []
         self.actor_id = name
         world.processes.append(self)
+        world.has_news = True
         if owner is not None:
             owner.children.append(self)
 
@@ -125,21 +127,23 @@ class World:
 
     Args:
         seed: decides how long everything takes.
-        at_await: called at every wait with its number and task; it may kill the task's process.
+        at_await: called at a wait with its number and task; it may kill the task's process. It returns the number of
+            the wait at which it is to be called next.
     """
 
-    def __init__(self, seed: int, at_await: Callable[[int, Task], None] = lambda number, task: None) -> None:
+    def __init__(self, seed: int, at_await: Callable[[int, Task], float] = lambda number, task: math.inf) -> None:
         self.seed = seed
         self.now_s = 0.0
         self.clock_offset_s = 1_800_000_000.0  # of the wall clock, which may jump
         self.processes: list[Process] = []
         self.current: Task | None = None
         self.num_awaits = self.num_events = self.num_actors = 0
-        self.has_news = True  # whether somebody ended
+        self.has_news = True  # whether somebody began or ended
         self.violations: list[str] = []
         self.lines: list[str] = []
         self.keeps_log = False
         self._at_await = at_await
+        self._next_at_await: float = 0
         self._events: list[tuple[float, int, Any, int]] = []
         self._numbers = itertools.count()
         self.hub = greenlet.getcurrent()
@@ -156,10 +160,6 @@ class World:
         self._random += 1
         key = f"{self.seed}:{self._random}:{'' if self.current is None else self.current.name}".encode()
         return zlib.crc32(key) << 32 | zlib.crc32(key + b"+")
-
-    def _unit_of_wait(self, task: Task) -> float:
-        task.num_waits += 1
-        return zlib.crc32(b"%b%d" % (task.key, task.num_waits)) / 2**32
 
     def violate(self, what: str) -> None:
         """Note something that must never happen."""
@@ -189,7 +189,8 @@ class World:
         if not process.is_alive:
             raise Killed
         self.num_awaits += 1
-        self._at_await(self.num_awaits, task)
+        if self.num_awaits >= self._next_at_await:
+            self._next_at_await = self._at_await(self.num_awaits, task)
         until_s = self.now_s + (FOREVER_S if timeout_s is None else timeout_s)
         if not task.signals:
             task.turn += 1
@@ -215,7 +216,8 @@ class World:
         assert task is not None
         if not task.process.is_alive:
             raise Killed
-        self.sleep(seconds * (0.5 + self._unit_of_wait(task)))
+        task.num_waits += 1
+        self.sleep(seconds * (0.5 + zlib.crc32(b"%b%d" % (task.key, task.num_waits)) / 2**32))
 
     def sleep(self, seconds: float) -> None:
         """Take exactly so much time."""
@@ -232,19 +234,19 @@ class World:
     # the loop
 
     def run(self, until: Callable[[], bool], *, limit_s: float) -> None:
-        """Let everything happen until `until`, which may change when a process ends or a function was called.
+        """Let everything happen until `until`, which may change when a process begins or ends.
 
         Raises:
             Endless: after `limit_s` of simulated time.
         """
-        events = self._events
+        events, pop = self._events, heapq.heappop
         self.has_news = True
         while events:
             if self.has_news:
                 self.has_news = False
                 if until():
                     return
-            time_s, _, what, turn = heapq.heappop(events)
+            time_s, _, what, turn = pop(events)
             if time_s > limit_s:
                 raise Endless(f"no end after {limit_s:,.0f} simulated seconds")
             self.num_events += 1
@@ -252,7 +254,6 @@ class World:
                 raise Endless(f"no end after {EVENTS_ALLOWED:,} events, {self.now_s:,.0f} simulated seconds")
             if turn < 0:
                 self.now_s = time_s
-                self.has_news = True
                 what()
             elif not what.is_over and (what.turn == turn or not what.process.is_alive):
                 self.now_s = time_s
