@@ -233,9 +233,18 @@ class RunningRow:
             prompt, begun = prompt[:-1], prompt[-1]["content"]
         turn = turn if self.reasoning is None else self.reasoning.complete(turn, begun, in_answers=in_answers)
         answered = self.outcomes[0 if in_answers else turn.num_reasoning_tokens :]
+        summary: dict[str, float] = {}
+        if with_summary:
+            summary = {
+                "kl_per_token": sum(outcome.kl for outcome in self.outcomes) / count,
+                "covered_mass": sum(outcome.covered_mass for outcome in self.outcomes) / count,
+                "max_residual": max(outcome.residual for outcome in self.outcomes),
+                "solver_steps": sum(outcome.num_steps for outcome in self.outcomes) / count,
+            }
         record = replace(
             self._blank(),
             prompt=prompt,
+            original_response=self.row.response,
             response=begun + turn.answer if self.reasoning is None else turn.answer,
             reasoning=turn.reasoning,
             num_reasoning_tokens=turn.num_reasoning_tokens,
@@ -247,24 +256,16 @@ class RunningRow:
             num_passes=self.num_passes,
             tokens=tuple(self._trace(outcome, prompter) for outcome in self.outcomes) if with_tokens else (),
             values=self._values(),
+            **summary,
         )
-        if with_summary:
-            record = replace(
-                record,
-                kl_per_token=sum(outcome.kl for outcome in self.outcomes) / count,
-                covered_mass=sum(outcome.covered_mass for outcome in self.outcomes) / count,
-                max_residual=max(outcome.residual for outcome in self.outcomes),
-                solver_steps=sum(outcome.num_steps for outcome in self.outcomes) / count,
-            )
         return self._with_original(record, in_answers=in_answers)
 
     def _with_original(self, record: Record, *, in_answers: bool) -> Record:
-        """Add the existing answer, its rewards, and which of the two has the higher weighted reward.
+        """Add the rewards of the existing answer, and which of the two has the higher weighted reward.
 
         There are no rewards where it was not scored (it does not fit into a context), and no pair without them,
         without a new answer, or where both answers are the same.
         """
-        record = replace(record, original_response=self.row.response)
         original_rewards = self.original_rewards
         if original_rewards is None:
             return record

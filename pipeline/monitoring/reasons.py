@@ -65,8 +65,8 @@ def failures_of(failed: Iterable[tuple[str, str | None]]) -> FailuresByKind:
     found: dict[str, Failures] = {}
     for row_id, given in failed:
         reason = given or "no reason given"
-        one = Failures(1, (Example(row_id, reason[:LONGEST_REASON]),))
-        found[kind_of(reason)] = found.get(kind_of(reason), Failures()) + one
+        kind, one = kind_of(reason), Failures(1, (Example(row_id, reason[:LONGEST_REASON]),))
+        found[kind] = found[kind] + one if kind in found else one
     return _bounded(found)
 
 

@@ -37,11 +37,10 @@ def token_rewards(principals: Sequence[PrincipalPlan], outputs: Mapping[str, Ten
 
     0 for principals without roles, which value no tokens.
     """
-    nothing = torch.zeros_like(next(iter(outputs.values())), dtype=torch.float64)
     return [
         principal.section.rewards({part: outputs[role] for part, role in principal.roles.items()})
         if principal.roles
-        else nothing
+        else torch.zeros_like(next(iter(outputs.values())), dtype=torch.float64)
         for principal in principals
     ]
 

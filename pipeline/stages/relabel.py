@@ -244,8 +244,9 @@ def open_run(
         store = wiring.open_store(place)
         if not may_create and not has_plan(store):
             return None
-        config = {**plan.config, "output": {**plan.config["output"], "path": place}}
-        placed = replace(plan, config=config)
+        placed = plan
+        if place != plan.config["output"]["path"]:
+            placed = replace(plan, config={**plan.config, "output": {**plan.config["output"], "path": place}})
         try:
             return Run.create_or_resume(store, placed)
         except RunMismatch as mismatch:

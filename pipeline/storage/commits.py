@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
@@ -105,7 +105,8 @@ class CommitRecord:
         }
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, sort_keys=True).encode() + b"\n"
+        tree = {each.name: getattr(self, each.name) for each in fields(self)}
+        return json.dumps(tree, ensure_ascii=False, allow_nan=False, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes, *, source: str) -> CommitRecord:

@@ -26,7 +26,7 @@ def part_name(plan: Plan, shard: int, revision: int = 0) -> str:
 
     A shard keeps its number of shards when the run is extended.
     """
-    num_shards = plan.extent_of(shard).num_shards
+    num_shards = plan.num_shards_at(shard)
     width = max(5, len(str(num_shards)))
     name = f"part-{shard:0{width}d}-of-{num_shards:0{width}d}"
     return f"{name}.{revision}" if revision else name

@@ -123,6 +123,10 @@ class Plan:
         """What the plan comprises now."""
         return Extent(len(self.shards), self.num_rows, self.digest, self.files[0].columns.repeated_ids)
 
+    def num_shards_at(self, shard: int) -> int:
+        """How many shards the plan had when it got this one."""
+        return next((each.num_shards for each in self.earlier if shard < each.num_shards), len(self.shards))
+
     def extent_of(self, shard: int) -> Extent:
         """What the plan comprised when it got the shard."""
         return next((each for each in self.earlier if shard < each.num_shards), self.extent)
@@ -170,6 +174,8 @@ class Plan:
 
     def with_template_time(self, time: datetime | None) -> Plan:
         """The same plan with another time in chat templates."""
+        if time == self.template_time:
+            return self
         fields = {name: value for name, value in self.fingerprint.items() if name != TEMPLATE_TIME}
         return replace(self, fingerprint=fields if time is None else {**fields, TEMPLATE_TIME: time.isoformat()})
 
@@ -195,6 +201,8 @@ class Plan:
 
     def with_reasoning(self, markers: str | None) -> Plan:
         """The same plan for a base that marks its reasoning so."""
+        if markers == self.reasoning:
+            return self
         fields = {name: value for name, value in self.fingerprint.items() if name != REASONING}
         return replace(self, fingerprint=fields if markers is None else {**fields, REASONING: markers})
 

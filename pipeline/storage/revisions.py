@@ -86,7 +86,8 @@ class Reviser:
             revision = record.revision + 1
             self.store.create(self._staged(record.shard, revision, sha256(data)), data)
             name = data_name(self.plan, record.shard, revision)
-            described = self._writer.describe(record.shard, name, data, order)
+            answers = read_table(data, self.store.url(name))
+            described = self._writer.describe(record.shard, name, data, answers, order)
             new = replace(
                 described,
                 revision=revision,

@@ -84,7 +84,7 @@ class ShardWriter:
         name = data_name(self.plan, shard.index)
         found = read_table(stored, self.store.url(name))
         self.write_pairs(name, found)  # a committed shard has its pairs
-        described, own = self.describe(shard.index, name, stored, order), _stored(ordered, found)
+        described, own = self.describe(shard.index, name, stored, found, order), _stored(ordered, found)
         accepted = sum(each.num_tokens - each.num_passes for each in own if each.num_passes)
         # games over blocks and answers are not counted; an answer that is not in memory has a pass for each token
         passes = sum(each.num_passes for each in own) if self.plan.has_proposals else described.tokens - accepted
@@ -186,9 +186,16 @@ class ShardWriter:
                 f"first row {quote(row_id)}, sample {sample}; remove it and its commit record to compute it again"
             )
 
-    def describe(self, shard: int, name: str, data: bytes, order: Sequence[str]) -> CommitRecord:
-        """The commit record of a data file and the failed rows that it names; `order` has the shard's row ids."""
-        aligned = read_table(data, self.store.url(name))
+    def describe(self, shard: int, name: str, data: bytes, aligned: pa.Table, order: Sequence[str]) -> CommitRecord:
+        """The commit record of a data file and the failed rows that it names.
+
+        Args:
+            shard: its index.
+            name: of the data file.
+            data: its content.
+            aligned: the table in it.
+            order: the shard's row ids.
+        """
         answered = set(aligned.column("row_id").to_pylist())
         files = {name: data}
         failed: list[tuple[str, str | None]] = []
@@ -234,11 +241,9 @@ class ShardWriter:
 
 def _stored(records: Sequence[Record], table: pa.Table) -> list[Record]:
     """The records whose answers are in a data file, which another attempt may have written."""
-    answers = {
-        (row["row_id"], row.get("variant", 0), row["sample"], row["num_tokens"])
-        for row in table.select([each for each in KEYS if each in table.column_names]).to_pylist()
-    }
-    return [each for each in records if (each.row_id, each.variant, each.sample, each.num_tokens) in answers]
+    names = [each for each in KEYS if each in table.column_names]  # without a grid there is one variant
+    answers = set(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+    return [each for each in records if tuple(getattr(each, name) for name in names) in answers]
 
 
 def _failed_name(schema: pa.Schema) -> str:
