@@ -8,6 +8,7 @@ others are not. How many, and how much of a file's unsynced content, the seed de
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,12 @@ from simulation.faults import Inject
 from simulation.threads import Current
 
 READ_S, WRITE_S, SYNC_S, ENTRY_S = 0.001, 0.002, 0.004, 0.001
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts(path: str) -> tuple[str, ...]:
+    """The names that lead to a path."""
+    return tuple(part for part in path.split("/") if part)
 
 
 class File:
@@ -80,9 +87,7 @@ class Disk:
 
     def find(self, path: str) -> File | Folder:
         node: File | Folder = self.root
-        for part in path.split("/")[1:]:
-            if not part:
-                continue
+        for part in _parts(path):
             if isinstance(node, File):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
             found = node.entries.get(part)

@@ -51,15 +51,30 @@ def logprobs(state: int) -> list[float]:
     return _tables[state]
 
 
-@functools.cache
-def _candidates(
-    states: tuple[int, ...], count: int | None
-) -> tuple[list[int], list[float], float, list[list[float]]]:
-    """What a host proposes for a row: tokens, the base's log-probabilities, their mass, and those of every role."""
-    base, *_ = roles = [logprobs(state) for state in states]
-    ids = sorted(range(VOCAB), key=lambda token: (-base[token], token))[:count]
-    outputs = [[role[token] for token in ids] for role in roles]
-    return ids, outputs[0], sum(map(math.exp, outputs[0])), outputs
+@functools.lru_cache(maxsize=4096)
+def _candidates(states: tuple[tuple[int, ...], ...], count: int | None) -> Candidates:
+    """What a host proposes where its roles have read `states`, by row."""
+    ids, base, covered, others = [], [], [], []
+    for roles in [[logprobs(state) for state in row] for row in states]:
+        order = sorted(range(VOCAB), key=lambda token: (-roles[0][token], token))[:count]
+        ids.append(order)
+        base.append([roles[0][token] for token in order])
+        covered.append(sum(map(math.exp, base[-1])))
+        others.append([[role[token] for token in order] for role in roles])
+    return Candidates(
+        torch.tensor(ids),
+        torch.tensor(base, dtype=torch.float64),
+        torch.tensor(covered, dtype=torch.float64),
+        torch.tensor(others, dtype=torch.float64),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _outputs(states: tuple[tuple[int, ...], ...], ids: tuple[tuple[int, ...], ...]) -> Tensor:
+    """What roles that have read `states` say of the candidates, by row."""
+    rows = zip(states, ids, strict=True)
+    numbers = [[[logprobs(state)[token] for token in id_K] for state in row] for row, id_K in rows]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 class TableRunner:
@@ -77,7 +92,7 @@ class TableRunner:
         self._salt = salt
         self._states: dict[int, list[int]] = {}
         self._lanes: dict[int, Sequence[int]] = {}  # by slot, those of its draft in the last step
-        self.newest_S = _no_tokens(spec.num_slots)
+        self.newest_S: Any = Newest(spec.num_slots)
 
     def forget(self) -> None:
         """Know no row any more, as a process that was restarted."""
@@ -88,14 +103,14 @@ class TableRunner:
         world.pause(PASS_S)
         Current.inject.host_call(task.process)
         for slot, token in zip(step.slots, step.tokens, strict=True):
-            token = int(self.newest_S[slot]) if token == DRAWN else token
+            token = self.newest_S[slot] if token == DRAWN else token
             if accepted := step.accepted.get(slot):
                 self._states[slot] = self._states[self._lanes[slot][accepted - 1]]
             self._states[slot] = _after(self._states[slot], token)
         for admission in step.admissions:
             states = []
             for role in self._roles:
-                tokens = [*admission.prompts[role], *admission.answer]
+                tokens = (*admission.prompts[role], *admission.answer)
                 states.append(_read(role, self._salt, tokens))
                 if POISON_TOKEN in tokens and Current.inject.has("a row kills its host"):
                     task.process.kill()
@@ -106,27 +121,17 @@ class TableRunner:
                 states = self._states[lane] = _after(states, token)
             self._lanes[draft.slot] = draft.lanes
 
+    def _of(self, slots: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(self._states[slot]) for slot in slots)
+
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:
         Current.world.pause(PASS_S / 4)
-        rows = [_candidates(tuple(self._states[slot]), num_candidates) for slot in slots]
-        ids, base, covered, others = zip(*rows, strict=True)
-        return Candidates(
-            torch.tensor(ids),
-            torch.tensor(base, dtype=torch.float64),
-            torch.tensor(covered, dtype=torch.float64),
-            torch.tensor(others, dtype=torch.float64),
-        )
+        return _candidates(self._of(slots), num_candidates)
 
     def logprobs_at(self, slots: Sequence[int], ids_BK: Tensor | None) -> Tensor:
         Current.world.pause(PASS_S / 4)
         assert ids_BK is not None
-        return torch.tensor(
-            [
-                [[logprobs(state)[token] for token in row] for state in self._states[slot]]
-                for row, slot in zip(ids_BK.tolist(), slots, strict=True)
-            ],
-            dtype=torch.float64,
-        )
+        return _outputs(self._of(slots), tuple(map(tuple, ids_BK.tolist())))
 
     def score(
         self, prompts: Mapping[str, Sequence[int]], answer: Sequence[int], weights: Sequence[float] = ()
@@ -139,7 +144,7 @@ class TableRunner:
     def resize(self, num_slots: int) -> None:
         Current.world.pause(PASS_S / 4)
         self._states.clear()
-        self.newest_S = _no_tokens(num_slots)
+        self.newest_S = Newest(num_slots)
 
     @property
     def work(self) -> tuple[int, int, float]:
@@ -148,11 +153,24 @@ class TableRunner:
     cache_bytes = 0
 
 
-def _no_tokens(num_slots: int) -> Tensor:
-    return torch.zeros(num_slots + most_drafted(num_slots), dtype=torch.int64)
+class Newest:
+    """The newest token of each slot (`LanguageRunner.newest_S`): as much of a tensor as is used."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, num_slots: int) -> None:
+        self._tokens = [0] * (num_slots + most_drafted(num_slots))
+
+    def __getitem__(self, slot: int) -> int:
+        return self._tokens[slot]
+
+    def __setitem__(self, slots: Sequence[int], tokens: Tensor) -> None:
+        for slot, token in zip(slots, tokens.tolist(), strict=True):
+            self._tokens[slot] = token
 
 
-def _read(role: str, salt: int, tokens: Sequence[int]) -> int:
+@functools.lru_cache(maxsize=4096)
+def _read(role: str, salt: int, tokens: tuple[int, ...]) -> int:
     """What a role has read, as one number."""
     return functools.reduce(
         lambda state, token: _after([state], token)[0], tokens, zlib.crc32(f"{role} {salt}".encode())
@@ -172,7 +190,7 @@ class TableDraftModel:
         return [self._draw(each) for each in requests]
 
     def _draw(self, request: DraftRequest) -> Proposed:
-        chances = [math.exp(logprob) for logprob in logprobs(_read(BASE, 0, request.text))]
+        chances = [math.exp(logprob) for logprob in logprobs(_read(BASE, 0, tuple(request.text)))]
         likeliest = sorted(range(VOCAB), key=lambda token: -chances[token])
         left = request.uniform
         for token in likeliest:
@@ -307,6 +325,7 @@ class TablePrompter:
 POISON_TOKEN = 999
 
 _solved: dict[tuple[Any, ...], list[float]] = {}
+_steps: dict[tuple[tuple[Any, ...], ...], SampledStep] = {}
 
 
 def solve_once(
@@ -321,13 +340,16 @@ def solve_once(
     assert at_weights is None
     assert proposal.ids_BK is not None
     numbers = [each.numpy() for each in (proposal.base_logprobs_BK, torch.stack([*rewards], 1), proposal.ids_BK)]
-    keys = [
+    keys = tuple(
         (*(each[row].tobytes() for each in numbers), terms[row].rule, terms[row].weights, uniforms[row])
         for row in range(len(terms))
-    ]
+    )
+    if keys in _steps:
+        return _steps[keys]
     for row, key in enumerate(keys):
         if key not in _solved:
             one = [reward[row : row + 1] for reward in rewards]
             solved = solve_and_sample(options, proposal.rows([row]), one, [terms[row]], [uniforms[row]])
             _solved[key] = solved.numbers_BC[0].tolist()
-    return SampledStep(torch.tensor([_solved[key] for key in keys], dtype=torch.float64))
+    step = _steps[keys] = SampledStep(torch.tensor([_solved[key] for key in keys], dtype=torch.float64))
+    return step

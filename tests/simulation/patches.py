@@ -149,7 +149,8 @@ NEEDS_NOTHING = {
 
 @contextlib.contextmanager
 def simulated() -> Iterator[None]:
-    """Bind the names for the block."""
+    """Bind the names for the block. Garbage is collected between schedules (`collect`), never within one."""
+    was_enabled = gc.isenabled()
     before: list[tuple[Any, str, Any]] = []
     try:
         for place, names in SIMULATED.items():
@@ -157,12 +158,20 @@ def simulated() -> Iterator[None]:
             for name, stand_in in names.items():
                 before.append((where, name, vars(where)[name]))
                 setattr(where, name, stand_in)
-        gc.collect()
-        gc.freeze()  # what is imported need not be visited again and again
+        gc.disable()
+        collect()
         yield
     finally:
+        if was_enabled:
+            gc.enable()
         for where, name, value in reversed(before):
             setattr(where, name, value)
+
+
+def collect() -> None:
+    """Collect garbage; what is left then, modules and results that are kept, is not visited again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _find(place: str) -> Any:

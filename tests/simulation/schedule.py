@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import random
@@ -27,11 +28,13 @@ from simulation.bucket import Bucket
 from simulation.disk import Disk
 from simulation.faults import Fault, Inject, draw_faults
 from simulation.ledger import Ledger
+from simulation.patches import collect
 from simulation.paths import Path as SimulatedPath
 from simulation.threads import Current, Signal
 from simulation.world import Endless, Killed, Process, World
 
 COMMAND_S = 1500.0  # simulated seconds in which every command ends, whatever happens to it
+GARBAGE_ALLOWED = 200_000  # objects, of the schedules since garbage was collected
 SPINS_S = 3.0  # of CPU time in one task without a wait
 NOWHERE = Path("nowhere")
 REFUSED = {"creates are not exclusive", "no hard links"}  # stores that no run may begin in
@@ -146,6 +149,11 @@ class ComparingStore(WatchedStore):
     """Notes which drivers computed other bytes for a data file that is there."""
 
     simulation: Simulation
+
+    def __post_init__(self) -> None:
+        vars(self).update(
+            {name: getattr(self.store, name) for name in ("read", "read_many", "names", "remove", "url")}
+        )
 
     def create(self, name: str, data: bytes) -> bool:
         standing = self.simulation.read(name)
@@ -347,6 +355,8 @@ def ended_where_they_spin(world: World) -> Iterator[None]:
 @torch.inference_mode()  # hosts wait within it, and one would restore what another one has: so all have it throughout
 def run_schedule(schedule: Schedule, *, keeps_log: bool = False) -> Result:
     """Run a schedule and check what it came to. Use it inside `patches.simulated`."""
+    if gc.get_count()[0] > GARBAGE_ALLOWED:
+        collect()
     simulation = Simulation(schedule, keeps_log=keeps_log)
     world = simulation.world
     try:

@@ -94,8 +94,6 @@ class Task:
         self.num_waits = 0
         self.turn = 0  # which of its waits a wake-up is for
         self.is_over = False
-        self.value: Any = None
-        self.error: BaseException | None = None
         self.signals: deque[int] = deque()
         self.joined: list[Task] = []
         self.greenlet = greenlet.greenlet(self._run, parent=process.world.hub)
@@ -108,11 +106,10 @@ class Task:
         process = self.process
         try:
             if process.is_alive:
-                self.value = self._function()
-        except Killed as error:
-            self.error = error
+                self._function()
+        except Killed:
+            pass
         except BaseException as error:
-            self.error = error
             if process.is_alive and self is not process.tasks[0]:
                 process.world.violate(f"{self.name} ended with {type(error).__name__}: {error}")
         self.is_over = True
@@ -264,7 +261,7 @@ class World:
             raise Endless("everybody waits and nothing is to come")
 
     def stop(self) -> None:
-        """Kill every process and let its tasks unwind."""
+        """Kill every process, let its tasks unwind, and know none of them any more."""
         for process in self.processes:
             process.kill(is_end=True)
         self._events.clear()
@@ -274,3 +271,8 @@ class World:
                     self.current = task
                     task.greenlet.switch(None)
                     self.current = None
+        for process in self.processes:  # so that most of it goes without being looked for
+            process.tasks.clear()
+            process.children.clear()
+            process.at_death.clear()
+        self.processes.clear()
