@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cage import Status
 from pipeline.engine.prompter import Prompter
@@ -233,7 +234,7 @@ class RunningRow:
             prompt, begun = prompt[:-1], prompt[-1]["content"]
         turn = turn if self.reasoning is None else self.reasoning.complete(turn, begun, in_answers=in_answers)
         answered = self.outcomes[0 if in_answers else turn.num_reasoning_tokens :]
-        summary: dict[str, float] = {}
+        summary: dict[str, Any] = {}
         if with_summary:
             summary = {
                 "kl_per_token": sum(outcome.kl for outcome in self.outcomes) / count,

@@ -25,7 +25,7 @@ from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.topology import build_topology
 from pipeline.stages.relabel import Prepared
 from pipeline.storage import card, shard_files, tables
-from pipeline.storage.plan import Plan, Shard, make_plan
+from pipeline.storage.plan import Plan, Shard, make_plan, open_planned_input
 from simulation.hosts import POISON, VOCAB, TablePrompter
 
 ROWS = ("one", "two and", POISON, None, "four", "and five")  # the one without a prompt fails
@@ -93,7 +93,8 @@ def prepare(config: Config, cache_folder: Path, progress: Any = None, *, source:
 
 def _prepare(config: Config) -> Prepared:
     models: Any = None
-    return Prepared(models, make_plan(config, {"base": "table@1"}))
+    source = _once(("input", *config.principals), lambda: open_planned_input(config))
+    return Prepared(models, make_plan(config, {"base": "table@1"}, source=source))
 
 
 def plan_replica(config: Config, models: Any, cache_folder: Path, *, now: Any = None) -> Any:
