@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+NOTHING = nullcontext()
+
 
 def to_device(
     numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype | None = None
@@ -23,4 +25,4 @@ def to_device(
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make it the current device: streams, events and kernels belong to the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else NOTHING

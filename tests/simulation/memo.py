@@ -19,13 +19,16 @@ import pyarrow as pa
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.config.variants import lay_out
+from pipeline.monitoring import reasons
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.records import Record, Row
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.topology import build_topology
 from pipeline.stages.relabel import Prepared
 from pipeline.storage import card, shard_files, tables
+from pipeline.storage.commits import CommitRecord
 from pipeline.storage.plan import Plan, Shard, make_plan, open_planned_input
+from pipeline.stores import addresses
 from simulation.hosts import POISON, VOCAB, TablePrompter
 
 ROWS = ("one", "two and", POISON, None, "four", "and five")  # the one without a prompt fails
@@ -185,6 +188,23 @@ def read_shard(self: Plan, shard: Shard | int) -> Iterator[Row]:
     shard = self.shards[shard] if isinstance(shard, int) else shard
     return iter(_once(("rows", self.files[0].path, shard), lambda: list(_read_shard(self, shard))))
 
+
+_count_tokens, _unsteered = shard_files.count_tokens, shard_files._unsteered
+
+
+def count_tokens(table: pa.Table) -> int:
+    count: int = _once(("tokens", id(table)), lambda: (table, _count_tokens(table)))[1]
+    return count
+
+
+def unsteered(table: pa.Table) -> int:
+    count: int = _once(("unsteered", id(table)), lambda: (table, _unsteered(table)))[1]
+    return count
+
+
+kind_of = functools.lru_cache(maxsize=1024)(reasons.kind_of)
+check_name = functools.lru_cache(maxsize=1024)(addresses.check_name)
+record_from_json = functools.lru_cache(maxsize=64)(CommitRecord.from_json)
 
 _digest = Plan.digest.fget
 _from_json = Plan.from_json

@@ -219,7 +219,7 @@ class World:
     def sleep(self, seconds: float) -> None:
         """Take exactly so much time."""
         until_s = self.now_s + seconds
-        while self.now_s < until_s and self.block(until_s - self.now_s):
+        while (left_s := until_s - self.now_s) > 0 and self.block(left_s):
             pass
 
     def interrupt(self, task: Task, number: int) -> None:
