@@ -100,7 +100,7 @@ def test_a_temporary_file_that_is_swept_away_is_written_again(
                 temporary.unlink()
 
     monkeypatch.setattr(local_store.os, "fsync", sweep)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     (tmp_path / "run").mkdir()
     local_store._durable_folders.add(tmp_path / "run")  # its folder is not synced first
     getattr(LocalStore(tmp_path / "run"), method)("a.json", b"x")

@@ -7,10 +7,11 @@ The clients of object stores retry by themselves for a few seconds at most. Thes
 from __future__ import annotations
 
 import errno
-import random
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_chain, wait_random
 
 from pipeline.errors import CageError, StorageError
 from pipeline.quoting import one_line
@@ -41,6 +42,10 @@ class _Repeats:
 
     count = 0
 
+    @classmethod
+    def add(cls, _: object) -> None:
+        cls.count += 1
+
 
 def num_repeats() -> int:
     """How often a call was repeated in this process so far."""
@@ -58,22 +63,40 @@ def retried(action: str, attempt: Callable[[], T]) -> T:
     Raises:
         StorageError: one line with the last failure, and how often `attempt` was called.
     """
-    started_s, num_tries = time.monotonic(), 0
-    while True:
-        num_tries += 1
-        try:
-            return attempt()
-        except (FileNotFoundError, FileExistsError, CageError):
-            raise
-        except Exception as error:  # the object stores' clients share no base class
-            took_s = time.monotonic() - started_s
-            if num_tries > len(WAITS_S) or took_s >= GIVE_UP_S or not may_pass(error):
-                tried = f" (tried {num_tries} times in {took_s:.0f} s)" if num_tries > 1 else ""
-                raise StorageError(f"cannot {action}: {one_line(error)}{tried}") from error
-        _Repeats.count += 1
-        wait_s = WAITS_S[num_tries - 1]
+    started_s = time.monotonic()
+    try:  # nearly every call succeeds at once, sooner than the retries are prepared
+        return attempt()
+    except Exception as error:
+        failed = [error]
+
+    def again() -> T:
+        if failed:  # the first try was made
+            raise failed.pop()
+        return attempt()
+
+    retrying = Retrying(
+        stop=stop_after_attempt(len(WAITS_S) + 1) | stop_after_delay(GIVE_UP_S - (time.monotonic() - started_s)),
         # The jitter keeps many writers that failed together from coming back together.
-        time.sleep(random.uniform(0.5 * wait_s, 1.5 * wait_s))
+        wait=wait_chain(*(wait_random(0.5 * wait_s, 1.5 * wait_s) for wait_s in WAITS_S)),
+        retry=retry_if_exception(_is_worth_another_try),
+        before_sleep=_Repeats.add,
+        reraise=True,
+    )
+    try:
+        return retrying(again)
+    except (FileNotFoundError, FileExistsError, CageError):
+        raise
+    except Exception as error:  # the object stores' clients share no base class
+        num_tries = retrying.statistics["attempt_number"]
+        tried = f" (tried {num_tries} times in {time.monotonic() - started_s:.0f} s)" if num_tries > 1 else ""
+        raise StorageError(f"cannot {action}: {one_line(error)}{tried}") from error
+
+
+def _is_worth_another_try(error: BaseException) -> bool:
+    is_failure = isinstance(error, Exception) and not isinstance(
+        error, (FileNotFoundError, FileExistsError, CageError)
+    )
+    return is_failure and may_pass(error)
 
 
 def may_pass(error: BaseException) -> bool:

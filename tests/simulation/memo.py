@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import tenacity
 
 from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
@@ -223,6 +224,9 @@ def plan_from_json(data: bytes, *, source: str = "") -> Plan:
 
 def plan_to_json(self: Plan) -> bytes:
     return bytes(_once(("json", id(self)), lambda: (self, _to_json(self)))[1])
+
+
+wait_chain, wait_random = functools.cache(tenacity.wait_chain), functools.cache(tenacity.wait_random)
 
 
 def render_card(plan: Plan, records: Any, errors: Any) -> bytes:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 from collections.abc import Iterator
 from typing import Any
+
+from tenacity import stop_never
 
 from pipeline.cluster.host_actors import RayHost
 from pipeline.errors import HostError
@@ -172,8 +173,8 @@ MUTANTS: dict[str, dict[str, Any]] = {
     "failed rows count as aligned": {f"{FILES}.describe": count_failed_as_aligned},
     "stores that overwrite are not refused": {"pipeline.storage.run.check_exclusive": lambda store: None},
     "retries are without bound": {
-        "pipeline.stores.retries.WAITS_S": (0.5, 2.0, *[8.0] * 100_000),
-        "pipeline.stores.retries.GIVE_UP_S": math.inf,
+        "pipeline.stores.retries.stop_after_attempt": lambda tries: stop_never,
+        "pipeline.stores.retries.stop_after_delay": lambda seconds: stop_never,
     },
     "answers are waited for without limit": {"pipeline.cluster.host_actors.RayHost._get": get_without_limit},
     "the stall watch never fires": {"pipeline.monitoring.stall._StallCheck.run": wait_for_the_end},

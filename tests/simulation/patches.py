@@ -128,7 +128,7 @@ SIMULATED: dict[str, dict[str, Any]] = {
         "check_name": memo.check_name,
     },
     "pipeline.stores.object_store": {"file_system": lambda scheme: Current.bucket, "check_name": memo.check_name},
-    "pipeline.stores.retries": {"time": Time, "random": Random},
+    "pipeline.stores.retries": {"time": Time, "wait_chain": memo.wait_chain, "wait_random": memo.wait_random},
     "pipeline.worker.sampling_host": {"solve_and_sample": hosts.solve_once},
     "pipeline.worker.start": {
         "start_drafting": hosts.start_drafting,
@@ -136,6 +136,10 @@ SIMULATED: dict[str, dict[str, Any]] = {
         "start_sampling": hosts.start_sampling,
         "start_scoring": hosts.start_scoring,
     },
+    # retries wait by the clock of their library
+    "tenacity": {"time": Time},
+    "tenacity.nap": {"time": Time},
+    "tenacity.wait": {"random": Random},
 }
 
 NEEDS_NOTHING = {
