@@ -131,6 +131,8 @@ def save_random_model(shape: str, folder: Path, *, num_telling: int | None = Non
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {"model_type": "llama", "max_position_embeddings": 8192, **SHAPES[shape]}
+    if num_telling is not None:  # a head that is sure and reads embeddings draws every token again and again
+        settings["tie_word_embeddings"] = False
     device = pick_device("auto")
     torch.manual_seed(0)
     torch.set_default_dtype(pick_dtype("auto", device))

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -234,7 +234,8 @@ class _Decoded:
 
 
 class _Bench:
-    """Loads the model once for each temperature, which hosts draw by.
+    """Loads the model once for each temperature, which hosts draw by; on a GPU for each set of rules as well, by
+    which a host records its games or does not.
 
     Attributes:
         is_on_gpu: whether the base is.
@@ -243,9 +244,9 @@ class _Bench:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self.is_on_gpu = pick_device(setup.device).type == "cuda"
-        self._loaded: dict[float, Hosts] = {}
+        self._loaded: dict[Hashable, Hosts] = {}
         self._draft_models: dict[float, DraftModel] = {}
-        self._num_slots: dict[float, int] = {}
+        self._num_slots: dict[Hashable, int] = {}
         self._existing: dict[str, list[Row]] = {}
 
     def check(self, workload: Workload, num_slots: int) -> None:
@@ -327,8 +328,9 @@ class _Bench:
             return rows
         if how not in self._existing:
             asked = [replace(row, messages=_shortened(row)) for row in rows] if how == "short" else rows
-            by_base = {"rule": "base", "seed": int(how == "seed")}
-            maker = replace(workload, decoding=by_base)
+            # with weights of 0 the base draws by itself, whatever the rule: no other host has to be loaded
+            asked = [replace(row, weights=dict.fromkeys(PRINCIPALS, 0.0)) for row in asked]
+            maker = replace(workload, decoding={**workload.decoding, "seed": int(how == "seed")})
             records = self._decode(maker, asked, max(len(rows), 1), {"draft": "off"}).records
             self._existing[how] = [replace(row, response=records[row.row_id, 0, 0].response) for row in rows]
         return self._existing[how]
@@ -336,11 +338,15 @@ class _Bench:
     def _decode(self, workload: Workload, rows: Sequence[Row], num_slots: int, drafts: Tree) -> _Decoded:
         config = self._config(workload, num_slots, drafts)
         assembly, variants = self._assemble(config), lay_out(config)
-        engine = make_engine(assembly, self._hosts(assembly), draft_model=self._draft_model(assembly))
-        # a new number of rows has passes recorded anew on a GPU, and elsewhere rows are to be forgotten
-        if not self.is_on_gpu or self._num_slots.get(workload.temperature) != num_slots:
+        key = workload.temperature, frozenset(each.rule for each in variants) if self.is_on_gpu else None
+        if key not in self._loaded:
+            specs = tuple(replace(spec, drafts=True) for spec in assembly.hosts)
+            self._loaded[key] = start_hosts(replace(assembly, hosts=specs))
+        engine = make_engine(assembly, self._loaded[key], draft_model=self._draft_model(assembly))
+        # on a GPU that has passes recorded again; elsewhere rows are to be forgotten
+        if not self.is_on_gpu or self._num_slots.get(key) != num_slots:
             engine.resize()
-            self._num_slots[workload.temperature] = num_slots
+            self._num_slots[key] = num_slots
         self._wait()
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         found = decode_rows(engine, rows, num_variants=len(variants), num_samples=config.decoding.n)
@@ -351,14 +357,6 @@ class _Bench:
     def _wait(self) -> None:
         if self.is_on_gpu:
             torch.cuda.synchronize()
-
-    def _hosts(self, assembly: Assembly) -> Hosts:
-        """The loaded hosts, which verify drafts."""
-        temperature = assembly.config.decoding.temperature
-        if temperature not in self._loaded:
-            specs = tuple(replace(spec, drafts=True) for spec in assembly.hosts)
-            self._loaded[temperature] = start_hosts(replace(assembly, hosts=specs))
-        return self._loaded[temperature]
 
     def _draft_model(self, assembly: Assembly) -> DraftModel | None:
         """The loaded model that proposes tokens, which knows no text; None where none does."""
