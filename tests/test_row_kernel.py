@@ -16,6 +16,7 @@ from support.row_kernels import check_following, check_kernel
 from pipeline.attention import rows as row_attention
 from pipeline.attention.plain import AttentionTerms
 from pipeline.attention.visibility import Visibility
+from pipeline.protocol import messages
 from pipeline.protocol.messages import Admission, Draft, Step
 
 pytest.importorskip("triton", reason="triton is not installed; see `make kernels`")
@@ -74,8 +75,16 @@ def test_it_compiles_for_gpus_and_spills_no_register_of_half_types(capability, t
         assert dtype == "fp32" or int(stack_bytes) == 0
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The interpreter takes a while for each row."""
+    monkeypatch.setattr(messages, "PASS_ROWS", 16)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_a_runner_that_attends_with_the_kernel_gives_the_logits_of_one_that_does_not(tiny, kind, monkeypatch):
+def test_a_runner_that_attends_with_the_kernel_gives_the_logits_of_one_that_does_not(
+    tiny, kind, few_rows, monkeypatch
+):
     prompts = [[3, 9, 4], list(range(70)), [7] * 30, [5, 6]]
     plain, fast = (runner_of(tiny(kind), strict=True, num_slots=4, has_fixed_shapes=each) for each in (False, True))
     calls = []
@@ -93,11 +102,11 @@ def test_a_runner_that_attends_with_the_kernel_gives_the_logits_of_one_that_does
     assert len(calls) == 2 * 2 * 5  # two layers, the passes of two calls
 
 
-def test_drafted_tokens_have_the_bits_of_tokens_one_after_another(tiny, monkeypatch):
+def test_drafted_tokens_have_the_bits_of_tokens_one_after_another(tiny, few_rows, monkeypatch):
     """With the kernel, in passes of one shape; a free slot's number and a lane are where their logits are kept."""
-    monkeypatch.setattr(row_attention, "serves", lambda keys, values: True)
     spec = replace(spec_of(tiny(), num_slots=4), drafts=True)
     one_by_one, drafting = (load_in_slots(spec, has_fixed_shapes=True) for _ in range(2))
+    monkeypatch.setattr(row_attention, "serves", lambda keys, values: True)
     texts = {0: [3, 9, 4, 8, 8, 7], 2: [*range(40, 75)]}
     admissions = [Admission(slot, {"a": text, "b": text[1:]}) for slot, text in texts.items()]
     tokens, wrong = {0: [11, 12, 13, 14], 2: [21, 22, 23, 24]}, [90, 91]
