@@ -19,6 +19,7 @@ class Evaluation:
         agent_temperatures: `grid.agent_temperatures`, of which each rule has a curve over KL. Without any, rows have
             the scale's target of KL, which games over whole answers cannot have.
         begin: agent temperature at which rows with that target begin; None: the scale's.
+        part: what tells it from another evaluation of the same principals, in its name.
     """
 
     principals: str
@@ -28,6 +29,7 @@ class Evaluation:
     unit: str = "token"
     agent_temperatures: tuple[float, ...] = ()
     begin: float | None = None
+    part: str = ""
 
     @property
     def at(self) -> str:
@@ -37,7 +39,7 @@ class Evaluation:
     @property
     def name(self) -> str:
         """Of its stage and folder."""
-        return f"{self.principals}-{self.unit}-{self.at}"
+        return f"{self.principals}-{self.unit}-{self.at}{self.part and '-'}{self.part}"
 
     @property
     def kind(self) -> str:
@@ -115,6 +117,7 @@ class Scale:
 TOKEN_RULES = ("base", "linear", "mixture", "maximin", "equilibrium", "soft_threshold")
 ANSWER_RULES = ("base", "linear", "mixture", "maximin", "equilibrium")
 TWO_RULES = ("base", "linear", "equilibrium")
+QUICK_RULES = ("base", "linear", "mixture", "equilibrium")
 FEW_RULES = ("base", "linear", "equilibrium", "soft_threshold")
 ELEVEN = tuple(round(0.1 * at, 1) for at in range(11))
 ASKED = (0.2, 0.5, 0.8)  # weights of the what-if questions
@@ -157,6 +160,27 @@ FULL = Scale(
     games=2000,
     starts=20,
 )
+GPU = replace(
+    FULL,
+    name="gpu",
+    duration="about five minutes of a GPU, and some of a processor for the what-if questions",
+    evaluations=(
+        Evaluation("trained_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("aware_tone", (*TWO_RULES, "parm"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("prompted_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_PROMPTED),
+        Evaluation("trained_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("prompted_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_PROMPTED),
+        Evaluation("trained_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", OF_ANSWERS),
+        Evaluation("prompted_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", OF_ANSWERS),
+        Evaluation("value_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("small_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
+        # maximin has a problem within each game that takes many steps, so it has fewer weights
+        Evaluation(
+            "trained_tone", ("base", "linear", "maximin"), ASKED, 200, agent_temperatures=OF_TRAINED, part="maximin"
+        ),
+    ),
+    slots=128,
+)
 MEDIUM = Scale(
     name="medium",
     duration="about half an hour of one idle core",
@@ -188,6 +212,15 @@ OTHER = replace(
         Evaluation("aware_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", (1.0, 2.0, 4.0, 8.0)),
     ),
 )
+KINDS = replace(
+    OTHER,
+    name="kinds",
+    duration="about an hour of one idle core",
+    evaluations=(
+        Evaluation("small_tone", TWO_RULES, EQUAL, 100, agent_temperatures=(0.5, 1.0, 2.0)),
+        Evaluation("value_tone", TWO_RULES, EQUAL, 40, agent_temperatures=(0.05, 0.1, 0.2)),
+    ),
+)
 SMALL = Scale(
     name="small",
     duration="about an hour on two idle cores",
@@ -205,4 +238,4 @@ SMALL = Scale(
     games=200,
     starts=4,
 )
-SCALES = {scale.name: scale for scale in (FULL, MEDIUM, OTHER, SMALL)}
+SCALES = {scale.name: scale for scale in (FULL, GPU, MEDIUM, OTHER, KINDS, SMALL)}
