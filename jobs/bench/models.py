@@ -38,7 +38,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 32_000, "tie_word_embeddings": False},
 }  # fmt: skip
-SURE, FAINT = 6.0, 0.1  # times ordinary random weights: of a head, and of what later layers add
+SURE, FAINT = 3.0, 0.1  # times ordinary random weights: of a head, and of what later layers add
 PRINCIPLE_TOKENS = 24
 ADAPTER_RANK = 16
 
