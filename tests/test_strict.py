@@ -14,8 +14,8 @@ from support.sampling_hosts import MANY_ROWS, PAIR
 
 from pipeline.attention.plain import attend_batch
 from pipeline.attention.slots import SlotCache
-from pipeline.worker import language_model_runner
 from pipeline.protocol.messages import PASS_ROWS
+from pipeline.worker import language_model_runner
 from pipeline.worker.forward_passes import PROMPT_SHAPE
 
 
