@@ -17,8 +17,7 @@ def draw_answers(scale: Scale, judged: Sequence[Json], place: Path) -> None:
     """A chart of every evaluation: scores by weight at a target of KL, by KL over a sweep of agent temperatures."""
     for evaluation in judged:
         names, prompts = PAIRS[evaluation["set"].partition("_")[2]], evaluation["prompts"]
-        words = (scale.name, evaluation["set"], evaluation["unit"], evaluation["at"], evaluation.get("part"))
-        file = place / f"{'-'.join(filter(None, words))}.svg"
+        file = place / f"{scale.name}-{evaluation['set']}-{evaluation['unit']}-{evaluation['at']}.svg"
         if evaluation["at"] == "kl":
             panels = _by_weight(evaluation["points"], names)
             title = f"Mean scores of answers to {prompts} held-out prompts (target: {scale.target_kl:g} nats a token)"

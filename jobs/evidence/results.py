@@ -107,7 +107,6 @@ def evaluations(scale: Scale, folder: Path) -> Iterator[Json]:
             metrics = json.loads(file.read_text(encoding="utf-8"))
             yield {
                 "set": evaluation.principals,
-                "part": evaluation.part,
                 "unit": evaluation.unit,
                 "at": evaluation.at,
                 "prompts": metrics["num_prompts"],

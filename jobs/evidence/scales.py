@@ -19,7 +19,6 @@ class Evaluation:
         agent_temperatures: `grid.agent_temperatures`, of which each rule has a curve over KL. Without any, rows have
             the scale's target of KL, which games over whole answers cannot have.
         begin: agent temperature at which rows with that target begin; None: the scale's.
-        part: what tells it from another evaluation of the same principals, in its name.
     """
 
     principals: str
@@ -29,7 +28,6 @@ class Evaluation:
     unit: str = "token"
     agent_temperatures: tuple[float, ...] = ()
     begin: float | None = None
-    part: str = ""
 
     @property
     def at(self) -> str:
@@ -39,7 +37,7 @@ class Evaluation:
     @property
     def name(self) -> str:
         """Of its stage and folder."""
-        return f"{self.principals}-{self.unit}-{self.at}{self.part and '-'}{self.part}"
+        return f"{self.principals}-{self.unit}-{self.at}"
 
     @property
     def kind(self) -> str:
@@ -163,21 +161,11 @@ FULL = Scale(
 GPU = replace(
     FULL,
     name="gpu",
-    duration="about five minutes of a GPU, and some of a processor for the what-if questions",
+    duration="about three and a half minutes of a GPU, for which both evaluations ran side by side",
+    halves=(),
     evaluations=(
-        Evaluation("trained_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
-        Evaluation("aware_tone", (*TWO_RULES, "parm"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
         Evaluation("prompted_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_PROMPTED),
-        Evaluation("trained_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
         Evaluation("prompted_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_PROMPTED),
-        Evaluation("trained_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", OF_ANSWERS),
-        Evaluation("prompted_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", OF_ANSWERS),
-        Evaluation("value_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
-        Evaluation("small_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
-        # maximin has a problem within each game that takes many steps, so it has fewer weights
-        Evaluation(
-            "trained_tone", ("base", "linear", "maximin"), ASKED, 200, agent_temperatures=OF_TRAINED, part="maximin"
-        ),
     ),
     slots=128,
 )

@@ -216,7 +216,7 @@ def _scored_training(scale: Scale, folder: Path, kind: str, pair: str) -> Stage:
 
 def _evaluation(scale: Scale, folder: Path, evaluation: Evaluation) -> Stage:
     """Answers to the held-out prompts, and what judges say of them."""
-    half, names = scale.halves[0], PAIRS[evaluation.pair]
+    half, names = next(iter(scale.halves), ""), PAIRS[evaluation.pair]  # prompted principals need none
     vectors = [dict(zip(names, (weight, round(1 - weight, 2)), strict=True)) for weight in evaluation.weights]
     words = [
         f"input.path={folder}/prompts/held_out.jsonl",
