@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.family_kinds import others_nightly
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from jobs.commands.models import markdown_table, run_models
@@ -139,33 +140,7 @@ def test_whether_a_family_is_split_is_what_its_plan_says():
         assert reason == read_table().families[name].reasons.get("tensor_parallel")
 
 
-def entry_of(name):
-    """What the table says of a family, without its reasons' words."""
-    family = read_table().families[name]
-    return str(replace(family, reasons={})), frozenset(family.reasons), FAMILIES[name].is_composite
-
-
-def layers_of(name):
-    """The kinds of a family's layers, for which hosts have code of their own."""
-    text = make_config(name).get_text_config(decoder=True)
-    types = frozenset(getattr(text, "layer_types", None) or ())
-    return types, bool(getattr(text, "sliding_window", None)), *plan_kind(name)[2:]
-
-
-def of_each_kind():
-    """A family for each kind of entry in the table, and one for each kind of layers that these do not have."""
-    chosen = {entry_of(name): name for name in reversed(MADE)}
-    layers = set(map(layers_of, chosen.values()))
-    others = {layers_of(name): name for name in reversed(MADE)}
-    return {*chosen.values(), *(name for kind, name in others.items() if kind not in layers)}
-
-
-MEASURED = of_each_kind()
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in MEASURED else pytest.param(name, marks=pytest.mark.nightly) for name in MADE]
-)
+@pytest.mark.parametrize("name", others_nightly(MADE))
 def test_a_family_is_decoded_as_generate_decodes_it_and_as_the_table_says(name):
     found, said = measure(name), read_table().families[name]  # which raises where an answer or a bit differs
     if found.decoding == PLAIN and said.decoding == SLOTS:  # a processor on which its kernels are not reproducible
