@@ -11,7 +11,7 @@ from jobs.bench.rules import RULES, gain_at, make_games, run_bench_rules
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_is_brought_to_its_target(name):
-    gain, kl = gain_at(RULES[name], *make_games(40, 2, tokens=1.0, steps=1.0, noise=0.3), 0.2)
+    gain, kl = gain_at(RULES[name], *make_games(20, 2, tokens=1.0, steps=1.0, noise=0.3), 0.2)
     assert kl == pytest.approx(0.2, rel=1e-4)
     assert gain > 0
 
@@ -28,7 +28,9 @@ def test_a_threshold_loses_on_dense_clean_signals_and_wins_on_sparse_noisy_ones(
 def test_the_measurements_are_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("jobs.bench.rules.SHARES", ((1.0, 1.0),))
     monkeypatch.setattr("jobs.bench.rules.NOISES", (1.0,))
-    run_bench_rules(games=20, principals=3, json_file=tmp_path / "rules.json")
+    monkeypatch.setattr("jobs.bench.rules.TARGETS", (0.4,))
+    monkeypatch.setattr("jobs.bench.rules.NUM_HALVINGS", 6)
+    run_bench_rules(games=5, principals=3, json_file=tmp_path / "rules.json")
     gains = json.loads((tmp_path / "rules.json").read_text())["gains"]
     assert {gain["rule"] for gain in gains} == set(RULES)
     assert all(gain["ratio"] == 1 for gain in gains if gain["rule"] == "linear")

@@ -43,6 +43,19 @@ def test_every_kind_of_workload_is_measured_and_written(tiny, tmp_path, monkeypa
     assert "passes a token" in capsys.readouterr().out
 
 
+def test_a_shape_has_random_weights_and_prompts_and_a_quarter_of_its_layers_propose(tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--shape", "1M", "--rows", "2", "--max-new-tokens", "4", "--slots", "2"]
+    workloads = ["--workload", "relabel: base's own, tau 1", "--workload", "weak-to-strong: greedy"]
+    done = CliRunner().invoke(
+        bench, ["speculation", *options, *workloads, "--json", str(out)], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    found = json.loads(out.read_text())
+    assert (found["model"], found["draft_model"]["layers"]) == ("random 1M", 1)  # of four
+    assert [case["tokens"] for case in found["cases"]] == [8, 8]
+
+
 def test_five_sixths_of_the_bases_layers_propose_where_no_number_is_given(tiny, tmp_path):
     prompts, out = write_prompts(tmp_path / "in.jsonl", 1), tmp_path / "out.json"
     options = ["--rows", "1", "--max-new-tokens", "2", "--slots", "1", "--workload", "weak-to-strong: greedy"]
@@ -68,5 +81,7 @@ def test_a_workload_that_is_unknown_is_refused(tmp_path):
     options["json_file"] = None
     with pytest.raises(ConfigurationError, match="of one of: relabel"):
         run_bench_speculation(prompts=tmp_path, workloads=["chat"], **options)
+    with pytest.raises(ConfigurationError, match="--shape must be one of 1M, "):
+        run_bench_speculation(prompts=tmp_path, workloads=[], shape="2B", **options)
     with pytest.raises(ConfigurationError, match="there is no file"):
         run_bench_speculation(prompts=tmp_path / "none", workloads=[], **options)

@@ -50,7 +50,8 @@ def first_step(lone):
 @pytest.mark.parametrize("decoding", [{}, {"min_p": 0.05, "top_p": 0.9}, {"temperature": 0}, {"candidates": 7}])
 @pytest.mark.parametrize("num_principals", [1, 2, 4])
 def test_answers_are_those_of_the_solver_that_checks(tiny, monkeypatch, num_principals, decoding):
-    checking, lone = both(tiny, dict(list(FOUR.items())[:num_principals]), **decoding)
+    principals = dict(list(FOUR.items())[:num_principals])
+    checking, lone = both(tiny, principals, max_new_tokens=9, **decoding)
     graphs = watch_graphs(monkeypatch)
     expected = checking.decode()
     assert not graphs
@@ -63,7 +64,7 @@ def test_answers_are_those_of_the_solver_that_checks(tiny, monkeypatch, num_prin
 def test_games_that_need_more_steps_get_them_and_what_followed_is_computed_again(
     tiny, monkeypatch, ladder, principals
 ):
-    checking, lone = both(tiny, principals, agent_temperature=0.05)
+    checking, lone = both(tiny, principals, agent_temperature=0.05, max_new_tokens=9)
     monkeypatch.setattr(captured_sampling, "NUM_STEPS", ladder)
     monkeypatch.setattr(captured_sampling, "NUM_STEPS_OF_PATHS", ladder)
     before = [each.runner.num_forwards for each in (checking, lone)]

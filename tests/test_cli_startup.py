@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs import cli
+
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "transformers", "ray", "datasets", "pandas", "scipy", "tokenizers", "huggingface_hub", "fsspec"}
 
@@ -60,9 +62,10 @@ def folder(tiny, judge, tmp_path_factory) -> Path:
         (folder / f"{job}.yaml").write_text(
             yaml.safe_dump({**tree, **section, "output": {"path": str(folder / job)}})
         )
-        done, modules = cage(job, "-c", str(folder / f"{job}.yaml"))
-        assert done.returncode == 0, done.stderr
-        assert "torch" in modules  # so that a module that is imported is seen
+        cli.app((job, "-c", str(folder / f"{job}.yaml")), standalone_mode=False)
+    done, modules = cage("relabel", "-c", str(folder / "relabel.yaml"), f"output.path={folder / 'other'}")
+    assert done.returncode == 0, done.stderr
+    assert "torch" in modules  # so that a module that is imported is seen
     return folder
 
 

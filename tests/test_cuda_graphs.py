@@ -80,7 +80,8 @@ def test_captured_passes_give_every_token_its_own_adapter(tiny, tmp_path, pools)
 @pytest.mark.parametrize("decoding", [{}, {"min_p": 0.05, "top_p": 0.9}, {"candidates": "all"}])
 @pytest.mark.parametrize("num_principals", [1, 2, 3])
 def test_captured_games_are_drawn_as_games_that_are_not(tiny, num_principals, decoding, pools):
-    config = config_of_lone_host(tiny(), dict(list(FOUR.items())[:num_principals]), **decoding)
+    principals = dict(list(FOUR.items())[:num_principals])
+    config = config_of_lone_host(tiny(), principals, max_new_tokens=9, **decoding)
     found = LoneHost.start(config, captures=True).decode()
     assert {"games"} < captured_names(pools)  # and at least one number of steps
     assert_same(LoneHost.start(config, captures=False).decode(), found)

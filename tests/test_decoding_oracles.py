@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +26,14 @@ PAIR = {
 }
 
 
+@cache
+def loaded(folder: Path) -> tuple[Any, Any]:
+    return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+
+
+@cache
 def generate(folder: Path, text: str, max_new_tokens: int) -> tuple[str, int]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = loaded(folder)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
@@ -54,10 +61,10 @@ def test_the_embedded_model_greedy_equals_generate(cache_folder):
 
     folder = prepare_embedded(cache_folder)
     rows = [ask("a", "Why is the sky blue?"), ask("b", "Name three fruits."), ask("c", "Hi!")]
-    decoding = {"rule": "base", "temperature": 0, "max_new_tokens": 24}
+    decoding = {"rule": "base", "temperature": 0, "max_new_tokens": 12}
     records = decode(config_of("smollm2-135m", ZERO, decoding=decoding), rows, cache_folder)
     for row in rows:
-        expected = generate(folder, row.messages[0]["content"], 24)
+        expected = generate(folder, row.messages[0]["content"], 12)
         assert (records[row.row_id].response, records[row.row_id].num_tokens) == expected
 
 

@@ -100,7 +100,7 @@ def test_drafts_without_an_effect_are_refused(words):
         config_of("base", PRINCIPALS, **REFUSED[words])
 
 
-@pytest.mark.parametrize("kind", ["states", "unsaid", "rows", "reward_model", "tokens", "gpu", "gpus"])
+@pytest.mark.parametrize("kind", ["states", "unsaid", "rows", "reward_model", "tokens"])
 def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, judge, tmp_path, kind):
     base, principals = {"model": str(tiny())}, dict(PRINCIPALS)
     if kind == "states":
@@ -109,10 +109,6 @@ def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, jud
         base, says = {"model": str(make_family(tmp_path / "m", "mamba"))}, "keeps states"
     elif kind == "rows":
         base, says = {**base, "attention": "plain"}, "one row at a time"
-    elif kind == "gpu":
-        base, says = {**base, "device": "cuda"}, "on a GPU"
-    elif kind == "gpus":
-        base, says = {**base, "pipeline_parallel": 2}, "on a GPU"
     elif kind == "tokens":
         other = make_model(tmp_path / "m", tokenizer=make_pair_tokenizer())
         principals["other"] = {"kind": "arm", "model": str(other), "reference": "none"}
@@ -135,6 +131,25 @@ def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, jud
         assemble(config("lookup"), NOWHERE)
     with pytest.raises(ConfigurationError, match=rf"decoding\.draft_model has no effect: .*{says}"):
         assemble(config("auto", draft_model=str(tiny())), NOWHERE)
+
+
+@pytest.mark.parametrize("section", [{"device": "cuda"}, {"pipeline_parallel": 2}])
+def test_the_plan_says_what_passes_on_a_gpu_have_room_for(tiny, tmp_path, section):
+    def described(**cluster):
+        sections = {"cluster": cluster, "input": {"path": str(write_prompts(tmp_path / "in.jsonl"))}}
+        base = {"model": str(tiny()), **section}
+        config = config_of(base, PRINCIPALS, decoding={"draft": ["lookup"]}, **sections)
+        prepared = prepare(config, NOWHERE)
+        replica = plan_replica(config, prepared.models, NOWHERE)
+        assert replica.hosts[0].drafts
+        text = describe_plan(prepared.plan, replica)
+        return next(line for line in text.splitlines() if line.startswith("drafts "))
+
+    assert described(slots=4).endswith(
+        "a full batch of 4 slots has room for 17 on a GPU, each slot without a row for one more"
+    )
+    assert described(slots=21).endswith("has room for 0 on a GPU, each slot without a row for one more")
+    assert described(slots="auto").endswith("where that takes less time")
 
 
 def test_a_run_counts_its_passes_and_its_bytes_are_those_of_a_run_without_drafts(tiny, tmp_path):

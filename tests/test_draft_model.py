@@ -470,6 +470,30 @@ def test_a_model_whose_weights_need_a_gpu_is_refused_before_it_is_loaded(tiny, m
     assert (f"decoding.draft_model: {tiny(seed=2)}", None) in checked
 
 
+@pytest.mark.parametrize(
+    ("device", "base", "transport", "found"),
+    [
+        ("auto", "auto", "local", "auto"),
+        ("auto", "cpu", "local", "cpu"),
+        ("auto", "auto", "ray", "cpu"),
+        ("cuda:1", "cpu", "local", "cuda:1"),
+    ],
+)
+def test_the_model_is_beside_the_coordinator(tiny, device, base, transport, found):
+    decoding = {"draft": ["model"], "draft_model": {"model": str(tiny(seed=2)), "device": device}}
+    sections = {"cluster": {"transport": transport}, "decoding": decoding}
+    assembly = assemble(config_of({"model": str(tiny()), "device": base}, PAIR, **sections), NOWHERE)
+    assert assembly.draft.device == found
+
+
+def test_over_ray_the_coordinator_has_no_gpu_for_the_model(tiny):
+    decoding = {"draft": ["model"], "draft_model": {"layers": 1, "device": "cuda"}}
+    with pytest.raises(
+        ConfigurationError, match=r"decoding\.draft_model\.device: cuda needs cluster\.transport: local"
+    ):
+        assemble(config_of(tiny(), PAIR, decoding=decoding), NOWHERE)
+
+
 def test_a_model_that_finds_no_memory_at_its_start_is_left_out(tiny, monkeypatch):
     def lacks(*_):
         raise MemoryError("no room")
@@ -482,7 +506,7 @@ def test_a_model_that_finds_no_memory_at_its_start_is_left_out(tiny, monkeypatch
 
 
 def test_hosts_whose_device_verifies_nothing_are_named(tiny, monkeypatch):
-    monkeypatch.setattr(engines, "_verifies_drafts", lambda client: False)
+    monkeypatch.setattr(engines, "_rows_of_slot", lambda client: None)
     config = config_of(tiny(), PAIR, decoding={"draft": ["lookup"]})
     with pytest.warns(RuntimeWarning, match="decoding.draft has no effect.* no proposed tokens: base"):
         engine, _ = engine_of(config)
@@ -571,5 +595,5 @@ def test_a_run_has_the_same_bytes_and_the_plan_names_the_model(tiny, sketch, fre
     prepared = prepare(with_model, NOWHERE)
     text = describe_plan(prepared.plan, plan_replica(with_model, prepared.models, NOWHERE))
     assert f"drafts    model ({folder})" in text
-    assert any(line.startswith("draft ") and "cpu" in line for line in text.splitlines())
+    assert any(line.startswith("draft ") and "auto" in line for line in text.splitlines())
     assert run_job(config("on"), tmp_path)[1] is False  # complete, whatever is said of drafts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
 import time
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from jobs.evidence import questions
 from jobs.evidence.__main__ import run
 from jobs.evidence.charts import Panel, write_chart
 from jobs.evidence.drawing import draw_answers, draw_questions
+from jobs.evidence.machine import machine
 from jobs.evidence.prompts import questions_more, split, write_prompts
 from jobs.evidence.results import ask, evaluations, facts, prediction, trainings
 from jobs.evidence.scales import MEDIUM, SCALES, SMALL, Evaluation
@@ -128,11 +130,21 @@ def test_a_stage_that_is_done_is_not_run_again(tmp_path):
     marks.run(stage)
     assert marks.is_done(stage)
     assert not marks.is_done(Stage("one", stage.command, "otherwise"))
-    assert marks.durations(stage).keys() == {"seconds", "core_seconds", "ended"}
+    assert marks.durations(stage).keys() == {"seconds", "core_seconds", "machine", "ended"}
     failing = Stage("two", ("relabel", "-c", str(tmp_path / "missing.yaml")), "as it is")
     with pytest.raises(StageFailed, match="stage two: cage relabel ended with code 2"):
         marks.run(failing)
     assert not marks.is_done(failing)
+
+
+def test_a_stage_says_what_it_ran_on(tmp_path):
+    cpu = tmp_path / "cpuinfo"
+    cpu.write_text("processor\t: 0\nmodel name\t: Some CPU\nmodel name\t: Some CPU\n")
+    assert machine(tmp_path, cpu) == "Some CPU"
+    (tmp_path / "0000:01").mkdir()
+    (tmp_path / "0000:01/information").write_text("Model: \t\t Some GPU\nIRQ: 1\n")
+    assert machine(tmp_path, cpu) == "Some GPU"
+    assert machine(tmp_path / "none", tmp_path / "none") == platform.machine()
 
 
 def test_what_an_interrupted_stage_took_is_counted(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.family_kinds import others_nightly
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from jobs.commands.models import markdown_table, run_models
@@ -89,7 +90,7 @@ def test_two_ranks_decode_a_family_as_one_process_does(name, ranks, tmp_path):
 SPREAD = [name for name in MADE if read_table().families[name].is_pipeline_parallel]
 
 
-@pytest.mark.parametrize("name", [*SOME_KINDS, *[name for name in SPREAD if name not in SPLIT][::12]])
+@pytest.mark.parametrize("name", [*SOME_KINDS, *[name for name in SPREAD if name not in SPLIT][::24]])
 def test_two_devices_give_the_bits_of_one(name, tmp_path):
     make_random_model(name).save_pretrained(tmp_path / "model")
     spec = host_spec(tmp_path / "model")
@@ -139,7 +140,7 @@ def test_whether_a_family_is_split_is_what_its_plan_says():
         assert reason == read_table().families[name].reasons.get("tensor_parallel")
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", others_nightly(MADE))
 def test_a_family_is_decoded_as_generate_decodes_it_and_as_the_table_says(name):
     found, said = measure(name), read_table().families[name]  # which raises where an answer or a bit differs
     if found.decoding == PLAIN and said.decoding == SLOTS:  # a processor on which its kernels are not reproducible

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from support.decoding import config_of, decode
+from support.decoding import NOWHERE, config_of, decode
 from support.language_models import (
     ADAPTER_ROLES,
     ADAPTER_SKIPS,
@@ -17,11 +18,19 @@ from support.language_models import (
     runner_of,
 )
 from support.lora import make_lora
-from support.row_kernels import check_kernel
+from support.row_kernels import check_following, check_kernel
 from support.sampling_hosts import FOUR, MANY_ROWS, PAIR, watch_pools
+from support.unreliable import FreePace
 
 from pipeline.attention.plain import AttentionTerms
 from pipeline.attention.visibility import Visibility
+from pipeline.engine import drafting
+from pipeline.engine.engine import decode_rows
+from pipeline.engine.lead import Lead
+from pipeline.engine.model_drafts import ModelDrafts
+from pipeline.runtime.assembly import assemble
+from pipeline.runtime.engines import make_engine
+from pipeline.runtime.local_hosts import start_hosts
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +58,15 @@ def test_the_kernel_knows_softcaps_sinks_and_chunks(dtype, extras, visibility):
     sinks = torch.linspace(-2, 4, 6, device="cuda") if extras.get("sinks") else None
     terms = AttentionTerms(visibility=visibility, softcap=extras.get("softcap"), sinks=sinks)
     check_kernel("cuda", dtype, terms, num_heads=6, num_kv_heads=2, width=16)
+
+
+@pytest.mark.parametrize("terms", [AttentionTerms(), AttentionTerms(visibility=Visibility(3), softcap=3.0)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "width"), [(4, 4, 64), (9, 3, 80), (32, 8, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_follow_one_another_in_a_pass_get_the_bits_of_passes_of_their_own(
+    dtype, num_heads, num_kv_heads, width, terms
+):
+    check_following("cuda", dtype, terms, num_heads=num_heads, num_kv_heads=num_kv_heads, width=width)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,6 +183,87 @@ def test_games_along_a_path_are_captured_and_give_the_answers_of_the_cpu(tiny, n
     assert any("games" in pool.captured and len(pool.captured) > 1 for pool in pools)  # and one that solves them
     same = sum(texts[0][row_id] == texts[1][row_id] for row_id in texts[0])
     assert same >= len(MANY_ROWS) - 1  # a draw may fall between the two by rounding
+
+
+GRID = {"rules": ["equilibrium", "linear"], "weights": [{"kind": 1, "brief": 0}, {"kind": 0.5, "brief": 0.5}]}
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype", "reproducibility", "slots"),
+    [
+        ("response", "bfloat16", "strict", 5),
+        ("lookup", "float32", "relaxed", 21),  # with three roles a full batch leaves no room
+        ("siblings", "float32", "strict", 2),  # and games that are not captured
+        ("model", "bfloat16", "strict", 3),
+        ("model", "float32", "relaxed", 4),
+    ],
+)
+def test_drafts_change_no_record_and_save_passes(tiny, monkeypatch, source, dtype, reproducibility, slots):
+    draws = {"model": {"temperature": 1.0, "agent_temperature": 50.0}}.get(source, {"temperature": 0.0})
+    check_drafts(
+        monkeypatch,
+        {"model": str(tiny()), "dtype": dtype, "device": "cuda"},
+        PAIR,
+        source,
+        slots,
+        grid=GRID if source == "siblings" else {},
+        decoding={"reproducibility": reproducibility, **draws},
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_prompted", "rule"), [("bfloat16", 3, "linear"), ("float32", 1, "equilibrium")]
+)
+def test_drafts_of_prompted_principals_and_an_adapter(tiny, tmp_path, monkeypatch, dtype, num_prompted, rule):
+    pytest.importorskip("peft")
+    make_lora(tmp_path / "a", tiny(), "q_proj", "v_proj", "down_proj", seed=3)
+    adapted = {"adapted": {"kind": "arm", "adapter": str(tmp_path / "a"), "weight": 0.3}}
+    principals = {**dict(list(FOUR.items())[:num_prompted]), **adapted}
+    base = {"model": str(tiny()), "dtype": dtype, "device": "cuda"}
+    check_drafts(monkeypatch, base, principals, "siblings", 3, decoding={"temperature": 0.05, "n": 3, "rule": rule})
+
+
+def check_drafts(monkeypatch, base, principals, source, slots, *, decoding, **sections):
+    """Rows have the same records with drafts and without, from a host that has none and from one that has some, and
+    take fewer passes; all of these are recorded. What is drafted is not left to what passes took."""
+    monkeypatch.setattr(drafting, "Pace", FreePace)
+    monkeypatch.setattr(Lead, "is_worth_waiting", lambda self, *_, **__: True)
+    monkeypatch.setattr(ModelDrafts, "_how_many", lambda self, ranked, *_: len(ranked))
+    pools = watch_pools(monkeypatch)
+
+    def assembled(**draft):
+        tree = {"max_new_tokens": 24, "trace": "tokens", "agent_temperature": 1.0, **decoding, **draft}
+        existing = {"input": {"path": "x", "response": "r"}} if source == "response" else {}
+        cluster = {"slots": slots, "transport": "local"}
+        config = config_of(base, principals, decoding=tree, cluster=cluster, **existing, **sections)
+        return assemble(config, NOWHERE)
+
+    def decoded(assembly, hosts, rows):
+        engine = make_engine(assembly, hosts)
+        engine.resize()
+        num_samples = assembly.config.decoding.n
+        found = decode_rows(engine, rows, num_variants=len(assembly.variants), num_samples=num_samples)
+        return {(each.row_id, each.variant, each.sample): each for each in found}
+
+    plain = assembled(draft="off")
+    hosts = start_hosts(plain)
+    rows = MANY_ROWS[:4]
+    expected = decoded(plain, hosts, rows)
+    if source == "response":
+        rows = [replace(row, response=expected[row.row_id, 0, 0].response) for row in rows]
+        expected = decoded(plain, hosts, rows)
+    model = {"draft_model": base["model"]} if source == "model" else {}
+    with_drafts = assembled(draft=[source], **model)
+    found = decoded(with_drafts, start_hosts(with_drafts), rows)
+    assert found.keys() == expected.keys()
+    for key, record in found.items():
+        assert record.tokens == expected[key].tokens, key
+        assert record == expected[key]
+    num_tokens, num_passes = (
+        sum(getattr(each, name) for each in found.values()) for name in ("num_tokens", "num_passes")
+    )
+    assert num_passes < (0.5 * num_tokens if source == "model" else num_tokens - 4)
+    assert sum("rows" in pool.captured for pool in pools) >= (3 if source == "model" else 2)
 
 
 @pytest.mark.parametrize("rule", ["linear", "maximin", "mixture"])

@@ -55,29 +55,21 @@ def two_hosts(tiny):
     return {"principals": {"kind": {"kind": "prompted", "principle": "be kind", "weight": 0.5}, "arm": arm}}
 
 
-@pytest.mark.parametrize("replicas", [2])
-def test_ray_writes_the_bytes_of_one_process(tiny, tmp_path, reference, replicas):
+@pytest.mark.parametrize("kills", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_two_replicas_write_the_bytes_of_one_process_also_where_a_host_is_killed(tiny, tmp_path, reference, kills):
     """Also where passes verify drafts, of texts and of a model in the coordinator's process."""
     prompts, expected = reference
     drafts = {"draft": ["lookup", "model"], "draft_model": str(tiny())}
-    sections = {"cluster": on_ray(replicas=replicas), "decoding": drafts, **two_hosts(tiny)}
+    sections = {"cluster": on_ray(replicas=2), "decoding": drafts, **two_hosts(tiny)}
     config = job(prompts, tmp_path / "run", tiny(), **sections)
-    run, _ = run_job(config, tmp_path)
-    assert parts(tmp_path / "run") == expected
-    hosts = {record.host for record in run.committed().values()}
-    assert len(hosts) == replicas
-
-
-@pytest.mark.parametrize(("point", "nth"), [(Failpoint.MID_STEP, 7)])
-def test_a_host_that_is_killed_is_replaced_and_nothing_changes(tiny, tmp_path, reference, point, nth):
-    prompts, expected = reference
-    sections = {"cluster": on_ray(), "decoding": {"draft": "lookup"}, **two_hosts(tiny)}
-    config = job(prompts, tmp_path / "run", tiny(), **sections)
-    kill = KillAt(point, tmp_path, nth)
-    run, _ = run_job(config, tmp_path, watch=kill)
-    assert kill.has_killed
+    kill = KillAt(Failpoint.MID_STEP, tmp_path, 7)
+    run, _ = run_job(config, tmp_path, watch=kill if kills else None)
     assert run.is_complete
     assert parts(tmp_path / "run") == expected
+    assert len({record.host for record in run.committed().values()}) == 2
+    assert kill.has_killed == kills
+    if not kills:
+        return
     assert {record.attempt for record in run.committed().values()} == {1}
     assert json.loads((tmp_path / "run/_manifest.json").read_text())["recoveries"]["hosts_failed"] == 1
     assert "overcome  hosts replaced 1\n" in describe_status(run)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.family_kinds import others_nightly
 from transformers import AutoModelForSequenceClassification
 
 from jobs.families.configurations import FAMILIES, is_installed, make_config
@@ -82,7 +83,7 @@ def plain_rewards(model, text):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", others_nightly(NAMES))
 def test_rewards_of_a_family_are_those_of_plain_passes_and_no_bit_depends_on_other_rows(name, tmp_path):
     model = make_classifier(tmp_path, name)
     texts = [*prompts(), *(text[:9] for text in prompts())]

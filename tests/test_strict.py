@@ -14,6 +14,7 @@ from support.sampling_hosts import MANY_ROWS, PAIR
 
 from pipeline.attention.plain import attend_batch
 from pipeline.attention.slots import SlotCache
+from pipeline.protocol.messages import PASS_ROWS
 from pipeline.worker import language_model_runner
 from pipeline.worker.forward_passes import PROMPT_SHAPE
 
@@ -44,8 +45,8 @@ def test_passes_of_fixed_shapes_give_the_logits_of_exact_ones(tiny, kind):
             torch.testing.assert_close(of_exact[row], of_fixed[row], atol=1e-4, rtol=0)
     assert fixed.cache_bytes_per_token == exact.cache_bytes_per_token
     assert fixed.cache_bytes_per_token.total() > 0
-    # the pass that makes the buffers, rows of five slots and two roles, and prompts
-    assert shapes == {(1, 1), (1, 10), (1, PROMPT_SHAPE)}
+    # the pass that makes the buffers, rows of five slots and two roles in whole tiles, and prompts
+    assert shapes == {(1, 1), (1, PASS_ROWS), (1, PROMPT_SHAPE)}
 
 
 def test_prompts_in_passes_of_one_shape_give_the_same_bits_in_any_batch(tiny, monkeypatch):

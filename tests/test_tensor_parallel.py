@@ -32,7 +32,7 @@ from pipeline.sections import ModelConfig
 from pipeline.training.settings import TrainConfig
 from pipeline.worker.weights import why_not_finite
 
-DECODING = {"max_new_tokens": 12, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2}
+DECODING = {"max_new_tokens": 8, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def expected(model, adapter):
     return decode_with(assembly, hosts, ROWS, 4)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.nightly)])
 def group(request, model, adapter):
     """The same host split over two and over three ranks."""
     assembly, hosts = open_hosts(config_with(model, adapter, request.param, step_timeout_s=10))

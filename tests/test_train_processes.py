@@ -32,7 +32,8 @@ def run_two(folder: Path, then: str) -> tuple[list[object], list[str], Path]:
     """What both found, and the ranks in which the judge was asked."""
     code, asked = folder / "judges.py", folder / "asked"
     code.write_text(JUDGE.format(asked=str(asked), then=then), encoding="utf-8")
-    port, context = free_port(), multiprocessing.get_context("spawn")
+    port, context = free_port(), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.training_processes", "torch.distributed"])  # imported once for all four
     workers = [context.Process(target=one_of_two, args=(rank, port, code, folder)) for rank in range(2)]
     for worker in workers:
         worker.start()

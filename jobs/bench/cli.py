@@ -127,9 +127,14 @@ def bench_speculation(
             "Default: all of a model that is given; of the base five sixths.",
         ),
     ] = None,
+    device: Annotated[str, typer.Option(help="auto: a GPU where there is one; cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights and prompts in place of --model: 1M, 135M, 1B or 7B.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")] = None,
 ) -> None:
-    """What drafts save on a CPU: relabeling, an evaluation grid, synthesis, weak-to-strong, with and without them."""
+    """What drafts save: relabeling, an evaluation grid, synthesis, weak-to-strong, with and without them."""
     from jobs.bench.speculation import run_bench_speculation
 
     run_bench_speculation(
@@ -142,4 +147,7 @@ def bench_speculation(
         workloads=workload,
         json_file=json_file,
         draft_model={"model": draft_model, "layers": draft_layers},
+        device=device,
+        dtype=dtype,
+        shape=shape,
     )

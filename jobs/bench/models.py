@@ -38,6 +38,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 32_000, "tie_word_embeddings": False},
 }  # fmt: skip
+SURE, FAINT = 3.0, 0.1  # times ordinary random weights: of a head, and of what later layers add
 PRINCIPLE_TOKENS = 24
 ADAPTER_RANK = 16
 
@@ -115,11 +116,23 @@ class GivenPrompts:
         return str(token_id)
 
 
-def save_random_model(shape: str, folder: Path) -> Path:
-    """Write a model of this shape with random weights. Raises KeyError for an unknown shape."""
+def save_random_model(shape: str, folder: Path, *, num_telling: int | None = None) -> Path:
+    """Write a model of this shape with random weights.
+
+    Args:
+        shape: one of SHAPES.
+        folder: to write to.
+        num_telling: so many first layers are to tell most of what the model draws, with a head that makes it sure of
+            its tokens; None: all layers count alike, and all tokens are about as likely.
+
+    Raises:
+        KeyError: the shape is unknown.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {"model_type": "llama", "max_position_embeddings": 8192, **SHAPES[shape]}
+    if num_telling is not None:  # a head that is sure and reads embeddings draws every token again and again
+        settings["tie_word_embeddings"] = False
     device = pick_device("auto")
     torch.manual_seed(0)
     torch.set_default_dtype(pick_dtype("auto", device))
@@ -128,6 +141,12 @@ def save_random_model(shape: str, folder: Path) -> Path:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     finally:
         torch.set_default_dtype(torch.float32)
+    if num_telling is not None:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(SURE)
+            for layer in model.model.layers[num_telling:]:
+                for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    projection.weight.mul_(FAINT)
     model.save_pretrained(folder)
     return folder
 

@@ -27,6 +27,7 @@ from pipeline.hub.gpus import Gpu
 from pipeline.hub.tokenizers import listed_tokens
 from pipeline.principals.section import TUNED
 from pipeline.protocol.memory import available_bytes
+from pipeline.protocol.messages import most_drafted
 from pipeline.protocol.specs import HostSpec
 from pipeline.protocol.topology import PrincipalPlan, Scoring
 from pipeline.runtime.memory_plan import PlannedHost
@@ -162,7 +163,7 @@ def describe_plan(
         "",
         _hosts(replica),
         *_decoding(replica),
-        *_drafts(replica),
+        *_drafts(replica, hosts),
         *_splits(replica),
         *_masked(replica),
         *_unobeyed(replica),
@@ -295,7 +296,7 @@ def _decoding(replica: ReplicaPlan) -> list[str]:
     return lines
 
 
-def _drafts(replica: ReplicaPlan) -> list[str]:
+def _drafts(replica: ReplicaPlan, hosts: Sequence[PlannedHost]) -> list[str]:
     """A line that says where proposed tokens come from, or why there are none."""
     if replica.config.decoding.draft == "off":
         return []
@@ -306,9 +307,19 @@ def _drafts(replica: ReplicaPlan) -> list[str]:
         sources[sources.index("model")] = f"model ({_of_model(replica.draft)})"
     after = " after its reasoning" if replica.reasoning is not None else ""
     return [
-        f"drafts    {', '.join(sources)}: a pass on a CPU verifies several tokens of an answer{after} where that "
-        "takes less time"
+        f"drafts    {', '.join(sources)}: a pass verifies several tokens of an answer{after} where that takes less "
+        f"time{_room_for_drafts(replica, hosts)}"
     ]
+
+
+def _room_for_drafts(replica: ReplicaPlan, hosts: Sequence[PlannedHost]) -> str:
+    """What passes on GPUs have room for, where the number of slots is known."""
+    slots, names = replica.config.cluster.slots, {plan.name for plan in replica.topology.hosts}
+    rows = [len(host.plan.roles) for host in hosts if host.device_type == "cuda" and host.plan.name in names]
+    if slots == "auto" or not rows:
+        return ""
+    count = min(most_drafted(slots, each) for each in rows)
+    return f"; a full batch of {slots} slots has room for {count} on a GPU, each slot without a row for one more"
 
 
 def _of_model(draft: HostSpec) -> str:

@@ -46,7 +46,10 @@ def plan_hosts(replica: ReplicaPlan, gpu: Gpu | None) -> list[PlannedHost]:
     if draft is not None and section is not None:
         model = size_of_source(draft.source)
         model = model if draft.layers is None else first_layers(model, draft.layers)
-        hosts.append(plan_host(draft_host(section), model, replica.config, device_type="cpu", source=draft.source))
+        device_type = device_type_of(section, gpu)
+        hosts.append(
+            plan_host(draft_host(section), model, replica.config, device_type=device_type, source=draft.source)
+        )
     return hosts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from jobs.evidence import questions
+from jobs.evidence.machine import machine
 from jobs.evidence.scales import Scale
 from jobs.evidence.stages import PAIRS, SEED, Marks, stages
 from pipeline.advice.recording import RecordedGames
@@ -163,7 +163,7 @@ def prediction(scale: Scale, asked: Json, judged: Sequence[Json]) -> Iterator[Js
 
 
 def facts(scale: Scale, folder: Path) -> Json:
-    """When, where and with what it was measured, and how long every stage took."""
+    """When, where and with what it was measured, and how long every stage took where."""
     marks = Marks(folder / "_done")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -171,16 +171,8 @@ def facts(scale: Scale, folder: Path) -> Json:
         "date": time.strftime("%Y-%m-%d"),
         "seed": SEED,
         "commit": commit or None,
-        "processor": _processor(),
+        "processor": machine(),
         "cores": os.cpu_count(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
         "stages": {stage.name: marks.durations(stage) for stage in stages(scale, folder)},
     }
-
-
-def _processor() -> str:
-    """Its model where the system says so, else its architecture."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -18,6 +18,7 @@ class Evaluation:
         unit: `decoding.unit`.
         agent_temperatures: `grid.agent_temperatures`, of which each rule has a curve over KL. Without any, rows have
             the scale's target of KL, which games over whole answers cannot have.
+        begin: agent temperature at which rows with that target begin; None: the scale's.
     """
 
     principals: str
@@ -26,6 +27,7 @@ class Evaluation:
     prompts: int
     unit: str = "token"
     agent_temperatures: tuple[float, ...] = ()
+    begin: float | None = None
 
     @property
     def at(self) -> str:
@@ -110,39 +112,62 @@ class Scale:
         return max(each.prompts for each in self.evaluations)
 
 
-ALL_RULES = ("base", "linear", "mixture", "maximin", "equilibrium", "solo", "soft_threshold")
+TOKEN_RULES = ("base", "linear", "mixture", "maximin", "equilibrium", "soft_threshold")
 ANSWER_RULES = ("base", "linear", "mixture", "maximin", "equilibrium")
 TWO_RULES = ("base", "linear", "equilibrium")
+QUICK_RULES = ("base", "linear", "mixture", "equilibrium")
 FEW_RULES = ("base", "linear", "equilibrium", "soft_threshold")
 ELEVEN = tuple(round(0.1 * at, 1) for at in range(11))
+ASKED = (0.2, 0.5, 0.8)  # weights of the what-if questions
 THREE = (0.25, 0.5, 0.75)
 EQUAL = (0.5,)
-FOUR = (0.1, 0.2, 0.4, 0.8)  # agent temperatures
-SETS = ("trained_tone", "prompted_tone", "trained_words", "prompted_words")
+# agent temperatures: a trained principal's rewards are larger than a prompted one's
+OF_TRAINED, OF_PROMPTED, OF_ANSWERS = (0.5, 1.0, 2.0, 4.0), (0.2, 0.4, 0.8, 1.6), (1.0, 2.0, 4.0, 8.0)
+BEGIN = {"trained": 1.6, "aware": 1.6, "prompted": 0.3}
+SETS = ("trained_tone", "prompted_tone", "trained_words", "prompted_words", "aware_tone")
+
+
+def _whole() -> Iterator[Evaluation]:
+    """Each set of principals in games over tokens and over whole answers, and at a target of KL."""
+    for name in SETS:
+        kind = name.partition("_")[0]
+        rules = (*TOKEN_RULES, *(("parm",) if kind == "aware" else ()))
+        yield Evaluation(
+            name, rules, ELEVEN, 200, agent_temperatures=OF_PROMPTED if kind == "prompted" else OF_TRAINED
+        )
+        yield Evaluation(name, (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", OF_ANSWERS)
+        yield Evaluation(name, (*rules, "solo"), ASKED, 200, begin=BEGIN[kind])
+    for name in ("value_tone", "small_tone"):
+        yield Evaluation(name, TOKEN_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED)
+
+
 FULL = Scale(
     name="full",
-    duration="about 40 core-hours for games over tokens and 5 for those over answers, without value heads",
+    duration="some minutes on a GPU; about 30 core-hours without one",
     training=1000,
     halves=("a", "b"),
-    answers=6,
-    pairs={"cheerful": 4, "formal": 4, "simple": 4},
+    answers=8,
+    pairs={"cheerful": 2, "formal": 2, "simple": 2},
     epochs=1.0,
     training_dtype="float32",
     advise=100,
-    evaluations=(
-        *(
-            Evaluation(principals, (*ALL_RULES, *more), ELEVEN, 200, agent_temperatures=temperatures)
-            for principals, more in {**dict.fromkeys(SETS, ()), "aware_tone": ("parm",)}.items()
-            for temperatures in ((), FOUR)
-        ),
-        *(Evaluation(name, (*ALL_RULES, "best_of_n"), ELEVEN, 200, "answer", FOUR) for name in (*SETS, "aware_tone")),
-        *(Evaluation(name, ALL_RULES, EQUAL, 200, agent_temperatures=FOUR) for name in ("value_tone", "small_tone")),
-    ),
+    evaluations=tuple(_whole()),
     target_kl=0.5,
     begin=0.3,
-    slots=64,
+    slots=256,
     games=2000,
     starts=20,
+)
+GPU = replace(
+    FULL,
+    name="gpu",
+    duration="about three and a half minutes of a GPU, for which both evaluations ran side by side",
+    halves=(),
+    evaluations=(
+        Evaluation("prompted_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_PROMPTED),
+        Evaluation("prompted_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_PROMPTED),
+    ),
+    slots=128,
 )
 MEDIUM = Scale(
     name="medium",
@@ -175,6 +200,15 @@ OTHER = replace(
         Evaluation("aware_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", (1.0, 2.0, 4.0, 8.0)),
     ),
 )
+KINDS = replace(
+    OTHER,
+    name="kinds",
+    duration="about an hour of one idle core",
+    evaluations=(
+        Evaluation("small_tone", TWO_RULES, EQUAL, 100, agent_temperatures=(0.5, 1.0, 2.0)),
+        Evaluation("value_tone", TWO_RULES, EQUAL, 40, agent_temperatures=(0.05, 0.1, 0.2)),
+    ),
+)
 SMALL = Scale(
     name="small",
     duration="about an hour on two idle cores",
@@ -192,4 +226,4 @@ SMALL = Scale(
     games=200,
     starts=4,
 )
-SCALES = {scale.name: scale for scale in (FULL, MEDIUM, OTHER, SMALL)}
+SCALES = {scale.name: scale for scale in (FULL, GPU, MEDIUM, OTHER, KINDS, SMALL)}

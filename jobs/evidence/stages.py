@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from jobs.evidence.machine import machine
 from jobs.evidence.prompts import write_prompts
 from jobs.evidence.scales import Evaluation, Scale
 from jobs.evidence.scored import write_scored
@@ -88,13 +91,14 @@ class Marks:
                 "done": stage.done,
                 "seconds": round(spent.get("seconds", 0.0) + time.time() - started, 1),
                 "core_seconds": round(spent.get("core_seconds", 0.0) + _core_seconds() - started_core, 1),
+                "machine": machine(),
                 **ended,
             }
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / f"{stage.name}.json").write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
     def durations(self, stage: Stage) -> dict[str, Any]:
-        """When a stage that is done ended, its seconds by the clock, and those of processor cores."""
+        """When a stage that is done ended and on what, its seconds by the clock, and those of processor cores."""
         return {key: value for key, value in self._read(stage.name).items() if key != "done"}
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -145,13 +149,17 @@ def stages(scale: Scale, folder: Path) -> Iterator[Stage]:
 
 def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
     """Answers of the base, and for every objective its pairs of them and a principal; or the answers alone."""
+    first = _answers(scale, folder, half)
     for objective in scale.objectives:
+        run = folder / f"pairs-{half}-{objective}"
+        if run != first:
+            yield Stage(f"answers-{half}-{objective}", partial(_copy, first, run), str(run))
         yield _command(
-            f"pairs-{half}-{objective}",
+            run.name,
             "synthesize",
             "pairs",
             f"input.path={folder}/prompts/train-{half}.jsonl",
-            f"output.path={folder}/pairs-{half}",
+            f"output.path={run}",
             f"decoding.n={scale.answers}",
             f"cluster.slots={scale.slots}",
             f"synthesis.score={objective}",
@@ -160,8 +168,22 @@ def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
         if not scale.has_arms:
             return  # the scores of all objectives lie beside the answers
         place = f"output.path={folder}/principals-{half}/{objective}"
-        words = (f"input.path={folder}/pairs-{half}", place, f"training.epochs={scale.epochs}")
+        words = (f"input.path={run}", place, f"training.epochs={scale.epochs}")
         yield _command(f"train-{half}-{objective}", "train", "train", *words, f"base.dtype={scale.training_dtype}")
+
+
+def _answers(scale: Scale, folder: Path, half: str) -> Path:
+    """The run that draws the base's answers to a half; the other objectives' runs begin as copies of it."""
+    return folder / f"pairs-{half}-{scale.objectives[0]}"
+
+
+def _copy(run: Path, place: Path) -> None:
+    """Copy a run whole or not at all."""
+    shutil.rmtree(place, ignore_errors=True)
+    aside = place.with_name(f"{place.name}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(run, aside)
+    aside.rename(place)
 
 
 def _scored(scale: Scale, folder: Path, pair: str) -> Path:
@@ -171,7 +193,7 @@ def _scored(scale: Scale, folder: Path, pair: str) -> Path:
 def _scores(scale: Scale, folder: Path, pair: str) -> Stage:
     """The first half's answers with their scores for two objectives."""
     half, file = scale.halves[0], _scored(scale, folder, pair)
-    return Stage(file.stem, lambda: write_scored(folder / f"pairs-{half}", PAIRS[pair], file), str(file))
+    return Stage(file.stem, lambda: write_scored(_answers(scale, folder, half), PAIRS[pair], file), str(file))
 
 
 def _scored_training(scale: Scale, folder: Path, kind: str, pair: str) -> Stage:
@@ -194,7 +216,7 @@ def _scored_training(scale: Scale, folder: Path, kind: str, pair: str) -> Stage:
 
 def _evaluation(scale: Scale, folder: Path, evaluation: Evaluation) -> Stage:
     """Answers to the held-out prompts, and what judges say of them."""
-    half, names = scale.halves[0], PAIRS[evaluation.pair]
+    half, names = next(iter(scale.halves), ""), PAIRS[evaluation.pair]  # prompted principals need none
     vectors = [dict(zip(names, (weight, round(1 - weight, 2)), strict=True)) for weight in evaluation.weights]
     words = [
         f"input.path={folder}/prompts/held_out.jsonl",
@@ -215,7 +237,8 @@ def _evaluation(scale: Scale, folder: Path, evaluation: Evaluation) -> Stage:
     if evaluation.agent_temperatures:
         words.append(f"grid.agent_temperatures={_flow(list(evaluation.agent_temperatures))}")
     else:
-        words += [f"decoding.target_kl={scale.target_kl}", f"grid.agent_temperatures=[{scale.begin}]"]
+        begin = scale.begin if evaluation.begin is None else evaluation.begin
+        words += [f"decoding.target_kl={scale.target_kl}", f"grid.agent_temperatures=[{begin}]"]
     words.append(f"output.path={folder}/{evaluation.name}")
     return _command(evaluation.name, "evaluate", evaluation.principals, *words)
 

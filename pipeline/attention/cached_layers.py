@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -21,6 +20,8 @@ from transformers.cache_utils import (
 
 from pipeline.attention.visibility import NotServed
 
+# of layers that keep nothing; versions before 5.23 have none, and give them states that stay empty
+NOTHING = getattr(cache_utils, "DummyLayer", None)
 ATTENTION_CLASSES = (DynamicLayer, DynamicSlidingWindowLayer)
 HYBRID_CLASSES = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 LEARNT_LENGTHS = (5, 3)  # tokens of the passes that learn: a state's shape does not depend on them
@@ -134,7 +135,7 @@ def _states_of_modules(model: Any) -> list[CachedLayer]:
 
 def _describe(layer: Any) -> CachedLayer:
     kind = type(layer)
-    if kind is DummyLayer:
+    if kind is NOTHING:
         return CachedLayer()
     if kind in ATTENTION_CLASSES:
         return CachedLayer(attends=layer.is_initialized)

@@ -52,6 +52,24 @@ def _with_block(highest, total, mean, scores, block_values):
 
 
 @triton.jit
+def store_one_row(
+    key, value, keys, values, rows, positions,
+    key_head_step, key_row_step, value_head_step, value_row_step, cache_row_step, cache_head_step,
+    WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store the key and the value of one row's newest token, of one key-value head."""
+    at = tl.program_id(0)
+    head = tl.program_id(1)
+    along = tl.arange(0, PADDED_WIDTH)
+    is_width = along < WIDTH
+    place = tl.load(rows + at) * cache_row_step + head * cache_head_step + tl.load(positions + at) * WIDTH + along
+    new_key = tl.load(key + head * key_head_step + at * key_row_step + along, mask=is_width, other=0.0)
+    new_value = tl.load(value + head * value_head_step + at * value_row_step + along, mask=is_width, other=0.0)
+    tl.store(keys + place, new_key, mask=is_width)
+    tl.store(values + place, new_value, mask=is_width)
+
+
+@triton.jit
 def attend_one_row(
     query, key, value, keys, values, rows, positions, out, sinks,
     scale, softcap, window, chunk,
@@ -76,7 +94,7 @@ def attend_one_row(
     cached = row * cache_row_step + head * cache_head_step
 
     # the row's own key and value are stored for later steps and used from registers: a program may not see at once
-    # what it has stored
+    # what it has stored. Where `store_one_row` ran before, these are the same bytes again
     new_key = tl.load(key + head * key_head_step + at * key_row_step + along, mask=is_width, other=0.0)
     new_value = tl.load(value + head * value_head_step + at * value_row_step + along, mask=is_width, other=0.0)
     tl.store(keys + cached + last * WIDTH + along, new_key, mask=is_width)

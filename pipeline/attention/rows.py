@@ -1,5 +1,9 @@
 """Attention of running rows on a GPU: the newest token of each over its own keys and values, in one kernel.
 
+Where tokens of one row follow one another in a pass, a kernel stores them before: the programs of a launch have no
+order. The kernel that attends is the same one then and stores what is there already, so a token's bits are those of a
+pass of its own.
+
 A row's keys are read in place, as many as it has, and its newest key and value are written on the way; torch's own
 kernels want rows of one length, or a copy. One program serves one row and key-value head, block by block from the
 row's start: its bits do not depend on the batch composition, and lengths may change while the captured pass stays
@@ -100,6 +104,20 @@ def attend_rows(
         )  # fmt: skip
 
 
+def store_rows(
+    key_GRD: Tensor, value_GRD: Tensor, keys: Tensor, values: Tensor, rows_R: Tensor, last_R: Tensor
+) -> None:
+    """Write the newest keys and values into the cache; arguments as those of `attend_rows`."""
+    assert key_GRD.stride(2) == value_GRD.stride(2) == 1
+    num_kv_heads, num_rows, width = key_GRD.shape
+    with on_device(key_GRD.device):
+        _store_kernel()[num_rows, num_kv_heads](
+            key_GRD, value_GRD, keys, values, rows_R, last_R,
+            *key_GRD.stride()[:2], *value_GRD.stride()[:2], *keys.stride()[:2],
+            WIDTH=width, PADDED_WIDTH=1 << (width - 1).bit_length(), num_warps=1,
+        )  # fmt: skip
+
+
 def constants(width: int, num_shared: int) -> dict[str, int]:
     """What the kernel is compiled for: a head width, and how many query heads share a key-value head."""
     return {
@@ -117,3 +135,11 @@ def _kernel() -> Any:
     from pipeline.attention.row_kernel import attend_one_row
 
     return attend_one_row
+
+
+@cache
+def _store_kernel() -> Any:
+    """Likewise."""
+    from pipeline.attention.row_kernel import store_one_row
+
+    return store_one_row

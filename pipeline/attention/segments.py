@@ -43,19 +43,21 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class RunningRows:
-    """The rows of a pass that append one token each.
+    """The rows of a pass that append one token each; a row with proposed tokens is there once for each as well.
 
     Args:
         rows: the cache row of each.
         lengths: the number of tokens of each after the pass.
         rows_R: `rows` as a tensor on the device.
         last_R: the position of each newest token, on the device.
+        may_follow: whether a cache row may be there more than once, with tokens that follow one another.
     """
 
     rows: Sequence[int]
     lengths: Sequence[int]
     rows_R: Tensor
     last_R: Tensor
+    may_follow: bool = False
 
     def on(self, device: torch.device) -> RunningRows:
         """The same, with its tensors on another device."""

@@ -323,6 +323,8 @@ def _attend_rows(
     running = slot_pass.running
     rows_R, last_R = running.rows_R, running.last_R
     if row_attention.serves(keys, values):
+        if running.may_follow:  # programs run in any order: what a row reads of others has to be there before
+            row_attention.store_rows(key_GRD, value_GRD, keys, values, rows_R, last_R)
         row_attention.attend_rows(query_HRD, key_GRD, value_GRD, keys, values, rows_R, last_R, out_RHD, terms)
         return
     keys[rows_R, :, last_R] = key_GRD.transpose(0, 1)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
-from pipeline.attention.cached_layers import CachedLayer
+from pipeline.attention.cached_layers import NOTHING, CachedLayer
 from pipeline.attention.visibility import NotServed
 
 
@@ -147,7 +147,7 @@ class PassCache(Cache):  # type: ignore[misc]
 
 def _layer(layer: CachedLayer, states_R: Sequence[Tensor], has_previous: bool) -> Any:
     if not layer.number_of_states:
-        return _Keys() if layer.attends else DummyLayer()
+        return NOTHING() if NOTHING is not None and not layer.attends else _Keys()
     make = _KeysAndStates if layer.attends else LinearAttentionLayer
     made = make(number_of_states=layer.number_of_states)
     for index, size in layer.kernel_sizes.items():

@@ -22,7 +22,7 @@ class DraftSource(StrEnum):
 
 
 class DraftModelConfig(Section):
-    """A small language model with the base's tokens, or the base's first layers, on a CPU beside the coordinator."""
+    """A small language model with the base's tokens, or the base's first layers, beside the coordinator."""
 
     model: str | None = Field(
         None, min_length=1, description="folder, hub id, s3:// folder, or smollm2-135m; null: the base's own weights"
@@ -30,6 +30,12 @@ class DraftModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: its main branch")
     layers: int | None = Field(
         None, ge=1, description="its first layers alone, followed by its own norm and head; null: all of them"
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto: a GPU where there is one, unless the base is on a CPU; over Ray it is a CPU; cpu, cuda or "
+        "cuda:N",
     )
 
     @model_validator(mode="after")
@@ -43,11 +49,12 @@ class DraftModelConfig(Section):
 
     def section(self, base: ModelConfig) -> ModelConfig:
         """The model as a section that can be resolved."""
+        device = "cpu" if self.device == "auto" and base.device == "cpu" else self.device
         if self.model is not None:
             base = ModelConfig(model=self.model, revision=self.revision)
         # in the coordinator's process, which has its CPU already
         whole = {"tensor_parallel": 1, "pipeline_parallel": 1}
-        own = {"device": "cpu", "attention": "slots", "resources": {"num_cpus": 0}, **whole}
+        own = {"device": device, "attention": "slots", "resources": {"num_cpus": 0}, **whole}
         return ModelConfig(**(base.model_dump(include=set(ModelConfig.model_fields)) | own))
 
 

@@ -91,7 +91,16 @@ class HostCalls:
         ]
         places, terms = [place for place, _, _ in asked], [row.step_terms for _, row, _ in asked]
         uniforms = [row.uniform(ahead) for _, row, ahead in asked]
-        sent = partial(Call, at, slots, rows, guesses=dict(group.guesses), sent_s=sent_s, has_prompts=has_prompts)
+        sent = partial(
+            Call,
+            at,
+            slots,
+            rows,
+            guesses=dict(group.guesses),
+            sent_s=sent_s,
+            has_prompts=has_prompts,
+            is_ahead=bool(group.calls),
+        )
         if (sampler := self.hosts.sampler) is not None:
             return sent(advanced=[], outcomes=self._sample(sampler, at, group, places, terms, uniforms))
         base, *others = self._topology.hosts

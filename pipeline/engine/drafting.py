@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.drafts import DraftSource
 from pipeline.engine.guesses import Guess, Rates, Tally
+from pipeline.engine.lead import Lead
 from pipeline.engine.model_drafts import Asked, ModelDrafts
 from pipeline.engine.pace import Pace
 from pipeline.engine.row_state import RunningRow
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PROBED_CHANCE = 0.5  # of a first token, with which it pays to learn what a pass costs
 LEAST_PROBE, PROBE_SHARE = 4, 1 / 4  # tokens; and of the rows: a full batch may have no use for what it learns
 UNSEEN_STEPS = 16  # that are sent ahead one after another
+ROWS_A_STEP = 4  # whose texts are looked at in a step that may be sent ahead: it takes a part of a millisecond each
 
 
 class Drafter:
@@ -39,9 +41,12 @@ class Drafter:
         pace: what passes cost; None: it is learned.
         model: proposes tokens, where there is one.
         draw: temperature and top_p of rows that have no other.
+        rows_of_slots: of each host, the rows that a slot takes of its passes; 0 where they have no fixed shape.
+        runs_ahead: whether a step may be sent before the tokens of the last one have arrived.
 
     Attributes:
         tallies: by source, what was verified so far.
+        rows_of_slots: as given.
     """
 
     def __init__(
@@ -52,20 +57,30 @@ class Drafter:
         *,
         model: DraftingModel | None = None,
         draw: tuple[float, float] = (1.0, 1.0),
+        rows_of_slots: Sequence[int] = (),
+        runs_ahead: bool = False,
     ) -> None:
         self.tallies: dict[DraftSource, Tally] = {source: Tally() for source in sources}
-        self._pace = Pace() if pace is None else pace
+        has_fixed_shapes = bool(rows_of_slots) and all(rows_of_slots)
+        self._pace = Pace(is_free=has_fixed_shapes) if pace is None else pace
         self._rates = Rates()
         self._texts = TextDrafts(sources, encode_existing, self._rates)
         self._model = None if model is None else ModelDrafts(model, self._rates, self._pace, draw)
+        self.rows_of_slots = rows_of_slots
+        self._lead = Lead() if has_fixed_shapes and runs_ahead else None
         self._completed_s = 0.0
 
     def wants_tokens(self, group: Group) -> bool:
         """Whether the next step is to wait for the pending tokens, where others are sent ahead.
 
-        It does after a step with a draft; otherwise now and then, to see whether a draft would pay.
+        It does after a step with a draft; otherwise now and then, to see whether a draft would pay. Where passes have
+        room for drafts it does as well when the tokens that are known say so.
         """
-        return group.num_undrafted % UNSEEN_STEPS == 0
+        if group.num_undrafted % UNSEEN_STEPS == 0:
+            return True
+        if self._lead is None or not self._lead.is_begun:
+            return False
+        return not self._pace.is_begun or self._is_promising(group, self._lead)
 
     def memory_budgets(self, row_tokens: int) -> Sequence[MemoryBudget]:
         """What a slot of the model takes with rows of `row_tokens` tokens; nothing without one."""
@@ -79,14 +94,15 @@ class Drafter:
     def draft(self, group: Group) -> None:
         """Choose the drafts of a group's next step, as many as it has lanes for.
 
-        The likeliest tokens come first, as long as each makes tokens cheaper.
+        The likeliest tokens come first, as long as each makes tokens cheaper; none where all of them together are not
+        worth that the step after this one waits.
         """
         slots = group.drawing
         guesses, spent_s = self._guesses(group)
         counts, expected, num_positions = dict.fromkeys(guesses, 0), float(len(slots)), len(slots)
         order = [(-guess.chances[0], slot) for slot, guess in guesses.items()]
         heapq.heapify(order)
-        most, is_probe = len(group.lanes), False
+        most, is_probe = len(group.open_lanes), False
         if order and -order[0][0] >= PROBED_CHANCE and not group.parts and self._pace.begins_probe():
             most, is_probe = min(most, max(int(PROBE_SHARE * len(slots)), LEAST_PROBE)), True
         while order and num_positions - len(slots) < most:
@@ -96,6 +112,12 @@ class Drafter:
             counts[slot], expected, num_positions = counts[slot] + 1, expected - negative, num_positions + 1
             if counts[slot] < len(chances := guesses[slot].chances):
                 heapq.heappush(order, (-chances[counts[slot]], slot))
+        if self._lead is not None:
+            if self._completed_s and not group.calls:
+                self._lead.note_gap(time.monotonic() - self._completed_s - spent_s)
+            of_pass = num_positions, len(slots)
+            if not self._lead.is_worth_waiting(expected, *of_pass, self._pace, spent_s=spent_s):
+                counts.clear()
         group.guesses = {slot: guesses[slot].first(count) for slot, count in counts.items() if count}
         group.num_undrafted = 0 if group.guesses else group.num_undrafted + 1
 
@@ -106,7 +128,10 @@ class Drafter:
         if self._model is not None:
             self._model.completed(taken_s)
         if call.slots and not call.has_prompts:
-            self._pace.note(call.num_positions, taken_s)
+            if self._lead is not None and call.is_ahead:
+                self._lead.note_ahead(call.num_positions, taken_s)
+            else:
+                self._pace.note(call.num_positions, taken_s)
 
     def verified(self, running: RunningRow, guess: Guess | None, *, has_ended: bool) -> None:
         """Count what was drawn of a draft; a row that has ended is remembered as the sibling of others alone."""
@@ -119,6 +144,19 @@ class Drafter:
             if self._model is not None:
                 self._model.end(running)
 
+    def _is_promising(self, group: Group, lead: Lead) -> bool:
+        """Whether texts go on so well behind the tokens that are known, and those that are pending, that a draft is
+        likely to be worth the wait."""
+        rows = [group.running[slot] for slot in group.running.keys() - group.parts.keys()]
+        if not rows or group.num_undrafted % max(1, len(rows) // ROWS_A_STEP):
+            return False
+        chances: list[float] = []
+        for running in rows:
+            if running.has_known_terms and (guess := self._texts.guess(running, MOST_DRAFTED)) is not None:
+                chances += guess.chances[running.num_pending :]
+        best = heapq.nlargest(len(group.open_lanes), chances)
+        return lead.is_worth_waiting(len(rows) + sum(best), len(rows) + len(best), len(rows), self._pace)
+
     def _guesses(self, group: Group) -> tuple[dict[int, Guess], float]:
         """The likeliest proposals by slot, and the seconds that a model took for them."""
         found: dict[int, Guess] = {}
@@ -126,7 +164,7 @@ class Drafter:
         for slot in group.drawing:
             running = group.running[slot]
             most = min(MOST_DRAFTED, running.max_tokens - len(running.tokens) - running.num_pending - 1)
-            if not running.can_be_drafted or most < 1:
+            if not running.has_known_terms or running.num_pending or most < 1:
                 continue
             guess = self._texts.guess(running, most)
             if guess is not None:
@@ -138,8 +176,13 @@ class Drafter:
                 asked.append(row)
         if self._model is None or not asked:
             return found, 0.0
+        num_rows = len(group.drawing)
         of_model = self._model.guess(
-            asked, num_rows=len(group.drawing), most=len(group.lanes), may_try=not group.parts
+            asked,
+            num_rows=num_rows,
+            most=len(group.open_lanes),
+            may_try=not group.parts,
+            wait_s=0.0 if self._lead is None else self._lead.wait_s(num_rows, self._pace),
         )
         for row in asked:
             if row.slot in of_model:

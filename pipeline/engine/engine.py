@@ -112,7 +112,8 @@ class Engine:
         given = decoding.soft_threshold
         self._k = tuple(given[name] if isinstance(given, dict) else given for name in self._names)
         is_relaxed = decoding.reproducibility is Reproducibility.RELAXED
-        self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed)
+        rows_of_slots = () if drafter is None else drafter.rows_of_slots
+        self._slots = Slots(num_slots, num_groups, keeps_tokens=is_relaxed, rows_of_slots=rows_of_slots)
         self._not_finite = "the rewards or the base's logits are not finite"
         if any(plan.is_reward_model for plan in topology.hosts):
             self._not_finite += ", or the text is longer than the context of a reward model"

@@ -96,7 +96,9 @@ class ModelDrafts:
         self._tokens_of_ended += len(running.tokens)
         self._read.discard(running.key)
 
-    def guess(self, rows: Sequence[Asked], *, num_rows: int, most: int, may_try: bool) -> Mapping[int, Guess]:
+    def guess(
+        self, rows: Sequence[Asked], *, num_rows: int, most: int, may_try: bool, wait_s: float = 0.0
+    ) -> Mapping[int, Guess]:
         """What the rows may draw next, by slot.
 
         Args:
@@ -104,12 +106,13 @@ class ModelDrafts:
             num_rows: all that the step advances.
             most: tokens, over all rows.
             may_try: whether tokens may be asked for that are not worth it.
+            wait_s: seconds that a step takes longer with any draft than without.
         """
         self.spent_s, num_tokens, expected, left = 0.0, 0, float(num_rows), list(rows)
         is_trial = False
         while left and num_tokens < most and not self.is_off:
             left.sort(key=lambda each: -each.chance * self._rates.of(each.any_key))
-            count = self._how_many(left, expected, num_rows + num_tokens)
+            count = self._how_many(left, expected, num_rows + num_tokens, 0.0 if num_tokens else wait_s)
             if not count and not num_tokens and may_try and self._may_try(num_rows):
                 is_trial = True
                 left.sort(key=lambda each: each.running.key not in self._read)  # whose texts are read already
@@ -128,8 +131,8 @@ class ModelDrafts:
             each.slot: Guess.of(DraftSource.MODEL, each.proposals, self._rates) for each in rows if each.proposals
         }
 
-    def _how_many(self, ranked: Sequence[Asked], expected: float, num_positions: int) -> int:
-        """The number of the likeliest rows that one more token each is worth its costs for."""
+    def _how_many(self, ranked: Sequence[Asked], expected: float, num_positions: int, wait_s: float = 0.0) -> int:
+        """The number of the likeliest rows that one more token each is worth its costs for, `wait_s` among them."""
         if not self._own_pace.is_begun:
             return 0
         outlooks = {
@@ -141,7 +144,7 @@ class ModelDrafts:
             drawn, verified = outlooks[each.running.variant]
             tokens, num_more = tokens + each.chance * drawn, num_more + verified
             reading_s += self._share_of_reading(each)
-            own_s = self._own_pace.seconds(count) + reading_s
+            own_s = self._own_pace.seconds(count) + reading_s + wait_s
             gain = self._pace.gain(tokens, num_more, expected, num_positions, spent_s=self.spent_s, extra_s=own_s)
             if gain > best_gain:
                 best, best_gain = count, gain

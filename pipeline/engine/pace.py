@@ -7,6 +7,7 @@ PROBES = 3  # passes that are made larger to learn what that costs
 LEAST_SPREAD = 0.5  # weighted sum of squares of the numbers of positions, below which it is to be learned again
 MARGIN = 1.05  # by how much a proposed token must be worth more than it costs
 LARGEST = 4.0  # times what was expected; a pass that took longer waited for something else
+PRIOR_SPREAD = 32.0  # of positions that were seen to cost nothing, where they are known to cost next to nothing
 
 
 class Pace:
@@ -14,9 +15,14 @@ class Pace:
 
     A proposed token that is likely enough makes tokens cheaper. Where arithmetic is what a pass waits for, as on a
     CPU with many rows, none is; where it waits for memory, nearly all are.
+
+    Args:
+        is_free: whether a pass has a fixed shape with room for more positions. They are taken to cost nothing until
+            passes show otherwise (each attends over its row), so none is made larger to learn that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_free: bool = False) -> None:
+        self._is_free = is_free
         self._weight = self._positions = self._seconds = 0.0
         self._squares = self._products = 0.0
         self._probes_left = PROBES
@@ -43,8 +49,9 @@ class Pace:
         if self._spread < LEAST_SPREAD:
             return 0.0
         products = self._products - self._positions * self._seconds / self._weight
+        spread = self._spread + PRIOR_SPREAD * self._is_free
         # a pass takes no time without positions at least: what it takes is then all of the positions
-        return min(max(products / self._spread, 0.0), self._seconds / self._positions)
+        return min(max(products / spread, 0.0), self._seconds / self._positions)
 
     def seconds(self, num_positions: int) -> float:
         """What a pass over so many positions takes."""
@@ -53,7 +60,7 @@ class Pace:
 
     def begins_probe(self) -> bool:
         """Whether this pass is to be made larger, to learn what that costs. Ask once for each that could be."""
-        if self._weight < PROBES:  # passes as they are come first
+        if self._is_free or self._weight < PROBES:  # passes as they are come first
             return False
         if not self._probes_left and self._spread < LEAST_SPREAD:
             self._probes_left = 1
@@ -100,8 +107,8 @@ class Pace:
 
     @property
     def is_known(self) -> bool:
-        """Whether passes of several sizes were seen."""
-        return self._spread >= LEAST_SPREAD
+        """Whether passes of several sizes were seen, or any where their sizes are alike."""
+        return self.is_begun if self._is_free else self._spread >= LEAST_SPREAD
 
     @property
     def is_begun(self) -> bool:

@@ -107,11 +107,9 @@ class RunningRow:
         return self.reasoning is not None and self.reasoning.must_wait(self.num_pending)
 
     @property
-    def can_be_drafted(self) -> bool:
+    def has_known_terms(self) -> bool:
         """Whether the terms of several next games are known before their tokens are."""
-        if self.target_kl is not None or self.num_pending:
-            return False
-        return self.reasoning is None or self.reasoning.is_over
+        return self.target_kl is None and (self.reasoning is None or self.reasoning.is_over)
 
     @property
     def is_at_its_end(self) -> bool:

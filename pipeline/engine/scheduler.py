@@ -12,7 +12,14 @@ from pipeline.engine.recovery import PoisonRowIsolation
 from pipeline.engine.row_state import RunningRow
 from pipeline.monitoring.metrics import Load
 from pipeline.protocol.hosts import Reply
-from pipeline.protocol.messages import PROMPT_TOKENS_PER_STEP, Draft, Position, TokenOutcome, most_drafted
+from pipeline.protocol.messages import (
+    DRAFTED_PER_PASS,
+    PROMPT_TOKENS_PER_STEP,
+    Draft,
+    Position,
+    TokenOutcome,
+    most_drafted,
+)
 
 if TYPE_CHECKING:
     from pipeline.engine.guesses import Guess
@@ -31,6 +38,7 @@ class Call:
         guesses: by slot, the drafts that it verifies.
         sent_s: when it was sent.
         has_prompts: whether it also computes prompts.
+        is_ahead: whether it was sent while tokens of the group were pending.
     """
 
     at: Position
@@ -41,6 +49,7 @@ class Call:
     guesses: Mapping[int, Guess] = field(default_factory=dict)
     sent_s: float = 0.0
     has_prompts: bool = False
+    is_ahead: bool = False
 
     @property
     def num_positions(self) -> int:
@@ -59,6 +68,7 @@ class Group:
         parts: by slot, the next part of a prompt that is being computed.
         calls: pending, the oldest first.
         lanes: numbers beyond all slots, for tokens of drafts.
+        lends_slots: whether free slots are lanes, too, as in passes of fixed shapes, which hold all of them.
         guesses: by slot, the drafts of the next step.
         num_undrafted: steps since the last one with a draft.
     """
@@ -69,6 +79,7 @@ class Group:
     parts: dict[int, int] = field(default_factory=dict)
     calls: deque[Call] = field(default_factory=deque)
     lanes: Sequence[int] = ()
+    lends_slots: bool = False
     guesses: dict[int, Guess] = field(default_factory=dict)
     num_undrafted: int = 0
 
@@ -86,9 +97,14 @@ class Group:
         return sorted([*self.stepping, *filled])
 
     @property
+    def open_lanes(self) -> Sequence[int]:
+        """The lanes of the next step."""
+        return [*self.lanes, *self.free][:DRAFTED_PER_PASS] if self.lends_slots else self.lanes
+
+    @property
     def drafts(self) -> list[Draft]:
         """The drafts of the next step, with lanes for their tokens."""
-        lanes = iter(self.lanes)
+        lanes = iter(self.open_lanes)
         return [
             Draft(slot, guess.tokens, [next(lanes) for _ in guess.tokens]) for slot, guess in self.guesses.items()
         ]
@@ -128,14 +144,18 @@ class Slots:
         num_groups: groups that alternate.
         keeps_tokens: whether a row that is taken back keeps its tokens (relaxed) or begins from its start (strict:
             reading tokens as a prompt gives other last bits than reading them one by one).
+        rows_of_slots: of each host, the rows that a slot takes of its passes; 0 where they have no fixed shape.
 
     Attributes:
         queue: rows that wait for a slot, in the order in which they get one.
         isolation: limits the rows at once after failures.
     """
 
-    def __init__(self, num_slots: int, num_groups: int, *, keeps_tokens: bool) -> None:
+    def __init__(
+        self, num_slots: int, num_groups: int, *, keeps_tokens: bool, rows_of_slots: Sequence[int] = ()
+    ) -> None:
         self.num_slots = num_slots
+        self._rows_of_slots = rows_of_slots
         self.queue: deque[RunningRow] = deque()
         self.isolation = PoisonRowIsolation()
         self._num_groups = num_groups
@@ -212,12 +232,13 @@ class Slots:
 
     def _deal(self) -> list[Group]:
         num_groups = min(self._num_groups, self.num_slots)
-        num_lanes = most_drafted(self.num_slots)
+        num_lanes = min(most_drafted(self.num_slots, rows) for rows in (0, *self._rows_of_slots))
         return [
             Group(
                 _first_position(at),
                 list(range(at, self.num_slots, num_groups)),
                 lanes=range(self.num_slots + at, self.num_slots + num_lanes, num_groups),
+                lends_slots=any(self._rows_of_slots),
             )
             for at in range(num_groups)
         ]

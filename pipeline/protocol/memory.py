@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.protocol.capacity import capacity_for
-from pipeline.protocol.messages import CHUNK, PROMPT_TOKENS_PER_STEP, MemoryBudget
+from pipeline.protocol.messages import (
+    CHUNK,
+    DRAFTED_PER_PASS,
+    PASS_ROWS,
+    PROMPT_TOKENS_PER_STEP,
+    MemoryBudget,
+)
 
 # More rows than this gain little speed: a CPU is busy with fewer, on a GPU the cache is read longer than the weights.
 MOST_SLOTS = {"cpu": 32, "cuda": 256}
@@ -79,6 +85,17 @@ def logits_bytes(vocab_size: int) -> int:
     return LOGITS_COPIES * vocab_size * FLOAT_BYTES
 
 
+def rows_beside_slots(num_roles: int, *, has_fixed_shapes: bool, drafts: bool) -> int:
+    """Rows of a pass beside those of slots, at most: of proposed tokens, or those that fill a tile.
+
+    Args:
+        num_roles: rows of a slot.
+        has_fixed_shapes: whether passes have fixed shapes, in which proposed tokens have no rows of their own.
+        drafts: whether passes verify proposed tokens.
+    """
+    return PASS_ROWS - 1 if has_fixed_shapes else DRAFTED_PER_PASS * num_roles * drafts
+
+
 def memory_of_host(
     passes: PassSizes,
     *,
@@ -88,7 +105,7 @@ def memory_of_host(
     state_bytes_per_row: int = 0,
     num_kept: int = 0,
     scored_tokens: int = 0,
-    num_drafted: int = 0,
+    num_more_rows: int = 0,
     device_type: str = "cpu",
     num_ranks: int = 1,
 ) -> HostMemory:
@@ -103,7 +120,7 @@ def memory_of_host(
         num_kept: rows beside the slots, which keep what others copy.
         scored_tokens: of models that score branches: tokens that one row reads to score its candidates; 0: of others,
             which keep logits instead.
-        num_drafted: proposed tokens that a pass verifies, over all slots.
+        num_more_rows: rows of a pass beside those of slots; see `rows_beside_slots`.
         device_type: "cpu" or "cuda", where passes are captured as CUDA graphs, each with memory of its own.
         num_ranks: devices that share every layer of the model.
     """
@@ -117,7 +134,7 @@ def memory_of_host(
         of_row = passes.token_bytes + logits_bytes(passes.vocab_size)
     slot_bytes = num_roles * (row_bytes + of_row)
     reserved = prompt_tokens * passes.token_bytes + passes.expanded_bytes + num_kept * row_bytes
-    reserved += num_drafted * num_roles * (passes.token_bytes + logits_bytes(passes.vocab_size))
+    reserved += num_more_rows * (passes.token_bytes + logits_bytes(passes.vocab_size))
     return HostMemory(slot_bytes, reserved)
 
 

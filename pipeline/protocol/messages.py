@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DRAWN = -1  # stands for the token that the host itself drew for the slot
 MOST_DRAFTED = 8  # proposed tokens of one slot in a step
 DRAFTED_PER_PASS = 32  # of all slots
+PASS_ROWS = 64  # where passes have fixed shapes, they have a multiple of so many rows: a tile of matrix kernels
 PROMPT_TOKENS_PER_STEP = 4096  # of all roles together, so that running rows do not wait long for new ones
 CHUNK = 1024  # tokens of a prompt that are computed in one step; another value changes the last bits of results
 
@@ -56,7 +57,7 @@ class Draft:
     Args:
         slot: the slot.
         tokens: proposed.
-        lanes: one for each token; numbers from the number of slots on.
+        lanes: one for each token; numbers from the number of slots on, or of slots without a row.
     """
 
     slot: int
@@ -84,9 +85,24 @@ class Step:
     drafts: Sequence[Draft] = ()
 
 
-def most_drafted(num_slots: int) -> int:
-    """Proposed tokens that a step of so many slots may have, where a host verifies them at all."""
-    return min(MOST_DRAFTED * num_slots, DRAFTED_PER_PASS)
+def rows_of_pass(num_rows: int) -> int:
+    """Rows of a pass of a fixed shape that holds `num_rows`: what rounds them up is room for proposed tokens."""
+    return PASS_ROWS * max(1, -(-num_rows // PASS_ROWS))
+
+
+def most_drafted(num_slots: int, rows_of_slot: int = 0) -> int:
+    """Proposed tokens that a step may have while every slot runs, where a host verifies them at all.
+
+    Args:
+        num_slots: of the host.
+        rows_of_slot: rows of a pass that a slot takes, and each proposed token as well, where passes have fixed
+            shapes; 0: they do not.
+    """
+    most = min(MOST_DRAFTED * num_slots, DRAFTED_PER_PASS)
+    if not rows_of_slot:
+        return most
+    num_rows = num_slots * rows_of_slot
+    return min(most, (rows_of_pass(num_rows) - num_rows) // rows_of_slot)
 
 
 def num_parts(num_tokens: int) -> int:
@@ -239,6 +255,7 @@ class MemoryBudget:
         slot_bytes: bytes that one slot takes with rows of the requested length.
         free_bytes: bytes that could be allocated there now.
         verifies_drafts: whether a step may have proposed tokens.
+        rows_of_slot: see `most_drafted`.
         reserved_bytes: of the free ones, what the host takes beside its slots, however many they are.
         others: of the host's other devices, where its layers are spread over several.
     """
@@ -248,5 +265,6 @@ class MemoryBudget:
     slot_bytes: int
     free_bytes: int
     verifies_drafts: bool = False
+    rows_of_slot: int = 0
     reserved_bytes: int = 0
     others: tuple[MemoryBudget, ...] = ()

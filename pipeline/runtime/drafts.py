@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config.drafts import DraftSource
-from pipeline.config.sections import Config
+from pipeline.config.sections import Config, Transport
 from pipeline.errors import ConfigurationError
 from pipeline.hub.descriptions import recurrent_config
 from pipeline.hub.families import PLAIN, REFUSED, Expected, expect
@@ -56,9 +56,21 @@ def why_not_drafted(
 
 
 def draft_section(config: Config) -> ModelConfig | None:
-    """The model that proposes tokens; None where none does."""
+    """The model that proposes tokens; None where none does.
+
+    It is in the coordinator's process, which over Ray sees no GPU.
+    """
     chosen = config.decoding.draft_model
-    return None if chosen is None or DraftSource.MODEL not in config.draft_sources else chosen.section(config.base)
+    if chosen is None or DraftSource.MODEL not in config.draft_sources:
+        return None
+    section = chosen.section(config.base)
+    if config.cluster.transport is Transport.LOCAL:
+        return section
+    if section.device.startswith("cuda"):
+        raise ConfigurationError(
+            f"{PLACE}.device: {section.device} needs cluster.transport: local; over Ray the coordinator sees no GPU"
+        )
+    return section.model_copy(update={"device": "cpu"})
 
 
 @contextmanager
@@ -160,6 +172,4 @@ def _why_not_verified(plan: HostPlan, source: ModelSource, expected: Expected | 
         return "is decoded one row at a time"
     if recurrent_config(source) is not None:
         return "keeps states that a rejected token would have changed"
-    if plan.model.device.startswith("cuda") or plan.model.pipeline_parallel > 1:
-        return "is on a GPU, where passes have fixed shapes with one token for each row"
     return None

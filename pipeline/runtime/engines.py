@@ -24,18 +24,19 @@ from pipeline.runtime.assembly import Assembly
 MIN_SLOTS_FOR_GROUPS = 8  # with fewer slots, half a batch takes a host nearly as long as a whole one
 
 
-def make_engine(assembly: Assembly, hosts: Hosts) -> Engine:
+def make_engine(assembly: Assembly, hosts: Hosts, *, draft_model: DraftingModel | None = None) -> Engine:
     """An engine over loaded hosts, all of which are resized to its slots.
 
     Args:
         assembly: the replica.
         hosts: its clients, in the order of the assembly's hosts.
+        draft_model: the assembly's model that proposes tokens, where it is loaded already.
 
     Raises:
         HostError: a host failed.
     """
     config = assembly.config
-    drafter = make_drafter(assembly, hosts)  # before slots take the memory that is left
+    drafter = make_drafter(assembly, hosts, draft_model)  # before slots take the memory that is left
     num_slots = agree_on_slots(config, hosts, drafter)
     return Engine(
         assembly.topology,
@@ -84,8 +85,10 @@ def agree_on_slots(config: Config, hosts: Hosts, drafter: Drafter | None) -> int
     return num_slots
 
 
-def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
+def make_drafter(assembly: Assembly, hosts: Hosts, model: DraftingModel | None = None) -> Drafter | None:
     """What proposes tokens to an engine; None where nothing is proposed, or some host verifies nothing.
+
+    `model` is the one that is to propose them, where it is loaded already.
 
     Raises:
         ConfigurationError: the model that is to propose tokens cannot be loaded.
@@ -93,10 +96,11 @@ def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
     sources, prompter = assembly.config.draft_sources, assembly.prompter
     if not sources:
         return None
+    rows_of_slots = [_rows_of_slot(client) for client in hosts.all]
     if undrafted := [
         plan.name
-        for plan, client in zip(assembly.topology.hosts, hosts.all, strict=True)
-        if not _verifies_drafts(client)
+        for plan, rows_of_slot in zip(assembly.topology.hosts, rows_of_slots, strict=True)
+        if rows_of_slot is None
     ]:
         # otherwise the plan has said why
         if assembly.config.decoding.asks_for_drafts and all(spec.drafts for spec in assembly.hosts):
@@ -107,13 +111,16 @@ def make_drafter(assembly: Assembly, hosts: Hosts) -> Drafter | None:
                 stacklevel=2,
             )
         return None
-    model = None if assembly.draft is None else _load_draft_model(assembly.draft, assembly)
+    if model is None and assembly.draft is not None:
+        model = _load_draft_model(assembly.draft, assembly)
     sampling = sampling_of(assembly.config.decoding, assembly.variants)
     return Drafter(
         sources,
         lambda running: prompter.encode_existing(running.row, running.prompts)[0],
         model=model,
         draw=(sampling.temperature, sampling.top_p),
+        rows_of_slots=[rows or 0 for rows in rows_of_slots],
+        runs_ahead=hosts.runs_ahead,
     )
 
 
@@ -134,6 +141,8 @@ def _load_draft_model(spec: HostSpec, assembly: Assembly) -> DraftingModel | Non
             return None
 
 
-def _verifies_drafts(client: ScoringClient) -> bool:
-    """Whether every process of a host does."""
-    return all(budget.verifies_drafts for budget in client.memory_budgets(1).result())
+def _rows_of_slot(client: ScoringClient) -> int | None:
+    """The rows that a slot takes of a host's passes of fixed shapes, 0 of others; None: some process of the host
+    verifies no drafts."""
+    budgets = client.memory_budgets(1).result()
+    return max(each.rows_of_slot for each in budgets) if all(each.verifies_drafts for each in budgets) else None

@@ -17,8 +17,16 @@ from pipeline.hub.parameters import ParameterCounts, count_parameters, count_sta
 from pipeline.hub.quantisation import KINDS, METHODS
 from pipeline.hub.sources import AdapterSource, ModelSource
 from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
-from pipeline.protocol.memory import LONG_PROMPT, MOST_SLOTS, HostMemory, PassSizes, memory_of_host, room_for_slots
-from pipeline.protocol.messages import DRAFTED_PER_PASS, MemoryBudget
+from pipeline.protocol.memory import (
+    LONG_PROMPT,
+    MOST_SLOTS,
+    HostMemory,
+    PassSizes,
+    memory_of_host,
+    room_for_slots,
+    rows_beside_slots,
+)
+from pipeline.protocol.messages import MemoryBudget
 from pipeline.protocol.spread import spread
 from pipeline.protocol.topology import HostPlan
 from pipeline.sections import ModelConfig, ModelSizes
@@ -215,7 +223,7 @@ def plan_host(
         device_type: "cpu" or "cuda".
         adapters: that it holds.
         source: of a model that is there, whose states are asked for.
-        drafts: whether it verifies proposed tokens, which hosts on CPUs do.
+        drafts: whether it verifies proposed tokens, where it is decoded in slots.
     """
     dtype = plan.model.dtype
     if dtype == "auto":
@@ -241,7 +249,10 @@ def plan_host(
     )
     share, states, num_kept = _recurrent(source, dtype, facts)
     scored_tokens = _scored_tokens(plan, config)
-    verifies = drafts and device_type == "cpu" and not scored_tokens and states == 0
+    num_more_rows = 0
+    if not scored_tokens and states == 0 and plan.model.attention != "plain":
+        has_fixed_shapes = device_type == "cuda"
+        num_more_rows = rows_beside_slots(len(plan.roles), has_fixed_shapes=has_fixed_shapes, drafts=drafts)
 
     def part(held: Mapping[str, int], of_layers: float) -> PlannedHost:
         """What is on a device with some of the weights and a share of the layers."""
@@ -253,7 +264,7 @@ def plan_host(
             state_bytes_per_row=round((states or 0) * of_layers),
             num_kept=num_kept * len(plan.roles),
             scored_tokens=scored_tokens,
-            num_drafted=DRAFTED_PER_PASS if verifies else 0,
+            num_more_rows=num_more_rows,
             device_type=device_type,
             num_ranks=num_ranks,
         )

@@ -175,7 +175,9 @@ def plan_replica(
     undrafted = why_not_drafted(config, topology, sources, expected)
     draft = None
     if resolved.draft is not None and not undrafted:
-        check_device(resolved.draft.needs, f"{PLACE}: {resolved.draft.name}", capability=None)  # a CPU's
+        section = draft_section(config)
+        if section is not None and section.device == "cpu":
+            check_device(resolved.draft.needs, f"{PLACE}: {resolved.draft.name}", capability=None)
         with naming_draft_model():
             facts_of_draft = tokens.of(resolved.draft)
         draft = specify_draft(

@@ -70,7 +70,7 @@ def take_fingerprint(
 ) -> dict[str, Any]:
     """Everything that changes results, as dotted fields with plain values (see `make_plan`)."""
     tree = config.model_dump(mode="json")
-    fields: dict[str, Any] = {"code.version": _code_version()}
+    fields: dict[str, Any] = {"code.version": code_version()}
     fields.update({f"versions.{name}": version for name, version in versions.items()})
     fields.update({f"models.{place}": identity for place, identity in models.items()})
     chosen = {key: value for key, value in tree["input"].items() if key not in ("path", "split", "subset")}
@@ -112,7 +112,8 @@ def _flatten(place: str, value: Any, models: Mapping[str, str]) -> Iterator[tupl
             yield from _flatten(where, child, models)
 
 
-def _code_version() -> str:
+def code_version() -> str:
+    """Of this package; "not installed" where it runs from its sources."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:

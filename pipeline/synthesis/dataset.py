@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigurationError, StorageError
 from pipeline.storage.commits import sha256
-from pipeline.storage.fingerprint import DISTRIBUTION, explain_mismatch
+from pipeline.storage.fingerprint import code_version, explain_mismatch
 from pipeline.storage.run import Run
 from pipeline.stores.store import Store
 from pipeline.synthesis.candidates import Candidate, by_prompt, data_files
@@ -142,7 +142,7 @@ def _source(run: Run, settings: SynthesisConfig, judges: JudgeIdentities) -> dic
     return {
         "run": run.plan.digest,
         "answers": answers.hexdigest(),
-        "format": f"{metadata.version(DISTRIBUTION)} {FORMAT}",
+        "format": f"{code_version()} {FORMAT}",
         **{f"versions.{name}": version for name, version in versions.items()},
         "judges": judges.digest,
         **settings.fields(),

@@ -1,10 +1,11 @@
 """Passes of two fixed shapes: on a GPU each is captured once as a CUDA graph, then replayed.
 
 A pass is hundreds of kernels, and starting them one by one takes longer than they run. A replay starts them together;
-nothing in it waits for the CPU. One shape is that of all cache rows, whichever run: a step costs what reading the
-weights costs. The other is for tokens of new prompts. The same kernels compute every row, whatever the batch
-composition. A kernel that is chosen by the shape of its input is then always the same one, so padding to two fixed
-shapes is also what makes a row's bits its own.
+nothing in it waits for the CPU. One shape is that of all cache rows, whichever run, rounded up to whole tiles of
+matrix kernels: a step costs what reading the weights costs. The other is for tokens of new prompts. The same kernels
+compute every row, whatever the batch composition. A kernel that is chosen by the shape of its input is then always
+the same one, so padding to two fixed shapes is also what makes a row's bits its own. The places that no running row
+takes are room for proposed tokens: the shape is the same with them and without.
 
 R rows, T tokens of prompts, V vocabulary.
 """
@@ -21,6 +22,7 @@ from pipeline.attention.segments import RunningRows, Segment
 from pipeline.attention.slots import SlotCache, SlotPass
 from pipeline.attention.transfers import to_device
 from pipeline.attention.visibility import LayerFacts
+from pipeline.protocol.messages import rows_of_pass
 from pipeline.worker.cuda_graphs import GraphPool
 from pipeline.worker.forward_batch import PromptPass
 
@@ -43,6 +45,7 @@ class CapturedPasses:
         device: of the model and the cache.
         layers: what each attention call of a pass asks for.
         captures: whether a GPU captures them; otherwise they are computed anew every time.
+        may_follow: whether a cache row may be in a pass more than once, with tokens that follow one another.
     """
 
     def __init__(
@@ -56,14 +59,16 @@ class CapturedPasses:
         device: torch.device,
         layers: Sequence[LayerFacts] = (),
         captures: bool = True,
+        may_follow: bool = False,
     ) -> None:
         self._layers = layers
+        self._may_follow = may_follow
         self._forward = forward
         self._plain = plain
         self._cache = cache
         self._spare_row = spare_row
         self._device = device
-        self._num_rows = max(MIN_ROWS, cache.num_rows - 1)
+        self._num_rows = rows_of_pass(cache.num_rows - 1)
         # tokens, positions and cache rows
         self._inputs = torch.zeros(3, self._num_rows, dtype=torch.long, device=device)
         self._prompt_ids = torch.zeros(num_prompt_tokens, dtype=torch.long, device=device)
@@ -71,14 +76,14 @@ class CapturedPasses:
         self._moves = -1
         self.graphs = GraphPool(device, "passes", captures=captures)
 
-    def run_rows(self, tokens_R: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The cache rows [rows] and the logits [rows, V] of these rows' newest tokens; lengths count those."""
+    def run_rows(self, tokens_R: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """The logits [rows, V] of these rows' newest tokens; lengths count those."""
         self._reserve(max(lengths))
         padding = self._num_rows - len(rows)
         columns = [[*(length - 1 for length in lengths), *([0] * padding)], [*rows, *([self._spare_row] * padding)]]
         self._inputs[1:].copy_(to_device(columns, self._device, torch.long), non_blocking=True)
         self._inputs[0, : len(rows)] = tokens_R
-        return self._inputs[2, : len(rows)], self.graphs.run("rows", self._pass_rows)[: len(rows)]
+        return self.graphs.run("rows", self._pass_rows)[: len(rows)]
 
     def run_prompts(self, part: PromptPass) -> None:
         """Compute parts of prompts; their logits are not needed."""
@@ -115,9 +120,8 @@ class CapturedPasses:
         requires."""
         tokens_R, last_R, rows_R = self._inputs
         lengths = (self._cache.capacity,) * self._num_rows
-        slot_pass = SlotPass(
-            self._cache, (), (), RunningRows((), lengths, rows_R, last_R), per_row=False, layers=self._layers
-        )
+        running = RunningRows((), lengths, rows_R, last_R, self._may_follow)
+        slot_pass = SlotPass(self._cache, (), (), running, per_row=False, layers=self._layers)
         return self._forward(slot_pass, tokens_R[None], last_R[None], self._num_rows)
 
     def _pass_prompts(self) -> Tensor:

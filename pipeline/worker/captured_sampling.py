@@ -5,6 +5,8 @@ seen when the tokens are read, which may be while the next pass runs. If not, th
 with more steps; what even the longest one leaves unsolved, by the solver that checks convergence. A row's bits do not
 depend on which of them solved it.
 
+Lanes of proposed tokens count as slots.
+
 S slots, J principals, R roles, K candidates, C columns of a sampled step.
 """
 
@@ -78,7 +80,7 @@ class CapturedSampling:
         self._principals = games.principals
         self._on_gpu = runner.device.type == "cuda"
         # by slot: uniform draw, agent temperature, weights; a draw below 0 marks a slot that gets no token
-        neutral = [[-1.0, 1.0, *([0.0] * len(games.principals))]] * runner.num_slots
+        neutral = [[-1.0, 1.0, *([0.0] * len(games.principals))]] * len(runner.newest_S)
         self._neutral = neutral
         self._inputs = torch.tensor(neutral, dtype=torch.float64, device=runner.device)
         self._read_games = torch.compile(read_games, dynamic=False) if self._on_gpu else read_games

@@ -3,6 +3,7 @@ projections of the same input one matrix product."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,8 @@ class CompiledLayers:
 
     def __init__(self, model: Any) -> None:
         join_projections(model)
+        # torch's advice for float32: products with fewer bits, which would not be those of a CPU
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
         self._layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         self._forwards: list[Callable[..., Any]] = []
 

@@ -96,8 +96,14 @@ class Passes:
         """Seconds that passes took, on the device."""
         return self._watch.seconds
 
-    def lay_out(self, cache: SlotCache, adapters: Sequence[str | None]) -> None:
-        """Compute into this cache from now on; `adapters` are those of its rows, of which the last is for padding."""
+    def lay_out(self, cache: SlotCache, adapters: Sequence[str | None], *, may_follow: bool = False) -> None:
+        """Compute into this cache from now on.
+
+        Args:
+            cache: of all rows, of which the last is for padding.
+            adapters: of its rows.
+            may_follow: whether a row may be in a pass more than once, with tokens that follow one another.
+        """
         self._cache, self._spare_row = cache, cache.num_rows - 1
         if self._adapters is not None:
             numbers = [self._adapters.number(name) for name in adapters]
@@ -114,6 +120,7 @@ class Passes:
                 device=self.device,
                 layers=self._layers,
                 captures=self._is_whole,
+                may_follow=may_follow,
             )
 
     def prefer(self, row: int, preference: Sequence[float] | None) -> None:
@@ -126,8 +133,10 @@ class Passes:
         """Hold no cache any more, so that its memory can be used."""
         self._cache = self._captured_passes = None
 
-    def run(self, batch: ForwardBatch, newest_S: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The cache rows [R] that ran and their newest logits [R, V]; None where nothing was to be computed.
+    def run(self, batch: ForwardBatch, newest_S: Tensor) -> Tensor | None:
+        """The newest logits [R, V] of the batch's rows; None where nothing was to be computed.
+
+        Strict passes that are not of fixed shapes add padding to the batch.
 
         `newest_S` has the tokens that were drawn on the device, by slot, for rows whose token is DRAWN.
         """
@@ -149,11 +158,9 @@ class Passes:
         with self._counting(len(ids_T)):
             # logits of one row at least; where no row runs yet they are not read
             logits_RV = self._compute(slot_pass, ids_T[None], positions_T[None], max(len(batch.rows), 1))
-        return rows_R, logits_RV[: len(batch.rows)]
+        return logits_RV[: len(batch.rows)]
 
-    def _run_captured(
-        self, steps: CapturedPasses, batch: ForwardBatch, newest_S: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
+    def _run_captured(self, steps: CapturedPasses, batch: ForwardBatch, newest_S: Tensor) -> Tensor | None:
         assert self._cache is not None
         for part in batch.prompt_passes(PROMPT_SHAPE, MOST_SEGMENTS):
             for copied in part.copies:

@@ -22,11 +22,11 @@ from torch import Tensor
 from pipeline.attention.prefixes import Prefixes, Prompt
 from pipeline.attention.segments import Copied
 from pipeline.attention.slots import SlotCache
+from pipeline.attention.transfers import to_device
 from pipeline.attention.visibility import LayerFacts
-from pipeline.protocol.memory import memory_of_host
+from pipeline.protocol.memory import memory_of_host, rows_beside_slots
 from pipeline.protocol.messages import (
     CHUNK,
-    DRAFTED_PER_PASS,
     Admission,
     Candidates,
     Draft,
@@ -58,10 +58,11 @@ class LanguageModelRunner:
         has_fixed_shapes: see `Passes`.
         layers: see `Passes`.
         needs_whole_vectors: see `Passes`.
-        drafts: whether to have room for proposed tokens; they are verified on a CPU alone.
+        drafts: whether to verify proposed tokens. Where passes have fixed shapes there is room for them in any case:
+            otherwise bits would differ with drafts and without.
 
     Attributes:
-        newest_S: by slot, the newest token that was drawn on the device.
+        newest_S: by slot and lane of proposed tokens, the newest token that was drawn on the device.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class LanguageModelRunner:
             layers=layers,
             needs_whole_vectors=needs_whole_vectors,
         )
-        # on a GPU passes have fixed shapes, and a row of them has one token
-        self._drafts = drafts and self._passes.device.type == "cpu" and not self._passes.has_fixed_shapes
+        # on a GPU kernels depend on the shape of a pass: without a fixed one drafts would change bits
+        self._drafts = drafts and (self._passes.device.type == "cpu" or self._passes.has_fixed_shapes)
         self._lay_out(num_slots)
 
     def memory_budget(self, row_tokens: int) -> MemoryBudget:
@@ -103,11 +104,17 @@ class LanguageModelRunner:
             self._passes.sizes,
             num_roles=len(self._roles),
             row_tokens=row_tokens,
-            num_drafted=DRAFTED_PER_PASS if self._drafts else 0,
+            num_more_rows=rows_beside_slots(
+                len(self._roles), has_fixed_shapes=self._passes.has_fixed_shapes, drafts=self._drafts
+            ),
             device_type=self._passes.device.type,
         )
         budget = budget_of(self._passes.devices, memory_of, bytes_per_token=self._bytes_per_token)
-        return replace(budget, verifies_drafts=self._drafts)
+        return replace(budget, verifies_drafts=self._drafts, rows_of_slot=self._rows_of_slot)
+
+    @property
+    def _rows_of_slot(self) -> int:
+        return len(self._roles) if self._passes.has_fixed_shapes else 0
 
     def resize(self, num_slots: int) -> None:
         """Forget all rows and hold `num_slots` at once from now on."""
@@ -124,14 +131,16 @@ class LanguageModelRunner:
         # one more row, to which padding is written
         self._cache = SlotCache(num_rows + 1)
         adapters = [role.adapter for role in self._roles for _ in range(num_slots)]
-        self._passes.lay_out(self._cache, [*adapters, None])
+        self._passes.lay_out(self._cache, [*adapters, None], may_follow=self._drafts)
         self._lengths = [0] * num_rows + [1]
         self._prefixes: Prefixes[int] = Prefixes()
         # of rows whose prompt is being computed: how many tokens they have, and the row whose prefix they copy part
         # by part as it is computed
         self._filled: dict[int, int] = {}
         self._copies_from: dict[int, tuple[int, int]] = {}
-        num_outputs = num_slots + most_drafted(num_slots) * self._drafts
+        num_outputs = num_slots
+        if self._drafts or self._passes.has_fixed_shapes:
+            num_outputs += most_drafted(num_slots, self._rows_of_slot)
         self._logits = NewestLogits(len(self._roles), num_outputs, self._vocab_size, self._passes.device)
         # the newest token of each slot for which it was drawn on the device
         self.newest_S = torch.zeros(num_outputs, dtype=torch.long, device=self._passes.device)
@@ -207,11 +216,9 @@ class LanguageModelRunner:
     @torch.inference_mode()
     def compute_again(self) -> None:
         """Run the newest pass, again if one of its tokens was corrected: keys go to the same places."""
-        if done := self._passes.run(self._newest_batch, self.newest_S):
-            places_R, logits_RV = done
-            if self._drafts:  # a cache row may have run more than once; otherwise its number is its logits' place
-                places_R = torch.tensor(self._newest_batch.outputs, dtype=torch.long)  # may be empty
-            self._logits.put(places_R, logits_RV)
+        logits_RV = self._passes.run(self._newest_batch, self.newest_S)
+        if logits_RV is not None:
+            self._logits.put(to_device(self._newest_batch.outputs, self._passes.device, torch.long), logits_RV)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[int], *, num_candidates: int | None, min_p: float) -> Candidates:

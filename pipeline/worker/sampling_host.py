@@ -55,8 +55,7 @@ class SamplingHost(LanguageModelHost):
         self._check_drawn(step)
         self.advance(at, step)
         reply = self.sample(at, slots, terms, uniforms)
-        # the newest token of a slot with a draft is known when the caller has compared
-        self._drawn = (self._drawn | set(slots)) - {draft.slot for draft in step.drafts}
+        self._note_drawn(step, slots)
         return reply
 
     @torch.inference_mode()
@@ -83,6 +82,12 @@ class SamplingHost(LanguageModelHost):
     def work(self) -> HostWork:
         """Passes, tokens and seconds so far, and what its rows take in memory."""
         return replace(super().work(), solve_s=self._game_watch.seconds)
+
+    def _note_drawn(self, step: Step, slots: Sequence[int]) -> None:
+        """Note the slots whose newest token the device has; that of a slot with a draft is known when the caller has
+        compared, and a lane may be a slot without a row."""
+        drafted = {place for draft in step.drafts for place in (draft.slot, *draft.lanes)}
+        self._drawn = (self._drawn | set(slots)) - drafted
 
     def _check_drawn(self, step: Step) -> None:
         """Raise StateLost where a token of the step is DRAWN and was not drawn here."""
@@ -127,7 +132,7 @@ class CapturingHost(SamplingHost):
         self.advance(at, step)
         self._settle_before(at)
         reply = self.sample(at, slots, terms, uniforms)
-        self._drawn |= set(slots)
+        self._note_drawn(step, slots)
         return reply
 
     @torch.inference_mode()

@@ -206,7 +206,9 @@ class TableDraftModel:
         pass
 
 
-def ask_about_all(drafts: ModelDrafts, ranked: Sequence[Asked], expected: float, num_positions: int) -> int:
+def ask_about_all(
+    drafts: ModelDrafts, ranked: Sequence[Asked], expected: float, num_positions: int, wait_s: float
+) -> int:
     """In place of what passes cost: the model is asked whenever it may be."""
     return len(ranked)
 

@@ -13,7 +13,7 @@ from typing import Any
 GPUS = 4
 # the ranks of each host, the replicas, and the devices of each rank
 SCENARIOS = {
-    "fits": ((2, 1, 1), 2, 1), "spans": ((3, 1, 1), 1, 1), "too large": ((6,), 1, 1), "layers": ((1, 1), 2, 2),
+    "fits": ((2, 1), 2, 1), "spans": ((3, 1, 1), 1, 1), "too large": ((5,), 1, 1), "layers": ((1, 1), 2, 2),
 }  # fmt: skip
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.attention.plain import AttentionTerms
-from pipeline.attention.rows import LAUNCH, attend_rows, constants
+from pipeline.attention.rows import LAUNCH, attend_rows, constants, store_rows
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 LENGTHS, ROWS = (1, 2, 64, 65, 129, 256), (5, 0, 2, 6, 1, 3)
@@ -53,6 +54,40 @@ def check_kernel(
         torch.testing.assert_close(out[at].double(), expected, atol=tolerance, rtol=tolerance)
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
+
+
+def check_following(
+    device: str, dtype: torch.dtype, terms: AttentionTerms, *, num_heads: int, num_kv_heads: int, width: int
+) -> None:
+    """Tokens of a row that follow one another in a pass, in any order of its rows, and rows beside them get the bits
+    that they get one after another, in the outputs and in the cache."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    cached = [numbers(7, num_kv_heads, 256, width) for _ in range(2)]
+    places = [(row, at) for row, first in ((5, 64), (2, 31), (0, 0)) for at in range(first, first + 5)] + [(6, 200)]
+    states = [numbers(len(places), heads, width).transpose(0, 1) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+
+    def attend(order: Sequence[int], buffers: Sequence[Tensor], *, together: bool) -> Tensor:
+        out = torch.full((len(places), num_heads, width), torch.nan, device=device, dtype=dtype)
+        for chosen in [list(order)] if together else [[at] for at in order]:
+            rows_R, last_R = torch.tensor([places[at] for at in chosen], device=device).T.contiguous()
+            query, key, value = (each[:, chosen] for each in states)
+            if together:
+                store_rows(key, value, *buffers, rows_R, last_R)
+            of_chosen = out[chosen]
+            attend_rows(query, key, value, *buffers, rows_R, last_R, of_chosen, terms)
+            out[chosen] = of_chosen
+        return out
+
+    one_by_one = [each.clone() for each in cached]
+    expected = attend(range(len(places)), one_by_one, together=False)
+    for order in (range(len(places)), range(len(places) - 1, -1, -1)):
+        buffers = [each.clone() for each in cached]
+        assert torch.equal(attend(order, buffers, together=True), expected)
+        assert all(map(torch.equal, buffers, one_by_one))
 
 
 def plain_softmax(query_HD: Tensor, keys_GLD: Tensor, values_GLD: Tensor, terms: AttentionTerms) -> Tensor:
