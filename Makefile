@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo    create the environment, prepare the embedded model, run the main job on it"
 	@echo "make test    run the tests, but for those that need a GPU and the long ones"
-	@echo "make nightly run the long tests: clusters, images, kills over Ray, every family's game (half an hour)"
+	@echo "make nightly run the long tests: clusters, images, kills over Ray, every family's game (about 40 minutes)"
 	@echo "make simulate  10,000 simulated runs with faults, in two processes: some minutes"
 	@echo "make chaos   50 real runs that are killed and resumed"
 	@echo "make check   formatter, linter, types, import contracts, documentation"

@@ -139,12 +139,12 @@ def test_answers_and_their_numbers_do_not_depend_on_the_number_of_devices(model,
 def test_families_of_other_kinds_give_the_bits_of_one_device_in_any_batch(family, num_devices, tmp_path):
     folder = make_family(tmp_path, family)
     found = []
-    for count, batches in ((1, [3]), (num_devices, [1, 3])):
+    for count in (1, num_devices):
         assembly, hosts = on_devices(config_with(folder, **PAIR), count)
         is_plain = isinstance(hosts.base.host._runner, PlainRunner)
         assert is_plain == (read_table().families[family].decoding == PLAIN)
-        found += [decode_with(assembly, hosts, ROWS[:3], slots) for slots in batches]
-    assert found[0] == found[1] == found[2]
+        found.append([decode_with(assembly, hosts, ROWS[:3], slots) for slots in (1, 3)])
+    assert found[0] == found[1]
 
 
 def test_hosts_beside_the_base_are_spread_too(model, judge, tmp_path):
@@ -379,7 +379,7 @@ def test_a_process_reserves_as_many_gpus_as_its_layers_are_spread_over():
 def test_the_first_layers_of_a_base_propose_in_one_process():
     base = config_of({"model": "m", "pipeline_parallel": 2}).base
     section = DraftModelConfig(layers=1).section(base)
-    assert (section.device, section.pipeline_parallel) == ("cpu", 1)
+    assert (section.device, section.pipeline_parallel) == ("auto", 1)
 
 
 def test_models_whose_layers_are_spread_otherwise_are_other_hosts():

@@ -55,7 +55,7 @@ def test_tokens_that_follow_one_another_in_a_pass_get_the_bits_of_passes_of_thei
     check_following("cpu", dtype, terms, num_heads=num_heads, num_kv_heads=num_kv_heads, width=width)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.nightly), 90])
 def test_it_compiles_for_gpus_and_spills_no_register_of_half_types(capability, tmp_path):
     """In a process of its own: where Triton interprets it compiles nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -81,7 +81,7 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(messages, "PASS_ROWS", 16)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.nightly), "mistral"])
 def test_a_runner_that_attends_with_the_kernel_gives_the_logits_of_one_that_does_not(
     tiny, kind, few_rows, monkeypatch
 ):

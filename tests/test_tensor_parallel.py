@@ -108,24 +108,30 @@ def test_scores_of_an_existing_answer_are_those_of_one_process(group, model, ada
 
 
 @pytest.mark.parametrize("group", [2], indirect=True)
-def test_a_rank_that_is_killed_or_hangs_is_a_failed_host_and_the_group_starts_again(group):
+@pytest.mark.parametrize(
+    ("sign", "says"),
+    [
+        (signal.SIGKILL, r"rank 1 ended \(signal 9\)"),
+        pytest.param(signal.SIGSTOP, "no answer of rank 0, 1", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_rank_that_is_killed_or_hangs_is_a_failed_host_and_the_group_starts_again(group, sign, says):
     assembly, hosts = group
     undisturbed = decode_with(assembly, hosts, ROWS[:4], 4)
-    for sign, says in ((signal.SIGKILL, r"rank 1 ended \(signal 9\)"), (signal.SIGSTOP, "no answer of rank 0, 1")):
-        engine, ranks = make_engine(assembly, hosts), hosts.base.processes
-        for row in ROWS[:4]:
-            engine.admit(row, 0, 0)
-        for _ in range(3):
-            assert not engine.step()
-        ranks[1].send_signal(sign)
-        with pytest.raises(HostError, match=rf"host base .*{says}") as caught:
-            run_to_the_end(engine)
-        assert all(rank.poll() is not None for rank in ranks)  # none is left behind
-        with pytest.raises(HostError, match="its ranks were ended"):
-            hosts.base.resize(4).result()
-        assert start_again(hosts, assembly)
-        engine.recover(hosts, caught.value)
-        assert run_to_the_end(engine) == undisturbed
+    engine, ranks = make_engine(assembly, hosts), hosts.base.processes
+    for row in ROWS[:4]:
+        engine.admit(row, 0, 0)
+    for _ in range(3):
+        assert not engine.step()
+    ranks[1].send_signal(sign)
+    with pytest.raises(HostError, match=rf"host base .*{says}") as caught:
+        run_to_the_end(engine)
+    assert all(rank.poll() is not None for rank in ranks)  # none is left behind
+    with pytest.raises(HostError, match="its ranks were ended"):
+        hosts.base.resize(4).result()
+    assert start_again(hosts, assembly)
+    engine.recover(hosts, caught.value)
+    assert run_to_the_end(engine) == undisturbed
     assert not start_again(hosts, assembly)
 
 
