@@ -15,7 +15,7 @@ from support.commands import ROOT
     ("options", "num_kills"),
     [
         (["--schedules", "3", "--seed", "100"], 3),
-        (["--schedules", "2", "--seed", "200", "--growing"], 2),
+        pytest.param(["--schedules", "2", "--seed", "200", "--growing"], 2, marks=pytest.mark.nightly),
         # a coordinator at a point, and a node of a cluster of three
         pytest.param(
             ["--schedules", "1", "--seed", "11", "--transport", "ray"],

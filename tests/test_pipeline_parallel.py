@@ -106,7 +106,7 @@ def test_layers_that_are_alike_are_spread_evenly():
     assert spread([10] * 8, 4, first_bytes=10) == (1, 2, 2, 3)  # the fullest has 30 either way
 
 
-@pytest.mark.parametrize("attention", ["slots", "plain"])
+@pytest.mark.parametrize("attention", ["slots", pytest.param("plain", marks=pytest.mark.nightly)])
 def test_answers_and_their_numbers_do_not_depend_on_the_number_of_devices(model, adapters, attention):
     """Prompted roles share prefixes, two adapters are mixed in passes, and a game is played over all of them."""
     tuned = {

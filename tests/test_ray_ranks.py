@@ -41,6 +41,7 @@ def test_ranks_share_a_bundle_where_a_machine_has_as_many_gpus(ranks, machines, 
     ]
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
 def test_base_principals_and_ranks_are_on_gpus_of_their_own_and_span_machines_only_where_they_must():

@@ -142,6 +142,7 @@ def run_to_the_end(engine):
     return found
 
 
+@pytest.mark.nightly
 def test_a_reward_model_and_a_model_with_other_tokens_are_split_beside_a_base_that_is_not(tiny, judge, tmp_path):
     other = make_model(tmp_path / "other", tokenizer=make_pair_tokenizer(), seed=3)
 
