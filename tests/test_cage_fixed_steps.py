@@ -25,7 +25,9 @@ def test_fixed_step_newton_finds_the_same_equilibrium(num_principals, dtype):
     assert (few.status == cage.Status.MAX_STEPS).any() == bool(num_principals)
 
 
-@pytest.mark.parametrize("num_principals", [2, 4])
+@pytest.mark.parametrize(
+    "num_principals", [2, 4, *[pytest.param(number, marks=pytest.mark.nightly) for number in (3, 6)]]
+)
 def test_fixed_step_newton_compiles_as_a_whole(num_principals, monkeypatch):
     """Traced without a break, and with the system of equations solved entry by entry."""
     traced = partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")

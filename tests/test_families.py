@@ -88,9 +88,13 @@ def test_two_ranks_decode_a_family_as_one_process_does(name, ranks, tmp_path):
 
 
 SPREAD = [name for name in MADE if read_table().families[name].is_pipeline_parallel]
+UNSPLIT = [name for name in SPREAD if name not in SPLIT]
 
 
-@pytest.mark.parametrize("name", [*SOME_KINDS, *[name for name in SPREAD if name not in SPLIT][::24]])
+@pytest.mark.parametrize(
+    "name",
+    [*SOME_KINDS, *UNSPLIT[::24], *[pytest.param(name, marks=pytest.mark.nightly) for name in UNSPLIT[12::24]]],
+)
 def test_two_devices_give_the_bits_of_one(name, tmp_path):
     make_random_model(name).save_pretrained(tmp_path / "model")
     spec = host_spec(tmp_path / "model")

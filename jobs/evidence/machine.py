@@ -11,9 +11,12 @@ PROCESSOR = Path("/proc/cpuinfo")
 
 def machine(gpus: Path = GPUS, processor: Path = PROCESSOR) -> str:
     """The name of the GPU, or else of the processor, where the system says it."""
-    files = [*sorted(gpus.glob("*/information")), processor]
-    for file, key in zip(files, ["Model"] * (len(files) - 1) + ["model name"], strict=True):
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        if names := [line.partition(":")[2].strip() for line in lines if line.startswith(key)]:
-            return names[0]
-    return platform.machine()
+    told = [(file, "Model") for file in sorted(gpus.glob("*/information"))] + [(processor, "model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for file, key in told
+        if file.exists()
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.startswith(key)
+    ]
+    return names[0] if names else platform.machine()

@@ -171,7 +171,7 @@ def facts(scale: Scale, folder: Path) -> Json:
         "date": time.strftime("%Y-%m-%d"),
         "seed": SEED,
         "commit": commit or None,
-        "processor": machine(),
+        "machine": machine(),
         "cores": os.cpu_count(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
         "stages": {stage.name: marks.durations(stage) for stage in stages(scale, folder)},

@@ -143,7 +143,7 @@ def _whole() -> Iterator[Evaluation]:
 
 FULL = Scale(
     name="full",
-    duration="some minutes on a GPU; about 30 core-hours without one",
+    duration="for games over tokens half an hour of a GPU or about 25 core-hours, as computed",
     training=1000,
     halves=("a", "b"),
     answers=8,
@@ -203,7 +203,7 @@ OTHER = replace(
 KINDS = replace(
     OTHER,
     name="kinds",
-    duration="about an hour of one idle core",
+    duration="an hour and a half of one idle core, as computed: it has not been run to its end",
     evaluations=(
         Evaluation("small_tone", TWO_RULES, EQUAL, 100, agent_temperatures=(0.5, 1.0, 2.0)),
         Evaluation("value_tone", TWO_RULES, EQUAL, 40, agent_temperatures=(0.05, 0.1, 0.2)),

@@ -153,7 +153,9 @@ def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
     for objective in scale.objectives:
         run = folder / f"pairs-{half}-{objective}"
         if run != first:
-            yield Stage(f"answers-{half}-{objective}", partial(_copy, first, run), str(run))
+            yield Stage(
+                f"answers-{half}-{objective}", partial(_copy, first, run), f"{first} {scale.answers} {scale.training}"
+            )
         yield _command(
             run.name,
             "synthesize",

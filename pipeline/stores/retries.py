@@ -34,6 +34,8 @@ TEMPORARY_ERRNOS = {
 TEMPORARY_STATUS = {408, 409, 429, 500, 502, 503, 504}
 TEMPORARY_WORDS = ("expired", "timeout", "timed out", "slowdown", "slow down", "throttl", "could not connect")
 
+ANSWERS = (FileNotFoundError, FileExistsError, CageError)  # raised as they are, and never retried
+
 T = TypeVar("T")
 
 
@@ -66,6 +68,8 @@ def retried(action: str, attempt: Callable[[], T]) -> T:
     started_s = time.monotonic()
     try:  # nearly every call succeeds at once, sooner than the retries are prepared
         return attempt()
+    except ANSWERS:
+        raise
     except Exception as error:
         failed = [error]
 
@@ -84,7 +88,7 @@ def retried(action: str, attempt: Callable[[], T]) -> T:
     )
     try:
         return retrying(again)
-    except (FileNotFoundError, FileExistsError, CageError):
+    except ANSWERS:
         raise
     except Exception as error:  # the object stores' clients share no base class
         num_tries = retrying.statistics["attempt_number"]
@@ -93,10 +97,7 @@ def retried(action: str, attempt: Callable[[], T]) -> T:
 
 
 def _is_worth_another_try(error: BaseException) -> bool:
-    is_failure = isinstance(error, Exception) and not isinstance(
-        error, (FileNotFoundError, FileExistsError, CageError)
-    )
-    return is_failure and may_pass(error)
+    return isinstance(error, Exception) and not isinstance(error, ANSWERS) and may_pass(error)
 
 
 def may_pass(error: BaseException) -> bool:
