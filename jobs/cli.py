@@ -36,6 +36,7 @@ from jobs.options import (
     TrustRemoteCode,
     Verbose,
 )
+from jobs.watching import EVERY_S, WatchCommand
 from pipeline.errors import ExitCode, Interrupted
 from pipeline.monitoring.events import LogFormat
 
@@ -288,13 +289,17 @@ def retry(
     run_retry(run, overrides or [], only=only or [], mended=mended, is_verbose=verbose)
 
 
-@app.command()
+@app.command(cls=WatchCommand)
 def status(
     run: RunPath,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known as JSON.")] = False,
     watch: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=1, help="Show it again so often, until it is complete."),
+        typer.Option(
+            metavar="[SECONDS]",
+            min=1,
+            help=f"Show it again so often, until it is complete. Default: {EVERY_S}.",
+        ),
     ] = None,
 ) -> None:
     """Show how far a run is."""

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 from support.commands import cage
 from support.runs import job, run_job, write_prompts
+from typer.testing import CliRunner
 
+from jobs import cli
 from jobs.commands.status import describe_status, replica_paces, run_status, slow_shards
 from pipeline.stages import doctor
 from pipeline.stages.doctor import Verdict, examine
@@ -140,6 +142,34 @@ def test_status_tells_the_pace_of_the_last_shards_and_watches_until_the_end(tiny
     assert "not complete" in shown
     assert shown.rstrip().splitlines()[-1].strip().startswith("load")
     assert "4 of 4" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "every_s"),
+    [
+        (["RUN"], None),
+        (["RUN", "--watch"], 10.0),
+        (["--watch", "RUN"], 10.0),
+        (["--watch", "--json", "RUN"], 10.0),
+        (["RUN", "--watch", "30"], 30.0),
+        (["--watch", "2.5", "RUN"], 2.5),
+        (["RUN", "--watch=4"], 4.0),
+    ],
+)
+def test_status_is_watched_with_a_number_and_without_one(words, every_s, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "jobs.commands.status.run_status", lambda run, **options: asked.append((run, options["every_s"]))
+    )
+    found = CliRunner().invoke(cli.app, ["status", *words])
+    assert found.exit_code == 0, found.output
+    assert asked == [("RUN", every_s)]
+
+
+def test_status_is_not_watched_more_often_than_each_second():
+    found = CliRunner().invoke(cli.app, ["status", "RUN", "--watch", "0"])
+    assert found.exit_code == 2
+    assert "Invalid value for '--watch': Input should be greater than or equal to 1" in found.output
 
 
 @pytest.mark.ray
