@@ -17,6 +17,7 @@ from jobs.commands.status import describe_status
 from pipeline.engine.pace import PROBES, Pace
 from pipeline.engine.passages import LONGEST, PLACES, START, Passages
 from pipeline.errors import ConfigurationError
+from pipeline.protocol.specs import Drafts
 from pipeline.runtime.assembly import assemble
 from pipeline.runtime.replica_plan import plan_replica
 from pipeline.stages.relabel import prepare
@@ -126,7 +127,7 @@ def test_hosts_that_verify_nothing_are_named_and_named_sources_refused(tiny, jud
     assert len(replica.undrafted) == 1
     assert says in replica.undrafted[0]
     assert f"drafts    none: {replica.undrafted[0]}" in describe_plan(prepared.plan, replica)
-    assert not any(spec.drafts for spec in replica.hosts)
+    assert {spec.drafts for spec in replica.hosts} == {Drafts.NOWHERE}
     with pytest.raises(ConfigurationError, match=rf"decoding\.draft: \[lookup\] has no effect: .*{says}"):
         assemble(config("lookup"), NOWHERE)
     with pytest.raises(ConfigurationError, match=rf"decoding\.draft_model has no effect: .*{says}"):

@@ -149,7 +149,12 @@ def planned_hosts(config: Config) -> list[PlannedHost]:
     replica = plan_replica(config, resolve_models(config, NOWHERE), NOWHERE)
     return [
         plan_host(
-            plan, size_of_source(spec.source), config, device_type="cpu", source=spec.source, drafts=spec.drafts
+            plan,
+            size_of_source(spec.source),
+            config,
+            device_type="cpu",
+            source=spec.source,
+            drafts=spec.drafts.are_on("cpu"),
         )
         for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
     ]

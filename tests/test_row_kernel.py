@@ -18,6 +18,7 @@ from pipeline.attention.plain import AttentionTerms
 from pipeline.attention.visibility import Visibility
 from pipeline.protocol import messages
 from pipeline.protocol.messages import Admission, Draft, Step
+from pipeline.protocol.specs import Drafts
 
 pytest.importorskip("triton", reason="triton is not installed; see `make kernels`")
 pytestmark = pytest.mark.skipif(
@@ -104,7 +105,7 @@ def test_a_runner_that_attends_with_the_kernel_gives_the_logits_of_one_that_does
 
 def test_drafted_tokens_have_the_bits_of_tokens_one_after_another(tiny, few_rows, monkeypatch):
     """With the kernel, in passes of one shape; a free slot's number and a lane are where their logits are kept."""
-    spec = replace(spec_of(tiny(), num_slots=4), drafts=True)
+    spec = replace(spec_of(tiny(), num_slots=4), drafts=Drafts.ANYWHERE)
     one_by_one, drafting = (load_in_slots(spec, has_fixed_shapes=True) for _ in range(2))
     monkeypatch.setattr(row_attention, "serves", lambda keys, values: True)
     texts = {0: [3, 9, 4, 8, 8, 7], 2: [*range(40, 75)]}

@@ -33,6 +33,7 @@ from pipeline.hub.embedded import default_cache_folder
 from pipeline.hub.model_facts import read_model_facts
 from pipeline.hub.sources import resolve_model
 from pipeline.protocol.hosts import Hosts
+from pipeline.protocol.specs import Drafts
 from pipeline.protocol.topology import HostRole
 from pipeline.records import Record, Row
 from pipeline.runtime.assembly import Assembly, assemble
@@ -340,7 +341,7 @@ class _Bench:
         assembly, variants = self._assemble(config), lay_out(config)
         key = workload.temperature, frozenset(each.rule for each in variants) if self.is_on_gpu else None
         if key not in self._loaded:
-            specs = tuple(replace(spec, drafts=True) for spec in assembly.hosts)
+            specs = tuple(replace(spec, drafts=Drafts.ANYWHERE) for spec in assembly.hosts)
             self._loaded[key] = start_hosts(replace(assembly, hosts=specs))
         engine = make_engine(assembly, self._loaded[key], draft_model=self._draft_model(assembly))
         # on a GPU that has passes recorded again; elsewhere rows are to be forgotten

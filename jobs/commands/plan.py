@@ -298,10 +298,15 @@ def _decoding(replica: ReplicaPlan) -> list[str]:
 
 def _drafts(replica: ReplicaPlan, hosts: Sequence[PlannedHost]) -> list[str]:
     """A line that says where proposed tokens come from, or why there are none."""
-    if replica.config.decoding.draft == "off":
+    decoding = replica.config.decoding
+    is_set = "draft" in decoding.model_fields_set
+    if decoding.draft == "off" or (replica.undrafted and not is_set):
         return []
     if replica.undrafted:
         return [f"drafts    none: {'; '.join(replica.undrafted)}"]
+    names = {plan.name for plan in replica.topology.hosts}
+    if not decoding.asks_for_drafts and any(each.device_type == "cuda" for each in hosts if each.plan.name in names):
+        return ["drafts    none: auto has them on CPUs; name sources to have them on GPUs"] if is_set else []
     sources: list[str] = [*replica.config.draft_sources]
     if replica.draft is not None:
         sources[sources.index("model")] = f"model ({_of_model(replica.draft)})"

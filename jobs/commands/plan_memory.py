@@ -38,7 +38,7 @@ def plan_hosts(replica: ReplicaPlan, gpu: Gpu | None) -> list[PlannedHost]:
             device_type=device_type_of(plan.model, gpu),
             adapters=tuple(spec.adapters.values()),
             source=spec.source,
-            drafts=spec.drafts,
+            drafts=spec.drafts.are_on(device_type_of(plan.model, gpu)),
         )
         for plan, spec in zip(replica.topology.hosts, replica.hosts, strict=True)
     ]

@@ -73,6 +73,7 @@ class Scale:
         slots: rows that are decoded at once; more are faster, and change no byte.
         games: most recorded games on which what-if questions are asked; twice as many for the gains at equal KL.
         starts: of Jacobi in each game, to look for other equilibria.
+        dtype: of the models that answer held-out prompts.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Scale:
     slots: int
     games: int
     starts: int
+    dtype: str = "float32"
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -209,6 +211,22 @@ KINDS = replace(
         Evaluation("value_tone", TWO_RULES, EQUAL, 40, agent_temperatures=(0.05, 0.1, 0.2)),
     ),
 )
+TRAINED = replace(
+    MEDIUM,
+    name="trained",
+    duration="about three hours of one core that computes with bfloat16",
+    training=1000,
+    halves=("a", "b"),
+    pairs={"cheerful": 2, "formal": 1, "simple": 1},
+    advise=100,
+    evaluations=(
+        Evaluation("trained_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("trained_words", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("aware_tone", (*TWO_RULES, "parm"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("small_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
+    ),
+    dtype="bfloat16",
+)
 SMALL = Scale(
     name="small",
     duration="about an hour on two idle cores",
@@ -226,4 +244,4 @@ SMALL = Scale(
     games=200,
     starts=4,
 )
-SCALES = {scale.name: scale for scale in (FULL, GPU, MEDIUM, OTHER, KINDS, SMALL)}
+SCALES = {scale.name: scale for scale in (FULL, GPU, TRAINED, MEDIUM, OTHER, KINDS, SMALL)}

@@ -227,6 +227,7 @@ def _evaluation(scale: Scale, folder: Path, evaluation: Evaluation) -> Stage:
         f"grid.rules={_flow(list(evaluation.rules))}",
         f"cluster.slots={scale.slots}",
         *([f"decoding.unit={evaluation.unit}"] if evaluation.unit != "token" else []),
+        *([f"base.dtype={scale.dtype}"] if scale.dtype != "float32" else []),
     ]
     if evaluation.kind == "trained":
         words += [f"principals.{each}={_trained(folder, each, half)}" for each in names]

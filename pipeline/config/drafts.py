@@ -67,7 +67,9 @@ NEEDS = {
 
 
 def read_draft(value: Any) -> Any:
-    """Accept one source where a list is expected. Raises ValueError for what is no source."""
+    """Accept one source where a list is expected, and YAML's `off`. Raises ValueError for what is no source."""
+    if value is False:  # off and no are booleans in YAML
+        return "off"
     value = (value,) if isinstance(value, str) and value not in ("auto", "off") else value
     if isinstance(value, str) or not isinstance(value, Sequence):
         return value
@@ -90,12 +92,22 @@ Draft = Annotated[
 ]
 
 
-def why_not_drafted(draft: Draft, units: Sequence[Unit], target_kl: float | None) -> tuple[str, ...]:
-    """Why no tokens are proposed, as far as settings say; empty where none keeps them from it."""
+def why_not_drafted(
+    draft: Draft, units: Sequence[Unit], target_kl: float | None, *, depends: bool
+) -> tuple[str, ...]:
+    """Why no tokens are proposed, as far as settings say; empty where none keeps them from it.
+
+    Args:
+        draft: as configured.
+        units: of the games.
+        target_kl: as configured.
+        depends: whether last bits would depend on drafts that were not asked for.
+    """
     reasons = {
         "draft is off": draft == "off",
         f"unit is {', '.join(units)}, and drafts are of tokens": tuple(units) != (Unit.TOKEN,),
         "target_kl is set: a game depends on how far those before it left the base": target_kl is not None,
+        "reproducibility is relaxed: last bits would depend on what is drafted; name sources if they may": depends,
     }
     return tuple(reason for reason, holds in reasons.items() if holds)
 

@@ -198,11 +198,11 @@ class DecodingConfig(Section):
         "relaxed: faster on some machines",
     )
     draft: Draft = Field(
-        "off",
+        "auto",
         description="where several tokens at once are proposed from, which one pass verifies; changes no result. A "
         "list in order of preference: response (input.response), siblings (other answers to the prompt), lookup (the "
-        "prompt and the answer so far), model (draft_model). auto: all of them; off: none. Fewer are proposed, or "
-        "none, where they would take longer than they save",
+        "prompt and the answer so far), model (draft_model). auto: all of them, on a CPU, or wherever there is a "
+        "draft_model; off: none. Fewer are proposed, or none, where they would take longer than they save",
     )
     draft_model: DraftModel | None = Field(
         None, description="what proposes tokens for source model: a name, or a section; changes no result"
@@ -450,7 +450,13 @@ class Config(Section):
     @property
     def undrafted(self) -> tuple[str, ...]:
         """Why no tokens are proposed, as far as settings say; empty where none keeps them from it."""
-        return why_not_drafted(self.decoding.draft, self.units, self.decoding.target_kl)
+        decoding = self.decoding
+        return why_not_drafted(
+            decoding.draft,
+            self.units,
+            decoding.target_kl,
+            depends=decoding.reproducibility is Reproducibility.RELAXED and not decoding.asks_for_drafts,
+        )
 
     @property
     def draft_sources(self) -> tuple[DraftSource, ...]:

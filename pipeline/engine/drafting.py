@@ -26,8 +26,10 @@ from pipeline.protocol.messages import MOST_DRAFTED, MemoryBudget
 if TYPE_CHECKING:
     from pipeline.engine.scheduler import Call, Group
 
-PROBED_CHANCE = 0.5  # of a first token, with which it pays to learn what a pass costs
+PROBED_CHANCE = 0.5  # of the tokens by which it is learned what a pass costs
 LEAST_PROBE, PROBE_SHARE = 4, 1 / 4  # tokens; and of the rows: a full batch may have no use for what it learns
+# tokens that these may be expected to lose for each step so far: in a full batch each takes as long as a row
+PROBED_LOSS = 1 / 4
 UNSEEN_STEPS = 16  # that are sent ahead one after another
 ROWS_A_STEP = 4  # whose texts are looked at in a step that may be sent ahead: it takes a part of a millisecond each
 
@@ -69,6 +71,7 @@ class Drafter:
         self.rows_of_slots = rows_of_slots
         self._lead = Lead() if has_fixed_shapes and runs_ahead else None
         self._completed_s = 0.0
+        self._num_steps, self._probed_loss = 0, 0.0
 
     def wants_tokens(self, group: Group) -> bool:
         """Whether the next step is to wait for the pending tokens, where others are sent ahead.
@@ -102,12 +105,16 @@ class Drafter:
         counts, expected, num_positions = dict.fromkeys(guesses, 0), float(len(slots)), len(slots)
         order = [(-guess.chances[0], slot) for slot, guess in guesses.items()]
         heapq.heapify(order)
-        most, is_probe = len(group.open_lanes), False
-        if order and -order[0][0] >= PROBED_CHANCE and not group.parts and self._pace.begins_probe():
-            most, is_probe = min(most, max(int(PROBE_SHARE * len(slots)), LEAST_PROBE)), True
+        most, is_probe = len(group.open_lanes), self._begins_probe(group, order)
+        if is_probe:
+            most = min(most, _probe_size(len(slots)))
         while order and num_positions - len(slots) < most:
             negative, slot = heapq.heappop(order)
-            if not is_probe and not self._pace.is_worth(-negative, expected, num_positions, spent_s=spent_s):
+            if is_probe:
+                if -negative < PROBED_CHANCE:
+                    break
+                self._probed_loss += 1 + negative
+            elif not self._pace.is_worth(-negative, expected, num_positions, spent_s=spent_s):
                 break
             counts[slot], expected, num_positions = counts[slot] + 1, expected - negative, num_positions + 1
             if counts[slot] < len(chances := guesses[slot].chances):
@@ -120,6 +127,14 @@ class Drafter:
                 counts.clear()
         group.guesses = {slot: guesses[slot].first(count) for slot, count in counts.items() if count}
         group.num_undrafted = 0 if group.guesses else group.num_undrafted + 1
+
+    def _begins_probe(self, group: Group, order: Sequence[tuple[float, int]]) -> bool:
+        """Whether this pass is made larger to learn what that costs, with the tokens that `order` begins with."""
+        self._num_steps += 1
+        if not order or -order[0][0] < PROBED_CHANCE or group.parts:
+            return False
+        most = self._probed_loss + (1 - PROBED_CHANCE) * _probe_size(len(group.drawing))
+        return most <= PROBED_LOSS * self._num_steps and self._pace.begins_probe()
 
     def completed(self, call: Call) -> None:
         """Learn what a step took whose outcomes have arrived: from the one before, where that was later."""
@@ -190,3 +205,8 @@ class Drafter:
                 if row.slot not in found or of_model[row.slot].chances[0] > found[row.slot].chances[0]:
                     found[row.slot] = of_model[row.slot]
         return found, self._model.spent_s
+
+
+def _probe_size(num_rows: int) -> int:
+    """The tokens of a pass that is made larger to learn what that costs, at most."""
+    return max(int(PROBE_SHARE * num_rows), LEAST_PROBE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,18 @@ class RankPlace:
     device_index: int = 0
 
 
+class Drafts(StrEnum):
+    """On what devices steps may have proposed tokens."""
+
+    NOWHERE = "nowhere"
+    CPU = "cpu"
+    ANYWHERE = "anywhere"
+
+    def are_on(self, device_type: str) -> bool:
+        """Whether they may on a "cpu", or "cuda"."""
+        return self is Drafts.ANYWHERE or (self is Drafts.CPU and device_type == "cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class HostSpec:
     """All that a process needs to start a host.
@@ -115,7 +128,7 @@ class HostSpec:
         roles: what it serves.
         num_slots: rows at once.
         vocab_size: token ids that all models of the run share.
-        drafts: whether steps may have proposed tokens.
+        drafts: where steps may have proposed tokens.
         strict: whether a row's bits must not depend on the batch composition.
         cache_folder: where weights are fetched to that are not on the machine.
         adapters: LoRA adapters by the names that roles use.
@@ -145,7 +158,7 @@ class HostSpec:
     games: GameSpec | None = None
     attention: str = "auto"
     holes: tuple[int, ...] = ()
-    drafts: bool = False
+    drafts: Drafts = Drafts.NOWHERE
     tensor_parallel: int = 1
     layers: int | None = None
     pipeline_parallel: int = 1

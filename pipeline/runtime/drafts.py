@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pipeline.hub.sources import ModelSource
 from pipeline.hub.tokenizer_facts import TokenizerFacts
 from pipeline.hub.tokenizers import why_tokens_differ
 from pipeline.hub.weight_files import CONFIG, LocalTree, read_json
-from pipeline.protocol.specs import HostSpec
+from pipeline.protocol.specs import Drafts, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, HostRole, Topology
 from pipeline.sections import ModelConfig
 
@@ -53,6 +53,18 @@ def why_not_drafted(
         named = PLACE if config.decoding.draft == "auto" else f"decoding.draft: [{', '.join(wanted)}]"
         raise ConfigurationError(f"{named} has no effect: {'; '.join(reasons)}; leave it out")
     return reasons
+
+
+def where_drafted(config: Config, undrafted: Sequence[str]) -> Drafts:
+    """Where passes verify proposed tokens. What they save on a GPU is not measured, so there they are asked for.
+
+    Args:
+        config: of the run.
+        undrafted: what `why_not_drafted` says.
+    """
+    if undrafted:
+        return Drafts.NOWHERE
+    return Drafts.ANYWHERE if config.decoding.asks_for_drafts else Drafts.CPU
 
 
 def draft_section(config: Config) -> ModelConfig | None:

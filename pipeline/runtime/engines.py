@@ -17,7 +17,7 @@ from pipeline.monitoring.waits import waiting_for
 from pipeline.protocol.drafts import OF_MODEL, DraftingModel
 from pipeline.protocol.hosts import Hosts, ScoringClient
 from pipeline.protocol.memory import LONG_PROMPT, slots_that_fit
-from pipeline.protocol.specs import HostSpec
+from pipeline.protocol.specs import Drafts, HostSpec
 from pipeline.quoting import one_line
 from pipeline.runtime.assembly import Assembly
 
@@ -103,7 +103,9 @@ def make_drafter(assembly: Assembly, hosts: Hosts, model: DraftingModel | None =
         if rows_of_slot is None
     ]:
         # otherwise the plan has said why
-        if assembly.config.decoding.asks_for_drafts and all(spec.drafts for spec in assembly.hosts):
+        if assembly.config.decoding.asks_for_drafts and all(
+            spec.drafts is not Drafts.NOWHERE for spec in assembly.hosts
+        ):
             names = ", ".join(undrafted)
             warnings.warn(
                 f"decoding.draft has no effect: on their devices these hosts verify no proposed tokens: {names}",

@@ -26,7 +26,14 @@ from pipeline.hub.tokenizers import compare_tokenizers, share_tokens, special_st
 from pipeline.hub.weight_files import CONFIG, TRAINING_FACTS, LocalTree, read_json
 from pipeline.protocol.specs import GameSpec, HostSpec
 from pipeline.protocol.topology import BASE, HostPlan, Topology
-from pipeline.runtime.drafts import PLACE, draft_section, naming_draft_model, specify_draft, why_not_drafted
+from pipeline.runtime.drafts import (
+    PLACE,
+    draft_section,
+    naming_draft_model,
+    specify_draft,
+    where_drafted,
+    why_not_drafted,
+)
 from pipeline.runtime.prompt_templates import end_of_answer, plan_templates
 from pipeline.runtime.reward_specs import specify_reward, specify_text
 from pipeline.runtime.splits import check_split
@@ -220,7 +227,7 @@ def plan_replica(
             text=specify_text(plan, topology, config, tokenizers),
             games=_games(config, topology, variants),
             holes=holes,
-            drafts=not undrafted,
+            drafts=where_drafted(config, undrafted),
         )
 
     return ReplicaPlan(

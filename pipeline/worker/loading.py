@@ -222,7 +222,7 @@ class _Loading:
             num_slots=spec.num_slots,
             bytes_per_token=probed.cache_bytes_per_token,
             needs_whole_vectors=needs_whole,
-            drafts=spec.drafts,
+            drafts=spec.drafts.are_on(probed.device.type),
         )
 
     def _learn_states(self) -> tuple[CachedLayer, ...]:
