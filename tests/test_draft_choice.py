@@ -7,13 +7,16 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.decoding import NOWHERE, config_of
+from support.decoding import NOWHERE, ask, config_of, engine_of
 from support.families import make_family
 from support.runs import PRINCIPALS, job, parts, run_job, write_prompts
 from support.tiny_models import make_model, make_pair_tokenizer
 
 from jobs.commands.plan import describe_plan
 from jobs.commands.status import describe_status
+from pipeline.config.files import load_config
+from pipeline.engine import drafting
+from pipeline.engine.engine import decode_rows
 from pipeline.engine.pace import PROBES, Pace
 from pipeline.engine.passages import LONGEST, PLACES, START, Passages
 from pipeline.errors import ConfigurationError
@@ -172,3 +175,33 @@ def test_a_run_counts_its_passes_and_its_bytes_are_those_of_a_run_without_drafts
     if accepted := drafted.status().accepted:  # passes of so small a model pay or not, by the machine
         assert f"drafts    {accepted:,} tokens were proposed and drawn" in describe_status(drafted)
     assert "drafts" not in describe_status(plain)
+
+
+def test_draft_off_is_read_from_yaml_and_words(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("decoding: {draft: off}\nbase: {model: base}\ninput: {path: x}\noutput: {path: y}\n")
+    assert load_config(file, []).decoding.draft == "off"
+    assert load_config(file, ["decoding.draft=auto"]).decoding.draft == "auto"
+    assert load_config(file, ["decoding.draft=off"]).decoding.draft == "off"
+
+
+class ArithmeticPace(Pace):
+    """Passes that wait for arithmetic alone: every position takes as long, as in a full batch on a CPU."""
+
+    def note(self, num_positions, seconds):
+        super().note(num_positions, 0.02 * num_positions)
+
+
+@pytest.mark.parametrize("draws", [{"temperature": 0.0}, {"temperature": 0.3, "n": 3}, {"n": 3}])
+def test_a_full_batch_loses_next_to_nothing_to_drafts(tiny, monkeypatch, draws):
+    """There a token that is verified and not drawn takes as long as one that is drawn."""
+    monkeypatch.setattr(drafting, "Pace", ArithmeticPace)
+    config = config_of(tiny(), PRINCIPALS, decoding={"max_new_tokens": 32, **draws}, cluster={"slots": 16})
+    engine, _ = engine_of(config)
+    rows = [ask(f"r{at}", "tell me " * (at % 5) + "x" * at) for at in range(32)]
+    records = decode_rows(engine, rows, num_variants=1, num_samples=config.decoding.n)
+    tallies = engine.drafter.tallies.values()
+    num_tokens = sum(record.num_tokens for record in records)
+    assert num_tokens > 1000
+    assert 0 < sum(tally.drafted for tally in tallies) <= 15
+    assert sum(tally.drafted - tally.accepted for tally in tallies) <= 6

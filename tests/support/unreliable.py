@@ -33,6 +33,9 @@ class FreePace(Pace):
     def gain(self, tokens: float, num_more: float, expected: float, num_positions: int, **_: float) -> float:
         return tokens
 
+    def begins_probe(self) -> bool:
+        return False
+
 
 # Called with a client, the number of its call, the message and its arguments; a reply that it returns is the call's.
 Before = Callable[["Unreliable", int, str, Sequence[Any]], Reply[Any] | None]
