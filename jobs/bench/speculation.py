@@ -280,9 +280,11 @@ class _Bench:
 
     def _drafts(self, workload: Workload) -> Tree:
         """What has tokens proposed."""
-        if not workload.has_model:
-            return {"draft": "auto"}
-        return {"draft": ["model"], "draft_model": self._setup.draft_model}
+        if workload.has_model:
+            return {"draft": ["model"], "draft_model": self._setup.draft_model}
+        has_siblings = bool(workload.grid) or workload.decoding.get("n", 1) > 1
+        there = {"response": workload.existing is not None, "siblings": has_siblings, "lookup": True}
+        return {"draft": [source for source, is_there in there.items() if is_there]}  # auto has none on a GPU
 
     def measure(self, workload: Workload, rows: Sequence[Row], num_slots: int, repeats: int) -> Measured:
         """Decode the rows without drafts and with them, `repeats` times. Raises RuntimeError where records differ."""
@@ -377,7 +379,7 @@ class _Bench:
     def _config(self, workload: Workload, num_slots: int, drafts: Tree) -> Config:
         return parse_config(
             {
-                "input": {"path": "unused"},
+                "input": {"path": "unused", **({"response": "response"} if workload.existing is not None else {})},
                 "output": {"path": "unused"},
                 "base": {"model": self._setup.model, "device": self._setup.device, "dtype": self._setup.dtype},
                 "principals": PRINCIPALS,
