@@ -45,6 +45,7 @@ from pipeline.worker.probes import (
     probe_tokens,
     reads_parts,
     small_limits,
+    tolerance_of,
 )
 from pipeline.worker.quantised import why_bits_are_shared
 from pipeline.worker.ranks import agree
@@ -164,6 +165,7 @@ class _Loading:
         if any(bool(logprobs.isnan().any()) for logprobs in self._expected[adapter]):
             dtype = str(self._model.dtype).removeprefix("torch.")
             raise _refused(self._spec, model.config, f"its own forward pass over text gives NaN in {dtype}")
+        self._tolerance = max(self._tolerance, tolerance_of(model, self._probes, self._expected[adapter]))
         if not has_large_limits(model.config):
             return
         with small_limits(model.config):
@@ -335,7 +337,7 @@ class _Loading:
         difference = largest_difference(runner, self._probed_roles, self._probes, expected)
         if not difference <= self._tolerance:
             raise NotServed(
-                f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {self._tolerance:g}"
+                f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {self._tolerance:.2g}"
             )
 
 

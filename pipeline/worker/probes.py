@@ -6,6 +6,7 @@ lengths share passes; a prompt is read in parts, another one is copied from a ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.worker.hosts import LanguageRunner
 from pipeline.worker.recurrent_passes import RecurrentPasses
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats
+ROUNDINGS = 2.0  # times what one rounding of the embeddings does: every layer rounds
 SMALL = 5  # tokens of windows and chunks while a model is probed
 LENGTHS = (17, 9)  # of the probes: beyond three windows, and not beyond two
 NUM_STEPS = 3  # of each probe's last tokens, decoded one by one
@@ -102,6 +104,42 @@ def largest_difference(
         again = {adapter: [*each, each[0]] for adapter, each in expected.items()}
         worst = max(worst, _difference(runner, slots, roles, again, step))
     return worst
+
+
+@torch.inference_mode()
+def tolerance_of(model: Any, probes: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> float:
+    """How far log-probabilities may be from those of plain passes, in nats.
+
+    In half precision a model may magnify roundings: one trained adapter moves by more than a nat what the base alone
+    moves by half a nat. So the embeddings are rounded otherwise, and twice of what that does is allowed.
+
+    Args:
+        model: whose plain passes they are.
+        probes: token ids.
+        expected: what `plain_logprobs` gave.
+    """
+    weight = next(model.parameters())
+    dtype = model.dtype if isinstance(model.dtype, torch.dtype) else weight.dtype
+    least = TOLERANCE.get(dtype, 0.5)
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return least
+    if dtype.itemsize > 2 or embeddings is None:
+        return least
+    generator = torch.Generator().manual_seed(0)
+
+    def round_otherwise(_: Any, __: Any, states: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, states.shape, generator=generator).to(states.device) * 2 - 1
+        return (states.float() * (1 + signs * torch.finfo(dtype).eps / 2)).to(states.dtype)
+
+    hook = embeddings.register_forward_hook(round_otherwise)
+    try:
+        moved = plain_logprobs(model, probes, expected[0].shape[-1])
+    finally:
+        hook.remove()
+    most = max((left - right).abs().max().item() for left, right in zip(moved, expected, strict=True))
+    return max(least, ROUNDINGS * most) if math.isfinite(most) else least
 
 
 @torch.inference_mode()

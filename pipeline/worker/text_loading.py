@@ -30,7 +30,7 @@ from pipeline.worker.head_scorer import HeadScorer, RoleHead
 from pipeline.worker.layer_devices import place_model
 from pipeline.worker.loading import exact_context, why_not_strict
 from pipeline.worker.model_errors import MODEL_ERRORS, reason_of_model
-from pipeline.worker.probes import NUM_STEPS, TOLERANCE, plain_logprobs, probe_tokens, small_limits
+from pipeline.worker.probes import NUM_STEPS, plain_logprobs, probe_tokens, small_limits, tolerance_of
 from pipeline.worker.quantised import why_bits_are_shared
 from pipeline.worker.text_scorer import TextScorer
 from pipeline.worker.weights import load_causal_lm, why_not_finite
@@ -101,6 +101,7 @@ class _Loading:
             raise self._refused(f"{reason}; choose decoding.reproducibility=relaxed")
         self._ids = probe_tokens(self.model, int(text_config(self.model.config).vocab_size))[0]
         self._expected: dict[bool, dict[str | None, Tensor]] = {True: {}, False: {}}
+        self._tolerance = 0.0
         if reason := why_not_finite(self.model):
             raise self._refused(reason)
         try:
@@ -160,6 +161,8 @@ class _Loading:
         for is_small in (True, False):
             with small_limits(self.model.config) if is_small else nullcontext():
                 [self._expected[is_small][adapter]] = plain_logprobs(model, [self._ids], vocab_size)
+        plain_TV = self._expected[False][adapter]
+        self._tolerance = max(self._tolerance, tolerance_of(model, [self._ids], [plain_TV]))
 
     def _take_adapters(self) -> None:
         wrapped = add_adapters(self.model, self._spec)
@@ -208,7 +211,7 @@ class _Loading:
             except MODEL_ERRORS as error:
                 raise self._refused(reason_of_model(error)) from error
             difference = (found_TV[:, : plain_TV.shape[1]] - plain_TV).abs().max().item()
-            if not difference <= TOLERANCE.get(self.model.dtype, 0.5):
+            if not difference <= self._tolerance:
                 raise self._refused(
                     f"its logits in branches differ from those of a plain forward pass by {difference:.2g} nats"
                 )
