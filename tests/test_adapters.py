@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +17,8 @@ from support.lora import make_lora
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from pipeline.errors import ConfigurationError
+from pipeline.worker import loading
+from pipeline.worker.adapters import LowRank
 from pipeline.worker.joined_projections import join_projections
 from pipeline.worker.loading import load_language_model
 
@@ -180,3 +184,36 @@ def test_siblings_with_adapters_share_a_product_that_is_compiled_once_for_alike_
         torch.testing.assert_close(found[row], expected[row], atol=1e-3, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of two layers and two shapes
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def loud(tiny, two, tmp_path_factory):
+    """A model that magnifies roundings, as a strongly trained adapter does."""
+    folder = tmp_path_factory.mktemp("loud") / "m"
+    shutil.copytree(tiny(), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_magnifies_roundings_is_decoded_in_slots(loud, two):
+    spec = replace(spec_of(loud, roles=ADAPTER_ROLES, adapters=two("llama")), dtype="bfloat16")
+    assert load_language_model(spec).why_plain is None
+
+
+def test_an_adapter_that_is_off_is_noticed_in_half_precision(loud, two, monkeypatch):
+    take = loading._take_adapters
+
+    def take_too_much(wrapped, spec):
+        adapters = take(wrapped, spec)
+        with torch.no_grad():
+            for module in wrapped.modules():
+                if isinstance(module, LowRank):
+                    module.gates.mul_(1.5)
+        return adapters
+
+    monkeypatch.setattr(loading, "_take_adapters", take_too_much)
+    spec = replace(spec_of(loud, roles=ADAPTER_ROLES, adapters=two("llama")), dtype="bfloat16")
+    assert "differ from a plain forward pass" in load_language_model(spec).why_plain

@@ -216,14 +216,13 @@ TRAINED = replace(
     name="trained",
     duration="about three hours of one core that computes with bfloat16",
     training=1000,
-    halves=("a", "b"),
     pairs={"cheerful": 2, "formal": 1, "simple": 1},
     advise=100,
     evaluations=(
         Evaluation("trained_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
-        Evaluation("trained_words", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
-        Evaluation("aware_tone", (*TWO_RULES, "parm"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("trained_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
         Evaluation("small_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("aware_tone", (*TWO_RULES, "parm"), THREE, 200, agent_temperatures=OF_TRAINED),
     ),
     dtype="bfloat16",
 )

@@ -337,7 +337,8 @@ class _Loading:
         difference = largest_difference(runner, self._probed_roles, self._probes, expected)
         if not difference <= self._tolerance:
             raise NotServed(
-                f"its logits differ from a plain forward pass by {difference:.2g} nats, more than {self._tolerance:.2g}"
+                f"its logits differ from a plain forward pass by {difference:.2g} nats, more than "
+                f"{self._tolerance:.2g}"
             )
 
 
