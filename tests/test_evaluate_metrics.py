@@ -254,6 +254,22 @@ def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():
     ]
 
 
+def test_weights_and_scores_that_differ_by_rounding_alone_are_equal():
+    """0.1 + 0.2 + 0.7 is not 1 in floating point: weights of one level stay one level, and points that tie tie."""
+    counts = [(a, b, 10 - a - b) for a in range(11) for b in range(11 - a)]
+    vectors = [dict(zip("abc", (each / 10 for each in count), strict=True)) for count in counts]
+    # a falls within each level of its own weight where b's weight rises, and rises between levels
+    scores = [[count[0] - 0.05 * count[1]] * 2 for count in counts]
+    samples = resampled([Variant(LINEAR, 0.1, each) for each in vectors], {"a": scores, "b": scores, "c": scores},
+                        np.ones((len(counts), 2)))  # fmt: skip
+    first = summary.control(samples)[0]
+    assert (first["is_monotone"], first["monotone_share"]) == (True, 1.0)
+    assert [len(np.unique(samples.weights_VM[:, at])) for at in range(3)] == [11, 11, 11]
+    variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
+    tied = resampled(variants, {"a": [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]]}, np.ones((2, 3)))
+    assert [rule["pareto_share"] for rule in summary.by_rule(tied, {}).values()] == [1.0, 1.0]
+
+
 def test_a_principal_that_no_judge_measures_is_not_alone_where_it_has_weight():
     vectors = [{"a": 0.5, "b": 0, "c": 0.5}, {"a": 0.5, "b": 0.5, "c": 0}, {"a": 1, "b": 0, "c": 0}]
     variants = [Variant(LINEAR, 0.1, vector) for vector in vectors]
