@@ -41,7 +41,7 @@ from pipeline.evaluation.notes import notes
 from pipeline.evaluation.pairs import difference_at_equal_length
 from pipeline.evaluation.panel import Panel
 from pipeline.evaluation.reading import reading
-from pipeline.evaluation.significance import normal_p_value, p_value
+from pipeline.evaluation.significance import deviation_of, student_p_value, t_p_value, widened
 
 EQ, LINEAR, BASE = RuleName.EQUILIBRIUM, RuleName.LINEAR, RuleName.BASE
 POINTS = np.array([(1, 2), (2, 1), (1.5, 1.5), (0.5, 0.5)], dtype=float)
@@ -302,8 +302,32 @@ def test_no_p_value_is_below_that_of_all_signs_that_prompts_could_have(lead):
     samples = resampled(variants, {"a": [lead, [0.0] * len(lead)]}, np.ones((2, len(lead))), bootstrap=100)
     for row in summary.differences(samples, {}):
         assert row["p"] >= smallest
-    bootstrap = np.array([np.mean(lead)] * 1000)
-    assert p_value(bootstrap, len(lead)) >= smallest
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 39, 999, 100_000])
+def test_the_tail_of_students_t_agrees_with_scipy(freedom):
+    for t in (0.0, 0.3, 2.0, -8.0, 40.0):
+        assert student_p_value(t, freedom) == pytest.approx(2 * stats.t.sf(abs(t), freedom), rel=1e-8)
+    low = stats.norm.cdf(-stats.t.ppf(0.975, freedom) * math.sqrt((freedom + 1) / freedom))
+    assert widened(0.95, freedom + 1) == pytest.approx(1 - 2 * low, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_prompts", [6, 12, 30])
+def test_of_rules_that_are_alike_one_in_twenty_differs_and_intervals_hold_the_truth(num_prompts):
+    """Prompts of a normal distribution: p below 5 % in 5 % of evaluations, and 0 in 95 % of the intervals."""
+    generator = np.random.default_rng(8)
+    variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
+    false, held, times = 0, 0, 300
+    for _ in range(times):
+        scores = generator.normal(0, 1, (2, num_prompts))
+        samples = resampled(variants, {"a": scores}, np.ones((2, num_prompts)), bootstrap=200)
+        lead_S = samples.means_SVM[:, 0, 0] - samples.means_SVM[:, 1, 0]
+        deviation = deviation_of(lead_S[1:], num_prompts)
+        false += t_p_value(lead_S[0], deviation, num_prompts) < 0.05
+        low, high = samples.interval(lead_S)
+        held += low <= 0 <= high
+    assert false / times == pytest.approx(0.05, abs=0.03)
+    assert held / times == pytest.approx(0.95, abs=0.03)
 
 
 def test_a_lead_on_each_of_few_prompts_shows_nothing_and_on_enough_of_them_does():
@@ -377,12 +401,12 @@ def test_differences_say_how_many_prompts_they_take_and_are_adjusted_by_metric()
     span = samples.high_M[0] - samples.low_M[0]
     [row] = [row for row in rows if (row["rule"], row["against"]) == ("equilibrium", "linear")]
     lead = (scores[0] - scores[1]) / span
-    wanted = (2.8016 * lead.std(ddof=1) / lead.mean()) ** 2
+    wanted = (2.8016 * lead.std(ddof=1) / lead.mean()) ** 2 + 1.92
     assert row["prompts_for_this_difference"] == pytest.approx(wanted, rel=0.1)
     error = lead.std(ddof=1) / math.sqrt(60)
-    assert row["p"] == pytest.approx(2 * stats.norm.sf(abs(lead.mean()) / error), rel=0.5)
-    assert normal_p_value(0.3, 2.0, 100) == pytest.approx(2 * stats.norm.sf(1.5))
-    assert row["smallest_difference_to_find"] == pytest.approx(2.8016 * lead.std(ddof=1) / math.sqrt(60), rel=0.05)
+    assert row["p"] == pytest.approx(2 * stats.t.sf(abs(lead.mean()) / error, 59), rel=0.3)
+    assert t_p_value(0.3, 2.0, 100) == pytest.approx(2 * stats.t.sf(1.5, 99))
+    assert row["smallest_difference_to_find"] == pytest.approx(2.8016 * lead.std(ddof=1) / math.sqrt(58), rel=0.05)
     ordered = sorted(rows, key=lambda each: each["p"])
     expected = np.maximum.accumulate([min(1.0, each["p"] * (3 - at)) for at, each in enumerate(ordered)])
     assert [each["p_adjusted"] for each in ordered] == pytest.approx(expected.tolist())

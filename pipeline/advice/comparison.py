@@ -23,6 +23,7 @@ from pipeline.advice.gains import Policies, at_equal_kl, gains, policies
 from pipeline.advice.recording import RecordedGames
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.metrics import Floats, interval, resample_counts
+from pipeline.evaluation.significance import widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,11 @@ class Comparison:
         """The principals that take part."""
         return [name for name, weight in self.weights.items() if weight > 0]
 
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts have games."""
+        return len(set(self.games.row_N.tolist()))
+
     def kl_of(self, choice: RuleChoice, temperature: float) -> float:
         """The mean KL to the base that a rule reaches at an agent temperature, in nats a token."""
         return policies(choice.function, self.games.base_NK, self._values, temperature, self._weights).kl
@@ -126,7 +132,7 @@ class Comparison:
             gains=dict(zip(self.names, gain_NJ.mean(0).tolist(), strict=True)),
             share=float(gain_S[0] / sum_S[0]) if sum_S[0] else float("nan"),
             difference=float(difference_S[0]),
-            difference_interval=interval(difference_S[1:], self.bootstrap.confidence),
+            difference_interval=interval(difference_S[1:], widened(self.bootstrap.confidence, self.num_prompts)),
             ahead=float((difference_S[1:] > 0).mean()),
         )
 

@@ -32,6 +32,7 @@ from pipeline.evaluation.metrics import (
     settled,
     weighted_means,
 )
+from pipeline.evaluation.significance import widened
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ class BootstrapSamples:
         """The bootstrap interval of a statistic [S] whose first value is the estimate; None without samples."""
         # a sample may lack a value: resampled curves need not share a range of KL
         known = samples_S[1:][np.isfinite(samples_S[1:])]
-        return list(interval(known, self.confidence)) if len(known) else None
+        confidence = widened(self.confidence, len(self.data.row_ids))
+        return list(interval(known, confidence)) if len(known) else None
 
 
 def resample(
