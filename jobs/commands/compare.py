@@ -35,7 +35,8 @@ def run_compare(paths: Sequence[str], *, config_file: Path | None, outputs: Sequ
     config = parse_as(CompareConfig, _tree(config_file), source=str(config_file or "judges"))
     systems = read_systems(paths)
     panel = resolve_panel(config.judges, default_cache_folder(os.environ), progress=print)
-    found = compare(score_systems(systems, panel.load()), config.bootstrap)
+    readers = [name for name, judge in config.judges.items() if judge.reads_prompts]
+    found = compare(score_systems(systems, panel.load(), prompt_readers=readers), config.bootstrap)
     print(describe(found))
     write_outputs(outputs, WRITERS, found)
 
@@ -60,13 +61,19 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(indented(f"{left_out:,} prompts are left out, because some system did not answer them."))
     for judge, reasons in found["answers_without_a_score"].items():
         shown = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
-        lines.append(indented(f"{judge} gave no score for {sum(reasons.values()):,} answers: {shown}."))
+        compared = found["num_prompts_by_judge"][judge]
+        lines.append(
+            indented(
+                f"{judge} gave no score for {sum(reasons.values()):,} answers: {shown}. Its numbers are of the "
+                f"{compared:,} prompts with a score of every system."
+            )
+        )
     lines.append(
         indented(
             f"Intervals ({confidence}) resample prompts and each prompt's samples; differences are paired by prompt. "
             "p is two-sided, no smaller than 2^(1 - prompts), and adjusted for all differences (Holm). needs: "
-            "prompts with which a difference of this size would be found with a chance of 80 %. cut: answers that "
-            "ended at their length limit."
+            "prompts with which this difference by itself would be found at 5 % with a chance of 80 %. cut: answers "
+            "that ended at their length limit."
         )
     )
     return "\n".join(lines)
