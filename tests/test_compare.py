@@ -247,6 +247,21 @@ def finished_run(tiny, tmp_path):
     return str(tmp_path / "run"), row_ids
 
 
+def test_every_answer_is_written_with_its_prompt_and_scores(tmp_path):
+    paths = [words(tmp_path, "a.jsonl", [1, 2, 3], prompt="hello"), words(tmp_path, "b.jsonl", [4, 0])]
+    judges = tmp_path / "judges.yaml"
+    judges.write_text("judges: {words: {kind: length}, nothing: {kind: length, unit: tokens}}")
+    output = tmp_path / "scored.jsonl"
+    done = cage("compare", *paths, "-c", str(judges), f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["system"], row["row_id"], row["scores"]["words"]) for row in rows] == [
+        ("a.jsonl", "p0", 1.0), ("a.jsonl", "p1", 2.0), ("b.jsonl", "p0", 4.0), ("b.jsonl", "p1", 0.0),
+    ]  # fmt: skip
+    assert all(row["prompt"] == [{"role": "user", "content": "hello"}] for row in rows)
+    assert [row["scores"]["nothing"] for row in rows] == [None, None, None, 0.0]  # an empty answer has no tokens
+
+
 def test_a_text_may_have_the_line_ends_of_unicode(tmp_path):
     path = tmp_path / "x.jsonl"
     lines = [json.dumps({"id": str(at), "answer": "a\u2028b\x85c"}, ensure_ascii=False) for at in range(2)]

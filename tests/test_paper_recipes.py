@@ -66,16 +66,20 @@ class StandIns:
             }
             for at, prompt in enumerate(prompts)
         ]
-        scored = [
-            {"prompt": prompt, "response": "ab" * each, "helpful": each, "harmless": -each, "humour": each * at % 3}
+        scored = [  # as cage compare writes them
+            {
+                "system": f"{each}.jsonl", "row_id": str(at), "sample": 0, "response": "ab" * each,
+                "prompt": [{"role": "user", "content": prompt}],
+                "scores": {"helpfulness": each, "harmlessness": -each, "humorous": each * at % 3},
+            }
             for at, prompt in enumerate(prompts)
             for each in (1, 2)
-        ]
+        ]  # fmt: skip
         talk = [{"chosen": f"\n\nHuman: {each}\n\nAssistant: aa", "rejected": f"\n\nHuman: {each}\n\nAssistant: b"}
                 for each in prompts]  # fmt: skip
         self.data = {
             "PKU-Alignment/PKU-SafeRLHF-10K": write_jsonl(folder / "pku.jsonl", pairs),
-            "data/hh-scored.parquet": write_jsonl(folder / "scored.jsonl", scored),
+            "data/hh-scored.jsonl": write_jsonl(folder / "scored.jsonl", scored),
             "Anthropic/hh-rlhf": write_jsonl(folder / "hh.jsonl", talk),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.errors import ConfigurationError
 Writers = Mapping[str, Callable[[Any], str]]
 
 
-def check_outputs(outputs: Sequence[Path], writers: Writers) -> None:
+def check_outputs(outputs: Sequence[Path], writers: Collection[str]) -> None:
     """Raise ConfigurationError where a file could not be written, before anything is computed."""
     for output in outputs:
         if output.suffix not in writers:
@@ -36,6 +36,11 @@ def write_outputs(outputs: Sequence[Path], writers: Writers, found: Any) -> None
 def as_json(found: Any) -> str:
     """The results as they are."""
     return json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def as_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A line per row."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def as_csv(head: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

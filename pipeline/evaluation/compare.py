@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,6 +103,25 @@ def score_systems(
         num_left_out=len(every) - len(common),
         missing={name: dict(reasons) for name, reasons in missing.items() if reasons},
     )
+
+
+def scored_answers(systems: Sequence[System], scored: Scored) -> Iterator[Json]:
+    """Every answer that was judged, with its prompt and its scores by judge; None for no score."""
+    prompts = _prompts_of(systems, set(scored.row_ids))
+    place = {row_id: at for at, row_id in enumerate(scored.row_ids)}
+    for at, system in enumerate(systems):
+        for answer in system.answers:
+            if answer.row_id not in place:
+                continue
+            key = at, place[answer.row_id], answer.sample
+            yield {
+                "system": system.name,
+                "row_id": answer.row_id,
+                "sample": answer.sample,
+                "prompt": list(prompts.get(answer.row_id, ())),
+                "response": answer.judged.text,
+                "scores": {judge: _number(scores_YPN[key]) for judge, scores_YPN in scored.scores.items()},
+            }
 
 
 def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
