@@ -26,7 +26,9 @@ RULE = entry(
 )
 POINT = {
     "rule": "linear (answer)", "unit": "answer", "agent_temperature": 0.1, "weights": {"a_b": 1.0}, "variant": 0,
-    "uses_temperature": True, "objectives": {"a_b": 0.7}, "intervals": {"a_b": [0.6, 0.8]}, "kl_per_token": 1.5,
+    "uses_temperature": True,
+    "objectives": {"a_b": 0.7, "kl_per_token": 3.0}, "intervals": {"a_b": [0.6, 0.8], "kl_per_token": [2, 4]},
+    "kl_per_token": 1.5, "scores": {"words": 4.0}, "score_intervals": {"words": [3.5, 4.5]},
 }  # fmt: skip
 METRICS = {
     "run": "abc", "objectives": ["a_b"], "judges": {"words": {}}, "num_prompts": 5, "num_answers": 10,
@@ -34,6 +36,18 @@ METRICS = {
     "rules": {"linear (answer)": RULE, "base": RULE},
     "by_temperature": [{"rule": "linear (answer)", "agent_temperature": 0.1, **RULE}],
     "points": [POINT],
+    "equal_kl": [
+        {"rule": "base", "unit": "token", "weights": {"a_b": 1.0}, "kl_per_token": 0.5, "objectives": {"a_b": 0.2},
+         "weighted": 0.2},
+    ],
+    "control": [
+        {"rule": "linear (answer)", "agent_temperature": 0.1, "principal": "a_b", "objective": "a_b", "spearman": 0.9,
+         "is_monotone": True, "monotone_share": 1.0, "sparsity": None},
+    ],
+    "win_rates": [
+        {"rule": "base", "against": "linear (answer)", "objective": "a_b", "agent_temperature": 0.1, "wins": 3,
+         "ties": 1, "losses": 1},
+    ],
     "differences": [
         {"rule": "base", "against": "linear (answer)", "metric": "mip", "agent_temperature": 0.1, "difference": -0.5,
          "interval": [-0.6, -0.4], "p": 0.01, "p_adjusted": 0.02, "prompts_for_this_difference": 7},
@@ -48,8 +62,17 @@ def test_the_csv_has_a_line_per_number_with_its_interval():
     assert (row["value"], row["low"], row["high"], row["unit"]) == ("0.5", "0.4", "0.6", "token")
     assert found["by_temperature", "linear (answer)", "mip"]["agent_temperature"] == "0.1"
     assert found["by_temperature", "linear (answer)", "mip"]["low"] == ""
-    row = found["points", "linear (answer)", "a_b"]
+    row = found["points", "linear (answer)", "objectives.a_b"]
     assert (row["value"], row["high"], json.loads(row["weights"])) == ("0.7", "0.8", {"a_b": 1.0})
+    # a principal may be called as a metric is
+    assert found["points", "linear (answer)", "objectives.kl_per_token"]["low"] == "2"
+    row = found["points", "linear (answer)", "kl_per_token"]
+    assert (row["value"], row["low"]) == ("1.5", "")
+    assert found["points", "linear (answer)", "scores.words"]["high"] == "4.5"
+    assert found["equal_kl", "base", "objectives.a_b"]["value"] == "0.2"
+    assert found["control", "linear (answer)", "spearman"]["objective"] == "a_b"
+    assert found["control", "linear (answer)", "is_monotone"]["value"] == "True"
+    assert found["win_rates", "base", "wins"]["against"] == "linear (answer)"
     row = found["differences", "base", "mip"]
     assert (row["value"], row["low"], row["p_adjusted"], row["against"]) == (
         "-0.5",
