@@ -151,6 +151,15 @@ def test_wandb_gets_settings_numbers_and_a_table_of_points():
     assert named_numbers(METRICS).items() <= logged.items()
 
 
+@pytest.mark.parametrize("tracker", list(Tracker))
+def test_a_tracker_that_fails_says_why_in_a_line(tracker):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no route\nto host")
+
+    with pytest.raises(ConfigurationError, match=rf"{tracker} did not take the results \(RuntimeError: no route to"):
+        log_evaluation(tracker, SimpleNamespace(set_experiment=fail, init=fail), METRICS, name="run")
+
+
 @pytest.mark.parametrize("name", list(Tracker))
 def test_a_tracker_that_is_installed_takes_the_results(name, tmp_path, monkeypatch):
     package = pytest.importorskip(name)

@@ -72,6 +72,10 @@ class RuleGain:
     difference_interval: tuple[float, float]
     ahead: float
 
+    def reaches(self, target: float) -> bool:
+        """Whether some agent temperature takes the rule as far from the base as the target."""
+        return self.kl > 0.99 * target
+
 
 def choices(rules: Sequence[RuleName], k: Sequence[float]) -> list[RuleChoice]:
     """`linear` first, then every other rule once, `soft_threshold` once for each k."""
@@ -107,9 +111,9 @@ class Comparison:
         """How many prompts have games."""
         return len(set(self.games.row_N.tolist()))
 
-    def kl_of(self, choice: RuleChoice, temperature: float) -> float:
+    def kl_of(self, rule: Rule, temperature: float) -> float:
         """The mean KL to the base that a rule reaches at an agent temperature, in nats a token."""
-        return policies(choice.function, self.games.base_NK, self._values, temperature, self._weights).kl
+        return policies(rule, self.games.base_NK, self._values, temperature, self._weights).kl
 
     def compare(self, rules: Sequence[RuleChoice], target: float) -> list[RuleGain]:
         """Every rule at a mean KL of `target` nats a token; `linear` must be among them."""
