@@ -183,6 +183,7 @@ def test_numbers_of_answers_by_hand():
             "variant": [0, 0, 1],
             "sample": [0, 0, 0],
             "num_tokens": [4, 10, 2],
+            "num_reasoning_tokens": [None, 3, 2],
             "kl_per_token": [0.5, None, 1.0],
             "covered_mass": [1.0, 1.0, 1.0],
             "max_residual": [0.0, 0.0, 0.0],
@@ -193,6 +194,8 @@ def test_numbers_of_answers_by_hand():
     )
     found = as_numbers(answers)
     assert set(found.column_names) == {"row_id", "variant", "sample", *NUMBERS}
+    assert found["answer_tokens"].to_pylist() == [4, 7, 0]
+    assert as_numbers(answers.drop_columns("num_reasoning_tokens"))["answer_tokens"].to_pylist() == [4, 10, 2]
     assert found["kl_per_answer"].to_pylist() == [2.0, None, 2.0]
     assert [found[name].to_pylist() for name in ("ended", "cut", "in_reasoning")] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert found["distinct_2"].to_pylist() == pytest.approx([2 / 3, 3 / 5, 1.0])

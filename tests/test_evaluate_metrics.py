@@ -156,7 +156,7 @@ def test_a_prompt_without_a_score_does_not_count():
 def resampled(variants, scores_by_judge, kl, reference=None, judges=None, tokens=None, bootstrap=200):
     shape = np.shape(kl)
     numbers = {name: np.ones(shape) for name in ("num_tokens", "covered_mass", "max_residual", "num_unsolved")}
-    numbers |= {} if tokens is None else {"num_tokens": tokens}
+    numbers["answer_tokens"] = np.ones(shape) if tokens is None else tokens
     data = Measurements(
         variants=tuple(variants),
         row_ids=tuple(str(at) for at in range(shape[1])),
