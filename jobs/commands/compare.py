@@ -74,7 +74,7 @@ def describe(found: dict[str, Any]) -> str:
             f"Intervals ({confidence}) resample prompts and each prompt's samples; differences are paired by prompt. "
             "p is two-sided, no smaller than 2^(1 - prompts), and adjusted for all differences (Holm). needs: "
             "prompts with which this difference by itself would be found at 5 % with a chance of 80 %. cut: answers "
-            "that ended at their length limit."
+            "that ended at their length limit or within their reasoning."
         )
     )
     return "\n".join(lines)
