@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.commands.evaluate import _as_csv, _as_latex, run_evaluate
+from jobs.commands.exports import escaped
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.answers import NUMBERS, as_numbers
 from pipeline.evaluation.trackers import Tracker, log_evaluation, named_numbers, open_tracker
@@ -89,6 +90,13 @@ def test_the_latex_table_has_every_rule_and_escapes_names():
     assert text.count(r"\\") == 4  # a head and three rules
     assert "base all & 0.50" in text
     assert "0.400 to 0.600" in text
+
+
+def test_latex_prints_every_name_as_it_is():
+    assert escaped("a_b 50% & #1 {x} $ ~ ^ \\ <é|ж>\n\nc") == (
+        r"a\_b 50\% \& \#1 \{x\} \$ \textasciitilde{} \textasciicircum{} \textbackslash{} "
+        r"\textless{}é\textbar{}ж\textgreater{} c"
+    )
 
 
 @pytest.mark.parametrize(

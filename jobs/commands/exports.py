@@ -62,5 +62,7 @@ def as_latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def escaped(text: str) -> str:
     """Text that LaTeX prints as it is."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(char, "\\" + char if char in "&%$#_{}" else char) for char in text)
+    words = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+    special = {char: rf"\text{word}{{}}" for char, word in words.items()}
+    # a line break in a name would end the paragraph, and the table with it
+    return "".join(special.get(char, "\\" + char if char in "&%$#_{}" else char) for char in " ".join(text.split()))
