@@ -184,6 +184,7 @@ def test_answers_are_read_as_other_systems_write_them(tmp_path):
         ([{"id": 1, "prompt_id": "a", "output": "x"}], "the fields id, prompt_id differ"),
         ([{"id": True, "output": "x"}], "the id must be a text or a number; got True"),
         ([{"id": "a", "output": "x", "num_tokens": "7"}], "num_tokens must be a whole number; got '7'"),
+        ([{"id": "a", "output": "cut \ud83d"}], r"line 1: a text has half of a character \(a lone surrogate\)"),
         ([{"id": "a", "output": "x", "finish_reason": "done"}], "finish_reason must be one of stop, .*; got 'done'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ ANSWER_NAMES = ("response", "answer", "output", "completion", "text")
 # how other systems call the end of an answer
 CUT = (str(FinishReason.LENGTH), str(FinishReason.REASONING), "max_tokens", "max_new_tokens", "max_output_tokens")
 ENDED = (str(FinishReason.STOP), "eos", "eos_token", "end_turn", "stop_sequence", "content_filter", "tool_calls")
+HALF = re.compile("[\ud800-\udfff]")
 COLUMNS = (
     "row_id",
     "variant",
@@ -157,6 +159,8 @@ def _answer(line: str, place: str) -> SystemAnswer:
         row = json.loads(line)
     except ValueError:
         raise ConfigurationError(f"{place}: this is not JSON: {quote(line)}") from None
+    if HALF.search(json.dumps(row, ensure_ascii=False)):
+        raise ConfigurationError(f"{place}: a text has half of a character (a lone surrogate), which is no text")
     if not isinstance(row, dict):
         raise ConfigurationError(f"{place}: each line must be an object with an id and an answer; got {quote(row)}")
     row_id = row["row_id"] if "row_id" in row else _only(row, ID_NAMES, place, lambda value: value)
