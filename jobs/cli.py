@@ -182,7 +182,12 @@ def compare(
         typer.Option("--config", "-c", help="YAML file with judges."),
     ] = None,
     output: Annotated[
-        list[Path] | None, typer.Option("--output", "-o", help="Also write FILE.json, FILE.csv or FILE.tex.")
+        list[Path] | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Also write FILE.json, FILE.csv, FILE.tex, or each answer with its scores: FILE.jsonl.",
+        ),
     ] = None,
 ) -> None:
     """Compare runs, and answers from elsewhere, by the same judges: each one with the first, paired by prompt.

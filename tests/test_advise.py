@@ -14,10 +14,11 @@ from support.decoding import NOWHERE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cage.rule_names import RuleName
+from cage.rules import SoftThreshold
 from jobs.commands.advise import describe_advice, run_advise
 from pipeline.advice.advice import advise
 from pipeline.advice.comparison import Comparison, RuleChoice, choices
-from pipeline.advice.gains import at_equal_kl
+from pipeline.advice.gains import at_equal_kl, policies
 from pipeline.advice.measures import correlation, measure_rewards
 from pipeline.advice.recording import RecordedGames
 from pipeline.advice.settings import COMPARABLE, AdviseConfig
@@ -109,6 +110,29 @@ def test_games_that_decide_nothing_are_refused():
     silent = replace(games, rewards={name: 0 * reward for name, reward in games.rewards.items()})
     with pytest.raises(ConfigurationError, match="does not leave the base"):
         advise(with_views(target_kl=None), silent)
+
+
+def test_a_distance_that_linear_does_not_reach_is_refused_and_one_that_others_do_not_is_said():
+    """Otherwise rules would be compared at different distances, under the words "at the same distance"."""
+    games = games_of(num_rows=10)
+    with pytest.raises(ConfigurationError, match=r"linear goes no further .* than [0-9.]+ nats .* at 1e\+03; give a"):
+        advise(with_views(target_kl=1000.0), games)
+    found = advise(with_views(rules=["solo"]), games)
+    short = replace(found.rules[1], kl=0.2)
+    said = describe_advice(replace(found, rules=(found.rules[0], short)), with_views())
+    assert "no agent temperature takes these as far from the base: solo (0.2)" in said
+    assert "no agent temperature" not in describe_advice(found, with_views())
+
+
+def test_the_distance_of_the_configured_rule_has_each_principals_own_threshold():
+    games = games_of(num_rows=10)
+    thresholds = {"kind": -3.0, "brief": 5.0}
+    decoding = {"rule": "soft_threshold", "soft_threshold": thresholds, "agent_temperature": 0.5}
+    found = advise(config_of(decoding=decoding, advise={"rules": ["linear"]}), games)
+    values = games.rewards_of(["kind", "brief"]) * torch.tensor([[0.6], [0.4]])
+    rule = SoftThreshold(torch.tensor([-3.0, 5.0]))
+    expected = policies(rule, games.base_NK, values, 0.5, torch.tensor([0.6, 0.4])).kl
+    assert found.target_kl == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("choice", ALL_RULES, ids=str)
@@ -281,6 +305,15 @@ def test_the_command_suggests_lines_and_keeps_the_games(job, tmp_path, capsys, m
     run_advise(file, ["principals.kind.weight=2", "advise.rules=[equilibrium]"], games_file=games)  # needs no others
     with pytest.raises(ConfigurationError, match="holds no games of more"):
         run_advise(file, ["principals.more={kind: prompted, principle: x}"], games_file=games)
+
+
+def test_a_lead_over_a_loss_is_said_in_nats():
+    """A share of what linear loses would say the opposite."""
+    advice = advise(with_views(), games_of(tokens=0.1, steps=0.15, noise=2.0, num_rows=100))
+    rules = (replace(advice.rules[0], gain=-0.1), *advice.rules[1:])
+    said = " ".join(describe_advice(replace(advice, rules=rules), with_views()).split())
+    assert "nats per token where linear gains -0.1 at the same distance" in said
+    assert "times as much" not in said
 
 
 def test_the_suggestion_is_a_configuration_that_loads(capsys):

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from support.commands import cage
 
 from pipeline.errors import ConfigurationError
@@ -15,7 +16,7 @@ from pipeline.evaluation.compare import compare, score_systems
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.judges.interface import JudgeContext, PerAnswerJudge
 from pipeline.evaluation.judges.words import LengthJudge
-from pipeline.evaluation.significance import holm, prompts_for
+from pipeline.evaluation.significance import holm, prompts_for, smallest_difference
 from pipeline.evaluation.systems import read_systems
 
 LENGTH = {"words": PerAnswerJudge(lambda answer: float(len(answer.text.split())))}
@@ -45,7 +46,7 @@ def test_a_difference_is_paired_by_prompt(tmp_path):
     assert difference["difference"] == pytest.approx(1.0)
     assert difference["interval"] == pytest.approx([1.0, 1.0])
     assert (difference["wins"], difference["ties"], difference["losses"]) == (40, 0, 0)
-    assert difference["p"] == pytest.approx(2 / 1001)
+    assert difference["p"] == pytest.approx(2.0**-39)
     low, high = result["systems"][0]["scores"]["words"]["interval"]
     assert high - low > 5
 
@@ -101,13 +102,52 @@ def test_holm_adjusts_as_published():
 
 
 def test_the_number_of_prompts_finds_the_difference_four_times_in_five():
-    number = prompts_for(0.5, 2.0)
-    assert number is not None
     generator = np.random.default_rng(0)
-    leads = generator.normal(0.5, 2.0, size=(2000, number))
-    z = leads.mean(1) / (leads.std(1, ddof=1) / math.sqrt(number))
-    assert (abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.03)
+    for lead in (0.25, 0.5, 1.0, 1.3):  # in deviations
+        number = prompts_for(2 * lead, 2.0)
+        assert number is not None
+        leads = generator.normal(2 * lead, 2.0, size=(2000, number))
+        t = abs(leads.mean(1)) / (leads.std(1, ddof=1) / math.sqrt(number))
+        assert (t > stats.t.ppf(0.975, number - 1)).mean() == pytest.approx(0.8, abs=0.04)
+        assert smallest_difference(2.0, number) == pytest.approx(2 * lead, rel=0.1)
     assert prompts_for(0.0, 1.0) is None
+
+
+def test_many_comparisons_do_not_hide_a_lead_on_every_prompt(tmp_path):
+    """A p value that the number of bootstrap samples bounds cannot be adjusted for 60 comparisons."""
+    counts = list(range(1, 31))
+    same = [words(tmp_path, f"same{at}.jsonl", counts) for at in range(59)]
+    other = words(tmp_path, "other.jsonl", [each + 1 + each % 2 for each in counts])
+    result = found([*same, other, words(tmp_path, "last.jsonl", counts)], samples=100)
+    by_name = {each["system"]: each for each in result["differences"]}
+    assert by_name["other.jsonl"]["p_adjusted"] < 1e-6
+    assert by_name["last.jsonl"]["p_adjusted"] == 1
+
+
+def test_all_means_are_of_the_prompts_that_have_a_score_of_every_system(tmp_path):
+    """Otherwise the one system that a judge could not judge on a hard prompt would look better."""
+    judge = {"words": PerAnswerJudge(lambda answer: float(len(answer.text.split()) or "nan"))}
+    paths = [words(tmp_path, "a.jsonl", [1, 2, 9]), words(tmp_path, "b.jsonl", [1, 2, 0])]
+    result = compare(score_systems(read_systems(paths), judge), BootstrapConfig(samples=100))
+    assert [entry["scores"]["words"]["mean"] for entry in result["systems"]] == [1.5, 1.5]
+    assert result["num_prompts_by_judge"] == {"words": 2}
+    assert result["differences"][0]["difference"] == 0
+
+
+def test_judges_read_the_same_prompt_of_all_systems(tmp_path):
+    seen = []
+
+    class Recorder:
+        def score(self, answers):
+            seen.append([[message["content"] for message in answer.prompt] for answer in answers])
+            return [0.0] * len(answers)
+
+    paths = [words(tmp_path, "a.jsonl", [1, 2], prompt="hello"), words(tmp_path, "b.jsonl", [1, 2])]
+    score_systems(read_systems(paths), {"recorder": Recorder()}, prompt_readers=["recorder"])
+    assert seen == [[["hello"], ["hello"]]] * 2
+    systems = read_systems([paths[1], words(tmp_path, "c.jsonl", [1, 2])])
+    with pytest.raises(ConfigurationError, match="recorder reads prompts, and no system says that of 'p0'"):
+        score_systems(systems, {"recorder": Recorder()}, prompt_readers=["recorder"])
 
 
 def test_answers_are_read_as_other_systems_write_them(tmp_path):
@@ -138,6 +178,14 @@ def test_answers_are_read_as_other_systems_write_them(tmp_path):
         ([{"id": "a", "response": "x", "sample": True}], "sample must be a number from 0 to 1023; got True"),
         ([{"id": "a", "response": "x", "sample": 10**9}], "sample must be a number from 0 to 1023"),
         ([["a"]], "each line must be an object"),
+        ([{"id": "a", "response": ["x", "y"]}], "take a line each, with a field sample"),
+        ([{"id": "a", "response": [{"role": "user", "content": "x"}]}], "messages that end with the assistant's"),
+        ([{"id": "a", "answer": "gold", "output": "x"}], "the fields answer, output differ; keep the one"),
+        ([{"id": 1, "prompt_id": "a", "output": "x"}], "the fields id, prompt_id differ"),
+        ([{"id": True, "output": "x"}], "the id must be a text or a number; got True"),
+        ([{"id": "a", "output": "x", "num_tokens": "7"}], "num_tokens must be a whole number; got '7'"),
+        ([{"id": "a", "output": "cut \ud83d"}], r"line 1: a text has half of a character \(a lone surrogate\)"),
+        ([{"id": "a", "output": "x", "finish_reason": "done"}], "finish_reason must be one of stop, .*; got 'done'"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, rows, said):
@@ -200,6 +248,21 @@ def finished_run(tiny, tmp_path):
     return str(tmp_path / "run"), row_ids
 
 
+def test_every_answer_is_written_with_its_prompt_and_scores(tmp_path):
+    paths = [words(tmp_path, "a.jsonl", [1, 2, 3], prompt="hello"), words(tmp_path, "b.jsonl", [4, 0])]
+    judges = tmp_path / "judges.yaml"
+    judges.write_text("judges: {words: {kind: length}, nothing: {kind: length, unit: tokens}}")
+    output = tmp_path / "scored.jsonl"
+    done = cage("compare", *paths, "-c", str(judges), f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["system"], row["row_id"], row["scores"]["words"]) for row in rows] == [
+        ("a.jsonl", "p0", 1.0), ("a.jsonl", "p1", 2.0), ("b.jsonl", "p0", 4.0), ("b.jsonl", "p1", 0.0),
+    ]  # fmt: skip
+    assert all(row["prompt"] == [{"role": "user", "content": "hello"}] for row in rows)
+    assert [row["scores"]["nothing"] for row in rows] == [None, None, None, 0.0]  # an empty answer has no tokens
+
+
 def test_a_text_may_have_the_line_ends_of_unicode(tmp_path):
     path = tmp_path / "x.jsonl"
     lines = [json.dumps({"id": str(at), "answer": "a\u2028b\x85c"}, ensure_ascii=False) for at in range(2)]
@@ -230,6 +293,19 @@ def test_an_answer_that_ended_in_its_reasoning_was_cut_in_files_too(tmp_path):
     rows = [{"id": reason, "answer": "b", "finish_reason": reason} for reason in ("stop", "length", "reasoning")]
     (system,) = read_systems([write(tmp_path, "x.jsonl", rows)])
     assert [answer.was_cut for answer in system.answers] == [False, True, True]
+
+
+def test_ends_of_answers_are_known_by_the_names_of_other_systems(tmp_path):
+    reasons = ["eos_token", "end_turn", "max_tokens", "MAX_TOKENS", None]
+    rows = [{"id": str(at), "answer": "b", "finish_reason": reason} for at, reason in enumerate(reasons)]
+    (system,) = read_systems([write(tmp_path, "x.jsonl", rows)])
+    assert [answer.was_cut for answer in system.answers] == [False, False, True, True, None]
+
+
+def test_a_line_of_a_run_may_have_its_answer_twice(tmp_path):
+    row = {"row_id": "p", "id": 3, "response": "a", "completion": [{"role": "assistant", "content": "a"}]}
+    (system,) = read_systems([write(tmp_path, "x.jsonl", [row])])
+    assert [(answer.row_id, answer.judged.text) for answer in system.answers] == [("p", "a")]
 
 
 def test_places_whose_last_names_are_equal_are_told_apart_by_their_paths(tmp_path):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.commands.evaluate import _as_csv, _as_latex, run_evaluate
+from jobs.commands.exports import escaped
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.answers import NUMBERS, as_numbers
 from pipeline.evaluation.trackers import Tracker, log_evaluation, named_numbers, open_tracker
@@ -26,7 +27,9 @@ RULE = entry(
 )
 POINT = {
     "rule": "linear (answer)", "unit": "answer", "agent_temperature": 0.1, "weights": {"a_b": 1.0}, "variant": 0,
-    "uses_temperature": True, "objectives": {"a_b": 0.7}, "intervals": {"a_b": [0.6, 0.8]}, "kl_per_token": 1.5,
+    "uses_temperature": True,
+    "objectives": {"a_b": 0.7, "kl_per_token": 3.0}, "intervals": {"a_b": [0.6, 0.8], "kl_per_token": [2, 4]},
+    "kl_per_token": 1.5, "scores": {"words": 4.0}, "score_intervals": {"words": [3.5, 4.5]},
 }  # fmt: skip
 METRICS = {
     "run": "abc", "objectives": ["a_b"], "judges": {"words": {}}, "num_prompts": 5, "num_answers": 10,
@@ -34,6 +37,18 @@ METRICS = {
     "rules": {"linear (answer)": RULE, "base": RULE},
     "by_temperature": [{"rule": "linear (answer)", "agent_temperature": 0.1, **RULE}],
     "points": [POINT],
+    "equal_kl": [
+        {"rule": "base", "unit": "token", "weights": {"a_b": 1.0}, "kl_per_token": 0.5, "objectives": {"a_b": 0.2},
+         "weighted": 0.2},
+    ],
+    "control": [
+        {"rule": "linear (answer)", "agent_temperature": 0.1, "principal": "a_b", "objective": "a_b", "spearman": 0.9,
+         "is_monotone": True, "monotone_share": 1.0, "sparsity": None},
+    ],
+    "win_rates": [
+        {"rule": "base", "against": "linear (answer)", "objective": "a_b", "agent_temperature": 0.1, "wins": 3,
+         "ties": 1, "losses": 1},
+    ],
     "differences": [
         {"rule": "base", "against": "linear (answer)", "metric": "mip", "agent_temperature": 0.1, "difference": -0.5,
          "interval": [-0.6, -0.4], "p": 0.01, "p_adjusted": 0.02, "prompts_for_this_difference": 7},
@@ -48,8 +63,17 @@ def test_the_csv_has_a_line_per_number_with_its_interval():
     assert (row["value"], row["low"], row["high"], row["unit"]) == ("0.5", "0.4", "0.6", "token")
     assert found["by_temperature", "linear (answer)", "mip"]["agent_temperature"] == "0.1"
     assert found["by_temperature", "linear (answer)", "mip"]["low"] == ""
-    row = found["points", "linear (answer)", "a_b"]
+    row = found["points", "linear (answer)", "objectives.a_b"]
     assert (row["value"], row["high"], json.loads(row["weights"])) == ("0.7", "0.8", {"a_b": 1.0})
+    # a principal may be called as a metric is
+    assert found["points", "linear (answer)", "objectives.kl_per_token"]["low"] == "2"
+    row = found["points", "linear (answer)", "kl_per_token"]
+    assert (row["value"], row["low"]) == ("1.5", "")
+    assert found["points", "linear (answer)", "scores.words"]["high"] == "4.5"
+    assert found["equal_kl", "base", "objectives.a_b"]["value"] == "0.2"
+    assert found["control", "linear (answer)", "spearman"]["objective"] == "a_b"
+    assert found["control", "linear (answer)", "is_monotone"]["value"] == "True"
+    assert found["win_rates", "base", "wins"]["against"] == "linear (answer)"
     row = found["differences", "base", "mip"]
     assert (row["value"], row["low"], row["p_adjusted"], row["against"]) == (
         "-0.5",
@@ -66,6 +90,13 @@ def test_the_latex_table_has_every_rule_and_escapes_names():
     assert text.count(r"\\") == 4  # a head and three rules
     assert "base all & 0.50" in text
     assert "0.400 to 0.600" in text
+
+
+def test_latex_prints_every_name_as_it_is():
+    assert escaped("a_b 50% & #1 {x} $ ~ ^ \\ <é|ж>\n\nc") == (
+        r"a\_b 50\% \& \#1 \{x\} \$ \textasciitilde{} \textasciicircum{} \textbackslash{} "
+        r"\textless{}é\textbar{}ж\textgreater{} c"
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,6 +159,15 @@ def test_wandb_gets_settings_numbers_and_a_table_of_points():
     assert named_numbers(METRICS).items() <= logged.items()
 
 
+@pytest.mark.parametrize("tracker", list(Tracker))
+def test_a_tracker_that_fails_says_why_in_a_line(tracker):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no route\nto host")
+
+    with pytest.raises(ConfigurationError, match=rf"{tracker} did not take the results \(RuntimeError: no route to"):
+        log_evaluation(tracker, SimpleNamespace(set_experiment=fail, init=fail), METRICS, name="run")
+
+
 @pytest.mark.parametrize("name", list(Tracker))
 def test_a_tracker_that_is_installed_takes_the_results(name, tmp_path, monkeypatch):
     package = pytest.importorskip(name)
@@ -151,6 +191,7 @@ def test_numbers_of_answers_by_hand():
             "variant": [0, 0, 1],
             "sample": [0, 0, 0],
             "num_tokens": [4, 10, 2],
+            "num_reasoning_tokens": [None, 3, 2],
             "kl_per_token": [0.5, None, 1.0],
             "covered_mass": [1.0, 1.0, 1.0],
             "max_residual": [0.0, 0.0, 0.0],
@@ -161,6 +202,8 @@ def test_numbers_of_answers_by_hand():
     )
     found = as_numbers(answers)
     assert set(found.column_names) == {"row_id", "variant", "sample", *NUMBERS}
+    assert found["answer_tokens"].to_pylist() == [4, 7, 0]
+    assert as_numbers(answers.drop_columns("num_reasoning_tokens"))["answer_tokens"].to_pylist() == [4, 10, 2]
     assert found["kl_per_answer"].to_pylist() == [2.0, None, 2.0]
     assert [found[name].to_pylist() for name in ("ended", "cut", "in_reasoning")] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert found["distinct_2"].to_pylist() == pytest.approx([2 / 3, 3 / 5, 1.0])

@@ -46,6 +46,7 @@ class StandIns:
             "PKU-Alignment/alpaca-7b-reproduced": model,
             "meta-llama/Llama-2-7b-chat-hf": model,
             "TinyLlama/TinyLlama-1.1B-Chat-v1.0": small,
+            "TheBloke/alpaca-lora-65B-GPTQ": small,
             "PKU-Alignment/beaver-7b-v1.0-reward": self._score(model, "reward", 1),
             "PKU-Alignment/beaver-7b-v1.0-cost": self._score(model, "cost", 2),
             "Ray2333/gpt2-large-helpful-reward_model": classifier,
@@ -65,16 +66,20 @@ class StandIns:
             }
             for at, prompt in enumerate(prompts)
         ]
-        scored = [
-            {"prompt": prompt, "response": "ab" * each, "helpful": each, "harmless": -each, "humour": each * at % 3}
+        scored = [  # as cage compare writes them
+            {
+                "system": f"{each}.jsonl", "row_id": str(at), "sample": 0, "response": "ab" * each,
+                "prompt": [{"role": "user", "content": prompt}],
+                "scores": {"helpfulness": each, "harmlessness": -each, "humorous": each * at % 3},
+            }
             for at, prompt in enumerate(prompts)
             for each in (1, 2)
-        ]
+        ]  # fmt: skip
         talk = [{"chosen": f"\n\nHuman: {each}\n\nAssistant: aa", "rejected": f"\n\nHuman: {each}\n\nAssistant: b"}
                 for each in prompts]  # fmt: skip
         self.data = {
             "PKU-Alignment/PKU-SafeRLHF-10K": write_jsonl(folder / "pku.jsonl", pairs),
-            "data/hh-scored.parquet": write_jsonl(folder / "scored.jsonl", scored),
+            "data/hh-scored.jsonl": write_jsonl(folder / "scored.jsonl", scored),
             "Anthropic/hh-rlhf": write_jsonl(folder / "hh.jsonl", talk),
         }
 
@@ -127,7 +132,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> StandIns:
 def test_there_is_a_recipe_for_every_published_experiment() -> None:
     assert {file.stem for file in EVALUATIONS} == {
         "safety", "safety_preference_arm", "safety_mod", "safety_blocks", "whole_answers", "best_of_5",
-        "three_objectives",
+        "three_objectives", "weak_to_strong",
     }  # fmt: skip
 
 
@@ -136,6 +141,19 @@ def test_a_recipe_names_its_hardware_duration_sources_and_licences(file: Path) -
     head = file.read_text(encoding="utf-8").splitlines()[:3]
     assert [line.split(":")[0] for line in head] == ["# Hardware", "# Sources", "# Licences"]
     assert "duration: estimated" in head[0]
+
+
+@pytest.mark.parametrize("file", EVALUATIONS, ids=lambda file: file.stem)
+def test_a_principal_reads_conversations_as_it_was_trained(file: Path) -> None:
+    trained = {tree["output"]["path"]: tree["base"] for tree in map(tree_of, TRAININGS)}
+    evaluation = tree_of(file)
+    for principal in evaluation["principals"].values():
+        if "adapter" in principal:
+            base = trained[str(Path(principal["adapter"]).parent)]
+            # without a template of its own, a model with a tokenizer of its own reads by that one's
+            own = principal.get("template", None if "model" in principal else evaluation["base"]["chat_template"])
+            assert own == base["chat_template"]
+            assert principal.get("model", evaluation["base"])["model"] == base["model"]
 
 
 @pytest.mark.parametrize("file", TRAININGS, ids=lambda file: file.stem)
@@ -155,4 +173,7 @@ def test_an_evaluation_recipe_runs_and_compares_its_rules(file: Path, stand_ins:
     assert rules == set(config.grid.rules)
     moved = [point for point in metrics["points"] if point["rule"] != "base" and point["kl_per_token"]]
     assert moved, "no rule left the base: nothing is compared"
+    ways = {each["metric"] for each in metrics["differences"]}
+    assert "equal_length" in ways
+    assert "equal_kl" in ways or sum(rule.uses_principals for rule in config.grid.rules) < 2
     assert json.dumps(metrics)

@@ -25,6 +25,7 @@ from pipeline.errors import ConfigurationError, HostError, RunMismatch
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.panel import resolve_panel
 from pipeline.evaluation.scores import ScoreFiles
+from pipeline.evaluation.systems import read_systems
 from pipeline.hub.reasoning import HARMONY, find_reasoning
 from pipeline.hub.tokenizer_facts import TokenizerFacts
 from pipeline.protocol.hosts import Hosts, Reply
@@ -473,12 +474,24 @@ def test_judges_and_training_data_have_the_answer_alone(tmp_path, model):
     scores = ScoreFiles(run, panel)
     for record in scores.pending():
         scores.score(record, panel.load())
-    (_, judged), *_ = scores.tables()
+    (numbers, judged), *_ = scores.tables()
     rows = table.to_pylist()
+    assert numbers["answer_tokens"].to_pylist() == judged["length"].to_pylist()  # comparisons at equal length take it
     assert judged["length"].to_pylist() == [row["num_tokens"] - 5 for row in rows]
     for name in data_files(run):
         for candidate, row in zip(read_candidates(run, name), rows, strict=True):
             assert (candidate.text, candidate.num_tokens) == (row["response"], row["num_tokens"] - 5)
+
+
+@pytest.mark.parametrize("in_answers", [False, True])
+def test_a_comparison_counts_the_tokens_of_what_is_judged(tmp_path, model, in_answers):
+    thinking = {"max_tokens": 4, "in_answers": in_answers}
+    config = run_config(tmp_path, model(OPENED, *THINK), decoding={"max_new_tokens": 12, "thinking": thinking})
+    relabel(config, NOWHERE, sys.stderr)
+    rows = pq.read_table(tmp_path / "run").to_pylist()
+    (system,) = read_systems([str(tmp_path / "run")])
+    for row, answer in zip(rows, system.answers, strict=True):
+        assert answer.judged.num_tokens == row["num_tokens"] - (0 if in_answers else row["num_reasoning_tokens"])
 
 
 class RestartingHost(ScriptedHost):

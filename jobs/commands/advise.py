@@ -72,6 +72,7 @@ def describe_advice(advice: Advice, config: AdviseConfig) -> str:
             "views of the objectives; share: of the gain of linear; interval: of the lead over linear, by prompt, "
             "for all rules at once"
         ),
+        *(indented(line) for line in _not_reached(advice)),
         "",
         *(indented(line) for line in _suggestion(advice)),
         "",
@@ -132,12 +133,20 @@ def _rules(advice: Advice) -> str:
     return table(head, rows)
 
 
+def _not_reached(advice: Advice) -> list[str]:
+    short = [f"{each.choice} ({each.kl:.3g})" for each in advice.rules if not each.reaches(advice.target_kl)]
+    return [f"no agent temperature takes these as far from the base: {', '.join(short)}"] if short else []
+
+
 def _suggestion(advice: Advice) -> list[str]:
     chosen = advice.suggested
     if advice.is_ahead:
+        lead = f"{chosen.share:.2f} times as much as linear"
+        if advice.rules[0].gain <= 0:  # a share of a loss says nothing
+            lead = f"{chosen.gain:.3g} nats per token where linear gains {advice.rules[0].gain:.3g}"
         return [
-            f"suggested: {chosen.choice}, which gains {chosen.share:.2f} times as much as linear at the same "
-            f"distance from the base; ahead in {advice.confidence:.0%} of the bootstrap samples"
+            f"suggested: {chosen.choice}, which gains {lead} at the same distance from the base; ahead in "
+            f"{advice.confidence:.0%} of the bootstrap samples"
         ]
     return [
         "suggested: linear. No other rule gains more at the same distance from the base beyond what chance explains; "

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.commands.exports import as_csv, as_json, as_latex, check_outputs, write_outputs
+from jobs.commands.exports import as_csv, as_json, as_jsonl, as_latex, check_outputs, write_outputs
 from jobs.commands.text import indented, number, printable, table
 from pipeline.config.files import parse_as, read_yaml
 from pipeline.errors import ConfigurationError
-from pipeline.evaluation.compare import compare, score_systems
+from pipeline.evaluation.compare import compare, score_systems, scored_answers
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.panel import resolve_panel
@@ -31,13 +31,15 @@ class CompareConfig(Section):
 
 def run_compare(paths: Sequence[str], *, config_file: Path | None, outputs: Sequence[Path]) -> None:
     """Judge every system's answers, print how they compare with the first one, and write the files asked for."""
-    check_outputs(outputs, WRITERS)
+    check_outputs(outputs, (*WRITERS, SCORES))
     config = parse_as(CompareConfig, _tree(config_file), source=str(config_file or "judges"))
     systems = read_systems(paths)
     panel = resolve_panel(config.judges, default_cache_folder(os.environ), progress=print)
-    found = compare(score_systems(systems, panel.load()), config.bootstrap)
+    readers = [name for name, judge in config.judges.items() if judge.reads_prompts]
+    scored = score_systems(systems, panel.load(), prompt_readers=readers)
+    found = compare(scored, config.bootstrap)
     print(describe(found))
-    write_outputs(outputs, WRITERS, found)
+    write_outputs(outputs, {**WRITERS, SCORES: lambda _: as_jsonl(scored_answers(systems, scored))}, found)
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -60,13 +62,19 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(indented(f"{left_out:,} prompts are left out, because some system did not answer them."))
     for judge, reasons in found["answers_without_a_score"].items():
         shown = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
-        lines.append(indented(f"{judge} gave no score for {sum(reasons.values()):,} answers: {shown}."))
+        compared = found["num_prompts_by_judge"][judge]
+        lines.append(
+            indented(
+                f"{judge} gave no score for {sum(reasons.values()):,} answers: {shown}. Its numbers are of the "
+                f"{compared:,} prompts with a score of every system."
+            )
+        )
     lines.append(
         indented(
             f"Intervals ({confidence}) resample prompts and each prompt's samples; differences are paired by prompt. "
             "p is two-sided, no smaller than 2^(1 - prompts), and adjusted for all differences (Holm). needs: "
-            "prompts with which a difference of this size would be found with a chance of 80 %. cut: answers that "
-            "ended at their length limit."
+            "prompts with which this difference by itself would be found at 5 % with a chance of 80 %. cut: answers "
+            "that ended at their length limit or within their reasoning."
         )
     )
     return "\n".join(lines)
@@ -136,4 +144,5 @@ def _as_latex(found: dict[str, Any]) -> str:
     return as_latex(["system", *judges, "KL per token"], rows)
 
 
+SCORES = ".jsonl"  # every answer with its scores
 WRITERS = {".json": as_json, ".csv": _as_csv, ".tex": _as_latex}

@@ -28,6 +28,9 @@ COLUMNS = (
     "point, without those of weight 0, the mean over all points; KL: to the base, in nats per token"
 )
 
+# what a line of the CSV file is of, the columns first
+KEYS = ("rule", "against", "objective", "unit", "agent_temperature", "weights", "uses_temperature", "variant")
+
 
 def run_evaluate(
     config_file: Path,
@@ -139,20 +142,26 @@ def _interval(interval: list[float] | None, digits: int = 3) -> str:
 
 
 def _as_csv(metrics: dict[str, Any]) -> str:
-    """A line per number: what it is of, its value, its interval, and of differences their p values."""
-    head = ["table", "rule", "against", "unit", "agent_temperature", "weights", "name", "value", "low", "high"]
+    """A line per number: what it is of, its value, its interval, and of differences their p values.
+
+    Means of objectives and of judges have a prefix, because a principal may be called as a metric is.
+    """
+    head = ["table", *KEYS[:6], "name", "value", "low", "high"]
     tables = {
         "rules": [{"rule": rule, **entry} for rule, entry in metrics["rules"].items()],
         "by_temperature": metrics["by_temperature"],
-        "points": [{**point, **point["objectives"]} for point in metrics["points"]],
+        "points": [_flat_point(point) for point in metrics["points"]],
+        "equal_kl": [{**each, **_prefixed("objectives", each["objectives"])} for each in metrics["equal_kl"]],
+        "control": metrics["control"],
+        "win_rates": metrics["win_rates"],
     }
     rows: list[dict[str, Any]] = []
     for table_name, entries in tables.items():
         for entry in entries:
             own = {key.removesuffix("_interval"): ends for key, ends in entry.items() if key.endswith("_interval")}
-            ends = {**entry.get("intervals", {}), **own}
+            ends = {**entry.get("ends", {}), **own}
             for key, value in entry.items():
-                if isinstance(value, int | float) and key not in ("agent_temperature", "uses_temperature", "variant"):
+                if isinstance(value, int | float) and key not in KEYS:
                     rows.append({**_key_of(entry), "table": table_name, "name": key, **_valued(value, ends.get(key))})
     for each in metrics["differences"]:
         interval = {"name": each["metric"], **_valued(each["difference"], each["interval"])}
@@ -160,9 +169,23 @@ def _as_csv(metrics: dict[str, Any]) -> str:
     return as_csv([*head, "p", "p_adjusted", "prompts_for_this_difference"], rows)
 
 
+def _flat_point(point: dict[str, Any]) -> dict[str, Any]:
+    ends = {"objectives": point["intervals"], "scores": point["score_intervals"]}
+    flat = {key: each for kind in ends for key, each in _prefixed(kind, point[kind]).items()}
+    return {
+        **point,
+        **flat,
+        "ends": {key: each for kind in ends for key, each in _prefixed(kind, ends[kind]).items()},
+    }
+
+
+def _prefixed(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{kind}.{name}": value for name, value in values.items()}
+
+
 def _key_of(entry: dict[str, Any]) -> dict[str, Any]:
     weights = entry.get("weights")
-    shown = {key: entry.get(key) for key in ("rule", "against", "unit", "agent_temperature")}
+    shown = {key: entry.get(key) for key in KEYS[:5]}
     return {**shown, "weights": "" if not weights else json.dumps(weights)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.errors import ConfigurationError
 Writers = Mapping[str, Callable[[Any], str]]
 
 
-def check_outputs(outputs: Sequence[Path], writers: Writers) -> None:
+def check_outputs(outputs: Sequence[Path], writers: Collection[str]) -> None:
     """Raise ConfigurationError where a file could not be written, before anything is computed."""
     for output in outputs:
         if output.suffix not in writers:
@@ -38,6 +38,11 @@ def as_json(found: Any) -> str:
     return json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
+def as_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A line per row."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
 def as_csv(head: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """A line per row, with empty cells where a row has no value."""
     out = io.StringIO()
@@ -57,5 +62,7 @@ def as_latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def escaped(text: str) -> str:
     """Text that LaTeX prints as it is."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(char, "\\" + char if char in "&%$#_{}" else char) for char in text)
+    words = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+    special = {char: rf"\text{word}{{}}" for char, word in words.items()}
+    # a line break in a name would end the paragraph, and the table with it
+    return "".join(special.get(char, "\\" + char if char in "&%$#_{}" else char) for char in " ".join(text.split()))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from cage.rule_names import RuleName
+from cage.rules import SoftThreshold
 from pipeline.advice.comparison import Comparison, RuleChoice, RuleGain, choices
 from pipeline.advice.measures import RewardMeasures, correlation, measure_rewards
 from pipeline.advice.recording import RecordedGames
@@ -55,7 +58,8 @@ def advise(config: AdviseConfig, games: RecordedGames) -> Advice:
         games: recorded.
 
     Raises:
-        ConfigurationError: there are games of one prompt alone, or the configured rule does not leave the base.
+        ConfigurationError: there are games of one prompt alone, the configured rule does not leave the base, or
+            `linear` does not reach the target.
     """
     if len(games.row_ids) < 2:  # resampling one prompt says nothing about others
         raise ConfigurationError(f"rules are compared over 2 prompts or more; got games of {len(games.row_ids)}")
@@ -68,6 +72,11 @@ def advise(config: AdviseConfig, games: RecordedGames) -> Advice:
     comparison = Comparison(games, config.weights, views, strict)
     target = settings.target_kl or config.decoding.target_kl or _configured_kl(config, comparison)
     found = comparison.compare(rules, target)
+    if not found[0].reaches(target):
+        raise ConfigurationError(
+            f"linear goes no further from the base than {found[0].kl:.3g} nats per token on these games, so rules "
+            f"cannot be compared at {target:.3g}; give a smaller advise.target_kl"
+        )
     suggested, is_ahead, confidence = _suggest(found)
     names = comparison.names
     return Advice(
@@ -97,11 +106,12 @@ def _configured_kl(config: AdviseConfig, comparison: Comparison) -> float:
     """What the configured rule reaches at the configured agent temperature, in nats a token."""
     decoding = config.decoding
     rule = decoding.rule if decoding.rule in COMPARABLE else RuleName.LINEAR
-    k = None
+    function = RuleChoice(rule).function
     if rule.takes_k:
         given = decoding.soft_threshold
-        k = given if not isinstance(given, dict) else sum(given.values()) / len(given)
-    kl = comparison.kl_of(RuleChoice(rule, k), decoding.agent_temperature)
+        k = torch.tensor([given[name] for name in comparison.names]) if isinstance(given, dict) else given
+        function = SoftThreshold(k)
+    kl = comparison.kl_of(function, decoding.agent_temperature)
     if kl < LEAST_KL:
         raise ConfigurationError(
             f"{rule} at decoding.agent_temperature {decoding.agent_temperature:g} does not leave the base on these "

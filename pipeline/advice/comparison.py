@@ -23,6 +23,7 @@ from pipeline.advice.gains import Policies, at_equal_kl, gains, policies
 from pipeline.advice.recording import RecordedGames
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.metrics import Floats, interval, resample_counts
+from pipeline.evaluation.significance import widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,10 @@ class RuleGain:
     difference_interval: tuple[float, float]
     ahead: float
 
+    def reaches(self, target: float) -> bool:
+        """Whether some agent temperature takes the rule as far from the base as the target."""
+        return self.kl > 0.99 * target
+
 
 def choices(rules: Sequence[RuleName], k: Sequence[float]) -> list[RuleChoice]:
     """`linear` first, then every other rule once, `soft_threshold` once for each k."""
@@ -101,9 +106,14 @@ class Comparison:
         """The principals that take part."""
         return [name for name, weight in self.weights.items() if weight > 0]
 
-    def kl_of(self, choice: RuleChoice, temperature: float) -> float:
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts have games."""
+        return len(set(self.games.row_N.tolist()))
+
+    def kl_of(self, rule: Rule, temperature: float) -> float:
         """The mean KL to the base that a rule reaches at an agent temperature, in nats a token."""
-        return policies(choice.function, self.games.base_NK, self._values, temperature, self._weights).kl
+        return policies(rule, self.games.base_NK, self._values, temperature, self._weights).kl
 
     def compare(self, rules: Sequence[RuleChoice], target: float) -> list[RuleGain]:
         """Every rule at a mean KL of `target` nats a token; `linear` must be among them."""
@@ -126,7 +136,7 @@ class Comparison:
             gains=dict(zip(self.names, gain_NJ.mean(0).tolist(), strict=True)),
             share=float(gain_S[0] / sum_S[0]) if sum_S[0] else float("nan"),
             difference=float(difference_S[0]),
-            difference_interval=interval(difference_S[1:], self.bootstrap.confidence),
+            difference_interval=interval(difference_S[1:], widened(self.bootstrap.confidence, self.num_prompts)),
             ahead=float((difference_S[1:] > 0).mean()),
         )
 

@@ -29,8 +29,10 @@ from pipeline.evaluation.metrics import (
     on_front,
     published_reference,
     resample_counts,
+    settled,
     weighted_means,
 )
+from pipeline.evaluation.significance import widened
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ class BootstrapSamples:
         """The bootstrap interval of a statistic [S] whose first value is the estimate; None without samples."""
         # a sample may lack a value: resampled curves need not share a range of KL
         known = samples_S[1:][np.isfinite(samples_S[1:])]
-        return list(interval(known, self.confidence)) if len(known) else None
+        confidence = widened(self.confidence, len(self.data.row_ids))
+        return list(interval(known, confidence)) if len(known) else None
 
 
 def resample(
@@ -219,13 +222,13 @@ def resample(
     """
     counts_SA = resample_counts(len(data.row_ids), bootstrap.samples, bootstrap.seed, per_prompt=data.num_samples)
     scores = [data.scores_by_judge[judge] for judge in judge_by_objective.values()]
-    means_SVM = np.stack([weighted_means(score_VA, counts_SA) for score_VA in scores], axis=2)
+    means_SVM = np.stack([settled(weighted_means(score_VA, counts_SA)) for score_VA in scores], axis=2)
     points_VM = means_SVM[0]
     weights_VM = np.array(
         [[(variant.weights or {}).get(name, 0.0) for name in judge_by_objective] for variant in data.variants]
     )
     with np.errstate(invalid="ignore"):  # all weights 0 give NaN, which leaves the variant out of weighted means
-        weights_VM = weights_VM / weights_VM.sum(1, keepdims=True)
+        weights_VM = settled(weights_VM / weights_VM.sum(1, keepdims=True))
     return BootstrapSamples(
         data=data,
         judges=judge_by_objective,

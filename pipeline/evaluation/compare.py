@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,10 @@ from pipeline.errors import ConfigurationError
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.judges.interface import Judge, why_missing
 from pipeline.evaluation.metrics import Floats, interval
-from pipeline.evaluation.significance import holm, p_value, prompts_for, smallest_difference
+from pipeline.evaluation.significance import holm, prompts_for, smallest_difference, t_p_value, widened
 from pipeline.evaluation.systems import System
 from pipeline.quoting import quote
+from pipeline.records import Message
 
 TIE = 1e-9  # scores that differ by less are equal up to rounding
 
@@ -49,11 +50,22 @@ class Scored:
     missing: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
-def score_systems(systems: Sequence[System], judges: Mapping[str, Judge]) -> Scored:
+def score_systems(
+    systems: Sequence[System], judges: Mapping[str, Judge], *, prompt_readers: Sequence[str] = ()
+) -> Scored:
     """Judge all systems' answers to the prompts that all of them answered.
 
+    An answer without its prompt is judged with the prompt that another system says for its id, so that judges read
+    the same conversation of all systems.
+
+    Args:
+        systems: the first is what others are compared with.
+        judges: by name.
+        prompt_readers: names of judges that need prompts.
+
     Raises:
-        ConfigurationError: there are fewer than two systems, no common prompts, or one id has different prompts.
+        ConfigurationError: there are fewer than two systems, no common prompts, one id has different prompts, or a
+            judge that reads prompts has none.
     """
     if len(systems) < 2:
         raise ConfigurationError(f"a comparison needs two systems or more; got {len(systems)}")
@@ -64,7 +76,12 @@ def score_systems(systems: Sequence[System], judges: Mapping[str, Judge]) -> Sco
             f"{system.name}: {quote(min(own))}" for system, own in zip(systems, ids, strict=True) if own
         )
         raise ConfigurationError(f"no prompt was answered by all systems; their ids, for example: {shown}")
-    _check_prompts(systems, common)
+    prompts = _prompts_of(systems, common)
+    if prompt_readers and (without := min(common - set(prompts), default=None)) is not None:
+        raise ConfigurationError(
+            f"the judge {prompt_readers[0]} reads prompts, and no system says that of {quote(without)}; give the "
+            "lines of a file a field prompt"
+        )
     row_ids = tuple(sorted(common))
     place = {row_id: at for at, row_id in enumerate(row_ids)}
     num_samples = 1 + max(answer.sample for system in systems for answer in system.answers if answer.row_id in common)
@@ -74,7 +91,7 @@ def score_systems(systems: Sequence[System], judges: Mapping[str, Judge]) -> Sco
     for name, judge in judges.items():
         for at, answers in enumerate(kept):
             where = [place[answer.row_id] for answer in answers], [answer.sample for answer in answers]
-            found = judge.score([answer.judged for answer in answers])
+            found = judge.score([replace(each.judged, prompt=prompts.get(each.row_id, ())) for each in answers])
             scores[name][at, *where] = found
             missing[name].update(why_missing(score) for score in found if not math.isfinite(score))
     return Scored(
@@ -88,19 +105,44 @@ def score_systems(systems: Sequence[System], judges: Mapping[str, Judge]) -> Sco
     )
 
 
+def scored_answers(systems: Sequence[System], scored: Scored) -> Iterator[Json]:
+    """Every answer that was judged, with its prompt and its scores by judge; None for no score."""
+    prompts = _prompts_of(systems, set(scored.row_ids))
+    place = {row_id: at for at, row_id in enumerate(scored.row_ids)}
+    for at, system in enumerate(systems):
+        for answer in system.answers:
+            if answer.row_id not in place:
+                continue
+            key = at, place[answer.row_id], answer.sample
+            yield {
+                "system": system.name,
+                "row_id": answer.row_id,
+                "sample": answer.sample,
+                "prompt": list(prompts.get(answer.row_id, ())),
+                "response": answer.judged.text,
+                "scores": {judge: _number(scores_YPN[key]) for judge, scores_YPN in scored.scores.items()},
+            }
+
+
 def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
     """Means of every system and judge, and every system's difference from the first one, as plain values.
 
+    A prompt without a score under one system is left out of all, of this judge: every mean is over the same prompts.
     Intervals resample prompts, and within each prompt its samples; a difference uses the same prompts on both sides.
     p values are two-sided and adjusted for all differences of the comparison by Holm's method.
     """
+    scored = replace(scored, scores={judge: _of_all(scores) for judge, scores in scored.scores.items()})
     counts_SP, means = _resampled(scored, bootstrap)
+    num_prompts = {judge: int(np.isfinite(means_SYP[0]).all(0).sum()) for judge, means_SYP in means.items()}
     systems = []
     for at, name in enumerate(scored.names):
         entry: Json = {"system": name, "kl_per_token": scored.kl[at], "share_cut": scored.cut[at], "scores": {}}
         for judge, means_SYP in means.items():
             mean_S = _over_prompts(means_SYP[:, at], counts_SP)
-            entry["scores"][judge] = {"mean": _number(mean_S[0]), "interval": _interval(mean_S, bootstrap)}
+            entry["scores"][judge] = {
+                "mean": _number(mean_S[0]),
+                "interval": _interval(mean_S, bootstrap, num_prompts[judge]),
+            }
         systems.append(entry)
     differences = [
         _difference(scored, judge, at, means[judge], counts_SP, bootstrap)
@@ -113,6 +155,7 @@ def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
         "baseline": scored.names[0],
         "num_prompts": len(scored.row_ids),
         "num_prompts_left_out": scored.num_left_out,
+        "num_prompts_by_judge": num_prompts,
         "answers_without_a_score": {name: dict(reasons) for name, reasons in scored.missing.items()},
         "bootstrap": bootstrap.model_dump(mode="json"),
         "systems": systems,
@@ -120,16 +163,27 @@ def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
     }
 
 
-def _check_prompts(systems: Sequence[System], common: set[str]) -> None:
-    """Raise where one id stands for different prompts; systems that do not say their prompts are not compared."""
-    known: dict[str, list[tuple[str, str]]] = {}
+def _of_all(scores_YPN: Floats) -> Floats:
+    """The scores of the prompts that have one under every system; NaN elsewhere."""
+    is_whole_P1 = np.isfinite(scores_YPN).any(2).all(0).reshape(-1, 1)
+    kept_YPN: Floats = np.where(is_whole_P1, scores_YPN, np.nan)
+    return kept_YPN
+
+
+def _prompts_of(systems: Sequence[System], common: set[str]) -> dict[str, Sequence[Message]]:
+    """By id the prompt, of the systems that say it. Raises ConfigurationError where one id has different prompts."""
+    known: dict[str, Sequence[Message]] = {}
     for system in systems:
         for answer in system.answers:
             if answer.row_id not in common or not answer.judged.prompt:
                 continue
-            prompt = [(str(message.get("role")), str(message.get("content"))) for message in answer.judged.prompt]
-            if known.setdefault(answer.row_id, prompt) != prompt:
+            if _plain(known.setdefault(answer.row_id, answer.judged.prompt)) != _plain(answer.judged.prompt):
                 raise ConfigurationError(f"the prompt {quote(answer.row_id)} of {system.name} is not the others'")
+    return known
+
+
+def _plain(prompt: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(str(message.get("role")), str(message.get("content"))) for message in prompt]
 
 
 def _resampled(scored: Scored, bootstrap: BootstrapConfig) -> tuple[Floats, Mapping[str, Floats]]:
@@ -171,8 +225,8 @@ def _difference(
         "judge": judge,
         "system": scored.names[at],
         "difference": _number(difference_S[0]),
-        "interval": _interval(difference_S, bootstrap),
-        "p": p_value(difference_S[1:], len(lead_P)),
+        "interval": _interval(difference_S, bootstrap, len(lead_P)),
+        "p": t_p_value(float(difference_S[0]), deviation, len(lead_P)),
         "wins": int((lead_P > TIE).sum()),
         "ties": int((abs(lead_P) <= TIE).sum()),
         "losses": int((lead_P < -TIE).sum()),
@@ -197,9 +251,9 @@ def _nan_mean(scores: Floats) -> Floats:
     return mean
 
 
-def _interval(samples_S: Floats, bootstrap: BootstrapConfig) -> list[float] | None:
+def _interval(samples_S: Floats, bootstrap: BootstrapConfig, num_prompts: int) -> list[float] | None:
     known_S = samples_S[1:][np.isfinite(samples_S[1:])]
-    return list(interval(known_S, bootstrap.confidence)) if len(known_S) else None
+    return list(interval(known_S, widened(bootstrap.confidence, num_prompts))) if len(known_S) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

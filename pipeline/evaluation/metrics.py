@@ -15,6 +15,7 @@ S bootstrap samples, P prompts, A answers, N points, M objectives, L levels.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,17 @@ def gaps(points_NM: Floats) -> Floats | None:
     steps_NM = np.diff(np.sort(points_NM, axis=0), axis=0)
     mean_M: Floats = (steps_NM**2).mean(0)
     return mean_M
+
+
+def settled(values: Floats) -> Floats:
+    """Values to 12 digits of the largest, so that sums of the same numbers in another order are equal.
+
+    Otherwise points that tie would dominate each other, and weights of one level would be several, by rounding.
+    """
+    known = np.abs(values[np.isfinite(values)])
+    largest = float(known.max()) if known.size else 0.0
+    rounded: Floats = np.round(values, 11 - math.floor(math.log10(largest))) if largest > 0 else values
+    return rounded
 
 
 def ranks(values_N: Floats) -> Floats:

@@ -84,15 +84,15 @@ def difference_at_equal_length(samples: BootstrapSamples, method: str, against: 
     """How much more w . r a method has than another one would have with answers of equal length, [S].
 
     A line is fitted through the differences of all matching variants and prompts: of w . r by the difference in
-    tokens, with one slope for all and an intercept for each two variants. The mean of the intercepts is the answer,
-    as in length-controlled AlpacaEval (Dubois et al. 2024). None where nothing matches.
+    tokens that judges read, with one slope for all and an intercept for each two variants. The mean of the intercepts
+    is the answer, as in length-controlled AlpacaEval (Dubois et al. 2024). None where nothing matches.
     """
     found = [each for each in matches(samples, method, against) if np.isfinite(each.weights_M).all()]
     if not found:
         return None
     data = samples.data
     scores_VAM = np.stack([data.scores_by_judge[judge] for judge in samples.judges.values()], axis=2)
-    tokens_VA = data.numbers["num_tokens"]
+    tokens_VA = data.numbers["answer_tokens"]
     lead_IA = np.stack(
         [samples.normalised_lead(scores_VAM[each.ours] - scores_VAM[each.theirs], each.weights_M) for each in found]
     )

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CageError
-from pipeline.evaluation.answers import ANSWER_COLUMNS, as_numbers
+from pipeline.evaluation.answers import ANSWER_COLUMNS, REASONING_TOKENS, as_numbers
 from pipeline.evaluation.judges.interface import Judge, JudgedAnswer, NoScore, why_missing
 from pipeline.evaluation.panel import Panel
 from pipeline.storage.commits import CommitRecord
@@ -58,9 +58,7 @@ class ScoreFiles:
             record: the committed shard.
             judges: what `panel.load()` returned.
         """
-        # judges see the answer; its length counts the reasoning where that is part of it
-        length = () if self.run.plan.reasons_in_answers else ("num_reasoning_tokens",)
-        answers = self._read(_part_of(record), (*JUDGED_COLUMNS, *length))
+        answers = self._read(_part_of(record), (*JUDGED_COLUMNS, *self._not_read))
         metadata = {JUDGES_KEY: self.panel.digest, ANSWERS_KEY: record.sha256_by_file[_part_of(record)]}
         table, is_final = judge_table(answers, judges)
         metadata[FINAL_KEY] = "yes" if is_final else "no"
@@ -78,7 +76,7 @@ class ScoreFiles:
             CageError: a file scores other answers.
         """
         for record in self.run.committed().values():
-            answers = as_numbers(self._read(_part_of(record), ANSWER_COLUMNS))
+            answers = as_numbers(self._read(_part_of(record), (*ANSWER_COLUMNS, *self._not_read)))
             scores = self._read(self._name(record), None)
             if answers.select(["row_id", "sample"]) != scores.select(["row_id", "sample"]):
                 raise CageError(f"{self.run.store.url(self._name(record))} scores other answers; remove it")
@@ -92,6 +90,11 @@ class ScoreFiles:
                 for judge, reason in reasons.get(ERRORS) or ():
                     found.setdefault(judge, Counter())[reason] += 1
         return found
+
+    @property
+    def _not_read(self) -> tuple[str, ...]:
+        """The column of tokens that judges do not read: those of the reasoning, where it is no part of the answer."""
+        return () if self.run.plan.reasons_in_answers else (REASONING_TOKENS,)
 
     def _name(self, record: CommitRecord) -> str:
         return SCORES + _part_of(record)
@@ -125,7 +128,7 @@ def judge_table(answers: pa.Table, judges: Mapping[str, Judge]) -> tuple[pa.Tabl
         JudgedAnswer(
             row["prompt"],
             row["response"],
-            row["num_tokens"] - (row.get("num_reasoning_tokens") or 0),
+            row["num_tokens"] - (row.get(REASONING_TOKENS) or 0),
             row.get("rewards") or {},
         )
         for row in answers.to_pylist()

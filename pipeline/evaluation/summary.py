@@ -12,7 +12,7 @@ from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.equal_kl import difference_at_equal_kl, groups_of, objectives_at, sweeps
 from pipeline.evaluation.metrics import Floats, gaps, is_monotone, monotone_share, spearman, weighted_means
 from pipeline.evaluation.pairs import common_temperatures, difference_at_equal_length, matches, pairs_of
-from pipeline.evaluation.significance import deviation_of, holm, normal_p_value, prompts_for, smallest_difference
+from pipeline.evaluation.significance import deviation_of, holm, prompts_for, smallest_difference, t_p_value
 
 Json = dict[str, Any]
 TIE = 1e-9  # scores that differ by less are equal up to rounding
@@ -168,7 +168,7 @@ def _difference(
         "agent_temperature": temperature,
         "difference": number(difference_S[0]),
         "interval": samples.interval(difference_S),
-        "p": normal_p_value(float(difference_S[0]), deviation, num_prompts),
+        "p": t_p_value(float(difference_S[0]), deviation, num_prompts),
         "prompts_for_this_difference": prompts_for(float(difference_S[0]), deviation),
         "smallest_difference_to_find": smallest_difference(deviation, num_prompts),
     }

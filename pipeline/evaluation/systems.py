@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from pipeline.storage.shard_files import as_damaged_file
 MOST_SAMPLES = 1024  # of one prompt, as decoding.n
 ID_NAMES = ("row_id", "id", "prompt_id")
 ANSWER_NAMES = ("response", "answer", "output", "completion", "text")
+# how other systems call the end of an answer
+CUT = (str(FinishReason.LENGTH), str(FinishReason.REASONING), "max_tokens", "max_new_tokens", "max_output_tokens")
+ENDED = (str(FinishReason.STOP), "eos", "eos_token", "end_turn", "stop_sequence", "content_filter", "tool_calls")
+HALF = re.compile("[\ud800-\udfff]")
 COLUMNS = (
     "row_id",
     "variant",
@@ -93,10 +98,12 @@ def _read_run(run: Run, title: str) -> list[System]:
         raise ConfigurationError(f"{run.store.path} is not finished; its command continues it")
     by_variant: dict[int, list[SystemAnswer]] = {at: [] for at in range(len(run.plan.variants))}
     for row in _rows(run):
+        # the length of what is judged: with the reasoning where that is part of the answer
+        reasoning = 0 if run.plan.reasons_in_answers else row.get("num_reasoning_tokens") or 0
         judged = JudgedAnswer(
             row["prompt"],
             row["response"],
-            row["num_tokens"] - (row.get("num_reasoning_tokens") or 0),
+            row["num_tokens"] - reasoning,
             row.get("rewards") or {},
         )
         was_cut = row["finish_reason"] in (FinishReason.LENGTH, FinishReason.REASONING)
@@ -152,14 +159,20 @@ def _answer(line: str, place: str) -> SystemAnswer:
         row = json.loads(line)
     except ValueError:
         raise ConfigurationError(f"{place}: this is not JSON: {quote(line)}") from None
+    if HALF.search(json.dumps(row, ensure_ascii=False)):
+        raise ConfigurationError(f"{place}: a text has half of a character (a lone surrogate), which is no text")
     if not isinstance(row, dict):
         raise ConfigurationError(f"{place}: each line must be an object with an id and an answer; got {quote(row)}")
-    row_id, text = (_first(row, names, place) for names in (ID_NAMES, ANSWER_NAMES))
-    if isinstance(text, list) and text and isinstance(text[-1], dict):
-        text = text[-1].get("content")
+    row_id = row["row_id"] if "row_id" in row else _only(row, ID_NAMES, place, lambda value: value)
+    text = _only(row, ANSWER_NAMES, place, _text_of)
+    if isinstance(text, list):
+        raise ConfigurationError(
+            f"{place}: the answer must be a text, or messages that end with the assistant's; got {quote(text)}. "
+            "Several answers to a prompt take a line each, with a field sample"
+        )
     if not isinstance(text, str):
         raise ConfigurationError(f"{place}: the answer must be a text; got {quote(text)}")
-    if not isinstance(row_id, str | int):
+    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
         raise ConfigurationError(f"{place}: the id must be a text or a number; got {quote(row_id)}")
     sample = row.get("sample", 0)
     if isinstance(sample, bool) or not isinstance(sample, int) or not 0 <= sample < MOST_SAMPLES:
@@ -171,19 +184,36 @@ def _answer(line: str, place: str) -> SystemAnswer:
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ConfigurationError(f"{place}: the prompt must be a text or a list of messages; got {quote(prompt)}")
     num_tokens = row.get("num_tokens")
-    reason = row.get("finish_reason")
-    return SystemAnswer(
-        str(row_id),
-        sample,
-        JudgedAnswer(messages, text, num_tokens if isinstance(num_tokens, int) else 0),
-        was_cut=None if reason is None else reason in (FinishReason.LENGTH, FinishReason.REASONING),
-    )
+    if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
+        raise ConfigurationError(f"{place}: num_tokens must be a whole number; got {quote(num_tokens)}")
+    judged = JudgedAnswer(messages, text, num_tokens or 0)
+    return SystemAnswer(str(row_id), sample, judged, was_cut=_was_cut(row.get("finish_reason"), place))
 
 
-def _first(row: Mapping[str, Any], names: Sequence[str], place: str) -> Any:
-    name = next((name for name in names if name in row), None)
-    if name is None:
+def _only(row: Mapping[str, Any], names: Sequence[str], place: str, read: Callable[[Any], Any]) -> Any:
+    """What the fields of these names hold. Raises ConfigurationError for none, and for several that differ."""
+    found = {name: read(row[name]) for name in names if name in row}
+    if not found:
         raise ConfigurationError(
             f"{place}: there is none of the fields {', '.join(names)}; fields: {quote(list(row))}"
         )
-    return row[name]
+    first, *others = found.values()
+    if any(other != first for other in others):
+        raise ConfigurationError(f"{place}: the fields {', '.join(found)} differ; keep the one that is meant")
+    return first
+
+
+def _text_of(answer: Any) -> Any:
+    """The text of an answer that is a list of messages and ends with the assistant's; others as they are."""
+    last = answer[-1] if isinstance(answer, list) and answer else None
+    return last.get("content") if isinstance(last, dict) and last.get("role") == "assistant" else answer
+
+
+def _was_cut(reason: Any, place: str) -> bool | None:
+    if reason is None:
+        return None
+    name = reason.lower() if isinstance(reason, str) else reason
+    if name not in (*CUT, *ENDED):
+        accepted = ", ".join((*ENDED, *CUT))
+        raise ConfigurationError(f"{place}: finish_reason must be one of {accepted}; got {quote(reason)}")
+    return name in CUT

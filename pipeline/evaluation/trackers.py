@@ -44,8 +44,15 @@ def log_evaluation(tracker: Tracker, package: ModuleType, metrics: Mapping[str, 
         package: what `open_tracker` returned.
         metrics: what _metrics.json holds.
         name: of the run.
+
+    Raises:
+        ConfigurationError: the tracker does not take them, such as for an address that it cannot reach.
     """
-    _LOGGERS[tracker](package, metrics, name)
+    try:
+        _LOGGERS[tracker](package, metrics, name)
+    except Exception as error:  # whatever the tracker's code raises
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigurationError(f"{tracker} did not take the results ({type(error).__name__}: {reason})") from error
 
 
 def named_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -62,10 +62,12 @@ MEANINGS = {
     "in_reasoning": "the share of answers that ended within their reasoning.",
     "distinct_2": "different pairs of words over all pairs of an answer.",
     "repetition_3": "the share of an answer's words in three words that occurred before.",
-    "p_adjusted": "two-sided, by the bootstrap's standard error, no smaller than 2^(1 - prompts), and adjusted "
-    "(Holm) for all pairs that one metric compares in one way.",
-    "prompts_for_this_difference": "with so many prompts a difference of this size is found with a chance of 80 %.",
-    "smallest_difference_to_find": "the difference that the evaluation's prompts find with a chance of 80 %.",
+    "p_adjusted": "two-sided, by Student's t with the bootstrap's standard error, no smaller than 2^(1 - prompts), "
+    "and adjusted (Holm) for all pairs that one metric compares in one way.",
+    "prompts_for_this_difference": "with so many prompts a difference of this size is found with a chance of 80 %, "
+    "at 5 % and by this comparison alone.",
+    "smallest_difference_to_find": "the difference that the evaluation's prompts find with a chance of 80 %, at 5 % "
+    "and by this comparison alone.",
     "monotone_share": "the share of steps to the next larger weight at which the objective does not fall.",
     "spearman": "the rank correlation of weight and objective: 1 where every larger weight has a higher objective.",
     "is_monotone": "whether the objective never falls as the weight rises.",

@@ -131,6 +131,11 @@ class JudgeConfig(Section):
         return None
 
     @property
+    def reads_prompts(self) -> bool:
+        """Whether an answer has no sensible score without its prompt."""
+        return False
+
+    @property
     def measured_principal(self) -> str | None:
         """The principal whose recorded reward is the score, which makes the judge not independent."""
         return None

@@ -81,6 +81,10 @@ class LlmJudge(JudgeConfig):
         return self
 
     @property
+    def reads_prompts(self) -> bool:
+        return True
+
+    @property
     def required_model(self) -> ModelConfig | None:
         return self.model
 

@@ -56,6 +56,10 @@ class RewardModelJudge(JudgeConfig):
     max_tokens: int | None = Field(None, ge=1, description="longest text in tokens; null: the model's context")
 
     @property
+    def reads_prompts(self) -> bool:
+        return True
+
+    @property
     def required_model(self) -> ModelConfig:
         return self.model
 
