@@ -61,7 +61,7 @@ class ScriptedHost:
 def say(tiny, answer, **decoding):
     """Decode one row of a model that answers `answer`, token by token."""
     folder = tiny()
-    assembly = assemble(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 2}), NOWHERE)
+    assembly = assemble(config_of(folder, PAIR, decoding={"draft": "off", **decoding}, cluster={"slots": 2}), NOWHERE)
     host = ScriptedHost(script_of(folder, answer), assembly.config.decoding.sampling)
     (plan,) = assembly.topology.hosts
     engine = make_engine(assembly, Hosts.lone(LocalSamplingHost(host, plan), runs_ahead=False))

@@ -37,7 +37,7 @@ def decoded_with(tiny, slots, *, num_hosts, is_concurrent):
     """Records by id, and the groups in which the slots stepped."""
     arm = {"kind": "arm", "model": str(tiny(seed=5)), "reference": "none", "weight": 0.1}
     principals = {"kind": {"kind": "prompted", "principle": "be kind"}, **({"arm": arm} if num_hosts > 1 else {})}
-    config = config_of(tiny(), principals, decoding={"max_new_tokens": 3}, cluster={"slots": slots})
+    config = config_of(tiny(), principals, decoding={"max_new_tokens": 3, "draft": "off"}, cluster={"slots": slots})
     assembly = assemble(config, NOWHERE)
     hosts = start_hosts(assembly)
     assert not hosts.is_concurrent  # in one process nothing is

@@ -108,7 +108,8 @@ class ScriptedHost:
 def say(folder, text, row=None, **decoding):
     """Decode one row of a model that writes `text` and ends; the record, and the host."""
     assembly = assemble(
-        config_of(folder, PAIR, decoding={"trace": "tokens", **decoding}, cluster={"slots": 1}), NOWHERE
+        config_of(folder, PAIR, decoding={"trace": "tokens", "draft": "off", **decoding}, cluster={"slots": 1}),
+        NOWHERE,
     )
     ids = assembly.prompter._ids(text)
     host = ScriptedHost([*ids, *[assembly.prompter._end_id] * 9], assembly.config.decoding.sampling)
@@ -388,7 +389,7 @@ def test_the_new_answer_is_compared_with_the_existing_one_without_reasoning(mode
 def test_rewards_of_an_existing_answer_count_the_answer_alone(model):
     folder = model(THINKS, *THINK)
     for in_answers, tokens in ((False, 4), (True, 4 + 6)):
-        decoding = {"thinking": {"in_answers": in_answers}}
+        decoding = {"thinking": {"in_answers": in_answers}, "draft": "off"}
         assembly = assemble(config_of(folder, PAIR, decoding=decoding, cluster={"slots": 1}), NOWHERE)
         script = [*assembly.prompter._ids("<think>ok</think>no"), *[assembly.prompter._end_id] * 3]
         host = ScriptedHost(script, assembly.config.decoding.sampling)

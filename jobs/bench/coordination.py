@@ -194,7 +194,7 @@ def make_config(num_hosts: int, slots: int) -> Config:
             "output": {"path": "none"},
             "base": "base",
             "principals": {f"p{at}": {**arm, "model": f"model{at}"} for at in range(1, num_hosts)},
-            "decoding": {"max_new_tokens": ENDLESS, "agent_temperature": 1.0, "trace": "none"},
+            "decoding": {"max_new_tokens": ENDLESS, "agent_temperature": 1.0, "trace": "none", "draft": "off"},
             "cluster": {"slots": slots},
         }
     )

@@ -217,6 +217,7 @@ def make_config(
                 "candidates": candidates,
                 "agent_temperature": 1.0,
                 "trace": "summary",
+                "draft": "off",
                 "reproducibility": str(Reproducibility.STRICT if strict else Reproducibility.RELAXED),
             },
             "cluster": {"slots": slots},
