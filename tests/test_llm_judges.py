@@ -121,6 +121,8 @@ def test_an_endpoint_is_asked_with_a_schema_and_its_replies_are_kept(tmp_path, m
         ("4.5", None),
         ("", None),
         ("[1]", None),
+        pytest.param("9" * 5000, None, id="more digits than Python reads"),
+        pytest.param("[" * 20_000, None, id="deep"),
     ],
 )
 def test_a_reply_without_one_allowed_number_is_no_score(tmp_path, content, expected):

@@ -26,6 +26,7 @@ REFUSED = (401, 403, 404)  # whatever is asked: the key, the address or the mode
 FOR_NOW = (408, 409, 425, 429)
 LONGEST_WAIT_S = 30.0
 MAX_TOKENS = 32  # of a reply
+MOST_DIGITS = 9  # of a number in a reply; Python reads no longer one than 4,300
 NUMBER = re.compile(r"(?<![\d.])-?\d+(?![\d.]*\d)")
 
 
@@ -153,9 +154,9 @@ class EndpointJudge:
         try:
             value = json.loads(reply)
             found = value.get("score") if isinstance(value, dict) else value
-        except ValueError:
+        except (ValueError, RecursionError):
             numbers = NUMBER.findall(reply)
-            found = int(numbers[0]) if len(numbers) == 1 else None
+            found = int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) <= MOST_DIGITS else None
         is_number = isinstance(found, int) and not isinstance(found, bool)
         if is_number and self._judge.low <= found <= self._judge.high:
             return float(found)
