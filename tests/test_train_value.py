@@ -129,6 +129,22 @@ def test_values_are_float32_in_mixed_precision_too():
     assert torch.equal(mixed, values_of(model, inputs))
 
 
+@pytest.mark.parametrize(("other", "counted"), [(1.0, 0), (None, 12)])
+def test_returns_that_are_all_equal_are_refused_and_missing_ones_counted(tiny, tmp_path, other, counted):
+    rows = [
+        {"prompt": f"q{at}", "chosen": "b", "rejected": "a", "score_chosen": 1.0, "score_rejected": other}
+        for at in range(12)
+    ]
+    config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny(), loss="value")
+    with pytest.raises(ConfigurationError, match="all answers of preferred have the score 1: no value can be learned"):
+        run_training(config, tmp_path)
+    rows[0]["score_chosen"] = 2.0
+    rows[1]["score_chosen"] = 2.0
+    config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny(), loss="value")
+    trained = run_training(config, tmp_path)
+    assert trained.data.drops.counts["an answer without a score for preferred"] == counted
+
+
 def test_pairs_without_scores_are_refused(tiny, tmp_path):
     rows = [{"prompt": f"q{at}", "chosen": "b", "rejected": "a"} for at in range(12)]
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)

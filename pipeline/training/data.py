@@ -231,12 +231,8 @@ def _notes(comparisons: Sequence[Comparison], found: Preferences) -> Iterable[st
 def _refuse_empty(data: TrainingData, config: TrainConfig) -> None:
     for name in data.objectives:
         train, held_out = data.of(name)
-        for part in (train, held_out) if config.training.loss is Loss.VALUE else ():
-            if part and not any(name in answer.scores for pair in part for answer in pair.comparison.answers):
-                raise ConfigurationError(
-                    f"loss: value needs a score of every answer, and those of {name} have none: give input.scores, "
-                    "columns score_chosen and score_rejected, or training.judge"
-                )
+        if config.training.loss is Loss.VALUE:
+            _check_returns(data, name)
         if not train and not held_out:
             raise ConfigurationError(f"no pair is left for {name}: {_reasons(data.drops)}")
         if not train:
@@ -249,6 +245,23 @@ def _refuse_empty(data: TrainingData, config: TrainConfig) -> None:
                 f"no pair of {name} is held out: {len(train):,} pairs are left, of too few prompts; raise "
                 "training.validation, or set it to 0 to train without a check"
             )
+
+
+def _check_returns(data: TrainingData, name: str) -> None:
+    """Refuse returns that teach a value head nothing, and count the answers that have none."""
+    for part, is_trained in zip(data.of(name), (True, False), strict=True):
+        answers = [(pair.comparison.place, answer) for pair in part for answer in pair.comparison.answers]
+        returns = {answer.scores[name] for _, answer in answers if name in answer.scores}
+        if part and not returns:
+            raise ConfigurationError(
+                f"loss: value needs a score of every answer, and those of {name} have none: give input.scores, "
+                "columns score_chosen and score_rejected, or training.judge"
+            )
+        for place, answer in answers:
+            if name not in answer.scores:
+                data.drops.add(f"an answer without a score for {name}", place)
+        if is_trained and len(returns) == 1:
+            raise ConfigurationError(f"all answers of {name} have the score {returns.pop():g}: no value can be learned")
 
 
 def _reasons(drops: Drops) -> str:
