@@ -142,6 +142,9 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(trained, tiny, tmp_
     assert "goes on from checkpoint-" in out.getvalue()
     name = "preferred/adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (trained[2] / "out" / name).read_bytes()
+    # peft keeps a set: its order is another one in every process, and a run would take it for another adapter
+    targets = json.loads((tmp_path / "out" / "preferred" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)
     assert not list((tmp_path / "out" / "_training").iterdir())
 
 
