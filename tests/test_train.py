@@ -157,6 +157,16 @@ def test_a_finished_training_is_not_repeated_and_another_one_is_refused(trained)
         run_training(other, folder)
 
 
+def test_other_system_messages_are_another_training(tiny, tmp_path):
+    rows = [{**row, "system": "be brief", "rules": "be long"} for row in pair_rows(8)]
+    config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny())
+    with pytest.raises(Interrupted):
+        run_training(config, tmp_path, Said("preferred: step", Interrupted()))
+    other = config.model_copy(update={"input": config.input.model_copy(update={"system": "rules"})})
+    with pytest.raises(RunMismatch, match="input.system: 'system' -> 'rules'"):
+        run_training(other, tmp_path)
+
+
 def test_an_output_with_other_files_is_refused(trained, tmp_path):
     (tmp_path / "mine.txt").write_text("")
     config = trained[1].model_copy(update={"output": trained[1].output.model_copy(update={"path": str(tmp_path)})})

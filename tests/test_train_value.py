@@ -136,7 +136,9 @@ def test_returns_that_are_all_equal_are_refused_and_missing_ones_counted(tiny, t
         for at in range(12)
     ]
     config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny(), loss="value")
-    with pytest.raises(ConfigurationError, match="all answers of preferred have the score 1: no value can be learned"):
+    with pytest.raises(
+        ConfigurationError, match="all answers of preferred have the score 1: no value can be learned"
+    ):
         run_training(config, tmp_path)
     rows[0]["score_chosen"] = 2.0
     rows[1]["score_chosen"] = 2.0

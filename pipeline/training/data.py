@@ -72,7 +72,7 @@ class TrainingData:
         objectives: in order.
         train, held_out: no prompt is in both.
         drops: what was left out.
-        notes: what looks wrong about the labels.
+        notes: what looks wrong about labels and answers.
     """
 
     objectives: tuple[str, ...]
@@ -215,7 +215,13 @@ def _key(prompt: Sequence[Message]) -> str:
 
 
 def _notes(comparisons: Sequence[Comparison], found: Preferences) -> Iterable[str]:
-    """Labels that are the same in every row are more often another column than a finding."""
+    """What looks wrong: labels that are the same in every row, and answers that repeat their prompts."""
+    repeating = sum(map(_repeats_prompt, comparisons))
+    if len(comparisons) >= MANY and repeating > len(comparisons) / 2:
+        yield (
+            f"both answers of {repeating:,} of {len(comparisons):,} pairs begin with their prompt, which is then read "
+            "twice; give the answers alone"
+        )
     if found.layout.shape is not Shape.NAMED:
         return
     for name, column in found.layout.preferred.items():
@@ -226,6 +232,11 @@ def _notes(comparisons: Sequence[Comparison], found: Preferences) -> Iterable[st
                 f"{column} names {side} in all {len(labels):,} rows, which is more often a wrong column than a "
                 f"finding about {name}"
             )
+
+
+def _repeats_prompt(comparison: Comparison) -> bool:
+    asked = str(comparison.prompt[-1]["content"]).strip()
+    return all(answer.text.lstrip().startswith(asked) for answer in comparison.answers)
 
 
 def _refuse_empty(data: TrainingData, config: TrainConfig) -> None:
@@ -261,7 +272,9 @@ def _check_returns(data: TrainingData, name: str) -> None:
             if name not in answer.scores:
                 data.drops.add(f"an answer without a score for {name}", place)
         if is_trained and len(returns) == 1:
-            raise ConfigurationError(f"all answers of {name} have the score {returns.pop():g}: no value can be learned")
+            raise ConfigurationError(
+                f"all answers of {name} have the score {returns.pop():g}: no value can be learned"
+            )
 
 
 def _reasons(drops: Drops) -> str:
