@@ -163,7 +163,7 @@ def test_other_system_messages_are_another_training(tiny, tmp_path):
     with pytest.raises(Interrupted):
         run_training(config, tmp_path, Said("preferred: step", Interrupted()))
     other = config.model_copy(update={"input": config.input.model_copy(update={"system": "rules"})})
-    with pytest.raises(RunMismatch, match="input.system: 'system' -> 'rules'"):
+    with pytest.raises(RunMismatch, match=r"input\.system: 'system' -> 'rules'"):
         run_training(other, tmp_path)
 
 

@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigurationError
@@ -73,8 +72,8 @@ def read_form(config: Mapping[str, Any], name: str) -> PreferenceForm | None:
         return None
     sizes = {key: config.get(key) for key in ("r1", "r2", "obj_num")}
     alpha = config.get("lora_alpha", ALPHA)
-    wrong = [f"{key}: {value}" for key, value in sizes.items() if not _is_number(value, int) or value < 1]
-    if not _is_number(alpha, int | float) or not 0 < alpha < math.inf:
+    wrong = [f"{key}: {value}" for key, value in sizes.items() if type(value) is not int or value < 1]
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         wrong.append(f"lora_alpha: {alpha}")
     if wrong:
         raise ConfigurationError(f"adapter {name}: {', '.join(wrong)} in {ADAPTER_CONFIG} must be a positive number")
@@ -85,10 +84,6 @@ def read_form(config: Mapping[str, Any], name: str) -> PreferenceForm | None:
     if len(names) != count or len(set(names)) != count:
         raise ConfigurationError(f"adapter {name}: objectives must be {count} different names; got {names}")
     return PreferenceForm(int(sizes["r1"] or 0), int(sizes["r2"] or 0), float(alpha), names)
-
-
-def _is_number(value: Any, kind: type | UnionType) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def write_as_lora(folder: Path, target: Path, *, objective: int | None) -> None:

@@ -163,8 +163,8 @@ def _check_place(config: Mapping[str, Any], name: str) -> None:
     """Refuse a model that gives its scores at tokens of its own. Raises ConfigurationError."""
     if (token := config.get("reward_token_id")) is not None:
         raise ConfigurationError(
-            f"{name} gives its score at a token of its own behind the text (reward_token_id: {token}), where it is not "
-            "read; its output elsewhere means nothing"
+            f"{name} gives its score at a token of its own behind the text (reward_token_id: {token}), where it is "
+            "not read; its output elsewhere means nothing"
         )
     if any("ProcessRewardModel" in str(each) for each in config.get("architectures") or ()):
         raise ConfigurationError(

@@ -188,9 +188,9 @@ def _better(value: Any, column: str, sides: Sequence[str], place: str) -> int:
         raise Dropped(TIE)
     if number is not None:
         raise ConfigurationError(
-            f"input.preferred: {column} must name the better answer by 0 ({sides[0]}) or 1 ({sides[1]}), with -1 for a "
-            f"tie; {place} has {quote(value)}, so its numbers mean something else, as 1 and 2 or degrees do. Give a "
-            "column with 0, 1 and null"
+            f"input.preferred: {column} must name the better answer by 0 ({sides[0]}) or 1 ({sides[1]}), with -1 for "
+            f"a tie; {place} has {quote(value)}, so its numbers mean something else, as 1 and 2 or degrees do. Give "
+            "a column with 0, 1 and null"
         )
     raise Dropped(MALFORMED, f"{column} must name the better answer, as 0 and 1 do; got {quote(value)}")
 

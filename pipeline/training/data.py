@@ -219,8 +219,8 @@ def _notes(comparisons: Sequence[Comparison], found: Preferences) -> Iterable[st
     repeating = sum(map(_repeats_prompt, comparisons))
     if len(comparisons) >= MANY and repeating > len(comparisons) / 2:
         yield (
-            f"both answers of {repeating:,} of {len(comparisons):,} pairs begin with their prompt, which is then read "
-            "twice; give the answers alone"
+            f"both answers of {repeating:,} of {len(comparisons):,} pairs begin with their prompt, which is then "
+            "read twice; give the answers alone"
         )
     if found.layout.shape is not Shape.NAMED:
         return
