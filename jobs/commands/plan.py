@@ -168,6 +168,7 @@ def describe_plan(
         *_splits(replica),
         *_masked(replica),
         *_unobeyed(replica),
+        *(f"warning   {printable(line)}" for line in replica.foreign_adapters),
         "",
         placement(hosts, config),
         "",

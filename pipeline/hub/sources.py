@@ -30,6 +30,7 @@ from pipeline.hub.weight_files import (
     read_json,
     take_inventory,
 )
+from pipeline.quoting import one_line
 from pipeline.sections import EMBEDDED_MODEL, ModelConfig
 from pipeline.sections import QuantizationKind as Kind
 
@@ -114,6 +115,17 @@ class AdapterSource:
     form: PreferenceForm | None = None
     objective: int | None = None
     trained_on: str | None = None
+
+    def why_foreign(self, model: ModelSource) -> str | None:
+        """A sentence where it says that it was trained on a model of another name; shapes may fit all the same."""
+        if self.trained_on == model.identity or not self.backbone:
+            return None
+        if _last_name(self.backbone) in (_last_name(model.name), _last_name(model.path)):
+            return None
+        return (
+            f"adapter {self.name} says that it was trained on {one_line(self.backbone)}, and is used on "
+            f"{model.name}: on another model its values mean nothing"
+        )
 
 
 Source = ModelSource | AdapterSource
@@ -234,10 +246,15 @@ def resolve_adapter(
         identity=f"hub:{name}@{commit}" if commit else inventory.identity,
         num_parameters_by_dtype=inventory.num_parameters_by_dtype,
         rank=int(config.get("r", 0)) if form is None else form.fixed_rank + form.rank * len(form.objectives),
-        backbone=config.get("base_model_name_or_path"),
+        backbone=str(config.get("base_model_name_or_path") or "") or None,
         form=form,
         trained_on=_trained_on(folder),
     )
+
+
+def _last_name(name: str) -> str:
+    """A model's name without its folder or organisation: copies of a model often lie elsewhere."""
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _trained_on(folder: Path) -> str | None:
