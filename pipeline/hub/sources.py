@@ -228,6 +228,9 @@ def resolve_adapter(
         raise ConfigurationError(
             f"adapter {name} has peft_type {config.get('peft_type')}; only LORA and PBLORA are served"
         )
+    rank = config.get("r") if form is None else form.fixed_rank + form.rank * len(form.objectives)
+    if type(rank) is not int or rank < 1:
+        raise ConfigurationError(f"adapter {name}: r in {ADAPTER_CONFIG} must be a positive number; got {rank!r:.60}")
     more = [key for key in MORE_THAN_LORA if config.get(key)]
     if config.get("bias", "none") != "none":
         more.append(f"bias: {config['bias']}")
@@ -245,7 +248,7 @@ def resolve_adapter(
         revision=commit,
         identity=f"hub:{name}@{commit}" if commit else inventory.identity,
         num_parameters_by_dtype=inventory.num_parameters_by_dtype,
-        rank=int(config.get("r", 0)) if form is None else form.fixed_rank + form.rank * len(form.objectives),
+        rank=rank,
         backbone=str(config.get("base_model_name_or_path") or "") or None,
         form=form,
         trained_on=_trained_on(folder),
