@@ -456,6 +456,11 @@ def test_a_candidate_that_does_not_fit_fails_its_row_and_makes_no_smaller_game(t
 def test_candidates_need_games_over_answers(tiny):
     with pytest.raises(ConfigurationError, match=r"input\.candidates needs unit: answer; got unit: token"):
         config_of(str(tiny("llama")), PAIR, input={"path": "x.jsonl", "candidates": "c"})
+    with pytest.raises(ConfigurationError, match=r"decoding\.proposals: no effect with input\.candidates"):
+        config_of(
+            str(tiny("llama")), PAIR, input={"path": "x.jsonl", "candidates": "c"},
+            decoding={"unit": "answer", "proposals": 3},
+        )  # fmt: skip
 
 
 def test_blocks_end_with_sentences(tiny, monkeypatch):
