@@ -97,6 +97,16 @@ def test_a_judge_gives_returns_where_the_data_have_none(tiny, tmp_path):
     assert adapter["modules_to_save"] is None
 
 
+def test_why_a_judge_has_no_score_is_said(tiny, tmp_path):
+    rows = [{"prompt": f"q{at}", "chosen": "b b b", "rejected": "a"} for at in range(12)]
+    pairs, code = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "judges.py"
+    code.write_text("def odd(answers):\n    return [float('nan') if each.text == 'a' else 1 for each in answers]\n")
+    judged = {"loss": "value", "judge": {"kind": "function", "function": f"{code}:odd"}}
+    reason = r"12 dropped: an answer that the judge cannot score \(first: row 1 of pairs.jsonl: it returned nan\)"
+    with pytest.raises(ConfigurationError, match=reason):
+        run_training(training_config(pairs, tmp_path / "out", tiny(), **judged), tmp_path)
+
+
 def test_a_training_does_not_go_on_with_other_scores_of_its_judge(tiny, tmp_path):
     rows = [{"prompt": f"q{at}", "chosen": "b b b", "rejected": "a"} for at in range(12)]
     pairs, code = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "judges.py"
