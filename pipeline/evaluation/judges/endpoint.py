@@ -151,7 +151,7 @@ class EndpointJudge:
         return content if isinstance(content, str) else ""
 
     def _post(self, url: str, body: Mapping[str, Any]) -> tuple[requests.Response, str]:
-        """The response and all of its text. Raises requests.Timeout where they are not there in time, or never end."""
+        """The response and all of its text. Raises requests.Timeout where they are late, or never end."""
         timeout_s = self._endpoint.timeout_s
         ends_at = time.monotonic() + timeout_s
         with self._session.post(url, json=body, headers=self._headers, timeout=timeout_s, stream=True) as response:
