@@ -157,6 +157,18 @@ def test_a_finished_training_is_not_repeated_and_another_one_is_refused(trained)
         run_training(other, folder)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_pairs_beyond_the_context_of_the_model_are_counted(tiny, tmp_path, kind):
+    """Of a model with rotary positions they were trained on, and of another one they were a traceback."""
+    rows = [*pair_rows(8), {"prompt": "long", "chosen": "a" * 600, "rejected": "b"}]
+    config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny(kind))
+    assert config.training.max_length > 600
+    data = read_data(open_preferences(config.input), config, backbone_of(config).encode)
+    assert data.drops.counts == {"the model cannot read it": 1}
+    [said] = data.drops.describe()
+    assert "an answer has 601 tokens and the model's context holds" in said
+
+
 def test_other_system_messages_are_another_training(tiny, tmp_path):
     rows = [{**row, "system": "be brief", "rules": "be long"} for row in pair_rows(8)]
     config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny())
