@@ -171,7 +171,7 @@ class Proposal:
         count: how often the base drew it.
         probability: under the policy that the game led to.
         is_chosen: whether it was drawn.
-        rewards: by principal, in nats, before weights.
+        rewards: by principal, in nats, before weights; None where it gives no score, and the game was without it.
     """
 
     game: int
@@ -179,7 +179,7 @@ class Proposal:
     count: int
     probability: float
     is_chosen: bool
-    rewards: Mapping[str, float]
+    rewards: Mapping[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -120,7 +121,12 @@ def test_a_function_without_source_text_needs_a_version():
     ("function", "message"),
     [
         (lambda answers: [1.0], "judge own must return one score per answer: 2; got 1"),
-        (lambda answers: ["many"] * len(answers), "judge own failed: ValueError: could not convert"),
+        (lambda answers: ["5"] * len(answers), "judge own failed: TypeError: a score must be a number; got '5'"),
+        (lambda answers: "42", "judge own failed: TypeError: it must return a list of numbers; got '42'"),
+        (lambda answers: {0: 4.0, 1: 2.0}, "it must return a list of numbers; got {0: 4.0, 1: 2.0}"),
+        (lambda answers: {4.0, 2.0}, "it must return a list of numbers"),
+        (lambda answers: answers.clear() or [], "judge own failed: AttributeError: 'tuple' object"),
+        (lambda answers: sys.exit(0), "judge own failed: SystemExit: 0"),
         (lambda answers: [1 / 0], "judge own failed: ZeroDivisionError: division by zero"),
     ],
 )
@@ -187,6 +193,14 @@ def test_a_file_names_a_function_in_a_file_or_a_module(tmp_path, monkeypatch):
 def test_a_function_that_is_not_there_is_refused_before_anything_is_decoded(tmp_path, function, message):
     config = JUDGES.validate_python({"kind": "function", "function": function})
     with pytest.raises(ConfigurationError, match=message):
+        resolve_panel({"own": config}, tmp_path)
+
+
+def test_a_file_that_ends_the_process_is_refused_and_ends_no_run(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("import sys\n\n\ndef score(answers):\n    return [1.0] * len(answers)\n\n\nsys.exit(0)\n")
+    config = JUDGES.validate_python({"kind": "function", "function": f"{path}:score"})
+    with pytest.raises(ConfigurationError, match="cannot be imported: SystemExit: 0"):
         resolve_panel({"own": config}, tmp_path)
 
 

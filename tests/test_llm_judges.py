@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -47,7 +47,12 @@ def server(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
-            self.wfile.write(text.encode())
+            for at in range(50 if "drips" in self.path else 0):  # blanks, as gateways send them while a model thinks
+                with suppress(OSError):
+                    self.wfile.write(b" ")
+                time.sleep(0.1 if at else 0)
+            with suppress(OSError):
+                self.wfile.write(text.encode())
 
         def log_message(self, *args: object) -> None:
             pass
@@ -121,6 +126,8 @@ def test_an_endpoint_is_asked_with_a_schema_and_its_replies_are_kept(tmp_path, m
         ("4.5", None),
         ("", None),
         ("[1]", None),
+        pytest.param("9" * 5000, None, id="more digits than Python reads"),
+        pytest.param("[" * 20_000, None, id="deep"),
     ],
 )
 def test_a_reply_without_one_allowed_number_is_no_score(tmp_path, content, expected):
@@ -186,6 +193,10 @@ def test_a_slow_endpoint_and_a_spent_budget_cost_their_own_answers(tmp_path):
         found = seat(tmp_path, section(url, {"timeout_s": 0.2})).score(ANSWERS)
     assert found[0].reason == "the endpoint did not answer within 0.2 s, 2 times"
     assert found[1:] == [3.0, 3.0]
+    with server(lambda body: completion("5" if "Yes." in body["messages"][-1]["content"] else "3")) as (url, _):
+        dripping = section(url.replace("/v1", "/drips/v1"), {"timeout_s": 0.2})
+        found = seat(tmp_path, dripping).score(ANSWERS[:1])
+    assert found[0].reason == "the endpoint did not answer within 0.2 s, 2 times"
     with server(by_length) as (url, asked):
         found = seat(tmp_path, section(url, {"max_requests": 2, "concurrency": 1})).score(ANSWERS)
         assert len(asked) == 2

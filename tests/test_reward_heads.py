@@ -223,6 +223,10 @@ def test_heads_that_do_not_fit_are_refused_by_name_before_any_weights_are_loaded
     assert "v_head.summary.weight [64] does not fit" in refused(tiny, vector, "value")
     two = made("two", {"v_head.summary.weight": torch.zeros(1, 64), "score.weight": torch.zeros(1, 64)})
     assert "has several heads, score, v_head.summary" in refused(tiny, two)
+    token = made("token", {"v_head.weight": torch.zeros(1, 64)}, reward_token_id=9)
+    assert "at a token of its own behind the text (reward_token_id: 9)" in refused(tiny, token)
+    steps = made("steps", {"score.weight": torch.zeros(2, 64)}, architectures=["Qwen2ForProcessRewardModel"])
+    assert "is a process reward model: it scores steps at marks" in refused(tiny, {**steps, "label": 1})
     none = made("none", {})
     assert "hold no head that gives scores" in refused(tiny, none, "value")
     beside = made("beside", {})
@@ -256,9 +260,9 @@ def test_a_backbone_that_lacks_weights_or_a_normalizer_its_numbers_is_refused(ti
     assert re.search(r"its files hold 1 weight \(extra\.weight\), which the model has no place for", message(other))
     unnormal = with_head(source, tmp_path / "unnormal", head, do_normalize=True)
     assert "says do_normalize and has no mean or var" in message(unnormal)
-    for at, (mean, var) in enumerate((([1.0, 2.0], [1.0, 1.0]), ([0.0], [-1.0]))):
+    for at, (mean, var) in enumerate((([1.0, 2.0], [1.0, 1.0]), ([0.0], [-1.0]), ([0.0], [0.0]))):
         odd = with_head(source, tmp_path / f"odd{at}", head, do_normalize=True, mean=mean, var=var)
-        assert "its normalizer needs a mean and a var >= 0 of 1 or 1 numbers" in message(odd)
+        assert "its normalizer needs a mean and a var > 0 of 1 or 1 numbers" in message(odd)
 
 
 def test_a_run_with_a_value_head_reads_a_models_own_tokens_and_resumes_with_the_same_bytes(tiny, tmp_path):

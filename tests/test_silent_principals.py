@@ -6,11 +6,13 @@ import io
 
 import pytest
 import torch
+from support.decoding import NOWHERE
 from support.heads import with_head
 from support.preference_adapters import make_preference_adapter
 from support.runs import PRINCIPALS, job, run_job, write_prompts
 from support.tiny_models import make_model, make_reward_model
 
+from jobs.commands.plan import describe_plan
 from jobs.commands.status import describe_status
 from pipeline.monitoring.counts import Counts
 from pipeline.monitoring.events import Notice
@@ -18,8 +20,9 @@ from pipeline.monitoring.progress import ProgressLine
 from pipeline.monitoring.values import SilenceWatch, ValueRange, add_values, describe_silent
 from pipeline.principals.kinds import KINDS
 from pipeline.reporting.page import render_report
+from pipeline.runtime.replica_plan import plan_replica
 from pipeline.runtime.wiring import DIRECT
-from pipeline.stages.relabel import relabel
+from pipeline.stages.relabel import prepare, relabel
 
 DROPS_PRINCIPLE = "{{ principle[:0] }}{% for message in messages if message['role'] == 'user' %}x{% endfor %}"
 
@@ -74,6 +77,25 @@ def test_a_silent_principal_of_any_kind_is_reported_with_likely_reasons(tiny, tm
     assert list(run.status().silent) == ["mute"]
     assert f"warning   {run.status().silent['mute']}" in describe_status(run)
     assert "principal mute has not valued any token" in render_report(run).decode()
+
+
+def test_an_adapter_of_another_model_is_a_warning_of_plan_and_run(tmp_path):
+    """Models of one shape take each other's adapters, and then values are those of no reward model."""
+    one, copy, other = (make_model(tmp_path / name, seed=5) for name in ("one", "copies/one", "other"))
+    principals = {"it": {"kind": "preference_arm", "adapter": str(make_preference_adapter(tmp_path / "parm", one))}}
+    principals["it"] |= {"objective": 0}
+    said = []
+    for base in (one, copy, other):
+        config = job(
+            write_prompts(tmp_path / "in.jsonl", 3), tmp_path / f"on-{base.name}", base, principals=principals
+        )
+        prepared = prepare(config, tmp_path / "cache")
+        said.append("was trained on" in describe_plan(prepared.plan, plan_replica(config, prepared.models, NOWHERE)))
+    assert said == [False, False, True]
+    out = io.StringIO()
+    relabel(config, tmp_path / "cache", out, wiring=DIRECT)
+    line = f"warning   adapter {tmp_path / 'parm'} says that it was trained on {one}, and is used on {other}"
+    assert line in out.getvalue()
 
 
 def test_principals_that_steer_are_not_reported(tiny, tmp_path):

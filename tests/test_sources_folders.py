@@ -199,6 +199,14 @@ def test_an_adapter_tells_its_rank_and_backbone(tmp_path: Path) -> None:
     assert isinstance(other, AdapterSource)
 
 
+@pytest.mark.parametrize("rank", [None, 0, "8", True])
+def test_a_rank_that_is_no_number_is_refused(tmp_path: Path, rank: object) -> None:
+    file = make_adapter(tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": rank}))
+    with pytest.raises(ConfigurationError, match=f"r in adapter_config.json must be a positive number; got {rank!r}"):
+        resolve_adapter(str(file.parent), cache_folder=tmp_path)
+
+
 def test_models_and_adapters_are_not_taken_for_each_other(model: Path, tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "adapter")
     assert "name it under adapter" in refusal(folder, tmp_path)

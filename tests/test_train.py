@@ -142,6 +142,9 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(trained, tiny, tmp_
     assert "goes on from checkpoint-" in out.getvalue()
     name = "preferred/adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (trained[2] / "out" / name).read_bytes()
+    # peft keeps a set: its order is another one in every process, and a run would take it for another adapter
+    targets = json.loads((tmp_path / "out" / "preferred" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)
     assert not list((tmp_path / "out" / "_training").iterdir())
 
 
@@ -152,6 +155,28 @@ def test_a_finished_training_is_not_repeated_and_another_one_is_refused(trained)
     other = config.model_copy(update={"training": config.training.model_copy(update={"rank": 3})})
     with pytest.raises(RunMismatch, match=r"training\.rank: 8 -> 3"):
         run_training(other, folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_pairs_beyond_the_context_of_the_model_are_counted(tiny, tmp_path, kind):
+    """Of a model with rotary positions they were trained on, and of another one they were a traceback."""
+    rows = [*pair_rows(8), {"prompt": "long", "chosen": "a" * 600, "rejected": "b"}]
+    config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny(kind))
+    assert config.training.max_length > 600
+    data = read_data(open_preferences(config.input), config, backbone_of(config).encode)
+    assert data.drops.counts == {"the model cannot read it": 1}
+    [said] = data.drops.describe()
+    assert "an answer has 601 tokens and the model's context holds" in said
+
+
+def test_other_system_messages_are_another_training(tiny, tmp_path):
+    rows = [{**row, "system": "be brief", "rules": "be long"} for row in pair_rows(8)]
+    config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny())
+    with pytest.raises(Interrupted):
+        run_training(config, tmp_path, Said("preferred: step", Interrupted()))
+    other = config.model_copy(update={"input": config.input.model_copy(update={"system": "rules"})})
+    with pytest.raises(RunMismatch, match=r"input\.system: 'system' -> 'rules'"):
+        run_training(other, tmp_path)
 
 
 def test_an_output_with_other_files_is_refused(trained, tmp_path):

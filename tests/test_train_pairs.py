@@ -16,6 +16,7 @@ from pipeline.training.settings import PairsInputConfig, TrainConfig
 
 ASK = [{"role": "user", "content": "why?"}]
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
+BRIEF = {"role": "system", "content": "be brief"}
 HH = "\n\nHuman: why?\n\nAssistant: "
 HELPSTEER = {"correctness": 1, "coherence": 1, "complexity": 1, "verbosity": 1}
 
@@ -70,7 +71,30 @@ SHAPES = {
             "chosen": [{"role": "system", "content": "be brief"}, *ASK, GOOD],
             "rejected": [{"role": "system", "content": "be brief"}, *ASK, BAD],
         },
-        {"expected": ([{"role": "system", "content": "be brief"}, *ASK], ("good", "bad"), {"preferred": 0})},
+        {"expected": ([BRIEF, *ASK], ("good", "bad"), {"preferred": 0})},
+    ),
+    "a system message in a column of its own": (
+        {"system": "be brief", "prompt": "why?", "chosen": "good", "rejected": "bad"},
+        {"expected": ([BRIEF, *ASK], ("good", "bad"), {"preferred": 0})},
+    ),
+    "a system message in a column that is named, and conversations": (
+        {"rules": "be brief", "chosen": [*ASK, GOOD], "rejected": [*ASK, BAD]},
+        {
+            "system": "rules",
+            "expected": ([BRIEF, *ASK], ("good", "bad"), {"preferred": 0}),
+        },
+    ),
+    "no system message in its column": ({"system": None, "prompt": "why?", "chosen": "good", "rejected": "bad"}, {}),
+    "a system message of scored answers": (
+        {"system": "be brief", "q": "why?", "answers": [{"text": "good", "s": 2}, {"text": "bad", "s": 1}]},
+        {
+            "prompt": "q", "answers": "answers", "scores": {"s": "s"},
+            "expected": ([BRIEF, *ASK], ("good", "bad"), {"s": 0}),
+        },
+    ),
+    "conversations that hold more than the row's prompt": (
+        {"prompt": "why?", "chosen": [*ASK, BAD, *ASK, GOOD], "rejected": [*ASK, BAD, *ASK, BAD]},
+        {"expected": ([*ASK, BAD, *ASK], ("good", "bad"), {"preferred": 0})},
     ),
     "objectives by row": (
         {"prompt": "why?", "chosen": "good", "rejected": "bad", "aspect": "kind"},
@@ -197,8 +221,8 @@ def test_a_side_that_ends_with_the_user_has_no_answer(tmp_path):
     ("label", "reason"),
     [
         (None, "no label for liked"), ("tie", "no better side (a tie) for liked"),
-        (-1, "no better side (a tie) for liked"),
-        ("tie (bothbad)", "no better side (a tie) for liked"), (2, "not in the expected form for liked"),
+        (-1, "no better side (a tie) for liked"), (float("nan"), "no label for liked"),
+        ("tie (bothbad)", "no better side (a tie) for liked"), ("chosen", "not in the expected form for liked"),
         (True, "not in the expected form for liked"), ("", "no label for liked"),
     ],
 )  # fmt: skip
@@ -206,6 +230,25 @@ def test_a_label_that_names_no_side_is_dropped_with_its_reason(tmp_path, label, 
     rows = [{"prompt": "why?", "x": "good", "y": "bad", "winner": label}]
     found, drops = read(tmp_path, rows, responses=("x", "y"), preferred={"liked": "winner"})
     assert (found, drops) == ([], {reason: 1})
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [-3, 0, 1], ["0", "2.0"], [0.5]])
+def test_numbers_that_are_no_sides_are_refused_whatever_the_other_rows_have(tmp_path, labels):
+    rows = [{"prompt": "why?", "x": "good", "y": "bad", "winner": label} for label in labels]
+    with pytest.raises(ConfigurationError, match=r"winner must name the better answer by 0 \(x\) or 1 \(y\).*; row "):
+        read(tmp_path, rows, responses=("x", "y"), preferred={"liked": "winner"})
+
+
+@pytest.mark.parametrize(("label", "expected"), [("1.0", 1), (0.0, 0), (" B ", 1), ("Response_A", 0)])
+def test_labels_are_read_as_files_write_them(tmp_path, label, expected):
+    rows = [{"prompt": "why?", "x": "good", "y": "bad", "winner": label}]
+    [(*_, labels)], _ = read(tmp_path, rows, responses=("x", "y"), preferred={"liked": "winner"})
+    assert labels == {"liked": expected}
+
+
+def test_two_system_messages_that_differ_are_counted(tmp_path):
+    rows = [{"system": "be long", "chosen": [BRIEF, *ASK, GOOD], "rejected": [BRIEF, *ASK, BAD]}]
+    assert read(tmp_path, rows) == ([], {"not in the expected form": 1})
 
 
 def test_an_objective_without_a_label_leaves_the_others(tmp_path):
@@ -335,6 +378,15 @@ def test_nothing_to_train_on_is_an_error_with_the_reasons(tmp_path, rows, traini
     config = train_config(written(tmp_path, rows), **training)
     with pytest.raises(ConfigurationError, match=message):
         read_data(open_preferences(config.input), config, encode)
+
+
+def test_answers_that_repeat_their_prompts_are_noted(tmp_path):
+    rows = [{"prompt": f"ask {at}", "chosen": f"ask {at} good", "rejected": f"ask {at} bad"} for at in range(20)]
+    config = train_config(written(tmp_path, rows))
+    [note] = read_data(open_preferences(config.input), config, encode).notes
+    assert note.startswith("both answers of 20 of 20 pairs begin with their prompt")
+    config = train_config(written(tmp_path, rows_of(20)))
+    assert not read_data(open_preferences(config.input), config, encode).notes
 
 
 def test_labels_that_never_differ_are_noted(tmp_path):

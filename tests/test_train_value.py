@@ -97,6 +97,16 @@ def test_a_judge_gives_returns_where_the_data_have_none(tiny, tmp_path):
     assert adapter["modules_to_save"] is None
 
 
+def test_why_a_judge_has_no_score_is_said(tiny, tmp_path):
+    rows = [{"prompt": f"q{at}", "chosen": "b b b", "rejected": "a"} for at in range(12)]
+    pairs, code = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "judges.py"
+    code.write_text("def odd(answers):\n    return [float('nan') if each.text == 'a' else 1 for each in answers]\n")
+    judged = {"loss": "value", "judge": {"kind": "function", "function": f"{code}:odd"}}
+    reason = r"12 dropped: an answer that the judge cannot score \(first: row 1 of pairs.jsonl: it returned nan\)"
+    with pytest.raises(ConfigurationError, match=reason):
+        run_training(training_config(pairs, tmp_path / "out", tiny(), **judged), tmp_path)
+
+
 def test_a_training_does_not_go_on_with_other_scores_of_its_judge(tiny, tmp_path):
     rows = [{"prompt": f"q{at}", "chosen": "b b b", "rejected": "a"} for at in range(12)]
     pairs, code = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "judges.py"
@@ -127,6 +137,24 @@ def test_values_are_float32_in_mixed_precision_too():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = values_of(model, inputs)
     assert torch.equal(mixed, values_of(model, inputs))
+
+
+@pytest.mark.parametrize(("other", "counted"), [(1.0, 0), (None, 12)])
+def test_returns_that_are_all_equal_are_refused_and_missing_ones_counted(tiny, tmp_path, other, counted):
+    rows = [
+        {"prompt": f"q{at}", "chosen": "b", "rejected": "a", "score_chosen": 1.0, "score_rejected": other}
+        for at in range(12)
+    ]
+    config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny(), loss="value")
+    with pytest.raises(
+        ConfigurationError, match="all answers of preferred have the score 1: no value can be learned"
+    ):
+        run_training(config, tmp_path)
+    rows[0]["score_chosen"] = 2.0
+    rows[1]["score_chosen"] = 2.0
+    config = training_config(write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out", tiny(), loss="value")
+    trained = run_training(config, tmp_path)
+    assert trained.data.drops.counts["an answer without a score for preferred"] == counted
 
 
 def test_pairs_without_scores_are_refused(tiny, tmp_path):

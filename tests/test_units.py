@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from support.decoding import ask, config_of
+from support.decoding import NOWHERE, ask, config_of
 
 import cage
 from pipeline import Aligner
@@ -311,8 +311,37 @@ def test_a_judge_without_a_score_costs_the_proposal_and_not_the_run(tiny, monkey
         each.error is None or "gives no score: its score is nan" in each.error or "gives no score: it" in each.error
         for each in found
     )
-    kept = [proposal for each in found for proposal in each.proposals]
-    assert all(len(proposal.text) % 2 for proposal in kept)
+    seen = [proposal for each in found for proposal in each.proposals]
+    kept = [proposal for proposal in seen if len(proposal.text) % 2]
+    assert kept
+    assert all(proposal.rewards["long"] is not None for proposal in kept)
+    for proposal in seen:  # the others are there to see, and were no part of the game
+        if proposal not in kept:
+            assert (proposal.rewards["long"], proposal.probability, proposal.is_chosen) == (None, 0.0, False)
+
+
+def test_proposals_without_a_score_are_null_in_the_files_and_counted(tiny, tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"id": "a", "prompt": "hello", "c": ["good", "odd", "better"]}) + "\n"
+    )
+    code = tmp_path / "judges.py"
+    code.write_text("def score(answers):\n    return [float('nan') if a.text == 'odd' else 1.0 for a in answers]\n")
+    tree = {
+        "input": {"path": str(tmp_path / "in.jsonl"), "id": "id", "candidates": "c"},
+        "output": {"path": str(tmp_path / "run")},
+        "base": str(tiny("llama")),
+        "principals": {"it": {"kind": "judge", "judge": {"kind": "function", "function": f"{code}:score"}}},
+        "decoding": {"unit": "answer"},
+        "cluster": {"transport": "local", "slots": 2},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    out = io.StringIO()
+    run, _ = relabel(load_config(tmp_path / "job.yaml"), tmp_path / "cache", out)
+    (row,) = pq.read_table(next(iter(tmp_path.glob("run/part-*.parquet")))).to_pylist()
+    assert {each["text"]: each["rewards"]["it"] for each in row["proposals"]} == {"good": 1, "better": 1, "odd": None}
+    line = "principal it gave no score to 1 proposal: the games were without them"
+    assert line in run.status().silent["it"]
+    assert line in out.getvalue()
 
 
 def _nan_for_some(answer):
@@ -403,6 +432,7 @@ def test_answers_that_a_row_brings_are_what_its_game_is_about(tiny, tmp_path):
         ([{"text": "a"}, {"answer": "b"}], "has text and weight; got"),
         ([{"text": "a", "weight": -1}, {"text": "b"}], "a weight must be a number from 0; got -1"),
         ([{"text": "a", "weight": 0}, {"text": "b", "weight": 0}], "all weights are 0"),
+        ([{"text": "a", "weight": 1e308}, {"text": "b", "weight": 1e308}], "the weights have no finite sum"),
     ],
 )
 def test_candidates_that_cannot_be_read_cost_their_row_alone(value, said):
@@ -413,9 +443,24 @@ def test_candidates_that_cannot_be_read_cost_their_row_alone(value, said):
         read_candidates(value, "c")
 
 
+def test_a_candidate_that_does_not_fit_fails_its_row_and_makes_no_smaller_game(tiny):
+    assembly = assemble(config_of(str(tiny("llama")), PAIR, decoding={"unit": "answer"}), NOWHERE)
+    long = ask("long", "hello", candidates=(Candidate("yes", 1.0), Candidate("no" * 400, 1.0)))
+    good = ask("good", "hello", candidates=(Candidate("yes", 1.0), Candidate("no", 1.0)))
+    engine = make_decoding_engine(assembly, start_hosts(assembly))
+    found = {each.row_id: each for each in decode_rows(engine, [long, good])}
+    assert "its candidates cannot be used: a candidate has 801 tokens and the context holds" in found["long"].error
+    assert found["good"].response in ("yes", "no")
+
+
 def test_candidates_need_games_over_answers(tiny):
     with pytest.raises(ConfigurationError, match=r"input\.candidates needs unit: answer; got unit: token"):
         config_of(str(tiny("llama")), PAIR, input={"path": "x.jsonl", "candidates": "c"})
+    with pytest.raises(ConfigurationError, match=r"decoding\.proposals: no effect with input\.candidates"):
+        config_of(
+            str(tiny("llama")), PAIR, input={"path": "x.jsonl", "candidates": "c"},
+            decoding={"unit": "answer", "proposals": 3},
+        )  # fmt: skip
 
 
 def test_blocks_end_with_sentences(tiny, monkeypatch):

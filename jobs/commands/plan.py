@@ -116,7 +116,8 @@ def describe_training(config: TrainConfig, cache_folder: Path) -> str:
     data = read_data(found, config, backbone.encode, cache_folder)
     training = config.training
     lines = [
-        f"input     {printable(config.input.path)}: {found.records.num_rows:,} rows, shape {found.layout.shape}",
+        f"input     {printable(config.input.path)}: {found.records.num_rows:,} rows, shape {found.layout.shape}"
+        + (f", system messages of the column {printable(found.layout.system)}" if found.layout.system else ""),
         *(f"          {printable(line)}" for line in (*data.drops.describe(), *data.notes)),
         f"output    {printable(config.output.path)}",
         f"base      {printable(config.base.model)}, on {backbone.device}",
@@ -167,6 +168,7 @@ def describe_plan(
         *_splits(replica),
         *_masked(replica),
         *_unobeyed(replica),
+        *(f"warning   {printable(line)}" for line in replica.foreign_adapters),
         "",
         placement(hosts, config),
         "",

@@ -19,7 +19,8 @@ class Unit(StrEnum):
 
 
 OF_BLOCKS = frozenset({"decoding.block_tokens", "decoding.block_end"})
-OF_TEXTS = OF_BLOCKS | {"decoding.proposals", "decoding.proposals_by"}
+OF_DRAWN = frozenset({"decoding.proposals", "decoding.proposals_by"})
+OF_TEXTS = OF_BLOCKS | OF_DRAWN
 OF_TOKENS = frozenset({"decoding.thinking.max_tokens", "decoding.thinking.steer"})
 
 
@@ -39,6 +40,8 @@ def check_options(units: Sequence[Unit], given: Collection[str]) -> None:
         raise ValueError(f"{', '.join(sorted(lost))} need unit: token; got unit: {shown}")
     if units != (Unit.ANSWER,) and "input.candidates" in given:
         raise ValueError(f"input.candidates needs unit: answer; got unit: {shown}")
+    if "input.candidates" in given and (unused := OF_DRAWN.intersection(given)):
+        raise ValueError(f"{', '.join(sorted(unused))}: no effect with input.candidates, which are not drawn")
 
 
 def check_principals(units: Sequence[Unit], principals: Mapping[str, PrincipalSection], place: str) -> None:

@@ -12,6 +12,7 @@ proposals. Proposals, values, game and draw depend on the row alone, so the same
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -255,7 +256,8 @@ class ChoiceEngine:
         """Solve an answer's game and append what it takes; return the record if that ended it."""
         whole, choices = path.whole, menu.choices
         if not choices:
-            return whole.failed(f"no proposal of the base could be used: {menu.error}")
+            what = "its candidates cannot be used" if menu.given else "no proposal of the base could be used"
+            return whole.failed(f"{what}: {menu.error}")
         if menu.original_rewards is not None:
             whole.original_rewards = menu.original_rewards
         solved = _solve(whole, choices)
@@ -265,7 +267,8 @@ class ChoiceEngine:
         log_policy = solved.decision.log_policy
         temperature, top_p = self._variants[whole.variant].draw(self._decoding)
         at = int(draw(log_policy, uniform, temperature=temperature, top_p=top_p))
-        path.games += _proposals(path, choices, log_policy.exp()[0].tolist(), at)
+        probabilities = log_policy.exp()[0].tolist() + [0.0] * len(menu.left_out)
+        path.games += _proposals(path, [*choices, *menu.left_out], probabilities, at)
         path.num_games += 1
         if menu.given:
             whole.max_tokens = len(choices[at].tokens)
@@ -306,8 +309,10 @@ class ChoiceEngine:
         if finished is None:
             return None
         record = self._engine.record(Ended(whole, *finished))
-        by_name = {name: [each.rewards[name] for each in path.games] for name in whole.principal_names}
-        values = {name: (min(rewards), max(rewards)) for name, rewards in by_name.items()}
+        values = {}
+        for name in whole.principal_names:
+            rewards = [reward for each in path.games if (reward := each.rewards[name]) is not None]
+            values[name] = min(rewards), max(rewards)
         return replace(record, proposals=tuple(path.games), values=values)
 
 
@@ -329,7 +334,10 @@ def _proposals(path: Path, choices: Sequence[Choice], probabilities: Sequence[fl
             count=choice.count,
             probability=probability,
             is_chosen=index == at,
-            rewards=dict(zip(path.whole.principal_names, choice.rewards, strict=True)),
+            rewards={
+                name: reward if math.isfinite(reward) else None
+                for name, reward in zip(path.whole.principal_names, choice.rewards, strict=True)
+            },
         )
         for index, (choice, probability) in enumerate(zip(choices, probabilities, strict=True))
     ]

@@ -82,6 +82,7 @@ class Menu:
         weights: of the row, for roles that take them.
         paths: answers that are to choose among them.
         choices: once they are known.
+        left_out: proposals that a principal gives no score.
         prompt: the row's messages.
         taken: tokens of the answer so far.
         error: why there is no choice.
@@ -99,6 +100,7 @@ class Menu:
     ended: dict[int, Ended] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
     choices: tuple[Choice, ...] | None = None
+    left_out: tuple[Choice, ...] = ()
     error: str | None = None
     num_failures: int = 0
     original_rewards: list[float] | None = None
@@ -159,7 +161,7 @@ class Valuer:
         return self._with_scores(menu, list(choices.values()))
 
     def _given(self, menu: Menu) -> list[Choice]:
-        """The different answers that a row brings, without those that a model cannot read."""
+        """The different answers that a row brings; none where a model cannot read one, as the game is about all."""
         choices: dict[str, Choice] = {}
         left = self._prompter.context_left(menu.prompts)
         for candidate in menu.given:
@@ -171,10 +173,10 @@ class Valuer:
                 tokens = tuple(self._prompter.encode_answer(candidate.text))
             except RowError as error:
                 menu.error = str(error)
-                continue
+                return []
             if left is not None and len(tokens) > left:
                 menu.error = f"a candidate has {len(tokens)} tokens and the context holds {left} after the prompt"
-                continue
+                return []
             rewards: tuple[float, ...] = ()
             if self._names:
                 rewards = tuple(self._calls.score(menu.prompts, tokens, menu.weights).result())
@@ -196,18 +198,19 @@ class Valuer:
                 rewards = list(choices[index].rewards)
                 rewards[at] = score - so_far
                 choices[index] = replace(choices[index], rewards=tuple(rewards))
-        with_scores = []
+        with_scores: list[Choice] = []
+        left_out: list[Choice] = []
         is_final = True
         for choice in choices:
             by_name = zip(self._names, choice.rewards, strict=True)
             missing = {name: reward for name, reward in by_name if not math.isfinite(reward)}
-            if not missing:
-                with_scores.append(choice)
+            (left_out if missing else with_scores).append(choice)
             for name, reward in missing.items():
                 if is_final:
                     menu.error = f"{name} gives no score: {getattr(reward, 'reason', f'it is {float(reward)}')}"
                 # a game without proposals that may be scored later would depend on when it is played
                 is_final = is_final and getattr(reward, "is_final", True)
+        menu.left_out = tuple(left_out)
         return tuple(with_scores) if is_final else ()
 
     def _judged(self, menu: Menu, choice: Choice) -> tuple[str, int]:

@@ -12,6 +12,7 @@ pblora_W1 [r1, r1] and pblora_W2 [k, r2 * r2].
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PEFT_TYPE = "PBLORA"
+ALPHA = 8  # of PARM, where the configuration states none
 PARTS = ("A", "B", "W1", "W2")
 KEPT = ("base_model_name_or_path", "target_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 
@@ -69,7 +71,11 @@ def read_form(config: Mapping[str, Any], name: str) -> PreferenceForm | None:
     if config.get("peft_type") != PEFT_TYPE:
         return None
     sizes = {key: config.get(key) for key in ("r1", "r2", "obj_num")}
-    if wrong := [f"{key}: {value}" for key, value in sizes.items() if not isinstance(value, int) or value < 1]:
+    alpha = config.get("lora_alpha", ALPHA)
+    wrong = [f"{key}: {value}" for key, value in sizes.items() if type(value) is not int or value < 1]
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        wrong.append(f"lora_alpha: {alpha}")
+    if wrong:
         raise ConfigurationError(f"adapter {name}: {', '.join(wrong)} in {ADAPTER_CONFIG} must be a positive number")
     if config.get("bias", "none") != "none" or config.get("modules_to_save"):
         raise ConfigurationError(f"adapter {name} brings biases or whole modules beside PBLoRA, which is not served")
@@ -77,7 +83,7 @@ def read_form(config: Mapping[str, Any], name: str) -> PreferenceForm | None:
     names = tuple(config.get("objectives") or map(str, range(count)))
     if len(names) != count or len(set(names)) != count:
         raise ConfigurationError(f"adapter {name}: objectives must be {count} different names; got {names}")
-    return PreferenceForm(int(sizes["r1"] or 0), int(sizes["r2"] or 0), float(config.get("lora_alpha", 8)), names)
+    return PreferenceForm(int(sizes["r1"] or 0), int(sizes["r2"] or 0), float(alpha), names)
 
 
 def write_as_lora(folder: Path, target: Path, *, objective: int | None) -> None:

@@ -109,6 +109,8 @@ def find_head(folder: Path, name: str) -> HeadFacts | None:
     for file in find_model_files(tree).weights:
         shapes |= shapes_in(folder / file)
     found = _layers(shapes, name)
+    if found:
+        _check_place(config, name)
     if VALUE_HEAD in tree.sizes:
         if found:
             raise ConfigurationError(f"{name} has {VALUE_HEAD} beside {found[0].weight} in its own weights; keep one")
@@ -155,6 +157,19 @@ def find_value_head(folder: Path, name: str, *, width: int | None) -> HeadFacts 
         layer = Layer("weight", bias, layer.num_inputs, layer.num_outputs)
     check_layers((layer,), width, title)
     return HeadFacts(VALUE_HEAD, (layer,), _names({}, layer.num_outputs))
+
+
+def _check_place(config: Mapping[str, Any], name: str) -> None:
+    """Refuse a model that gives its scores at tokens of its own. Raises ConfigurationError."""
+    if (token := config.get("reward_token_id")) is not None:
+        raise ConfigurationError(
+            f"{name} gives its score at a token of its own behind the text (reward_token_id: {token}), where it is "
+            "not read; its output elsewhere means nothing"
+        )
+    if any("ProcessRewardModel" in str(each) for each in config.get("architectures") or ()):
+        raise ConfigurationError(
+            f"{name} is a process reward model: it scores steps at marks between them, where it is not read"
+        )
 
 
 def check_layers(layers: Sequence[Layer], width: int | None, name: str) -> None:
@@ -234,8 +249,7 @@ def _layer(path: str, shapes: Mapping[str, tuple[int, ...]], name: str) -> Layer
 
 def _states_relu(config: Mapping[str, Any]) -> bool:
     """Whether a head of several layers is known to have ReLU between them."""
-    known = ("Qwen2ForRewardModel", "Qwen2ForProcessRewardModel")
-    return bool(set(known) & set(config.get("architectures") or ())) or config.get("vhead_layer_type") == "mlp"
+    return "Qwen2ForRewardModel" in (config.get("architectures") or ()) or config.get("vhead_layer_type") == "mlp"
 
 
 def _names(config: Mapping[str, Any], count: int) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from pipeline.hub.weight_files import (
     read_json,
     take_inventory,
 )
+from pipeline.quoting import one_line
 from pipeline.sections import EMBEDDED_MODEL, ModelConfig
 from pipeline.sections import QuantizationKind as Kind
 
@@ -114,6 +115,17 @@ class AdapterSource:
     form: PreferenceForm | None = None
     objective: int | None = None
     trained_on: str | None = None
+
+    def why_foreign(self, model: ModelSource) -> str | None:
+        """A sentence where it says that it was trained on a model of another name; shapes may fit all the same."""
+        if self.trained_on == model.identity or not self.backbone:
+            return None
+        if _last_name(self.backbone) in (_last_name(model.name), _last_name(model.path)):
+            return None
+        return (
+            f"adapter {self.name} says that it was trained on {one_line(self.backbone)}, and is used on "
+            f"{model.name}: on another model its values mean nothing"
+        )
 
 
 Source = ModelSource | AdapterSource
@@ -216,6 +228,9 @@ def resolve_adapter(
         raise ConfigurationError(
             f"adapter {name} has peft_type {config.get('peft_type')}; only LORA and PBLORA are served"
         )
+    rank = config.get("r") if form is None else form.fixed_rank + form.rank * len(form.objectives)
+    if type(rank) is not int or rank < 1:
+        raise ConfigurationError(f"adapter {name}: r in {ADAPTER_CONFIG} must be a positive number; got {rank!r:.60}")
     more = [key for key in MORE_THAN_LORA if config.get(key)]
     if config.get("bias", "none") != "none":
         more.append(f"bias: {config['bias']}")
@@ -233,11 +248,16 @@ def resolve_adapter(
         revision=commit,
         identity=f"hub:{name}@{commit}" if commit else inventory.identity,
         num_parameters_by_dtype=inventory.num_parameters_by_dtype,
-        rank=int(config.get("r", 0)) if form is None else form.fixed_rank + form.rank * len(form.objectives),
-        backbone=config.get("base_model_name_or_path"),
+        rank=rank,
+        backbone=str(config.get("base_model_name_or_path") or "") or None,
         form=form,
         trained_on=_trained_on(folder),
     )
+
+
+def _last_name(name: str) -> str:
+    """A model's name without its folder or organisation: copies of a model often lie elsewhere."""
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _trained_on(folder: Path) -> str | None:

@@ -33,8 +33,9 @@ def read_candidates(value: Any, column: str | None) -> tuple[Candidate, ...]:
     found = [_read(each, column) for each in value]
     if len({each.text for each in found}) < 2 or len(found) > MOST:
         raise RowError(f"{column} must have from 2 to {MOST:,} different answers; got {len(found)}")
-    if sum(each.weight for each in found) <= 0:
-        raise RowError(f"{column}: all weights are 0")
+    total = sum(each.weight for each in found)
+    if not 0 < total < math.inf:
+        raise RowError(f"{column}: {'all weights are 0' if total == 0 else 'the weights have no finite sum'}")
     return tuple(found)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.principals.kinds import KINDS
@@ -27,12 +27,14 @@ class ValueRange:
         tokens: their tokens.
         low: the lowest q, in nats.
         high: the highest.
+        left_out: proposals of games over blocks or answers that it gave no score.
     """
 
     answers: int = 0
     tokens: int = 0
     low: float = math.inf
     high: float = -math.inf
+    left_out: int = 0
 
     def __add__(self, other: ValueRange) -> ValueRange:
         return ValueRange(
@@ -40,6 +42,7 @@ class ValueRange:
             self.tokens + other.tokens,
             min(self.low, other.low),
             max(self.high, other.high),
+            self.left_out + other.left_out,
         )
 
     @property
@@ -69,13 +72,20 @@ def values_of(records: Iterable[Record]) -> Values:
     """The values of each principal over the answers that were drawn."""
     total: Values = {}
     for record in records:
-        one = {name: ValueRange(1, record.num_tokens, low, high) for name, (low, high) in record.values.items()}
+        one = {
+            name: ValueRange(
+                1, record.num_tokens, low, high, sum(each.rewards[name] is None for each in record.proposals)
+            )
+            for name, (low, high) in record.values.items()
+        }
         total = add_values(total, one)
     return total
 
 
 def describe_silent(values: Values, principals: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """One line for each principal that values no token, by name: what was seen, and the likely reasons.
+    """One line for each principal that values no token, or gave proposals no score, by name.
+
+    What was seen, and the likely reasons.
 
     Args:
         values: by principal.
@@ -83,14 +93,22 @@ def describe_silent(values: Values, principals: Mapping[str, Mapping[str, Any]])
     """
     lines = {}
     for name, found in values.items():
+        parts = []
         if found.is_zero or found.is_constant:
             value = "0" if found.is_zero else f"{found.low:.6g}"
             kind = KINDS.get(str(principals.get(name, {}).get("kind")))
             reasons = f" Likely reasons: {kind.silent_because}." if kind is not None else ""
-            lines[name] = (
+            parts.append(
                 f"principal {name} has not valued any token: its q is {value} at all {found.tokens:,} tokens of "
                 f"{found.answers:,} answers, so it steers nothing.{reasons}"
             )
+        if found.left_out:
+            parts.append(
+                f"principal {name} gave no score to {found.left_out:,} proposal{'s' * (found.left_out != 1)}: the "
+                "games were without them, and their rewards in the column proposals are null."
+            )
+        if parts:
+            lines[name] = " ".join(parts)
     return lines
 
 
@@ -107,7 +125,10 @@ class SilenceWatch:
 
     def lines(self, values: Values, *, is_last: bool = False) -> list[str]:
         """The lines that are new with these values; before `is_last` only those that enough answers bear out."""
-        enough = {name: found for name, found in values.items() if is_last or found.answers >= FIRST_ANSWERS}
+        enough = values
+        if not is_last:  # how many proposals are left out is known in the end
+            some = {name: found for name, found in values.items() if found.answers >= FIRST_ANSWERS}
+            enough = {name: replace(found, left_out=0) for name, found in some.items()}
         found = describe_silent(enough, self._principals)
         new = [line for name, line in found.items() if name not in self._reported]
         self._reported.update(found)

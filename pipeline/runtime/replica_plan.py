@@ -106,6 +106,13 @@ class ReplicaPlan:
     masked: Mapping[str, Mapping[int, str]]
     draft: HostSpec | None = None
 
+    @property
+    def foreign_adapters(self) -> list[str]:
+        """A sentence for each adapter that says that it was trained on a model of another name."""
+        pairs = [(adapter, host.source) for host in self.hosts for adapter in host.adapters.values()]
+        found = [why for adapter, model in pairs if (why := adapter.why_foreign(model)) is not None]
+        return list(dict.fromkeys(found))
+
 
 def resolve_models(
     config: Config, cache_folder: Path, *, progress: Callable[[str], None] = lambda line: None

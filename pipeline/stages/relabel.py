@@ -156,6 +156,8 @@ def relabel(
     # refuses what cannot work before a run is created
     begun = None if existing is None else existing.plan.template_time
     replica = plan_replica(config, prepared.models, cache_folder, now=begun)
+    for line in replica.foreign_adapters:
+        print(f"warning   {line}", file=out, flush=True)
     markers = None if replica.reasoning is None else replica.reasoning.describe()
     plan = prepared.plan.with_template_time(replica.template_time).with_reasoning(markers)
     if existing is not None:

@@ -103,6 +103,8 @@ def _fingerprint(config: TrainConfig, found: Preferences, model: str, data: Trai
     """Everything that decides the adapters, as dotted fields with plain values."""
     fields = {f"versions.{name}": metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
     fields["models.base"] = model
+    if found.layout.system is not None:  # also one that was recognised
+        fields["input.system"] = found.layout.system
     for file in found.records.files:
         fields[f"input.files.{file.name}"] = f"{file.format} {file.num_rows} rows {file.identity}"
     if config.training.judge is not None:  # a judge may have changed, or have answered less this time

@@ -49,7 +49,7 @@ COLUMN_NOTES = {
     "chosen": "the answer with the higher weighted reward",
     "rejected": "the other answer",
     "proposals": "the blocks or answers that games were about: text, how often the base drew it, its final "
-    "probability, its rewards, and whether it was chosen",
+    "probability, its rewards (null where a principal gives no score), and whether it was chosen",
     "tokens": "the drawn tokens with log-probabilities, payments and thresholds",
 }
 

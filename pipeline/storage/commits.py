@@ -100,8 +100,8 @@ class CommitRecord:
     def value_ranges(self) -> dict[str, ValueRange]:
         """The values of each principal; empty for a record of an earlier version."""
         return {
-            name: ValueRange(int(answers), int(tokens), low, high)
-            for name, (answers, tokens, low, high) in self.values.items()
+            name: ValueRange(int(answers), int(tokens), low, high, *map(int, left_out))
+            for name, (answers, tokens, low, high, *left_out) in self.values.items()
         }
 
     def to_json(self) -> bytes:

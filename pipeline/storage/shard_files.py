@@ -97,7 +97,13 @@ class ShardWriter:
             passes=passes,
             accepted=accepted,
             values={
-                name: [values.answers, values.tokens, values.low, values.high]
+                name: [
+                    values.answers,
+                    values.tokens,
+                    values.low,
+                    values.high,
+                    *([values.left_out] * (values.left_out > 0)),
+                ]
                 for name, values in values_of(own).items()
                 if math.isfinite(values.low) and math.isfinite(values.high)
             },

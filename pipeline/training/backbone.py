@@ -47,11 +47,17 @@ class Backbone:
         What a reasoning model writes before an answer without reasoning counts to the prompt.
 
         Raises:
-            RowError: the model cannot read them, or the answers come after different reasoning.
+            RowError: the model cannot read them or its context is too short, or the answers come after different
+                reasoning.
         """
         prompts = self.prompter.encode(prompt, {})
         rows = [Row("", tuple(prompt), response=text) for text in answers]
         encoded = [self.prompter.encode_existing(row, prompts) for row in rows]
+        longest, left = max(len(ids) for ids, _ in encoded), self.prompter.context_left(prompts)
+        if left is not None and longest > left:
+            raise RowError(
+                f"an answer has {longest:,} tokens and the model's context holds {left:,} after the prompt"
+            )
         before = [list(ids[:count]) for ids, count in encoded]
         if any(each != before[0] for each in before):
             raise RowError("its answers come after different reasoning")

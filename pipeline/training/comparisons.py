@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from pipeline.errors import RowError
+from pipeline.errors import ConfigurationError, RowError
 from pipeline.inputs.conversations import TURN, check_text, read_conversation, split_helpsteer
 from pipeline.inputs.records import RawRecord
 from pipeline.inputs.rows import Unreadable
@@ -120,6 +120,7 @@ def _read_pair(record: RawRecord, layout: Layout, objective: str, drops: Drops) 
     (before, chosen), (other, rejected) = sides
     if before != other:
         raise Dropped(PROMPTS)
+    before = _with_system(record, layout, before)
     if layout.objectives is not None:
         name = _value(record, layout.objectives)
         try:
@@ -139,13 +140,14 @@ def _read_named(record: RawRecord, layout: Layout, objective: str, drops: Drops)
     assert layout.prompt is not None
     prompt = _read_prompt(_value(record, layout.prompt), layout.prompt)
     sides = [_read_side(_value(record, column), column, prompt) for column in layout.sides]
-    if any(before != prompt for before, _ in sides):
+    if sides[0][0] != sides[1][0]:
         raise Dropped(PROMPTS)
+    prompt = _with_system(record, layout, sides[0][0])
     labels: dict[str, int] = {}
     reasons: list[str] = []
     for name, column in layout.preferred.items():
         try:
-            labels[name] = _better(_value(record, column), column, layout.sides)
+            labels[name] = _better(_value(record, column), column, layout.sides, record.place)
         except Dropped as dropped:
             reasons.append(f"{dropped.reason} for {name}")
             if len(layout.preferred) > 1:
@@ -165,20 +167,31 @@ def _comparison(
     return Comparison(record.place, record.file, prompt, answers, labels)
 
 
-def _better(value: Any, column: str, sides: Sequence[str]) -> int:
-    """The index of the better of two answers, as a label names it."""
-    if value is None or value == "":
+def _better(value: Any, column: str, sides: Sequence[str], place: str) -> int:
+    """The index of the better of two answers, as a label names it.
+
+    Raises:
+        Dropped: it names none.
+        ConfigurationError: it is a number beyond those of two sides: then 0 and 1 mean something else, too.
+    """
+    if value is None or value == "" or value != value:  # the last of NaN, which stands for null in some files
         raise Dropped(NO_LABEL)
-    number = int(value) if isinstance(value, float) and value.is_integer() else value
-    text = str(number).strip().lower()
+    number = _number(value)
+    text = str(value).strip().lower() if number is None else f"{number:g}"
     names = [{each.lower(), *usual} for each, usual in zip(sides, (FIRST, SECOND), strict=True)]
-    if isinstance(number, bool):
+    if isinstance(value, bool):
         raise Dropped(MALFORMED, f"{column} must be 0 or 1; got {quote(value)}")
     for index, known in enumerate(names):
         if text in known:
             return index
     if text.startswith(("tie", "both", "equal", "draw", "none", "neither")) or text == "-1":
         raise Dropped(TIE)
+    if number is not None:
+        raise ConfigurationError(
+            f"input.preferred: {column} must name the better answer by 0 ({sides[0]}) or 1 ({sides[1]}), with -1 for "
+            f"a tie; {place} has {quote(value)}, so its numbers mean something else, as 1 and 2 or degrees do. Give "
+            "a column with 0, 1 and null"
+        )
     raise Dropped(MALFORMED, f"{column} must name the better answer, as 0 and 1 do; got {quote(value)}")
 
 
@@ -195,8 +208,24 @@ def _read_prompt(value: Any, column: str) -> tuple[Message, ...]:
     return messages
 
 
+def _with_system(record: RawRecord, layout: Layout, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The prompt after the row's system message, where it has one."""
+    text = None if layout.system is None else _value(record, layout.system)
+    if text is None or text == "":
+        return prompt
+    system: Message = {"role": "system", "content": check_text(text, str(layout.system))}
+    if prompt[0] == system:
+        return prompt
+    if prompt[0]["role"] == "system":
+        raise Dropped(MALFORMED, f"the prompt has another system message than {layout.system}")
+    return (system, *prompt)
+
+
 def _read_side(value: Any, column: str, prompt: tuple[Message, ...] | None) -> tuple[tuple[Message, ...], str]:
-    """The prompt that a side holds, or the row's, and its answer."""
+    """The prompt that a side holds, or the row's, and its answer.
+
+    A side may hold more than the row's prompt: a system message, or the turns before and after it.
+    """
     if value is None or value in ("", []) or (isinstance(value, str) and not value.strip()):
         raise Dropped(MISSING)
     if isinstance(value, dict):
@@ -212,8 +241,8 @@ def _read_side(value: Any, column: str, prompt: tuple[Message, ...] | None) -> t
         raise Dropped(MISSING)
     if not before and prompt is None:
         raise Dropped(MALFORMED, f"{column} has an answer without a prompt")
-    if before and prompt is not None and tuple(before) != prompt:
-        raise Dropped(PROMPTS)
+    if before and prompt is not None and not all(message in before for message in prompt):
+        raise Dropped(PROMPTS, f"{column} does not hold the row's prompt")
     return tuple(before) or prompt or (), last["content"]
 
 
@@ -245,7 +274,7 @@ def _compare_scored(
     for record in records:
         try:
             assert layout.prompt is not None
-            prompt = _read_prompt(_value(record, layout.prompt), layout.prompt)
+            prompt = _with_system(record, layout, _read_prompt(_value(record, layout.prompt), layout.prompt))
             answers = list(_read_answers(record, layout, drops))
         except Dropped as dropped:
             drops.add(dropped.reason, record.place, dropped.detail)
@@ -267,7 +296,7 @@ def _read_answers(record: RawRecord, layout: Layout, drops: Drops) -> Iterator[A
     """The answers of a record with the scores that they have."""
     if layout.answers is None:
         assert layout.response is not None
-        _, text = _read_side(_value(record, layout.response), layout.response, ())
+        text = _read_text(_value(record, layout.response), layout.response)
         yield Answer(text, _read_scores(record.values or {}, layout, record.place))
         return
     listed = _value(record, layout.answers)
@@ -282,11 +311,19 @@ def _read_answers(record: RawRecord, layout: Layout, drops: Drops) -> Iterator[A
     for at, each in enumerate(listed):
         key = next((key for key in keys if key in each), keys[0])
         try:
-            _, text = _read_side(each.get(key), f"{layout.answers}[{at}].{key}", ())
+            text = _read_text(each.get(key), f"{layout.answers}[{at}].{key}")
         except RowError as fault:
             drops.add(getattr(fault, "reason", MALFORMED), record.place)
             continue
         yield Answer(text, _read_scores(each, layout, record.place))
+
+
+def _read_text(value: Any, column: str) -> str:
+    """The text of a scored answer, whose prompt is the row's."""
+    before, text = _read_side(value, column, ())
+    if before:
+        raise Dropped(PROMPTS, f"{column} holds a conversation; it must hold an answer to the row's prompt")
+    return text
 
 
 def _read_scores(values: Mapping[str, Any], layout: Layout, place: str) -> dict[str, float]:

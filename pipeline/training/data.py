@@ -72,7 +72,7 @@ class TrainingData:
         objectives: in order.
         train, held_out: no prompt is in both.
         drops: what was left out.
-        notes: what looks wrong about the labels.
+        notes: what looks wrong about labels and answers.
     """
 
     objectives: tuple[str, ...]
@@ -215,7 +215,13 @@ def _key(prompt: Sequence[Message]) -> str:
 
 
 def _notes(comparisons: Sequence[Comparison], found: Preferences) -> Iterable[str]:
-    """Labels that are the same in every row are more often another column than a finding."""
+    """What looks wrong: labels that are the same in every row, and answers that repeat their prompts."""
+    repeating = sum(map(_repeats_prompt, comparisons))
+    if len(comparisons) >= MANY and repeating > len(comparisons) / 2:
+        yield (
+            f"both answers of {repeating:,} of {len(comparisons):,} pairs begin with their prompt, which is then "
+            "read twice; give the answers alone"
+        )
     if found.layout.shape is not Shape.NAMED:
         return
     for name, column in found.layout.preferred.items():
@@ -228,15 +234,16 @@ def _notes(comparisons: Sequence[Comparison], found: Preferences) -> Iterable[st
             )
 
 
+def _repeats_prompt(comparison: Comparison) -> bool:
+    asked = str(comparison.prompt[-1]["content"]).strip()
+    return all(answer.text.lstrip().startswith(asked) for answer in comparison.answers)
+
+
 def _refuse_empty(data: TrainingData, config: TrainConfig) -> None:
     for name in data.objectives:
         train, held_out = data.of(name)
-        for part in (train, held_out) if config.training.loss is Loss.VALUE else ():
-            if part and not any(name in answer.scores for pair in part for answer in pair.comparison.answers):
-                raise ConfigurationError(
-                    f"loss: value needs a score of every answer, and those of {name} have none: give input.scores, "
-                    "columns score_chosen and score_rejected, or training.judge"
-                )
+        if config.training.loss is Loss.VALUE:
+            _check_returns(data, name)
         if not train and not held_out:
             raise ConfigurationError(f"no pair is left for {name}: {_reasons(data.drops)}")
         if not train:
@@ -248,6 +255,25 @@ def _refuse_empty(data: TrainingData, config: TrainConfig) -> None:
             raise ConfigurationError(
                 f"no pair of {name} is held out: {len(train):,} pairs are left, of too few prompts; raise "
                 "training.validation, or set it to 0 to train without a check"
+            )
+
+
+def _check_returns(data: TrainingData, name: str) -> None:
+    """Refuse returns that teach a value head nothing, and count the answers that have none."""
+    for part, is_trained in zip(data.of(name), (True, False), strict=True):
+        answers = [(pair.comparison.place, answer) for pair in part for answer in pair.comparison.answers]
+        returns = {answer.scores[name] for _, answer in answers if name in answer.scores}
+        if part and not returns:
+            raise ConfigurationError(
+                f"loss: value needs a score of every answer, and those of {name} have none: give input.scores, "
+                "columns score_chosen and score_rejected, or training.judge"
+            )
+        for place, answer in answers:
+            if name not in answer.scores:
+                data.drops.add(f"an answer without a score for {name}", place)
+        if is_trained and len(returns) == 1:
+            raise ConfigurationError(
+                f"all answers of {name} have the score {returns.pop():g}: no value can be learned"
             )
 
 

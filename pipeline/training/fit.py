@@ -233,5 +233,7 @@ def describe_adapter(folder: Any, changes: Mapping[str, Any]) -> None:
     """Change entries of a saved adapter's configuration, and remove the card that peft writes."""
     file = folder / ADAPTER_CONFIG
     config = json.loads(file.read_text("utf-8")) | dict(changes)
+    if isinstance(config.get("target_modules"), list):  # of a set: in another order in every process
+        config["target_modules"].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)

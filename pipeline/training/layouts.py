@@ -33,6 +33,7 @@ class Layout:
         response: the column of the answer's text, or its key in `answers`; None: the text is under a usual key.
         scores: by objective, the dotted path to its score, with a leading - where lower is better.
         side_scores: the columns of the scores of both sides of a pair, where there are some.
+        system: the column of the system message before the prompt; None where there is none.
     """
 
     shape: Shape
@@ -44,11 +45,12 @@ class Layout:
     response: str | None = None
     scores: Mapping[str, str] = field(default_factory=dict)
     side_scores: tuple[str, str] | None = None
+    system: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column to read, each once."""
-        names: list[str | None] = [self.prompt, self.objectives]
+        names: list[str | None] = [self.prompt, self.system, self.objectives]
         if self.shape is Shape.SCORED:
             in_row = [] if self.answers else [self.response, *(path_of(path)[0][0] for path in self.scores.values())]
             names += [self.answers, *in_row]
@@ -59,6 +61,7 @@ class Layout:
 
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+SYSTEM = "system"  # the usual column of a system message, read where it is there
 # of both sides of a pair, as `cage synthesize`, UltraFeedback and others name them
 SIDE_SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 RECOGNISED = {
@@ -114,6 +117,7 @@ def choose_layout(config: PairsInputConfig, names: Sequence[str]) -> Layout:
     if layout.shape is Shape.NAMED and not config.preferred:  # older versions of the data lack some labels
         known = {name: column for name, column in layout.preferred.items() if column in names}
         layout = replace(layout, preferred=known)
+    layout = replace(layout, system=config.system or (SYSTEM if SYSTEM in names else None))
     if missing := [column for column in layout.columns if column not in names]:
         raise ConfigurationError(f"input: there is no column {', '.join(map(quote, missing))}; {there}")
     return layout

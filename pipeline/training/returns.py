@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigurationError
-from pipeline.evaluation.judges.interface import JudgeConfig, JudgedAnswer
+from pipeline.evaluation.judges.interface import JudgeConfig, JudgedAnswer, why_missing
 from pipeline.evaluation.panel import resolve_panel
 from pipeline.training.comparisons import TIE, Answer, Comparison, Drops
 from pipeline.training.processes import ALONE, Processes
@@ -44,19 +44,19 @@ def score_comparisons(
     keys = dict.fromkeys((str(each.prompt), answer.text) for each in comparisons for answer in each.answers)
     prompts = {str(each.prompt): each.prompt for each in comparisons}
 
-    def ask() -> list[float]:
+    def ask() -> list[float | str]:
+        """The score of each answer, or why it has none."""
         scorer = resolve_panel({name: judge}, cache_folder).load()[name]
-        return [
-            float(score) for score in scorer.score([JudgedAnswer(prompts[prompt], text) for prompt, text in keys])
-        ]
+        scores = scorer.score([JudgedAnswer(prompts[prompt], text) for prompt, text in keys])
+        return [float(score) if math.isfinite(score) else why_missing(score) for score in scores]
 
     scores = processes.share("scores of training.judge", ask)
     score_of = dict(zip(keys, scores, strict=True))
     judged = []
     for each in comparisons:
         found = [score_of[str(each.prompt), answer.text] for answer in each.answers]
-        if any(not math.isfinite(score) for score in found):
-            drops.add(NO_SCORE, each.place)
+        if reasons := [score for score in found if isinstance(score, str)]:
+            drops.add(NO_SCORE, each.place, reasons[0])
         elif found[0] == found[1]:
             drops.add(f"{TIE} for {name}", each.place)
         else:

@@ -42,6 +42,9 @@ class PairsInputConfig(Section):
     )
     format: PairsFormat = Field("auto", description="of the records; auto: recognised by their columns")
     prompt: str | None = Field(None, description="column with the prompt: a text, messages, or a transcript")
+    system: str | None = Field(
+        None, description="column with the system message before the prompt; null: `system`, where there is one"
+    )
     chosen: str | None = Field(None, description="column with the better answer, or conversation")
     rejected: str | None = Field(None, description="column with the worse answer, or conversation")
     responses: tuple[str, str] | None = Field(None, description="columns of the two answers of a row")
@@ -187,7 +190,7 @@ class TrainConfig(Section):
     def fields(self) -> dict[str, Any]:
         """Every setting that changes results, by its dotted name, as plain values."""
         tree = self.model_dump(mode="json")
-        left_out = {"input": ("path", "split", "subset"), "training": ("device_batch_size",)}
+        left_out = {"input": ("path", "split", "subset", "system"), "training": ("device_batch_size",)}
         of_place = ("device", "resources", "model", "tensor_parallel", "pipeline_parallel", "sizes")
         base = {key: value for key, value in tree["base"].items() if key not in of_place}
         sections = {"base": base, "input": tree["input"], "training": tree["training"]}

@@ -130,9 +130,9 @@ def _normalize(last: nn.Linear, head: HeadFacts, tensors: Mapping[str, Tensor], 
     mean, var = _statistic(tensors, "mean", head.mean), _statistic(tensors, "var", head.var)
     if mean is None or var is None:
         raise ConfigurationError(f"{title} says do_normalize and has no mean or var of its normalizer")
-    if any(len(each) not in (1, last.out_features) for each in (mean, var)) or not bool((var >= 0).all()):
+    if any(len(each) not in (1, last.out_features) for each in (mean, var)) or not bool((var > 0).all()):
         raise ConfigurationError(
-            f"{title}: its normalizer needs a mean and a var >= 0 of 1 or {last.out_features} numbers; it has mean "
+            f"{title}: its normalizer needs a mean and a var > 0 of 1 or {last.out_features} numbers; it has mean "
             f"{mean.tolist()} and var {var.tolist()}"
         )
     with torch.no_grad():

@@ -104,7 +104,11 @@ def _prepare(config: Config) -> Prepared:
 def plan_replica(config: Config, models: Any, cache_folder: Path, *, now: Any = None) -> Any:
     """In place of `pipeline.runtime.replica_plan.plan_replica`."""
     return SimpleNamespace(
-        config=config, reasoning=None, template_time=None, hosts=[SimpleNamespace(cache_folder=cache_folder)]
+        config=config,
+        reasoning=None,
+        template_time=None,
+        foreign_adapters=[],
+        hosts=[SimpleNamespace(cache_folder=cache_folder)],
     )
 
 

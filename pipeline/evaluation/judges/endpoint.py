@@ -7,6 +7,7 @@ import json
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,9 @@ FILE = "judgements.sqlite"
 REFUSED = (401, 403, 404)  # whatever is asked: the key, the address or the model's name is wrong
 FOR_NOW = (408, 409, 425, 429)
 LONGEST_WAIT_S = 30.0
+MOST_BYTES = 1_000_000  # of a response
 MAX_TOKENS = 32  # of a reply
+MOST_DIGITS = 9  # of a number in a reply; Python reads no longer one than 4,300
 NUMBER = re.compile(r"(?<![\d.])-?\d+(?![\d.]*\d)")
 
 
@@ -124,7 +127,7 @@ class EndpointJudge:
             self._left = None if self._left is None else self._left - 1
         url = f"{self._endpoint.url.rstrip('/')}/chat/completions"
         try:
-            response = self._session.post(url, json=body, headers=self._headers, timeout=self._endpoint.timeout_s)
+            response, text = self._post(url, body)
         except requests.Timeout:
             raise _ForNow(f"the endpoint did not answer within {self._endpoint.timeout_s:g} s") from None
         except requests.RequestException as error:
@@ -133,19 +136,32 @@ class EndpointJudge:
         if status in REFUSED:
             raise CageError(
                 f"judge {self._name}: {url} refuses with status {status}; check endpoint.url, endpoint.model and "
-                f"endpoint.api_key_env: {self._line(response.text)}"
+                f"endpoint.api_key_env: {self._line(text)}"
             )
         if status in FOR_NOW or status >= 500:
             raise _ForNow(
                 f"the endpoint answered with status {status}", _seconds(response.headers.get("Retry-After"))
             )
         if status != 200:
-            raise _Declined(f"the endpoint declined with status {status}: {self._line(response.text)}")
+            raise _Declined(f"the endpoint declined with status {status}: {self._line(text)}")
         try:
-            content = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise _Declined(f"the endpoint's answer is no chat completion: {self._line(response.text)}") from None
+            content = json.loads(text)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            raise _Declined(f"the endpoint's answer is no chat completion: {self._line(text)}") from None
         return content if isinstance(content, str) else ""
+
+    def _post(self, url: str, body: Mapping[str, Any]) -> tuple[requests.Response, str]:
+        """The response and all of its text. Raises requests.Timeout where they are late, or never end."""
+        timeout_s = self._endpoint.timeout_s
+        ends_at = time.monotonic() + timeout_s
+        with self._session.post(url, json=body, headers=self._headers, timeout=timeout_s, stream=True) as response:
+            content = bytearray()
+            # byte by byte: gateways send blanks while a model thinks, and a larger part would wait for many of them
+            for part in response.iter_content(1):
+                content += part
+                if time.monotonic() > ends_at or len(content) > MOST_BYTES:
+                    raise requests.Timeout
+        return response, content.decode(errors="replace")
 
     def _number(self, reply: str) -> float:
         """The score in a reply: of a JSON object, or the only whole number in it."""
@@ -153,9 +169,9 @@ class EndpointJudge:
         try:
             value = json.loads(reply)
             found = value.get("score") if isinstance(value, dict) else value
-        except ValueError:
+        except (ValueError, RecursionError):
             numbers = NUMBER.findall(reply)
-            found = int(numbers[0]) if len(numbers) == 1 else None
+            found = int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) <= MOST_DIGITS else None
         is_number = isinstance(found, int) and not isinstance(found, bool)
         if is_number and self._judge.low <= found <= self._judge.high:
             return float(found)

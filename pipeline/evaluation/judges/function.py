@@ -26,7 +26,7 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +43,7 @@ from pipeline.evaluation.judges.interface import (
     JudgeFailed,
     NoScore,
 )
+from pipeline.quoting import quote
 
 if TYPE_CHECKING:
     from pipeline.hub.sources import ModelSource
@@ -128,7 +129,7 @@ def _resolve(function: Any, name: str) -> ScoreFunction:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except FileNotFoundError:
         raise ConfigurationError(f"{title}: there is no file {Path(place).absolute()}") from None
-    except Exception as error:  # the user's module may raise anything
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise ConfigurationError(f"{title} cannot be imported: {type(error).__name__}: {error}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -191,8 +192,11 @@ class _CheckedFunction:
 
     def _call(self, answers: Sequence[JudgedAnswer]) -> list[float]:
         try:
-            scores = [float(value) for value in self.function(answers)]
-        except Exception as error:  # the user's code may raise anything
+            found = self.function(tuple(answers))  # a list could come back shorter
+            if isinstance(found, str | bytes | Mapping | Set):  # iterable too, but its parts are no scores in order
+                raise TypeError(f"it must return a list of numbers; got {quote(found)}")
+            scores = [_as_number(value) for value in found]
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise _Raised(error) from error
         if len(scores) != len(answers):
             raise CageError(f"judge {self.name} must return one score per answer: {len(answers)}; got {len(scores)}")
@@ -226,9 +230,16 @@ class _CheckedFunction:
         return JudgeFailed(f"judge {self.name} failed: {error}")
 
 
+def _as_number(value: Any) -> float:
+    """A score. Raises TypeError for text: "5" is as often a reply that nobody has parsed."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"a score must be a number; got {quote(value)}")
+    return float(value)
+
+
 class _Raised(Exception):
     """What the user's function raised."""
 
-    def __init__(self, cause: Exception) -> None:
+    def __init__(self, cause: BaseException) -> None:
         super().__init__(f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}")
         self.cause = cause
