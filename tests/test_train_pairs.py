@@ -165,6 +165,12 @@ def test_rows_of_one_prompt_with_scores_are_compared(tmp_path):
     assert found == [(ASK, ("good", "bad"), {"brief": 0})]
 
 
+def test_true_is_a_better_score_than_false(tmp_path):
+    rows = [{"prompt": ASK, "response": text, "is_safe": text == "good"} for text in ("bad", "good")]
+    found, _ = read(tmp_path, rows, scores={"safe": "is_safe"})
+    assert found == [(ASK, ("bad", "good"), {"safe": 1})]
+
+
 def test_turns_of_a_helpsteer_prompt_are_messages(tmp_path):
     prompt = "one\n<extra_id_1>Assistant\ntwo\n<extra_id_1>User\nthree"
     rows = [{"prompt": prompt, "response": text, "helpfulness": at, **HELPSTEER} for at, text in enumerate("ab")]
@@ -264,7 +270,7 @@ def test_a_score_for_one_answer_only_is_counted(tmp_path):
     assert (found, drops) == ([], {"a label for one side only for s": 1})
 
 
-@pytest.mark.parametrize("score", ["nan", "N/A", float("inf"), True, "1e999"])
+@pytest.mark.parametrize("score", ["nan", "N/A", float("inf"), [1], "1e999"])
 def test_a_score_that_is_no_number_is_no_label(tmp_path, score):
     rows = [{"prompt": "q", "response": text, "s": score} for text in "ab"]
     found, drops = read(tmp_path, rows, scores={"s": "s"})

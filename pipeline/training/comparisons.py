@@ -327,14 +327,14 @@ def _read_text(value: Any, column: str) -> str:
 
 
 def _read_scores(values: Mapping[str, Any], layout: Layout, place: str) -> dict[str, float]:
-    """The scores by objective, higher better; those that are no finite number are left out."""
+    """The scores by objective, higher better, true above false; those that are no finite number are left out."""
     scores = {}
     for name, path in layout.scores.items():
         parts, sign = path_of(path)
         value: Any = values
         for part in parts:
             value = value.get(part) if isinstance(value, Mapping) else None
-        if (number := _number(value)) is not None:
+        if (number := float(value) if isinstance(value, bool) else _number(value)) is not None:
             scores[name] = sign * number
     return scores
 
