@@ -21,7 +21,7 @@ from pipeline.config.files import parse_config
 from pipeline.config.sections import Config
 from pipeline.config.variants import lay_out
 from pipeline.monitoring import reasons
-from pipeline.protocol.specs import GameSpec, HostSpec
+from pipeline.protocol.specs import Drafts, GameSpec, HostSpec
 from pipeline.records import Record, Row
 from pipeline.runtime.assembly import Assembly
 from pipeline.runtime.topology import build_topology
@@ -64,7 +64,7 @@ def make_config(
             "base": "table",
             "principals": principals,
             "decoding": {"max_new_tokens": NUM_TOKENS, "candidates": 4, "agent_temperature": 0.5}
-            | ({"draft": ["model", "lookup"], "draft_model": "small-table"} if has_drafts else {}),
+            | ({"draft": ["model", "lookup"], "draft_model": "small-table"} if has_drafts else {"draft": "off"}),
             "cluster": {
                 "transport": transport,
                 "slots": slots,
@@ -136,7 +136,7 @@ def _assemble(config: Config) -> Assembly:
             True,
             Path("nowhere"),
             games=games if len(topology.hosts) == 1 else None,
-            drafts=config.decoding.draft != "off",
+            drafts=Drafts.NOWHERE if config.decoding.draft == "off" else Drafts.ANYWHERE,
         )
         for each in topology.hosts
     )
