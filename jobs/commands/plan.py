@@ -309,7 +309,8 @@ def _drafts(replica: ReplicaPlan, hosts: Sequence[PlannedHost]) -> list[str]:
     names = {plan.name for plan in replica.topology.hosts}
     if not decoding.asks_for_drafts and any(each.device_type == "cuda" for each in hosts if each.plan.name in names):
         return ["drafts    none: auto has them on CPUs; name sources to have them on GPUs"] if is_set else []
-    sources: list[str] = [*replica.config.draft_sources]
+    absent = {"response": not replica.config.has_existing, "siblings": not replica.config.has_siblings}
+    sources: list[str] = [each for each in replica.config.draft_sources if not absent.get(each, False)]
     if replica.draft is not None:
         sources[sources.index("model")] = f"model ({_of_model(replica.draft)})"
     after = " after its reasoning" if replica.reasoning is not None else ""

@@ -459,6 +459,16 @@ class Config(Section):
         )
 
     @property
+    def has_existing(self) -> bool:
+        """Whether rows come with answers."""
+        return self.input.response is not None or self.input.last_assistant is not None
+
+    @property
+    def has_siblings(self) -> bool:
+        """Whether a prompt has several answers."""
+        return self.decoding.n > 1 or not self.grid.is_empty
+
+    @property
     def draft_sources(self) -> tuple[DraftSource, ...]:
         """Where proposed tokens come from; empty where none are proposed."""
         draft = self.decoding.draft
@@ -472,8 +482,8 @@ class Config(Section):
         check_draft(
             self.decoding.draft,
             self.undrafted,
-            has_existing=self.input.response is not None or self.input.last_assistant is not None,
-            has_siblings=self.decoding.n > 1 or not self.grid.is_empty,
+            has_existing=self.has_existing,
+            has_siblings=self.has_siblings,
             has_model=self.decoding.draft_model is not None,
         )
         return self
