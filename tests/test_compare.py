@@ -256,7 +256,7 @@ def test_every_answer_is_written_with_its_prompt_and_scores(tmp_path):
     done = cage("compare", *paths, "-c", str(judges), f"--output={output}")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(row["system"], row["row_id"], row["scores"]["words"]) for row in rows] == [
+    assert [(row["answered_by"], row["row_id"], row["scores"]["words"]) for row in rows] == [
         ("a.jsonl", "p0", 1.0), ("a.jsonl", "p1", 2.0), ("b.jsonl", "p0", 4.0), ("b.jsonl", "p1", 0.0),
     ]  # fmt: skip
     assert all(row["prompt"] == [{"role": "user", "content": "hello"}] for row in rows)

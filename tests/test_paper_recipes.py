@@ -68,7 +68,7 @@ class StandIns:
         ]
         scored = [  # as cage compare writes them
             {
-                "system": f"{each}.jsonl", "row_id": str(at), "sample": 0, "response": "ab" * each,
+                "answered_by": f"{each}.jsonl", "row_id": str(at), "sample": 0, "response": "ab" * each,
                 "prompt": [{"role": "user", "content": prompt}],
                 "scores": {"helpfulness": each, "harmlessness": -each, "humorous": each * at % 3},
             }

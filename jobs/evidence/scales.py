@@ -222,7 +222,6 @@ TRAINED = replace(
         Evaluation("trained_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
         Evaluation("trained_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
         Evaluation("small_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
-        Evaluation("aware_tone", (*TWO_RULES, "parm"), THREE, 200, agent_temperatures=OF_TRAINED),
     ),
     dtype="bfloat16",
 )

@@ -115,7 +115,7 @@ def scored_answers(systems: Sequence[System], scored: Scored) -> Iterator[Json]:
                 continue
             key = at, place[answer.row_id], answer.sample
             yield {
-                "system": system.name,
+                "answered_by": system.name,
                 "row_id": answer.row_id,
                 "sample": answer.sample,
                 "prompt": list(prompts.get(answer.row_id, ())),

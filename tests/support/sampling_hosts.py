@@ -41,8 +41,8 @@ def config_of_lone_host(
     base: Path, principals: Mapping[str, Any] = PAIR, *, slots: int = 4, **decoding: Any
 ) -> Config:
     """A run whose principals all share the base's weights; `decoding` adds to that section."""
-    options = {"max_new_tokens": 18, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2, **decoding}
-    return config_of(base, principals, decoding=options, cluster={"slots": slots})
+    options = {"max_new_tokens": 18, "trace": "tokens", "agent_temperature": 0.2, "temperature": 1.2, "draft": "off"}
+    return config_of(base, principals, decoding=options | decoding, cluster={"slots": slots})
 
 
 @dataclass(frozen=True)
