@@ -24,7 +24,10 @@ ID_NAMES = ("row_id", "id", "prompt_id")
 ANSWER_NAMES = ("response", "answer", "output", "completion", "text")
 # how other systems call the end of an answer
 CUT = (str(FinishReason.LENGTH), str(FinishReason.REASONING), "max_tokens", "max_new_tokens", "max_output_tokens")
-ENDED = (str(FinishReason.STOP), "eos", "eos_token", "end_turn", "stop_sequence", "content_filter", "tool_calls")
+ENDED = (
+    str(FinishReason.STOP), "eos", "eos_token", "end_turn", "stop_sequence", "content_filter", "safety", "recitation",
+    "refusal", "tool_calls", "tool_use", "function_call",
+)  # fmt: skip
 HALF = re.compile("[\ud800-\udfff]")
 COLUMNS = (
     "row_id",
