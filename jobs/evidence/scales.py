@@ -214,13 +214,14 @@ KINDS = replace(
 TRAINED = replace(
     MEDIUM,
     name="trained",
-    duration="about three hours of one core that computes with bfloat16",
+    duration="two hours and a half of one core that computes with bfloat16",
     training=1000,
     pairs={"cheerful": 2, "formal": 1, "simple": 1},
     advise=100,
     evaluations=(
         Evaluation("trained_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
         Evaluation("trained_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("trained_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", OF_ANSWERS),
         Evaluation("small_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
     ),
     dtype="bfloat16",
