@@ -221,8 +221,9 @@ TRAINED = replace(
     evaluations=(
         Evaluation("trained_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
         Evaluation("trained_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_TRAINED),
-        Evaluation("trained_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", OF_ANSWERS),
+        Evaluation("trained_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", (2.0, 8.0, 16.0, 32.0)),
         Evaluation("small_tone", TWO_RULES, EQUAL, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("value_tone", TWO_RULES, EQUAL, 120, agent_temperatures=(0.05, 0.1, 0.2)),
     ),
     dtype="bfloat16",
 )
