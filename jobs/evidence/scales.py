@@ -214,7 +214,7 @@ KINDS = replace(
 TRAINED = replace(
     MEDIUM,
     name="trained",
-    duration="two hours and a half of one core that computes with bfloat16",
+    duration="about three hours of one core that computes with bfloat16",
     training=1000,
     pairs={"cheerful": 2, "formal": 1, "simple": 1},
     advise=100,
