@@ -202,15 +202,6 @@ OTHER = replace(
         Evaluation("aware_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", (1.0, 2.0, 4.0, 8.0)),
     ),
 )
-KINDS = replace(
-    OTHER,
-    name="kinds",
-    duration="an hour and a half of one idle core, as computed: it has not been run to its end",
-    evaluations=(
-        Evaluation("small_tone", TWO_RULES, EQUAL, 100, agent_temperatures=(0.5, 1.0, 2.0)),
-        Evaluation("value_tone", TWO_RULES, EQUAL, 40, agent_temperatures=(0.05, 0.1, 0.2)),
-    ),
-)
 TRAINED = replace(
     MEDIUM,
     name="trained",
@@ -244,4 +235,4 @@ SMALL = Scale(
     games=200,
     starts=4,
 )
-SCALES = {scale.name: scale for scale in (FULL, GPU, TRAINED, MEDIUM, OTHER, KINDS, SMALL)}
+SCALES = {scale.name: scale for scale in (FULL, GPU, TRAINED, MEDIUM, OTHER, SMALL)}

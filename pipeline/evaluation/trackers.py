@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.errors import ConfigurationError
+from pipeline.quoting import one_line
 
 
 class Tracker(StrEnum):
@@ -51,8 +52,9 @@ def log_evaluation(tracker: Tracker, package: ModuleType, metrics: Mapping[str, 
     try:
         _LOGGERS[tracker](package, metrics, name)
     except Exception as error:  # whatever the tracker's code raises
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigurationError(f"{tracker} did not take the results ({type(error).__name__}: {reason})") from error
+        raise ConfigurationError(
+            f"{tracker} did not take the results ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def named_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

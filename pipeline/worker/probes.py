@@ -118,14 +118,15 @@ def tolerance_of(model: Any, probes: Sequence[Sequence[int]], expected: Sequence
         probes: token ids.
         expected: what `plain_logprobs` gave.
     """
-    weight = next(model.parameters())
-    dtype = model.dtype if isinstance(model.dtype, torch.dtype) else weight.dtype
+    dtype = model.dtype
     least = TOLERANCE.get(dtype, 0.5)
+    if dtype.itemsize > 2:
+        return least
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return least
-    if dtype.itemsize > 2 or embeddings is None:
+    if embeddings is None:
         return least
     generator = torch.Generator().manual_seed(0)
 
