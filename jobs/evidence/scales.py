@@ -218,6 +218,17 @@ TRAINED = replace(
     ),
     dtype="bfloat16",
 )
+SECOND = replace(
+    TRAINED,
+    name="second",
+    duration="about four hours of one core that computes with bfloat16",
+    halves=("a", "b"),
+    evaluations=(
+        Evaluation("aware_tone", (*TWO_RULES, "parm"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
+        Evaluation("trained_tone", ("base", "linear", "maximin"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
+    ),
+    games=400,
+)
 SMALL = Scale(
     name="small",
     duration="about an hour on two idle cores",
@@ -235,4 +246,4 @@ SMALL = Scale(
     games=200,
     starts=4,
 )
-SCALES = {scale.name: scale for scale in (FULL, GPU, TRAINED, MEDIUM, OTHER, SMALL)}
+SCALES = {scale.name: scale for scale in (FULL, GPU, SECOND, TRAINED, MEDIUM, OTHER, SMALL)}
