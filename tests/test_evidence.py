@@ -27,7 +27,7 @@ from jobs.evidence.charts import Panel, write_chart
 from jobs.evidence.drawing import draw_answers, draw_questions
 from jobs.evidence.machine import machine
 from jobs.evidence.prompts import questions_more, split, write_prompts
-from jobs.evidence.results import ask, evaluations, facts, prediction, trainings
+from jobs.evidence.results import ask, ask_again, evaluations, facts, prediction, published, trainings
 from jobs.evidence.scales import MEDIUM, SCALES, SMALL, Evaluation
 from jobs.evidence.scored import write_scored
 from jobs.evidence.small_model import write_small_model
@@ -241,6 +241,8 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
         name="tiny",
         training=40,
         pairs={"cheerful": 2, "formal": 1},
+        advise=3,
+        again=("cheerful", "formal"),
         evaluations=(
             Evaluation("trained_tone", ("base", "linear", "equilibrium"), (0.2, 0.8), 3),
             Evaluation("aware_tone", ("base", "parm", "equilibrium"), (0.2, 0.8), 3),
@@ -255,15 +257,20 @@ def test_all_stages_run_on_a_tiny_model_and_are_published(tiny, tmp_path):
             section = {"synthesize": "synthesis", "evaluate": "evaluation"}.get(command)
             words = [f"base.model={tiny()}", "base.dtype=float32"]
             words += [f"{section}.judges.{name}={judge}" for name, judge in judges.items() if section]
-            words += ["decoding.max_new_tokens=8"] if section else []
+            words += ["decoding.max_new_tokens=8"] if command != "train" else []
             stage = replace(stage, command=partial(in_process, *stage.command, *words))
         marks.run(stage)
         assert marks.is_done(stage)
     trained = list(trainings(scale, tmp_path))
     assert [(each["principal"], each["objective"]) for each in trained] == [
         ("aware_tone", "cheerful"), ("aware_tone", "formal"), ("cheerful", "cheerful"), ("formal", "formal"),
-        ("value_tone", "cheerful"), ("value_tone", "formal"),
+        ("value_tone", "cheerful"), ("value_tone", "formal"), ("cheerful", "cheerful"), ("formal", "formal"),
     ]  # fmt: skip
+    assert [each["half"] for each in trained] == ["a"] * 6 + ["a-again"] * 2
+    told_again = ask_again(scale, RecordedGames.load(tmp_path / "games-again.npz"))
+    assert [each["principal"] for each in told_again["rewards_again"]] == ["cheerful", "formal"]
+    assert all(each["noise"] > 0 for each in told_again["rewards_again"]), "two seeds are two principals"
+    assert {each["weight"] for each in told_again["equal_kl_again"]} == {0.2, 0.5, 0.8}
     judged = list(evaluations(scale, tmp_path))
     assert [(each["set"], each["unit"], each["at"], each["prompts"]) for each in judged] == [
         ("trained_tone", "token", "kl", 3), ("aware_tone", "token", "kl", 3),
@@ -299,6 +306,41 @@ def test_three_of_many_weight_vectors_are_drawn(tmp_path):
     assert [each for each in titles if each and each.startswith("cheerful ")] == [
         "cheerful 0.2, formal 0.8", "cheerful 0.5, formal 0.5", "cheerful 0.8, formal 0.2",
     ]  # fmt: skip
+
+
+def test_what_recorded_rewards_say_is_held_against_judges():
+    """One evaluation on curves over KL, read at 0.5 nats, and one whose rows had that target."""
+    asked = {
+        "equal_kl": [
+            {"pair": ["cheerful", "formal"], "weight": 0.2, "target_kl": target, "rule": rule, "share": share}
+            for target in (0.1, 0.5)
+            for rule, share in (("linear", 1.0), ("equilibrium", target), ("soft_threshold 1", 2 * target))
+        ]
+    }
+    weights = {"cheerful": 0.2, "formal": 0.8}
+    curves = [
+        {"rule": rule, "weights": weights, "kl_per_token": kl, "weighted": slope * kl}
+        for rule, slope in (("linear", 0.5), ("equilibrium", 1.0))
+        for kl in (0.2, 0.4, 0.8)
+    ]
+    points = [
+        {"rule": rule, "weights": weights, "weighted": score}
+        for rule, score in (("linear", 0.9), ("equilibrium", 0.1), ("soft_threshold", 0.2), ("base", 0.0))
+    ]
+    kinds = {"set": "trained_tone", "unit": "token"}
+    judged = [{**kinds, "at": "temperature", "equal_kl": curves}, {**kinds, "at": "kl", "points": points}]
+    swept, fixed = prediction(MEDIUM, asked, [*judged, {**kinds, "unit": "answer", "at": "kl"}])
+    assert swept["judged"] == {"linear": pytest.approx(0.25), "equilibrium": pytest.approx(0.5)}
+    assert (swept["expected"], swept["rank_correlation"]) == ({"linear": 1.0, "equilibrium": 0.5}, -1.0)
+    assert fixed["judged"] == {"linear": 0.9, "equilibrium": 0.1, "soft_threshold": 0.2}
+    assert fixed["rank_correlation"] == pytest.approx(0.866, abs=1e-3), "soft_threshold 1 was expected with the sum"
+
+
+def test_evaluations_of_other_scales_are_read_from_what_was_published(tmp_path):
+    for name in ("trained", "gpu"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"evaluations": [{"set": name}]}))
+    assert [each["set"] for each in published(SCALES["second"], tmp_path)] == ["trained", "gpu"]
+    assert list(published(SMALL, tmp_path)) == []
 
 
 def test_the_judges_count_what_they_say():

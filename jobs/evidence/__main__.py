@@ -59,18 +59,20 @@ def _run(name: str, only: tuple[str, ...], output: Path, *, list_stages: bool) -
 
 def _publish(name: str, folder: Path, output: Path) -> None:
     from jobs.evidence.drawing import draw_answers, draw_questions
-    from jobs.evidence.results import ask, evaluations, facts, prediction, trainings
+    from jobs.evidence.results import ask, ask_again, evaluations, facts, prediction, published, trainings
     from pipeline.advice.recording import RecordedGames
 
     scale = SCALES[name]
     asked = ask(scale, RecordedGames.load(folder / "games.npz"), folder / "answers") if scale.has_views else {}
+    again = ask_again(scale, RecordedGames.load(folder / "games-again.npz")) if scale.again else {}
     judged = list(evaluations(scale, folder))
     found = {
         **facts(scale, folder),
         "trainings": list(trainings(scale, folder)),
         **asked,
+        **again,
         "evaluations": judged,
-        "prediction": list(prediction(scale, asked, judged)),
+        "prediction": list(prediction(scale, asked, [*judged, *published(scale, PUBLISHED)])),
     }
     output.mkdir(parents=True, exist_ok=True)
     place = output / f"{name}.json"

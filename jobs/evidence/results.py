@@ -12,12 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from jobs.evidence import questions
 from jobs.evidence.machine import machine
 from jobs.evidence.scales import Scale
-from jobs.evidence.stages import PAIRS, SEED, Marks, stages
+from jobs.evidence.stages import AGAIN, PAIRS, SEED, Marks, stages
 from pipeline.advice.recording import RecordedGames
 from pipeline.evaluation.metrics import spearman
 
@@ -86,7 +87,7 @@ def parts(scale: Scale, games: RecordedGames) -> Iterator[tuple[str, str, Callab
 
 def trainings(scale: Scale, folder: Path) -> Iterator[Json]:
     """How many held-out pairs every trained principal orders right, by objective."""
-    for half in scale.halves:
+    for half in (*scale.halves, *([scale.halves[0] + AGAIN] if scale.again else [])):
         for file in sorted((folder / f"principals-{half}").glob("*/*/training.json")):
             facts = json.loads(file.read_text(encoding="utf-8"))
             for objective, held_out in facts["held_out"].items():
@@ -126,33 +127,52 @@ def evaluations(scale: Scale, folder: Path) -> Iterator[Json]:
             }
 
 
+def ask_again(scale: Scale, games: RecordedGames) -> Json:
+    """Rewards of principals that were trained twice: how noisy they are, and what rules gain by the second training."""
+    more = questions.sample(games, 2 * scale.games)
+    pairs = [pair for pair in PAIRS.values() if set(pair) <= set(scale.again)]
+    return {
+        "rewards_again": list(questions.rewards(games)),
+        "equal_kl_again": list(questions.equal_kl(more, pairs, TARGETS)),
+    }
+
+
+def published(scale: Scale, place: Path) -> Iterator[Json]:
+    """The evaluations of other scales that have the same principals, from their files in `place`."""
+    for name in scale.others:
+        yield from json.loads((place / f"{name}.json").read_text(encoding="utf-8"))["evaluations"]
+
+
 def prediction(scale: Scale, asked: Json, judged: Sequence[Json]) -> Iterator[Json]:
     """Whether gains on recorded rewards say which rule judges prefer on held-out prompts, at equal KL.
 
     `soft_threshold` was judged at k = 1, so the other k are left out.
+
+    Args:
+        scale: which principals there are.
+        asked: answers of `ask`; without gains at equal KL there is nothing to check.
+        judged: evaluations of these principals, of this scale or of another one.
     """
     for evaluation in judged:
         pair = pairs_of_principals(scale).get(evaluation["set"])
-        if evaluation["at"] != "kl" or evaluation["unit"] != "token" or pair is None or "equal_kl" not in asked:
+        if evaluation["unit"] != "token" or pair is None or "equal_kl" not in asked:
             continue
         one, other = pair
+        name = PAIRS[evaluation["set"].partition("_")[2]][0]
+        scores = (_at_target if evaluation["at"] == "kl" else _on_curves)(evaluation, name)
         for weight in sorted({each["weight"] for each in asked["equal_kl"]}):
             expected = {
                 each["rule"].removesuffix(" 1"): each["share"]
                 for each in asked["equal_kl"]
                 if each["pair"] == [one, other] and each["weight"] == weight and each["target_kl"] == FAR
             }
-            name = PAIRS[evaluation["set"].partition("_")[2]][0]
-            found = {
-                point["rule"]: point["weighted"]
-                for point in evaluation["points"]
-                if abs(point["weights"].get(name, -1.0) - weight) < 1e-9 and point["rule"] in expected
-            }
+            found = {rule: score for (rule, place), score in scores.items() if place == weight and rule in expected}
             if len(found) < 2:
                 continue
             rules = list(found)
             yield {
                 "set": evaluation["set"],
+                "at": evaluation["at"],
                 "weight": weight,
                 "rank_correlation": spearman(
                     *(torch.tensor([side[rule] for rule in rules]).double().numpy() for side in (expected, found))
@@ -160,6 +180,24 @@ def prediction(scale: Scale, asked: Json, judged: Sequence[Json]) -> Iterator[Js
                 "expected": {rule: expected[rule] for rule in rules},
                 "judged": found,
             }
+
+
+def _at_target(evaluation: Json, name: str) -> dict[tuple[str, float], float]:
+    """Weighted scores by rule and weight of the named principal, of rows that had a target of KL."""
+    return {
+        (point["rule"], round(point["weights"][name], 6)): point["weighted"]
+        for point in evaluation["points"]
+        if name in point["weights"]
+    }
+
+
+def _on_curves(evaluation: Json, name: str) -> dict[tuple[str, float], float]:
+    """The same on curves over KL, where they are `FAR` from the base, or at their ends if all end before."""
+    curves: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    for level in evaluation["equal_kl"]:
+        curve = curves.setdefault((level["rule"], round(level["weights"][name], 6)), [])
+        curve.append((level["kl_per_token"], level["weighted"]))
+    return {key: float(np.interp(FAR, *zip(*sorted(curve), strict=True))) for key, curve in curves.items()}
 
 
 def facts(scale: Scale, folder: Path) -> Json:

@@ -74,6 +74,10 @@ class Scale:
         games: most recorded games on which what-if questions are asked; twice as many for the gains at equal KL.
         starts: of Jacobi in each game, to look for other equilibria.
         dtype: of the models that answer held-out prompts.
+        again: objectives whose principals of the first half are trained a second time, from another seed: what two
+            trainings on the same pairs do not share.
+        others: scales whose published evaluations are of the same principals; what recorded rewards say is checked
+            on them, too.
     """
 
     name: str
@@ -92,6 +96,8 @@ class Scale:
     games: int
     starts: int
     dtype: str = "float32"
+    again: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -228,6 +234,8 @@ SECOND = replace(
         Evaluation("trained_tone", ("base", "linear", "maximin"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
     ),
     games=400,
+    again=("cheerful", "formal", "simple"),
+    others=("trained", "gpu"),
 )
 SMALL = Scale(
     name="small",

@@ -31,6 +31,7 @@ BASE = "smollm2-135m"
 PAIRS = {"tone": ("cheerful", "formal"), "words": ("simple", "formal")}
 SCORED = ("aware", "value", "small")  # kinds of principals that are trained on scores of several objectives at once
 SEED = 0
+AGAIN = "-again"  # what the folder of principals from another seed ends with
 
 
 class StageFailed(CageError):
@@ -136,6 +137,8 @@ def stages(scale: Scale, folder: Path) -> Iterator[Stage]:
             *(f"principals.{each}={_trained(folder, each, 'a')}" for each in scale.objectives),
             *(f"advise.views.{each}={_trained(folder, each, 'b')}" for each in scale.objectives),
         )
+    if scale.again:
+        yield from _trained_again(scale, folder)
     scored = [each for each in scale.evaluations if each.kind in SCORED]
     for pair in dict.fromkeys(each.pair for each in scored):
         yield _scores(scale, folder, pair)
@@ -172,6 +175,36 @@ def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
         place = f"output.path={folder}/principals-{half}/{objective}"
         words = (f"input.path={run}", place, f"training.epochs={scale.epochs}")
         yield _command(f"train-{half}-{objective}", "train", "train", *words, f"base.dtype={scale.training_dtype}")
+
+
+def _trained_again(scale: Scale, folder: Path) -> Iterator[Stage]:
+    """Principals of the first half from another seed, and the token rewards of both trainings."""
+    half = scale.halves[0]
+    for objective in scale.again:
+        yield _command(
+            f"again-{half}-{objective}",
+            "train",
+            "train",
+            f"input.path={folder}/pairs-{half}-{objective}",
+            f"output.path={folder}/principals-{half}{AGAIN}/{objective}",
+            f"training.epochs={scale.epochs}",
+            f"base.dtype={scale.training_dtype}",
+            f"training.seed={SEED + 1}",
+        )
+    first, again = (
+        ", ".join(f"{each}: {_trained(folder, each, of)}" for each in scale.again) for of in (half, half + AGAIN)
+    )
+    yield _command(
+        "rewards-again",
+        "advise",
+        "rewards",
+        f"--games={folder}/games-again.npz",
+        f"input.path={folder}/prompts/advise.jsonl",
+        f"output.path={folder}/rewards-again",
+        f"advise.prompts={scale.advise}",
+        f"principals={{{first}}}",
+        f"advise.views={{{again}}}",
+    )
 
 
 def _answers(scale: Scale, folder: Path, half: str) -> Path:
