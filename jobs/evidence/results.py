@@ -128,7 +128,7 @@ def evaluations(scale: Scale, folder: Path) -> Iterator[Json]:
 
 
 def ask_again(scale: Scale, games: RecordedGames) -> Json:
-    """Rewards of principals that were trained twice: how noisy they are, and what rules gain by the second training."""
+    """How noisy the rewards of principals that were trained twice are, and what rules gain by the second training."""
     more = questions.sample(games, 2 * scale.games)
     pairs = [pair for pair in PAIRS.values() if set(pair) <= set(scale.again)]
     return {
