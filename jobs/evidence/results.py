@@ -197,7 +197,11 @@ def _on_curves(evaluation: Json, name: str) -> dict[tuple[str, float], float]:
     for level in evaluation["equal_kl"]:
         curve = curves.setdefault((level["rule"], round(level["weights"][name], 6)), [])
         curve.append((level["kl_per_token"], level["weighted"]))
-    return {key: float(np.interp(FAR, *zip(*sorted(curve), strict=True))) for key, curve in curves.items()}
+    found = {}
+    for key, curve in curves.items():
+        distances, scores = np.array(sorted(curve)).T
+        found[key] = float(np.interp(FAR, distances, scores))
+    return found
 
 
 def facts(scale: Scale, folder: Path) -> Json:
