@@ -237,6 +237,19 @@ def test_control_by_hand():
     assert len(control) == 4
     assert all(row["spearman"] == 1 and row["is_monotone"] for row in control.values())
     assert control["equilibrium", "a"]["sparsity"] == pytest.approx(0.75**2)
+    # the second principal alone has all weight at one point; its objective falls from 1 to 1/4, and the sum's from 1 to 0
+    assert [control[rule, "b"]["regret"] for rule in ("equilibrium", "linear")] == pytest.approx([0.75, 1.0])
+    assert control["equilibrium", "a"]["regret"] is control["equilibrium", "a"]["regret_interval"] is None
+    low, high = control["equilibrium", "b"]["regret_interval"]
+    assert low <= 0.75 <= high
+
+
+def test_regret_is_told_for_each_principal():
+    vectors = [{"a": 1.0, "b": 0.0}, {"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0}]
+    variants = [Variant(LINEAR, 0.1, vector) for vector in vectors]
+    samples = resampled(variants, {"a": [[4, 4], [3, 3], [0, 0]], "b": [[0, 0], [2, 2], [8, 8]]}, np.ones((3, 2)))
+    assert {row["objective"]: row["regret"] for row in summary.control(samples)} == {"a": 0.25, "b": 0.75}
+    assert summary.by_rule(samples, {})["linear"]["regret"] == pytest.approx(0.5)
 
 
 def test_a_lead_on_every_prompt_is_clear_however_much_prompts_differ():

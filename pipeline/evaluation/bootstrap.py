@@ -139,16 +139,22 @@ class BootstrapSamples:
         normal_SVM = self.normalised(self.means_SVM[:, list(variants)])
         return np.array([hypervolume(points_VM, np.zeros(points_VM.shape[1])) for points_VM in normal_SVM])
 
-    def regrets(self, variants: Iterable[int]) -> Floats:
+    def regrets(self, variants: Iterable[int], objective: int | None = None) -> Floats:
         """How much of its normalised objective a principal loses by sharing, [S]: less is better.
 
         By principal its objective where it has all weight, under the same method and agent temperature, less that
-        where it has some of it; the mean over all such points and principals. NaN without points of one principal.
+        where it has some of it; the mean over all such points. NaN without points of one principal.
+
+        Args:
+            variants: whose points are compared.
+            objective: of the one principal that is asked about; None: the mean over all of them.
         """
         data, lost = self.data, []
         chosen = list(variants)
         for at in chosen:
             for index in map(int, np.flatnonzero((self.weights_VM[at] > 0) & (self.weights_VM[at] < 1))):
+                if objective not in (None, index):
+                    continue
                 alone = next((each for each in chosen if self._is_alone(each, at, index)), None)
                 if alone is not None and data.variants[at].rule.uses_principals:
                     lead_SM = self.normalised(self.means_SVM[:, alone]) - self.normalised(self.means_SVM[:, at])

@@ -175,7 +175,7 @@ def _difference(
 
 
 def control(samples: BootstrapSamples) -> list[Json]:
-    """Whether raising a principal's weight raises its objective, by method and agent temperature."""
+    """By method, agent temperature and principal: whether raising its weight raises its objective, and its regret."""
     data, found = samples.data, []
     for method in data.methods:
         if not data.rule_of(method).uses_principals:
@@ -185,6 +185,7 @@ def control(samples: BootstrapSamples) -> list[Json]:
             gaps_M = gaps(samples.normalised(samples.means_SVM[0, variants])) if variants else None
             for index, name in enumerate(samples.objectives):
                 weights, values = samples.weights_VM[variants, index], samples.means_SVM[0, variants, index]
+                regret = {"regret": samples.regrets(variants, index)}
                 found.append(
                     {
                         "rule": method,
@@ -195,6 +196,7 @@ def control(samples: BootstrapSamples) -> list[Json]:
                         "is_monotone": is_monotone(weights, values),
                         "monotone_share": number(monotone_share(weights, values)),
                         "sparsity": None if gaps_M is None else number(gaps_M[index]),
+                        **_with_intervals(samples, regret),
                     }
                 )
     return found
