@@ -237,7 +237,7 @@ def test_control_by_hand():
     assert len(control) == 4
     assert all(row["spearman"] == 1 and row["is_monotone"] for row in control.values())
     assert control["equilibrium", "a"]["sparsity"] == pytest.approx(0.75**2)
-    # the second principal alone has all weight at one point; its objective falls from 1 to 1/4, and the sum's from 1 to 0
+    # only the second principal has all weight at a point: it falls from 1 to 1/4, by the sum from 1 to 0
     assert [control[rule, "b"]["regret"] for rule in ("equilibrium", "linear")] == pytest.approx([0.75, 1.0])
     assert control["equilibrium", "a"]["regret"] is control["equilibrium", "a"]["regret_interval"] is None
     low, high = control["equilibrium", "b"]["regret_interval"]

@@ -52,7 +52,7 @@ MEANINGS = {
     "objective less 1. It suits scores of reward models, whose unit is about 1.",
     "unit_hypervolume": "that of the objectives normalised from 0 to 1, above 0, as in the same evaluation.",
     "regret": "how much of its normalised objective a principal loses by sharing: where it has all weight, less "
-    "where it has some; the mean over points, and over principals where they have no rows of their own. Less is better.",
+    "where it has some; the mean over points, and in the table of rules over principals. Less is better.",
     "spread": "the diagonal of the box around the normalised front, as a share of that of all objectives' ranges.",
     "inverted_generational_distance": "the mean distance from the front of everything compared to the nearest of the "
     "rule's points, normalised. 0: the rule has that front.",
