@@ -25,7 +25,7 @@ help:
 	@echo "make lock    make requirements.lock anew after a change of constraints.txt or pyproject.toml"
 	@echo "make soak    a run over Ray for an hour, killed every minute; its memory is recorded"
 	@echo "make kernels install Triton (a gigabyte), whose interpreter runs the GPU's kernel on a CPU; for its tests"
-	@echo "make evidence measure docs/evidence.md again, stage by stage; SCALE=small, medium, trained, other and gpu are parts of it"
+	@echo "make evidence measure docs/evidence.md again, stage by stage; SCALE=small, medium, trained, second, other and gpu are parts of it"
 	@echo "make browser install Chromium where there is none, on Debian as root; for the tests of the report"
 
 $(READY): pyproject.toml constraints.txt
