@@ -165,12 +165,14 @@ FULL = Scale(
     slots=256,
     games=2000,
     starts=20,
+    again=("cheerful", "formal", "simple"),
 )
 GPU = replace(
     FULL,
     name="gpu",
     duration="about three and a half minutes of a GPU, for which both evaluations ran side by side",
     halves=(),
+    again=(),
     evaluations=(
         Evaluation("prompted_tone", QUICK_RULES, ELEVEN, 200, agent_temperatures=OF_PROMPTED),
         Evaluation("prompted_words", TWO_RULES, ELEVEN, 200, agent_temperatures=OF_PROMPTED),
