@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from support import tiny_models
 from support.heads import random, with_head
 from support.storage import write_jsonl
 from support.training import run_training
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from pipeline.config.files import parse_as
 from pipeline.evaluation.config import EvaluateConfig
@@ -32,7 +34,7 @@ def tree_of(file: Path) -> dict[str, Any]:
 
 
 class StandIns:
-    """Tiny models and data in the place of a recipe's: causal LMs, safe-rlhf's scores, sequence classifiers."""
+    """Tiny models and data in the place of a recipe's: causal LMs, safe-rlhf's scores, classifiers, an encoder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,7 +43,6 @@ class StandIns:
         model = tiny_models.make_model(folder / "base", tokenizer=tokenizer)
         small = tiny_models.make_model(folder / "small", seed=3, tokenizer=tokenizer)
         classifier = tiny_models.make_reward_model(folder / "classifier", "gpt2", tokenizer=tokenizer)
-        two = tiny_models.make_reward_model(folder / "two", num_labels=2, seed=2, tokenizer=tokenizer)
         self.models = {
             "PKU-Alignment/alpaca-7b-reproduced": model,
             "meta-llama/Llama-2-7b-chat-hf": model,
@@ -51,7 +52,7 @@ class StandIns:
             "PKU-Alignment/beaver-7b-v1.0-cost": self._score(model, "cost", 2),
             "Ray2333/gpt2-large-helpful-reward_model": classifier,
             "Ray2333/gpt2-large-harmless-reward_model": classifier,
-            "mohameddhiab/humor-no-humor": two,
+            "mohameddhiab/humor-no-humor": self._encoder(),
         }
         prompts = [f"question {at}" for at in range(20)]
         pairs = [
@@ -82,6 +83,17 @@ class StandIns:
             "data/hh-scored.jsonl": write_jsonl(folder / "scored.jsonl", scored),
             "Anthropic/hh-rlhf": write_jsonl(folder / "hh.jsonl", talk),
         }
+
+    def _encoder(self) -> Path:
+        """A classifier that reads both ways, from the token that its tokenizer begins every text with."""
+        tokenizer = tiny_models.make_tokenizer(chat_template=None)
+        tokenizer.cls_token, tokenizer.sep_token = "<|system|>", "<|endoftext|>"
+        torch.manual_seed(2)
+        sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": len(tokenizer)}
+        config = DistilBertConfig(**sizes, id2label={0: "NO_HUMOR", 1: "HUMOR"}, label2id={"NO_HUMOR": 0, "HUMOR": 1})
+        DistilBertForSequenceClassification(config).save_pretrained(self.folder / "encoder")
+        tokenizer.save_pretrained(self.folder / "encoder")
+        return self.folder / "encoder"
 
     def _score(self, model: Path, kind: str, seed: int) -> Path:
         tensors = {"score_head.weight": random(1, 64, seed=seed), "score_head.bias": random(1, seed=seed)}

@@ -298,9 +298,11 @@ def test_a_line_that_is_not_json_is_counted(tmp_path):
         (["prompt", "a"], {"scores": {"x": "y"}, "response": "a"}, "no column 'y'"),
         (["chosen", "rejected"], {"objectives": "kind"}, "no column 'kind'"),
         (["prompt", "a", "b"], {"responses": ("a", "b")}, "responses need preferred"),
+        (["prompt", "chosen", "rejected"], {"min_margin": 0.5}, "input.min_margin has no effect"),
+        (["prompt", "a", "b", "c"], {"responses": ("a", "b"), "preferred": {"x": "c"}, "max_pairs": 1}, "no effect"),
     ],
 )
-def test_missing_columns_are_named(tmp_path, columns, options, message):
+def test_missing_columns_and_settings_without_effect_are_named(tmp_path, columns, options, message):
     with pytest.raises(ConfigurationError, match=message):
         read(tmp_path, [dict.fromkeys(columns, "x")], **options)
 
@@ -355,6 +357,16 @@ def test_prompts_are_held_out_whole_and_the_same_ones_every_time(tmp_path):
     assert first == second
     other = config.model_copy(update={"training": config.training.model_copy(update={"seed": 1})})
     assert read_data(open_preferences(other.input), other, encode).held_out != first.held_out
+
+
+def test_a_prompt_with_blanks_around_it_is_on_the_side_of_the_one_without(tmp_path):
+    rows = rows_of(20, each=1)
+    rows += [{**row, "prompt": f" {row['prompt']}\n", "rejected": "worse"} for row in rows]
+    config = train_config(written(tmp_path, rows), validation=0.3)
+    data = read_data(open_preferences(config.input), config, encode)
+    sides = [{pair.comparison.prompt[0]["content"].strip() for pair in part} for part in (data.train, data.held_out)]
+    assert [len(side) for side in sides] == [14, 6]
+    assert not sides[0] & sides[1]
 
 
 def test_what_the_model_cannot_read_or_hold_is_counted(tmp_path):

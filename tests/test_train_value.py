@@ -14,6 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigurationError, Interrupted, RunMismatch
 from pipeline.runtime.assembly import assemble
+from pipeline.training.comparisons import Answer, Comparison
+from pipeline.training.data import EncodedPair
+from pipeline.training.fit import Task, make_arguments
+from pipeline.training.folders import TrainingFolder
+from pipeline.training.settings import TrainingConfig
 from pipeline.training.value import values_of
 
 pytestmark = pytest.mark.slow
@@ -83,6 +88,21 @@ def test_an_interrupted_training_goes_on_to_the_same_head(trained, tmp_path):
     assert "goes on from" in out.getvalue()
     for name in ("adapter_model.safetensors", "value_head.safetensors"):
         assert (tmp_path / "out" / "worth" / name).read_bytes() == (folder / "out" / "worth" / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_learning_rate_rises_over_its_share_of_the_steps(tmp_path):
+    """A step is one of answers, of which there are twice as many as pairs here."""
+    answers = [(Answer("a", {"worth": 3.0}), Answer("b", {"worth": -1.0}))] * 40
+    pairs = [
+        EncodedPair(Comparison("", "", (), both, {"worth": 0}), [at], ([1], [2])) for at, both in enumerate(answers)
+    ]
+    backbone = SimpleNamespace(spec=SimpleNamespace(dtype="float32"), device=torch.device("cpu"))
+    folder = TrainingFolder.at(str(tmp_path / "out"))
+    training = TrainingConfig(loss="value", epochs=2, batch_size=8, warmup=0.25)
+    arguments = make_arguments(Task("worth", backbone, training, pairs, (), folder, ("worth",)))
+    assert arguments.warmup_steps == 5  # of 20
+    assert arguments.save_steps == 2
 
 
 def test_a_judge_gives_returns_where_the_data_have_none(tiny, tmp_path):

@@ -211,7 +211,8 @@ def _held_out_prompts(pairs: Sequence[EncodedPair], found: Preferences, config: 
 
 
 def _key(prompt: Sequence[Message]) -> str:
-    return json.dumps(prompt, sort_keys=True)
+    """Equal for prompts that are the same to a model: templates often drop blanks around a message."""
+    return json.dumps([{**each, "content": str(each["content"]).strip()} for each in prompt], sort_keys=True)
 
 
 def _notes(comparisons: Sequence[Comparison], found: Preferences) -> Iterable[str]:

@@ -35,7 +35,7 @@ from pipeline.training.preference import (
 from pipeline.training.progress import ProgressCallback, newest_checkpoint
 from pipeline.training.settings import Loss, TrainingConfig
 from pipeline.training.trainers import ArmTrainer, PolicyTrainer, as_dataset, make_collator
-from pipeline.training.value import make_value_trainer, measure_values, save_value_head
+from pipeline.training.value import make_value_trainer, measure_values, save_value_head, scored_answers
 from pipeline.worker.devices import pick_dtype
 
 NUM_LOGS = 50
@@ -172,7 +172,8 @@ def make_arguments(task: Task) -> DPOConfig:
     if arguments.n_gpu > 1:  # one process uses one; `accelerate launch` starts a process for each
         arguments._n_gpu = 1
     per_device, accumulation = split_batch(training.batch_size, training.device_batch_size, arguments.world_size)
-    num_steps = math.ceil(math.ceil(len(task.train) / training.batch_size) * training.epochs)
+    num_rows = len(scored_answers(task.train, task.name) if training.loss is Loss.VALUE else task.train)
+    num_steps = math.ceil(math.ceil(num_rows / training.batch_size) * training.epochs)
     arguments.per_device_train_batch_size = per_device
     arguments.gradient_accumulation_steps = accumulation
     arguments.warmup_steps = round(num_steps * training.warmup)

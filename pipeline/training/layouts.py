@@ -105,7 +105,7 @@ def choose_layout(config: PairsInputConfig, names: Sequence[str]) -> Layout:
         names: the columns that are there.
 
     Raises:
-        ConfigurationError: a column is missing, or nothing says which answer is better.
+        ConfigurationError: a column is missing, nothing says which answer is better, or a setting has no effect.
     """
     there = f"columns: {', '.join(map(quote, names)) or 'none'}"
     layout = _named(config, _recognise(config, names, there))
@@ -117,6 +117,12 @@ def choose_layout(config: PairsInputConfig, names: Sequence[str]) -> Layout:
     if layout.shape is Shape.NAMED and not config.preferred:  # older versions of the data lack some labels
         known = {name: column for name, column in layout.preferred.items() if column in names}
         layout = replace(layout, preferred=known)
+    if layout.shape is not Shape.SCORED:
+        for key in ("min_margin", "max_pairs"):
+            if getattr(config, key) != type(config).model_fields[key].default:
+                raise ConfigurationError(
+                    f"input.{key} has no effect: it is for scored answers, and a row of these data is a pair already"
+                )
     layout = replace(layout, system=config.system or (SYSTEM if SYSTEM in names else None))
     if missing := [column for column in layout.columns if column not in names]:
         raise ConfigurationError(f"input: there is no column {', '.join(map(quote, missing))}; {there}")
