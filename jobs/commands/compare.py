@@ -60,6 +60,13 @@ def describe(found: dict[str, Any]) -> str:
     lines += [f"minus {printable(found['baseline'])}:", table(*_differences(found))]
     if left_out := found["num_prompts_left_out"]:
         lines.append(indented(f"{left_out:,} prompts are left out, because some system did not answer them."))
+    if repeated := found["num_prompts_repeated"]:
+        lines.append(
+            indented(
+                f"{repeated:,} prompts are equal to another one with another id. Intervals and p values take each "
+                "for a prompt of its own, and are too small: give answers to one prompt one id and a field sample."
+            )
+        )
     for judge, reasons in found["answers_without_a_score"].items():
         shown = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
         compared = found["num_prompts_by_judge"][judge]

@@ -22,7 +22,7 @@ from pipeline.evaluation.systems import System
 from pipeline.quoting import quote
 from pipeline.records import Message
 
-TIE = 1e-9  # scores that differ by less are equal up to rounding
+TIE = 1e-9  # scores that differ by less, as a share of the judge's largest one, are equal up to rounding
 
 Json = dict[str, Any]
 
@@ -38,6 +38,7 @@ class Scored:
         kl: mean nats per token of each system; None where it is not known.
         cut: share of each system's answers that ended at their limit; None where it is not known.
         num_left_out: prompts that some system has not answered.
+        num_repeated: prompts that are equal to another one, which has another id.
         missing: by judge, how many answers it gave no score, by reason; judges that gave all are left out.
     """
 
@@ -47,6 +48,7 @@ class Scored:
     kl: tuple[float | None, ...]
     cut: tuple[float | None, ...]
     num_left_out: int
+    num_repeated: int = 0
     missing: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
@@ -101,6 +103,7 @@ def score_systems(
         kl=tuple(_mean([answer.kl_per_token for answer in answers]) for answers in kept),
         cut=tuple(_mean([answer.was_cut for answer in answers]) for answers in kept),
         num_left_out=len(every) - len(common),
+        num_repeated=len(prompts) - len({str(_plain(prompt)) for prompt in prompts.values()}),
         missing={name: dict(reasons) for name, reasons in missing.items() if reasons},
     )
 
@@ -155,6 +158,7 @@ def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
         "baseline": scored.names[0],
         "num_prompts": len(scored.row_ids),
         "num_prompts_left_out": scored.num_left_out,
+        "num_prompts_repeated": scored.num_repeated,
         "num_prompts_by_judge": num_prompts,
         "answers_without_a_score": {name: dict(reasons) for name, reasons in scored.missing.items()},
         "bootstrap": bootstrap.model_dump(mode="json"),
@@ -221,15 +225,17 @@ def _difference(
     difference_S = _over_prompts(lead_SP, counts_SP)
     lead_P = lead_SP[0][np.isfinite(lead_SP[0])]
     deviation = float(lead_P.std(ddof=1)) if len(lead_P) > 1 else math.nan
+    known = np.abs(means_SYP[0][np.isfinite(means_SYP[0])])
+    size = float(known.max()) if known.size else 0.0
     return {
         "judge": judge,
         "system": scored.names[at],
         "difference": _number(difference_S[0]),
         "interval": _interval(difference_S, bootstrap, len(lead_P)),
-        "p": t_p_value(float(difference_S[0]), deviation, len(lead_P)),
-        "wins": int((lead_P > TIE).sum()),
-        "ties": int((abs(lead_P) <= TIE).sum()),
-        "losses": int((lead_P < -TIE).sum()),
+        "p": t_p_value(float(difference_S[0]), deviation, len(lead_P), size=size),
+        "wins": int((lead_P > TIE * size).sum()),
+        "ties": int((abs(lead_P) <= TIE * size).sum()),
+        "losses": int((lead_P < -TIE * size).sum()),
         "prompts_for_this_difference": prompts_for(float(difference_S[0]), deviation),
         "smallest_difference_to_find": smallest_difference(deviation, len(lead_P)),
     }
