@@ -107,6 +107,18 @@ def test_prompts_that_are_there_twice_are_counted(tmp_path):
     )
 
 
+def test_texts_that_no_user_would_read_are_counted(tmp_path):
+    texts = ["so", " \n", "<think>hm</think>so", "so<|im_end|>", "a < b | c > d"]
+    rows = [{"id": at, "response": text} for at, text in enumerate(texts)]
+    path = write(tmp_path, "a.jsonl", rows)
+    other = write(tmp_path, "b.jsonl", [{"id": at, "response": "so"} for at in range(5)])
+    empty, marked = found([path, other])["notes"]
+    assert empty.startswith("1 answer of a.jsonl: no text")
+    assert marked.startswith("2 answers of a.jsonl: what looks like a chat template's tokens or reasoning")
+    assert "'<think>'" in marked
+    assert found([other, write(tmp_path, "c.jsonl", rows[:1])])["notes"] == []
+
+
 def test_small_scores_are_compared_as_large_ones(tmp_path):
     counts = np.random.default_rng(0).integers(1, 9, (2, 20)).tolist()
     systems = read_systems([words(tmp_path, "a.jsonl", counts[0]), words(tmp_path, "b.jsonl", counts[1])])

@@ -67,6 +67,7 @@ def describe(found: dict[str, Any]) -> str:
                 "for a prompt of its own, and are too small: give answers to one prompt one id and a field sample."
             )
         )
+    lines += [indented(printable(note)) for note in found["notes"]]
     for judge, reasons in found["answers_without_a_score"].items():
         shown = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
         compared = found["num_prompts_by_judge"][judge]
