@@ -40,7 +40,7 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.notes import notes
 from pipeline.evaluation.pairs import difference_at_equal_length
 from pipeline.evaluation.panel import Panel
-from pipeline.evaluation.reading import reading
+from pipeline.evaluation.reading import decimals, reading
 from pipeline.evaluation.significance import deviation_of, student_p_value, t_p_value, widened
 
 EQ, LINEAR, BASE = RuleName.EQUILIBRIUM, RuleName.LINEAR, RuleName.BASE
@@ -345,6 +345,13 @@ def test_p_values_and_ties_are_the_same_in_any_unit():
     assert monotone_share(weights, np.array([3e-15, 2e-15, 4e-15])) == 0.5
     assert is_monotone(weights, np.array([3e-15, 2e-15, 4e-15])) is False
     assert is_monotone(weights, np.zeros(3)) is True
+
+
+def test_small_differences_are_shown_with_their_digits():
+    row = {"rule": "equilibrium", "against": "linear", "metric": "hypervolume", "difference": 2.5e-6}
+    [said] = reading([{**row, "interval": [1e-6, 4e-6], "p_adjusted": 0.001}], 0.95)
+    assert "better than linear (+0.00000250, +0.00000100 to +0.00000400)" in said
+    assert [decimals(0.5, None), decimals(-0.0123), decimals(-0.0099), decimals(1e-17), decimals()] == [3, 3, 5, 3, 3]
 
 
 def test_one_prompt_makes_no_rule_better():

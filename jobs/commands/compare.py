@@ -15,6 +15,7 @@ from pipeline.evaluation.compare import compare, score_systems, scored_answers
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.panel import resolve_panel
+from pipeline.evaluation.reading import decimals
 from pipeline.evaluation.systems import read_systems
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.sections import Section
@@ -46,11 +47,12 @@ def describe(found: dict[str, Any]) -> str:
     """A table of means, one of differences, and what they are."""
     confidence = f"{found['bootstrap']['confidence']:.0%}"
     judges = list(found["systems"][0]["scores"])
+    digits = {judge: decimals(*(each["scores"][judge]["mean"] for each in found["systems"])) for judge in judges}
     head = ["system", *judges, "KL per token", "cut"]
     means = [
         [
             printable(entry["system"]),
-            *(number(entry["scores"][judge]["mean"]) for judge in judges),
+            *(number(entry["scores"][judge]["mean"], digits[judge]) for judge in judges),
             number(entry["kl_per_token"]),
             "-" if entry["share_cut"] is None else f"{entry['share_cut']:.0%}",
         ]
@@ -92,12 +94,13 @@ def _differences(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["system, judge", "difference", "interval", "p", "won", "tied", "lost", "needs"]
     rows = []
     for each in found["differences"]:
-        low_high = "-" if each["interval"] is None else " to ".join(f"{end:+.3f}" for end in each["interval"])
+        digits = decimals(each["difference"], *(each["interval"] or ()))
+        low_high = "-" if each["interval"] is None else " to ".join(f"{end:+.{digits}f}" for end in each["interval"])
         needs = each["prompts_for_this_difference"]
         rows.append(
             [
                 f"{printable(each['system'])}, {each['judge']}",
-                "-" if each["difference"] is None else f"{each['difference']:+.3f}",
+                "-" if each["difference"] is None else f"{each['difference']:+.{digits}f}",
                 low_high,
                 number(each["p_adjusted"]),
                 str(each["wins"]),
