@@ -209,6 +209,8 @@ def test_a_principal_without_values_is_measured():
         ({"advise": {"rules": ["best_of_n"]}}, "best_of_n cannot be compared"),
         ({"advise": {"rules": ["parm"]}}, "parm cannot be compared"),
         ({"principals": {"kind": {**PRINCIPALS["kind"], "weight": 0}}}, "above 0"),
+        ({"input": {"path": "x.jsonl", "weights": "w"}}, "input.weights has no effect"),
+        ({"grid": {"weights": {"step": 0.5}}}, "grid.weights has no effect"),
         (
             {
                 "principals": {**PRINCIPALS, "kind-view": PRINCIPALS["kind"]},

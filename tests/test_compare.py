@@ -96,6 +96,40 @@ def test_only_prompts_that_all_systems_answered_are_compared(tmp_path):
     assert [entry["scores"]["words"]["mean"] for entry in result["systems"]] == [1.0, 1.0, 5.0]
 
 
+def test_prompts_that_are_there_twice_are_counted(tmp_path):
+    rows = [{"id": at, "prompt": f"prompt {at // 2}", "response": "w"} for at in range(6)]
+    paths = [write(tmp_path, "a.jsonl", rows), write(tmp_path, "b.jsonl", rows)]
+    assert found(paths)["num_prompts_repeated"] == 3
+    done = cage("compare", *paths)
+    assert "3 prompts are equal to another one with another id" in " ".join(done.stdout.split())
+    assert (
+        found([words(tmp_path, "c.jsonl", [1, 2]), words(tmp_path, "d.jsonl", [1, 2])])["num_prompts_repeated"] == 0
+    )
+
+
+def test_texts_that_no_user_would_read_are_counted(tmp_path):
+    texts = ["so", " \n", "<think>hm</think>so", "so<|im_end|>", "a < b | c > d"]
+    rows = [{"id": at, "response": text} for at, text in enumerate(texts)]
+    path = write(tmp_path, "a.jsonl", rows)
+    other = write(tmp_path, "b.jsonl", [{"id": at, "response": "so"} for at in range(5)])
+    empty, marked = found([path, other])["notes"]
+    assert empty.startswith("1 answer of a.jsonl: no text")
+    assert marked.startswith("2 answers of a.jsonl: what looks like a chat template's tokens or reasoning")
+    assert "'<think>'" in marked
+    assert found([other, write(tmp_path, "c.jsonl", rows[:1])])["notes"] == []
+
+
+def test_small_scores_are_compared_as_large_ones(tmp_path):
+    counts = np.random.default_rng(0).integers(1, 9, (2, 20)).tolist()
+    systems = read_systems([words(tmp_path, "a.jsonl", counts[0]), words(tmp_path, "b.jsonl", counts[1])])
+    results = []
+    for scale in (1.0, 1e-15):
+        judge = {"words": PerAnswerJudge(lambda answer: float(len(answer.text.split())), scale)}
+        [row] = compare(score_systems(systems, judge), BootstrapConfig())["differences"]
+        results.append([row[key] for key in ("p", "wins", "ties", "losses")])
+    assert results[0] == pytest.approx(results[1])
+
+
 def test_holm_adjusts_as_published():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([None, 0.5, 0.9]) == [None, 1.0, 1.0]
@@ -164,6 +198,22 @@ def test_answers_are_read_as_other_systems_write_them(tmp_path):
     assert [answer.row_id for answer in system.answers] == ["7", "8"]
     assert [answer.judged.text for answer in system.answers] == ["a b", "c"]
     assert [answer.was_cut for answer in system.answers] == [None, True]
+
+
+def test_prompts_and_answers_in_parts_are_read_as_runs_store_them(tmp_path):
+    """Otherwise a judge that reads prompts would read the list as Python writes it."""
+    asked, said = ([{"type": "text", "text": text}] for text in ("why?", "so"))
+    rows = [
+        {"id": 1, "prompt": [{"role": "user", "content": asked}], "output": [{"role": "assistant", "content": said}]},
+        {"id": 2, "prompt": [{"from": "human", "value": "why?"}], "output": "so"},
+    ]
+    (system,) = read_systems([write(tmp_path, "x.jsonl", rows)])
+    assert [answer.judged.prompt for answer in system.answers] == [({"role": "user", "content": "why?"},)] * 2
+    assert [answer.judged.text for answer in system.answers] == ["so", "so"]
+    for wrong, why in (({"role": "user"}, r"prompt\[0\]\.content must be text"), ({"content": "x"}, "role must be")):
+        path = write(tmp_path, "y.jsonl", [{"id": 1, "prompt": [wrong], "output": "so"}])
+        with pytest.raises(ConfigurationError, match=f"line 1: .*{why}"):
+            read_systems([path])
 
 
 @pytest.mark.parametrize(

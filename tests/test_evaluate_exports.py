@@ -70,7 +70,9 @@ def test_the_csv_has_a_line_per_number_with_its_interval():
     row = found["points", "linear (answer)", "kl_per_token"]
     assert (row["value"], row["low"]) == ("1.5", "")
     assert found["points", "linear (answer)", "scores.words"]["high"] == "4.5"
-    assert found["equal_kl", "base", "objectives.a_b"]["value"] == "0.2"
+    row = found["equal_kl", "base", "objectives.a_b"]
+    assert (row["value"], row["at_kl"]) == ("0.2", "0.5")  # of several levels of KL
+    assert found["points", "linear (answer)", "scores.words"]["at_kl"] == ""
     assert found["control", "linear (answer)", "spearman"]["objective"] == "a_b"
     assert found["control", "linear (answer)", "is_monotone"]["value"] == "True"
     assert found["win_rates", "base", "wins"]["against"] == "linear (answer)"
@@ -206,5 +208,6 @@ def test_numbers_of_answers_by_hand():
     assert as_numbers(answers.drop_columns("num_reasoning_tokens"))["answer_tokens"].to_pylist() == [4, 10, 2]
     assert found["kl_per_answer"].to_pylist() == [2.0, None, 2.0]
     assert [found[name].to_pylist() for name in ("ended", "cut", "in_reasoning")] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert found["empty"].to_pylist() == [0, 0, 1]
     assert found["distinct_2"].to_pylist() == pytest.approx([2 / 3, 3 / 5, 1.0])
     assert found["repetition_3"].to_pylist() == pytest.approx([0.0, 0.5, 0.0])

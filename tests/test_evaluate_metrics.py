@@ -40,7 +40,7 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.notes import notes
 from pipeline.evaluation.pairs import difference_at_equal_length
 from pipeline.evaluation.panel import Panel
-from pipeline.evaluation.reading import reading
+from pipeline.evaluation.reading import decimals, reading
 from pipeline.evaluation.significance import deviation_of, student_p_value, t_p_value, widened
 
 EQ, LINEAR, BASE = RuleName.EQUILIBRIUM, RuleName.LINEAR, RuleName.BASE
@@ -169,10 +169,10 @@ def resampled(variants, scores_by_judge, kl, reference=None, judges=None, tokens
     return resample(data, judges, reference, BootstrapConfig(samples=bootstrap))
 
 
-def notes_of(samples):
+def notes_of(samples, *others):
     tree = {
         "input": {"path": "x", "prompt": "p"}, "output": {"path": "y"}, "base": "m",
-        "principals": {"a": {"kind": "prompted", "principle": "be kind"}},
+        "principals": {name: {"kind": "prompted", "principle": "be kind"} for name in ("a", *others)},
         "evaluation": {"judges": {"a": {"kind": "length"}}, "objectives": {"a": "a"}},
     }  # fmt: skip
     return notes(parse_as(EvaluateConfig, tree), Panel({}, {}, Path(), ""), {}, samples)
@@ -289,6 +289,82 @@ def test_a_principal_that_no_judge_measures_is_not_alone_where_it_has_weight():
     samples = resampled(variants, {"a": [[4, 4], [1, 1], [3, 3]], "b": [[0, 0], [1, 1], [0, 0]]}, np.ones((3, 2)))
     assert samples.regrets(range(3))[0] == pytest.approx((3 - 1) / 3)
     assert np.isnan(samples.regrets(range(2))[0])
+
+
+def test_an_estimate_that_is_not_there_has_no_interval():
+    """Ranges of KL that overlap in some samples alone: what these say is no comparison of the data."""
+    generator = np.random.default_rng(0)
+    ours, theirs = (np.sort(generator.normal(0, 0.3, 8)) for _ in range(2))
+    variants = [Variant(rule, each, {"a": 1.0}) for rule in (EQ, LINEAR) for each in (0.3, 0.1)]
+    kl = np.stack([ours - ours.mean() + 1, ours - ours.mean() + 2, theirs[::-1] - theirs.mean() + 2.001, theirs + 9])
+    samples = resampled(variants, {"a": generator.normal(0, 1, (4, 8))}, kl)
+    scores = weighted_scores(samples)
+    assert np.isnan(scores["linear"][0])
+    assert np.isfinite(scores["linear"]).any()
+    assert summary.by_rule(samples, scores)["linear"]["equal_kl_interval"] is None
+    differences = summary.differences(samples, scores)
+    [row] = [row for row in differences if row["metric"] == "equal_kl"]
+    assert (row["difference"], row["interval"], row["p"]) == (None, None, None)
+    assert not any("At equal KL" in sentence for sentence in reading(differences, 0.95))
+
+
+def test_weight_vectors_that_share_no_kl_are_counted():
+    variants = [Variant(rule, each, {"a": w}) for rule in (EQ, LINEAR) for w in (1.0, 2.0) for each in (0.3, 0.1)]
+    kl = np.repeat(np.array([1, 2, 1, 2, 1.5, 3, 4, 5.0])[:, None], 7, axis=1)
+    samples = resampled(variants, {"a": np.random.default_rng(0).normal(0, 1, (8, 7))}, kl)
+    [found] = [note for note in notes_of(samples) if "At equal KL, rules" in note]
+    assert "compared at 1 of 2 weight vectors" in found
+
+
+def test_objectives_that_say_nothing_are_noted():
+    variants = [Variant(rule, 0.1, {"a": 1.0, "b": 1.0}) for rule in (EQ, LINEAR)]
+    samples = resampled(variants, {"a": [[1, 2], [3, 4]], "b": [[5, 5], [5, 5]]}, np.ones((2, 2)))
+    found = notes_of(samples, "b")
+    assert any("The judge b tells nothing apart: every mean of b is 5, which counts as 0" in note for note in found)
+    assert any("so that all hypervolumes are 0" in note for note in found)
+    given = resampled(variants[:1], {"a": [[1, 2]]}, np.ones((1, 2)), reference={"a": 2.0})
+    assert any("so that all hypervolumes are 0" in note for note in notes_of(given))
+    lone = notes_of(resampled(variants, {"a": [[1, 2], [3, 4]]}, np.ones((2, 2))), "b", "c")
+    assert not any("hypervolumes are 0" in note or "tells nothing" in note for note in lone)
+    assert any("No judge measures b, c (evaluation.objectives): all metrics are of a alone" in note for note in lone)
+    assert not any("No judge measures" in note for note in found)
+
+
+def test_empty_answers_are_counted():
+    variants = [Variant(rule, 0.1, {"a": 1.0}) for rule in (EQ, LINEAR)]
+    samples = resampled(variants, {"a": [[1, 2], [3, 4]]}, np.ones((2, 2)))
+    assert not any("no text" in note for note in notes_of(samples))
+    samples.data.numbers["empty"] = np.array([[0.0, 0.0], [1.0, 1.0]])
+    assert any(note.startswith("2 answers have no text (linear 2). Judges") for note in notes_of(samples))
+    assert summary.by_rule(samples, {})["linear"]["empty"] == 1
+
+
+def test_p_values_and_ties_are_the_same_in_any_unit():
+    """Hypervolumes are products, and probabilities of whole answers may be as small."""
+    generator = np.random.default_rng(6)
+    scores = generator.normal(0, 1, (2, 2, 30)) + np.array([0.2, 0.0])[:, None]
+    variants = [Variant(rule, 0.1, {"a": 1.0, "b": 1.0}) for rule in (EQ, LINEAR)]
+    found = []
+    for scale in (1.0, 1e-9, 1e-15):
+        samples = resampled(variants, {"a": scale * scores[0], "b": scale * scores[1]}, np.ones((2, 30)))
+        rows = summary.differences(samples, {})
+        wins = [(row["wins"], row["ties"], row["losses"]) for row in summary.win_rates(samples)]
+        found.append(([row["p"] for row in rows], wins))
+    assert 0.001 < found[0][0][0] < 1
+    for p_values, wins in found[1:]:
+        assert p_values == pytest.approx(found[0][0], rel=1e-3)
+        assert wins == found[0][1]
+    weights = np.array([0.0, 1.0, 2.0])
+    assert monotone_share(weights, np.array([3e-15, 2e-15, 4e-15])) == 0.5
+    assert is_monotone(weights, np.array([3e-15, 2e-15, 4e-15])) is False
+    assert is_monotone(weights, np.zeros(3)) is True
+
+
+def test_small_differences_are_shown_with_their_digits():
+    row = {"rule": "equilibrium", "against": "linear", "metric": "hypervolume", "difference": 2.5e-6}
+    [said] = reading([{**row, "interval": [1e-6, 4e-6], "p_adjusted": 0.001}], 0.95)
+    assert "better than linear (+0.00000250, +0.00000100 to +0.00000400)" in said
+    assert [decimals(0.5, None), decimals(-0.0123), decimals(-0.0099), decimals(1e-17), decimals()] == [3, 3, 5, 3, 3]
 
 
 def test_one_prompt_makes_no_rule_better():

@@ -61,6 +61,15 @@ def test_profanity_counts_profane_words_and_no_others():
         ({"kind": "repetition"}, "a b c d a b c", -3 / 7),
         ({"kind": "repetition", "n": 2}, "x x x x x", -4 / 5),
         ({"kind": "repetition"}, "", 0),
+        # of other scripts: vowel signs, accents of their own, joiners, and characters that no spaces divide
+        ({"kind": "length"}, "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902", 2),
+        ({"kind": "length"}, "cafe\u0301s", 1),
+        ({"kind": "length"}, "\u0130stanbul'da", 1),
+        ({"kind": "length"}, "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", 1),
+        ({"kind": "length"}, "\u4eca\u5929 3 GPU\u3002\u597d!", 5),
+        ({"kind": "length"}, "\u30ab\u30fb\u3057", 2),
+        ({"kind": "distinct", "n": 1}, "\u597d\u597d", 0.5),
+        ({"kind": "repetition", "n": 1}, "\u597d\u597d", -0.5),
     ],
 )
 def test_known_values(section, text, expected):

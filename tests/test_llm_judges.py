@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import CageError, ConfigurationError
 from pipeline.evaluation.judges.interface import JudgedAnswer
+from pipeline.evaluation.judges.llm import conversation
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.panel import resolve_panel
 
@@ -26,6 +27,17 @@ JUDGES = TypeAdapter(AnyJudge)
 QUESTION = ({"role": "user", "content": "Is it so?"},)
 ANSWERS = [JudgedAnswer(QUESTION, text) for text in ("Yes.", "No, and here is why.", "")]
 Reply = Callable[[dict[str, Any]], "tuple[int, str] | tuple[int, str, dict[str, str]]"]
+
+
+@pytest.mark.parametrize("arguments", [{"of": "né"}, '{"of": "né"}'])  # in a replica, and as the output stores them
+def test_calls_of_tools_are_part_of_the_conversation(arguments):
+    call = {"type": "function", "function": {"name": "look_up", "arguments": arguments}}
+    said = (
+        *QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "8", "tool_calls": None},
+    )
+    assert conversation(said) == 'user: Is it so?\n\nassistant: look_up({"of": "né"})\n\ntool: 8'
 
 
 def completion(content: str) -> tuple[int, str]:

@@ -11,7 +11,8 @@ import torch
 from pydantic import TypeAdapter
 from support.heads import PlainStates, random, with_head
 from support.judge_models import save_reward_model
-from transformers import AutoModelForSequenceClassification
+from tokenizers import processors
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import JudgedAnswer
@@ -61,6 +62,36 @@ def test_an_encoder_scores_prompt_and_answer_as_a_pair(tmp_path):
         for text in TEXTS
     ]
     assert seated.score(ANSWERS) == pytest.approx(alone, abs=1e-5)
+
+
+def test_an_encoder_is_told_which_tokens_are_the_answers(tmp_path):
+    folder = save_reward_model(tmp_path, "bert")
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's own tokenizer has them
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_input_names=inputs)
+    end = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B:1 {end}:1", special_tokens=[(end, 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    seated = judge(folder, batch_size=5)
+    alone, unmarked = [], []
+    for text in TEXTS:
+        pair = seated.conversations.tokenizer("Is it so?", text, return_tensors="pt")
+        assert bool(pair["token_type_ids"].any()) == bool(text)  # nothing is no second text
+        with torch.inference_mode():
+            alone.append(seated.found.model(**pair).logits.item())
+            unmarked.append(seated.found.model(input_ids=pair["input_ids"]).logits.item())
+    assert seated.score(ANSWERS) == pytest.approx(alone, abs=1e-5)
+    assert max(abs(one - other) for one, other in zip(alone, unmarked, strict=True)) > 1e-4
+
+
+def test_an_encoder_whose_positions_begin_later_reads_fewer_tokens(tmp_path):
+    """RoBERTa's first token is at the position behind that of padding, so that its last positions are no tokens'."""
+    seated = judge(save_reward_model(tmp_path, "roberta", context=64))
+    fits, not_quite = (JudgedAnswer(QUESTION, "x" * (count - len("Is it so?"))) for count in (63, 64))
+    found = seated.score([fits, not_quite])
+    assert math.isfinite(found[0])
+    assert found[1].reason == "the text has 64 tokens, too many"
 
 
 PHI_LIKE = (

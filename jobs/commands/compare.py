@@ -15,6 +15,7 @@ from pipeline.evaluation.compare import compare, score_systems, scored_answers
 from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.judges.table import AnyJudge
 from pipeline.evaluation.panel import resolve_panel
+from pipeline.evaluation.reading import decimals
 from pipeline.evaluation.systems import read_systems
 from pipeline.hub.embedded import default_cache_folder
 from pipeline.sections import Section
@@ -46,11 +47,12 @@ def describe(found: dict[str, Any]) -> str:
     """A table of means, one of differences, and what they are."""
     confidence = f"{found['bootstrap']['confidence']:.0%}"
     judges = list(found["systems"][0]["scores"])
+    digits = {judge: decimals(*(each["scores"][judge]["mean"] for each in found["systems"])) for judge in judges}
     head = ["system", *judges, "KL per token", "cut"]
     means = [
         [
             printable(entry["system"]),
-            *(number(entry["scores"][judge]["mean"]) for judge in judges),
+            *(number(entry["scores"][judge]["mean"], digits[judge]) for judge in judges),
             number(entry["kl_per_token"]),
             "-" if entry["share_cut"] is None else f"{entry['share_cut']:.0%}",
         ]
@@ -60,6 +62,14 @@ def describe(found: dict[str, Any]) -> str:
     lines += [f"minus {printable(found['baseline'])}:", table(*_differences(found))]
     if left_out := found["num_prompts_left_out"]:
         lines.append(indented(f"{left_out:,} prompts are left out, because some system did not answer them."))
+    if repeated := found["num_prompts_repeated"]:
+        lines.append(
+            indented(
+                f"{repeated:,} prompts are equal to another one with another id. Intervals and p values take each "
+                "for a prompt of its own, and are too small: give answers to one prompt one id and a field sample."
+            )
+        )
+    lines += [indented(printable(note)) for note in found["notes"]]
     for judge, reasons in found["answers_without_a_score"].items():
         shown = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
         compared = found["num_prompts_by_judge"][judge]
@@ -84,12 +94,13 @@ def _differences(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["system, judge", "difference", "interval", "p", "won", "tied", "lost", "needs"]
     rows = []
     for each in found["differences"]:
-        low_high = "-" if each["interval"] is None else " to ".join(f"{end:+.3f}" for end in each["interval"])
+        digits = decimals(each["difference"], *(each["interval"] or ()))
+        low_high = "-" if each["interval"] is None else " to ".join(f"{end:+.{digits}f}" for end in each["interval"])
         needs = each["prompts_for_this_difference"]
         rows.append(
             [
                 f"{printable(each['system'])}, {each['judge']}",
-                "-" if each["difference"] is None else f"{each['difference']:+.3f}",
+                "-" if each["difference"] is None else f"{each['difference']:+.{digits}f}",
                 low_high,
                 number(each["p_adjusted"]),
                 str(each["wins"]),

@@ -29,7 +29,8 @@ COLUMNS = (
 )
 
 # what a line of the CSV file is of, the columns first
-KEYS = ("rule", "against", "objective", "unit", "agent_temperature", "weights", "uses_temperature", "variant")
+KEYS = ("rule", "against", "objective", "unit", "agent_temperature", "weights", "at_kl")
+NO_VALUES = (*KEYS, "uses_temperature", "variant")
 
 
 def run_evaluate(
@@ -146,12 +147,15 @@ def _as_csv(metrics: dict[str, Any]) -> str:
 
     Means of objectives and of judges have a prefix, because a principal may be called as a metric is.
     """
-    head = ["table", *KEYS[:6], "name", "value", "low", "high"]
+    head = ["table", *KEYS, "name", "value", "low", "high"]
     tables = {
         "rules": [{"rule": rule, **entry} for rule, entry in metrics["rules"].items()],
         "by_temperature": metrics["by_temperature"],
         "points": [_flat_point(point) for point in metrics["points"]],
-        "equal_kl": [{**each, **_prefixed("objectives", each["objectives"])} for each in metrics["equal_kl"]],
+        "equal_kl": [
+            {**each, **_prefixed("objectives", each["objectives"]), "at_kl": each["kl_per_token"]}
+            for each in metrics["equal_kl"]
+        ],
         "control": metrics["control"],
         "win_rates": metrics["win_rates"],
     }
@@ -161,7 +165,7 @@ def _as_csv(metrics: dict[str, Any]) -> str:
             own = {key.removesuffix("_interval"): ends for key, ends in entry.items() if key.endswith("_interval")}
             ends = {**entry.get("ends", {}), **own}
             for key, value in entry.items():
-                if isinstance(value, int | float) and key not in KEYS:
+                if isinstance(value, int | float) and key not in NO_VALUES:
                     rows.append({**_key_of(entry), "table": table_name, "name": key, **_valued(value, ends.get(key))})
     for each in metrics["differences"]:
         interval = {"name": each["metric"], **_valued(each["difference"], each["interval"])}
@@ -185,7 +189,7 @@ def _prefixed(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _key_of(entry: dict[str, Any]) -> dict[str, Any]:
     weights = entry.get("weights")
-    shown = {key: entry.get(key) for key in KEYS[:5]}
+    shown = {key: entry.get(key) for key in KEYS if key != "weights"}
     return {**shown, "weights": "" if not weights else json.dumps(weights)}
 
 

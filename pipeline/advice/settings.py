@@ -106,6 +106,12 @@ class AdviseConfig(Config):
                     f"advise.rules: {rule} cannot be compared on recorded games over tokens; choose among "
                     f"{', '.join(COMPARABLE)}"
                 )
+        for name, given in (("input.weights", self.input.weights), ("grid.weights", self.grid.weights)):
+            if given:
+                raise ValueError(
+                    f"cage advise compares rules at one weight vector, that of the principals: {name} has no effect, "
+                    "leave it out and give principals their weight"
+                )
         if not any(weight > 0 for weight in self.weights.values()):
             raise ValueError("cage advise needs a principal whose weight is above 0; all are 0")
         return self

@@ -13,9 +13,9 @@ ENDINGS = {"ended": FinishReason.STOP, "cut": FinishReason.LENGTH, "in_reasoning
 REASONING_TOKENS = "num_reasoning_tokens"
 DISTINCT_N, REPEATED_N = 2, 3
 # of every answer: what the run recorded, tokens of what judges read (without those of the reasoning), nats of KL over
-# all of its tokens, 0 or 1 for each way to end, and shares of different pairs of words, and of words in three that
-# occurred before
-NUMBERS = (*RECORDED, "answer_tokens", "kl_per_answer", *ENDINGS, "distinct_2", "repetition_3")
+# all of its tokens, 0 or 1 for each way to end and for no text, and shares of different pairs of words, and of words
+# in three that occurred before
+NUMBERS = (*RECORDED, "answer_tokens", "kl_per_answer", *ENDINGS, "empty", "distinct_2", "repetition_3")
 ANSWER_COLUMNS = ("row_id", "variant", "sample", *RECORDED, "finish_reason", "response")
 
 
@@ -36,6 +36,7 @@ def as_numbers(answers: pa.Table) -> pa.Table:
         "answer_tokens": num_tokens - np.array(not_read, dtype=np.float64),
         "kl_per_answer": num_tokens * per_token,
         **{name: (reasons == str(reason)).astype(np.float64) for name, reason in ENDINGS.items()},
+        "empty": [float(not text.strip()) for text in texts],
         "distinct_2": [distinct(text, DISTINCT_N) for text in texts],
         "repetition_3": [repetition(text, REPEATED_N) for text in texts],
     }

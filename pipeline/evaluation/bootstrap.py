@@ -199,13 +199,22 @@ class BootstrapSamples:
 
         NaN where the reference point is not below every best mean, so that there is no box.
         """
-        sides_M = self.high_M - self.reference_M
-        box = float(np.prod(sides_M)) if (sides_M > 0).all() else np.nan
-        shares_S: Floats = self.hypervolumes(variants) / box
+        shares_S: Floats = self.hypervolumes(variants) / self.box
         return shares_S
 
+    @property
+    def box(self) -> float:
+        """The volume from the reference point to the best mean of each objective; NaN where there is none."""
+        sides_M = self.high_M - self.reference_M
+        return float(np.prod(sides_M)) if (sides_M > 0).all() else np.nan
+
     def interval(self, samples_S: Floats) -> list[float] | None:
-        """The bootstrap interval of a statistic [S] whose first value is the estimate; None without samples."""
+        """The bootstrap interval of a statistic [S] whose first value is the estimate.
+
+        None without samples, and without an estimate: what samples alone have is no interval of it.
+        """
+        if not np.isfinite(samples_S[0]):
+            return None
         # a sample may lack a value: resampled curves need not share a range of KL
         known = samples_S[1:][np.isfinite(samples_S[1:])]
         confidence = widened(self.confidence, len(self.data.row_ids))

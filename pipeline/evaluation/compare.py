@@ -6,6 +6,7 @@ S bootstrap samples, of which the first is the data itself; Y systems, P prompts
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,14 @@ from pipeline.evaluation.config import BootstrapConfig
 from pipeline.evaluation.judges.interface import Judge, why_missing
 from pipeline.evaluation.metrics import Floats, interval
 from pipeline.evaluation.significance import holm, prompts_for, smallest_difference, t_p_value, widened
-from pipeline.evaluation.systems import System
+from pipeline.evaluation.systems import System, SystemAnswer
 from pipeline.quoting import quote
 from pipeline.records import Message
 
-TIE = 1e-9  # scores that differ by less are equal up to rounding
+TIE = 1e-9  # scores that differ by less, as a share of the judge's largest one, are equal up to rounding
+
+# what chat templates write around answers, and reasoning; nobody reads them, and judges would
+MARKUP = re.compile(r"<\|\w{1,40}\|>|<(?:start|end)_of_turn>|</?think>|</s>|\[/?INST\]")
 
 Json = dict[str, Any]
 
@@ -38,6 +42,8 @@ class Scored:
         kl: mean nats per token of each system; None where it is not known.
         cut: share of each system's answers that ended at their limit; None where it is not known.
         num_left_out: prompts that some system has not answered.
+        num_repeated: prompts that are equal to another one, which has another id.
+        notes: sentences on texts that are not what a user would read.
         missing: by judge, how many answers it gave no score, by reason; judges that gave all are left out.
     """
 
@@ -47,6 +53,8 @@ class Scored:
     kl: tuple[float | None, ...]
     cut: tuple[float | None, ...]
     num_left_out: int
+    num_repeated: int = 0
+    notes: tuple[str, ...] = ()
     missing: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
@@ -101,6 +109,8 @@ def score_systems(
         kl=tuple(_mean([answer.kl_per_token for answer in answers]) for answers in kept),
         cut=tuple(_mean([answer.was_cut for answer in answers]) for answers in kept),
         num_left_out=len(every) - len(common),
+        num_repeated=len(prompts) - len({str(_plain(prompt)) for prompt in prompts.values()}),
+        notes=tuple(note for system, answers in zip(systems, kept, strict=True) for note in _notes(system, answers)),
         missing={name: dict(reasons) for name, reasons in missing.items() if reasons},
     )
 
@@ -155,12 +165,30 @@ def compare(scored: Scored, bootstrap: BootstrapConfig) -> Json:
         "baseline": scored.names[0],
         "num_prompts": len(scored.row_ids),
         "num_prompts_left_out": scored.num_left_out,
+        "num_prompts_repeated": scored.num_repeated,
+        "notes": list(scored.notes),
         "num_prompts_by_judge": num_prompts,
         "answers_without_a_score": {name: dict(reasons) for name, reasons in scored.missing.items()},
         "bootstrap": bootstrap.model_dump(mode="json"),
         "systems": systems,
         "differences": differences,
     }
+
+
+def _notes(system: System, answers: Sequence[SystemAnswer]) -> Iterator[str]:
+    """Sentences on a system's answers that have no text, or more than text."""
+    if num_empty := sum(not answer.judged.text.strip() for answer in answers):
+        yield f"{_answers(num_empty)} of {system.name}: no text. Judges score that, too: it repeats nothing."
+    marked = [found for answer in answers if (found := MARKUP.search(answer.judged.text))]
+    if marked:
+        yield (
+            f"{_answers(len(marked))} of {system.name}: what looks like a chat template's tokens or reasoning, such "
+            f"as {quote(marked[0].group())}, which is judged as it is."
+        )
+
+
+def _answers(count: int) -> str:
+    return f"{count:,} answer{'s' * (count > 1)}"
 
 
 def _of_all(scores_YPN: Floats) -> Floats:
@@ -221,15 +249,17 @@ def _difference(
     difference_S = _over_prompts(lead_SP, counts_SP)
     lead_P = lead_SP[0][np.isfinite(lead_SP[0])]
     deviation = float(lead_P.std(ddof=1)) if len(lead_P) > 1 else math.nan
+    known = np.abs(means_SYP[0][np.isfinite(means_SYP[0])])
+    size = float(known.max()) if known.size else 0.0
     return {
         "judge": judge,
         "system": scored.names[at],
         "difference": _number(difference_S[0]),
         "interval": _interval(difference_S, bootstrap, len(lead_P)),
-        "p": t_p_value(float(difference_S[0]), deviation, len(lead_P)),
-        "wins": int((lead_P > TIE).sum()),
-        "ties": int((abs(lead_P) <= TIE).sum()),
-        "losses": int((lead_P < -TIE).sum()),
+        "p": t_p_value(float(difference_S[0]), deviation, len(lead_P), size=size),
+        "wins": int((lead_P > TIE * size).sum()),
+        "ties": int((abs(lead_P) <= TIE * size).sum()),
+        "losses": int((lead_P < -TIE * size).sum()),
         "prompts_for_this_difference": prompts_for(float(difference_S[0]), deviation),
         "smallest_difference_to_find": smallest_difference(deviation, len(lead_P)),
     }

@@ -133,17 +133,22 @@ def spearman(first_N: Floats, second_N: Floats) -> float | None:
 
 def is_monotone(weights_N: Floats, values_N: Floats) -> bool | None:
     """Whether the value, averaged over equal weights, never falls as the weight rises; None for a single weight."""
-    # 1e-12 is below any difference of scores and above the rounding of a mean
-    levels = np.unique(weights_N)
-    means = [values_N[weights_N == level].mean() for level in levels]
-    return bool((np.diff(means) >= -1e-12).all()) if len(levels) > 1 else None
+    stays = _does_not_fall(weights_N, values_N)
+    return bool(stays.all()) if len(stays) else None
 
 
 def monotone_share(weights_N: Floats, values_N: Floats) -> float | None:
     """The share of steps to the next larger weight at which the value, averaged over equal weights, does not fall."""
-    levels = np.unique(weights_N)
-    steps = np.diff([values_N[weights_N == level].mean() for level in levels])
-    return float((steps >= -1e-12).mean()) if len(steps) else None
+    stays = _does_not_fall(weights_N, values_N)
+    return float(stays.mean()) if len(stays) else None
+
+
+def _does_not_fall(weights_N: Floats, values_N: Floats) -> Floats:
+    """Of each step to the next larger weight: 1 where the mean value of equal weights does not fall, else 0."""
+    means = np.array([values_N[weights_N == level].mean() for level in np.unique(weights_N)])
+    # below any difference of scores, and above the rounding of a mean
+    stays: Floats = (np.diff(means) >= -1e-12 * np.abs(means).max(initial=0.0)).astype(np.float64)
+    return stays
 
 
 def interpolate_at(x_L: Floats, x_N: Floats, y_NM: Floats) -> Floats:

@@ -8,6 +8,7 @@ from pipeline.evaluation.bootstrap import BootstrapSamples
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.equal_kl import groups_of, sweeps
 from pipeline.evaluation.judges.interface import JudgeConfig
+from pipeline.evaluation.metrics import hypervolume
 from pipeline.evaluation.pairs import pairs_of
 from pipeline.evaluation.panel import Panel
 from pipeline.evaluation.significance import smallest_p_value
@@ -42,10 +43,13 @@ def notes(config: EvaluateConfig, panel: Panel, models: Mapping[str, str], sampl
         f"The judge {judge} of {principal} is no independent judge: {why}."
         for principal, judge, why in overlaps(config, panel, models)
     ]
+    found += _of_objectives(config, samples)
     if samples.data.num_left_out:
         found.append(
             f"{samples.data.num_left_out:,} prompts are left out: some rule has no answer or no score for them."
         )
+    found += _of_empty_answers(samples)
+    found += _of_some_weights(samples)
     if (units := _without_equal_kl(samples)) is not None:
         found.append(
             f"No KL is reached by all rules {units}with the same weights, so there is no comparison at equal KL."
@@ -94,6 +98,57 @@ def _too_few_prompts(samples: BootstrapSamples) -> str:
         f" {num_prompts} prompts give no p value below {smallest:g}, so that no rule can be told from another one at "
         f"a level of {level:.2g}: give more prompts."
     )
+
+
+def _of_objectives(config: EvaluateConfig, samples: BootstrapSamples) -> list[str]:
+    """Sentences where metrics are of fewer objectives than there are principals, or say nothing."""
+    found = []
+    if without := [name for name in config.principals if name not in samples.judges]:
+        found.append(
+            f"No judge measures {', '.join(without)} (evaluation.objectives): all metrics are of "
+            f"{', '.join(samples.objectives)} alone, with weights that sum to 1 over them."
+        )
+    if len(samples.data.variants) > 1:
+        ends = zip(samples.objectives, samples.low_M, samples.high_M, strict=True)
+        found += [
+            f"The judge {samples.judges[name]} tells nothing apart: every mean of {name} is {low:g}, which counts as "
+            "0 where objectives are normalised."
+            for name, low, high in ends
+            if low == high
+        ]
+    if hypervolume(samples.means_SVM[0], samples.reference_M) == 0:
+        found.append("No mean is above the reference point in every objective, so that all hypervolumes are 0.")
+    return found
+
+
+def _of_empty_answers(samples: BootstrapSamples) -> list[str]:
+    """A sentence where answers have no text: many a judge has a good score for them."""
+    data = samples.data
+    if "empty" not in data.numbers:
+        return []
+    counts = {method: int(data.numbers["empty"][data.indices(method)].sum()) for method in data.methods}
+    if not any(counts.values()):
+        return []
+    shown = ", ".join(f"{method} {count:,}" for method, count in counts.items() if count)
+    return [
+        f"{sum(counts.values()):,} answers have no text ({shown}). Judges score them, too: they repeat nothing, and "
+        "are not profane."
+    ]
+
+
+def _of_some_weights(samples: BootstrapSamples) -> list[str]:
+    """Sentences where the comparison at equal KL lacks weight vectors."""
+    found, groups = [], groups_of(samples.data)
+    for unit, methods in groups.items():
+        levels = [sweep.levels(samples.kl_SV[0]) for sweep in sweeps(samples, methods)]
+        num_compared = sum(each is not None for each in levels)
+        if 0 < num_compared < len(levels):
+            of_unit = f"over {unit}s " if len(groups) > 1 else ""
+            found.append(
+                f"At equal KL, rules {of_unit}are compared at {num_compared:,} of {len(levels):,} weight vectors: at "
+                "the others there is no KL that all of them reach."
+            )
+    return found
 
 
 def _straight_curves(samples: BootstrapSamples) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+SMALLEST = 1e-12  # less is rounding
 METRICS = {
     "hypervolume": "By hypervolume",
     "mip": "By mean inner product",
@@ -43,5 +45,16 @@ def _verdict(differences: Iterable[Mapping[str, Any]], level: float) -> str:
         verdict = "not distinguishable from"
         if is_clear:
             verdict = "better than" if each["difference"] > 0 else "worse than"
-        said[verdict].append(f"{each['against']} ({each['difference']:+.3f}, {low:+.3f} to {high:+.3f})")
+        digits = decimals(each["difference"], low, high)
+        shown = f"{each['difference']:+.{digits}f}, {low:+.{digits}f} to {high:+.{digits}f}"
+        said[verdict].append(f"{each['against']} ({shown})")
     return "; ".join(f"{verdict} {', '.join(rules)}" for verdict, rules in said.items() if rules)
+
+
+def decimals(*values: float | None) -> int:
+    """How many decimals numbers are shown with: 3, or as many as show three digits of the largest where it is small.
+
+    Hypervolumes are products of small ranges; shown as +0.000, a clear difference would say nothing.
+    """
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    return 3 if largest >= 0.01 or largest < SMALLEST else 2 - math.floor(math.log10(largest))

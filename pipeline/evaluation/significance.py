@@ -47,8 +47,10 @@ def _gauss_legendre() -> tuple[Floats, Floats]:
     return np.polynomial.legendre.leggauss(64)
 
 
-def t_p_value(difference: float, deviation: float, num_prompts: int) -> float | None:
+def t_p_value(difference: float, deviation: float, num_prompts: int, *, size: float = 1.0) -> float | None:
     """Two-sided, of a difference with this standard deviation over prompts, by Student's t.
+
+    `size` is that of the numbers whose difference it is: 1e-12 of it is rounding.
 
     Unlike the share of bootstrap samples it is not bounded by their number, so that it can be adjusted for many
     comparisons; what bounds it is the number of prompts (`smallest_p_value`). None for fewer than two prompts.
@@ -56,8 +58,8 @@ def t_p_value(difference: float, deviation: float, num_prompts: int) -> float | 
     if num_prompts < 2 or not (math.isfinite(difference) and math.isfinite(deviation)):
         return None
     error = deviation / math.sqrt(num_prompts)
-    if error < 1e-12 * max(1.0, abs(difference)):  # the same on every prompt, up to rounding
-        return smallest_p_value(num_prompts) if abs(difference) > 1e-12 else 1.0
+    if error <= 1e-12 * max(size, abs(difference)):  # the same on every prompt, up to rounding
+        return smallest_p_value(num_prompts) if abs(difference) > 1e-12 * size else 1.0
     return max(smallest_p_value(num_prompts), student_p_value(difference / error, num_prompts - 1))
 
 

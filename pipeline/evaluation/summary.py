@@ -15,7 +15,7 @@ from pipeline.evaluation.pairs import common_temperatures, difference_at_equal_l
 from pipeline.evaluation.significance import deviation_of, holm, prompts_for, smallest_difference, t_p_value
 
 Json = dict[str, Any]
-TIE = 1e-9  # scores that differ by less are equal up to rounding
+TIE = 1e-9  # scores that differ by less, as a share of the judge's largest one, are equal up to rounding
 
 
 def rule_metrics(samples: BootstrapSamples) -> dict[str, Callable[[list[int]], Floats]]:
@@ -96,7 +96,7 @@ def _measures(samples: BootstrapSamples, variants: list[int]) -> Json:
     measured = {**of_volume, **measured, "regret": samples.regrets(variants)}
     measured["kl_per_token"] = samples.kl_SV[:, variants].mean(1)
     entry |= _with_intervals(samples, measured)
-    for name in ("kl_per_answer", "num_tokens", "cut", "in_reasoning", "distinct_2", "repetition_3"):
+    for name in ("kl_per_answer", "num_tokens", "cut", "in_reasoning", "empty", "distinct_2", "repetition_3"):
         if name in samples.data.numbers:
             entry[name] = number(_mean(samples.data.numbers[name][variants]))
     return entry | _with_intervals(samples, samples.front_metrics(variants))
@@ -161,6 +161,8 @@ def _difference(
 ) -> Json:
     num_prompts = len(samples.data.row_ids)
     deviation = deviation_of(difference_S[1:], num_prompts)
+    # other metrics are of normalised objectives
+    size = samples.box if metric == "hypervolume" and np.isfinite(samples.box) else 1.0
     return {
         "rule": method,
         "against": against,
@@ -168,7 +170,7 @@ def _difference(
         "agent_temperature": temperature,
         "difference": number(difference_S[0]),
         "interval": samples.interval(difference_S),
-        "p": t_p_value(float(difference_S[0]), deviation, num_prompts),
+        "p": t_p_value(float(difference_S[0]), deviation, num_prompts, size=size),
         "prompts_for_this_difference": prompts_for(float(difference_S[0]), deviation),
         "smallest_difference_to_find": smallest_difference(deviation, num_prompts),
     }
@@ -240,15 +242,16 @@ def win_rates(samples: BootstrapSamples) -> list[Json]:
             for name, judge in samples.judges.items():
                 scores_VP = samples.data.by_prompt(samples.data.scores_by_judge[judge])
                 lead = np.concatenate([scores_VP[ours] - scores_VP[theirs] for ours, theirs in matched])
+                tie = TIE * float(np.abs(scores_VP).max())
                 found.append(
                     {
                         "rule": method,
                         "against": against,
                         "objective": name,
                         "agent_temperature": temperature,
-                        "wins": int((lead > TIE).sum()),
-                        "ties": int((abs(lead) <= TIE).sum()),
-                        "losses": int((lead < -TIE).sum()),
+                        "wins": int((lead > tie).sum()),
+                        "ties": int((abs(lead) <= tie).sum()),
+                        "losses": int((lead < -tie).sum()),
                     }
                 )
     return found

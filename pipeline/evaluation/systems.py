@@ -12,10 +12,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.config.variants import Variant, names_of
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, RowError
 from pipeline.evaluation.judges.interface import JudgedAnswer
+from pipeline.inputs.conversations import read_conversation
 from pipeline.quoting import quote
-from pipeline.records import FinishReason
+from pipeline.records import FinishReason, Message
 from pipeline.storage.run import Run
 from pipeline.storage.shard_files import as_damaged_file
 
@@ -182,15 +183,25 @@ def _answer(line: str, place: str) -> SystemAnswer:
         raise ConfigurationError(
             f"{place}: sample must be a number from 0 to {MOST_SAMPLES - 1}; got {quote(sample)}"
         )
-    prompt = [] if row.get("prompt") is None else row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
-        raise ConfigurationError(f"{place}: the prompt must be a text or a list of messages; got {quote(prompt)}")
+    messages = _prompt(row.get("prompt"), place)
     num_tokens = row.get("num_tokens")
     if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
         raise ConfigurationError(f"{place}: num_tokens must be a whole number; got {quote(num_tokens)}")
     judged = JudgedAnswer(messages, text, num_tokens or 0)
     return SystemAnswer(str(row_id), sample, judged, was_cut=_was_cut(row.get("finish_reason"), place))
+
+
+def _prompt(prompt: Any, place: str) -> tuple[Message, ...]:
+    """A prompt as runs store it: a text is the user's, and the parts of a message are one text; nothing for none."""
+    if prompt is None or prompt == []:
+        return ()
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise ConfigurationError(f"{place}: the prompt must be a text or a list of messages; got {quote(prompt)}")
+    try:
+        return read_conversation(messages, "prompt")
+    except RowError as error:
+        raise ConfigurationError(f"{place}: {error}") from None
 
 
 def _only(row: Mapping[str, Any], names: Sequence[str], place: str, read: Callable[[Any], Any]) -> Any:
@@ -209,7 +220,13 @@ def _only(row: Mapping[str, Any], names: Sequence[str], place: str, read: Callab
 def _text_of(answer: Any) -> Any:
     """The text of an answer that is a list of messages and ends with the assistant's; others as they are."""
     last = answer[-1] if isinstance(answer, list) and answer else None
-    return last.get("content") if isinstance(last, dict) and last.get("role") == "assistant" else answer
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        return answer
+    content = last.get("content")
+    try:
+        return read_conversation([last], "answer")[0]["content"] if isinstance(content, list) else content
+    except RowError:  # parts that are no text
+        return answer
 
 
 def _was_cut(reason: Any, place: str) -> bool | None:

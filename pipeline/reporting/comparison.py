@@ -60,6 +60,7 @@ MEANINGS = {
     "kl_per_answer": "nats of KL to the base over a whole answer.",
     "cut": "the share of answers that ended at their length limit.",
     "in_reasoning": "the share of answers that ended within their reasoning.",
+    "empty": "the share of answers without text.",
     "distinct_2": "different pairs of words over all pairs of an answer.",
     "repetition_3": "the share of an answer's words in three words that occurred before.",
     "p_adjusted": "two-sided, by Student's t with the bootstrap's standard error, no smaller than 2^(1 - prompts), "

@@ -23,7 +23,7 @@ from pipeline.stages.relabel import relabel
 from pipeline.storage.run import Run
 
 METRICS = "_metrics.json"
-VERSION = 4  # raise it when the same scores give another _metrics.json
+VERSION = 5  # raise it when the same scores give another _metrics.json
 
 
 @dataclass(frozen=True, slots=True)

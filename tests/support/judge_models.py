@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
 from support import tiny_models
 
 
 def save_reward_model(folder: Path, kind: str = "llama", *, num_labels: int = 1, context: int = 128) -> Path:
-    """Write a random reward model, of BERT's kind or one that reads from left to right; its folder."""
+    """Write a random reward model, of BERT's or RoBERTa's kind or one that reads from left to right; its folder."""
     tokenizer = tiny_models.make_tokenizer()
     torch.manual_seed(5)
-    if kind == "bert":
-        config = BertConfig(
+    if kind in ("bert", "roberta"):
+        config = (BertConfig if kind == "bert" else RobertaConfig)(
             vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=64, max_position_embeddings=context, num_labels=num_labels, pad_token_id=0,
         )  # fmt: skip

@@ -36,8 +36,7 @@ class JudgedConversations:
     def encode(self, answer: JudgedAnswer) -> list[int]:
         """Token ids. Raises RowError where the template refuses the conversation, which then has no score."""
         if self.template.text is None:
-            prompt = "\n\n".join(str(message["content"]) for message in answer.prompt)
-            return list(self.tokenizer(prompt, answer.text, split_special_tokens=True)["input_ids"])
+            return list(self._pair(answer)["input_ids"])
         encoder = TextEncoder(self.tokenizer, self.special_tokens)
         try:
             prompt_messages = read_conversation(list(answer.prompt), "prompt") if answer.prompt else ()
@@ -57,6 +56,17 @@ class JudgedConversations:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             raise RowError(f"the chat template refuses it ({reason})") from error
         return self._to_the_end(ids)
+
+    def segments(self, answer: JudgedAnswer) -> list[int]:
+        """Of each token, whether it is of the prompt (0) or of the answer (1); empty where a tokenizer says nothing.
+
+        BERT and other encoders were trained on pairs that are marked so.
+        """
+        return list(self._pair(answer).get("token_type_ids", ())) if self.template.text is None else []
+
+    def _pair(self, answer: JudgedAnswer) -> Any:
+        prompt = "\n\n".join(str(message["content"]) for message in answer.prompt)
+        return self.tokenizer(prompt, answer.text, split_special_tokens=True)
 
     def _to_the_end(self, ids: list[int]) -> list[int]:
         """Without what the template writes behind the end of the turn, such as a line break: nobody draws it."""

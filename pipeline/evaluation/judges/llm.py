@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -93,7 +94,7 @@ class LlmJudge(JudgeConfig):
             self._key(context)
 
     def identity(self, source: ModelSource | None) -> dict[str, Any]:
-        described = super().identity(source)
+        described = {**super().identity(source), "conversations": "with calls of tools"}
         if source is not None:
             described["identity"] = source.identity
             described["model"] = settings_in_identity(described["model"])
@@ -136,5 +137,14 @@ class LlmJudge(JudgeConfig):
 
 
 def conversation(messages: Sequence[Message]) -> str:
-    """A conversation as plain text."""
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    """A conversation as plain text, with the calls of tools that it has."""
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in messages)
+
+
+def _said(message: Message) -> str:
+    lines = [str(message["content"])]
+    for call in message.get("tool_calls") or ():
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        lines.append(f"{call['function']['name']}({text})")
+    return "\n".join(filter(None, lines))

@@ -16,7 +16,7 @@ from pipeline.evaluation.judges.interface import (
     import_package,
     package_version,
 )
-from pipeline.evaluation.judges.words import words
+from pipeline.evaluation.judges.words import COUNTED, words
 
 if TYPE_CHECKING:
     from pipeline.hub.sources import ModelSource
@@ -32,7 +32,7 @@ class ProfanityJudge(JudgeConfig):
     sign: Sign = Field("lower", description="whether more or less of the quantity is better")
 
     def identity(self, source: ModelSource | None) -> dict[str, Any]:
-        return {**super().identity(source), "version": package_version(self.kind, PACKAGE)}
+        return {**super().identity(source), "version": package_version(self.kind, PACKAGE), "words": COUNTED}
 
     def load(self, context: JudgeContext) -> Judge:
         censor: Any = import_package(self.kind, PACKAGE, "better_profanity").Profanity()

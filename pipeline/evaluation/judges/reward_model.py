@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from pipeline.errors import ConfigurationError
 from pipeline.evaluation.judges.interface import Judge, JudgeConfig, JudgeContext
 from pipeline.hub.chat_templates import PromptTemplate, end_of_turn, plan_whole
-from pipeline.hub.model_facts import context_length, read_model_facts
+from pipeline.hub.model_facts import read_model_facts
 from pipeline.hub.reward_heads import CLASSIFIER, choose_output, read_head
 from pipeline.hub.sources import Location
 from pipeline.hub.tokenizer_facts import TokenizerFacts, facts_of_tokenizer, read_tokenizer_facts
@@ -100,12 +100,14 @@ class RewardModelJudge(JudgeConfig):
         described["model"] = settings_in_identity(described["model"])
         del described["batch_size"]  # a text's score does not depend on its batch
         described["conversations"] = "as prompts, to the end of the turn"
+        if self.chat_template is None and read_tokenizer_facts(source).chat_template is None:
+            described["conversations"] = "as pairs, with their segments"
         return described
 
     def load(self, context: JudgeContext) -> Judge:
         # torch: seconds
         from pipeline.evaluation.judges.conversations import JudgedConversations
-        from pipeline.evaluation.judges.sequence_classifier import SequenceClassifier, load_judge_model
+        from pipeline.evaluation.judges.sequence_classifier import SequenceClassifier, load_judge_model, longest_text
 
         assert context.source is not None
         found, tokenizer = load_judge_model(context.name, context.source, context.cache_folder, self.model)
@@ -115,7 +117,7 @@ class RewardModelJudge(JudgeConfig):
         end_id = None
         if template.text is not None:
             end_id = end_of_turn(template.text, variables, facts.special_tokens)
-        limits = [limit for limit in (self.max_tokens, context_length(found.model.config)) if limit is not None]
+        limits = [limit for limit in (self.max_tokens, longest_text(found.model)) if limit is not None]
         return SequenceClassifier(
             found,
             pad_id=tokenizer.pad_token_id or 0,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
-from typing import Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -18,10 +20,25 @@ from pipeline.evaluation.judges.interface import (
     Sign,
 )
 
-WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
+if TYPE_CHECKING:
+    from pipeline.hub.sources import ModelSource
+
+WORD = re.compile(r"\w+(?:['\u2019]\w+)*")  # of ASCII alone; `_any_word` is for all texts
+# Chinese and Japanese characters, which no spaces divide into words
+KANA = "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+JOINERS = "\u200c\u200d"  # within words of Persian and of Indian scripts
+COUNTED = "letters with their marks; every Han and kana character"  # what is a word; scores of another one are stale
 
 
-class LengthJudge(JudgeConfig):
+class WordsJudge(JudgeConfig):
+    """A judge that counts words."""
+
+    def identity(self, source: ModelSource | None) -> dict[str, Any]:
+        return {**super().identity(source), "words": COUNTED}
+
+
+class LengthJudge(WordsJudge):
     """The number of words, or of sampled tokens."""
 
     kind: Literal["length"]
@@ -39,7 +56,7 @@ def _num_tokens(answer: JudgedAnswer) -> float:
     return float(answer.num_tokens)
 
 
-class BrevityJudge(JudgeConfig):
+class BrevityJudge(WordsJudge):
     """1 / (1 + words / half_words): nearly 1 for one word, 1/2 at `half_words`; an empty answer scores 0."""
 
     kind: Literal["brevity"]
@@ -49,7 +66,7 @@ class BrevityJudge(JudgeConfig):
         return PerAnswerJudge(lambda answer: brevity(answer.text, self.half_words), self.factor)
 
 
-class DistinctJudge(JudgeConfig):
+class DistinctJudge(WordsJudge):
     """distinct-n: the number of different n-grams of words over the number of all, from 0 to 1."""
 
     kind: Literal["distinct"]
@@ -59,7 +76,7 @@ class DistinctJudge(JudgeConfig):
         return PerAnswerJudge(lambda answer: distinct(answer.text, self.n), self.factor)
 
 
-class RepetitionJudge(JudgeConfig):
+class RepetitionJudge(WordsJudge):
     """The share of words in an n-gram that occurred earlier in the answer, from 0 to 1."""
 
     kind: Literal["repetition"]
@@ -71,8 +88,22 @@ class RepetitionJudge(JudgeConfig):
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case."""
-    return WORD.findall(text.lower())
+    """The words of a text, in lower case; of Chinese and Japanese its characters."""
+    return (WORD if text.isascii() else _any_word()).findall(text.lower())
+
+
+@cache
+def _any_word() -> re.Pattern[str]:
+    """A word of any script. Accents and vowel signs that are characters of their own belong to the letter before.
+
+    Python's `\\w` leaves them out, so that a word of Hindi would be several.
+    """
+    is_mark = [unicodedata.category(chr(code)).startswith("M") for code in range(0x1F000)]
+    ends = [code for code in range(1, len(is_mark)) if is_mark[code] != is_mark[code - 1]]
+    marks = "".join(f"{chr(first)}-{chr(after - 1)}" for first, after in zip(ends[::2], ends[1::2], strict=True))
+    letter = rf"[^\W{KANA}{HAN}]"
+    rest = rf"(?:{letter}|[{marks}{JOINERS}])*"
+    return re.compile(rf"(?=\w)[{KANA}{HAN}]|{letter}{rest}(?:['\u2019]{letter}{rest})*")
 
 
 def brevity(text: str, half_words: float) -> float:
