@@ -187,8 +187,20 @@ def test_measures_find_what_was_put_in():
     noisy = measure_rewards(base, true + noise[0], true + noise[1])
     assert noisy.noise == pytest.approx(0.5, rel=0.05)
     assert noisy.agreement == pytest.approx(0.5 / (0.5 + 0.25), rel=0.05)
+    louder = measure_rewards(base, true + noise[0], 3 * (true + noise[1]))
+    assert (louder.noise, louder.agreement) == pytest.approx((noisy.noise, noisy.agreement)), "3 times as large"
     assert correlation(base, true, -true) == pytest.approx(-1)
     assert correlation(base, true, torch.zeros_like(true)) == 0
+
+
+def test_a_louder_view_counts_no_more_than_its_principal():
+    games = games_of(noise=0.5)
+    louder = replace(games, rewards={**games.rewards, "cheerful-view": 5 * games.rewards["cheerful-view"]})
+    plain, other = advise(with_views(), games), advise(with_views(), louder)
+    assert other.measures["cheerful"].noise == pytest.approx(plain.measures["cheerful"].noise)
+    for one, two in zip(plain.rules, other.rules, strict=True):
+        assert two.gains == pytest.approx(one.gains)
+        assert two.share == pytest.approx(one.share)
 
 
 def test_a_principal_without_values_is_measured():

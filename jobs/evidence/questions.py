@@ -19,7 +19,7 @@ import cage
 from cage.rule_names import RuleName
 from pipeline.advice.comparison import Comparison, choices
 from pipeline.advice.gains import at_equal_kl, gains, policies
-from pipeline.advice.measures import measure_rewards
+from pipeline.advice.measures import measure_rewards, with_equal_sizes
 from pipeline.advice.recording import RecordedGames
 from pipeline.advice.settings import VIEW
 from pipeline.evaluation.config import BootstrapConfig
@@ -44,6 +44,11 @@ def sample(games: RecordedGames, most: int, seed: int = 0) -> RecordedGames:
     at_N = torch.randperm(games.num_games, generator=torch.Generator().manual_seed(seed))[:most].sort().values
     rewards = {name: reward_NK[at_N] for name, reward_NK in games.rewards.items()}
     return RecordedGames(games.base_NK[at_N], rewards, games.row_N[at_N], games.row_ids)
+
+
+def with_views_as_large(games: RecordedGames) -> RecordedGames:
+    """The games with every view as large as the other one of its objective."""
+    return with_equal_sizes(games, {name: view_of(name) for name in games.rewards if not name.endswith(VIEW)})
 
 
 def view_of(name: str) -> str:

@@ -72,6 +72,7 @@ def ask(scale: Scale, games: RecordedGames, kept: Path) -> Json:
 
 def parts(scale: Scale, games: RecordedGames) -> Iterator[tuple[str, str, Callable[[], Iterator[Json]]]]:
     """The question, what it is asked about, and what answers it, for every question."""
+    games = questions.with_views_as_large(games)
     some = questions.sample(games, scale.games)
     more = questions.sample(games, 2 * scale.games)
     yield "rewards", "all", partial(questions.rewards, games)
@@ -129,6 +130,7 @@ def evaluations(scale: Scale, folder: Path) -> Iterator[Json]:
 
 def ask_again(scale: Scale, games: RecordedGames) -> Json:
     """How noisy the rewards of principals that were trained twice are, and what rules gain by the second training."""
+    games = questions.with_views_as_large(games)
     more = questions.sample(games, 2 * scale.games)
     pairs = [pair for pair in PAIRS.values() if set(pair) <= set(scale.again)]
     return {

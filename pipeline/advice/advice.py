@@ -10,7 +10,7 @@ import torch
 from cage.rule_names import RuleName
 from cage.rules import SoftThreshold
 from pipeline.advice.comparison import Comparison, RuleChoice, RuleGain, choices
-from pipeline.advice.measures import RewardMeasures, correlation, measure_rewards
+from pipeline.advice.measures import RewardMeasures, correlation, measure_rewards, with_equal_sizes
 from pipeline.advice.recording import RecordedGames
 from pipeline.advice.settings import COMPARABLE, VIEW, AdviseConfig
 from pipeline.errors import ConfigurationError
@@ -69,7 +69,7 @@ def advise(config: AdviseConfig, games: RecordedGames) -> Advice:
     strict = settings.bootstrap.model_copy(
         update={"confidence": 1 - (1 - settings.bootstrap.confidence) / max(1, len(rules) - 1)}
     )
-    comparison = Comparison(games, config.weights, views, strict)
+    comparison = Comparison(with_equal_sizes(games, views), config.weights, views, strict)
     target = settings.target_kl or config.decoding.target_kl or _configured_kl(config, comparison)
     found = comparison.compare(rules, target)
     if not found[0].reaches(target):
