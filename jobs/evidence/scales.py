@@ -234,11 +234,10 @@ SECOND = replace(
     evaluations=(
         Evaluation("aware_tone", (*TWO_RULES, "parm"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
         Evaluation("trained_tone", ("base", "linear", "maximin"), ELEVEN, 200, agent_temperatures=OF_TRAINED),
-        Evaluation("trained_words", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", (2.0, 8.0, 16.0, 32.0)),
         Evaluation("prompted_tone", (*ANSWER_RULES, "best_of_n"), ELEVEN, 200, "answer", (0.5, 2.0, 4.0, 8.0)),
     ),
     games=400,
-    again=("cheerful", "formal", "simple"),
+    again=("cheerful", "formal"),
     others=("trained", "gpu"),
 )
 SMALL = Scale(
