@@ -119,6 +119,18 @@ def test_tools_after_first_rows_without_any_are_an_error(tmp_path: Path) -> None
     assert "there are tools or calls of tools, and none in the first rows" in rows[100].error
 
 
+def test_a_key_tools_that_the_first_rows_lack_is_no_lost_one(tmp_path: Path) -> None:
+    late = {"messages": [USER], "tools": [WEATHER]}
+    rows = list(opened(tmp_path, [{"messages": [USER]}] * 100 + [late, {"messages": [USER], "tools": None}]))
+    assert rows[100].error is not None
+    assert "name a column of tools with input.tools" in rows[100].error
+    assert rows[101].error is None
+    rows = list(opened(tmp_path, [{"messages": [USER]}] * 100 + [late], tools="tools"))
+    assert (rows[100].error, rows[100].tools) == (None, (WEATHER,))
+    rows = list(opened(tmp_path, [{"messages": CONVERSATION}] * 100 + [late]))  # there are columns for tools
+    assert (rows[100].error, rows[100].tools) == (None, (WEATHER,))
+
+
 def test_a_column_of_tools_is_named_in_the_plan(tmp_path: Path) -> None:
     def note(record: Any, **fields: Any) -> str:
         config = make_config(write_jsonl(tmp_path / "x.jsonl", [record]), input=fields)
