@@ -269,6 +269,32 @@ def test_the_split_is_by_prompt_and_depends_on_nothing_else(tmp_path):
     assert prompts_of(other, "validation") != validation
 
 
+def test_conversations_with_tools_keep_them(tmp_path):
+    user, tool = {"role": "user", "content": "warm?"}, {"type": "function", "function": {"name": "weather"}}
+
+    def row(row_id, city, **fields):
+        call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+        found = {"role": "tool", "content": "21", "tool_call_id": "c"}
+        return {"id": row_id, "messages": [user, asked, found], "tools": [tool], **fields}
+
+    rows = [row("a", "Rome"), row("b", "Oslo"), row("c", "Oslo", tools=[tool, tool])]
+    rows.append({"id": "d", "messages": [user]})
+    run = finished_run(tmp_path, dict.fromkeys("abcd", ["no", "yes"]), rows=rows)
+    dataset = dataset_of(run, sft={"best": 1}, score="reward")
+    sft, pairs = rows_of(dataset, "sft"), rows_of(dataset, "preferences")
+    assert [each["row_id"] for each in sft] == [each["row_id"] for each in pairs] == list("abcd")
+    for each, given, pair in zip(sft, rows, pairs, strict=True):
+        assert each["messages"][:-1] == pair["prompt"]
+        assert each["tools"] == pair["tools"] == (json.dumps(given["tools"]) if "tools" in given else None)
+    assert [each["messages"][1]["tool_calls"][0]["function"]["arguments"] for each in sft[:2]] == [
+        '{"city": "Rome"}',
+        '{"city": "Oslo"}',
+    ]
+    assert sft[0]["messages"][2]["tool_call_id"] == "c"
+    assert load_dataset(str(tmp_path / "run/_dataset"), "sft", split="train", cache_dir=str(tmp_path / "hf")).num_rows
+
+
 def test_the_same_settings_do_nothing_and_others_make_it_again(tmp_path):
     answers = random_answers(random.Random(0), num_rows=30, num_answers=4)
     run = finished_run(tmp_path, answers)

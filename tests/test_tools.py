@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.errors import RowError
 from pipeline.inputs.notes import describe_input
 from pipeline.inputs.source import InputSource, open_input
 from pipeline.records import Row
+from pipeline.storage.pairs import pairs_bytes
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.tables import output_schema, to_table
 
@@ -179,6 +181,15 @@ def test_tools_are_kept_in_the_output_and_read_back(tmp_path: Path, tiny: Any) -
     (again,) = open_input(InputConfig(path=str(tmp_path / "part.parquet"), response="response"))
     assert (again.error, list(again.messages), again.tools) == (None, CONVERSATION, (WEATHER,))
     assert again.response == record.response
+
+
+def test_pairs_have_the_tools_of_their_rows(tmp_path: Path) -> None:
+    record = replace(
+        answer(Row("a", (USER,), tools=(WEATHER,))), tools=(WEATHER,), original_rewards={}, chosen="x", rejected="y"
+    )
+    table = to_table([record], output_schema(["a"], has_tools=True, has_response=True))
+    (pair,) = pq.read_table(pa.BufferReader(pairs_bytes(table))).to_pylist()
+    assert json.loads(pair["tools"]) == [WEATHER]
 
 
 def test_a_run_without_tools_has_no_columns_for_them(tmp_path: Path) -> None:
