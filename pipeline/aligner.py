@@ -101,7 +101,7 @@ class Aligner:
         cache_folder: where models from elsewhere are kept; None: CAGE_CACHE, else the user's cache folder.
         progress: whether loading and answering are reported on the standard error.
         decoding: the keys of `decoding` in a configuration file: rule, agent_temperature, candidates, temperature,
-            max_new_tokens, seed, stop, trace, ...
+            max_new_tokens, seed, stop, trace, n, ...
 
     Raises:
         ConfigurationError: a key, a value or a model cannot be used.
@@ -172,6 +172,7 @@ class Aligner:
                 "an aligner answers in one way: a configuration with a grid is for cage evaluate"
             )
         self._progress = progress
+        self._num_samples = config.decoding.n
         self._hosts: Hosts | None = None
         self._engine: DecodingEngine | None = None
         folder = default_cache_folder(os.environ) if cache_folder is None else Path(cache_folder)
@@ -186,7 +187,7 @@ class Aligner:
         *,
         ids: Sequence[str] | None = ...,
         weights: Weights | Sequence[Weights | None] | None = ...,
-        n: Literal[1] = ...,
+        n: Literal[1] | None = ...,
     ) -> list[AlignedAnswer]: ...
 
     @overload
@@ -205,7 +206,7 @@ class Aligner:
         *,
         ids: Sequence[str] | None = None,
         weights: Weights | Sequence[Weights | None] | None = None,
-        n: int = 1,
+        n: int | None = None,
     ) -> list[AlignedAnswer] | list[list[AlignedAnswer]]:
         """Answer every prompt; one that fails has `error`, and the others go on.
 
@@ -214,7 +215,7 @@ class Aligner:
             ids: of the prompts, which key their draws; by default "0", "1", and so on.
             weights: preference weights by principal, for all prompts or one mapping per prompt. Principals that are
                 left out keep their configured weight.
-            n: samples per prompt.
+            n: samples per prompt; None: as many as `decoding.n` says, which is 1 where nothing says otherwise.
 
         Returns:
             One answer per prompt, in order; lists of n answers where n > 1.
@@ -223,6 +224,7 @@ class Aligner:
             ConfigurationError: the arguments do not fit together, or the aligner is closed.
             CageError: a model's host failed; the aligner can be used again.
         """
+        n = self._num_samples if n is None else n
         if n < 1:
             raise ConfigurationError(f"n must be at least 1; got {n}")
         rows = self._rows(_listed(prompts, "prompts"), ids=ids, weights=weights)
@@ -347,6 +349,8 @@ class AlignBatch:
         principals: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
+        if options.get("n", 1) != 1:
+            raise ConfigurationError(f"a row of a batch gets one answer, so n must be 1; got {options['n']!r}")
         self._aligner = Aligner(model, principals, **options)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
