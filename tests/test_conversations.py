@@ -445,7 +445,7 @@ def test_columns_that_the_first_rows_lack_can_be_named(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x"}] * 100 + [late]))
     *_, row = open_input(InputConfig(path=path, weights="w", chat_template_kwargs="k"), ("a",))
     assert (row.error, row.weights, row.template_kwargs) == (None, {"a": 2.0}, {"date": "today"})
-    with pytest.raises(ConfigurationError, match="there is no column 'v'; columns of x.jsonl: 'prompt', 'w'"):
+    with pytest.raises(ConfigurationError, match=r"there is no column 'v'; columns of x\.jsonl: 'prompt', 'w'"):
         open_input(InputConfig(path=path, weights="v", response="w"), ("a",))
 
 

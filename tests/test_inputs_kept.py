@@ -14,8 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from support.storage import answer, make_config, tree_bytes, write_jsonl
 
+from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
 from pipeline.inputs.notes import describe_input
+from pipeline.inputs.source import is_unchanged, open_input
+from pipeline.inputs.tabular import load_dataset
 from pipeline.records import OUTPUT_COLUMNS
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.run import Run
@@ -199,3 +202,23 @@ def test_a_type_that_parquet_does_not_have_is_refused_before_anything_is_decoded
     expected = f"Parquet, as which the output is written, has no type for the column 'meta' ({type_}); convert it, or"
     assert refusal_of(tmp_path / "data.arrow", "all").startswith(f"input.keep: {expected}")
     assert planned(tmp_path / "data.arrow", ["kind"]).fingerprint["input.keep"] == ["kind"]
+
+
+def test_kept_columns_of_a_data_set_that_changed_are_another_input(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    config = InputConfig(path=f"datasets:{folder}", keep="all")
+
+    def opened(source: str, **fields: Any) -> Any:
+        pq.write_table(pa.table({"prompt": ["x"], "source": [source]}), folder / "train.parquet")
+        load_dataset.cache_clear()
+        [file] = open_input(config.model_copy(update=fields)).files
+        return file
+
+    first = opened("a")
+    assert is_unchanged(first)
+    assert opened("a").identity == first.identity
+    assert opened("b").identity != first.identity
+    assert not is_unchanged(first)
+    assert opened("a", keep=["source"]).identity == first.identity
+    assert opened("a", keep=[]).identity == opened("b", keep=[]).identity

@@ -280,7 +280,7 @@ def test_conversations_with_tools_keep_them(tmp_path):
 
     rows = [row("a", "Rome"), row("b", "Oslo"), row("c", "Oslo", tools=[tool, tool])]
     rows.append({"id": "d", "messages": [user]})
-    run = finished_run(tmp_path, dict.fromkeys("abcd", ["no", "yes"]), rows=rows)
+    run = finished_run(tmp_path, {key: ["no", "yes"] for key in "abcd"}, rows=rows)
     dataset = dataset_of(run, sft={"best": 1}, score="reward")
     sft, pairs = rows_of(dataset, "sft"), rows_of(dataset, "preferences")
     assert [each["row_id"] for each in sft] == [each["row_id"] for each in pairs] == list("abcd")

@@ -271,8 +271,8 @@ def _read_kwargs(
     if columns.template_kwargs is None:
         if read_template_kwargs(_value(record, TEMPLATE_KWARGS), TEMPLATE_KWARGS):
             raise RowError(
-                f"there is {TEMPLATE_KWARGS}, and none in the first rows of the file, so it was planned without; name "
-                f"it with input.{TEMPLATE_KWARGS}"
+                f"there is {TEMPLATE_KWARGS}, and none in the first rows of the file, so it was planned without; "
+                f"name it with input.{TEMPLATE_KWARGS}"
             )
         return parameters.template_kwargs
     return read_template_kwargs(_value(record, columns.template_kwargs), columns.template_kwargs)

@@ -266,6 +266,7 @@ def _open_dataset(
     dataset = tabular.load_dataset(path, config.subset, config.split)
     name = ":".join(part for part in (_shown_name(path), config.subset, config.split) if part)
     columns = _check_schema(dataset.features.arrow_schema, config, name, column_names)
+    kept = dataset.column_names if config.keep == "all" else [each for each in config.keep if each in column_names]
     file = InputFile(
         path=path,
         name=name,
@@ -275,6 +276,7 @@ def _open_dataset(
         identity="",
         subset=config.subset,
         split=config.split,
+        kept=tuple(kept),
     )
     if (earlier := known.get(name)) is not None:
         before = replace(file, num_rows=min(file.num_rows, earlier.num_rows))
