@@ -198,6 +198,32 @@ def test_rows_of_a_batch_are_read_as_rows_of_a_file_are(tiny, aligner):
         align({"prompt": ["x"], "id": [None]})
 
 
+def test_tools_and_values_for_templates_of_a_batch_are_read(tiny):
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ mood }}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    )
+    align = AlignBatch({"model": str(tiny("llama")), "chat_template": template + "{% endfor %}"}, slots=2, **DECODING)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": None}}
+    messages = [[{"role": "user", "content": "hello"}]] * 4
+    kwargs = [None, {"mood": "!", "other": None}, {"moot": 1}, None]
+    batch = align(
+        {
+            "messages": messages,
+            "id": range(4),
+            "chat_template_kwargs": kwargs,
+            "tools": [None, np.array([tool]), [], [1]],
+        }
+    )
+    plain, steered, *_ = batch["response"]
+    assert plain != steered
+    assert plain == align({"messages": messages[:1], "id": [0]})["response"][0]
+    assert batch["error"][:2] == [None, None]
+    assert "chat_template_kwargs.moot has no effect" in batch["error"][2]
+    assert "tools[0] must be a function with a name" in batch["error"][3]
+    with pytest.raises(ConfigurationError, match="a batch has the column response, and answers would take its place"):
+        align({"messages": messages, "id": range(4), "response": ["old"] * 4})
+
+
 def test_a_batch_of_ray_data_has_one_answer_for_a_row():
     with pytest.raises(ConfigurationError, match="a row of a batch gets one answer, so n must be 1; got 2"):
         AlignBatch("/nowhere", n=2)
