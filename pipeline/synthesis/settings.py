@@ -61,7 +61,7 @@ class DuplicatesConfig(Section):
     def _looks_for_near_ones(self) -> DuplicatesConfig:
         if self.within != "prompt" and self.near is None:
             raise ValueError(
-                "within: no effect without near; exact duplicates are those of a prompt and an answer, wherever they are"
+                "within: no effect without near; exact duplicates have the same prompt and answer, wherever they are"
             )
         return self
 
