@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -23,7 +23,8 @@ from pipeline.engine.engine import decode_rows
 from pipeline.errors import ConfigurationError, RowError
 from pipeline.evaluation.text_principals import resolve_judge_principals
 from pipeline.hub.embedded import default_cache_folder
-from pipeline.inputs.rows import InputColumns, make_row, read_id
+from pipeline.inputs.batch_bodies import TEMPLATE_KWARGS
+from pipeline.inputs.rows import TOOLS, InputColumns, make_row, read_id
 from pipeline.protocol.hosts import Hosts
 from pipeline.records import Message, Proposal, Record, Row, TokenTrace
 from pipeline.runtime.assembly import Assembly, assemble
@@ -35,6 +36,11 @@ ModelName = str | PathLike[str]
 Weights = Mapping[str, float]
 T = TypeVar("T")
 MODEL_KEYS = ("model", "reference")
+OF_ROWS = (TOOLS, TEMPLATE_KWARGS)  # columns of a batch that are read as those of an input file
+ADDED = (
+    "response", "reasoning", "finish_reason", "num_tokens", "rewards", "payments", "kl_per_token", "error",
+)  # fmt: skip
+NOTHING: Mapping[str, Sequence[Any]] = MappingProxyType({})
 NOWHERE = "none"  # an aligner reads no input and writes no output
 
 
@@ -101,7 +107,7 @@ class Aligner:
         cache_folder: where models from elsewhere are kept; None: CAGE_CACHE, else the user's cache folder.
         progress: whether loading and answering are reported on the standard error.
         decoding: the keys of `decoding` in a configuration file: rule, agent_temperature, candidates, temperature,
-            max_new_tokens, seed, stop, trace, ...
+            max_new_tokens, seed, stop, trace, n, ...
 
     Raises:
         ConfigurationError: a key, a value or a model cannot be used.
@@ -172,6 +178,7 @@ class Aligner:
                 "an aligner answers in one way: a configuration with a grid is for cage evaluate"
             )
         self._progress = progress
+        self._num_samples = config.decoding.n
         self._hosts: Hosts | None = None
         self._engine: DecodingEngine | None = None
         folder = default_cache_folder(os.environ) if cache_folder is None else Path(cache_folder)
@@ -186,7 +193,7 @@ class Aligner:
         *,
         ids: Sequence[str] | None = ...,
         weights: Weights | Sequence[Weights | None] | None = ...,
-        n: Literal[1] = ...,
+        n: Literal[1] | None = ...,
     ) -> list[AlignedAnswer]: ...
 
     @overload
@@ -205,7 +212,7 @@ class Aligner:
         *,
         ids: Sequence[str] | None = None,
         weights: Weights | Sequence[Weights | None] | None = None,
-        n: int = 1,
+        n: int | None = None,
     ) -> list[AlignedAnswer] | list[list[AlignedAnswer]]:
         """Answer every prompt; one that fails has `error`, and the others go on.
 
@@ -214,7 +221,7 @@ class Aligner:
             ids: of the prompts, which key their draws; by default "0", "1", and so on.
             weights: preference weights by principal, for all prompts or one mapping per prompt. Principals that are
                 left out keep their configured weight.
-            n: samples per prompt.
+            n: samples per prompt; None: as many as `decoding.n` says, which is 1 where nothing says otherwise.
 
         Returns:
             One answer per prompt, in order; lists of n answers where n > 1.
@@ -223,15 +230,19 @@ class Aligner:
             ConfigurationError: the arguments do not fit together, or the aligner is closed.
             CageError: a model's host failed; the aligner can be used again.
         """
+        n = self._num_samples if n is None else n
         if n < 1:
             raise ConfigurationError(f"n must be at least 1; got {n}")
-        rows = self._rows(_listed(prompts, "prompts"), ids=ids, weights=weights)
+        answers = self._answer(self._rows(_listed(prompts, "prompts"), ids=ids, weights=weights), n)
+        return answers if n > 1 else [each for (each,) in answers]
+
+    def _answer(self, rows: Sequence[Row], n: int) -> list[list[AlignedAnswer]]:
+        """The n answers to each row, in order."""
         records: dict[tuple[str, int], Record] = {}
         with self._engine_in_use() as engine:
             for record in self._shown(decode_rows(engine, rows, num_samples=n), len(rows) * n):
                 records[record.row_id, record.sample] = record
-        answers = [[AlignedAnswer.of(records[row.row_id, sample]) for sample in range(n)] for row in rows]
-        return answers if n > 1 else [each for (each,) in answers]
+        return [[AlignedAnswer.of(records[row.row_id, sample]) for sample in range(n)] for row in rows]
 
     def score(self, prompts: Sequence[Conversation], answers: Sequence[str]) -> list[dict[str, float]]:
         """Compute the rewards of existing answers by teacher forcing; the token that ends an answer is included.
@@ -294,8 +305,9 @@ class Aligner:
         ids: Sequence[str] | None = None,
         weights: Weights | Sequence[Weights | None] | None = None,
         answers: Sequence[str] | None = None,
+        more: Mapping[str, Sequence[Any]] = NOTHING,
     ) -> list[Row]:
-        """The prompts as rows, read as an input file's are."""
+        """The prompts as rows, read as an input file's are; `more` has values of the columns `OF_ROWS`."""
         row_ids = [str(index) for index in range(len(prompts))] if ids is None else [_read_id(each) for each in ids]
         if len(row_ids) != len(prompts) or len(set(row_ids)) != len(row_ids):
             raise ConfigurationError(f"ids must be one per prompt and all different; got {row_ids!r:.200}")
@@ -305,8 +317,8 @@ class Aligner:
         names = tuple(principal.name for principal in self._assembly.topology.principals)
         texts: Sequence[str | None] = [None] * len(prompts) if answers is None else answers
         return [
-            _row(prompt, row_id, each, text, names)
-            for prompt, row_id, each, text in zip(prompts, row_ids, own, texts, strict=True)
+            _row(prompt, row_id, each, text, names, {name: _plain(values[at]) for name, values in more.items()})
+            for at, (prompt, row_id, each, text) in enumerate(zip(prompts, row_ids, own, texts, strict=True))
         ]
 
     def _shown(self, items: Iterator[T], total: int) -> Iterator[T]:
@@ -328,9 +340,10 @@ class AlignBatch:
     """A callable class for `ray.data.Dataset.map_batches`: one aligner in each actor.
 
     A batch needs a column `id` and a column `prompt` (texts or conversations) or `messages` (conversations), and may
-    have `weights`. Ids must differ between all rows of the dataset: they key the draws, so an answer does not depend
-    on how rows are put into batches. The columns response, reasoning, finish_reason, num_tokens, rewards, payments,
-    kl_per_token and error are added.
+    have `weights`, `chat_template_kwargs` and, beside `messages`, `tools`. Ids must differ between all rows of the
+    dataset: they key the draws, so an answer does not depend on how rows are put into batches. The columns response,
+    reasoning, finish_reason, num_tokens, rewards, payments, kl_per_token and error are added; a batch that has one of
+    them is refused.
 
     Args:
         model: as in `Aligner`.
@@ -347,6 +360,8 @@ class AlignBatch:
         principals: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
+        if options.get("n", 1) != 1:
+            raise ConfigurationError(f"a row of a batch gets one answer, so n must be 1; got {options['n']!r}")
         self._aligner = Aligner(model, principals, **options)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,7 +374,7 @@ class AlignBatch:
             The batch with the columns of its answers.
 
         Raises:
-            ConfigurationError: the batch has no prompts, no ids, or the same id twice.
+            ConfigurationError: the batch has no prompts, no ids, the same id twice, or a column that would be added.
             CageError: a model's host failed.
         """
         if ("prompt" in batch) == ("messages" in batch):
@@ -369,6 +384,10 @@ class AlignBatch:
             raise ConfigurationError(
                 "a batch needs a column id: an id keys the draws of its row, and the place in a batch would repeat "
                 f"from batch to batch; it has {', '.join(batch)}"
+            )
+        if taken := [name for name in ADDED if name in batch]:
+            raise ConfigurationError(
+                f"a batch has the column {', '.join(taken)}, and answers would take its place; rename or drop it"
             )
         prompts = batch["prompt" if "prompt" in batch else "messages"]
         if (
@@ -381,7 +400,9 @@ class AlignBatch:
         weights = (
             [dict(each) if each is not None else None for each in batch["weights"]] if "weights" in batch else None
         )
-        return {**batch, **_columns(self._aligner.generate(prompts, ids=batch["id"], weights=weights))}
+        more = {name: batch[name] for name in OF_ROWS if name in batch and (name != TOOLS or "messages" in batch)}
+        rows = self._aligner._rows(_listed(prompts, "prompts"), ids=batch["id"], weights=weights, more=more)
+        return {**batch, **_columns([answer for (answer,) in self._aligner._answer(rows, 1)])}
 
 
 def _columns(answers: Sequence[AlignedAnswer]) -> dict[str, list[Any]]:
@@ -449,9 +470,24 @@ def _placed_models(section: Mapping[str, Any], placed: Mapping[str, str]) -> dic
     return found
 
 
-def _row(prompt: Any, row_id: str, weights: Weights | None, answer: str | None, names: Sequence[str]) -> Row:
-    columns = InputColumns(prompt="prompt", weights="weights", response="response", has_tools=True)
+def _row(
+    prompt: Any,
+    row_id: str,
+    weights: Weights | None,
+    answer: str | None,
+    names: Sequence[str],
+    more: Mapping[str, Any],
+) -> Row:
+    columns = InputColumns(
+        prompt="prompt",
+        weights="weights",
+        response="response",
+        tools=TOOLS,
+        has_tools=True,
+        template_kwargs=TEMPLATE_KWARGS,
+    )
     record = {
+        **more,
         "prompt": _plain(prompt),
         "weights": None if weights is None else dict(weights),
         "response": answer,

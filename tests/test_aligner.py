@@ -53,7 +53,9 @@ def test_answers_equal_those_of_relabel_to_the_bit(tiny, tmp_path):
     assert len(stored) == 6
     assert run.is_complete
     with Aligner.from_config(file) as configured:
-        answers = configured.generate(PROMPTS, ids=["r0", "r1", "r2"], n=2)
+        answers = configured.generate(PROMPTS, ids=["r0", "r1", "r2"])  # as many as decoding.n says
+        [one] = configured.generate(PROMPTS[:1], ids=["r0"], n=1)
+    assert one == answers[0][0]
     for at, samples in enumerate(answers):
         for sample, answer in enumerate(samples):
             row = stored[f"r{at}", sample]
@@ -194,6 +196,37 @@ def test_rows_of_a_batch_are_read_as_rows_of_a_file_are(tiny, aligner):
         align({"messages": ["x"], "id": ["0"]})
     with pytest.raises(ConfigurationError, match="ids must be text or whole numbers; got None"):
         align({"prompt": ["x"], "id": [None]})
+
+
+def test_tools_and_values_for_templates_of_a_batch_are_read(tiny):
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ mood }}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    )
+    align = AlignBatch({"model": str(tiny("llama")), "chat_template": template + "{% endfor %}"}, slots=2, **DECODING)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": None}}
+    messages = [[{"role": "user", "content": "hello"}]] * 4
+    kwargs = [None, {"mood": "!", "other": None}, {"moot": 1}, None]
+    batch = align(
+        {
+            "messages": messages,
+            "id": range(4),
+            "chat_template_kwargs": kwargs,
+            "tools": [None, np.array([tool]), [], [1]],
+        }
+    )
+    plain, steered, *_ = batch["response"]
+    assert plain != steered
+    assert plain == align({"messages": messages[:1], "id": [0]})["response"][0]
+    assert batch["error"][:2] == [None, None]
+    assert "chat_template_kwargs.moot has no effect" in batch["error"][2]
+    assert "tools[0] must be a function with a name" in batch["error"][3]
+    with pytest.raises(ConfigurationError, match="a batch has the column response, and answers would take its place"):
+        align({"messages": messages, "id": range(4), "response": ["old"] * 4})
+
+
+def test_a_batch_of_ray_data_has_one_answer_for_a_row():
+    with pytest.raises(ConfigurationError, match="a row of a batch gets one answer, so n must be 1; got 2"):
+        AlignBatch("/nowhere", n=2)
 
 
 def test_a_batch_of_ray_data_without_ids_is_refused(tiny):

@@ -431,3 +431,27 @@ def test_a_developer_is_the_system_where_the_template_does_not_know_the_role(tin
     said = [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, USER]
     text = assembly.prompter.decode(assembly.prompter.encode(said, {})["base"])
     assert text == ("[system]a[developer]b[user]Hi" if knows else "[system]a\n\nb[user]Hi")
+
+
+def test_keys_of_a_format_that_the_first_rows_lack_are_read(tmp_path: Path) -> None:
+    first = {"instruction": "add", "output": "o"}
+    late = {"instruction": "add", "input": "1 and 2", "system": "Be exact.", "output": "3"}
+    *_, row = open_input(InputConfig(path=str(write_jsonl(tmp_path / "x.jsonl", [first] * 100 + [late]))))
+    assert (row.error, [each["content"] for each in row.messages]) == (None, ["Be exact.", "add\n\n1 and 2"])
+
+
+def test_columns_that_the_first_rows_lack_can_be_named(tmp_path: Path) -> None:
+    late = {"prompt": "y", "w": {"a": 2}, "k": {"date": "today"}}
+    path = str(write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x"}] * 100 + [late]))
+    *_, row = open_input(InputConfig(path=path, weights="w", chat_template_kwargs="k"), ("a",))
+    assert (row.error, row.weights, row.template_kwargs) == (None, {"a": 2.0}, {"date": "today"})
+    with pytest.raises(ConfigurationError, match=r"there is no column 'v'; columns of x\.jsonl: 'prompt', 'w'"):
+        open_input(InputConfig(path=path, weights="v", response="w"), ("a",))
+
+
+def test_values_for_templates_that_the_first_rows_lack_are_no_lost_ones(tmp_path: Path) -> None:
+    records = [{"prompt": "x"}] * 100 + [{"prompt": "y", "chat_template_kwargs": {"a": 1}}]
+    records += [{"prompt": "z", "chat_template_kwargs": {}}]
+    rows = list(open_input(InputConfig(path=str(write_jsonl(tmp_path / "x.jsonl", records)))))
+    assert [row.error is None for row in rows] == [True] * 100 + [False, True]
+    assert "name it with input.chat_template_kwargs" in str(rows[100].error)

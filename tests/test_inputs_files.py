@@ -316,6 +316,33 @@ def test_a_pattern_reads_what_matches_in_order(tmp_path: Path) -> None:
     assert "must end in one of" in refusal_of(tmp_path / "a/*.*")
 
 
+def test_a_pattern_reads_a_file_once_and_hidden_names_where_it_spells_them(tmp_path: Path) -> None:
+    for name in (
+        "run/part-0.jsonl",
+        "run/_pairs/part-0.jsonl",
+        "run/_failed/x.jsonl",
+        "run/.tmp/x.jsonl",
+        "_a.jsonl",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(TEXT_BY_SUFFIX[".jsonl"]([{"prompt": name}]))
+    (tmp_path / "run/_commits").mkdir()
+    (tmp_path / "run/_commits/notes.txt").write_text("x")
+    for pattern in ("**/*.jsonl", "**/**/*.jsonl", "run/**/*.*", "*/*.jsonl"):
+        source = opened(tmp_path / pattern)
+        assert prompts_of(source) == ["run/part-0.jsonl"]
+    assert opened(tmp_path / "**/*.jsonl").not_read == (
+        "_a.jsonl",
+        "run/_failed/x.jsonl",
+        "run/_pairs/part-0.jsonl",
+    )
+    assert prompts_of(opened(tmp_path / "**/_pairs/*.jsonl")) == ["run/_pairs/part-0.jsonl"]
+    assert prompts_of(opened(tmp_path / "run/_[fp]*/*.jsonl")) == ["run/_failed/x.jsonl", "run/_pairs/part-0.jsonl"]
+    assert prompts_of(opened(tmp_path / "run/_pairs/*.jsonl")) == ["run/_pairs/part-0.jsonl"]
+    assert "no file matches" in refusal_of(tmp_path / "?a.jsonl")
+    assert "which a pattern must spell: '_a.jsonl'" in refusal_of(tmp_path / "?a.jsonl")
+
+
 def test_a_saved_data_set_is_read_in_its_own_order(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(RECORDS)
     data.select(range(9)).shuffle(seed=1).save_to_disk(str(tmp_path / "one"), num_shards=3)

@@ -14,10 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from support.storage import answer, make_config, tree_bytes, write_jsonl
 
+from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
 from pipeline.inputs.notes import describe_input
+from pipeline.inputs.source import is_unchanged, open_input
+from pipeline.inputs.tabular import load_dataset
 from pipeline.records import OUTPUT_COLUMNS
-from pipeline.storage.plan import Plan, make_plan, open_planned_input
+from pipeline.storage.plan import Plan, cut, make_plan, open_planned_input
+from pipeline.storage.reruns import choose_mended
 from pipeline.storage.run import Run
 from pipeline.stores.store import open_store
 
@@ -56,18 +60,20 @@ def test_values_of_json_keep_their_types_or_become_json_text(tmp_path: Path) -> 
         for at, number in enumerate(NUMBERS)
     ]  # fmt: skip
     records[4]["late"] = "only here"
+    records[3]["exact"], records[4]["exact"] = 2**60 + 1, 0.5  # no float holds the former
     table = table_of(run_on(write_jsonl(tmp_path / "x.jsonl", records), "all"))
-    kept = ["n", "x", "tag", "ok", "mixed", "tree", "empty", "big", "late"]
+    kept = ["n", "x", "tag", "ok", "mixed", "tree", "empty", "big", "exact", "late"]
     assert table.schema.names[-len(kept) :] == kept
     types = {name: str(table.schema.field(name).type) for name in kept}
     assert types == {
         "n": "int64", "x": "double", "tag": "string", "ok": "bool", "mixed": "string", "tree": "string",
-        "empty": "string", "big": "string", "late": "string",
+        "empty": "string", "big": "string", "exact": "string", "late": "string",
     }  # fmt: skip
     assert table["n"].to_pylist() == NUMBERS
     assert table["x"].to_pylist() == [3.0, 0.5, 1.0, 1.5, 2.0]
     assert [json.loads(each) for each in table["mixed"].to_pylist()] == [1, 2, "none", 4, 5]
     assert [json.loads(each) for each in table["tree"].to_pylist()] == [{"a": [at]} for at in range(5)]
+    assert table["exact"].to_pylist() == [None] * 3 + [str(2**60 + 1), "0.5"]
     assert table["late"].to_pylist() == [None] * 4 + ["only here"]
 
 
@@ -199,3 +205,42 @@ def test_a_type_that_parquet_does_not_have_is_refused_before_anything_is_decoded
     expected = f"Parquet, as which the output is written, has no type for the column 'meta' ({type_}); convert it, or"
     assert refusal_of(tmp_path / "data.arrow", "all").startswith(f"input.keep: {expected}")
     assert planned(tmp_path / "data.arrow", ["kind"]).fingerprint["input.keep"] == ["kind"]
+
+
+def test_kept_columns_of_a_data_set_that_changed_are_another_input(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    config = InputConfig(path=f"datasets:{folder}", keep="all")
+
+    def opened(source: str, **fields: Any) -> Any:
+        pq.write_table(pa.table({"prompt": ["x"], "source": [source]}), folder / "train.parquet")
+        load_dataset.cache_clear()
+        [file] = open_input(config.model_copy(update=fields)).files
+        return file
+
+    first = opened("a")
+    assert is_unchanged(first)
+    assert opened("a").identity == first.identity
+    assert opened("b").identity != first.identity
+    assert not is_unchanged(first)
+    assert opened("a", keep=["source"]).identity == first.identity
+    assert opened("a", keep=[]).identity == opened("b", keep=[]).identity
+
+
+def test_a_kept_value_that_is_no_number_is_no_other_content(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+
+    def write(*scores: float) -> None:
+        pq.write_table(pa.table({"prompt": ["x", "y"], "score": list(scores)}), path)
+
+    write(float("nan"), 0.5)
+    run = run_on(path, ["score"])
+    config = InputConfig(path=str(path), keep=["score"])
+
+    def mended() -> frozenset[str]:
+        source = open_input(config, run.plan.principal_names)
+        return choose_mended(run, source, tuple(cut(source.files, 8)), ()).ids
+
+    assert mended() == set()
+    write(float("nan"), 0.25)
+    assert mended() == {"x.parquet:1"}

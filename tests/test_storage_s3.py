@@ -108,7 +108,8 @@ def test_compressed_text_is_read_from_s3_from_any_mark(s3: Any, folder: str, suf
 
 
 def test_patterns_match_objects(s3: Any, folder: str) -> None:
-    for name in ("a-0.jsonl", "a-1.jsonl.gz", "b.jsonl", "deep/er/a-2.jsonl", "notes.txt"):
+    hidden = (".tmp/a-3.jsonl", "deep/_old/a-4.jsonl")
+    for name in ("a-0.jsonl", "a-1.jsonl.gz", "b.jsonl", "deep/er/a-2.jsonl", "notes.txt", *hidden):
         data = json.dumps({"prompt": name}).encode()
         s3.pipe_file(f"{folder}/{name}", gzip.compress(data) if name.endswith(".gz") else data)
 
@@ -124,6 +125,7 @@ def test_patterns_match_objects(s3: Any, folder: str) -> None:
     assert names("[ab].jsonl") == ["b.jsonl"]
     assert names("**/*.jsonl") == ["a-0.jsonl", "b.jsonl", "deep/er/a-2.jsonl"]
     assert names("deep/*/a-?.jsonl") == ["er/a-2.jsonl"]
+    assert names("deep/_*/a-?.jsonl") == ["_old/a-4.jsonl"]
     with pytest.raises(ConfigurationError, match=r"input\.path: no file matches s3://"):
         names("c*.jsonl")
 

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigurationError, StorageError
 from pipeline.records import FinishReason
 from pipeline.synthesis.duplicates import EXACT, NEAR, KeptTexts, similarity
 from pipeline.synthesis.export import export
+from pipeline.synthesis.settings import SynthesisConfig
 
 LONG = "one two three four five six seven eight nine ten"
 VECTORS = [{"brief": 1.0, "kind-1": 0.0}, {"brief": 0.25, "kind-1": 0.75}]
@@ -103,7 +104,8 @@ def random_answers(generator: random.Random, num_rows: int, num_answers: int):
 def test_every_answer_is_used_or_dropped_once_and_pairs_are_sound(tmp_path, select, weak_rejected):
     answers = random_answers(random.Random(select), num_rows=40, num_answers=10)
     run = finished_run(tmp_path, answers, grid={"weights": VECTORS})
-    pairs = {"select": select, "max_pairs": 3, "min_margin": 0.75, "weak_rejected": weak_rejected}
+    pairs = {"select": select, "min_margin": 0.75, "weak_rejected": weak_rejected}
+    pairs |= {"max_pairs": 3} if select == "all" else {}
     filters = {"min_rewards": {"brief": -1}, "duplicates": {"near": 0.7}}
     dataset = dataset_of(run, filters=filters, pairs=pairs, sft={"best": 2}, validation=0.3)
     everything = {(f"r{row}", variant, sample) for row in range(40) for variant in range(2) for sample in range(5)}
@@ -269,6 +271,32 @@ def test_the_split_is_by_prompt_and_depends_on_nothing_else(tmp_path):
     assert prompts_of(other, "validation") != validation
 
 
+def test_conversations_with_tools_keep_them(tmp_path):
+    user, tool = {"role": "user", "content": "warm?"}, {"type": "function", "function": {"name": "weather"}}
+
+    def row(row_id, city, **fields):
+        call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+        found = {"role": "tool", "content": "21", "tool_call_id": "c"}
+        return {"id": row_id, "messages": [user, asked, found], "tools": [tool], **fields}
+
+    rows = [row("a", "Rome"), row("b", "Oslo"), row("c", "Oslo", tools=[tool, tool])]
+    rows.append({"id": "d", "messages": [user]})
+    run = finished_run(tmp_path, {key: ["no", "yes"] for key in "abcd"}, rows=rows)
+    dataset = dataset_of(run, sft={"best": 1}, score="reward")
+    sft, pairs = rows_of(dataset, "sft"), rows_of(dataset, "preferences")
+    assert [each["row_id"] for each in sft] == [each["row_id"] for each in pairs] == list("abcd")
+    for each, given, pair in zip(sft, rows, pairs, strict=True):
+        assert each["messages"][:-1] == pair["prompt"]
+        assert each["tools"] == pair["tools"] == (json.dumps(given["tools"]) if "tools" in given else None)
+    assert [each["messages"][1]["tool_calls"][0]["function"]["arguments"] for each in sft[:2]] == [
+        '{"city": "Rome"}',
+        '{"city": "Oslo"}',
+    ]
+    assert sft[0]["messages"][2]["tool_call_id"] == "c"
+    assert load_dataset(str(tmp_path / "run/_dataset"), "sft", split="train", cache_dir=str(tmp_path / "hf")).num_rows
+
+
 def test_the_same_settings_do_nothing_and_others_make_it_again(tmp_path):
     answers = random_answers(random.Random(0), num_rows=30, num_answers=4)
     run = finished_run(tmp_path, answers)
@@ -401,3 +429,16 @@ def test_a_damaged_manifest_is_reported(tmp_path):
     (tmp_path / "run/_dataset/manifest.json").write_text(json.dumps({"files": []}))
     with pytest.raises(StorageError, match="is not a manifest"):
         dataset_of(run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"filters": {"duplicates": {"within": "dataset"}}}, "within: no effect without near"),
+        ({"pairs": {"max_pairs": 4}}, "max_pairs: no effect with select: best_worst"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SynthesisConfig.model_validate(settings)
+    SynthesisConfig.model_validate(SynthesisConfig().model_dump())  # defaults that are written out

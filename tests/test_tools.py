@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.errors import RowError
 from pipeline.inputs.notes import describe_input
 from pipeline.inputs.source import InputSource, open_input
 from pipeline.records import Row
+from pipeline.storage.pairs import pairs_bytes
 from pipeline.storage.plan import Plan, make_plan, open_planned_input
 from pipeline.storage.tables import output_schema, to_table
 
@@ -119,6 +121,18 @@ def test_tools_after_first_rows_without_any_are_an_error(tmp_path: Path) -> None
     assert "there are tools or calls of tools, and none in the first rows" in rows[100].error
 
 
+def test_a_key_tools_that_the_first_rows_lack_is_no_lost_one(tmp_path: Path) -> None:
+    late = {"messages": [USER], "tools": [WEATHER]}
+    rows = list(opened(tmp_path, [{"messages": [USER]}] * 100 + [late, {"messages": [USER], "tools": None}]))
+    assert rows[100].error is not None
+    assert "name a column of tools with input.tools" in rows[100].error
+    assert rows[101].error is None
+    rows = list(opened(tmp_path, [{"messages": [USER]}] * 100 + [late], tools="tools"))
+    assert (rows[100].error, rows[100].tools) == (None, (WEATHER,))
+    rows = list(opened(tmp_path, [{"messages": CONVERSATION}] * 100 + [late]))  # there are columns for tools
+    assert (rows[100].error, rows[100].tools) == (None, (WEATHER,))
+
+
 def test_a_column_of_tools_is_named_in_the_plan(tmp_path: Path) -> None:
     def note(record: Any, **fields: Any) -> str:
         config = make_config(write_jsonl(tmp_path / "x.jsonl", [record]), input=fields)
@@ -167,6 +181,15 @@ def test_tools_are_kept_in_the_output_and_read_back(tmp_path: Path, tiny: Any) -
     (again,) = open_input(InputConfig(path=str(tmp_path / "part.parquet"), response="response"))
     assert (again.error, list(again.messages), again.tools) == (None, CONVERSATION, (WEATHER,))
     assert again.response == record.response
+
+
+def test_pairs_have_the_tools_of_their_rows(tmp_path: Path) -> None:
+    record = replace(
+        answer(Row("a", (USER,), tools=(WEATHER,))), tools=(WEATHER,), original_rewards={}, chosen="x", rejected="y"
+    )
+    table = to_table([record], output_schema(["a"], has_tools=True, has_response=True))
+    (pair,) = pq.read_table(pa.BufferReader(pairs_bytes(table))).to_pylist()
+    assert json.loads(pair["tools"]) == [WEATHER]
 
 
 def test_a_run_without_tools_has_no_columns_for_them(tmp_path: Path) -> None:

@@ -453,3 +453,9 @@ def test_ratings_of_both_sides_are_returns(tmp_path):
         found.records.read(found.layout.columns), found.layout, config.input, found.objective, Drops()
     )
     assert [answer.scores for answer in compared.answers] == [{"preferred": 4.0}, {}]
+
+
+def test_a_system_message_that_the_first_rows_lack_is_read(tmp_path):
+    pair = {"prompt": "why?", "chosen": "good", "rejected": "bad"}
+    found, _ = read(tmp_path, [pair] * 100 + [{**pair, "system": "be brief"}])
+    assert [found[99][0], found[100][0]] == [ASK, [BRIEF, *ASK]]

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError
+from pipeline.inputs.batch_bodies import TEMPLATE_KWARGS
 from pipeline.inputs.record_formats import FORMAT_BY_NAME, RecordFormat, find_format
-from pipeline.inputs.rows import InputColumns
+from pipeline.inputs.rows import TOOLS, InputColumns
 from pipeline.quoting import quote
 
-KWARGS = "chat_template_kwargs"  # the column that is read where the configuration names none
+# keys of `input` that name a column
+KEYS = ("prompt", "messages", "id", "weights", "response", "tools", "candidates", TEMPLATE_KWARGS)
 
 
 def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> InputColumns:
@@ -34,16 +36,22 @@ def choose_columns(config: InputConfig, names: Sequence[str], file: str) -> Inpu
     if recognised is not None:
         present = tuple(column for column in recognised.uses if column in names)
         columns = replace(columns, format=recognised.name, format_columns=present)
-    if config.tools is not None or ("tools" in names and (messages is not None or recognised is not None)):
-        columns = replace(columns, tools=config.tools or "tools")
-    if config.chat_template_kwargs is not None or KWARGS in names:
-        columns = replace(columns, template_kwargs=config.chat_template_kwargs or KWARGS)
+    if config.tools is not None or (TOOLS in names and (messages is not None or recognised is not None)):
+        columns = replace(columns, tools=config.tools or TOOLS)
+    if config.chat_template_kwargs is not None or TEMPLATE_KWARGS in names:
+        columns = replace(columns, template_kwargs=config.chat_template_kwargs or TEMPLATE_KWARGS)
     columns = replace(columns, candidates=config.candidates)
-    for key in ("prompt", "messages", "id", "weights", "response", "tools", "candidates", KWARGS):
-        column = columns.template_kwargs if key == KWARGS else getattr(columns, key)
+    for key in KEYS:
+        column = columns.template_kwargs if key == TEMPLATE_KWARGS else getattr(columns, key)
         if column is not None and column not in names:
             raise ConfigurationError(f"input.{key}: there is no column {quote(column)}; {there}")
     return columns
+
+
+def named_columns(config: InputConfig) -> set[str]:
+    """The columns that the configuration names."""
+    named = {getattr(config, key) for key in KEYS} - {None}
+    return named | (set() if config.format == "auto" else FORMAT_BY_NAME[config.format].columns)
 
 
 def columns_of_unreadable(config: InputConfig) -> InputColumns:

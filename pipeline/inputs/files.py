@@ -56,6 +56,7 @@ class InputFile:
         split: of a data set.
         layers: the compression and the encoding around the text of a file.
         header: the columns of a CSV or TSV file, in order.
+        kept: of a data set, the columns that are carried into the output: their content counts for its identity.
     """
 
     path: str
@@ -69,6 +70,7 @@ class InputFile:
     split: str | None = None
     layers: tuple[str, ...] = ()
     header: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

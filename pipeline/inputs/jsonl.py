@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -83,6 +84,22 @@ def peek(found: FoundFile) -> tuple[TextFile, tuple[str, ...]]:
     if num_broken and not num_objects and found.format is Format.JSON and file.format is Format.JSONL:
         raise ConfigurationError(f"{found.name} holds neither an array of objects nor one object per line")
     return file, tuple(keys)
+
+
+def add_late_keys(file: TextFile, name: str, keys: tuple[str, ...], wanted: Collection[str]) -> tuple[str, ...]:
+    """The keys of the first objects, and those of `wanted` that a later one has."""
+    missing = set(wanted) - set(keys)
+    if not missing or not keys or file.header:
+        return keys
+    with as_input_error(name), open_text(file.path, file.layers) as handle:
+        for each in _split(handle, file):
+            with contextlib.suppress(RowError):
+                late = missing & _parse(each.data).keys()
+                keys += tuple(sorted(late))
+                missing -= late
+            if not missing:
+                break
+    return keys
 
 
 def _recognise(found: FoundFile) -> TextFile:

@@ -20,6 +20,7 @@ from pipeline.records import is_reserved
 
 AS_JSON = {b"cage.kept": b"json"}  # of a field: its values are JSON text, because their types differ or are nested
 INT64 = range(-(2**63), 2**63)
+EXACT = range(-(2**53), 2**53 + 1)  # whole numbers that a float holds exactly
 
 
 def choose_kept(keep: Sequence[str] | Literal["all"], files: Sequence[InputFile]) -> pa.Schema | None:
@@ -112,7 +113,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        return "int" if value in INT64 else "any"
+        return "int" if value in EXACT else "long" if value in INT64 else "any"
     if isinstance(value, str):
         return "text" if _is_storable(value) else "any"
     return "float" if isinstance(value, float) else "any"
@@ -131,6 +132,9 @@ def _field_of_kinds(name: str, kinds: set[str]) -> pa.Field:
         return pa.field(name, pa.null())
     if kinds == {"int", "float"}:
         return pa.field(name, pa.float64())
+    kinds = {"int" if kind == "long" else kind for kind in kinds}  # beside fractions it would lose digits
+    if kinds == {"int", "float"}:
+        return pa.field(name, pa.string(), metadata=AS_JSON)
     types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}
     if len(kinds) == 1 and (kind := next(iter(kinds))) in types:
         return pa.field(name, types[kind])

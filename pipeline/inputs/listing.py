@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -33,6 +34,7 @@ ACCEPTED = f"{', '.join(FORMAT_BY_SUFFIX)}; text also with {', '.join(SUFFIXES)}
 OTHER_COMPRESSIONS = (".zip", ".tar", ".tgz", ".lz4", ".br", ".snappy", ".7z", ".z", ".lzma", ".lzo")
 IS_PATTERN = re.compile(r"[*?\[]")
 SHOWN = 5  # names in a message
+HIDING = (".", "_")  # first characters of names that programs hide
 DATASETS = "datasets:"  # before the name of a data set
 # Of a data set that `save_to_disk` wrote
 STATE, DATASET_INFO, DATASET_DICT = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -66,7 +68,8 @@ def find_files(path: str, *, split: str = "train") -> Found | None:
 
     A path with `*`, `?` or `[` that does not exist as it is, is a pattern; `**` goes into subfolders. A folder that
     `save_to_disk` wrote has the files that it names, of `split` where it has several. Of another folder all files of
-    known formats are read, but not those of its subfolders, nor names that begin with `.` or `_`.
+    known formats are read, but not those of its subfolders, nor names that begin with `.` or `_`; a pattern matches
+    such names of files and folders where it spells these characters.
 
     Raises:
         ConfigurationError: a file of another kind, or no input file.
@@ -140,7 +143,7 @@ def _folder(path: str, entries: Sequence[Entry]) -> Found:
 
 
 def _refuse_empty(path: str, not_read: Sequence[str]) -> NoReturn:
-    there = ", ".join(quote(name) for name in not_read[:SHOWN]) + (", ..." if len(not_read) > SHOWN else "")
+    there = _shown(not_read)
     folders = any(name.endswith("/") for name in not_read)
     raise ConfigurationError(
         f"input.path: no input file in the folder {path} ({ACCEPTED})"
@@ -149,9 +152,14 @@ def _refuse_empty(path: str, not_read: Sequence[str]) -> NoReturn:
     )
 
 
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(quote(name) for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
 def _match(path: str, scheme: str | None, address: str) -> Found:
     """The files that match a pattern; their names are relative to the folder before its first wildcard."""
     root = address[: IS_PATTERN.search(address).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    parts = address.removeprefix(root).split("/")
     entries: list[Entry] = []
     if scheme is None:
         base = Path(os.path.abspath(root or ("/" if address.startswith("/") else ".")))  # noqa: PTH100
@@ -165,9 +173,27 @@ def _match(path: str, scheme: str | None, address: str) -> Found:
             matched = file_system(scheme).glob(address, detail=True)
         objects = (_object(scheme, info) for info in matched.values())
         entries = [each._replace(name=_key(each.path).removeprefix(f"{root}/")) for each in objects if each.is_file]
-    if not entries:
-        raise ConfigurationError(f"input.path: no file matches {path}")
-    return Found(tuple(_file(entry, path) for entry in sorted(entries)))
+    entries = sorted(set(entries))  # a pattern with several ** finds a file on several ways
+    read = [entry for entry in entries if not _is_hidden(entry.name, parts)]
+    left = tuple(entry.name for entry in entries if entry not in read and _format(entry.name) is not None)
+    if not read:
+        raise ConfigurationError(f"input.path: no file matches {path}" + (_but_hidden(left) if left else ""))
+    return Found(tuple(_file(entry, path) for entry in read), left)
+
+
+def _is_hidden(name: str, parts: Sequence[str]) -> bool:
+    """Whether a file, or a folder that it is in, is hidden by its first character, and no part of the pattern has it.
+
+    So are the folders of a run beside its answers: its failed rows, its pairs, and files that others have replaced.
+    """
+    spelled = [part for part in parts if part.startswith(HIDING)]
+    return any(
+        part.startswith(HIDING) and not any(fnmatchcase(part, each) for each in spelled) for part in name.split("/")
+    )
+
+
+def _but_hidden(names: Sequence[str]) -> str:
+    return f" but names that begin with . or _, which a pattern must spell: {_shown(names)}"
 
 
 def _saved_split(path: str, entries: Sequence[Entry], split: str) -> Found:
@@ -227,12 +253,12 @@ def _format(name: str) -> Format | None:
 
 
 def _is_input(entry: Entry) -> bool:
-    return entry.is_file and not entry.name.startswith((".", "_")) and _format(entry.name) is not None
+    return entry.is_file and not entry.name.startswith(HIDING) and _format(entry.name) is not None
 
 
 def _is_expected(entry: Entry) -> bool:
     """Whether a name is one that programs hide, unless it is an input by its format: that could be a mistake."""
-    return entry.name.startswith((".", "_")) and not (entry.is_file and _format(entry.name) is not None)
+    return entry.name.startswith(HIDING) and not (entry.is_file and _format(entry.name) is not None)
 
 
 def _list(scheme: str | None, address: str) -> tuple[bool, list[Entry]] | None:

@@ -112,7 +112,9 @@ def _on_reading(source: InputSource) -> Iterator[str]:
     names = dict.fromkeys(file.columns.format for file in source.files)
     for name in filter(None, names):
         files = [file for file in source.files if file.columns.format == name]
-        columns = dict.fromkeys(column for file in files for column in file.columns.format_columns)
+        columns = dict.fromkeys(
+            column for file in files for column in file.columns.format_columns if column in source.column_names
+        )
         answer = ""
         if files[0].columns.has_response and files[0].columns.response is None:
             answer = f"; the existing answer is {FORMAT_BY_NAME[name].answer}"

@@ -96,10 +96,14 @@ def _open_file(found: FoundFile, limit: int | None, columns: dict[str, None]) ->
         text, keys = jsonl.peek(found)
         columns.update(dict.fromkeys(keys))
         scan = jsonl.scan(text, found.name, stride=STRIDE, limit=limit)
-        return InputFile(
+        file = InputFile(
             found.path, found.name, text.format, InputColumns(), scan.num_rows, scan.identity, scan.marks,
             layers=text.layers, header=text.header,
         )  # fmt: skip
+        if not text.header:  # a later line may have keys that the first ones lack
+            for record in jsonl.read_values(file, 0, file.num_rows):
+                columns.update(dict.fromkeys(record))
+        return file
     schema, num_rows = tabular.read_schema(found)
     columns.update(dict.fromkeys(schema.names))
     num_rows = num_rows if limit is None else min(num_rows, limit)

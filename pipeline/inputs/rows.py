@@ -14,7 +14,7 @@ from uuid import UUID
 
 from pipeline.errors import RowError
 from pipeline.inputs.answer_lists import read_candidates
-from pipeline.inputs.batch_bodies import RequestParameters, read_parameters, read_template_kwargs
+from pipeline.inputs.batch_bodies import TEMPLATE_KWARGS, RequestParameters, read_parameters, read_template_kwargs
 from pipeline.inputs.conversations import (
     as_json_messages,
     check_text,
@@ -29,6 +29,7 @@ from pipeline.quoting import quote
 from pipeline.records import Message, Row, Tool
 
 TEXT_LIMIT = 8 * 2**20  # characters of a row's conversation and existing answer
+TOOLS = "tools"  # the column that is read beside conversations where the configuration names none
 ID_ADVICE = "without input.id rows are named by file and position"
 
 
@@ -242,7 +243,10 @@ def _read_conversation(record: Mapping[str, Any], columns: InputColumns) -> tupl
 
 def _read_tools(record: Mapping[str, Any], columns: InputColumns, messages: tuple[Message, ...]) -> tuple[Tool, ...]:
     body = _value(record, columns.body)
-    tools = read_tools(_value(record, columns.tools), columns.tools or "tools")
+    column = columns.tools
+    if column is None and (columns.messages is not None or columns.format is not None):
+        column = TOOLS  # which the first lines of the file do not have
+    tools = read_tools(_value(record, column), column or TOOLS)
     for key in ("tools", "functions"):  # the latter is how OpenAI named them before
         if body and body.get(key):
             tools = read_tools(body[key], f"body.{key}")
@@ -265,6 +269,11 @@ def _read_kwargs(
 ) -> Mapping[str, Any]:
     """What the row's templates read besides the messages: an object, also as JSON text; nulls are left out."""
     if columns.template_kwargs is None:
+        if read_template_kwargs(_value(record, TEMPLATE_KWARGS), TEMPLATE_KWARGS):
+            raise RowError(
+                f"there is {TEMPLATE_KWARGS}, and none in the first rows of the file, so it was planned without; "
+                f"name it with input.{TEMPLATE_KWARGS}"
+            )
         return parameters.template_kwargs
     return read_template_kwargs(_value(record, columns.template_kwargs), columns.template_kwargs)
 

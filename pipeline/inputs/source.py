@@ -14,11 +14,11 @@ import pyarrow as pa
 from pipeline.config.sections import InputConfig
 from pipeline.errors import ConfigurationError, InputChanged, StorageError
 from pipeline.inputs import jsonl, tabular
-from pipeline.inputs.column_choice import choose_columns, columns_of_unreadable
+from pipeline.inputs.column_choice import choose_columns, columns_of_unreadable, named_columns
 from pipeline.inputs.files import Format, FoundFile, InputFile, is_dataset_name
 from pipeline.inputs.kept import choose_kept, read_kept
 from pipeline.inputs.listing import find_dataset, find_files
-from pipeline.inputs.record_formats import WITH_ANSWER_COLUMN
+from pipeline.inputs.record_formats import FORMAT_BY_NAME, WITH_ANSWER_COLUMN
 from pipeline.inputs.row_ids import find_repeated_ids
 from pipeline.inputs.rows import InputColumns, LastAssistant
 from pipeline.inputs.tool_use import uses_tools
@@ -196,6 +196,7 @@ def _open_text(
     known: InputFile | None,
 ) -> InputFile:
     text, keys = jsonl.peek(found)
+    keys = jsonl.add_late_keys(text, found.name, keys, named_columns(config))
     format_ = text.format
     if format_ is Format.BATCH and config.prompt is None and config.messages is None:
         columns = choose_columns(config, (*keys, "messages"), found.name)
@@ -203,6 +204,8 @@ def _open_text(
     else:
         format_ = Format.JSONL if format_ is Format.BATCH else format_
         columns = choose_columns(config, keys, found.name) if keys else columns_of_unreadable(config)
+        if columns.format is not None and not text.header:  # a later line may have keys that the first ones lack
+            columns = replace(columns, format_columns=FORMAT_BY_NAME[columns.format].uses)
     column_names.update(dict.fromkeys(keys))
     scan = jsonl.scan(text, found.name, stride=stride, limit=limit, known=known)
     if known is not None:
@@ -263,6 +266,7 @@ def _open_dataset(
     dataset = tabular.load_dataset(path, config.subset, config.split)
     name = ":".join(part for part in (_shown_name(path), config.subset, config.split) if part)
     columns = _check_schema(dataset.features.arrow_schema, config, name, column_names)
+    kept = dataset.column_names if config.keep == "all" else [each for each in config.keep if each in column_names]
     file = InputFile(
         path=path,
         name=name,
@@ -272,6 +276,7 @@ def _open_dataset(
         identity="",
         subset=config.subset,
         split=config.split,
+        kept=tuple(kept),
     )
     if (earlier := known.get(name)) is not None:
         before = replace(file, num_rows=min(file.num_rows, earlier.num_rows))

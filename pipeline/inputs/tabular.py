@@ -59,7 +59,8 @@ def content_identity(found: FoundFile) -> str:
 def dataset_identity(file: InputFile) -> str:
     """A content hash of the columns that are used."""
     digest = hashlib.sha256()
-    for batch in _batches(file, file.columns.names, 0, file.num_rows):
+    names = tuple(dict.fromkeys((*file.columns.names, *file.kept)))
+    for batch in _batches(file, names, 0, file.num_rows):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema.remove_metadata()) as writer:
             writer.write_batch(batch.replace_schema_metadata(None))

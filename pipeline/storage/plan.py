@@ -384,6 +384,8 @@ def cut_file(
 def _file_to_json(file: InputFile) -> dict[str, Any]:
     tree = asdict(file)
     del tree["marks"]
+    if not file.kept:
+        del tree["kept"]
     tree["columns"]["repeated_ids"] = sorted(file.columns.repeated_ids)
     return tree
 
@@ -402,4 +404,5 @@ def _file_from_json(tree: Mapping[str, Any], marks: list[tuple[int, int, int]]) 
         split=tree["split"],
         layers=tuple(tree.get("layers", ())),
         header=tuple(tree.get("header", ())),
+        kept=tuple(tree.get("kept", ())),
     )

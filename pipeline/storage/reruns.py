@@ -198,7 +198,8 @@ class _StoredRows:
         if schema is None:
             return False
         one_row = append_kept(pa.table({"row": [0]}), schema, [kept])  # refuses what the columns cannot hold
-        return any(one_row.column(name)[0].as_py() != stored[name] for name in schema.names)
+        # by their text, which is equal for two that are no number, too
+        return any(repr(one_row.column(name)[0].as_py()) != repr(stored[name]) for name in schema.names)
 
     def _rows(self, shard: int) -> dict[str, dict[str, Any]]:
         if not self._records:

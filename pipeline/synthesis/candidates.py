@@ -20,7 +20,7 @@ from pipeline.synthesis.settings import REWARD, REWARD_PER_TOKEN
 BATCH_ROWS = 1024
 COLUMNS = (
     "row_id", "sample", "variant", "rule", "agent_temperature", "prompt", "response", "finish_reason", "num_tokens",
-    "weights", "rewards", "kl_per_token",
+    "weights", "rewards", "kl_per_token", "tools",
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ class Candidate:
         rewards: by principal, the sum of its token reward q in nats, before weights; None where not recorded.
         kl_per_token: divergence of the policy from the base, in nats.
         judged: by judge, its score; NaN where a judge gave none.
+        tools: what the model could call, as JSON text; None where there was nothing.
     """
 
     row_id: str
@@ -53,6 +54,7 @@ class Candidate:
     rewards: Mapping[str, float | None]
     kl_per_token: float | None
     judged: Mapping[str, float] = field(default_factory=dict)
+    tools: str | None = None
 
     def score(self, by: str) -> float:
         """The score that ranks the answer; NaN where there is none.
@@ -141,4 +143,5 @@ def _candidate(
         rewards=row.get("rewards") or {},
         kl_per_token=row["kl_per_token"],
         judged=judged or {},
+        tools=row.get("tools"),
     )

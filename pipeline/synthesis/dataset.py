@@ -32,7 +32,7 @@ from pipeline.synthesis.tables import DatasetSchemas, dropped_row, pair_row, sft
 
 MANIFEST, CARD = f"{FOLDER}manifest.json", f"{FOLDER}README.md"
 DATA_NAME = re.compile(r"((sft|preferences)/(train|validation)|dropped)-\d+-of-\d+\.parquet")
-FORMAT = 2  # raise it when the same answers and settings give other files
+FORMAT = 3  # raise it when the same answers and settings give other files
 
 ReadCandidates = Callable[[str], Iterator[Candidate]]
 
@@ -176,7 +176,7 @@ def _write_files(
 ) -> list[DataFile]:
     settings, models = statistics.settings, run.plan.models
     metadata = {"cage.dataset": digest, **{f"cage.models.{place}": models[place] for place in models}}
-    schemas = DatasetSchemas(run.plan.principal_names, tuple(settings.judges), metadata)
+    schemas = DatasetSchemas(run.plan.principal_names, tuple(settings.judges), metadata, has_tools=run.plan.has_tools)
     splits = {
         (kind, split): SplitFiles(
             run.store,

@@ -8,6 +8,7 @@ hundred pairs at the threshold is missed, and fewer above it.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -73,7 +74,8 @@ def prompt_digest(prompt: Sequence[Message], *, key: bytes = b"") -> bytes:
     """16 bytes that identify a conversation; other bytes for another key."""
     hashed = hashlib.blake2b(digest_size=16, key=key)
     for message in prompt:
-        for part in (message["role"], message["content"]):
+        calls = message.get("tool_calls")
+        for part in (message["role"], message["content"], *([json.dumps(calls, sort_keys=True)] if calls else [])):
             data = part.encode()
             # with its length first, text cannot move from one part to the next and give the same bytes
             hashed.update(len(data).to_bytes(8, "big") + data)

@@ -102,7 +102,7 @@ class Selector:
         kept: list[Candidate] = []
         failures = {_key(answer): Failure(NOT_BEST) for answer in survivors if answer not in best}
         for answer in best:
-            context = prompt_digest(answer.prompt)
+            context = prompt_digest(answer.prompt) + (answer.tools or "").encode()
             reason = self._kept.find(answer.text, context=context) or kept_in_row.find(answer.text)
             if reason is not None:
                 failures[_key(answer)] = Failure(reason)

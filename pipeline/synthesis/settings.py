@@ -57,6 +57,14 @@ class DuplicatesConfig(Section):
     )
     within: Literal["prompt", "dataset"] = Field("prompt", description="where to look for near duplicates")
 
+    @model_validator(mode="after")
+    def _looks_for_near_ones(self) -> DuplicatesConfig:
+        if self.within != "prompt" and self.near is None:
+            raise ValueError(
+                "within: no effect without near; exact duplicates have the same prompt and answer, wherever they are"
+            )
+        return self
+
 
 class FiltersConfig(Section):
     """What an answer must satisfy. The first filter that it fails is the reason that is counted."""
@@ -94,6 +102,13 @@ class PairsConfig(Section):
     max_pairs: int = Field(8, ge=1, description="with select: all, for each prompt and weight vector; widest first")
     min_margin: float = Field(0.0, ge=0, description="least difference of the scores; 0: any difference")
     weak_rejected: bool = Field(False, description="the rejected answer may fail the filters of rewards and judges")
+
+    @model_validator(mode="after")
+    def _has_several(self) -> PairsConfig:
+        usual = type(self).model_fields["max_pairs"].default
+        if self.select is PairSelection.BEST_WORST and self.max_pairs not in (1, usual):
+            raise ValueError("max_pairs: no effect with select: best_worst, which makes one pair; say select: all")
+        return self
 
 
 class SynthesisConfig(Section):

@@ -9,8 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.records import Message
-from pipeline.storage.tables import MESSAGES
+from pipeline.storage.tables import MESSAGES, MESSAGES_WITH_TOOLS
 from pipeline.synthesis.candidates import Candidate
 from pipeline.synthesis.pairs import Pair
 from pipeline.synthesis.selection import Dropped
@@ -21,6 +20,7 @@ COLUMN_NOTES = {
     "prompt": "the conversation before the answer",
     "chosen": "the answer with the higher score, as one assistant message",
     "rejected": "the answer with the lower score",
+    "tools": "what the model could call, as JSON text; where the run has tools",
     "score": "what ranks answers, see Settings: synthesis.score",
     "score_chosen": "its score",
     "score_rejected": "its score",
@@ -46,20 +46,23 @@ class DatasetSchemas:
         principals: names of the principals; without any, their columns are left out, as Parquet has no empty struct.
         judges: names of the judges; likewise.
         metadata: key-value metadata of every file.
+        has_tools: whether conversations may have tools, for which there are columns, as in the run's files.
     """
 
     principals: Sequence[str]
     judges: Sequence[str]
     metadata: Mapping[str, str]
+    has_tools: bool = False
 
     def schema(self, kind: DataKind | None) -> pa.Schema:
         """The columns of a kind of data, or (None) of the dropped answers."""
         if kind is DataKind.SFT:
-            names = ["messages", "score", "row_id", "weights", *ANSWER_COLUMNS, "finish_reason", "kl_per_token"]
+            names = ["messages", "tools", "score", "row_id", "weights"]
+            names += [*ANSWER_COLUMNS, "finish_reason", "kl_per_token"]
         elif kind is DataKind.PREFERENCES:
             sides = [f"{name}_{side}" for side in ("chosen", "rejected") for name in ANSWER_COLUMNS]
             scores = ["score_chosen", "score_rejected", "margin"]
-            names = ["prompt", "chosen", "rejected", *scores, "row_id", "weights", *sides]
+            names = ["prompt", "chosen", "rejected", "tools", *scores, "row_id", "weights", *sides]
         else:
             names = ["row_id", "variant", "sample", "kind", "reason", "value"]
         fields = [pa.field(name, self._type(name)) for name in names if self._type(name) is not None]
@@ -67,8 +70,12 @@ class DatasetSchemas:
 
     def _type(self, name: str) -> pa.DataType | None:
         stem = name.removesuffix("_chosen").removesuffix("_rejected")
-        if stem in ("messages", "prompt", "chosen", "rejected"):
+        if name in ("messages", "prompt"):
+            return MESSAGES_WITH_TOOLS if self.has_tools else MESSAGES
+        if name in ("chosen", "rejected"):
             return MESSAGES
+        if name == "tools":
+            return pa.string() if self.has_tools else None
         if stem in ("weights", "rewards"):
             return _struct(self.principals)
         if stem == "judged":
@@ -81,7 +88,8 @@ class DatasetSchemas:
 def sft_row(answer: Candidate, score: float | None) -> dict[str, Any]:
     """A row for supervised fine-tuning: the conversation with its answer."""
     return {
-        "messages": [*_messages(answer.prompt), _reply(answer)],
+        "messages": [*answer.prompt, _reply(answer)],
+        "tools": answer.tools,
         "score": score,
         "row_id": answer.row_id,
         "weights": dict(answer.weights),
@@ -95,9 +103,10 @@ def pair_row(pair: Pair) -> dict[str, Any]:
     """A row for preference learning, with the columns that TRL reads."""
     chosen, rejected = pair.chosen.candidate, pair.rejected.candidate
     return {
-        "prompt": _messages(chosen.prompt),
+        "prompt": chosen.prompt,
         "chosen": [_reply(chosen)],
         "rejected": [_reply(rejected)],
+        "tools": chosen.tools,
         "score_chosen": pair.chosen.score,
         "score_rejected": pair.rejected.score,
         "margin": pair.margin,
@@ -131,10 +140,6 @@ def _answer(answer: Candidate) -> dict[str, Any]:
         "judged": {name: None if math.isnan(score) else score for name, score in answer.judged.items()},
         "num_tokens": answer.num_tokens,
     }
-
-
-def _messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _reply(answer: Candidate) -> dict[str, str]:

@@ -31,12 +31,17 @@ def finished_run(
     *,
     place: str | None = None,
     prompts: Mapping[str, str] | None = None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
     **sections: Any,
 ) -> Run:
-    """A complete run in which each row got the answers given, in order of variant and sample."""
+    """A complete run in which each row got the answers given, in order of variant and sample.
+
+    Its input is `rows`, or a row for each id of `answers` with a text of `prompts`.
+    """
     texts = {row_id: f"question {row_id}" for row_id in answers} | dict(prompts or {})
     folder.mkdir(exist_ok=True)
-    path = write_jsonl(folder / "prompts.jsonl", ({"id": row_id, "prompt": texts[row_id]} for row_id in answers))
+    rows = rows or [{"id": row_id, "prompt": texts[row_id]} for row_id in answers]
+    path = write_jsonl(folder / "prompts.jsonl", rows)
     [num_answers] = {len(each) for each in answers.values()}
     num_vectors = len(sections.get("grid", {}).get("weights", [None]))
     sections["decoding"] = {"n": num_answers // num_vectors, **sections.get("decoding", {})}
@@ -66,6 +71,7 @@ def _record(run: Run, row: Any, at: int, answer: str | Mapping[str, Any]) -> Rec
         rule="equilibrium",
         agent_temperature=0.1,
         prompt=row.messages,
+        tools=row.tools,
         response=text,
         weights=weights,
         **{
