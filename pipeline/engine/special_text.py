@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.errors import RowError
+from pipeline.hub.answer_starts import NEWLINE, without_start
 
 # Unicode has these two for the inside of programs; no text contains them
 START, END = "\ufdd0", "\ufdd1"
 PIECES = re.compile(f"{START}([^{START}{END}]*){END}|[{START}{END}]")
-NEWLINE = "\n"
 
 
 class TextEncoder:
@@ -51,12 +51,19 @@ class TextEncoder:
                 ids += self._inner(piece, spelled=at % 2 == 0)
         return ids
 
-    def encode_text(self, text: str, *, starts: bool = False) -> list[int]:
-        """Token ids of text without a template; `starts` adds what the tokenizer begins a text with.
+    def encode_text(self, text: str, *, starts: bool = False, follows: bool = False) -> list[int]:
+        """Token ids of text without a template.
+
+        Args:
+            text: to be encoded.
+            starts: adds what the tokenizer begins a text with.
+            follows: leaves out the space that some tokenizers put before a text.
 
         Raises:
             RowError: the tokenizer cannot read a special token as text.
         """
+        if follows:
+            return self._inner(text, spelled=self._spelled.search(text) is not None)
         if not self._spelled.search(text):
             return self._ids(text, starts=starts)
         return self._as_text(text, starts=starts)
@@ -64,8 +71,8 @@ class TextEncoder:
     def _inner(self, piece: str, *, spelled: bool) -> list[int]:
         """A piece from within a text, encoded after a line break so that no tokenizer begins it as a text."""
         encode = self._as_text if spelled else self._ids
-        before, ids = self._ids(NEWLINE), encode(NEWLINE + piece)
-        return ids[len(before) :] if ids[: len(before)] == before else encode(piece)
+        ids = without_start(self._ids(NEWLINE), encode(NEWLINE + piece))
+        return encode(piece) if ids is None else ids
 
     def _as_text(self, text: str, *, starts: bool = False) -> list[int]:
         ids = self._ids(text, starts=starts, split_special_tokens=True)
