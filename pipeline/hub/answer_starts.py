@@ -36,18 +36,20 @@ def answers_follow_directly(tokenizer: Any, template: PromptTemplate, weights: M
     answer = {"role": "assistant", "content": ANSWER_PROBE}
 
     def render(*messages: Mapping[str, str]) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template.text,
-                tokenize=False,
-                add_generation_prompt=len(messages) == 1,
-                **{"principle": "", "weights": dict(weights), **template.variables},
+        return limited(
+            lambda: str(
+                tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=template.text,
+                    tokenize=False,
+                    add_generation_prompt=len(messages) == 1,
+                    **{"principle": "", "weights": dict(weights), **template.variables},
+                )
             )
         )
 
     try:
-        prompt, whole = limited(lambda: render(question)), limited(lambda: render(question, answer))
+        prompt, whole = render(question), render(question, answer)
     except Exception:  # a template is a program: this one cannot write the two, and nothing is known of it
         return False
     behind = without_start(_ids(tokenizer, prompt), _ids(tokenizer, whole))
