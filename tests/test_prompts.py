@@ -330,3 +330,16 @@ def test_a_prompt_without_a_template_begins_as_the_tokenizer_begins_texts_and_is
     assert texts(assembly, {"role": "user", "content": "hi"}) == {"base": "<|endoftext|>hi"}
     assert texts(assembly, {"role": "user", "content": "hi<|end|>"}) == {"base": "<|endoftext|>hi<|end|>"}
     assert assembly.prompter.encode(({"role": "user", "content": ""},), {}) == {"base": [4]}
+
+
+@pytest.mark.parametrize("place", ["base", "arm", "reward_model"])
+def test_the_name_of_a_file_is_no_template(place, tiny, judge):
+    """Every prompt would be that name."""
+    template = "templates/chat.jinja"
+    base = {"model": str(tiny()), **({"chat_template": template} if place == "base" else {})}
+    principals = {
+        "arm": {"arm": {"kind": "arm", "model": str(tiny()), "reference": "none", "template": template}},
+        "reward_model": {"arm": {"kind": "reward_model", "model": str(judge()), "template": template}},
+    }.get(place, {})
+    with pytest.raises(ConfigurationError, match=r"uses no messages.*'templates/chat.jinja'; .*name of a file"):
+        assemble(config_of(base, principals), NOWHERE)
