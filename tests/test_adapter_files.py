@@ -185,6 +185,16 @@ def test_an_adapter_that_is_more_than_lora_is_refused_with_what_to_do(tiny, tmp_
         load_language_model(spec_of(folder, roles=ROLES, adapters={"one": adapter}))
 
 
+def test_settings_that_the_installed_peft_does_not_know_are_refused(tiny, tmp_path):
+    """peft leaves them out with a warning; a newer one would compute something else with the same weights."""
+    adapter = make_lora(tmp_path / "one", tiny(), "q_proj")
+    write(adapter, dict, use_later_scaling=True, later_config=None, merge_weights=False)
+    with pytest.raises(ConfigurationError, match=r"has use_later_scaling: True, which peft \S+ does not know"):
+        load_language_model(spec_of(tiny(), roles=ROLES, adapters={"one": adapter}))
+    write(adapter, dict, use_later_scaling=False)
+    load_language_model(spec_of(tiny(), roles=ROLES, adapters={"one": adapter}))
+
+
 def with_saved_embeddings(adapter: Path, base: Path, change: Callable[[Tensor], Tensor], *, head: bool) -> Path:
     """As peft writes an adapter with save_embedding_layers."""
     weights = load_file(base / "model.safetensors")

@@ -15,6 +15,7 @@ import torch
 from support import tiny_models
 from support.chat_templates import FAMILIES, GEMMA2, LLAMA32, NAMED, PHI3_MINI, QWEN3, SPECIAL
 from support.decoding import NOWHERE, ask, config_of, decode, engine_of
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.files import parse_config
@@ -316,3 +317,29 @@ def test_a_reward_model_with_other_tokens_reads_the_end_that_its_own_template_wr
     )
     assert whole == [*cut, tokenizer.convert_tokens_to_ids("<|system|>")]
     assert tokenizer.decode(cut) == "yes"
+
+
+def test_a_prompt_without_a_template_begins_as_the_tokenizer_begins_texts_and_is_not_ended(tmp_path):
+    """Some tokenizers put an end behind every text, as they did in training: a prompt goes on."""
+    tokenizer = tiny_models.make_tokenizer(chat_template=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|end|>", special_tokens=[("<|end|>", 0), ("<|endoftext|>", 4)]
+    )
+    folder = tiny_models.make_model(tmp_path, tokenizer=tokenizer)
+    assembly = assemble(config_of(folder), NOWHERE)
+    assert texts(assembly, {"role": "user", "content": "hi"}) == {"base": "<|endoftext|>hi"}
+    assert texts(assembly, {"role": "user", "content": "hi<|end|>"}) == {"base": "<|endoftext|>hi<|end|>"}
+    assert assembly.prompter.encode(({"role": "user", "content": ""},), {}) == {"base": [4]}
+
+
+@pytest.mark.parametrize("place", ["base", "arm", "reward_model"])
+def test_the_name_of_a_file_is_no_template(place, tiny, judge):
+    """Every prompt would be that name."""
+    template = "templates/chat.jinja"
+    base = {"model": str(tiny()), **({"chat_template": template} if place == "base" else {})}
+    principals = {
+        "arm": {"arm": {"kind": "arm", "model": str(tiny()), "reference": "none", "template": template}},
+        "reward_model": {"arm": {"kind": "reward_model", "model": str(judge()), "template": template}},
+    }.get(place, {})
+    with pytest.raises(ConfigurationError, match=r"uses no messages.*'templates/chat.jinja'; .*name of a file"):
+        assemble(config_of(base, principals), NOWHERE)

@@ -101,6 +101,16 @@ def test_heads_beside_adapters_share_their_backbone(tiny, tmp_path):
     assert decode(alone, ROWS[::-1]) == records
 
 
+def test_an_output_of_a_head_beside_an_adapter_is_chosen_as_one_beside_a_model_is(tiny, tmp_path):
+    source, weight = tiny("llama", seed=3), random(3, WIDTH, seed=13)
+    folder = make_lora(tmp_path / "adapter", source, "q_proj", seed=1)
+    save_file({"weight": weight, "bias": torch.ones(3)}, folder / "value_head.safetensors")
+    fields = {"model": str(source), "adapter": str(folder), "label": 2}
+    record = scored(tiny, fields, kind="value")
+    plain = PlainStates(source, folder)
+    assert record.rewards["it"] == pytest.approx(total(record, plain, lambda state: (weight @ state)[2]), abs=5e-3)
+
+
 @pytest.mark.parametrize(
     ("score_type", "pooling", "fields"),
     [

@@ -112,6 +112,9 @@ class GivenPrompts:
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 
+    def left_out(self, ids: Sequence[int]) -> str:
+        return ""
+
     def token_text(self, token_id: int) -> str:
         return str(token_id)
 

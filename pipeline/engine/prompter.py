@@ -62,6 +62,9 @@ class Prompter(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
 
+    def left_out(self, ids: Sequence[int]) -> str:
+        """What `decode` leaves out at the start of an answer, and what belongs there behind other text: a space."""
+
     def raw_text(self, ids: Sequence[int]) -> str:
         """Text of tokens with special ones by name."""
 

@@ -20,6 +20,7 @@ from pipeline.engine.reasoning import (
 from pipeline.engine.special_text import TextEncoder
 from pipeline.engine.tool_check import check_tools_written
 from pipeline.errors import RowError
+from pipeline.hub.answer_starts import answers_follow_directly
 from pipeline.hub.chat_templates import ANSWER_PROBE, RESERVED, PromptTemplate, variables_of
 from pipeline.hub.reasoning import ReasoningFormat
 from pipeline.hub.template_limits import limited
@@ -87,6 +88,7 @@ class ChatPrompter:
             name: TextEncoder(host.tokenizer, none if allow_special_tokens else host.special_tokens)
             for name, host in hosts.items()
         }
+        self._follows = answers_follow_directly(self._base, templates[BASE], topology.weights)
         self._control: ReasoningControl | None = None
         if reasoning is not None:
             closing = self._ids(reasoning.end + reasoning.resume)
@@ -182,7 +184,7 @@ class ChatPrompter:
         Raises:
             RowError: it has a token that some model of the run does not know.
         """
-        ids = self._encoders[BASE].encode_text(text)
+        ids = self._encoders[BASE].encode_text(text, follows=self._follows)
         if (largest := max(ids, default=0)) >= self._answer_vocab_size:
             token = self._base.convert_ids_to_tokens(largest)
             raise RowError(
@@ -226,6 +228,11 @@ class ChatPrompter:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer without special tokens."""
         return str(self._base.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def left_out(self, ids: Sequence[int]) -> str:
+        """What `decode` leaves out at the start: a space, where SentencePiece's tokenizers begin a text."""
+        alone, behind = self.decode(ids), self.decode([*self._ids("a"), *ids])
+        return behind[1 : len(behind) - len(alone)] if behind.startswith("a") and behind.endswith(alone) else ""
 
     def raw_text(self, ids: Sequence[int]) -> str:
         """Text of tokens with special ones by name."""

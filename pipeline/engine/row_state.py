@@ -229,7 +229,7 @@ class RunningRow:
         count = len(self.outcomes)
         prompt, begun = self.row.messages, ""
         if prompt and prompt[-1]["role"] == "assistant":
-            prompt, begun = prompt[:-1], prompt[-1]["content"]
+            prompt, begun = prompt[:-1], prompt[-1]["content"] + prompter.left_out(self.tokens)
         turn = turn if self.reasoning is None else self.reasoning.complete(turn, begun, in_answers=in_answers)
         answered = self.outcomes[0 if in_answers else turn.num_reasoning_tokens :]
         summary: dict[str, Any] = {}

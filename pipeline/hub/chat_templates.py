@@ -180,6 +180,8 @@ def plan_whole(
         ConfigurationError: a value has no effect, or the template asks for a time that is not stated.
     """
     check_kwargs(place, kwargs, text)
+    if "messages" not in variables_of(text):
+        raise ConfigurationError(f"{place}: its chat template uses no messages, so it would read one text for all")
     asks = reads_clock(text)
     if asks and time is None:
         raise ConfigurationError(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.hub.answer_starts import NEWLINE, without_start
+
 TAIL = 64  # tokens at the end of an answer in which bytes that are no text are looked for
 NO_TEXT = "".join(map(chr, range(0xDC80, 0xDD00)))  # what Python reads such bytes as
 
@@ -35,6 +37,7 @@ class Retokeniser:
         stop_ids: the base's tokens that end an answer; they become `end_id`.
         end_id: what follows an answer that the model reads; None: nothing.
         base_bytes: the bytes of each of the base's tokens, where an incomplete character counts.
+        follows: whether its answers begin without the space that its tokenizer puts before a text.
     """
 
     base: Any
@@ -42,6 +45,7 @@ class Retokeniser:
     stop_ids: frozenset[int]
     end_id: int | None
     base_bytes: Sequence[bytes | None] | None = None
+    follows: bool = False
 
     def encode(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """The model's tokens of every answer; an incomplete character at the end is left out."""
@@ -63,9 +67,16 @@ class Retokeniser:
         texts = self.base.batch_decode(bodies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts = [text.rstrip("\ufffd") if strip else text for text, strip in zip(texts, strips, strict=True)]
         # what an answer spells is text: it does not end here because it names a special token of the other model
-        encoded = self.own(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = self._ids(texts)
+        if self.follows:
+            [before], behind = self._ids([NEWLINE]), self._ids([NEWLINE + text for text in texts])
+            rests = [without_start(before, ids) for ids in behind]
+            encoded = [ids if rest is None else rest for ids, rest in zip(encoded, rests, strict=True)]
         mark = [] if self.end_id is None else [self.end_id]
         return [[*ids, *mark] if end else list(ids) for ids, end in zip(encoded, ended, strict=True)]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(self.own(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def _is_ended(self, answer: Sequence[int]) -> bool:
         return bool(answer) and answer[-1] in self.stop_ids

@@ -208,6 +208,11 @@ def choose_output(label: int | str | None, names: Sequence[str], place: str) -> 
     return label
 
 
+def output_names(count: int) -> tuple[str, ...]:
+    """What the outputs of a head are called whose files have no names for them."""
+    return ("score",) if count == 1 else tuple(f"LABEL_{index}" for index in range(count))
+
+
 def hidden_size(config: Mapping[str, Any]) -> int | None:
     """The width of a model's hidden states; None where its config.json does not state it."""
     text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
@@ -263,9 +268,7 @@ def _names(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
         ARMORM
     ):
         return ARMORM
-    if count == 1:
-        return (str(config.get("score_type", "score")),)
-    return tuple(f"LABEL_{index}" for index in range(count))
+    return (str(config["score_type"]),) if count == 1 and "score_type" in config else output_names(count)
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

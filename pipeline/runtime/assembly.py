@@ -11,6 +11,7 @@ from pipeline.config.variants import Variant
 from pipeline.engine.menus import TextScorers
 from pipeline.engine.prompter import Prompter
 from pipeline.engine.prompts import ChatPrompter, HostText
+from pipeline.hub.answer_starts import answers_follow_directly
 from pipeline.hub.descriptions import stored_bytes
 from pipeline.hub.model_facts import facts_of_config, load_model_config
 from pipeline.hub.retokeniser import Retokeniser
@@ -88,15 +89,16 @@ def load_assembly(plan: ReplicaPlan) -> Assembly:
         template = plan.templates[spec.roles[0].name]
         end_id = end_of_answer(template, plan.tokenizers[spec.name])
         base, own = tokenizers[BASE], tokenizers[spec.name]
+        follows = answers_follow_directly(own, template, plan.topology.weights)
         if spec.reward is not None:
             retokeniser = None
             if spec.name in plan.read_text:
-                retokeniser = Retokeniser(base, own, plan.stop_ids, end_id)
+                retokeniser = Retokeniser(base, own, plan.stop_ids, end_id, follows=follows)
             reward = replace(spec.reward, end_id=end_id, stop_ids=plan.stop_ids, retokeniser=retokeniser)
             return replace(spec, reward=reward)
         token_bytes(own, spec.source.name)  # refused before its host loads any weights
         base_bytes = token_bytes(base, plan.hosts[0].source.name)
-        retokeniser = Retokeniser(base, own, plan.stop_ids, end_id, base_bytes)
+        retokeniser = Retokeniser(base, own, plan.stop_ids, end_id, base_bytes, follows)
         return replace(spec, text=replace(spec.text or TextSpec(), retokeniser=retokeniser))
 
     hosts = {

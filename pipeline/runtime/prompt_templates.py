@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -21,6 +22,9 @@ from pipeline.hub.chat_templates import (
 )
 from pipeline.hub.tokenizer_facts import TokenizerFacts
 from pipeline.protocol.topology import BASE, Role, Topology
+from pipeline.quoting import one_line
+
+FILE_NAME = re.compile(r"[^{}\n]*\.(jinja2?|j2|txt|json|tmpl)")  # given in place of a template
 
 
 def plan_templates(
@@ -75,6 +79,14 @@ def _plan_template(
         return PromptTemplate(None)
     in_scope = {**({"weights": weights} if role.takes_weights else {}), **role.template_kwargs}
     names = variables_of(text)
+    if "messages" not in names and (role.name == BASE or FILE_NAME.fullmatch(text.strip())):
+        hint = (
+            "; it is the Jinja text itself, and not the name of a file" if FILE_NAME.fullmatch(text.strip()) else ""
+        )
+        raise ConfigurationError(
+            f"the chat template of {role.name} uses no messages, so every prompt would be the same: "
+            f"{one_line(text)[:60]!r}{hint}"
+        )
     pinned = pin_clock(text, now)
     system = system_messages(pinned, {**tokenizer.named_tokens, **in_scope})
     principle_in = _place(role, place, names, system) if role.principle is not None else PrincipleIn.SYSTEM

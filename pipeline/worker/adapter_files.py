@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,6 +90,7 @@ def _check_before(own: Mapping[str, Tensor], folder: Path, title: str) -> None:
         ConfigurationError: with the first names and their number.
     """
     config = read_json(LocalTree(folder), ADAPTER_CONFIG)
+    _refuse_unknown(config, title)
     shapes = shapes_in(folder / ADAPTER_WEIGHTS)
     if not shapes:
         raise ConfigurationError(f"{title} cannot be used whole: its file holds no weights")
@@ -109,6 +111,18 @@ def _check_before(own: Mapping[str, Tensor], folder: Path, title: str) -> None:
             f"{title} brings {listed(other)} of the model itself, as save_embedding_layers does, with other values "
             "than the model's; they would change the base and all adapters. Merge the adapter into its model (peft's "
             "merge_and_unload) and name that as a model"
+        )
+
+
+def _refuse_unknown(config: Mapping[str, Any], title: str) -> None:
+    """Refuse settings that the installed peft leaves out with a warning: a newer one computes something else."""
+    import peft
+
+    known = {each.name for each in fields(peft.LoraConfig)}
+    if unknown := [f"{key}: {str(config[key])[:40]}" for key in sorted(config.keys() - known) if config[key]]:
+        raise ConfigurationError(
+            f"{title}: {ADAPTER_CONFIG} has {', '.join(unknown)}, which peft {peft.__version__} does not know; "
+            "install the version that made it, or delete what changes nothing"
         )
 
 

@@ -16,7 +16,7 @@ from pipeline.attention.visibility import ROW_LENGTHS, LayerFacts, NotServed, le
 from pipeline.errors import ConfigurationError
 from pipeline.hub.families import why_layers_differ
 from pipeline.hub.model_facts import as_mapping, context_length, text_config
-from pipeline.hub.reward_heads import choose_output
+from pipeline.hub.reward_heads import choose_output, output_names
 from pipeline.hub.sources import fetch_weights
 from pipeline.protocol.messages import Admission, Step
 from pipeline.protocol.specs import HostSpec, RewardSpec
@@ -57,7 +57,7 @@ class _Loaded:
 
     model: Any
     found: ScoringModel
-    heads: Mapping[str | None, nn.Module]
+    heads: Mapping[str | None, Any]
     adapters: TokenAdapters | None
     ids: Sequence[int]
     expected: Mapping[str | None, list[Tensor]]
@@ -170,7 +170,7 @@ def _role_head(loaded: _Loaded, role: HostRole, at: int, reward: RewardSpec) -> 
     place = f"principals.{role.name}"
     if role.adapter not in loaded.heads:
         raise ConfigurationError(f"{place}: the model has no head of its own, only its adapters have")
-    names = loaded.found.names if role.adapter is None else ("score",)
+    names = loaded.found.names if role.adapter is None else output_names(loaded.heads[role.adapter][-1].out_features)
     ends = reward.ends[at] if at < len(reward.ends) else None
     is_at_end = loaded.found.ends and role.adapter is None if ends is None else ends
     if is_at_end and reward.end_id is None:

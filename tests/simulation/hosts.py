@@ -320,6 +320,9 @@ class TablePrompter:
 
     raw_text = decode
 
+    def left_out(self, ids: Sequence[int]) -> str:
+        return ""
+
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])
 
