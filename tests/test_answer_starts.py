@@ -59,6 +59,19 @@ def test_an_existing_answer_begins_as_the_template_writes_answers(spaced, templa
     assert whole[len(prompt) :][: len(answer) - 1] == answer[:-1]
 
 
+RAISES = "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no answers') }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("guard", ["", RAISES], ids=["writes other texts", "raises"])
+@pytest.mark.parametrize(("end", "first"), [("{{ '\\n' }}", "s"), (" ", "\u2581s"), ("", "s")])
+def test_where_a_template_writes_no_answers_they_begin_behind_its_prompt(spaced, guard, end, first) -> None:
+    """As Alpaca's, which the recipes have: it knows one instruction, and whatever is last is taken for it."""
+    folder = spaced(f"{guard}# Instruction:\n{{{{ messages[-1].content }}}}\n# Response:{end}")
+    prompter = assemble(config_of(folder), NOWHERE).prompter
+    answer = prompter.encode_answer("so it")
+    assert AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(answer[0]) == first
+
+
 def test_an_answer_that_goes_on_keeps_its_space(spaced) -> None:
     folder = spaced(BEGIN_LINES)
     begun = {"role": "assistant", "content": "so"}

@@ -49,9 +49,15 @@ def answers_follow_directly(tokenizer: Any, template: PromptTemplate, weights: M
         )
 
     try:
-        prompt, whole = render(question), render(question, answer)
-    except Exception:  # a template is a program: this one cannot write the two, and nothing is known of it
+        prompt = render(question)
+    except Exception:  # a template is a program: this one cannot write that, and nothing is known of it
         return False
+    try:
+        whole = render(question, answer)
+    except Exception:
+        whole = ""
+    if not whole.startswith(prompt):  # it writes no answers, or other ones: an answer is put behind the prompt as it is
+        whole = prompt + ANSWER_PROBE
     behind = without_start(_ids(tokenizer, prompt), _ids(tokenizer, whole))
     # the last token may go on in what follows the answer
     return behind is not None and not _holds(behind, begun[:-1] or begun) and _holds(behind, inside[:-1] or inside)
