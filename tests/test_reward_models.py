@@ -165,7 +165,7 @@ def test_what_cannot_be_scored_has_no_score_and_costs_its_neighbours_nothing(tmp
     found = judge(folder).score([ANSWERS[0], long, ANSWERS[1]])
     assert math.isnan(found[1])
     assert [found[0], found[2]] == pytest.approx(judge(folder).score(ANSWERS[:2]), abs=1e-6)
-    refusing = judge(folder, chat_template="{{ raise_exception('no') }}")
+    refusing = judge(folder, chat_template="{% if messages %}{{ raise_exception('no') }}{% endif %}")
     assert all(map(math.isnan, refusing.score(ANSWERS)))
 
 
@@ -241,5 +241,5 @@ def test_an_answer_without_a_score_has_a_reason(tmp_path):
     folder = save_reward_model(tmp_path, context=64)
     [found] = judge(folder).score([JudgedAnswer(QUESTION, "x" * 100)])
     assert found.reason == "the text has 113 tokens, too many"
-    [found] = judge(folder, chat_template="{{ raise_exception('no') }}").score(ANSWERS[:1])
+    [found] = judge(folder, chat_template="{% if messages %}{{ raise_exception('no') }}{% endif %}").score(ANSWERS[:1])
     assert found.reason == "the chat template refuses it (TemplateError: no)"
