@@ -241,5 +241,7 @@ def test_an_answer_without_a_score_has_a_reason(tmp_path):
     folder = save_reward_model(tmp_path, context=64)
     [found] = judge(folder).score([JudgedAnswer(QUESTION, "x" * 100)])
     assert found.reason == "the text has 113 tokens, too many"
-    [found] = judge(folder, chat_template="{% if messages %}{{ raise_exception('no') }}{% endif %}").score(ANSWERS[:1])
+    [found] = judge(folder, chat_template="{% if messages %}{{ raise_exception('no') }}{% endif %}").score(
+        ANSWERS[:1]
+    )
     assert found.reason == "the chat template refuses it (TemplateError: no)"
