@@ -429,6 +429,16 @@ def test_all_questions_are_asked_and_drawn(tmp_path, monkeypatch):
         assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) >= 8
 
 
+def test_panels_have_their_own_axes_where_that_is_asked_and_places_may_have_names(tmp_path):
+    panels = [Panel("small", ["3 trained", 4], {"a": [0.0, 0.4]}), Panel("large", [1, 2], {"a": [0.0, 100.0]})]
+    texts = []
+    for common in (True, False):
+        write_chart(tmp_path / "x.svg", "t", "x", "y", panels, common=common)
+        texts.append([each.text for each in ElementTree.parse(tmp_path / "x.svg").iter()])
+    assert "3 trained" in texts[0]
+    assert ("0.4" in texts[0], "0.4" in texts[1], "100" in texts[1]) == (False, True, True)
+
+
 def test_a_chart_is_the_same_for_the_same_numbers_and_holds_hostile_names(tmp_path):
     panels = [Panel("<one>", [1, 2], {"a & b": [0.5, float("nan")], "c": [-0.1, 2.0]})]
     for name in ("first.svg", "second.svg"):

@@ -21,19 +21,30 @@ class Panel:
 
     Args:
         title: above it.
-        x: places of the points, in order; drawn at equal distances, each with its number.
+        x: places of the points, in order; drawn at equal distances, each with its number or name.
         lines: y values by the name of the line, one for each x.
     """
 
     title: str
-    x: Sequence[float]
+    x: Sequence[float | str]
     lines: Mapping[str, Sequence[float]]
 
 
-def write_chart(path: Path, title: str, x_label: str, y_label: str, panels: Sequence[Panel]) -> None:
-    """Write one SVG file with all panels on a common y axis and one legend. The same data give the same bytes."""
+def write_chart(
+    path: Path, title: str, x_label: str, y_label: str, panels: Sequence[Panel], *, common: bool = True
+) -> None:
+    """Write one SVG file with all panels and one legend. The same data give the same bytes.
+
+    Args:
+        path: of the file.
+        title, x_label, y_label: above it, and of its axes.
+        panels: from left to right.
+        common: whether they have one y axis; otherwise each has its own.
+    """
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    low, high = _domain([value for panel in panels for line in panel.lines.values() for value in line])
+    values = [[value for line in panel.lines.values() for value in line] for panel in panels]
+    everything = [value for own in values for value in own]
+    domains = [_domain(everything if common else own) for own in values]
     width = LEFT + len(panels) * (PANEL + GAP)
     columns = max(1, (width - LEFT) // LEGEND_COLUMN)
     legend_rows = -(-len(names) // columns)
@@ -49,7 +60,7 @@ def write_chart(path: Path, title: str, x_label: str, y_label: str, panels: Sequ
         f"{escape(y_label)}</text>",
     ]
     for at, panel in enumerate(panels):
-        parts += _panel(panel, LEFT + at * (PANEL + GAP), names, (low, high), x_label)
+        parts += _panel(panel, LEFT + at * (PANEL + GAP), names, domains[at], x_label)
     for at, name in enumerate(names):
         x, y = LEFT + at % columns * LEGEND_COLUMN, legend_top + at // columns * LEGEND_ROW
         parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 22}" y2="{y}" {_stroke(at)}/>')
@@ -72,7 +83,8 @@ def _panel(panel: Panel, left: float, names: Sequence[str], domain: tuple[float,
         parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for at, value in enumerate(panel.x):
         parts.append(
-            f'<text x="{left + at * step:.1f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{value:g}</text>'
+            f'<text x="{left + at * step:.1f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">'
+            f"{escape(value) if isinstance(value, str) else f'{value:g}'}</text>"
         )
     parts.append(
         f'<text x="{left + PANEL / 2}" y="{TOP + HEIGHT + 32}" text-anchor="middle">{escape(x_label)}</text>'

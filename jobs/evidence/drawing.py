@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cage.rule_names import RuleName
 from jobs.evidence.charts import Panel, write_chart
 from jobs.evidence.results import Json, pairs_of_principals
 from jobs.evidence.scales import Scale
@@ -66,6 +67,7 @@ def draw_questions(scale: Scale, asked: Json, place: Path) -> None:
         "scale of the louder one",
         "gain, nats a token",
         [_panel(title, asked["scaled"], pair, "scale", "other", least=1.0) for title, pair in sets.items()],
+        common=False,
     )
     write_chart(
         place / "mis-scaled.svg",
@@ -88,32 +90,40 @@ def draw_questions(scale: Scale, asked: Json, place: Path) -> None:
             "factor of the lie",
             "true gain, nats a token",
             [_panel(title, asked["lying"], pair, "lie", who) for title, pair in sets.items()],
+            common=False,
         )
-    groups = {f"{each['principals']}: {', '.join(each['group'])}": each["group"] for each in asked["many"]}
-    sizes = [len(group) for group in groups.values()]
+    groups = list(dict.fromkeys(tuple(each["group"]) for each in asked["many"]))
+    rows = {(tuple(each["group"]), each["rule"]): each for each in asked["many"]}
     rules = list(dict.fromkeys(each["rule"] for each in asked["many"]))
-    lines = {
-        key: {
-            rule: [
-                each[key]
-                for group in groups.values()
-                for each in asked["many"]
-                if each["group"] == group and each["rule"] == rule
-            ]
-            for rule in rules
-        }
-        for key in ("gain", "worst")
-    }
+    titles = {"gain": "weighted gain", "worst": "the worst principal's gain"}
     write_chart(
         place / "many.svg",
-        "Three to eight principals with equal weights (equal KL)",
+        "Three to eight principals: shares of the weighted sum's gain (equal KL)",
         "principals",
-        "gain, nats a token",
+        "share",
         [
-            Panel({"gain": "weighted gain", "worst": "the worst principal's gain"}[key], sizes, by_rule)
-            for key, by_rule in lines.items()
+            Panel(
+                title,
+                [_name_of(group) for group in groups],
+                {
+                    rule: [_share(rows[group, rule][key], rows[group, RuleName.LINEAR][key]) for group in groups]
+                    for rule in rules
+                },
+            )
+            for key, title in titles.items()
         ],
     )
+
+
+def _share(gain: float, of: float) -> float:
+    """NaN, which is not drawn, where there is nothing to share."""
+    return gain / of if of > 0 else float("nan")
+
+
+def _name_of(group: Sequence[str]) -> str:
+    """How many principals, and which kind, where they are of one kind."""
+    prompted = sum("_prompted" in name for name in group)
+    return f"{len(group)}" + (" prompted" if prompted == len(group) else "" if prompted else " trained")
 
 
 def _panel(
