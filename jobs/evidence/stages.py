@@ -172,25 +172,22 @@ def _trainings(scale: Scale, folder: Path, half: str) -> Iterator[Stage]:
         )
         if not scale.has_arms:
             return  # the scores of all objectives lie beside the answers
-        place = f"output.path={folder}/principals-{half}/{objective}"
-        words = (f"input.path={run}", place, f"training.epochs={scale.epochs}")
-        yield _command(f"train-{half}-{objective}", "train", "train", *words, f"base.dtype={scale.training_dtype}")
+        place = f"{folder}/principals-{half}/{objective}"
+        yield _training(scale, f"train-{half}-{objective}", run, place)
+
+
+def _training(scale: Scale, name: str, run: Path, place: str, *more: str) -> Stage:
+    """A principal that learns from the pairs of a run."""
+    words = (f"input.path={run}", f"output.path={place}", f"training.epochs={scale.epochs}")
+    return _command(name, "train", "train", *words, f"base.dtype={scale.training_dtype}", *more)
 
 
 def _trained_again(scale: Scale, folder: Path) -> Iterator[Stage]:
     """Principals of the first half from another seed, and the token rewards of both trainings."""
     half = scale.halves[0]
     for objective in scale.again:
-        yield _command(
-            f"again-{half}-{objective}",
-            "train",
-            "train",
-            f"input.path={folder}/pairs-{half}-{objective}",
-            f"output.path={folder}/principals-{half}{AGAIN}/{objective}",
-            f"training.epochs={scale.epochs}",
-            f"base.dtype={scale.training_dtype}",
-            f"training.seed={SEED + 1}",
-        )
+        run, place = folder / f"pairs-{half}-{objective}", f"{folder}/principals-{half}{AGAIN}/{objective}"
+        yield _training(scale, f"again-{half}-{objective}", run, place, f"training.seed={SEED + 1}")
     first, again = (
         ", ".join(f"{each}: {_trained(folder, each, of)}" for each in scale.again) for of in (half, half + AGAIN)
     )

@@ -56,9 +56,8 @@ def answers_follow_directly(tokenizer: Any, template: PromptTemplate, weights: M
         whole = render(question, answer)
     except Exception:
         whole = ""
-    if not whole.startswith(
-        prompt
-    ):  # it writes no answers, or other ones: an answer is put behind the prompt as it is
+    # where a template writes no answers, or other ones, an answer is put behind the prompt as it is
+    if not whole.startswith(prompt):
         whole = prompt + ANSWER_PROBE
     behind = without_start(_ids(tokenizer, prompt), _ids(tokenizer, whole))
     # the last token may go on in what follows the answer

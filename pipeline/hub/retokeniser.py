@@ -67,13 +67,15 @@ class Retokeniser:
         texts = self.base.batch_decode(bodies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts = [text.rstrip("\ufffd") if strip else text for text, strip in zip(texts, strips, strict=True)]
         # what an answer spells is text: it does not end here because it names a special token of the other model
-        encoded = self._ids(texts)
-        if self.follows:
-            [before], behind = self._ids([NEWLINE]), self._ids([NEWLINE + text for text in texts])
-            rests = [without_start(before, ids) for ids in behind]
-            encoded = [ids if rest is None else rest for ids, rest in zip(encoded, rests, strict=True)]
+        encoded = self._behind(texts) if self.follows else self._ids(texts)
         mark = [] if self.end_id is None else [self.end_id]
         return [[*ids, *mark] if end else list(ids) for ids, end in zip(encoded, ended, strict=True)]
+
+    def _behind(self, texts: Sequence[str]) -> list[list[int]]:
+        """The texts' tokens behind a line break; as texts of their own where that cannot be told apart from them."""
+        [before, *whole] = self._ids([NEWLINE, *(NEWLINE + text for text in texts)])
+        rests = [without_start(before, ids) for ids in whole]
+        return [self._ids([text])[0] if rest is None else rest for text, rest in zip(texts, rests, strict=True)]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return list(self.own(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"])
